@@ -1,0 +1,50 @@
+# make demo        bake the image, launch it on the embedded cloud, run the examples (no AWS account)
+# make demo-down   stop what `make demo` started; `make demo-purge` also deletes what it kept
+# make test        what CI runs
+# make help        all targets
+.DEFAULT_GOAL := help
+PYTHON := .venv/bin/python
+PYTEST := .venv/bin/pytest
+# Baking and launching on the embedded cloud mounts file systems and starts machines: that takes root.
+ROOT := $(if $(filter 0,$(shell id -u)),,sudo -E)
+BASE ?= debian12
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+.PHONY: prepare prepare-test
+prepare: ## install what baking and rehearsing need (apt packages, .venv)
+	@scripts/prepare.sh demo
+prepare-test: ## install what the tests need as well
+	@scripts/prepare.sh test
+
+.PHONY: demo demo-down demo-purge
+demo: prepare ## bake, launch and fill an MLflow server on this machine
+	@$(ROOT) $(PYTHON) scripts/demo.py --base $(BASE)
+demo-down: ## stop the demo; its image, data volume and buckets are kept
+	@$(ROOT) $(PYTHON) scripts/rehearse.py down
+demo-purge: ## stop the demo and delete everything it kept
+	@$(ROOT) $(PYTHON) scripts/rehearse.py down --purge --yes
+
+.PHONY: test test-all test-schema test-chaos
+test: prepare-test ## lint and all tests that CI runs
+	@$(MAKE) --no-print-directory lint
+	@$(ROOT) $(PYTEST) -m "not slow"
+test-all: prepare-test ## every test: Debian 13 and the slow matrices included
+	@$(ROOT) $(PYTEST)
+test-schema: prepare-test ## schema carry-over between the last eight MLflow releases, every pair of neighbours
+	@$(ROOT) $(PYTEST) tests/schema
+test-chaos: prepare-test ## kill the database step, PostgreSQL and the machine at random moments
+	@$(ROOT) $(PYTEST) tests/chaos
+
+.PHONY: lint lock bench
+lint: prepare-test ## ruff, mypy, shellcheck, packer fmt
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	@.venv/bin/mypy scripts infra provisioning/rootfs/usr/lib/mlflow-host
+	@git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
+	@packer fmt -check packer
+lock: prepare ## renew provisioning/requirements.lock
+	@$(PYTHON) scripts/lock.py
+bench: prepare-test ## speed and memory against a default mlflow server, as ratios
+	@$(PYTHON) -m tests.bench
