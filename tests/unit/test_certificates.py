@@ -1,0 +1,109 @@
+"""The private authority outlives images; the server certificate follows the names and the calendar."""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import ssl
+import threading
+from pathlib import Path
+
+import pytest
+from mlflow_host import certificates
+
+NOW = datetime.datetime.now(datetime.UTC)
+NAMES = ("127.0.0.1", "mlflow.example.com")
+
+
+def handshake(issued: certificates.Certificates, name: str, *, trusting: Path) -> str:
+    """The TLS version agreed between a server that presents `issued` and a client that trusts one file."""
+    server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_context.load_cert_chain(issued.certificate, issued.key)
+    ours, theirs = socket.socketpair()
+
+    def serve() -> None:
+        try:
+            server_context.wrap_socket(theirs, server_side=True).close()
+        except (ssl.SSLError, OSError):
+            theirs.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        context = ssl.create_default_context(cafile=str(trusting))
+        with context.wrap_socket(ours, server_hostname=name) as connection:
+            return connection.version() or ""
+    finally:
+        ours.close()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_client_that_trusts_the_authority_verifies_each_name(tmp_path: Path, name: str) -> None:
+    issued = certificates.ensure(NAMES, tmp_path)
+    assert handshake(issued, name, trusting=issued.ca) == "TLSv1.3"
+
+
+def test_a_name_that_is_not_served_is_refused(tmp_path: Path) -> None:
+    issued = certificates.ensure(NAMES, tmp_path)
+    with pytest.raises(ssl.SSLCertVerificationError, match="mismatch"):
+        handshake(issued, "elsewhere.example.com", trusting=issued.ca)
+
+
+def test_another_stacks_authority_is_not_trusted(tmp_path: Path) -> None:
+    issued, other = certificates.ensure(NAMES, tmp_path / "a"), certificates.ensure(NAMES, tmp_path / "b")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(issued, NAMES[0], trusting=other.ca)
+
+
+def test_a_second_call_changes_nothing(tmp_path: Path) -> None:
+    certificates.ensure(NAMES, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert not certificates.ensure(NAMES, tmp_path).renewed
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_new_names_renew_the_certificate_and_keep_the_authority(tmp_path: Path) -> None:
+    ca = certificates.ensure(NAMES, tmp_path).ca.read_bytes()
+    issued = certificates.ensure(("198.51.100.7",), tmp_path)
+    assert issued.renewed
+    assert issued.ca.read_bytes() == ca
+    assert handshake(issued, "198.51.100.7", trusting=issued.ca)
+
+
+@pytest.mark.parametrize(("days", "renewed"), [(59, False), (61, True), (1000, True)])
+def test_renewal_comes_thirty_days_before_the_end(tmp_path: Path, days: int, renewed: bool) -> None:
+    certificates.ensure(NAMES, tmp_path, now=NOW)
+    later = NOW + datetime.timedelta(days=days)
+    assert certificates.ensure(NAMES, tmp_path, now=later).renewed is renewed
+
+
+def test_an_authority_near_its_end_is_replaced(tmp_path: Path) -> None:
+    first = certificates.ensure(NAMES, tmp_path, now=NOW).ca.read_bytes()
+    later = NOW + certificates.CA_LIFETIME - datetime.timedelta(days=80)
+    issued = certificates.ensure(NAMES, tmp_path, now=later)
+    assert issued.ca.read_bytes() != first
+    assert issued.renewed
+
+
+@pytest.mark.parametrize("victim", ["server.crt", "server.key"])
+def test_a_damaged_or_missing_file_is_made_anew(tmp_path: Path, victim: str) -> None:
+    certificates.ensure(NAMES, tmp_path)
+    (tmp_path / victim).write_bytes(b"damaged")
+    assert certificates.ensure(NAMES, tmp_path).renewed
+    (tmp_path / victim).unlink()
+    issued = certificates.ensure(NAMES, tmp_path)
+    assert issued.renewed
+    assert handshake(issued, NAMES[0], trusting=issued.ca)
+
+
+def test_keys_are_readable_by_their_owner_alone(tmp_path: Path) -> None:
+    certificates.ensure(NAMES, tmp_path / "certificates")
+    for key in ("ca.key", "server.key"):
+        assert (tmp_path / "certificates" / key).stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "certificates").stat().st_mode & 0o777 == 0o700
+
+
+def test_no_names_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one name"):
+        certificates.ensure((), tmp_path)
