@@ -1,0 +1,57 @@
+"""What the boot knows once it is configured, and where on the machine things are.
+
+`configure` writes `/run/mlflow-host/config.json`, readable by every later step; it holds no secret.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow_host import launch
+from mlflow_host.launch import LaunchDocument
+from mlflow_host.sizing import Sizing
+
+LAUNCH_DOCUMENT = Path("/etc/mlflow-host/launch.toml")
+IMAGE_FACTS = Path("/usr/share/mlflow-host/image.json")
+DATA = Path("/srv/mlflow")
+RUN = Path("/run/mlflow-host")
+CONFIG = RUN / "config.json"
+SERVER_SOCKETS = Path("/run/mlflow")
+POSTGRESQL_SOCKETS = Path("/run/postgresql")
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    launch: LaunchDocument
+    sizing: Sizing
+    url: str
+    """What people open and clients set as MLFLOW_TRACKING_URI; no slash at the end."""
+
+
+def host_config(document: LaunchDocument, sizing: Sizing) -> HostConfig:
+    name = document.web.hostnames[0]
+    scheme = "http" if document.web.tls == "off" else "https"
+    return HostConfig(document, sizing, f"{scheme}://[{name}]" if ":" in name else f"{scheme}://{name}")
+
+
+def load(path: Path = CONFIG) -> HostConfig:
+    """Raises FileNotFoundError before `configure` has run."""
+    raw = json.loads(path.read_text())
+    return HostConfig(launch.from_mapping(raw["launch"]), Sizing(**raw["sizing"]), raw["url"])
+
+
+def dump(config: HostConfig) -> str:
+    content = {
+        "launch": launch.to_mapping(config.launch),
+        "sizing": dataclasses.asdict(config.sizing),
+        "url": config.url,
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def postgresql_major(image_facts: Path = IMAGE_FACTS) -> int:
+    """The PostgreSQL major of this image, as recorded when it was baked."""
+    return int(json.loads(image_facts.read_text())["postgresql_major"])

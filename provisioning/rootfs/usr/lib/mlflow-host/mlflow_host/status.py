@@ -1,0 +1,168 @@
+"""How far the boot is: one file per step, and from all of them the page that nginx shows until MLflow answers.
+
+    with step("database") as s:
+        s.say("copying 64 tables")
+        raise StepFailed("the backups bucket mlflow-backups does not exist: …")
+
+A StepFailed ends the process with exit status 2 and its sentence in the status file, the journal, the console and on
+the page. Any other exception does the same with exit status 1 and keeps its traceback in the journal.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import html
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from string import Template
+from typing import Any
+
+RUN = Path("/run/mlflow-host")
+PAGE = Path("/usr/share/mlflow-host/page.html")
+
+STEPS = {
+    "configure": "Reading the launch document and the credentials",
+    "data-volume": "Mounting the data volume",
+    "postgresql": "Starting PostgreSQL",
+    "database": "Bringing the database to this image's schema",
+    "ready": "Starting MLflow",
+}
+"""In the order of the boot, with what the page says a step does while it has said nothing itself."""
+
+
+class StepFailed(Exception):
+    """One sentence to the person who can fix it: what is wrong, the value, the remedy."""
+
+
+class Step:
+    """A running step; owns its status file."""
+
+    def __init__(self, name: str, run: Path):
+        self.name, self._run = name, run
+        self._started, self._clock = _now(), time.monotonic()
+        self._message = ""
+
+    def say(self, message: str) -> None:
+        """Tell what is being done, in the present participle: "copying 64 tables"."""
+        print(f"{self.name}: {message}", file=sys.stderr, flush=True)
+        self._message = message
+        self.record("running")
+
+    def record(self, state: str, message: str | None = None) -> None:
+        self._message = self._message if message is None else message
+        content = {
+            "step": self.name,
+            "state": state,
+            "message": self._message,
+            "started": self._started,
+            "ended": None if state == "running" else _now(),
+            "seconds": round(time.monotonic() - self._clock, 3),
+        }
+        _write(self._run / "status" / f"{self.name}.json", json.dumps(content) + "\n")
+        publish(self._run)
+
+
+@contextmanager
+def step(name: str, run: Path = RUN) -> Iterator[Step]:
+    current = Step(name, run)
+    current.record("running")
+    try:
+        yield current
+    except StepFailed as failure:
+        current.record("failed", str(failure))
+        print(f"mlflow-host: {name} failed: {failure}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        current.record("failed", f"{reason} (this is a bug: the journal of this machine has the details)")
+        raise
+    current.record("done")
+
+
+def read(run: Path = RUN) -> dict[str, Any]:
+    """{"state": "starting" | "failed" | "ready", "message": …, "steps": [status of each step begun, in boot order]}"""
+    found = {}
+    for path in (run / "status").glob("*.json"):
+        try:
+            found[path.stem] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+    order = [*STEPS, *sorted(found.keys() - STEPS.keys())]
+    steps = [found[name] for name in order if name in found]
+    failed = next((s for s in steps if s["state"] == "failed"), None)
+    if failed:
+        return {"state": "failed", "message": f"{failed['step']} failed: {failed['message']}", "steps": steps}
+    if found.get("ready", {}).get("state") == "done":
+        return {
+            "state": "ready",
+            "message": "MLflow was started and is not answering: it is restarting",
+            "steps": steps,
+        }
+    running = next((s for s in steps if s["state"] == "running"), None)
+    doing = (
+        f"{running['step']}: {running['message'] or STEPS.get(running['step'], 'running')}" if running else "booting"
+    )
+    return {"state": "starting", "message": doing, "steps": steps}
+
+
+def publish(run: Path = RUN, page: Path = PAGE) -> None:
+    """Write the status as the two files that nginx serves: web/status.json and web/status.html.
+
+    A lock makes the last writer the one that has seen everything; steps run side by side."""
+    web = run / "web"
+    if not web.is_dir():
+        return
+    with (web / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status = read(run)
+        _write(web / "status.json", json.dumps({"error_code": "TEMPORARILY_UNAVAILABLE", **status}) + "\n")
+        if page.exists():
+            _write(web / "status.html", render(status, page.read_text()))
+
+
+def render(status: dict[str, Any], page: str) -> str:
+    headings = {
+        "starting": "MLflow is starting",
+        "failed": "MLflow could not start",
+        "ready": "MLflow is restarting",
+    }
+    begun = {s["step"]: s for s in status["steps"]}
+    rows = []
+    for name in [*STEPS, *(begun.keys() - STEPS.keys())]:
+        current = begun.get(name, {"state": "waiting", "message": "", "seconds": None})
+        message = current["message"] or (STEPS.get(name, "") if current["state"] != "done" else "")
+        seconds = f"{current['seconds']:.1f} s" if current["state"] in ("done", "failed") else ""
+        rows.append(
+            f'<li class="{html.escape(current["state"])}"><span class="name">{html.escape(name)}</span>'
+            f'<span class="message">{html.escape(message)}</span><span class="seconds">{seconds}</span></li>'
+        )
+    return Template(page).substitute(
+        state=html.escape(status["state"]),
+        heading=headings[status["state"]],
+        message=html.escape(status["message"]),
+        steps="\n".join(rows),
+    )
+
+
+def _write(path: Path, content: str) -> None:
+    """Replace a file whole, so that no reader sees half of it; readable by all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(content)
+            os.fchmod(handle, 0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
