@@ -1,0 +1,114 @@
+"""Stands in for an OpenAI-compatible chat-completions endpoint, on loopback, so that the question-answering
+example runs where there is no model and no network: in `make demo` and in the tests.
+
+It is no language model: it knows seven sentences by heart (one of them wrong, so that the scores have
+something to find) and says that it does not know to everything else.
+
+    with serve() as base_url:   # "http://127.0.0.1:41234/v1"
+        subprocess.run([sys.executable, "scripts/examples/llm_question_answering.py"],
+                       env={**os.environ, **client_environment(base_url)})
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+MODEL = "seven-sentences"
+KNOWS = {
+    "capital of Australia": "Sydney",  # wrong on purpose
+    "symbol Au": "Gold.",
+    "walk on the Moon": "In 1969.",
+    "Frankenstein": "Mary Shelley",
+    "planet": "It is Jupiter.",
+    "boiling point of water": "100 °C",
+    "photosynthesis": "Carbon dioxide",
+}
+
+
+@contextmanager
+def serve() -> Iterator[str]:
+    """Serve on a free loopback port for as long as the block runs; yields the base URL to give a client."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ChatCompletions)
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def client_environment(base_url: str) -> dict[str, str]:
+    """What an OpenAI client, and the example, read from the environment to reach the stand-in."""
+    return {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": "the-stand-in-takes-any", "OPENAI_MODEL": MODEL}
+
+
+class ChatCompletions(BaseHTTPRequestHandler):
+    """POST /v1/chat/completions, answered and refused in the shapes the real endpoint uses."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path != "/v1/chat/completions":
+            return self.refuse(404, f"Unknown request URL: POST {self.path}.")
+        if not self.headers.get("Authorization", "").startswith("Bearer "):
+            return self.refuse(401, "You didn't provide an API key.")
+        try:
+            request = json.loads(body)
+            model, messages = request["model"], request["messages"]
+            question = messages[-1]["content"]
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            return self.refuse(400, f"The request lacks a model or messages: {error!r}.")
+        if request.get("stream"):
+            return self.refuse(400, "This stand-in does not stream.")
+        self.send(200, completion(model, messages, answer(question)))
+
+    def refuse(self, status: int, message: str) -> None:
+        self.send(status, {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}})
+
+    def send(self, status: int, document: dict[str, Any]) -> None:
+        body = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Stay silent: stdout and stderr belong to the program that runs this."""
+
+
+def answer(question: str) -> str:
+    return next((sentence for about, sentence in KNOWS.items() if about in question), "I do not know.")
+
+
+def completion(model: str, messages: list[dict[str, Any]], text: str) -> dict[str, Any]:
+    """The `chat.completion` object; tokens are counted as words."""
+    prompt_tokens = sum(len(str(message.get("content", "")).split()) for message in messages)
+    completion_tokens = len(text.split())
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
+    }
