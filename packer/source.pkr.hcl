@@ -1,0 +1,50 @@
+source "amazon-ebs" "mlflow" {
+  ami_name        = local.ami_name
+  ami_description = "MLflow ${local.mlflow_version} tracking server (mlflow-ami ${local.image_version}, ${var.git_commit})"
+  tags            = local.tags
+  snapshot_tags   = local.tags
+
+  source_ami_filter {
+    owners      = var.source_ami_owners
+    most_recent = true
+    filters = {
+      name                = var.source_ami_name
+      architecture        = "x86_64"
+      root-device-type    = "ebs"
+      virtualization-type = "hvm"
+    }
+  }
+
+  region                      = var.region
+  instance_type               = var.instance_type
+  subnet_id                   = var.subnet_id
+  associate_public_ip_address = true
+  ena_support                 = true
+  run_tags                    = merge(local.tags, { "Name" = "mlflow-ami builder" })
+  run_volume_tags             = merge(local.tags, { "Name" = "mlflow-ami builder" })
+
+  # IMDSv2 only, on the builder and in the image, is set by scripts/bake.py: Packer 1.6 knows neither metadata_options
+  # nor imds_support. The builder has no instance profile, so its metadata service has no credentials to give.
+
+  # Encrypted from the start: encrypt_boot would build in clear and copy the image.
+  launch_block_device_mappings {
+    device_name           = "/dev/sda1"
+    volume_type           = "gp3"
+    volume_size           = var.root_volume_gib
+    iops                  = 3000
+    throughput            = 125
+    encrypted             = var.encrypted
+    kms_key_id            = var.kms_key_id
+    delete_on_termination = true
+  }
+
+  communicator                          = "ssh"
+  ssh_username                          = var.ssh_username
+  ssh_timeout                           = "5m"
+  temporary_key_pair_name               = "mlflow-ami-bake-${var.bake_id}"
+  temporary_security_group_source_cidrs = var.ssh_cidrs
+
+  custom_endpoint_ec2     = var.ec2_endpoint
+  skip_region_validation  = var.ec2_endpoint != ""
+  skip_metadata_api_check = var.ec2_endpoint != ""
+}

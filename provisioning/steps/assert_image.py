@@ -1,0 +1,271 @@
+#!/usr/bin/env python3
+"""Asserts the finished image: the last thing that runs at a bake, and it changes nothing.
+
+Every check returns the sentences of what it found wrong. All of them are reported together, and the bake fails if there
+is one. Runs as root in the machine whose disk becomes the image, after clean.sh, with the distribution's own Python.
+"""
+
+import json
+import os
+import pwd
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+SHARE = Path("/usr/share/mlflow-host")
+BOOT_PACKAGE = Path("/usr/lib/mlflow-host")
+ENVIRONMENT = Path("/opt/mlflow")
+UNITS = Path("/usr/lib/systemd/system")
+
+FACTS = {
+    "format": int,
+    "image_version": str,
+    "git_commit": str,
+    "git_dirty": bool,
+    "source_ami": str,
+    "source_ami_name": str,
+    "architecture": str,
+    "os": str,
+    "mlflow_version": str,
+    "migration_head": str,
+    "migration_count": int,
+    "postgresql_major": int,
+    "python_version": str,
+    "nginx_version": str,
+    "packages": dict,
+}
+MUST_BE_OFF = ("apt-daily.timer", "apt-daily-upgrade.timer", "unattended-upgrades.service", "certbot.timer")
+HELD = ("postgresql", "nginx", "python3", "pgbackrest", "certbot")
+CREDENTIALS = (".aws", ".pgpass", ".netrc", ".git-credentials", ".docker/config.json", ".pypirc", ".config/pip", ".config/uv")
+HISTORIES = (".bash_history", ".python_history", ".psql_history", ".lesshst", ".wget-hsts", ".viminfo")
+
+
+def output(*command: str) -> str:
+    """What a command says on stdout, whatever its exit status."""
+    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
+
+
+def files_below(*roots: Path) -> Iterator[Path]:
+    """Every file and link below the roots, without following links."""
+    for root in roots:
+        for folder, _, names in os.walk(root):
+            for name in names:
+                yield Path(folder, name)
+
+
+def homes() -> list[Path]:
+    """Home directories that exist, of people and of services."""
+    return sorted({Path(user.pw_dir) for user in pwd.getpwall() if Path(user.pw_dir).is_dir()} - {Path("/"), Path("/bin")})
+
+
+# ── Nothing that belongs to one machine ─────────────────────────────────────────────────────────────────────────────
+
+
+def no_cluster() -> Iterator[str]:
+    """The cluster lives on the data volume; one in the image would be started, or found in the way, at boot."""
+    for folder in (Path("/var/lib/postgresql"), Path("/etc/postgresql"), Path("/srv/mlflow")):
+        for version_file in (p for p in files_below(folder) if p.name in ("PG_VERSION", "postgresql.conf")):
+            yield f"a PostgreSQL cluster is baked in: {version_file}"
+
+
+def no_identity() -> Iterator[str]:
+    """Host keys, machine id and seeds are made by each machine for itself."""
+    for key in sorted(Path("/etc/ssh").glob("ssh_host_*")):
+        yield f"an SSH host key is baked in: {key}"
+    machine_id = Path("/etc/machine-id")
+    if not machine_id.is_file() or machine_id.stat().st_size:
+        yield "/etc/machine-id is to exist and be empty, so that each machine gets its own"
+    dbus_id = Path("/var/lib/dbus/machine-id")
+    if dbus_id.exists() and not dbus_id.is_symlink():
+        yield f"{dbus_id} holds a machine id of its own"
+    for seed in (Path("/var/lib/systemd/random-seed"), Path("/var/lib/systemd/credential.secret")):
+        if seed.exists():
+            yield f"every machine of this image would share {seed}"
+    if Path("/var/lib/cloud/instance").exists() or any(Path("/var/lib/cloud").glob("instances/*")):
+        yield "cloud-init remembers the builder in /var/lib/cloud, so a launched machine would be taken for the same one"
+
+
+def no_access() -> Iterator[str]:
+    """Nobody who could enter the builder can enter the image."""
+    for home in homes():
+        for keys in (home / ".ssh").glob("*"):
+            yield f"SSH access or keys are baked in: {keys}"
+    for line in Path("/etc/shadow").read_text(encoding="utf-8").splitlines():
+        user, password = line.split(":")[:2]
+        if not password.startswith(("!", "*")):
+            yield f"user {user} has a password{' that is empty' if not password else ''}"
+
+
+def no_secrets() -> Iterator[str]:
+    """No credentials, private keys or histories of the people and programs that built the image."""
+    for home in homes():
+        for name in (*CREDENTIALS, *HISTORIES):
+            if (home / name).exists():
+                yield f"credentials or a history are baked in: {home / name}"
+    for path in files_below(Path("/etc"), Path("/srv"), Path("/root"), Path("/home"), BOOT_PACKAGE, SHARE):
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > 1_000_000:
+            continue
+        content = path.read_bytes()
+        if re.search(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----", content):
+            yield f"a private key is baked in: {path}"
+        if re.search(rb"\bA(KIA|SIA)[A-Z2-7]{16}\b", content):
+            yield f"an AWS access key id is baked in: {path}"
+    for path in (Path("/etc/mlflow-host/launch.toml"), Path("/etc/pip.conf"), Path("/etc/uv/uv.toml")):
+        if path.exists():
+            yield f"{path} belongs to one machine or one network"
+
+
+def no_leftovers() -> Iterator[str]:
+    """No logs, caches or temporary files of the bake."""
+    own_script = Path(__file__).resolve()
+    for folder in (Path("/tmp"), Path("/var/tmp")):
+        for path in sorted(folder.iterdir()):
+            if path.resolve() != own_script and not path.name.startswith("systemd-private-"):
+                yield f"left behind by the bake: {path}"
+    if Path("/usr/sbin/policy-rc.d").exists():
+        yield "/usr/sbin/policy-rc.d still keeps services from starting"
+    for path in files_below(Path("/var/log")):
+        if path.is_file() and path.stat().st_size:
+            yield f"a log of the builder is baked in: {path} ({path.stat().st_size} bytes)"
+    for path in files_below(Path("/var/lib/apt/lists"), Path("/var/cache/apt/archives")):
+        if path.name != "lock":
+            yield f"apt's cache is not empty: {path}"
+    for home in homes():
+        if (home / ".cache").exists():
+            yield f"a cache is baked in: {home / '.cache'}"
+
+
+# ── Everything that every machine needs ─────────────────────────────────────────────────────────────────────────────
+
+
+def units_in_order() -> Iterator[str]:
+    """Our target starts at boot, nothing updates the machine by itself, and nothing failed on the way here."""
+    if (state := output("systemctl", "is-enabled", "mlflow-host.target")) != "enabled":
+        yield f"mlflow-host.target is {state or 'absent'}, so nothing of ours would start"
+    for unit in MUST_BE_OFF:
+        if (state := output("systemctl", "is-enabled", unit)) in ("enabled", "enabled-runtime", "static"):
+            yield f"{unit} is {state}: it would change a running image"
+    for line in output("systemctl", "--failed", "--plain", "--no-legend").splitlines():
+        yield f"a unit failed during the bake: {line.split(' ')[0]}"
+    shipped = sorted(str(path) for path in UNITS.glob("mlflow-*.*") if path.is_file())
+    if not shipped:
+        yield f"no unit of ours is installed in {UNITS}"
+    else:
+        verified = subprocess.run(
+            ["systemd-analyze", "verify", "--recursive-errors=no", *shipped], check=False, capture_output=True, text=True
+        )
+        if verified.returncode:
+            yield f"systemd refuses a unit of ours: {' / '.join(verified.stderr.strip().splitlines())}"
+
+
+def packages_held() -> Iterator[str]:
+    held = set(output("apt-mark", "showhold").splitlines())
+    for package in HELD:
+        if package not in held:
+            yield f"package {package} is not installed and held"
+
+
+def canonical(name: str) -> str:
+    """A Python package's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def installed_python_packages() -> dict[str, str]:
+    """Name and version of what the server's environment holds, asked of its own Python."""
+    program = "import json; from importlib.metadata import distributions as d; print(json.dumps([(x.name, x.version) for x in d()]))"
+    return {canonical(name): version for name, version in json.loads(output(f"{ENVIRONMENT}/bin/python", "-c", program) or "[]")}
+
+
+def locked_python_packages() -> dict[str, str]:
+    """Name and version of what requirements.lock names for this Python: markers are evaluated by its own packaging."""
+    program = (
+        "import json, sys; from packaging.requirements import Requirement as R\n"
+        "lines = [line.split(' \\\\')[0] for line in open(sys.argv[1]) if line[0].isalnum()]\n"
+        "found = [R(line) for line in lines]\n"
+        "print(json.dumps([(r.name, str(r.specifier)[2:]) for r in found if r.marker is None or r.marker.evaluate()]))"
+    )
+    lock = str(SHARE / "requirements.lock")
+    return {canonical(name): version for name, version in json.loads(output(f"{ENVIRONMENT}/bin/python", "-c", program, lock) or "[]")}
+
+
+def environment_as_locked() -> Iterator[str]:
+    """The server's environment holds what the lock file names and nothing else, compiled, and the server can be imported."""
+    locked, installed = locked_python_packages(), installed_python_packages()
+    if not locked:
+        yield f"{SHARE / 'requirements.lock'} names no package"
+    if installed.pop("mlflow-host", None) is None:
+        yield f"the boot package in {BOOT_PACKAGE} is not seen by {ENVIRONMENT}/bin/python"
+    for name in sorted(locked.keys() | installed.keys()):
+        if locked.get(name) != installed.get(name):
+            wanted, found = locked.get(name, "no such package"), installed.get(name, "none")
+            yield f"Python package {name}: the lock file names {wanted}, installed is {found}"
+    program = "import mlflow.server.fastapi_app, mlflow_host, psycopg2, boto3"
+    tried = subprocess.run(
+        [f"{ENVIRONMENT}/bin/python", "-P", "-B", "-c", program],
+        check=False, capture_output=True, text=True, cwd="/", env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
+    )  # fmt: skip
+    if tried.returncode:
+        yield f"the server cannot be imported: {(tried.stderr.strip().splitlines() or ['no message'])[-1]}"
+    for source in files_below(*ENVIRONMENT.glob("lib/python3*/site-packages/mlflow"), BOOT_PACKAGE):
+        if source.suffix == ".py" and not any((source.parent / "__pycache__").glob(f"{source.stem}.cpython-*.pyc")):
+            yield f"not byte-compiled: {source}"
+
+
+def owned_by_root() -> Iterator[str]:
+    """What runs as root or as the server cannot be changed by anybody but root."""
+    for path in files_below(ENVIRONMENT, BOOT_PACKAGE, SHARE):
+        status = path.lstat()
+        if status.st_uid or status.st_gid:
+            yield f"not owned by root: {path}"
+        elif not stat.S_ISLNK(status.st_mode) and status.st_mode & 0o022:
+            yield f"writable by others than root: {path}"
+        elif not stat.S_ISLNK(status.st_mode) and not status.st_mode & 0o004:
+            yield f"not readable by the server's user: {path}"
+
+
+def facts_true() -> Iterator[str]:
+    """image.json is complete and agrees with what is installed."""
+    try:
+        facts = json.loads((SHARE / "image.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        yield f"{SHARE / 'image.json'} cannot be read: {error}"
+        return
+    for key, kind in FACTS.items():
+        if not isinstance(facts.get(key), kind) or facts[key] in ("", 0) and kind is not bool:
+            yield f"image.json says {key} = {facts.get(key)!r}, which is no {kind.__name__} that tells something"
+    if facts.get("format") != 1:
+        yield f"image.json is of format {facts.get('format')!r}, not 1"
+    if (installed := installed_python_packages().get("mlflow")) != facts.get("mlflow_version"):
+        yield f"image.json says MLflow {facts.get('mlflow_version')}, installed is {installed}"
+    server = Path(f"/usr/lib/postgresql/{facts.get('postgresql_major')}/bin/postgres")
+    if not os.access(server, os.X_OK):
+        yield f"image.json says PostgreSQL {facts.get('postgresql_major')}, but there is no {server}"
+
+
+CHECKS: tuple[Callable[[], Iterator[str]], ...] = (
+    no_cluster,
+    no_identity,
+    no_access,
+    no_secrets,
+    no_leftovers,
+    units_in_order,
+    packages_held,
+    environment_as_locked,
+    owned_by_root,
+    facts_true,
+)
+
+
+def main() -> int:
+    wrong = [(check.__name__, sentence) for check in CHECKS for sentence in check()]
+    for name, sentence in wrong:
+        print(f"assert_image: {name}: {sentence}", file=sys.stderr)
+    print(f"assert_image: {len(CHECKS)} checks, {len(wrong)} found wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

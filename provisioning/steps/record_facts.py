@@ -1,0 +1,105 @@
+#!/opt/mlflow/bin/python
+"""Writes /usr/share/mlflow-host/image.json: what this image is, read back from what is installed in it.
+
+Only what the image cannot know about itself comes from the environment: IMAGE_VERSION, GIT_COMMIT, GIT_DIRTY,
+SOURCE_AMI and SOURCE_AMI_NAME. The keys are a contract with images and stacks of other ages (format 1): they are added
+to, never renamed.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+DESTINATION = Path("/usr/share/mlflow-host/image.json")
+
+
+def output(*command: str) -> str:
+    """What a command says on stdout; CalledProcessError when it fails."""
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def deb_packages() -> dict[str, str]:
+    """Name and version of every installed distribution package."""
+    lines = output("dpkg-query", "--show", "--showformat", "${db:Status-Abbrev}\t${Package}\t${Version}\n").splitlines()
+    rows = [line.split("\t") for line in lines]
+    return {name: version for status, name, version in rows if status.strip() in ("ii", "hi")}
+
+
+def python_packages() -> dict[str, str]:
+    """Name and version of every distribution in the server's environment, the boot package included."""
+    return dict(sorted((str(d.metadata["Name"]).lower().replace("_", "-"), d.version) for d in metadata.distributions()))
+
+
+def operating_system() -> str:
+    """As "debian 12" or "ubuntu 24.04"."""
+    release = platform.freedesktop_os_release()
+    return f"{release['ID']} {release.get('VERSION_ID', 'testing')}"
+
+
+def migrations() -> tuple[str, int]:
+    """Head of MLflow's chain of migrations, and how many there are up to it.
+
+    The count orders two images only while the chain is one line, so a fork of it ends the bake.
+    """
+    import mlflow
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
+    chain = ScriptDirectory.from_config(config)
+    head = chain.get_current_head()
+    revisions = list(chain.walk_revisions())
+    if head is None or any(isinstance(r.down_revision, tuple) or len(r.nextrev) > 1 for r in revisions):
+        raise SystemExit("record_facts: MLflow's migrations are no single line any more, so images cannot be ordered by them")
+    return head, len(revisions)
+
+
+def postgresql_major(packages: dict[str, str]) -> int:
+    """The one server version that is installed; two would leave open which of them runs the cluster."""
+    majors = [int(m[1]) for name in packages if (m := re.fullmatch(r"postgresql-(\d+)", name))]
+    if len(majors) != 1:
+        raise SystemExit(f"record_facts: exactly one PostgreSQL server belongs in the image, found {majors or 'none'}")
+    return majors[0]
+
+
+def facts() -> dict[str, Any]:
+    """Everything image.json says."""
+    packages = deb_packages()
+    head, count = migrations()
+    nginx = subprocess.run(["nginx", "-v"], check=True, capture_output=True, text=True).stderr
+    return {
+        "format": 1,
+        "image_version": os.environ["IMAGE_VERSION"],
+        "git_commit": os.environ["GIT_COMMIT"],
+        "git_dirty": os.environ["GIT_DIRTY"] != "false",
+        "source_ami": os.environ["SOURCE_AMI"],
+        "source_ami_name": os.environ["SOURCE_AMI_NAME"],
+        "architecture": platform.machine(),
+        "os": operating_system(),
+        "mlflow_version": metadata.version("mlflow"),
+        "migration_head": head,
+        "migration_count": count,
+        "postgresql_major": postgresql_major(packages),
+        "python_version": platform.python_version(),
+        "nginx_version": nginx.strip().partition("/")[2].split(" ")[0],
+        "packages": {"deb": packages, "python": python_packages()},
+    }
+
+
+def main() -> int:
+    DESTINATION.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    DESTINATION.write_text(json.dumps(facts(), indent=1) + "\n", encoding="utf-8")
+    DESTINATION.chmod(0o644)
+    print(f"record_facts: {DESTINATION}, {DESTINATION.stat().st_size} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

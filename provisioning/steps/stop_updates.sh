@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Nothing in a running image changes by itself: an update is another image.
+set -euo pipefail
+
+systemctl mask --quiet apt-daily.timer apt-daily-upgrade.timer apt-daily.service apt-daily-upgrade.service
+if systemctl cat unattended-upgrades.service >/dev/null 2>&1; then
+  systemctl mask --quiet unattended-upgrades.service
+fi
+install -m 0644 /dev/stdin /etc/apt/apt.conf.d/99mlflow-host <<'EOF'
+APT::Periodic::Enable "0";
+EOF
+if command -v snap >/dev/null; then snap refresh --hold; fi
+
+# Debian's own services for what the image runs in its own way.
+for unit in postgresql.service certbot.timer; do
+  if systemctl is-enabled --quiet "$unit" 2>/dev/null; then systemctl disable --quiet "$unit"; fi
+done
+
+# What the server's behaviour hangs on stays as it is even where somebody runs apt upgrade.
+dpkg-query --show --showformat '${Package}\t${db:Status-Abbrev}\n' \
+    'postgresql*' 'libpq5' 'nginx*' 'libnginx*' 'python3*' 'libpython3*' 'pgbackrest' 'certbot' |
+  awk '$2 == "ii" { print $1 }' | xargs apt-mark hold >/dev/null
