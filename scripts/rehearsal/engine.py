@@ -1,0 +1,455 @@
+"""Decides what each registered resource needs and does it, in the order Pulumi's engine would.
+
+The rules are those of Pulumi's deployment engine (pkg/resource/deploy/step_generator.go):
+
+- a resource is created, updated, replaced or left as it is when the program registers it;
+- a replacement creates the new one at once and deletes the old one at the end of the run, unless it is to be deleted
+  first (`delete_before_replace`, or a physical name the program chose, which two cannot share);
+- what is deleted first takes along, in reverse dependency order, the resources that would be replaced if the
+  properties they got from it changed; they are made anew when the program registers them;
+- what the program no longer registers is deleted at the end, dependents first, and only if the program succeeded;
+- a protected resource is never deleted or replaced, a retained one leaves the state and stays in the cloud.
+
+Operations run one at a time. The state is saved around each of them, so an interrupted run continues.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from botocore.exceptions import BotoCoreError, ClientError
+from pulumi.runtime.proto import resource_pb2
+
+from rehearsal.kinds import Aws, Kind
+from rehearsal.state import Resource, State, deletion_order
+from rehearsal.values import UNKNOWN, Props, Secret, from_wire, holds_secret, reveal, to_wire
+
+T = TypeVar("T")
+Operation = Literal["create", "update", "replace", "delete", "same", "retain"]
+UNCHANGING_ID = "rehearsal"
+
+
+class ApplyError(RuntimeError):
+    """A resource could not be brought to what the program asks for; the message is for the person running it."""
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop; what was under way has been finished and recorded."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation: what, on which resource, because of which inputs, and how long it took in seconds."""
+
+    operation: Operation
+    urn: str
+    type: str
+    name: str
+    changed: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Inputs that differ, and those of them that ask for a replacement."""
+
+    changed: frozenset[str] = frozenset()
+    replace: frozenset[str] = frozenset()
+
+
+@dataclass
+class Engine:
+    """Applies one run of a program. It owns the state while the run lasts.
+
+    `save` is called with the state around each operation; `tell` with each step before it starts (seconds 0) where it
+    takes time, and `done` with the step after it. With `dry_run` nothing is called and nothing saved: the steps are
+    the plan.
+    """
+
+    kinds: Mapping[str, Kind]
+    aws: Aws
+    state: State
+    save: Callable[[State], None]
+    done: Callable[[Step], None] = lambda _: None
+    default_tags: Mapping[str, str] = field(default_factory=dict)
+    dry_run: bool = False
+    steps: list[Step] = field(default_factory=list)
+    outputs: Props = field(default_factory=dict)
+    failure: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._registered: list[str] = []
+        self._deleted_first: set[str] = set()
+        self._provider_tags: dict[str, Mapping[str, str]] = {}
+        self._cancelled = threading.Event()
+        if self.dry_run:
+            self.state = copy.deepcopy(self.state)
+
+    def cancel(self) -> None:
+        """Lets the operation under way finish and refuses every later one."""
+        self._cancelled.set()
+
+    # What the program calls
+
+    def register(self, request: Any, urn: str) -> Any:
+        """Brings the resource of a RegisterResourceRequest about and answers with its id and outputs."""
+        with self._lock:
+            if self._cancelled.is_set():
+                raise Interrupted("interrupted")
+            if self.failure is not None:
+                raise ApplyError("an earlier resource failed")
+            try:
+                resource = self._settle(request, urn)
+            except BaseException as error:
+                self.failure = error
+                raise
+        unknown_id = not resource.id or resource.id == UNKNOWN
+        return resource_pb2.RegisterResourceResponse(
+            urn=urn, id="" if unknown_id else resource.id, object=to_wire(resource.outputs)
+        )
+
+    def finish(self) -> None:
+        """Deletes what was replaced and what the program did not register. Call it when the program succeeded."""
+        with self._lock:
+            registered = set(self._registered)
+            doomed = [each for each in self.state.resources if each.pending_delete or each.urn not in registered]
+            self._delete_all(doomed)
+            order = {urn: place for place, urn in enumerate(self._registered)}
+            self.state.resources.sort(key=lambda each: order.get(each.urn, -1))
+            self.state.outputs = self.outputs
+            self._save()
+
+    def delete(self, doomed: list[Resource]) -> None:
+        """Deletes these resources and no others, dependents first."""
+        with self._lock:
+            self._delete_all(doomed)
+
+    def refresh(self) -> list[Resource]:
+        """Drops from the state what the cloud no longer has and answers with it; renews the outputs of the rest."""
+        gone: list[Resource] = []
+        for resource in [each for each in self.state.resources if each.custom and each.type in self.kinds]:
+            found = self._call(resource, lambda kind, each=resource: kind.read(self.aws, each.id, reveal(each.inputs)))
+            if found is None:
+                gone.append(resource)
+            else:
+                resource.outputs = self._outputs(resource, found)
+        self.state.resources = [each for each in self.state.resources if each not in gone]
+        if gone:
+            self._save()
+        return gone
+
+    def recover(self) -> list[str]:
+        """Finishes the book-keeping of a run that was killed; answers with sentences about what may be left over.
+
+        An interrupted creation is adopted when its physical name, chosen beforehand, is found in the cloud.
+        """
+        leftovers = []
+        for pending in self.state.pending_operations:
+            resource = Resource(**pending["resource"])
+            if pending["operation"] != "create" or self.state.live(resource.urn):
+                continue
+            kind = self.kinds[resource.type]
+            found = kind.recover(self.aws, reveal(resource.inputs)) if kind.recover else None
+            if found is None:
+                leftovers.append(
+                    f"the creation of {resource.type} {resource.name} was cut short; if it was made, it is unused "
+                    "and goes with `rehearse.py down --purge`"
+                )
+                continue
+            resource.id = found
+            outputs = kind.read(self.aws, found, reveal(resource.inputs))
+            if outputs is not None:
+                resource.outputs = self._outputs(resource, outputs)
+                self.state.resources.append(resource)
+        if self.state.pending_operations:
+            self.state.pending_operations = []
+            self._save()
+        return leftovers
+
+    # One resource
+
+    def _settle(self, request: Any, urn: str) -> Resource:
+        if urn in self._registered:
+            raise ApplyError(
+                f"two resources of type {request.type} are named {request.name!r}; Pulumi needs one name each"
+            )
+        self._registered.append(urn)
+        old = self.state.live(urn) or self._by_alias(request, urn)
+        wanted = Resource(
+            urn=urn,
+            type=request.type,
+            id=old.id if old else "",
+            inputs=from_wire(request.object),
+            custom=request.custom,
+            parent=request.parent,
+            provider=request.provider,
+            dependencies=sorted(request.dependencies),
+            property_dependencies={key: sorted(each.urns) for key, each in request.propertyDependencies.items()},
+            protect=request.protect,
+            retain_on_delete=request.retainOnDelete,
+            deleted_with=request.deletedWith,
+        )
+        if not request.custom or request.type.startswith("pulumi:"):
+            return self._record_unapplied(wanted, old)
+        kind = self._kind(wanted)
+        if request.importId:
+            raise ApplyError(
+                f"{wanted.name} is imported ({request.importId}); the rehearsal starts from nothing and has nothing to import"
+            )
+        self._complete_inputs(kind, wanted, old, list(request.ignoreChanges))
+        if old is None:
+            return self._create(wanted, "replace" if urn in self._deleted_first else "create")
+        diff = self._diff(kind, old.inputs, wanted.inputs, list(request.replaceOnChanges))
+        if diff.replace:
+            return self._replace(kind, old, wanted, diff, request)
+        if diff.changed:
+            return self._update(kind, old, wanted, diff)
+        wanted.outputs = old.outputs
+        self._put(old, wanted)
+        self._report("same", wanted)
+        return wanted
+
+    def _record_unapplied(self, wanted: Resource, old: Resource | None) -> Resource:
+        """Components and providers exist in the state only."""
+        if wanted.custom:
+            wanted.id = UNCHANGING_ID
+            wanted.outputs = wanted.inputs
+        if wanted.type == "pulumi:providers:aws":
+            self._provider_tags[wanted.urn] = default_tags(reveal(wanted.inputs).get("defaultTags"))
+        self._put(old, wanted)
+        return wanted
+
+    def _complete_inputs(self, kind: Kind, wanted: Resource, old: Resource | None, ignored: list[str]) -> None:
+        inputs = wanted.inputs
+        if old is not None:
+            for name in old.inputs if "*" in ignored else ignored:
+                if name in old.inputs:
+                    inputs[name] = old.inputs[name]
+                else:
+                    inputs.pop(name, None)
+        for name, generate in kind.generate.items():
+            if name not in inputs:
+                kept = old.inputs.get(name) if old is not None and name in old.generated else None
+                inputs[name] = kept or generate(wanted.name)
+                wanted.generated.append(name)
+        if kind.tagged:
+            provider = wanted.provider.rsplit("::", 1)[0]
+            tags = {**self._provider_tags.get(provider, self.default_tags), **inputs.get("tags", {})}
+            if tags:
+                inputs["tagsAll"] = tags
+
+    def _diff(self, kind: Kind, old: Props, new: Props, replace_on_changes: list[str]) -> Diff:
+        before, after = reveal(old), reveal(new)
+        changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+        replace = changed & kind.replace_on if kind.update else set(changed)
+        if kind.replaces is not None:
+            replace |= kind.replaces(changed, before, after)
+        if "*" in replace_on_changes:
+            replace |= changed
+        replace |= changed & set(replace_on_changes)
+        return Diff(frozenset(changed), frozenset(replace))
+
+    def _replace(self, kind: Kind, old: Resource, wanted: Resource, diff: Diff, request: Any) -> Resource:
+        if old.protect:
+            raise ApplyError(
+                f"{old.type} {old.name} would have to be replaced because {_list(diff.replace)} changed, "
+                "but it is protected; nothing was changed, take the change back"
+            )
+        for name, generate in kind.generate.items():
+            if name in wanted.generated:
+                wanted.inputs[name] = generate(wanted.name)
+        chosen_name = any(name not in wanted.generated and _is_name(name) for name in kind.generate)
+        first = (
+            request.deleteBeforeReplace
+            if request.deleteBeforeReplaceDefined
+            else kind.delete_before_replace or chosen_name
+        )
+        wanted.id = ""
+        if not first:
+            old.pending_delete = True
+            return self._create(wanted, "replace", diff)
+        followers = self._followers(old)
+        for each in followers:
+            if each.protect:
+                raise ApplyError(
+                    f"{old.type} {old.name} must be deleted before its replacement, and {each.type} {each.name} with "
+                    "it, but that one is protected; nothing was changed"
+                )
+        self._delete_all([*followers, old], reason=tuple(sorted(diff.replace)))
+        self._deleted_first.update(each.urn for each in followers)
+        return self._create(wanted, "replace", diff)
+
+    def _followers(self, root: Resource) -> list[Resource]:
+        """What would be replaced if the properties it takes from `root`, or from another follower, changed."""
+        replaced = {root.urn}
+        followers = []
+        for each in self.state.resources:
+            if not each.custom or each.pending_delete or each.urn == root.urn or each.type not in self.kinds:
+                continue
+            inputs = dict(each.inputs)
+            for name, urns in each.property_dependencies.items():
+                if name in inputs and replaced.intersection(urns):
+                    inputs[name] = UNKNOWN
+            if self._diff(self.kinds[each.type], each.inputs, inputs, []).replace:
+                replaced.add(each.urn)
+                followers.append(each)
+        return followers
+
+    def _create(self, wanted: Resource, operation: Operation, diff: Diff | None = None) -> Resource:
+        changed = tuple(sorted(diff.replace)) if diff else ()
+        if self.dry_run:
+            wanted.id, wanted.outputs = UNKNOWN, dict(wanted.inputs)
+            self.state.resources.append(wanted)
+            self._report(operation, wanted, changed)
+            return wanted
+        started = time.monotonic()
+        self._begin("create", wanted)
+        wanted.id = self._call(wanted, lambda kind: kind.create(self.aws, reveal(wanted.inputs)))
+        self.state.resources.append(wanted)
+        self._save()
+        self._read_back(wanted)
+        self._end()
+        self._report(operation, wanted, changed, started)
+        return wanted
+
+    def _update(self, kind: Kind, old: Resource, wanted: Resource, diff: Diff) -> Resource:
+        changed = tuple(sorted(diff.changed - ({"tags"} if "tagsAll" in diff.changed else set())))
+        if self.dry_run:
+            wanted.outputs = {**old.outputs, **wanted.inputs}
+            self._put(old, wanted)
+            self._report("update", wanted, changed)
+            return wanted
+        started = time.monotonic()
+        update = kind.update
+        assert update is not None
+        self._begin("update", wanted)
+        self._call(wanted, lambda _: update(self.aws, old.id, reveal(old.inputs), reveal(wanted.inputs)))
+        self._put(old, wanted)
+        self._read_back(wanted)
+        self._end()
+        self._report("update", wanted, changed, started)
+        return wanted
+
+    def _delete_all(self, doomed: list[Resource], reason: tuple[str, ...] = ()) -> None:
+        staying = [each for each in doomed if each.protect and not each.retain_on_delete]
+        if staying:
+            raise ApplyError(
+                f"{_list(f'{each.type} {each.name}' for each in staying)} would have to be deleted, but is protected; "
+                "register it again, or set protect=False first"
+            )
+        going = {each.urn for each in doomed}
+        for resource in deletion_order(doomed):
+            if self._cancelled.is_set():
+                raise Interrupted("interrupted")
+            started = time.monotonic()
+            keep = resource.retain_on_delete or resource.deleted_with in going
+            applied = resource.custom and resource.type in self.kinds
+            if applied and not keep and not self.dry_run:
+                self._begin("delete", resource)
+                self._call(resource, lambda kind, r=resource: kind.delete(self.aws, r.id, reveal(r.inputs)))
+            self.state.resources = [each for each in self.state.resources if each is not resource]
+            if not self.dry_run:
+                self._end()
+            if applied:
+                self._report("retain" if resource.retain_on_delete else "delete", resource, reason, started)
+
+    # Small parts
+
+    def _kind(self, resource: Resource) -> Kind:
+        if resource.type not in self.kinds:
+            raise ApplyError(
+                f"the rehearsal cannot make {resource.type} ({resource.name}) yet: "
+                "describe its AWS calls in scripts/rehearsal/resources"
+            )
+        return self.kinds[resource.type]
+
+    def _call(self, resource: Resource, call: Callable[[Kind], T]) -> T:
+        try:
+            return call(self._kind(resource))
+        except ClientError as error:
+            reason = error.response.get("Error", {})
+            raise ApplyError(
+                f"{resource.type} {resource.name}: {error.operation_name} failed with "
+                f"{reason.get('Code', 'an error')}: {reason.get('Message', '')}"
+            ) from error
+        except BotoCoreError as error:
+            raise ApplyError(f"{resource.type} {resource.name}: {error}") from error
+
+    def _read_back(self, resource: Resource) -> None:
+        found = self._call(resource, lambda kind: kind.read(self.aws, resource.id, reveal(resource.inputs)))
+        if found is None:
+            raise ApplyError(f"{resource.type} {resource.name} ({resource.id}) was made and is already gone")
+        resource.outputs = self._outputs(resource, found)
+
+    def _outputs(self, resource: Resource, computed: Props) -> Props:
+        """Inputs and computed outputs together, secret where the input or the type says so."""
+        secret = {key for key, value in resource.inputs.items() if holds_secret(value)}
+        secret |= self.kinds[resource.type].secret_outputs
+        merged = {**reveal(resource.inputs), **computed}
+        return {key: Secret(value) if key in secret else value for key, value in merged.items()}
+
+    def _put(self, old: Resource | None, new: Resource) -> None:
+        if old is None:
+            self.state.resources.append(new)
+        else:
+            place = next(place for place, each in enumerate(self.state.resources) if each is old)
+            self.state.resources[place] = new
+
+    def _by_alias(self, request: Any, urn: str) -> Resource | None:
+        """The resource under a former name or parent, which `aliases` lists."""
+        stack, project, qualified, _ = urn.removeprefix("urn:pulumi:").split("::", 3)
+        for alias in request.aliases:
+            former = alias.urn
+            if not former:
+                spec = alias.spec
+                parent = "" if spec.noParent else spec.parentUrn or request.parent
+                kind = spec.type or request.type
+                if parent:
+                    kind = parent.split("::")[2].split("$")[-1] + "$" + kind
+                former = (
+                    f"urn:pulumi:{spec.stack or stack}::{spec.project or project}::{kind}::{spec.name or request.name}"
+                )
+            if found := self.state.live(former):
+                return found
+        return None
+
+    def _begin(self, operation: str, resource: Resource) -> None:
+        self.state.pending_operations = [{"operation": operation, "resource": vars(resource)}]
+        self._save()
+
+    def _end(self) -> None:
+        self.state.pending_operations = []
+        self._save()
+
+    def _save(self) -> None:
+        if not self.dry_run:
+            self.save(self.state)
+
+    def _report(
+        self, operation: Operation, resource: Resource, changed: tuple[str, ...] = (), started: float | None = None
+    ) -> None:
+        seconds = time.monotonic() - started if started is not None else 0.0
+        step = Step(operation, resource.urn, resource.type, resource.name, changed, seconds)
+        self.steps.append(step)
+        self.done(step)
+
+
+def default_tags(setting: Any) -> Mapping[str, str]:
+    """The tags of a provider's `defaultTags`, which arrives as JSON text or as {"tags": {…}}."""
+    document = json.loads(setting) if isinstance(setting, str) else setting or {}
+    return dict(document.get("tags", {}))
+
+
+def _is_name(name: str) -> bool:
+    return name != "clientToken"
+
+
+def _list(names: Any) -> str:
+    return ", ".join(sorted(names))

@@ -1,0 +1,251 @@
+"""S3: buckets and the sub-resources pulumi-aws 7 splits off them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from botocore.exceptions import ClientError
+
+from rehearsal.kinds import Aws, Kind, physical_name
+from rehearsal.resources.tags import as_list
+from rehearsal.values import Props
+
+# What an S3-compatible store answers to a feature of AWS's that it does not have.
+UNSUPPORTED = {"NotImplemented", "MethodNotAllowed", "501", "405"}
+ABSENT = {
+    "404",
+    "NoSuchBucket",
+    "NoSuchBucketPolicy",
+    "NoSuchLifecycleConfiguration",
+    "NoSuchPublicAccessBlockConfiguration",
+    "NoSuchTagSet",
+    "OwnershipControlsNotFoundError",
+    "ServerSideEncryptionConfigurationNotFoundError",
+    *UNSUPPORTED,
+}
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _supported(aws: Aws, what: str, call: Callable[..., Any], **arguments: Any) -> None:
+    """Makes the call; a store without that feature is noted and otherwise forgiven, as it has nothing to enforce."""
+    try:
+        call(**arguments)
+    except ClientError as error:
+        if _code(error) not in UNSUPPORTED:
+            raise
+        aws.note(f"the local object store has no {what}: declared for {arguments['Bucket']}, not enforced here")
+
+
+def _create_bucket(aws: Aws, inputs: Props) -> str:
+    client = aws.client("s3")
+    name = inputs["bucket"]
+    where = {} if aws.region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": aws.region}}
+    client.create_bucket(Bucket=name, **where)
+    if inputs.get("tagsAll"):
+        _tag_bucket(aws, name, inputs["tagsAll"])
+    return str(name)
+
+
+def _tag_bucket(aws: Aws, name: str, tags: Props) -> None:
+    client = aws.client("s3")
+    _supported(aws, "bucket tags", client.put_bucket_tagging, Bucket=name, Tagging={"TagSet": as_list(tags)})
+
+
+def _read_bucket(aws: Aws, id_: str, inputs: Props) -> Props | None:
+    try:
+        aws.client("s3").head_bucket(Bucket=id_)
+    except ClientError as error:
+        if _code(error) in ABSENT:
+            return None
+        raise
+    return {
+        "arn": f"arn:aws:s3:::{id_}",
+        "bucket": id_,
+        "bucketDomainName": f"{id_}.s3.amazonaws.com",
+        "bucketRegionalDomainName": f"{id_}.s3.{aws.region}.amazonaws.com",
+        "region": aws.region,
+    }
+
+
+def _update_bucket(aws: Aws, id_: str, old: Props, new: Props) -> None:
+    if old.get("tagsAll") != new.get("tagsAll"):
+        _tag_bucket(aws, id_, new.get("tagsAll", {}))
+
+
+def _delete_bucket(aws: Aws, id_: str, inputs: Props) -> None:
+    client = aws.client("s3")
+    if inputs.get("forceDestroy"):
+        for page in client.get_paginator("list_object_versions").paginate(Bucket=id_):
+            for entry in page.get("Versions", []) + page.get("DeleteMarkers", []):
+                client.delete_object(Bucket=id_, Key=entry["Key"], VersionId=entry["VersionId"])
+    client.delete_bucket(Bucket=id_)
+
+
+def _part(
+    what: str,
+    put: Callable[[Any, str, Props], None],
+    get: str,
+    remove: Callable[[Any, str], None] | None,
+) -> Kind:
+    """A sub-resource: one setting of one bucket, whose id is the bucket's name."""
+
+    def apply(aws: Aws, inputs: Props) -> str:
+        bucket = str(inputs["bucket"])
+        _supported(aws, what, lambda Bucket: put(aws.client("s3"), Bucket, inputs), Bucket=bucket)
+        return bucket
+
+    def read(aws: Aws, id_: str, inputs: Props) -> Props | None:
+        try:
+            aws.client("s3").head_bucket(Bucket=id_)
+            getattr(aws.client("s3"), get)(Bucket=id_)
+        except ClientError as error:
+            if _code(error) in UNSUPPORTED:
+                return {}
+            if _code(error) in ABSENT:
+                return None
+            raise
+        return {}
+
+    def delete(aws: Aws, id_: str, inputs: Props) -> None:
+        if remove is None:
+            return
+        try:
+            remove(aws.client("s3"), id_)
+        except ClientError as error:
+            if _code(error) not in ABSENT:
+                raise
+
+    return Kind(
+        create=apply,
+        read=read,
+        update=lambda aws, id_, old, new: apply(aws, new) and None,
+        delete=delete,
+        recover=apply,
+        replace_on=frozenset({"bucket", "expectedBucketOwner"}),
+    )
+
+
+def _put_versioning(client: Any, bucket: str, inputs: Props) -> None:
+    status = inputs["versioningConfiguration"]["status"]
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": status})
+
+
+def _suspend_versioning(client: Any, bucket: str) -> None:
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Suspended"})
+
+
+def _put_encryption(client: Any, bucket: str, inputs: Props) -> None:
+    rules = []
+    for rule in inputs["rules"]:
+        default = rule.get("applyServerSideEncryptionByDefault", {})
+        entry: Props = {"BucketKeyEnabled": bool(rule.get("bucketKeyEnabled"))}
+        if default:
+            entry["ApplyServerSideEncryptionByDefault"] = {"SSEAlgorithm": default["sseAlgorithm"]} | (
+                {"KMSMasterKeyID": default["kmsMasterKeyId"]} if default.get("kmsMasterKeyId") else {}
+            )
+        rules.append(entry)
+    client.put_bucket_encryption(Bucket=bucket, ServerSideEncryptionConfiguration={"Rules": rules})
+
+
+def _put_public_access_block(client: Any, bucket: str, inputs: Props) -> None:
+    names = ["blockPublicAcls", "ignorePublicAcls", "blockPublicPolicy", "restrictPublicBuckets"]
+    client.put_public_access_block(
+        Bucket=bucket,
+        PublicAccessBlockConfiguration={name[0].upper() + name[1:]: bool(inputs.get(name)) for name in names},
+    )
+
+
+def _put_ownership(client: Any, bucket: str, inputs: Props) -> None:
+    client.put_bucket_ownership_controls(
+        Bucket=bucket, OwnershipControls={"Rules": [{"ObjectOwnership": inputs["rule"]["objectOwnership"]}]}
+    )
+
+
+def lifecycle_rule(rule: Props) -> Props:
+    """A rule of BucketLifecycleConfiguration as PutBucketLifecycleConfiguration takes it."""
+    made: Props = {"ID": rule["id"], "Status": rule["status"], "Filter": _lifecycle_filter(rule.get("filter", {}))}
+    if upload := rule.get("abortIncompleteMultipartUpload"):
+        made["AbortIncompleteMultipartUpload"] = {"DaysAfterInitiation": upload["daysAfterInitiation"]}
+    if expiration := rule.get("expiration"):
+        made["Expiration"] = _capitalised(expiration, {"days", "date", "expiredObjectDeleteMarker"})
+    if old := rule.get("noncurrentVersionExpiration"):
+        made["NoncurrentVersionExpiration"] = _capitalised(old, {"noncurrentDays", "newerNoncurrentVersions"})
+    if transitions := rule.get("transitions"):
+        made["Transitions"] = [_capitalised(each, {"days", "date", "storageClass"}) for each in transitions]
+    if moves := rule.get("noncurrentVersionTransitions"):
+        known = {"noncurrentDays", "newerNoncurrentVersions", "storageClass"}
+        made["NoncurrentVersionTransitions"] = [_capitalised(each, known) for each in moves]
+    return made
+
+
+def _lifecycle_filter(filter_: Props) -> Props:
+    if "and" in filter_:
+        both = filter_["and"]
+        return {"And": {"Prefix": both.get("prefix", ""), "Tags": as_list(both.get("tags", {}))}}
+    if "tag" in filter_:
+        return {"Tag": {"Key": filter_["tag"]["key"], "Value": filter_["tag"]["value"]}}
+    return {"Prefix": filter_.get("prefix", "")}
+
+
+def _capitalised(values: Props, known: set[str]) -> Props:
+    return {name[0].upper() + name[1:]: value for name, value in values.items() if name in known}
+
+
+def _put_lifecycle(client: Any, bucket: str, inputs: Props) -> None:
+    rules = [lifecycle_rule(rule) for rule in inputs["rules"]]
+    client.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": rules})
+
+
+def _put_policy(client: Any, bucket: str, inputs: Props) -> None:
+    client.put_bucket_policy(Bucket=bucket, Policy=inputs["policy"])
+
+
+KINDS = {
+    "aws:s3/bucket:Bucket": Kind(
+        create=_create_bucket,
+        read=_read_bucket,
+        update=_update_bucket,
+        delete=_delete_bucket,
+        recover=lambda aws, inputs: inputs["bucket"] if _read_bucket(aws, inputs["bucket"], inputs) else None,
+        replace_on=frozenset({"bucket", "bucketPrefix", "objectLockEnabled", "region"}),
+        generate={"bucket": lambda logical: physical_name(logical).lower()},
+        tagged=True,
+    ),
+    "aws:s3/bucketVersioning:BucketVersioning": _part(
+        "versioning", _put_versioning, "get_bucket_versioning", _suspend_versioning
+    ),
+    "aws:s3/bucketServerSideEncryptionConfiguration:BucketServerSideEncryptionConfiguration": _part(
+        "bucket encryption",
+        _put_encryption,
+        "get_bucket_encryption",
+        lambda client, bucket: client.delete_bucket_encryption(Bucket=bucket),
+    ),
+    "aws:s3/bucketPublicAccessBlock:BucketPublicAccessBlock": _part(
+        "public access block",
+        _put_public_access_block,
+        "get_public_access_block",
+        lambda client, bucket: client.delete_public_access_block(Bucket=bucket),
+    ),
+    "aws:s3/bucketOwnershipControls:BucketOwnershipControls": _part(
+        "ownership controls",
+        _put_ownership,
+        "get_bucket_ownership_controls",
+        lambda client, bucket: client.delete_bucket_ownership_controls(Bucket=bucket),
+    ),
+    "aws:s3/bucketLifecycleConfiguration:BucketLifecycleConfiguration": _part(
+        "lifecycle rules",
+        _put_lifecycle,
+        "get_bucket_lifecycle_configuration",
+        lambda client, bucket: client.delete_bucket_lifecycle(Bucket=bucket),
+    ),
+    "aws:s3/bucketPolicy:BucketPolicy": _part(
+        "bucket policies",
+        _put_policy,
+        "get_bucket_policy",
+        lambda client, bucket: client.delete_bucket_policy(Bucket=bucket),
+    ),
+}

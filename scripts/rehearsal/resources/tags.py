@@ -1,0 +1,32 @@
+"""Tags as the EC2, SSM and IAM APIs take them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rehearsal.kinds import Aws
+
+
+def as_list(tags: Mapping[str, str]) -> list[dict[str, str]]:
+    """[{"Key": …, "Value": …}], in a stable order."""
+    return [{"Key": key, "Value": str(value)} for key, value in sorted(tags.items())]
+
+
+def as_map(tags: list[dict[str, Any]] | None) -> dict[str, str]:
+    """The reverse of `as_list`."""
+    return {each["Key"]: each["Value"] for each in tags or []}
+
+
+def specification(kind: str, tags: Mapping[str, str] | None) -> list[dict[str, Any]]:
+    """EC2's TagSpecifications for one resource type, empty when there are no tags."""
+    return [{"ResourceType": kind, "Tags": as_list(tags)}] if tags else []
+
+
+def update_ec2(aws: Aws, id_: str, before: Mapping[str, str] | None, after: Mapping[str, str] | None) -> None:
+    """Makes the tags of an EC2 resource those of `after`."""
+    before, after = before or {}, after or {}
+    if gone := before.keys() - after.keys():
+        aws.client("ec2").delete_tags(Resources=[id_], Tags=[{"Key": key} for key in sorted(gone)])
+    if fresh := {key: value for key, value in after.items() if before.get(key) != value}:
+        aws.client("ec2").create_tags(Resources=[id_], Tags=as_list(fresh))
