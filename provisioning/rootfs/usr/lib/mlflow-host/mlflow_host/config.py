@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow_host import launch
-from mlflow_host.launch import LaunchDocument
+from mlflow_host.launch import LaunchDocument, LaunchError
 from mlflow_host.sizing import Sizing
+from mlflow_host.status import StepFailed
 
 LAUNCH_DOCUMENT = Path("/etc/mlflow-host/launch.toml")
 IMAGE_FACTS = Path("/usr/share/mlflow-host/image.json")
@@ -35,6 +36,18 @@ def host_config(document: LaunchDocument, sizing: Sizing) -> HostConfig:
     name = document.web.hostnames[0]
     scheme = "http" if document.web.tls == "off" else "https"
     return HostConfig(document, sizing, f"{scheme}://[{name}]" if ":" in name else f"{scheme}://{name}")
+
+
+def launch_document(path: Path = LAUNCH_DOCUMENT) -> LaunchDocument:
+    """What user-data said. Raises StepFailed when it is missing or cannot be used."""
+    try:
+        return launch.parse(path.read_text())
+    except FileNotFoundError:
+        raise StepFailed(f"{path} is missing: launch this image with the user-data that the stack makes") from None
+    except UnicodeDecodeError:
+        raise StepFailed(f"{path} is not text in UTF-8: launch with the user-data that the stack makes") from None
+    except LaunchError as error:
+        raise StepFailed(f"the launch document cannot be used: {error}") from None
 
 
 def load(path: Path = CONFIG) -> HostConfig:

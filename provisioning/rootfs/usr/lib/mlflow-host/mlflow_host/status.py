@@ -68,21 +68,26 @@ class Step:
         _write(self._run / "status" / f"{self.name}.json", json.dumps(content) + "\n")
         publish(self._run)
 
+    @contextmanager
+    def reporting(self) -> Iterator[Step]:
+        """Records a failure of the block, as `step` does, and leaves the step running after it."""
+        self.record("running")
+        try:
+            yield self
+        except StepFailed as failure:
+            self.record("failed", str(failure))
+            print(f"mlflow-host: {self.name} failed: {failure}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.record("failed", f"{reason} (this is a bug: the journal of this machine has the details)")
+            raise
+
 
 @contextmanager
 def step(name: str, run: Path = RUN) -> Iterator[Step]:
-    current = Step(name, run)
-    current.record("running")
-    try:
+    with (current := Step(name, run)).reporting():
         yield current
-    except StepFailed as failure:
-        current.record("failed", str(failure))
-        print(f"mlflow-host: {name} failed: {failure}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        current.record("failed", f"{reason} (this is a bug: the journal of this machine has the details)")
-        raise
     current.record("done")
 
 
@@ -119,12 +124,15 @@ def publish(run: Path = RUN, page: Path = PAGE) -> None:
     web = run / "web"
     if not web.is_dir():
         return
-    with (web / ".lock").open("a") as lock:
+    lock = os.open(web, os.O_RDONLY)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         status = read(run)
         _write(web / "status.json", json.dumps({"error_code": "TEMPORARILY_UNAVAILABLE", **status}) + "\n")
         if page.exists():
             _write(web / "status.html", render(status, page.read_text()))
+    finally:
+        os.close(lock)
 
 
 def render(status: dict[str, Any], page: str) -> str:

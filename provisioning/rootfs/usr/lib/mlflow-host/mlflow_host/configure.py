@@ -1,0 +1,54 @@
+"""Boot step "configure": from the launch document, the credentials and the size of the machine to everything the other
+steps read in /run. Safe to run again at any time."""
+
+from __future__ import annotations
+
+import subprocess
+
+from mlflow_host import config, credentials, server, sizing, web
+from mlflow_host.config import HostConfig
+from mlflow_host.status import StepFailed, step
+
+
+def main() -> None:
+    with step("configure") as s:
+        document = config.launch_document()
+        machine = sizing.this_machine()
+        host = config.host_config(document, sizing.size(machine, job_execution=document.mlflow.job_execution))
+        s.say(f"{machine.memory_mb} MiB and {machine.cores} cores: {host.sizing.server_processes} server processes")
+        web.write_private(config.CONFIG, config.dump(host), mode=0o644)
+        web.write_private(config.RUN / "postgresql.conf", postgresql_settings(host), mode=0o644)
+
+        s.say(f"fetching the credentials from {document.credentials.parameter}")
+        found = credentials.fetch(document, s.say)
+        variables = server.environment(host, found.kek_passphrase)
+        web.write_private(config.RUN / "mlflow.env", environment_file(variables), mode=0o600)
+        web.install(host, found)
+        start_servers(host)
+        s.say(f"serving {host.url}")
+
+
+def postgresql_settings(host: HostConfig) -> str:
+    return web.render("postgresql.conf.j2", web.TEMPLATES, sizing=host.sizing, postgres=host.launch.postgres)
+
+
+def environment_file(variables: dict[str, str]) -> str:
+    """For systemd's EnvironmentFile=. Raises StepFailed for a value that cannot be written there."""
+    unprintable = [name for name, value in variables.items() if not value.isprintable()]
+    if unprintable:
+        raise StepFailed(f"{', '.join(unprintable)} would contain control characters: correct the launch document")
+    return "".join(f'{name}="{_escaped(value)}"\n' for name, value in sorted(variables.items()))
+
+
+def _escaped(value: str) -> str:
+    return "".join(f"\\{character}" if character in '\\"$`' else character for character in value)
+
+
+def start_servers(host: HostConfig) -> None:
+    """Queue the server processes this machine is big enough for; systemd starts them after the database step."""
+    units = [f"mlflow-server@{n}.service" for n in range(1, host.sizing.server_processes + 1)]
+    subprocess.run(["systemctl", "start", "--no-block", *units], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""PostgreSQL on the data volume: made on first use, refused when it is another major's, then this process becomes it.
+
+The cluster holds data only. Its settings, and who may connect, come with the image and from `configure`, so the same
+cluster runs under any image of its major. The locale is C.UTF-8 of the C library: its order is that of code points and
+never changes between distributions, where ICU's and other locales' do and would break indexes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from mlflow_host import config
+from mlflow_host.status import Step, StepFailed, step
+
+CLUSTERS = config.DATA / "postgresql"
+SETTINGS = config.RUN / "postgresql.conf"
+
+
+def main(arguments: list[str]) -> None:
+    major = config.postgresql_major()
+    if arguments == ["--started"]:
+        with step("postgresql") as s:
+            s.say(f"PostgreSQL {major} accepts connections")
+        return
+    s = Step("postgresql", config.RUN)
+    with s.reporting():
+        cluster = prepare(CLUSTERS, major, binaries(major), s)
+        s.say(f"starting PostgreSQL {major}")
+    program = binaries(major) / "postgres"
+    os.execv(program, [str(program), "-D", str(cluster), "-c", f"config_file={SETTINGS}"])
+
+
+def binaries(major: int) -> Path:
+    return Path(f"/usr/lib/postgresql/{major}/bin")
+
+
+def prepare(clusters: Path, major: int, programs: Path, s: Step) -> Path:
+    """The cluster of this major, made if the volume has none. Raises StepFailed when it has another major's."""
+    others = sorted(path.name for path in clusters.iterdir() if path.name.isdigit() and path.name != str(major))
+    cluster = clusters / str(major)
+    if others and not cluster.exists():
+        raise StepFailed(
+            f"the data volume holds a PostgreSQL {others[-1]} cluster and this image runs PostgreSQL {major}: nothing "
+            f"was changed; pin an image with PostgreSQL {others[-1]}, or move by dump and restore: give the stack a "
+            "new data volume and set restoreFrom to latest"
+        )
+    if not cluster.exists():
+        s.say(f"creating a PostgreSQL {major} cluster")
+        unfinished = clusters / f".{major}.new"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        create(unfinished, programs)
+        unfinished.rename(cluster)
+        _sync(clusters)
+    return cluster
+
+
+def create(cluster: Path, programs: Path) -> None:
+    made = subprocess.run(
+        [
+            programs / "initdb",
+            f"--pgdata={cluster}",
+            "--username=postgres",
+            "--encoding=UTF8",
+            "--locale=C.UTF-8",
+            "--auth=peer",
+            "--data-checksums",
+            "--no-instructions",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if made.returncode:
+        raise StepFailed(f"initdb could not make a cluster in {cluster}: {made.stdout.strip().splitlines()[-1]}")
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
