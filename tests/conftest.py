@@ -1,0 +1,118 @@
+"""What the tests share: one local cloud, one baked image per base, one launched server, all real.
+
+The local cloud keeps its images between test runs in a folder of its own (`state_dir`), so a second run bakes
+nothing as long as packer/ and provisioning/ stay as they are. Machines, daemons, mounts and loop devices are all
+gone when the tests end, whether they passed, failed or were interrupted; `cloud` fails if anything is left.
+
+The imports inside the fixtures are what keeps the unit tests quick: MLflow alone takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from leftovers import leftovers, network_namespaces, running_processes
+
+if TYPE_CHECKING:
+    from local_cloud import LocalCloud
+    from mlflow import MlflowClient
+    from servers import Server
+
+BASES = [pytest.param("debian12"), pytest.param("debian13", marks=pytest.mark.slow)]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Let SIGTERM end the tests as Ctrl-C does, so that fixtures tear down what they started."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+@pytest.fixture(scope="session")
+def state_dir() -> Path:
+    """Where the tests' local cloud keeps its state: $MLFLOW_AMI_LOCAL_CLOUD, or a folder beside the demo's."""
+    state_home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return Path(os.environ.get("MLFLOW_AMI_LOCAL_CLOUD") or state_home / "mlflow-ami" / "tests").resolve()
+
+
+@pytest.fixture(scope="session")
+def cloud(state_dir: Path) -> Iterator[LocalCloud]:
+    """The tests' local cloud, up; down again at the end, with nothing of it left on the machine."""
+    if os.geteuid() != 0:
+        pytest.fail("the tests that bake and boot machines need root: run them with `make test` or sudo", pytrace=False)
+    from local_cloud import LocalCloud
+
+    os.environ["MLFLOW_AMI_LOCAL_CLOUD"] = str(state_dir)
+    processes_before = running_processes()
+    namespaces_before = network_namespaces()
+    cloud = LocalCloud(state_dir)
+    try:
+        cloud.up()
+        yield cloud
+    finally:
+        cloud.down()
+    left = [*leftovers(state_dir, processes_before), *sorted(network_namespaces() - namespaces_before)]
+    assert not left, "the local cloud is down, but it left on this machine:\n" + "\n".join(left)
+
+
+@pytest.fixture(scope="session", params=BASES)
+def base(request: pytest.FixtureRequest) -> str:
+    """The distribution the image is made of; Debian 13 runs behind `make test-all`."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def image(cloud: LocalCloud, base: str) -> Mapping[str, Any]:
+    """The image baked on `base` by scripts/bake.py, baked again only if what goes into it changed."""
+    from servers import script
+
+    baked: dict[str, Any] = json.loads(script("bake.py", "--local", "--if-changed", "--base", base, "--json").stdout)
+    return baked
+
+
+@pytest.fixture(scope="session")
+def server(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
+    """A server launched from `image` with the stack's defaults; its data is deleted at the end."""
+    from servers import LOOPBACK, describe_server, script
+
+    script("rehearse.py", "down", "--purge", "--yes")
+    try:
+        script("rehearse.py", "up", "--ami", image["ami_id"], "--set", f"allowedCidrs={LOOPBACK}", "--json")
+        yield describe_server()
+    finally:
+        script("rehearse.py", "down", "--purge", "--yes")
+
+
+@pytest.fixture(scope="session")
+def example_runs(server: Server) -> Mapping[str, str]:
+    """The id of the run that each example logged to `server`, by the example's file name."""
+    import mlflow
+    from servers import EXAMPLES, client_of, run
+    from stand_ins import chat_completions
+
+    with chat_completions.serve() as model_url:
+        environment = {**os.environ, **chat_completions.client_environment(model_url), **server.exports}
+        for example in EXAMPLES:
+            run([sys.executable, str(example)], env=environment)
+    with client_of(server):
+        found = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    return {Path(each.data.tags["mlflow.source.name"]).name: each.info.run_id for each in found}
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[MlflowClient]:
+    """The real MLflow client of `server`."""
+    from servers import client_of
+
+    with client_of(server) as client:
+        yield client

@@ -1,0 +1,78 @@
+"""What a local cloud left on this machine: the machine's own account of it, not the local cloud's."""
+
+import subprocess
+from collections.abc import Collection
+from pathlib import Path
+
+
+def running_processes() -> set[int]:
+    return {int(each.name) for each in Path("/proc").iterdir() if each.name.isdigit()}
+
+
+def leftovers(state_dir: Path, started_before: Collection[int]) -> list[str]:
+    """Every process, mount, loop device and container that belongs to the local cloud in `state_dir`.
+
+    The processes in `started_before` are not ours: the shell and the make that run the tests carry the folder's name
+    in their environment too.
+
+    Read from /proc and /sys rather than from the local cloud's records, so that what it forgot shows as well. Its
+    files in `state_dir` are not counted: images, volumes and buckets are kept on purpose.
+    """
+    mark = str(state_dir)
+    return [*processes(mark, started_before), *mounts(mark), *loop_devices(mark), *containers(mark)]
+
+
+def network_namespaces() -> set[str]:
+    """The named network namespaces (`ip netns`) of this machine; take it before and after."""
+    named = Path("/run/netns")
+    return {f"network namespace {each.name}" for each in named.iterdir()} if named.is_dir() else set()
+
+
+def processes(mark: str, started_before: Collection[int]) -> list[str]:
+    """Processes that name the folder in their arguments or environment, or live in a container made from it."""
+    ours = Path("/proc/self/ns/mnt").readlink()
+    found = []
+    for pid in sorted(running_processes() - set(started_before)):
+        proc = Path("/proc", str(pid))
+        try:
+            arguments = (proc / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            environment = (proc / "environ").read_bytes().decode(errors="replace")
+            elsewhere = (proc / "ns" / "mnt").readlink() != ours
+            if mark in arguments or mark in environment or (elsewhere and mark in (proc / "mountinfo").read_text()):
+                found.append(f"process {pid}: {arguments.strip()[:200]}")
+        except OSError:  # it ended while we looked
+            continue
+    return found
+
+
+def mounts(mark: str) -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [f"mount {line.split()[4]}" for line in lines if mark in line]
+
+
+def loop_devices(mark: str) -> list[str]:
+    found = []
+    for device in Path("/sys/block").glob("loop*"):
+        try:
+            backing = (device / "loop" / "backing_file").read_text().strip()
+        except OSError:  # not attached to anything
+            continue
+        if mark in backing:
+            found.append(f"loop device {device.name}: {backing}")
+    return found
+
+
+def containers(mark: str) -> list[str]:
+    """Containers in any podman storage below the folder, and in podman's default one if they mount the folder."""
+    stores: list[list[str]] = [[]]
+    for records in Path(mark).rglob("overlay-containers"):
+        stores.append(["--root", str(records.parent)])
+    found = []
+    for store in stores:
+        listed = subprocess.run(
+            ["podman", *store, "ps", "--all", "--format", "{{.ID}} {{.Names}} {{.Status}} {{.Mounts}}"],
+            capture_output=True,
+            text=True,
+        )
+        found += [f"container {line}" for line in listed.stdout.splitlines() if store or mark in line]
+    return found

@@ -1,0 +1,83 @@
+"""Launched servers as the tests see them: by the scripts a person runs, and the real MLflow client."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlflow
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SCRIPTS = REPOSITORY / "scripts"
+BUILD = REPOSITORY / "build"
+EXAMPLES = sorted((SCRIPTS / "examples").glob("*.py"))
+
+LOOPBACK = '["127.0.0.0/8"]'
+"""The `allowedCidrs` setting under which tests on this machine reach a server."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A launched server, as `rehearse.py status --json` describes it."""
+
+    url: str
+    username: str
+    password: str = field(repr=False)
+    instance_id: str
+    ami_id: str
+    mlflow_version: str
+    buckets: Mapping[str, str]
+    exports: Mapping[str, str] = field(repr=False)
+    """What scripts/connect.py tells a client to put into its environment."""
+
+    @property
+    def login(self) -> tuple[str, str]:
+        return self.username, self.password
+
+
+def describe_server() -> Server:
+    status = json.loads(script("rehearse.py", "status", "--json").stdout)
+    words = shlex.split(script("connect.py").stdout, comments=True)
+    names = Server.__dataclass_fields__
+    return Server(
+        **{name: value for name, value in status.items() if name in names},
+        exports=dict(word.split("=", 1) for word in words if "=" in word),
+    )
+
+
+@contextmanager
+def client_of(server: Server) -> Iterator[mlflow.MlflowClient]:
+    """For as long as the block runs, this process's MLflow is a client of `server`, by connect.py's exports alone."""
+    before = {name: os.environ.get(name) for name in server.exports}
+    os.environ.update(server.exports)
+    mlflow.set_tracking_uri(None)
+    mlflow.set_registry_uri(None)
+    try:
+        yield mlflow.MlflowClient()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def script(name: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a script of ours as a person would; the test fails with what it said unless it exits with `expect`."""
+    return run([sys.executable, str(SCRIPTS / name), *arguments], expect=expect)
+
+
+def run(command: list[str], expect: int = 0, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode != expect:
+        pytest.fail(
+            f"{shlex.join(command)}\nended with {done.returncode}, not {expect}:\n{done.stdout}{done.stderr}",
+            pytrace=False,
+        )
+    return done
