@@ -53,7 +53,8 @@ def resolve(source: Path, destination: Path, constraints: tuple[str, ...] = (), 
             check=False, capture_output=True, text=True, cwd=scratch,
         )  # fmt: skip
         if done.returncode:
-            raise LockError(f"{source.name} cannot be resolved{narrowing(constraints)}: {' '.join(done.stderr.split())}")
+            reason = " ".join(done.stderr.split())
+            raise LockError(f"{source.name} cannot be resolved{narrowing(constraints)}: {reason}")
         destination.write_text(Path(scratch, "lock").read_text(encoding="utf-8"), encoding="utf-8")
 
 

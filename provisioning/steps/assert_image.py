@@ -39,7 +39,7 @@ FACTS = {
 }
 MUST_BE_OFF = ("apt-daily.timer", "apt-daily-upgrade.timer", "unattended-upgrades.service", "certbot.timer")
 HELD = ("postgresql", "nginx", "python3", "pgbackrest", "certbot")
-CREDENTIALS = (".aws", ".pgpass", ".netrc", ".git-credentials", ".docker/config.json", ".pypirc", ".config/pip", ".config/uv")
+CREDENTIALS = (".aws", ".pgpass", ".netrc", ".git-credentials", ".docker", ".pypirc", ".config/pip", ".config/uv")
 HISTORIES = (".bash_history", ".python_history", ".psql_history", ".lesshst", ".wget-hsts", ".viminfo")
 
 
@@ -58,7 +58,8 @@ def files_below(*roots: Path) -> Iterator[Path]:
 
 def homes() -> list[Path]:
     """Home directories that exist, of people and of services."""
-    return sorted({Path(user.pw_dir) for user in pwd.getpwall() if Path(user.pw_dir).is_dir()} - {Path("/"), Path("/bin")})
+    found = {Path(user.pw_dir) for user in pwd.getpwall()}
+    return sorted(home for home in found - {Path("/"), Path("/bin")} if home.is_dir())
 
 
 # ── Nothing that belongs to one machine ─────────────────────────────────────────────────────────────────────────────
@@ -85,7 +86,7 @@ def no_identity() -> Iterator[str]:
         if seed.exists():
             yield f"every machine of this image would share {seed}"
     if Path("/var/lib/cloud/instance").exists() or any(Path("/var/lib/cloud").glob("instances/*")):
-        yield "cloud-init remembers the builder in /var/lib/cloud, so a launched machine would be taken for the same one"
+        yield "cloud-init remembers the builder in /var/lib/cloud, so a launched machine would be taken for it"
 
 
 def no_access() -> Iterator[str]:
@@ -154,9 +155,8 @@ def units_in_order() -> Iterator[str]:
     if not shipped:
         yield f"no unit of ours is installed in {UNITS}"
     else:
-        verified = subprocess.run(
-            ["systemd-analyze", "verify", "--recursive-errors=no", *shipped], check=False, capture_output=True, text=True
-        )
+        command = ["systemd-analyze", "verify", "--recursive-errors=no", *shipped]
+        verified = subprocess.run(command, check=False, capture_output=True, text=True)
         if verified.returncode:
             yield f"systemd refuses a unit of ours: {' / '.join(verified.stderr.strip().splitlines())}"
 
@@ -173,26 +173,32 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def ask_environment(program: str, *arguments: str) -> dict[str, str]:
+    """Package names and versions that a program prints as JSON pairs, run by the server's own Python."""
+    pairs = json.loads(output(f"{ENVIRONMENT}/bin/python", "-B", "-c", program, *arguments) or "[]")
+    return {canonical(name): version for name, version in pairs}
+
+
 def installed_python_packages() -> dict[str, str]:
-    """Name and version of what the server's environment holds, asked of its own Python."""
-    program = "import json; from importlib.metadata import distributions as d; print(json.dumps([(x.name, x.version) for x in d()]))"
-    return {canonical(name): version for name, version in json.loads(output(f"{ENVIRONMENT}/bin/python", "-c", program) or "[]")}
+    """Name and version of what the server's environment holds."""
+    return ask_environment(
+        "import json; from importlib.metadata import distributions\n"
+        "print(json.dumps([(found.name, found.version) for found in distributions()]))"
+    )
 
 
 def locked_python_packages() -> dict[str, str]:
-    """Name and version of what requirements.lock names for this Python: markers are evaluated by its own packaging."""
-    program = (
-        "import json, sys; from packaging.requirements import Requirement as R\n"
-        "lines = [line.split(' \\\\')[0] for line in open(sys.argv[1]) if line[0].isalnum()]\n"
-        "found = [R(line) for line in lines]\n"
-        "print(json.dumps([(r.name, str(r.specifier)[2:]) for r in found if r.marker is None or r.marker.evaluate()]))"
+    """Name and version of what requirements.lock names for this Python."""
+    return ask_environment(
+        "import json, sys; from packaging.requirements import Requirement\n"
+        "named = [Requirement(line.split(' \\\\')[0]) for line in open(sys.argv[1]) if line[0].isalnum()]\n"
+        "print(json.dumps([(r.name, str(r.specifier)[2:]) for r in named if r.marker is None or r.marker.evaluate()]))",
+        str(SHARE / "requirements.lock"),
     )
-    lock = str(SHARE / "requirements.lock")
-    return {canonical(name): version for name, version in json.loads(output(f"{ENVIRONMENT}/bin/python", "-c", program, lock) or "[]")}
 
 
 def environment_as_locked() -> Iterator[str]:
-    """The server's environment holds what the lock file names and nothing else, compiled, and the server can be imported."""
+    """The server's environment holds what the lock file names, compiled, and the server can be imported."""
     locked, installed = locked_python_packages(), installed_python_packages()
     if not locked:
         yield f"{SHARE / 'requirements.lock'} names no package"
@@ -234,7 +240,7 @@ def facts_true() -> Iterator[str]:
         yield f"{SHARE / 'image.json'} cannot be read: {error}"
         return
     for key, kind in FACTS.items():
-        if not isinstance(facts.get(key), kind) or facts[key] in ("", 0) and kind is not bool:
+        if not isinstance(facts.get(key), kind) or (facts[key] in ("", 0) and kind is not bool):
             yield f"image.json says {key} = {facts.get(key)!r}, which is no {kind.__name__} that tells something"
     if facts.get("format") != 1:
         yield f"image.json is of format {facts.get('format')!r}, not 1"

@@ -33,7 +33,8 @@ def deb_packages() -> dict[str, str]:
 
 def python_packages() -> dict[str, str]:
     """Name and version of every distribution in the server's environment, the boot package included."""
-    return dict(sorted((str(d.metadata["Name"]).lower().replace("_", "-"), d.version) for d in metadata.distributions()))
+    found = metadata.distributions()
+    return dict(sorted((re.sub(r"[-_.]+", "-", each.name).lower(), each.version) for each in found))
 
 
 def operating_system() -> str:
@@ -57,7 +58,7 @@ def migrations() -> tuple[str, int]:
     head = chain.get_current_head()
     revisions = list(chain.walk_revisions())
     if head is None or any(isinstance(r.down_revision, tuple) or len(r.nextrev) > 1 for r in revisions):
-        raise SystemExit("record_facts: MLflow's migrations are no single line any more, so images cannot be ordered by them")
+        raise SystemExit("record_facts: MLflow's migrations have forked, so images cannot be ordered by their number")
     return head, len(revisions)
 
 
