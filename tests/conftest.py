@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from leftovers import leftovers, network_namespaces, running_processes
+from leftovers import leftovers, orphaned_network_namespaces, running_processes
 
 if TYPE_CHECKING:
     from local_cloud import LocalCloud
@@ -54,14 +54,14 @@ def cloud(state_dir: Path) -> Iterator[LocalCloud]:
 
     os.environ["MLFLOW_AMI_LOCAL_CLOUD"] = str(state_dir)
     processes_before = running_processes()
-    namespaces_before = network_namespaces()
+    namespaces_before = orphaned_network_namespaces()
     cloud = LocalCloud(state_dir)
     try:
         cloud.up()
         yield cloud
     finally:
         cloud.down()
-    left = [*leftovers(state_dir, processes_before), *sorted(network_namespaces() - namespaces_before)]
+    left = [*leftovers(state_dir, processes_before), *sorted(orphaned_network_namespaces() - namespaces_before)]
     assert not left, "the local cloud is down, but it left on this machine:\n" + "\n".join(left)
 
 

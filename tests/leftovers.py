@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -22,10 +23,18 @@ def leftovers(state_dir: Path, started_before: Collection[int]) -> list[str]:
     return [*processes(mark, started_before), *mounts(mark), *loop_devices(mark), *containers(mark)]
 
 
-def network_namespaces() -> set[str]:
-    """The named network namespaces (`ip netns`) of this machine; take it before and after."""
+def orphaned_network_namespaces() -> set[str]:
+    """Named network namespaces (`ip netns`) that no process lives in; take it before and after."""
+    inhabited = set()
+    for pid in running_processes():
+        with suppress(OSError):  # it ended while we looked
+            inhabited.add(Path(f"/proc/{pid}/ns/net").stat().st_ino)
     named = Path("/run/netns")
-    return {f"network namespace {each.name}" for each in named.iterdir()} if named.is_dir() else set()
+    return {
+        f"network namespace {each.name}"
+        for each in (named.iterdir() if named.is_dir() else ())
+        if each.stat().st_ino not in inhabited
+    }
 
 
 def processes(mark: str, started_before: Collection[int]) -> list[str]:

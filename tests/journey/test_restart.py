@@ -1,0 +1,95 @@
+"""A machine that restarts says what it is doing meanwhile, and comes back with everything it held."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import requests
+from local_cloud import LocalCloud
+from mlflow import MlflowClient
+from servers import Server
+
+pytestmark = pytest.mark.machine
+
+PATIENCE_SECONDS = 90
+
+
+def everything(client: MlflowClient) -> dict[str, Any]:
+    """All that the server can tell about its experiments, runs, metric histories, traces and models."""
+    experiments = client.search_experiments()
+    ids = [each.experiment_id for each in experiments]
+    runs = [run for each in ids for run in client.search_runs([each], max_results=1000)]
+    return {
+        "experiments": {each.experiment_id: each.name for each in experiments},
+        "runs": {run.info.run_id: (run.data.to_dictionary(), run.info.status) for run in runs},
+        "histories": {
+            (run.info.run_id, key): [
+                (point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)
+            ]
+            for run in runs
+            for key in run.data.metrics
+        },
+        "artifacts": {run.info.run_id: sorted(f.path for f in client.list_artifacts(run.info.run_id)) for run in runs},
+        "traces": sorted(trace.info.trace_id for trace in client.search_traces(locations=ids)),
+        "models": sorted((each.name, each.version) for each in client.search_model_versions()),
+    }
+
+
+def test_reboot_loses_nothing_and_tells_what_it_does(
+    server: Server, cloud: LocalCloud, client: MlflowClient, example_runs: Mapping[str, str], tmp_path: Path
+) -> None:
+    before = everything(client)
+    assert len(before["runs"]) >= 3 and before["traces"] and before["models"]
+    booted_at = boot_id(cloud, server)
+
+    cloud.client("ec2").reboot_instances(InstanceIds=[server.instance_id])
+    answers = answers_until_ready(server, booted_at, cloud)
+
+    assert everything(client) == before
+    picture = client.download_artifacts(
+        example_runs["classification_iris.py"], "confusion_matrix.png", dst_path=str(tmp_path)
+    )
+    assert Path(picture).read_bytes().startswith(b"\x89PNG")
+    with mlflow.start_run(run_id=example_runs["regression_diabetes.py"]):
+        mlflow.set_tag("after-the-reboot", "writable")
+
+    waiting = [each for each in answers if each.status_code == 503]
+    assert waiting, f"no 503 between reboot and ready, only {sorted({each.status_code for each in answers})}"
+    assert all(each.status_code in {200, 401, 503} for each in answers)
+    for each in waiting:
+        assert int(each.headers["Retry-After"]) >= 1
+        assert each.headers["Content-Type"].startswith("application/json")
+        assert each.json()
+
+
+def boot_id(cloud: LocalCloud, server: Server) -> str:
+    """Identifies this boot of the machine: when its first process started (containers share the kernel's boot id)."""
+    done = cloud.exec(server.instance_id, ["systemctl", "show", "--property=UserspaceTimestampMonotonic"])
+    return str(done.stdout)
+
+
+def answers_until_ready(server: Server, booted_at: str, cloud: LocalCloud) -> list[requests.Response]:
+    """What an API client gets to hear from now on until the freshly booted server answers 200."""
+    answers: list[requests.Response] = []
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            answer = requests.get(
+                server.url + "/api/2.0/mlflow/experiments/get?experiment_id=0",
+                auth=server.login,
+                headers={"Accept": "application/json"},
+                timeout=5,
+            )
+        except requests.ConnectionError:
+            pass
+        except requests.Timeout:
+            pass
+        else:
+            answers.append(answer)
+            if answer.status_code == 200 and boot_id(cloud, server) != booted_at:
+                return answers
+        time.sleep(0.1)
+    raise AssertionError(f"not ready {PATIENCE_SECONDS} s after the reboot; last answers: {answers[-3:]}")
