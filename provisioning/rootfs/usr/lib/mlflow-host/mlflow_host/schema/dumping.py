@@ -1,0 +1,99 @@
+"""The dump to the backups bucket that comes before any change: pg_dump's custom format, streamed, never on disk."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, Any
+
+from mlflow_host.schema.cluster import Cluster
+
+FOLDER = "dumps"
+
+
+class DumpError(Exception):
+    """One sentence: what went wrong with the dump, and what to do."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Where dumps go; `endpoint` is for an S3-compatible store, "" for AWS itself."""
+
+    name: str
+    region: str
+    endpoint: str = ""
+
+
+class _Output:
+    """pg_dump's output as something boto3 can upload: reading to the end checks that pg_dump ended well, so that a
+    dump that broke off is never completed in the bucket."""
+
+    def __init__(self, process: subprocess.Popen[bytes], complaints: IO[bytes]):
+        self._process, self._complaints = process, complaints
+        self.bytes = 0
+
+    def read(self, size: int = -1) -> bytes:
+        assert self._process.stdout
+        data = self._process.stdout.read(size)
+        self.bytes += len(data)
+        if (size < 0 or len(data) < size) and self._process.wait() != 0:
+            self._complaints.seek(0)
+            said = self._complaints.read().decode(errors="replace").strip().splitlines()
+            raise DumpError(f"pg_dump ended with exit status {self._process.returncode}: {said[-1] if said else ''}")
+        return data
+
+
+def dump_command(cluster: Cluster, database: str) -> list[str]:
+    """zstd where this pg_dump has it (16 and later), else gzip at its fastest: the outage waits for the dump."""
+    program = cluster.program("pg_dump")
+    version = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout
+    major = int(version.split()[2].split(".")[0])
+    compress = "--compress=zstd:3" if major >= 16 else "--compress=1"
+    place = ["--host", cluster.host, "--port", str(cluster.port), "--username", cluster.user, "--no-password"]
+    return [program, "--format=custom", compress, *place, database]
+
+
+def dump(cluster: Cluster, database: str, bucket: Bucket, key: str, metadata: dict[str, str]) -> str:
+    """Stream a dump of `database` into the bucket; its s3:// address. Raises DumpError."""
+    from boto3.s3.transfer import TransferConfig
+
+    address = f"s3://{bucket.name}/{key}"
+    parts = TransferConfig(multipart_chunksize=16 << 20, max_concurrency=4)
+    with tempfile.TemporaryFile() as complaints:
+        process = subprocess.Popen(dump_command(cluster, database), stdout=subprocess.PIPE, stderr=complaints)
+        try:
+            output = _Output(process, complaints)
+            client(bucket).upload_fileobj(output, bucket.name, key, ExtraArgs={"Metadata": metadata}, Config=parts)
+        except DumpError:
+            raise
+        except Exception as error:
+            raise DumpError(f"{address} could not be written: {type(error).__name__}: {error}") from error
+        finally:
+            process.kill()
+            process.wait()
+            if process.stdout:
+                process.stdout.close()
+    return address
+
+
+def client(bucket: Bucket) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        s3={"addressing_style": "path" if bucket.endpoint else "auto"},
+        retries={"mode": "standard", "max_attempts": 6},
+        connect_timeout=5,
+        read_timeout=60,
+    )
+    return boto3.client("s3", region_name=bucket.region or None, endpoint_url=bucket.endpoint or None, config=config)
+
+
+Dumper = Callable[[str, str, dict[str, str]], str]
+"""(database, key, metadata) → address."""
+
+
+def into(cluster: Cluster, bucket: Bucket) -> Dumper:
+    return lambda database, key, metadata: dump(cluster, database, bucket, key, metadata)
