@@ -20,12 +20,15 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from botocore.exceptions import BotoCoreError, ClientError
 from pulumi.runtime.proto import resource_pb2
 
+from rehearsal.errors import ApplyError, Interrupted
 from rehearsal.kinds import Aws, Kind
 from rehearsal.state import Resource, State, deletion_order
 from rehearsal.values import UNKNOWN, Props, Secret, from_wire, holds_secret, reveal, to_wire
@@ -33,19 +36,13 @@ from rehearsal.values import UNKNOWN, Props, Secret, from_wire, holds_secret, re
 T = TypeVar("T")
 Operation = Literal["create", "update", "replace", "delete", "same", "retain"]
 UNCHANGING_ID = "rehearsal"
-
-
-class ApplyError(RuntimeError):
-    """A resource could not be brought to what the program asks for; the message is for the person running it."""
-
-
-class Interrupted(RuntimeError):
-    """The run was asked to stop; what was under way has been finished and recorded."""
+READERS = 8
 
 
 @dataclass(frozen=True)
 class Step:
-    """One operation: what, on which resource, because of which inputs, and how long it took in seconds."""
+    """One operation: what, on which resource, because of which inputs, when it began (seconds since 1970) and how
+    many seconds it took."""
 
     operation: Operation
     urn: str
@@ -53,6 +50,7 @@ class Step:
     name: str
     changed: tuple[str, ...] = ()
     seconds: float = 0.0
+    began: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,8 @@ class Diff:
 class Engine:
     """Applies one run of a program. It owns the state while the run lasts.
 
-    `save` is called with the state around each operation; `tell` with each step before it starts (seconds 0) where it
-    takes time, and `done` with the step after it. With `dry_run` nothing is called and nothing saved: the steps are
-    the plan.
+    `save` is called with the state around each operation, `done` with each step after it. With `dry_run` nothing is
+    applied and nothing saved: the steps are the plan.
     """
 
     kinds: Mapping[str, Kind]
@@ -134,8 +131,14 @@ class Engine:
     def refresh(self) -> list[Resource]:
         """Drops from the state what the cloud no longer has and answers with it; renews the outputs of the rest."""
         gone: list[Resource] = []
-        for resource in [each for each in self.state.resources if each.custom and each.type in self.kinds]:
-            found = self._call(resource, lambda kind, each=resource: kind.read(self.aws, each.id, reveal(each.inputs)))
+        applied = [each for each in self.state.resources if each.custom and each.type in self.kinds]
+
+        def read(resource: Resource) -> Props | None:
+            return self._call(resource, partial(_read, aws=self.aws, resource=resource))
+
+        with ThreadPoolExecutor(READERS) as readers:
+            answers = list(readers.map(read, applied))
+        for resource, found in zip(applied, answers, strict=True):
             if found is None:
                 gone.append(resource)
             else:
@@ -201,7 +204,7 @@ class Engine:
         kind = self._kind(wanted)
         if request.importId:
             raise ApplyError(
-                f"{wanted.name} is imported ({request.importId}); the rehearsal starts from nothing and has nothing to import"
+                f"{wanted.name} is to be imported ({request.importId}), but a rehearsal starts from nothing"
             )
         self._complete_inputs(kind, wanted, old, list(request.ignoreChanges))
         if old is None:
@@ -275,7 +278,7 @@ class Engine:
         if not first:
             old.pending_delete = True
             return self._create(wanted, "replace", diff)
-        followers = self._followers(old)
+        followers = self.followers(old)
         for each in followers:
             if each.protect:
                 raise ApplyError(
@@ -286,7 +289,7 @@ class Engine:
         self._deleted_first.update(each.urn for each in followers)
         return self._create(wanted, "replace", diff)
 
-    def _followers(self, root: Resource) -> list[Resource]:
+    def followers(self, root: Resource) -> list[Resource]:
         """What would be replaced if the properties it takes from `root`, or from another follower, changed."""
         replaced = {root.urn}
         followers = []
@@ -353,7 +356,7 @@ class Engine:
             applied = resource.custom and resource.type in self.kinds
             if applied and not keep and not self.dry_run:
                 self._begin("delete", resource)
-                self._call(resource, lambda kind, r=resource: kind.delete(self.aws, r.id, reveal(r.inputs)))
+                self._call(resource, partial(_delete, aws=self.aws, resource=resource))
             self.state.resources = [each for each in self.state.resources if each is not resource]
             if not self.dry_run:
                 self._end()
@@ -383,7 +386,7 @@ class Engine:
             raise ApplyError(f"{resource.type} {resource.name}: {error}") from error
 
     def _read_back(self, resource: Resource) -> None:
-        found = self._call(resource, lambda kind: kind.read(self.aws, resource.id, reveal(resource.inputs)))
+        found = self._call(resource, partial(_read, aws=self.aws, resource=resource))
         if found is None:
             raise ApplyError(f"{resource.type} {resource.name} ({resource.id}) was made and is already gone")
         resource.outputs = self._outputs(resource, found)
@@ -404,7 +407,7 @@ class Engine:
 
     def _by_alias(self, request: Any, urn: str) -> Resource | None:
         """The resource under a former name or parent, which `aliases` lists."""
-        stack, project, qualified, _ = urn.removeprefix("urn:pulumi:").split("::", 3)
+        stack, project, _, _ = urn.removeprefix("urn:pulumi:").split("::", 3)
         for alias in request.aliases:
             former = alias.urn
             if not former:
@@ -436,7 +439,7 @@ class Engine:
         self, operation: Operation, resource: Resource, changed: tuple[str, ...] = (), started: float | None = None
     ) -> None:
         seconds = time.monotonic() - started if started is not None else 0.0
-        step = Step(operation, resource.urn, resource.type, resource.name, changed, seconds)
+        step = Step(operation, resource.urn, resource.type, resource.name, changed, seconds, time.time() - seconds)
         self.steps.append(step)
         self.done(step)
 
@@ -445,6 +448,14 @@ def default_tags(setting: Any) -> Mapping[str, str]:
     """The tags of a provider's `defaultTags`, which arrives as JSON text or as {"tags": {…}}."""
     document = json.loads(setting) if isinstance(setting, str) else setting or {}
     return dict(document.get("tags", {}))
+
+
+def _read(kind: Kind, aws: Aws, resource: Resource) -> Props | None:
+    return kind.read(aws, resource.id, reveal(resource.inputs))
+
+
+def _delete(kind: Kind, aws: Aws, resource: Resource) -> None:
+    kind.delete(aws, resource.id, reveal(resource.inputs))
 
 
 def _is_name(name: str) -> bool:

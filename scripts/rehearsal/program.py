@@ -22,7 +22,8 @@ from google.protobuf import empty_pb2
 from pulumi.runtime import mocks, settings, stack
 from pulumi.runtime.proto import provider_pb2, resource_pb2
 
-from rehearsal.engine import ApplyError, Engine, Interrupted
+from rehearsal.engine import Engine
+from rehearsal.errors import ApplyError, Interrupted, RehearsalError
 from rehearsal.values import Props, from_wire, reveal, to_wire
 
 Lookup = Callable[[Any, Props], Props]
@@ -32,7 +33,7 @@ class LookupFailed(ValueError):
     """A data source found nothing, or too much; worded as the AWS provider does."""
 
 
-class ProgramError(RuntimeError):
+class ProgramError(RehearsalError):
     """The program refused its settings or failed; the message is its own."""
 
 
@@ -104,10 +105,13 @@ def run(
     logger.addHandler(_Forward(on_log))
     monitor = Monitor(engine, lookups)
 
+    info = monitor.GetDeploymentInfo(empty_pb2.Empty())  # type: ignore[no-untyped-call]
+    features = set(info.supportedFeatures)
+
     def body() -> None:
-        configured = mocks.MockSettings(
+        configured = mocks.MockSettings(  # type: ignore[no-untyped-call]
             monitor=monitor,
-            monitor_features=set(monitor.GetDeploymentInfo(empty_pb2.Empty()).supportedFeatures),
+            monitor_features=features,
             engine=mocks.MockEngine(logger),
             project=project,
             stack=stack_name,

@@ -15,14 +15,11 @@ from typing import Any
 
 from cryptography.fernet import Fernet, InvalidToken
 
+from rehearsal.errors import StateError
 from rehearsal.values import Props, Secret, transform
 
 FORMAT = 1
 CIPHER_KEY = "rehearsal:ciphertext"
-
-
-class StateError(RuntimeError):
-    """The state file cannot be used; the message says what to do."""
 
 
 @dataclass
@@ -119,7 +116,7 @@ def save(path: Path, state: State) -> None:
     cipher = _cipher(path)
     document = {
         "format": FORMAT,
-        "resources": [{key: value for key, value in vars(each).items()} for each in state.resources],
+        "resources": [dict(vars(each)) for each in state.resources],
         "pending_operations": state.pending_operations,
         "settings": state.settings,
         "outputs": state.outputs,

@@ -10,16 +10,13 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
+from rehearsal.errors import ApplyError
 from rehearsal.kinds import Aws, Kind, physical_name
 from rehearsal.resources.tags import as_map, specification, update_ec2
 from rehearsal.values import Props
 
 POLL_SECONDS = 0.1
 WAIT_SECONDS = 300
-
-
-class WaitedTooLong(RuntimeError):
-    """EC2 accepted a request and did not carry it out."""
 
 
 def _find(aws: Aws, operation: str, key: str, **arguments: Any) -> Props | None:
@@ -39,7 +36,7 @@ def _await(what: str, reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while not reached():
         if time.monotonic() > deadline:
-            raise WaitedTooLong(f"{what} did not happen within {WAIT_SECONDS} s")
+            raise ApplyError(f"{what} did not happen within {WAIT_SECONDS} s")
         time.sleep(POLL_SECONDS)
 
 
@@ -527,7 +524,7 @@ def _detach(aws: Aws, id_: str, inputs: Props) -> None:
     """Stops the instance first where `stopInstanceBeforeDetaching` asks for it, as the provider does."""
     if _attachment(aws, inputs) is None or inputs.get("skipDestroy"):
         return
-    if inputs.get("stopInstanceBeforeDetaching") and _instance_state(aws, inputs["instanceId"]) == "running":
+    if inputs.get("stopInstanceBeforeDetaching") and instance_state(aws, inputs["instanceId"]) == "running":
         _stop(aws, inputs["instanceId"])
     aws.client("ec2").detach_volume(
         VolumeId=inputs["volumeId"],
@@ -652,7 +649,7 @@ def _create_instance(aws: Aws, inputs: Props) -> str:
     tags += specification("volume", volume_tags)
     made = aws.client("ec2").run_instances(**request, TagSpecifications=tags)
     id_ = str(made["Instances"][0]["InstanceId"])
-    _await(f"instance {id_} running", lambda: _instance_state(aws, id_) != "pending")
+    _await(f"instance {id_} running", lambda: instance_state(aws, id_) != "pending")
     return id_
 
 
@@ -696,7 +693,8 @@ def describe_instance(aws: Aws, id_: str) -> Props | None:
     return reservation["Instances"][0] if reservation else None
 
 
-def _instance_state(aws: Aws, id_: str) -> str:
+def instance_state(aws: Aws, id_: str) -> str:
+    """pending, running, stopping, stopped, shutting-down or terminated (also for one EC2 no longer knows)."""
     instance = describe_instance(aws, id_)
     return str(instance["State"]["Name"]) if instance else "terminated"
 
@@ -778,13 +776,13 @@ def _change_root(aws: Aws, id_: str, old: Props, new: Props) -> None:
 
 def _stop(aws: Aws, id_: str) -> None:
     aws.client("ec2").stop_instances(InstanceIds=[id_])
-    _await(f"instance {id_} stopping", lambda: _instance_state(aws, id_) in ("stopped", "terminated"))
+    _await(f"instance {id_} stopping", lambda: instance_state(aws, id_) in ("stopped", "terminated"))
 
 
 def start_instance(aws: Aws, id_: str) -> None:
     """Starts a stopped instance and waits until it runs."""
     aws.client("ec2").start_instances(InstanceIds=[id_])
-    _await(f"instance {id_} running", lambda: _instance_state(aws, id_) == "running")
+    _await(f"instance {id_} running", lambda: instance_state(aws, id_) == "running")
 
 
 def _terminate(aws: Aws, id_: str, inputs: Props) -> None:
@@ -792,7 +790,7 @@ def _terminate(aws: Aws, id_: str, inputs: Props) -> None:
     if inputs.get("disableApiTermination"):
         client.modify_instance_attribute(InstanceId=id_, DisableApiTermination={"Value": False})
     client.terminate_instances(InstanceIds=[id_])
-    _await(f"instance {id_} terminating", lambda: _instance_state(aws, id_) == "terminated")
+    _await(f"instance {id_} terminating", lambda: instance_state(aws, id_) == "terminated")
 
 
 def _recover_instance(aws: Aws, inputs: Props) -> str | None:

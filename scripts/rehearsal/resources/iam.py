@@ -78,6 +78,10 @@ def _put_role_policy(aws: Aws, inputs: Props) -> str:
     return f"{inputs['role']}:{inputs['name']}"
 
 
+def _update_role_policy(aws: Aws, id_: str, old: Props, new: Props) -> None:
+    _put_role_policy(aws, new)
+
+
 def _read_role_policy(aws: Aws, id_: str, inputs: Props) -> Props | None:
     role, name = id_.split(":", 1)
     try:
@@ -200,7 +204,7 @@ KINDS = {
     "aws:iam/rolePolicy:RolePolicy": Kind(
         create=_put_role_policy,
         read=_read_role_policy,
-        update=lambda aws, id_, old, new: _put_role_policy(aws, new) and None,
+        update=_update_role_policy,
         delete=_delete_role_policy,
         recover=lambda aws, inputs: _put_role_policy(aws, inputs),
         replace_on=frozenset({"role", "name", "namePrefix"}),

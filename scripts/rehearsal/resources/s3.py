@@ -110,6 +110,9 @@ def _part(
             raise
         return {}
 
+    def update(aws: Aws, id_: str, old: Props, new: Props) -> None:
+        apply(aws, new)
+
     def delete(aws: Aws, id_: str, inputs: Props) -> None:
         if remove is None:
             return
@@ -122,7 +125,7 @@ def _part(
     return Kind(
         create=apply,
         read=read,
-        update=lambda aws, id_, old, new: apply(aws, new) and None,
+        update=update,
         delete=delete,
         recover=apply,
         replace_on=frozenset({"bucket", "expectedBucketOwner"}),

@@ -1,0 +1,113 @@
+"""Waiting for a machine to become a server, and telling where the time went."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from rehearsal.errors import BootFailed
+
+# Answers only through MLflow and PostgreSQL; /health is 200 with the database down.
+QUESTION = "/api/2.0/mlflow/experiments/get?experiment_id=0"
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 20
+"""How long a refused password is put down to the machine that is being replaced."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server said: HTTP status, 0 when nothing answered, and the JSON document that came with it."""
+
+    status: int
+    document: dict[str, Any]
+
+
+def ask(url: str, username: str, password: str, timeout: float = 10) -> Answer:
+    """Puts one question that needs MLflow and its database to the server."""
+    credentials = base64.b64encode(f"{username}:{password}".encode()).decode()
+    request = urllib.request.Request(url + QUESTION, headers={"Authorization": f"Basic {credentials}"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=timeout) as response:
+            return Answer(response.status, _json(response.read()))
+    except urllib.error.HTTPError as error:
+        return Answer(error.code, _json(error.read()))
+    except (OSError, http.client.HTTPException):
+        return Answer(0, {})
+
+
+def _json(body: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(body)
+    except ValueError:
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def wait(
+    url: str,
+    username: str,
+    password: str,
+    *,
+    seconds: float,
+    say: Callable[[str], None],
+    alive: Callable[[], str],
+) -> float:
+    """Asks until the first authenticated 200 and answers with its time (seconds since 1970).
+
+    Says each step as the machine reports it. `alive` gives the instance's state. Raises BootFailed when a step failed,
+    the machine went away, the password is refused for good, or `seconds` have passed.
+    """
+    began = time.monotonic()
+    looked = began
+    told = ""
+    while True:
+        answer = ask(url, username, password)
+        if answer.status == 200:
+            return time.time()
+        now = time.monotonic()
+        if answer.document.get("state") == "failed":
+            raise BootFailed(str(answer.document.get("message")))
+        if answer.status == 401 and now - began > GRACE_SECONDS:
+            raise BootFailed(f"{url} refuses the password of {username} that is in the credentials parameter")
+        message = str(answer.document.get("message", ""))
+        if answer.status == 503 and message and message != told:
+            told = message
+            say(message)
+        if now - looked > 2:
+            looked = now
+            if (state := alive()) not in ("pending", "running"):
+                raise BootFailed(f"the machine is {state} instead of running; `rehearse.py logs` shows its console")
+        if now - began > seconds:
+            last = told or (f"HTTP status {answer.status}" if answer.status else "nothing answers")
+            raise BootFailed(
+                f"{url} gave no answer within {seconds:.0f} s; last heard: {last}; "
+                "`rehearse.py logs` shows the machine's journal and console"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """When a boot step began and how long it took, in seconds; `after` counts from RunInstances."""
+
+    step: str
+    after: float
+    seconds: float
+
+
+def step_times(statuses: list[dict[str, Any]], run_instances: float) -> list[StepTime]:
+    """The machine's step status documents as times, in the order they began."""
+    found = []
+    for each in statuses:
+        began = datetime.fromisoformat(each["started"]).timestamp()
+        found.append(StepTime(each["step"], round(began - run_instances, 2), round(float(each.get("seconds") or 0), 2)))
+    return sorted(found, key=lambda each: each.after)

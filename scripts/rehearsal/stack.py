@@ -1,0 +1,241 @@
+"""The rehearsal's stack: its settings, which image it runs, and bringing it about on the local cloud."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from local_cloud import LocalCloud
+from local_cloud.state import default_state_dir
+
+from rehearsal import state
+from rehearsal.errors import Refused
+from rehearsal.kinds import Aws
+from rehearsal.state import State
+from rehearsal.values import Props, Secret, reveal
+
+PROGRAM = Path(__file__).resolve().parents[2] / "infra"
+STACK = "rehearsal"
+INSTANCE = "aws:ec2/instance:Instance"
+LOOPBACK = "127.0.0.0/8"
+MARK = "mlflow-ami:"
+MAKE_AN_IMAGE = "scripts/bake.py --local"
+
+Say = Callable[[str], None]
+
+
+def state_path() -> Path:
+    """Where the stack's state is: with the local cloud it describes, so that both are purged together."""
+    return default_state_dir() / "rehearsal.json"
+
+
+@contextlib.contextmanager
+def exclusive() -> Iterator[None]:
+    """Holds the stack for one command at a time; Refused when another has it."""
+    path = state_path().with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise Refused(f"another rehearse.py is at work on {path.parent}; wait for it to end, or end it") from None
+    finally:
+        os.close(handle)
+
+
+def clients(cloud: LocalCloud) -> Callable[[str], Any]:
+    """The cloud's boto3 clients, each made once: making one costs more than using it."""
+    made: dict[str, Any] = {}
+    lock = threading.Lock()
+
+    def client(service: str) -> Any:
+        with lock:
+            if service not in made:
+                made[service] = cloud.client(service)
+            return made[service]
+
+    return client
+
+
+# Settings
+
+
+def declared() -> dict[str, dict[str, Any]]:
+    """The stack's settings as infra/Pulumi.yaml declares them: name → type, default, description."""
+    return dict(yaml.safe_load((PROGRAM / "Pulumi.yaml").read_text())["config"])
+
+
+def project() -> str:
+    return str(yaml.safe_load((PROGRAM / "Pulumi.yaml").read_text())["name"])
+
+
+def with_changes(settings: Props, assignments: list[str], secret_names: list[str]) -> Props:
+    """`settings` with each `key=value` set, `key=` taken back to its default, and secrets read from standard input.
+
+    Lists may be written a,b,c. Whether a setting exists and its value is right is left to the stack, which says so
+    better. Raises Refused for what is no assignment and for a secret on the command line.
+    """
+    types = {name: entry["type"] for name, entry in declared().items()}
+    changed = dict(settings)
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise Refused(f"--set takes key=value, as in --set instanceType=t3.medium, not {assignment!r}")
+        if name == "amiId":
+            raise Refused(f"the image is chosen with --ami {value or 'ami-…'}, not with --set")
+        if "password" in name.lower() and value:
+            raise Refused(f"other users of this machine can read command lines: give {name} with --secret {name}")
+        if not value:
+            changed.pop(name, None)
+        elif types.get(name) == "array" and not value.startswith("["):
+            changed[name] = json.dumps([part.strip() for part in value.split(",") if part.strip()])
+        else:
+            changed[name] = value
+    for name in secret_names:
+        changed[name] = Secret(_read_secret(name))
+    return changed
+
+
+def _read_secret(name: str) -> str:
+    if sys.stdin.isatty():
+        import getpass
+
+        return getpass.getpass(f"{name}: ")
+    value = sys.stdin.readline().rstrip("\n")
+    if not value:
+        raise Refused(f"--secret {name} reads the value from standard input, which is empty")
+    return value
+
+
+def configuration(cloud: LocalCloud, ami: str, settings: Props) -> tuple[dict[str, str], list[str]]:
+    """Pulumi's configuration of the stack: what the local cloud needs, then what was set; and the names of secrets."""
+    name = project()
+    config = {
+        "aws:region": cloud.region,
+        f"{name}:amiId": ami,
+        f"{name}:allowedCidrs": json.dumps([LOOPBACK]),
+        f"{name}:s3Endpoint": cloud.s3_endpoint,
+        f"{name}:ssmEndpoint": cloud.endpoint,
+    }
+    secret = []
+    for key, value in settings.items():
+        full = key if ":" in key else f"{name}:{key}"
+        config[full] = str(reveal(value))
+        if isinstance(value, Secret):
+            secret.append(full)
+    return config, secret
+
+
+# Images
+
+
+def choose_image(client: Callable[[str], Any], cloud: LocalCloud, base: str | None) -> str:
+    """The newest of our images in the local cloud, of those baked on `base` if given. Refused when there is none."""
+    found = [
+        (tags[f"{MARK}image-version"], image["ImageId"])
+        for image in client("ec2").describe_images(Owners=["self"])["Images"]
+        for tags in [{tag["Key"]: tag["Value"] for tag in image.get("Tags", [])}]
+        if image.get("State", "available") == "available" and f"{MARK}image-version" in tags
+        if base is None or tags.get(f"{MARK}source-ami") == cloud.source_ami(base)
+    ]
+    if not found:
+        bake = MAKE_AN_IMAGE + (f" --base {base}" if base else "")
+        on = f" baked on {base}" if base else ""
+        raise Refused(
+            f"there is no image{on} in the local cloud yet: bake one with `{bake}`, which takes a few minutes"
+        )
+    return str(max(found)[1])
+
+
+# Running the program
+
+
+def run(
+    cloud: LocalCloud,
+    client: Callable[[str], Any],
+    ami: str,
+    settings: Props,
+    current: State,
+    *,
+    dry_run: bool,
+    say: Say,
+    done: Callable[[Any], None],
+) -> Any:
+    """Runs infra/ against the local cloud and answers with the engine, whose steps tell what was (or would be) done.
+
+    A refresh comes first, because a local cloud forgets machines when it goes down. Raises Refused with the program's
+    own words for settings it does not take, ApplyError for what failed, Interrupted after Ctrl-C, once the operation
+    under way is done and recorded.
+    """
+    from rehearsal import program
+    from rehearsal.engine import Engine
+    from rehearsal.lookups import LOOKUPS
+    from rehearsal.resources import KINDS
+
+    noted: set[str] = set()
+
+    def note(text: str) -> None:
+        if text not in noted:
+            noted.add(text)
+            say(text)
+
+    config, secret_keys = configuration(cloud, ami, settings)
+    current.settings = settings
+    engine = Engine(
+        KINDS,
+        Aws(client, cloud.region, note),
+        current,
+        save=lambda now: state.save(state_path(), now),
+        done=done,
+        dry_run=dry_run,
+    )
+    for leftover in engine.recover():
+        say(leftover)
+    for gone in engine.refresh():
+        if gone.protect:
+            say(f"{gone.type} {gone.name} ({gone.id}) is no longer in the local cloud: it is made anew, empty")
+    try:
+        with cancelled_by_interrupt(engine.cancel, say):
+            program.run(
+                PROGRAM,
+                engine,
+                LOOKUPS,
+                project=project(),
+                stack_name=STACK,
+                config=config,
+                secret_keys=secret_keys,
+                on_log=say,
+            )
+            engine.finish()
+    except program.ProgramError as error:
+        raise Refused(str(error)) from error
+    return engine
+
+
+@contextlib.contextmanager
+def cancelled_by_interrupt(cancel: Callable[[], None], say: Say) -> Iterator[None]:
+    """Makes Ctrl-C end a run between two operations, so that nothing is made that the state does not know."""
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        cancel()
+        say("interrupted: finishing the operation under way, so that the next `up` can go on from here")
+        signal.signal(signal.SIGINT, before)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

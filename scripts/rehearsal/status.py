@@ -1,0 +1,65 @@
+"""What there is: the stack's outputs, the way in, and whether the server answers. Light to import."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rehearsal.state import State
+from rehearsal.values import Secret, reveal
+
+HASHED = ("{SSHA}", "{SHA}", "$apr1$", "$2a$", "$2b$", "$2y$", "$5$", "$6$")
+
+
+def first_user(credentials: str) -> tuple[str, str | None]:
+    """Name and password of the first administrator in a credentials parameter, format 1; None for a hashed password.
+
+    Raises ValueError when the text is not such a document or names nobody.
+    """
+    users = json.loads(credentials).get("users", {})
+    if not users:
+        raise ValueError("the credentials parameter names no users")
+    entries = {
+        name: entry if isinstance(entry, dict) else {"password": entry, "role": "admin" if place == 0 else "writer"}
+        for place, (name, entry) in enumerate(users.items())
+    }
+    administrators = [name for name, entry in entries.items() if entry.get("role") == "admin"]
+    name = (administrators or list(entries))[0]
+    password = str(entries[name]["password"])
+    return name, None if password.startswith(HASHED) else password
+
+
+def outline(current: State) -> dict[str, Any]:
+    """The part of `status` that the state alone tells."""
+    outputs = reveal(current.outputs)
+    return {
+        "state": "none",
+        "message": "",
+        "url": outputs.get("url"),
+        "username": outputs.get("username"),
+        "password": None,
+        "instance_id": outputs.get("instanceId"),
+        "public_ip": outputs.get("publicIp"),
+        "ami_id": outputs.get("amiId"),
+        "image_version": outputs.get("imageVersion"),
+        "mlflow_version": outputs.get("mlflowVersion"),
+        "migration_head": outputs.get("migrationHead"),
+        "buckets": outputs.get("buckets"),
+        "credentials_parameter": outputs.get("credentialsParameter"),
+        "data_volume_id": outputs.get("dataVolumeId"),
+        "settings": {
+            name: "(secret)" if isinstance(value, Secret) else value for name, value in current.settings.items()
+        },
+    }
+
+
+def client_environment(found: dict[str, Any]) -> dict[str, str]:
+    """The variables an MLflow client needs, from a status document (or the like-named facts of a Pulumi stack)."""
+    environment = {
+        "MLFLOW_TRACKING_URI": found["url"],
+        "MLFLOW_TRACKING_USERNAME": found["username"],
+        "MLFLOW_TRACKING_PASSWORD": found["password"],
+    }
+    if found.get("server_certificate"):
+        environment["MLFLOW_TRACKING_SERVER_CERT_PATH"] = found["server_certificate"]
+    return environment
