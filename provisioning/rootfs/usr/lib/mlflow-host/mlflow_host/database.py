@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -140,13 +140,22 @@ def bring(settings: Settings, say: Say) -> str:
         if action == "same":
             keep_record(settings, state)
             return f"the database is at this image's schema ({state.head}, MLflow {settings.image.mlflow_version})"
-        return change(settings, state, action, say)
+        try:
+            return change(settings, state, action, say)
+        except BaseException:
+            with suppress(psycopg2.Error):
+                flipping.drop_orphans(settings.cluster)
+            raise
     except psycopg2.OperationalError as error:
         raise StepFailed(f"PostgreSQL broke off: {sentence(error)}; the database in service is untouched") from error
     except (psycopg2.Error, CarryError, ReleaseError, ValueError) as error:
         raise StepFailed(
             f"the database could not be brought to MLflow {settings.image.mlflow_version}: {sentence(error)}; it is "
             "untouched: pin the image that served it last, and report this with the journal of this machine"
+        ) from error
+    except OSError as error:
+        raise StepFailed(
+            f"{error.filename or 'a file'}: {error.strerror}; the database in service is untouched"
         ) from error
 
 
@@ -234,19 +243,20 @@ def change(settings: Settings, state: State, action: str, say: Say) -> str:
         ThreadPoolExecutor(1) as background,
         held_still(cluster, state) as hold,
     ):
-        dump = background.submit(take_dump, settings, state, now) if state.head else None
-        try:
-            built = build(settings, state, action, waiting, mlflow, hold, clock, say)
-            clock.lap("build")
-            address = finished(dump, say)
-            clock.lap("dump")
-            say("verifying: MLflow opens the copy")
-            answers = verify(cluster, built.database, mlflow, settings.image.head)
-            clock.lap("verify")
-        except BaseException:
-            if dump:
-                dump.cancel()
-            raise
+        dumps: list[Future[str | None]] = []
+
+        def freeze() -> None:
+            hold()
+            if state.head:
+                dumps.append(background.submit(take_dump, settings, state, now))
+
+        built = build(settings, state, action, waiting, mlflow, freeze, clock, say)
+        clock.lap("build")
+        address = finished(dumps, say)
+        clock.lap("dump")
+        say("verifying: MLflow opens the copy")
+        answers = verify(cluster, built.database, mlflow, settings.image.head)
+        clock.lap("verify")
     replaced = flipping.kept_name(cluster, state.head, now)
     report = Report(
         action=action,
@@ -276,13 +286,16 @@ def change(settings: Settings, state: State, action: str, say: Say) -> str:
     return report.summary()
 
 
+NOTHING_CARRIED = Outcome((), ())
+
+
 @dataclass(frozen=True)
 class Built:
     """A database that is ready to go into service, still under its working name."""
 
     database: str
     waiting: tuple[Waiting, ...] = ()
-    outcome: Outcome = Outcome((), ())
+    outcome: Outcome = NOTHING_CARRIED
     returned: dict[str, tuple[Returned, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -293,19 +306,21 @@ def build(
     action: str,
     waiting: tuple[Waiting, ...],
     mlflow: Release,
-    hold: Callable[[], None],
+    freeze: Callable[[], None],
     clock: Clock,
     say: Say,
 ) -> Built:
+    """The successor under its working name. `freeze` stops writers and starts the dump; it comes after the copy file by
+    file, which nobody may be connected for."""
     cluster, image, work = settings.cluster, settings.image, f"{WORK}successor"
     if action == "upgrade":
         say(f"copying the database at {state.head}")
         copy_whole(cluster, cluster.database, work)
-        hold()
+        freeze()
         clock.lap("copy")
         check_head(mlflow, image)
         return upgrade(settings, state, waiting, mlflow, work, say)
-    hold()
+    freeze()
     say(f"building an empty database by MLflow {image.mlflow_version}")
     create_empty(cluster, work)
     check_head(mlflow, image)
@@ -418,13 +433,13 @@ def take_dump(settings: Settings, state: State, now: datetime) -> str | None:
     return settings.dump(settings.cluster.database, key, metadata)
 
 
-def finished(dump: Future[str | None] | None, say: Say) -> str | None:
-    if dump is None:
+def finished(dumps: list[Future[str | None]], say: Say) -> str | None:
+    if not dumps:
         return None
-    if not dump.done():
+    if not dumps[0].done():
         say("waiting for the dump to the backups bucket")
     try:
-        return dump.result()
+        return dumps[0].result()
     except dumping.DumpError as error:
         raise StepFailed(
             f"the dump that comes before any change of the database failed: {error}; the database is untouched: check "
@@ -449,7 +464,7 @@ def check_room(settings: Settings, state: State, waiting: tuple[Waiting, ...], n
     made = flipping.make_room(cluster, needed, {entry.database for entry in waiting}, now)
     if made and made[0] < needed:
         raise StepFailed(
-            f"the data volume has {made[0] / GIB:.1f} GiB free and a copy of the database needs {needed / GIB:.1f} GiB: "
+            f"the data volume has {made[0] / GIB:.1f} GiB free, a copy of the database needs {needed / GIB:.1f} GiB: "
             "make the volume larger (the setting dataVolumeGib), or drop a kept database that you no longer need"
         )
 

@@ -165,7 +165,8 @@ def _update(writer: Any, table: Table, catalog: Catalog) -> int:
     return run(
         writer,
         f"UPDATE {name} AS work SET {values} FROM {kept} AS kept "
-        f"JOIN {base} AS base ON {table.same_key('base', 'kept')} WHERE {table.same_key('work', 'kept')} AND ({' OR '.join(f'({c})' for c in conditions.values())})",
+        f"JOIN {base} AS base ON {table.same_key('base', 'kept')} "
+        f"WHERE {table.same_key('work', 'kept')} AND ({' OR '.join(f'({c})' for c in conditions.values())})",
     )
 
 
