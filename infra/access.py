@@ -1,0 +1,99 @@
+"""Who acts: the provider the stack is built with, and the role the machine has."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from typing import Any
+
+import pulumi
+import pulumi_aws as aws
+
+import survey
+from credentials import Credentials
+from settings import Settings
+from storage import Buckets
+
+READ_AND_WRITE = ("s3:GetObject", "s3:PutObject", "s3:DeleteObject")
+MULTIPART = ("s3:AbortMultipartUpload", "s3:ListMultipartUploadParts")
+OF_A_BUCKET = ("s3:ListBucket", "s3:GetBucketLocation", "s3:ListBucketMultipartUploads")
+SESSION_MANAGER = (
+    "ssm:UpdateInstanceInformation",
+    "ssmmessages:CreateControlChannel",
+    "ssmmessages:CreateDataChannel",
+    "ssmmessages:OpenControlChannel",
+    "ssmmessages:OpenDataChannel",
+)
+"""What the agent needs for Session Manager and no more: the managed policy would let it read every parameter."""
+
+
+def provider(config: Settings) -> aws.Provider:
+    """The provider with the stack's default tags. Whatever the user set in the namespace `aws:` holds for it too."""
+    given: dict[str, Any] = {}
+    for name in inspect.signature(aws.Provider._internal_init).parameters:
+        key = re.sub(r"_([a-z0-9])", lambda match: match[1].upper(), name)
+        text = pulumi.Config("aws").get(key)
+        if text is not None:
+            given[name] = _parsed(text)
+    tags = {**given.get("default_tags", {}).get("tags", {}), **survey.identity(config)}
+    return aws.Provider("aws", **{**given, "region": config.region, "default_tags": {"tags": tags}})
+
+
+def instance_profile(
+    buckets: Buckets, secret: Credentials, opts: pulumi.ResourceOptions
+) -> tuple[aws.iam.InstanceProfile, list[pulumi.Resource]]:
+    """The machine's role: three buckets, its parameters, Session Manager. Also what must be there before it boots."""
+    role = aws.iam.Role(
+        "server",
+        description="MLflow server: its own buckets and parameters, Session Manager",
+        assume_role_policy=json.dumps(
+            {
+                "Version": "2012-10-17",
+                "Statement": [
+                    {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}
+                ],
+            }
+        ),
+        opts=opts,
+    )
+    policy = aws.iam.RolePolicy(
+        "server",
+        role=role.name,
+        policy=pulumi.Output.json_dumps(machine_policy(buckets, secret)),
+        opts=opts,
+    )
+    profile = aws.iam.InstanceProfile("server", role=role.name, opts=opts)
+    return profile, [policy]
+
+
+def machine_policy(buckets: Buckets, secret: Credentials) -> dict[str, Any]:
+    """What the machine may do. In the backups bucket a delete only hides an object: its versions stay out of reach."""
+    all_buckets = [buckets.artifacts.arn, buckets.models.arn, buckets.backups.arn]
+    return {
+        "Version": "2012-10-17",
+        "Statement": [
+            {"Sid": "Buckets", "Effect": "Allow", "Action": list(OF_A_BUCKET), "Resource": all_buckets},
+            {
+                "Sid": "Objects",
+                "Effect": "Allow",
+                "Action": [*READ_AND_WRITE, *MULTIPART],
+                "Resource": [pulumi.Output.concat(arn, "/*") for arn in all_buckets],
+            },
+            {
+                "Sid": "Parameters",
+                "Effect": "Allow",
+                "Action": "ssm:GetParameter",
+                "Resource": [parameter.arn for parameter in secret.parameters],
+            },
+            {"Sid": "SessionManager", "Effect": "Allow", "Action": list(SESSION_MANAGER), "Resource": "*"},
+        ],
+    }
+
+
+def _parsed(text: str) -> Any:
+    """Lists and objects arrive from Pulumi as JSON, everything else as it was set."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,99 @@
+"""The machine: replaced whenever its image or its user-data changes, and nothing of value is lost with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pulumi
+import pulumi_aws as aws
+
+import user_data
+from credentials import Credentials
+from network import Network
+from settings import Settings
+from storage import Buckets
+from survey import Survey
+
+DATA_DEVICE = "/dev/sdf"
+"""Where EC2 attaches the data volume; the machine finds it by the volume's ID, whatever the kernel calls it."""
+RECORD_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Server:
+    instance: aws.ec2.Instance
+    hostnames: pulumi.Output[list[str]]
+    """What the server answers to; the first is the one in its URL."""
+
+
+def launch(
+    config: Settings,
+    found: Survey,
+    net: Network,
+    buckets: Buckets,
+    volume: aws.ebs.Volume,
+    secret: Credentials,
+    profile: tuple[aws.iam.InstanceProfile, list[pulumi.Resource]],
+    address: aws.ec2.Eip,
+    opts: pulumi.ResourceOptions,
+) -> Server:
+    """Instance, data volume, address and, in a hosted zone, the name.
+
+    The old instance goes first, because the volume can be attached to one only; the attachment stops it before that,
+    so that PostgreSQL shuts down.
+    """
+    hostnames = address.public_ip.apply(lambda ip: [name for name in (config.domain_name, ip) if name])
+    instance_profile, permissions = profile
+    instance = aws.ec2.Instance(
+        "server",
+        ami=found.image.image_id,
+        instance_type=config.instance_type,
+        subnet_id=net.subnet.id,
+        vpc_security_group_ids=[net.group.id],
+        iam_instance_profile=instance_profile.name,
+        key_name=config.key_name or None,
+        user_data=user_data.written(config, hostnames, buckets, volume, secret),
+        user_data_replace_on_change=True,
+        metadata_options={
+            "http_endpoint": "enabled",
+            "http_tokens": "required",
+            "http_put_response_hop_limit": 1,
+            "instance_metadata_tags": "disabled",
+        },
+        root_block_device={
+            "volume_type": "gp3",
+            "volume_size": config.root_volume_gib,
+            "encrypted": True,
+            "delete_on_termination": True,
+        },
+        tags={"Name": config.title},
+        opts=_with(
+            opts,
+            delete_before_replace=True,
+            depends_on=[*net.ready, *buckets.ready, *permissions, *secret.parameters],
+        ),
+    )
+    aws.ec2.VolumeAttachment(
+        "data",
+        instance_id=instance.id,
+        volume_id=volume.id,
+        device_name=DATA_DEVICE,
+        stop_instance_before_detaching=True,
+        opts=_with(opts, delete_before_replace=True),
+    )
+    aws.ec2.EipAssociation("server", instance_id=instance.id, allocation_id=address.id, opts=opts)
+    if config.hosted_zone_id:
+        aws.route53.Record(
+            "server",
+            zone_id=config.hosted_zone_id,
+            name=config.domain_name,
+            type="A",
+            ttl=RECORD_SECONDS,
+            records=[address.public_ip],
+            opts=opts,
+        )
+    return Server(instance, hostnames)
+
+
+def _with(opts: pulumi.ResourceOptions, **more: object) -> pulumi.ResourceOptions:
+    return pulumi.ResourceOptions.merge(opts, pulumi.ResourceOptions(**more))  # type: ignore[arg-type]

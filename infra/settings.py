@@ -1,0 +1,269 @@
+"""What the stack is asked to be: the Pulumi configuration, read once into one frozen dataclass.
+
+Names, types, defaults and descriptions come from Pulumi.yaml. Nothing here asks AWS; `survey` does that.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import ipaddress
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pulumi
+import pulumi.runtime.config
+import yaml
+
+PROJECT = Path(__file__).with_name("Pulumi.yaml")
+sys.path.append(str(Path(__file__).parents[1] / "provisioning/rootfs/usr/lib/mlflow-host"))
+
+from mlflow_host import launch  # noqa: E402  the machine's own module: both sides check by the same rules
+
+ADMIN = "admin"
+RULES_PER_GROUP = 60
+"""Inbound rules EC2 allows in a security group by default (Amazon VPC quotas)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The stack's settings. Text that was left empty is "", as in the launch document."""
+
+    project: str
+    stack: str
+    region: str
+    ami_id: str
+    allowed_cidrs: tuple[str, ...]
+    instance_type: str
+    data_volume_gib: int
+    root_volume_gib: int
+    availability_zone: str
+    domain_name: str
+    hosted_zone_id: str
+    admin_password: pulumi.Output[str] | None
+    ssh_cidrs: tuple[str, ...]
+    key_name: str
+    artifact_transfer: str
+    job_execution: bool
+    postgres_cidrs: tuple[str, ...]
+    restore_from: str
+    backup_retention_days: int
+    s3_endpoint: str
+    ssm_endpoint: str
+
+    @property
+    def title(self) -> str:
+        """How the stack's resources are called in the AWS console."""
+        return f"mlflow-{self.stack}"
+
+    @property
+    def web_ports(self) -> tuple[int, ...]:
+        """The ports that allowedCidrs may reach; nginx serves plain HTTP for now."""
+        return (80,)
+
+    @property
+    def parameter_path(self) -> str:
+        """Where the stack's parameters live in Systems Manager."""
+        return f"/mlflow-ami/{self.stack}"
+
+
+@functools.cache
+def schema() -> Mapping[str, Mapping[str, Any]]:
+    """The settings that Pulumi.yaml declares: name → type, default, description."""
+    return dict(yaml.safe_load(PROJECT.read_text())["config"])
+
+
+def read() -> tuple[Settings, list[str]]:
+    """The settings of the stack being run, and a sentence for every mistake in them.
+
+    A setting with a mistake has its default, so that the rest can still be looked at.
+    """
+    project, stack = pulumi.get_project(), pulumi.get_stack()
+    mistakes = _unknown(project) + _stack_name(stack)
+
+    def take(name: str, check: Callable[[Any], str | None] = lambda value: None) -> Any:
+        declared = schema()[name]
+        given = pulumi.Config(project).get(name)
+        if given is None:
+            return _frozen(declared["default"])
+        value = _CONVERSIONS[declared["type"]](given)
+        wrong = check(value) if value is not None else f"must be {_KINDS[declared['type']]}"
+        if value == _frozen(declared["default"]) or not wrong:
+            return value
+        shown = "the value given" if pulumi.runtime.config.is_config_secret(f"{project}:{name}") else repr(given)
+        mistakes.append(f"{name}: {shown} {wrong}.")
+        return _frozen(declared["default"])
+
+    found = Settings(
+        project=project,
+        stack=stack,
+        region=_region(mistakes),
+        ami_id=take("amiId", _matches(r"ami-([0-9a-f]{8}|[0-9a-f]{17})", "is not the ID of an image (ami-…)")),
+        allowed_cidrs=take("allowedCidrs", _networks),
+        instance_type=take(
+            "instanceType", _matches(r"[a-z0-9-]+\.[a-z0-9-]+", "is not an instance type such as t3.small")
+        ),
+        data_volume_gib=take("dataVolumeGib", _between(1, 16384, "GiB")),
+        root_volume_gib=take("rootVolumeGib", _between(4, 16384, "GiB")),
+        availability_zone=take("availabilityZone", _matches(r"[a-z0-9-]+[a-z]", "is not a zone such as eu-central-1a")),
+        domain_name=take("domainName", _domain),
+        hosted_zone_id=take("hostedZoneId", _matches(r"Z[A-Z0-9]{1,31}", "is not the ID of a hosted zone (Z…)")),
+        admin_password=_password(project, mistakes),
+        ssh_cidrs=take("sshCidrs", _networks),
+        key_name=take("keyName", _matches(r"[!-~]([ -~]{0,253}[!-~])?", "is not the name of a key pair")),
+        artifact_transfer=take("artifactTransfer", _matches("direct|proxied", "must be direct or proxied")),
+        job_execution=take("jobExecution"),
+        postgres_cidrs=take("postgresCidrs", _networks),
+        restore_from=take(
+            "restoreFrom", _matches(r"\S([ -~]{0,198}\S)?", "is not a backup's name, a point in time or latest")
+        ),
+        backup_retention_days=take("backupRetentionDays", _between(1, 3650, "days")),
+        s3_endpoint=take("s3Endpoint", launch.endpoint_url),
+        ssm_endpoint=take("ssmEndpoint", launch.endpoint_url),
+    )
+    given = functools.partial(pulumi.Config(project).get, default="")
+    if not given("amiId"):
+        mistakes.append(
+            "amiId is missing: bake an image with scripts/bake.py and `pulumi config set amiId` to the ID it prints."
+        )
+    if given("allowedCidrs") in ("", "[]"):
+        mistakes.append(
+            "allowedCidrs is missing: name the networks that may reach the server, for example your own address with "
+            "`pulumi config set --path 'allowedCidrs[0]' 203.0.113.7/32`."
+        )
+    return found, mistakes + _contradictions(found)
+
+
+def as_sentences(mistakes: list[str]) -> str:
+    """All mistakes as one message, a line each."""
+    head = "There is a mistake in the settings" if len(mistakes) == 1 else f"There are {len(mistakes)} mistakes"
+    return "\n".join([f"{head}; nothing was changed:", *(f"  - {mistake}" for mistake in mistakes)])
+
+
+def _unknown(project: str) -> list[str]:
+    keys = pulumi.runtime.config.CONFIG.get() or pulumi.runtime.config.get_config_env()
+    names = sorted(key.removeprefix(f"{project}:") for key in keys if key.startswith(f"{project}:"))
+    mistakes = []
+    for name in names:
+        if name not in schema():
+            meant = difflib.get_close_matches(name, schema(), n=1)
+            remedy = f"did you mean {meant[0]}?" if meant else "remove it with `pulumi config rm`."
+            mistakes.append(f"{name} is not a setting of this stack: {remedy}")
+    return mistakes
+
+
+def _stack_name(stack: str) -> list[str]:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,49}", stack):
+        return []
+    return [f"The stack's name {stack!r} must be 1 to 50 letters, digits, dots, hyphens or underscores."]
+
+
+def _region(mistakes: list[str]) -> str:
+    region = pulumi.Config("aws").get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if not region:
+        mistakes.append("The region is missing: `pulumi config set aws:region`, for example to eu-central-1.")
+    elif not re.fullmatch(r"[a-z]{2,4}(-[a-z]+)+-\d{1,2}", region):
+        mistakes.append(f"aws:region: {region!r} is not a region such as eu-central-1.")
+        return ""
+    return region or ""
+
+
+def _password(project: str, mistakes: list[str]) -> pulumi.Output[str] | None:
+    given = pulumi.Config(project).get("adminPassword")
+    if not given:
+        return None
+    if not pulumi.runtime.config.is_config_secret(f"{project}:adminPassword"):
+        mistakes.append(
+            "adminPassword is stored in clear: set another with `pulumi config set --secret adminPassword`, "
+            "or remove it to have one generated."
+        )
+    if not re.fullmatch(r"[!-~]{12,128}", given):
+        mistakes.append("adminPassword must be 12 to 128 visible ASCII characters without spaces.")
+    return pulumi.Output.secret(given)
+
+
+def _contradictions(found: Settings) -> list[str]:
+    mistakes = []
+    if found.hosted_zone_id and not found.domain_name:
+        mistakes.append("hostedZoneId is set but domainName is not: set the name to write into the zone, or neither.")
+    if found.ssh_cidrs and not found.key_name:
+        mistakes.append("sshCidrs is set but keyName is not: nobody could log in, so set a key pair, or neither.")
+    rules = len(found.web_ports) * len(found.allowed_cidrs) + len(found.ssh_cidrs) + len(found.postgres_cidrs)
+    if rules > RULES_PER_GROUP:
+        mistakes.append(
+            f"allowedCidrs, sshCidrs and postgresCidrs make {rules} inbound rules, more than the {RULES_PER_GROUP} a "
+            "security group holds: sum networks up."
+        )
+    if found.availability_zone and found.region and not found.availability_zone.startswith(found.region):
+        mistakes.append(f"availabilityZone: {found.availability_zone!r} is not in the region {found.region}.")
+    return mistakes
+
+
+def _matches(pattern: str, wrong: str) -> Callable[[str], str | None]:
+    return lambda value: None if re.fullmatch(pattern, value) else wrong
+
+
+def _between(lowest: int, highest: int, unit: str) -> Callable[[int], str | None]:
+    return lambda value: None if lowest <= value <= highest else f"must be from {lowest} to {highest} {unit}"
+
+
+def _domain(value: str) -> str | None:
+    if launch.host(value) is None and launch.host_is_public_name(value):
+        return None
+    return "is not a domain name in lower case such as mlflow.example.com"
+
+
+def _networks(values: tuple[str, ...]) -> str | None:
+    return "; ".join(wrong for value in values if (wrong := _network(value))) or None
+
+
+def _network(value: str) -> str | None:
+    try:
+        found = ipaddress.ip_interface(value)
+    except ValueError:
+        return f"has {value!r}, which is no network in CIDR notation such as 203.0.113.0/24"
+    if found.version == 6:
+        return f"has {value!r}, which is IPv6: the server has an IPv4 address only"
+    if "/" not in value:
+        return f"has {value!r}, which has no prefix length: write {value}/32 for this one address"
+    if str(found.network) != value:
+        return f"has {value!r}, which has bits set behind its prefix: write {found.network} or {found.ip}/32"
+    return None
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _integer(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else None
+
+
+def _boolean(text: str) -> bool | None:
+    return {"true": True, "false": False}.get(text.lower())
+
+
+def _list(text: str) -> tuple[str, ...] | None:
+    """A JSON list, as Pulumi hands it over, or names separated by commas. Doubles are dropped."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError:
+        values = [part.strip() for part in text.split(",")]
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        return None
+    return tuple(dict.fromkeys(values))
+
+
+_CONVERSIONS: dict[str, Callable[[str], Any]] = {
+    "string": str.strip,
+    "integer": _integer,
+    "boolean": _boolean,
+    "array": _list,
+}
+_KINDS = {"integer": "a whole number", "boolean": "true or false", "array": "a list of strings"}

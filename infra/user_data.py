@@ -1,0 +1,78 @@
+"""User-data: the launch document in a cloud-config, checked by the rules of the machine that will read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pulumi
+import pulumi_aws as aws
+import yaml
+
+from credentials import Credentials
+from settings import Settings, launch
+from storage import Buckets
+
+TEMPLATE = Path(__file__).with_name("user_data.yaml.j2")
+LIMIT_BYTES = 16384
+"""EC2's limit on user-data before it is encoded."""
+
+
+def written(
+    config: Settings,
+    hostnames: pulumi.Output[list[str]],
+    buckets: Buckets,
+    volume: aws.ebs.Volume,
+    secret: Credentials,
+) -> pulumi.Output[str]:
+    """The stack's user-data, once AWS has named what it refers to."""
+    named = pulumi.Output.all(
+        hostnames=hostnames,
+        artifacts=buckets.artifacts.bucket,
+        models=buckets.models.bucket,
+        backups=buckets.backups.bucket,
+        volume=volume.id,
+        parameter=secret.parameter.name,
+        reader=secret.postgres_reader.name if secret.postgres_reader else "",
+    )
+    return named.apply(lambda names: render(document(config, names)))
+
+
+def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
+    """The launch document's content from the settings and the names that AWS gave."""
+    endpoints = {"s3": config.s3_endpoint, "ssm": config.ssm_endpoint}
+    return {
+        "stack": {"name": config.stack, "region": config.region},
+        "buckets": {bucket: names[bucket] for bucket in ("artifacts", "models", "backups")},
+        "credentials": {"parameter": names["parameter"]},
+        "data_volume": {"id": names["volume"]},
+        "web": {"hostnames": names["hostnames"], "tls": "off"},
+        "mlflow": {"job_execution": config.job_execution, "artifact_transfer": config.artifact_transfer},
+        "backups": {"retention_days": config.backup_retention_days, "restore_from": config.restore_from},
+        "postgres": {"cidrs": list(config.postgres_cidrs), "parameter": names["reader"]},
+        "endpoints": {service: address for service, address in endpoints.items() if address},
+    }
+
+
+def render(content: Mapping[str, Any]) -> str:
+    """The cloud-config as text. Raises pulumi.RunError if the machine would refuse it or EC2 would not take it."""
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    # JSON's strings, booleans and lists of strings are TOML's too, all but this one character.
+    environment.filters["toml"] = lambda value: json.dumps(value).replace("\x7f", "\\u007f")
+    text = environment.from_string(TEMPLATE.read_text()).render(content)
+    (file,) = yaml.safe_load(text)["write_files"]
+    try:
+        launch.parse(file["content"])
+    except launch.LaunchError as error:
+        raise pulumi.RunError("\n".join(["The machine would refuse its launch document:", *error.problems])) from None
+    size = len(text.encode())
+    if size > LIMIT_BYTES:
+        raise pulumi.RunError(
+            f"The user-data has {size} bytes, more than the {LIMIT_BYTES} that EC2 takes: name fewer postgresCidrs."
+        )
+    return text
