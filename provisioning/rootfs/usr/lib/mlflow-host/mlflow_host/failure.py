@@ -25,6 +25,8 @@ def main(unit: str) -> None:
     result = subprocess.run(
         ["systemctl", "show", unit, "--property=Result", "--value"], capture_output=True, text=True
     ).stdout.strip()
+    if result == "success":
+        return  # it was never started, because something it needs has failed and has said so
     Step(name, config.RUN).record("failed", f"{unit} ended with {result}: {last_words(unit)}")
     print(f"mlflow-host: {unit} ended with {result}", file=sys.stderr)
 

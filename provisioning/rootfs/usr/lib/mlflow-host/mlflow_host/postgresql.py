@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from mlflow_host import config
-from mlflow_host.status import Step, StepFailed, step
+from mlflow_host.status import Step, StepFailed, finish
 
 CLUSTERS = config.DATA / "postgresql"
 SETTINGS = config.RUN / "postgresql.conf"
@@ -23,9 +23,7 @@ SETTINGS = config.RUN / "postgresql.conf"
 def main(arguments: list[str]) -> None:
     major = config.postgresql_major()
     if arguments == ["--started"]:
-        with step("postgresql") as s:
-            s.say(f"PostgreSQL {major} accepts connections")
-        return
+        return finish("postgresql", f"PostgreSQL {major} accepts connections")
     s = Step("postgresql", config.RUN)
     with s.reporting():
         cluster = prepare(CLUSTERS, major, binaries(major), s)

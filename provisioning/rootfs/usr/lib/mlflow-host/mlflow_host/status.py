@@ -16,9 +16,8 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from string import Template
@@ -46,7 +45,7 @@ class Step:
 
     def __init__(self, name: str, run: Path):
         self.name, self._run = name, run
-        self._started, self._clock = _now(), time.monotonic()
+        self.started = datetime.now(UTC)
         self._message = ""
 
     def say(self, message: str) -> None:
@@ -57,13 +56,14 @@ class Step:
 
     def record(self, state: str, message: str | None = None) -> None:
         self._message = self._message if message is None else message
+        now = datetime.now(UTC)
         content = {
             "step": self.name,
             "state": state,
             "message": self._message,
-            "started": self._started,
-            "ended": None if state == "running" else _now(),
-            "seconds": round(time.monotonic() - self._clock, 3),
+            "started": self.started.isoformat(timespec="milliseconds"),
+            "ended": None if state == "running" else now.isoformat(timespec="milliseconds"),
+            "seconds": round(max(0.0, (now - self.started).total_seconds()), 3),
         }
         _write(self._run / "status" / f"{self.name}.json", json.dumps(content) + "\n")
         publish(self._run)
@@ -91,6 +91,16 @@ def step(name: str, run: Path = RUN) -> Iterator[Step]:
     current.record("done")
 
 
+def finish(name: str, message: str, run: Path = RUN) -> None:
+    """Record the end of a step that another process has begun."""
+    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    current = Step(name, run)
+    with suppress(OSError, ValueError, KeyError):
+        begun = json.loads((run / "status" / f"{name}.json").read_text())["started"]
+        current.started = datetime.fromisoformat(begun)
+    current.record("done", message)
+
+
 def read(run: Path = RUN) -> dict[str, Any]:
     """{"state": "starting" | "failed" | "ready", "message": …, "steps": [status of each step begun, in boot order]}"""
     found = {}
@@ -110,10 +120,12 @@ def read(run: Path = RUN) -> dict[str, Any]:
             "message": "MLflow was started and is not answering: it is restarting",
             "steps": steps,
         }
-    running = next((s for s in steps if s["state"] == "running"), None)
-    doing = (
-        f"{running['step']}: {running['message'] or STEPS.get(running['step'], 'running')}" if running else "booting"
-    )
+    # Steps run side by side; the one furthest on tells best where the boot is. Between two, the next one is meant.
+    running = next((s for s in reversed(steps) if s["state"] == "running"), None)
+    if running:
+        doing = running["message"] or STEPS.get(running["step"], running["step"])
+    else:
+        doing = next((what for name, what in STEPS.items() if name not in found), "Starting MLflow")
     return {"state": "starting", "message": doing, "steps": steps}
 
 
@@ -170,7 +182,3 @@ def _write(path: Path, content: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
