@@ -219,7 +219,7 @@ def main() -> int:
         parents=[where],
         help="delete old images and their snapshots",
         description="Deletes all but the newest images with their snapshots, unfinished images, snapshots whose image "
-        "is gone, and forgotten builders. An image that an instance runs on, or that you tagged mlflow-ami:keep, stays.",
+        "is gone, and forgotten builders. An image that an instance runs on, or tagged mlflow-ami:keep stays.",
     )
     sweeping.add_argument("--keep", type=int, default=5, metavar="N", help="finished images to keep (default 5)")
     sweeping.add_argument("--dry-run", action="store_true", help="only say what would be deleted")

@@ -17,6 +17,7 @@ python3 -m venv "$installer"
 python3 -m venv --without-pip /opt/mlflow
 UV_LINK_MODE=copy "$installer/bin/uv" pip sync --no-config --no-cache --quiet --python /opt/mlflow/bin/python \
   --require-hashes --only-binary :all: --compile-bytecode "$bake/requirements.lock"
+rm -f /opt/mlflow/.lock
 
 # What is installed can be compared with what was asked for, in the image as well as at the bake.
 install -D -m 0644 "$bake/requirements.lock" /usr/share/mlflow-host/requirements.lock

@@ -16,6 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+
 DESTINATION = Path("/usr/share/mlflow-host/image.json")
 
 
@@ -48,12 +51,9 @@ def migrations() -> tuple[str, int]:
 
     The count orders two images only while the chain is one line, so a fork of it ends the bake.
     """
-    import mlflow
-    from alembic.config import Config
-    from alembic.script import ScriptDirectory
-
+    location = metadata.distribution("mlflow").locate_file("mlflow/store/db_migrations")
     config = Config()
-    config.set_main_option("script_location", str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
+    config.set_main_option("script_location", str(location))
     chain = ScriptDirectory.from_config(config)
     head = chain.get_current_head()
     revisions = list(chain.walk_revisions())

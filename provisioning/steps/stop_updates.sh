@@ -17,6 +17,6 @@ for unit in postgresql.service certbot.timer; do
 done
 
 # What the server's behaviour hangs on stays as it is even where somebody runs apt upgrade.
-dpkg-query --show --showformat '${Package}\t${db:Status-Abbrev}\n' \
-    'postgresql*' 'libpq5' 'nginx*' 'libnginx*' 'python3*' 'libpython3*' 'pgbackrest' 'certbot' |
-  awk '$2 == "ii" { print $1 }' | xargs apt-mark hold >/dev/null
+dpkg-query --show --showformat '${db:Status-Abbrev} ${Package}\n' |
+  awk '$1 == "ii" && $2 ~ /^(postgresql|libpq5|nginx|libnginx|python3|libpython3|pgbackrest|certbot)/ { print $2 }' |
+  xargs apt-mark hold >/dev/null
