@@ -1,0 +1,54 @@
+"""Command line of the local cloud."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from local_cloud.base_images import BASES
+from local_cloud.cloud import LocalCloud
+from local_cloud.state import LocalCloudError
+
+DESCRIPTION = """\
+An AWS of your own on this machine: EC2 with real machines, S3 with a real object store, and the other services a stack
+needs, all on loopback addresses. Other programs use it by setting the variables that `env` prints."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="local_cloud", description=DESCRIPTION)
+    parser.add_argument("--state-dir", help="where it keeps everything (default: $MLFLOW_AMI_LOCAL_CLOUD)")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    up = verbs.add_parser("up", help="start it; machines that ran when it went down start again")
+    up.add_argument("--base", choices=sorted(BASES), help="also make this source image and print its AMI")
+    verbs.add_parser("down", help="stop it; images, volumes, buckets, parameters and addresses stay")
+    verbs.add_parser("status", help="what runs and what is kept, as JSON")
+    verbs.add_parser("env", help="the export lines that make AWS clients use it")
+    verbs.add_parser("purge", help="stop it and delete everything it keeps")
+    arguments = parser.parse_args()
+    cloud = LocalCloud(arguments.state_dir)
+    try:
+        match arguments.verb:
+            case "up":
+                cloud.up()
+                if arguments.base:
+                    print(cloud.source_ami(arguments.base))
+            case "down":
+                cloud.down()
+            case "status":
+                print(json.dumps(cloud.status(), indent=2))
+            case "env":
+                print("\n".join(f"export {name}={value}" for name, value in cloud.environment().items()))
+            case "purge":
+                cloud.purge()
+    except LocalCloudError as error:
+        print(f"local_cloud: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("local_cloud: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,299 @@
+"""LocalCloud: starts, stops and speaks to one embedded cloud."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import boto3
+from botocore.config import Config
+
+from local_cloud import base_images, file_systems, machines, object_store, volumes
+from local_cloud.state import (
+    Allotment,
+    LocalCloudError,
+    Places,
+    allot,
+    default_state_dir,
+    give_number_back,
+    read_allotment,
+)
+
+START_SECONDS = 90
+TOOLS = {
+    "podman": "podman",
+    "slirp4netns": "slirp4netns",
+    "ip": "iproute2",
+    "losetup": "mount",
+}
+"""Programs the cloud runs, and the Debian package of each."""
+
+
+class LocalCloud:
+    """One embedded cloud, by its state folder. Holds nothing but paths: the cloud itself runs on its own."""
+
+    def __init__(self, state_dir: Path | str | None = None, tell: Callable[[str], None] | None = None) -> None:
+        """`tell` is given lines of progress; by default they go to stderr."""
+        self.places = Places(Path(state_dir).absolute() if state_dir else default_state_dir())
+        self.tell = tell or base_images.tell_on_stderr
+
+    # What it is to its clients
+
+    @property
+    def allotment(self) -> Allotment:
+        """Raises LocalCloudError when the cloud never was up."""
+        allotment = read_allotment(self.places)
+        if allotment is None:
+            raise LocalCloudError(f"there is no local cloud in {self.places.root}: start one with `local_cloud up`")
+        return allotment
+
+    @property
+    def endpoint(self) -> str:
+        return self.allotment.endpoint
+
+    @property
+    def s3_endpoint(self) -> str:
+        return self.allotment.s3_endpoint
+
+    @property
+    def region(self) -> str:
+        return self.allotment.region
+
+    def environment(self) -> dict[str, str]:
+        """Variables that make any AWS client talk to this cloud."""
+        allotment = self.allotment
+        return {
+            "AWS_ENDPOINT_URL": allotment.endpoint,
+            "AWS_ENDPOINT_URL_S3": allotment.s3_endpoint,
+            "AWS_ACCESS_KEY_ID": allotment.access_key,
+            "AWS_SECRET_ACCESS_KEY": allotment.secret_key,
+            "AWS_REGION": allotment.region,
+            "AWS_DEFAULT_REGION": allotment.region,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def client(self, service: str, **options: Any) -> Any:
+        """A boto3 client of `service` in this cloud."""
+        allotment = self.allotment
+        settings: dict[str, Any] = {
+            "endpoint_url": allotment.s3_endpoint if service == "s3" else allotment.endpoint,
+            "region_name": allotment.region,
+            "aws_access_key_id": allotment.access_key,
+            "aws_secret_access_key": allotment.secret_key,
+            "config": Config(s3={"addressing_style": "path"}, retries={"max_attempts": 3, "mode": "standard"}),
+        }
+        return boto3.client(service, **(settings | options))
+
+    # Coming and going
+
+    def up(self) -> None:
+        """Starts what is not running: the object store, then the daemon, which brings its machines back.
+
+        Idempotent. Raises LocalCloudError with what to do about it.
+        """
+        _require_tools()
+        self.places.make()
+        with self._locked():
+            allotment = allot(self.places)
+            allotment.run_dir.mkdir(parents=True, exist_ok=True)
+            if object_store.running_pid(self.places) is None or not object_store.answers(allotment):
+                object_store.stop(self.places)
+                roles_file = self.places.root / "role-keys.json"
+                roles = json.loads(roles_file.read_text()) if roles_file.exists() else {}
+                object_store.write_identities(self.places, allotment, roles)
+                self.tell("starting the object store")
+                object_store.start(self.places, allotment)
+            if not self._answers():
+                self._end_daemon()
+                self.tell("starting the AWS APIs")
+                self._start_daemon(allotment)
+        self.tell(
+            f"the local cloud is up: {allotment.endpoint} (S3 {allotment.s3_endpoint}), state in {self.places.root}"
+        )
+
+    def is_up(self) -> bool:
+        return read_allotment(self.places) is not None and self._answers()
+
+    def source_ami(self, base: str = "debian12") -> str:
+        """The AMI of a source image, made first when absent; its owner is Canonical's account, 099720109477."""
+        chosen = base_images.choose(base)
+        for image in self.client("ec2").describe_images(Owners=["099720109477"])["Images"]:
+            if image["Name"] == chosen.ami_name:
+                return str(image["ImageId"])
+        with self._locked():
+            layer = base_images.build(self.places, chosen, self.tell)
+            return str(self._order("register", name=chosen.ami_name, description=chosen.description, layers=[layer]))
+
+    def down(self) -> None:
+        """Stops machines, daemon and object store; what they hold stays, and `up` brings it back. Idempotent."""
+        allotment = read_allotment(self.places)
+        if allotment is None:
+            return
+        with self._locked():
+            self._down(allotment)
+
+    def _down(self, allotment: Allotment) -> None:
+        if self._answers():
+            self.tell("stopping the machines")
+            self._order("down", timeout=300)
+            self._wait_for_daemon_to_end()
+        self._end_daemon()
+        self._sweep(allotment)
+        object_store.stop(self.places)
+
+    def purge(self) -> None:
+        """`down`, then deletes everything the cloud ever kept. Idempotent."""
+        allotment = read_allotment(self.places)
+        if allotment is not None:
+            with self._locked():
+                self._end_daemon()
+                self._sweep(allotment)
+                object_store.stop(self.places)
+            shutil.rmtree(allotment.run_dir, ignore_errors=True)
+            give_number_back(self.places, allotment.number)
+        if self.places.root.exists() and (allotment is not None or not any(self.places.root.iterdir())):
+            shutil.rmtree(self.places.root)
+
+    def status(self) -> dict[str, Any]:
+        """What runs and what is kept."""
+        allotment = read_allotment(self.places)
+        if allotment is None:
+            return {"state": "absent", "state_dir": str(self.places.root)}
+        up = self._answers()
+        status: dict[str, Any] = {
+            "state": "up" if up else "down",
+            "state_dir": str(self.places.root),
+            "endpoint": allotment.endpoint,
+            "s3_endpoint": allotment.s3_endpoint,
+            "region": allotment.region,
+            "object_store": object_store.running_pid(self.places) is not None,
+        }
+        if up:
+            status |= self._order("status")
+        return status
+
+    # Reaching into machines
+
+    def console_output(self, instance_id: str) -> str:
+        """All the machine printed on its console since it was last started."""
+        return machines.console_text(self.places.machines / instance_id / "console.log")
+
+    def exec(
+        self, instance_id: str, argv: Sequence[str], *, input: str | None = None, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a program as root in a machine. Raises LocalCloudError when the machine does not run."""
+        podman = machines.Podman(self.places, self.allotment)
+        if podman.pid(instance_id) == 0:
+            raise LocalCloudError(f"{instance_id} is not running")
+        return subprocess.run(
+            [*podman.prefix, "exec", "--interactive", instance_id, *argv],
+            input=input,
+            stdin=subprocess.DEVNULL if input is None else None,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def shell_command(
+        self, instance_id: str, argv: Sequence[str] = ("/bin/bash", "-l"), *, terminal: bool = True
+    ) -> list[str]:
+        """The command line that runs a program as root in a machine, on a terminal of its own unless told otherwise."""
+        podman = machines.Podman(self.places, self.allotment)
+        return [*podman.prefix, "exec", "--interactive", *(["--tty"] if terminal else []), instance_id, *argv]
+
+    # The daemon
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One up, down or purge at a time."""
+        self.places.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self.places.root / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _start_daemon(self, allotment: Allotment) -> None:
+        with self.places.log.open("ab") as log:
+            daemon = subprocess.Popen(
+                [sys.executable, "-m", "local_cloud.daemon", str(self.places.root)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=Path(__file__).parent.parent,
+                start_new_session=True,
+                env={name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
+            )
+        (self.places.root / "daemon.pid").write_text(str(daemon.pid))
+        deadline = time.monotonic() + START_SECONDS
+        while not self._answers():
+            if daemon.poll() is not None or time.monotonic() > deadline:
+                tail = self.places.log.read_text(errors="replace")[-500:].strip()
+                raise LocalCloudError(f"the local cloud's daemon did not start; {self.places.log} ends with: {tail}")
+            time.sleep(0.05)
+
+    def _daemon_pid(self) -> int | None:
+        try:
+            pid = int((self.places.root / "daemon.pid").read_text())
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (OSError, ValueError):
+            return None
+        return pid if b"local_cloud.daemon" in arguments and os.fsencode(self.places.root) in arguments else None
+
+    def _end_daemon(self) -> None:
+        if pid := self._daemon_pid():
+            os.kill(pid, signal.SIGKILL)
+            self._wait_for_daemon_to_end()
+
+    def _wait_for_daemon_to_end(self) -> None:
+        deadline = time.monotonic() + 20
+        while self._daemon_pid() is not None and time.monotonic() < deadline:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(-1, os.WNOHANG)
+            time.sleep(0.05)
+
+    def _answers(self) -> bool:
+        try:
+            self._order("ping", timeout=5)
+        except (OSError, ValueError, LocalCloudError):
+            return False
+        return True
+
+    def _order(self, op: str, timeout: float = 60, **arguments: Any) -> Any:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(timeout)
+            connection.connect(str(self.allotment.run_dir / "control"))
+            with connection.makefile("rwb") as stream:
+                stream.write(json.dumps({"op": op, **arguments}).encode() + b"\n")
+                stream.flush()
+                answer = json.loads(stream.readline())
+        if not answer["ok"]:
+            raise LocalCloudError(answer["error"])
+        return answer["result"]
+
+    def _sweep(self, allotment: Allotment) -> None:
+        """Removes what a daemon that did not end by itself left running or mounted."""
+        podman = machines.Podman(self.places, allotment)
+        for name in podman.names():
+            podman.remove(name)
+        for folder in self.places.machines.glob("*"):
+            file_systems.unmount(file_systems.RootFileSystem(folder))
+        for path in set(volumes.loop_devices_under(self.places.volumes).values()):
+            volumes.detach(path)
+
+
+def _require_tools() -> None:
+    if os.geteuid() != 0:
+        raise LocalCloudError("the local cloud needs root: it runs systemd machines and loop devices; use sudo")
+    missing = [package for program, package in TOOLS.items() if shutil.which(program) is None]
+    if missing:
+        raise LocalCloudError(f"the local cloud needs programs that are missing: apt-get install {' '.join(missing)}")

@@ -1,0 +1,343 @@
+"""EC2 with bodies: moto's records of instances, images and volumes, and the calls that make something happen.
+
+moto answers every request and keeps every record. This module changes just what a real EC2 would do otherwise: states
+pass through pending, stopping and shutting-down while something works on them, addresses are ones this host has, sizes
+and snapshots of images are the real ones, and what AWS refuses is refused. Whatever has to be done is told to `Bodies`.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any, Protocol
+
+from moto.core.responses import ActionResult
+from moto.core.types import Base64EncodedString
+from moto.core.utils import utcnow
+from moto.ec2 import urls as ec2_urls
+from moto.ec2.exceptions import EC2ClientError, InvalidAMIIdError
+from moto.ec2.models import EC2Backend, ec2_backends
+from moto.ec2.models import elastic_ip_addresses as eip_module
+from moto.ec2.models import elastic_network_interfaces as eni_module
+from moto.ec2.models.amis import Ami
+from moto.ec2.models.instance_types import INSTANCE_TYPES
+from moto.ec2.models.instances import Instance, InstanceState
+from moto.ec2.responses.amis import AmisResponse
+from moto.ec2.responses.general import General
+
+CANONICAL = "099720109477"
+"""The account that owns Ubuntu's images on AWS."""
+
+PENDING, RUNNING, SHUTTING_DOWN, TERMINATED, STOPPING, STOPPED = (
+    ("pending", 0),
+    ("running", 16),
+    ("shutting-down", 32),
+    ("terminated", 48),
+    ("stopping", 64),
+    ("stopped", 80),
+)
+
+ROOT_GIB = 8
+"""Size of an image's root volume when nobody said, as of Ubuntu's images."""
+
+
+class Bodies(Protocol):
+    """What stands behind the records."""
+
+    def has_image(self, snapshot: str) -> bool: ...
+    def settle(self, instance: str) -> None: ...
+    def reboot(self, instance: str) -> None: ...
+    def make_image(self, image: str, instance: str, *, reboot: bool) -> None: ...
+    def forget_snapshot(self, snapshot: str) -> None: ...
+    def make_volume(self, volume: str, gib: int, snapshot: str | None) -> None: ...
+    def forget_volume(self, volume: str) -> None: ...
+    def snapshot_volume(self, volume: str, snapshot: str) -> None: ...
+    def console(self, instance: str) -> str: ...
+
+
+call = threading.local()
+"""`call.parameters`: the request being answered, {name: value}, for what moto does not hand on."""
+
+_bodies: list[Bodies] = []
+
+
+def bodies() -> Bodies:
+    return _bodies[0]
+
+
+def parameter(name: str) -> str:
+    return str(getattr(call, "parameters", {}).get(name, ""))
+
+
+def asked(name: str) -> bool:
+    return parameter(name).lower() == "true"
+
+
+def set_state(instance: Instance, state: tuple[str, int]) -> None:
+    instance._state = InstanceState(*state)
+
+
+class EmbodiedEC2(EC2Backend):
+    """moto's EC2 of one region. Its state is records only, so that it can be pickled."""
+
+    @property
+    def _url_module(self) -> ModuleType:
+        return ec2_urls
+
+    # Instances
+
+    def run_instances(self, image_id: str, count: int, *args: Any, **kwargs: Any) -> Any:
+        image = self.amis.get(image_id)
+        if image is None or not bodies().has_image(image.ebs_snapshot.id):
+            raise InvalidAMIIdError([image_id])
+        if image.state != "available":
+            raise EC2ClientError("InvalidAMIID.Unavailable", f"The image '{image_id}' is {image.state}")
+        wanted = kwargs.get("block_device_mappings") or []
+        if all(mapping["DeviceName"] != image.root_device_name for mapping in wanted):
+            root = {"VolumeSize": image.ebs_snapshot.volume.size, "VolumeType": "gp3", "DeleteOnTermination": True}
+            kwargs["block_device_mappings"] = [{"DeviceName": image.root_device_name, "Ebs": root}, *wanted]
+        reservation = super().run_instances(image_id, count, *args, **kwargs)
+        for instance in reservation.instances:
+            set_state(instance, PENDING)
+            instance.nics[0].delete_on_termination = True
+            for device, block in instance.get_block_device_mapping:
+                if device != instance.root_device_name:
+                    volume = self.volumes[block.volume_id]
+                    bodies().make_volume(volume.id, volume.size, volume.snapshot_id)
+            bodies().settle(instance.id)
+        return reservation
+
+    def start_instances(self, instance_ids: list[str]) -> list[tuple[Instance, InstanceState]]:
+        instances = self.get_multi_instances_by_id(instance_ids)
+        _require_state(instances, {"stopped", "running", "pending"}, "started")
+        result = []
+        for instance in instances:
+            before = copy.copy(instance._state)
+            if before.name == "stopped":
+                instance.start()
+                instance.launch_time = utcnow()
+                set_state(instance, PENDING)
+                bodies().settle(instance.id)
+            result.append((instance, before))
+        return result
+
+    def stop_instances(self, instance_ids: list[str]) -> list[tuple[Instance, InstanceState]]:
+        instances = self.get_multi_instances_by_id(instance_ids)
+        _require_state(instances, {"pending", "running", "stopping", "stopped"}, "stopped")
+        result = []
+        for instance in instances:
+            if instance.disable_api_stop is True:
+                raise EC2ClientError(
+                    "OperationNotPermitted", f"The instance '{instance.id}' has stop protection (disableApiStop)"
+                )
+            before = copy.copy(instance._state)
+            if before.name in ("pending", "running", "stopping"):
+                set_state(instance, STOPPING)
+                if asked("Force"):
+                    instance.pull_the_plug = True
+                bodies().settle(instance.id)
+            result.append((instance, before))
+        return result
+
+    def terminate_instances(self, instance_ids: list[str]) -> list[tuple[Instance, InstanceState]]:
+        instances = self.get_multi_instances_by_id(instance_ids)
+        result = []
+        for instance in instances:
+            if instance.disable_api_termination is True:
+                raise EC2ClientError(
+                    "OperationNotPermitted",
+                    f"The instance '{instance.id}' may not be terminated. Modify its 'disableApiTermination' "
+                    "instance attribute and try again.",
+                )
+            before = copy.copy(instance._state)
+            if before.name != "terminated":
+                set_state(instance, SHUTTING_DOWN)
+                bodies().settle(instance.id)
+            result.append((instance, before))
+        return result
+
+    def reboot_instances(self, instance_ids: list[str]) -> list[Instance]:
+        instances = self.get_multi_instances_by_id(instance_ids)
+        _require_state(instances, {"running"}, "rebooted")
+        for instance in instances:
+            bodies().reboot(instance.id)
+        return instances
+
+    def finish_stop(self, instance: Instance) -> None:
+        """Records that the machine is off."""
+        instance.stop()
+        instance.pull_the_plug = False
+
+    def finish_termination(self, instance: Instance) -> None:
+        """Records that the machine is gone, with the volumes that go with it and the addresses it held."""
+        for address in list(self.addresses):
+            if address.instance is instance or (address.eni and address.eni.instance is instance):
+                self.disassociate_address(address=address.public_ip)
+        reason = instance.state_reason
+        instance.terminate()
+        if reason.code.startswith("Server."):
+            instance.state_reason = reason
+
+    # Images
+
+    def create_image(self, instance_id: str, name: str, *args: Any, **kwargs: Any) -> Ami:
+        instance = self.get_instance(instance_id)
+        _require_state([instance], {"running", "stopped", "stopping"}, "imaged")
+        self._require_new_image_name(name)
+        image = super().create_image(instance_id, name, *args, **kwargs)
+        root = instance.block_device_mapping[instance.root_device_name]
+        self._describe_body(image, root.size, encrypted=self.volumes[root.volume_id].encrypted)
+        image.root_device_name = instance.root_device_name
+        image.state = "pending"
+        bodies().make_image(image.id, instance_id, reboot=not asked("NoReboot"))
+        return image
+
+    def register_source_image(self, name: str, description: str, gib: int = ROOT_GIB) -> Ami:
+        """A public image of Canonical's; the body is recorded under the image's snapshot by the caller."""
+        image = self.register_image(name, description)
+        image.owner_id, image.owner_alias = CANONICAL, "amazon"
+        image.architecture, image.virtualization_type, image.hypervisor = "x86_64", "hvm", "xen"
+        image.launch_permissions.append({"Group": "all"})
+        self._describe_body(image, gib, encrypted=False)
+        image.ebs_snapshot.owner_id = CANONICAL
+        return image
+
+    def _describe_body(self, image: Ami, gib: int, *, encrypted: bool) -> None:
+        image.root_device_type = "ebs"
+        image.ebs_snapshot.volume.size = gib
+        image.ebs_snapshot.volume.volume_type = "gp3"
+        image.ebs_snapshot.encrypted = encrypted
+
+    def _require_new_image_name(self, name: str) -> None:
+        for image in self.amis.values():
+            if image.name == name and image.owner_id == self.account_id:
+                raise EC2ClientError("InvalidAMIName.Duplicate", f"AMI name {name} is already in use by AMI {image.id}")
+
+    def deregister_image(self, ami_id: str) -> None:
+        image = self.amis.get(ami_id)
+        super().deregister_image(ami_id)
+        if image is not None and asked("DeleteAssociatedSnapshots"):
+            self.delete_snapshot(image.ebs_snapshot.id)
+
+    # Volumes
+
+    def create_volume(self, size: int, *args: Any, **kwargs: Any) -> Any:
+        volume = super().create_volume(size, *args, **kwargs)
+        if parameter("Action") == "CreateVolume":
+            bodies().make_volume(volume.id, volume.size, volume.snapshot_id)
+        return volume
+
+    def modify_volume(self, volume_id: str, *args: Any, **kwargs: Any) -> Any:
+        before = self.get_volume(volume_id).size
+        volume = super().modify_volume(volume_id, *args, **kwargs)
+        if volume.size < before:
+            volume.size = before
+            raise EC2ClientError("InvalidParameterValue", "New size cannot be smaller than existing size")
+        if not self._is_root(volume):
+            bodies().make_volume(volume.id, volume.size, None)
+        return volume
+
+    def delete_volume(self, volume_id: str) -> Any:
+        volume = super().delete_volume(volume_id)
+        bodies().forget_volume(volume_id)
+        return volume
+
+    def attach_volume(self, volume_id: str, instance_id: str, device_path: str, *args: Any, **kwargs: Any) -> Any:
+        if parameter("Action") == "AttachVolume":
+            self._require_attachable(volume_id, instance_id, device_path)
+        return super().attach_volume(volume_id, instance_id, device_path, *args, **kwargs)
+
+    def _require_attachable(self, volume_id: str, instance_id: str, device_path: str) -> None:
+        volume, instance = self.get_volume(volume_id), self.get_instance(instance_id)
+        if volume.attachment:
+            raise EC2ClientError("VolumeInUse", f"{volume_id} is already attached to an instance")
+        if instance.state not in ("running", "stopped"):
+            raise EC2ClientError("IncorrectState", f"Instance '{instance_id}' is not 'running' but {instance.state}")
+        if device_path in instance.block_device_mapping:
+            raise EC2ClientError(
+                "InvalidParameterValue",
+                f"Invalid value '{device_path}' for unixDevice. Attachment point {device_path} is already in use",
+            )
+        if volume.zone and volume.zone.name != instance.placement.zone:
+            raise EC2ClientError(
+                "InvalidVolume.ZoneMismatch",
+                f"The volume '{volume_id}' is not in the same availability zone as instance '{instance_id}'",
+            )
+
+    def create_snapshot(self, volume_id: str, *args: Any, **kwargs: Any) -> Any:
+        volume = self.get_volume(volume_id)
+        if self._is_root(volume):
+            raise EC2ClientError(
+                "UnsupportedOperation", f"{volume_id} is a root volume: make an image of its instance instead"
+            )
+        snapshot = super().create_snapshot(volume_id, *args, **kwargs)
+        if snapshot.from_ami is None:
+            bodies().snapshot_volume(volume_id, snapshot.id)
+            snapshot.volume = copy.copy(volume)  # a snapshot's size is that of the moment it was taken
+        return snapshot
+
+    def delete_snapshot(self, snapshot_id: str) -> Any:
+        snapshot = super().delete_snapshot(snapshot_id)
+        bodies().forget_snapshot(snapshot_id)
+        return snapshot
+
+    def _is_root(self, volume: Any) -> bool:
+        attachment = volume.attachment
+        return attachment is not None and attachment.device == attachment.instance.root_device_name
+
+
+def _require_state(instances: Iterable[Instance], allowed: set[str], participle: str) -> None:
+    for instance in instances:
+        if instance.state not in allowed:
+            raise EC2ClientError(
+                "IncorrectInstanceState",
+                f"The instance '{instance.id}' is not in a state from which it can be {participle}: {instance.state}",
+            )
+
+
+def size_of(instance_type: str) -> tuple[int, int]:
+    """Cores and MiB of memory of an instance type; raises KeyError for one AWS does not have."""
+    facts = INSTANCE_TYPES[instance_type]
+    return int(facts["VCpuInfo"]["DefaultVCpus"]), int(facts["MemoryInfo"]["SizeInMiB"])
+
+
+def install(behind: Bodies, free_address: Callable[[], str]) -> None:
+    """Puts the bodies behind moto's EC2; call once, before any region is used."""
+    _bodies[:] = [behind]
+    ec2_backends.backend = EmbodiedEC2
+    eni_module.random_public_ip = free_address
+    eip_module.random_ip = free_address
+    Ami.block_device_mappings = property(_image_block_devices)  # type: ignore[assignment, method-assign]
+    General.get_console_output = _get_console_output  # type: ignore[method-assign]
+    AmisResponse.modify_image_attribute = _modify_image_attribute(AmisResponse.modify_image_attribute)  # type: ignore[method-assign]
+
+
+def _image_block_devices(image: Ami) -> list[dict[str, Any]]:
+    """moto says 15 GiB of magnetic disk of every image."""
+    snapshot = image.ebs_snapshot
+    body = {"SnapshotId": snapshot.id, "VolumeSize": snapshot.volume.size, "VolumeType": "gp3"}
+    body |= {"DeleteOnTermination": True, "Encrypted": snapshot.encrypted}
+    return [{"DeviceName": image.root_device_name, "Ebs": body}]
+
+
+def _get_console_output(self: General) -> ActionResult:
+    instance = self.ec2_backend.get_instance(self._get_param("InstanceId"))
+    text = bodies().console(instance.id)[-64 * 1024 :]
+    output = Base64EncodedString.from_raw_string(text)
+    return ActionResult({"InstanceId": instance.id, "Timestamp": utcnow(), "Output": output})
+
+
+def _modify_image_attribute(original: Callable[[AmisResponse], Any]) -> Callable[[AmisResponse], Any]:
+    """moto knows launch permissions only; these two change what DescribeImages says and how machines start."""
+
+    def modify(self: AmisResponse) -> Any:
+        image = self.ec2_backend.describe_images(ami_ids=[self._get_param("ImageId")])[0]
+        if support := parameter("ImdsSupport.Value"):
+            image.imds_support = support
+        if description := parameter("Description.Value"):
+            image.description = description
+        return original(self)
+
+    return modify

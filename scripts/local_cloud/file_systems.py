@@ -1,0 +1,137 @@
+"""Root file systems: an image is a stack of layers, a machine is that stack with a writable folder on top.
+
+Layers are plain folders joined by overlayfs. CreateImage is a rename: the machine's writable folder becomes the
+image's newest layer and the machine goes on above it, so it takes no time and no space whatever the image's size.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from local_cloud.state import Places, write_json
+
+
+@dataclass(frozen=True)
+class RootFileSystem:
+    """A machine's root file system on disk."""
+
+    folder: Path
+
+    @property
+    def mounted_at(self) -> Path:
+        return self.folder / "root"
+
+    @property
+    def writable(self) -> Path:
+        return self.folder / "writable"
+
+    @property
+    def record(self) -> Path:
+        return self.folder / "layers.json"
+
+    @property
+    def layers(self) -> list[str]:
+        """Newest first."""
+        layers: list[str] = json.loads(self.record.read_text())
+        return layers
+
+
+def image_layers(places: Places, snapshot: str) -> list[str] | None:
+    """The layers a root snapshot consists of, newest first; None when there is no such body."""
+    record = places.images / f"{snapshot}.json"
+    if not record.exists():
+        return None
+    layers: list[str] = json.loads(record.read_text())
+    return layers
+
+
+def record_image(places: Places, snapshot: str, layers: list[str]) -> None:
+    write_json(places.images / f"{snapshot}.json", layers)
+
+
+def create(places: Places, instance: str, layers: list[str]) -> RootFileSystem:
+    """A fresh root file system for an instance, above an image's layers."""
+    root = RootFileSystem(places.machines / instance)
+    root.folder.mkdir(mode=0o700, exist_ok=True)
+    write_json(root.record, layers)
+    return root
+
+
+def mount(places: Places, root: RootFileSystem) -> Path:
+    """Mounts the machine's root; does nothing when it is mounted."""
+    if is_mounted(root.mounted_at):
+        return root.mounted_at
+    newest = places.layers / root.layers[0]
+    if not newest.exists() and (root.writable / "upper").exists():
+        (root.writable / "upper").rename(newest)
+    _make_writable(root)
+    root.mounted_at.mkdir(exist_ok=True)
+    # relative paths: overlayfs takes at most a page of options, and a layer's name is long
+    lower = ":".join(root.layers)
+    options = f"lowerdir={lower},upperdir={root.writable / 'upper'},workdir={root.writable / 'work'}"
+    subprocess.run(
+        ["mount", "-t", "overlay", "overlay", "-o", options, str(root.mounted_at)],
+        check=True,
+        cwd=places.layers,
+        capture_output=True,
+    )
+    return root.mounted_at
+
+
+def unmount(root: RootFileSystem) -> None:
+    if is_mounted(root.mounted_at):
+        subprocess.run(["umount", "--lazy", str(root.mounted_at)], check=True, capture_output=True)
+
+
+def is_mounted(path: Path) -> bool:
+    return path.is_mount()
+
+
+def freeze(places: Places, root: RootFileSystem) -> list[str]:
+    """Turns what the machine wrote into a layer and returns the stack; the machine must not be mounted."""
+    if not (root.writable / "upper").exists():
+        return root.layers
+    name = uuid.uuid4().hex[:12]
+    layers = [name, *root.layers]
+    # The record first: a crash in between leaves a name without a folder, which `mount` completes.
+    write_json(root.record, layers)
+    (root.writable / "upper").rename(places.layers / name)
+    shutil.rmtree(root.writable, ignore_errors=True)
+    return layers
+
+
+def copy_live(places: Places, root: RootFileSystem) -> list[str]:
+    """The stack with a copy of what a running machine wrote so far, as CreateImage does with NoReboot."""
+    name = uuid.uuid4().hex[:12]
+    subprocess.run(
+        ["cp", "-a", "--reflink=auto", str(root.writable / "upper"), str(places.layers / name)],
+        check=True,
+        capture_output=True,
+    )
+    return [name, *root.layers]
+
+
+def delete(root: RootFileSystem) -> None:
+    unmount(root)
+    shutil.rmtree(root.folder, ignore_errors=True)
+
+
+def sweep_layers(places: Places) -> None:
+    """Deletes layers that neither an image nor a machine uses."""
+    used: set[str] = set()
+    for record in [*places.images.glob("*.json"), *places.machines.glob("*/layers.json")]:
+        used.update(json.loads(record.read_text()))
+    for layer in places.layers.iterdir():
+        if layer.name not in used:
+            shutil.rmtree(layer, ignore_errors=True)
+
+
+def _make_writable(root: RootFileSystem) -> None:
+    for name in ("upper", "work"):
+        (root.writable / name).mkdir(parents=True, exist_ok=True)
+    (root.writable / "upper").chmod(0o755)

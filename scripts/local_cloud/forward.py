@@ -1,0 +1,244 @@
+"""Carries TCP connections between the host and machines: one process for a cloud, one thread, no copies kept.
+
+Run as `python -m local_cloud.forward <fd>`; the daemon talks to it over that Unix socket and hands it listening
+sockets. It ends when the daemon does. It is a process of its own so that bulk data never waits for the API.
+
+Messages are JSON objects, one a datagram:
+
+    {"op": "open", "id": …, "cidrs": [… or null], "target": [address, port], "keep_source": bool}
+        with the listening socket and, when the target is inside a machine, its network namespace as descriptors
+    {"op": "close", "id": …}
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import select
+import socket
+import sys
+from dataclasses import dataclass, field
+
+from local_cloud import namespaces
+
+CHUNK = 256 * 1024
+BACKLOG_LIMIT = 64
+"""Connections accepted per wake-up before others get their turn."""
+
+
+@dataclass
+class Route:
+    """One listening socket and where its connections go."""
+
+    listening: socket.socket
+    networks: list[ipaddress.IPv4Network] | None
+    target: tuple[str, int]
+    namespace: int | None
+    keep_source: bool
+
+
+@dataclass
+class Side:
+    """One end of a carried connection."""
+
+    sock: socket.socket
+    route: str
+    other: Side | None = None
+    waiting: bytearray = field(default_factory=bytearray)  # read from the other side, not yet accepted by this one
+    mask: int = 0
+    read_closed: bool = False
+    write_closing: bool = False
+    connecting: bool = False
+
+
+class Forwarder:
+    """Owns the poller, the routes and the connections."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self.control = control
+        self.poller = select.epoll()
+        self.routes: dict[str, Route] = {}
+        self.by_listener: dict[int, str] = {}
+        self.sides: dict[int, Side] = {}
+        self.buffer = bytearray(CHUNK)
+        self.view = memoryview(self.buffer)
+        self.poller.register(control.fileno(), select.EPOLLIN)
+
+    def run(self) -> None:
+        while True:
+            for number, event in self.poller.poll():
+                if number == self.control.fileno():
+                    if not self.obey():
+                        return
+                elif number in self.by_listener:
+                    self.accept(self.by_listener[number])
+                elif side := self.sides.get(number):
+                    try:
+                        self.serve(side, event)
+                    except OSError:
+                        self.drop(side)
+
+    def obey(self) -> bool:
+        """Handles one message; False when the daemon is gone."""
+        try:
+            message, descriptors, _, _ = socket.recv_fds(self.control, 65536, 2)
+        except ConnectionError:
+            return False
+        if not message:
+            return False
+        order = json.loads(message)
+        if order["op"] == "open":
+            listening = socket.socket(fileno=descriptors[0])
+            listening.setblocking(False)
+            cidrs = order["cidrs"]
+            self.routes[order["id"]] = Route(
+                listening,
+                None if cidrs is None else [ipaddress.IPv4Network(cidr, strict=False) for cidr in cidrs],
+                (order["target"][0], order["target"][1]),
+                descriptors[1] if len(descriptors) > 1 else None,
+                order["keep_source"],
+            )
+            self.by_listener[listening.fileno()] = order["id"]
+            self.poller.register(listening.fileno(), select.EPOLLIN)
+        elif order["op"] == "close" and (route := self.routes.pop(order["id"], None)):
+            self.poller.unregister(route.listening.fileno())
+            del self.by_listener[route.listening.fileno()]
+            route.listening.close()
+            if route.namespace is not None:
+                os.close(route.namespace)
+            for side in [side for side in self.sides.values() if side.route == order["id"]]:
+                self.drop(side)
+        return True
+
+    def accept(self, identifier: str) -> None:
+        route = self.routes[identifier]
+        for _ in range(BACKLOG_LIMIT):
+            try:
+                client, (address, _port) = route.listening.accept()
+            except OSError:
+                return
+            if route.networks is not None and not any(ipaddress.IPv4Address(address) in n for n in route.networks):
+                refuse(client)
+                continue
+            try:
+                server, connecting = self.connect(route, address)
+            except OSError:
+                refuse(client)
+                continue
+            for sock in (client, server):
+                sock.setblocking(False)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            near, far = Side(client, identifier), Side(server, identifier, connecting=connecting)
+            near.other, far.other = far, near
+            for side in (near, far):
+                self.sides[side.sock.fileno()] = side
+                self.watch(side)
+
+    def connect(self, route: Route, source: str) -> tuple[socket.socket, bool]:
+        """A socket on its way to the target, from the client's own address when asked to; True while connecting."""
+        if route.namespace is None:
+            server = socket.socket()
+        else:
+            with namespaces.inside(route.namespace):
+                server = socket.socket()
+        try:
+            server.setblocking(False)
+            if route.keep_source:
+                server.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+                server.bind((source, 0))
+            try:
+                server.connect(route.target)
+            except BlockingIOError:
+                return server, True
+            return server, False
+        except OSError:
+            server.close()
+            raise
+
+    def watch(self, side: Side) -> None:
+        """Asks the poller for exactly the events that can make progress."""
+        other = side.other
+        mask = 0
+        if side.connecting or side.waiting:
+            mask |= select.EPOLLOUT
+        if not side.read_closed and other is not None and not other.waiting and not other.connecting:
+            mask |= select.EPOLLIN
+        if mask != side.mask:
+            number = side.sock.fileno()
+            if side.mask == 0:
+                self.poller.register(number, mask)
+            elif mask == 0:
+                self.poller.unregister(number)
+            else:
+                self.poller.modify(number, mask)
+            side.mask = mask
+
+    def serve(self, side: Side, event: int) -> None:
+        other = side.other
+        assert other is not None
+        if side.connecting:
+            if side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.drop(side)
+                return
+            if not event & select.EPOLLOUT:
+                return
+            side.connecting = False
+        if side.waiting and event & (select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR):
+            sent = side.sock.send(side.waiting)
+            del side.waiting[:sent]
+            if not side.waiting and side.write_closing:
+                side.sock.shutdown(socket.SHUT_WR)
+        if not side.read_closed and not other.waiting and event & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+            try:
+                count = side.sock.recv_into(self.buffer)
+            except BlockingIOError:
+                count = -1
+            if count == 0:
+                side.read_closed = True
+                other.write_closing = True
+                if not other.waiting:
+                    other.sock.shutdown(socket.SHUT_WR)
+            elif count > 0:
+                try:
+                    sent = other.sock.send(self.view[:count])
+                except BlockingIOError:
+                    sent = 0
+                if sent < count:
+                    other.waiting += self.view[sent:count]
+        if side.read_closed and other.read_closed and not side.waiting and not other.waiting:
+            self.drop(side)
+            return
+        self.watch(side)
+        self.watch(other)
+
+    def drop(self, side: Side) -> None:
+        """Ends a connection on both sides."""
+        for end in (side, side.other):
+            if end is None:
+                continue
+            number = end.sock.fileno()
+            if number >= 0 and self.sides.pop(number, None) is not None:
+                if end.mask:
+                    self.poller.unregister(number)
+                    end.mask = 0
+                end.sock.close()
+
+
+IP_BIND_ADDRESS_NO_PORT = 24
+"""linux/in.h: pick the source port at connect, so that ports are shared between targets."""
+
+
+def refuse(client: socket.socket) -> None:
+    """Closes with a reset rather than a polite end, as nothing was ever connected."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    client.close()
+
+
+def main() -> None:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    Forwarder(control).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""Machines: a systemd system in a rootful podman container, with the size, disks and network EC2 would give it.
+
+A container here is as short-lived as the power: it is made when the machine starts and gone when it stops. What lasts
+is the root file system (file_systems.py) and the volumes (volumes.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from local_cloud import namespaces, volumes
+from local_cloud.state import Allotment, LocalCloudError, Places
+
+OUTWARD_NETWORK = "198.18.0.0/24"
+"""The machine's side of slirp4netns: from the range for benchmarks (RFC 2544), so that no VPC's addresses clash."""
+
+OUTWARD_DNS = "198.18.0.3"
+INTERFACE = "ens5"
+STOP_SECONDS = 60
+"""How long a machine may take to shut down before it is killed, as EC2 does after some minutes."""
+
+POWERED_OFF, REBOOTED = 128 + signal.SIGINT, 128 + signal.SIGHUP
+"""Exit statuses of a pid namespace's init after poweroff and reboot, reboot(2)."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """An attached volume: its id, and the loop device on the host that carries it."""
+
+    volume: str
+    loop: str
+
+
+@dataclass(frozen=True)
+class Size:
+    cores: int
+    memory_mib: int
+
+
+@dataclass
+class Machine:
+    """A running machine. `namespace` is a descriptor this object owns, as is `slirp_exit`, whose end ends slirp4netns."""
+
+    instance: str
+    pid: int
+    namespace: int
+    pidfd: int
+    slirp_exit: int = -1
+    slirp: subprocess.Popen[bytes] | None = None
+    disks: dict[str, str] = field(default_factory=dict)  # volume id → name under /dev in the machine
+
+
+class Podman:
+    """podman with storage and run state of this cloud's own, so that it can be removed whole."""
+
+    def __init__(self, places: Places, allotment: Allotment) -> None:
+        run_dir = allotment.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.prefix = ["podman", "--root", str(places.containers), "--runroot", str(run_dir / "containers")]
+        self.prefix += ["--storage-driver", "vfs", "--events-backend", "none"]
+        self.prefix += ["--cgroup-manager", "cgroupfs"]
+        if not Path("/sys/fs/cgroup/cgroup.controllers").exists():
+            self.prefix += ["--runtime", "runc"]  # crun refuses to start where cgroups are in hybrid mode
+
+    def run(self, *argv: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([*self.prefix, *argv], capture_output=True, text=True, timeout=timeout)
+        if check and done.returncode != 0:
+            raise LocalCloudError(f"podman {argv[0]} failed: {done.stderr.strip()[-500:]}")
+        return done
+
+    def names(self) -> list[str]:
+        return self.run("ps", "--all", "--format", "{{.Names}}").stdout.split()
+
+    def pid(self, name: str) -> int:
+        """Process id of the machine's init, 0 when it does not run."""
+        done = self.run("inspect", "--format", "{{.State.Pid}}", name, check=False)
+        return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
+
+    def exit_status(self, name: str) -> int:
+        done = self.run("inspect", "--format", "{{.State.ExitCode}}", name, check=False)
+        return int(done.stdout.strip() or -1) if done.returncode == 0 else -1
+
+    def remove(self, name: str) -> None:
+        self.run("rm", "--force", "--time", "0", "--ignore", name)
+
+
+def boot(
+    podman: Podman,
+    instance: str,
+    root: Path,
+    hostname: str,
+    size: Size,
+    private_address: str,
+    disks: Iterable[Disk],
+    console: Path,
+    before: Callable[[int], None],
+) -> Machine:
+    """Starts a machine from the file system mounted at `root`.
+
+    `before` is called with the network namespace once its addresses are up and before the machine's init runs: what
+    listens in there listens from the first instant. Raises LocalCloudError.
+    """
+    namespace = namespaces.create()
+    try:
+        slirp, slirp_exit = _connect_outward(namespace, private_address)
+        before(namespace)
+        names = {disk.volume: f"nvme{index}n1" for index, disk in enumerate(disks, start=1)}
+        _write_resolver(root)
+        console.unlink(missing_ok=True)
+        argv = ["run", "--detach", "--tty", "--name", instance, "--hostname", hostname, "--systemd=always"]
+        argv += ["--privileged", "--no-hosts", "--network", f"ns:/proc/{os.getpid()}/fd/{namespace}"]
+        argv += ["--stop-signal", "SIGRTMIN+3", "--log-driver", "k8s-file", "--log-opt", f"path={console}"]
+        argv += [*_limits(), *_size_options(size), "--rootfs", str(root)]
+        podman.run(*argv, "/bin/sh", "-c", _firmware(names, disks))
+        pid = podman.pid(instance)
+        if pid == 0:
+            raise LocalCloudError(f"{instance} stopped as soon as it started: {console_text(console)[-500:]}")
+        return Machine(instance, pid, namespace, os.pidfd_open(pid), slirp_exit, slirp, names)
+    except BaseException:
+        os.close(namespace)
+        podman.run("rm", "--force", "--time", "0", "--ignore", instance, check=False)
+        raise
+
+
+def adopt(podman: Podman, instance: str, private_address: str, before: Callable[[int], None]) -> Machine | None:
+    """Takes over a machine that outlived its daemon; None when it does not run."""
+    pid = podman.pid(instance)
+    if pid == 0:
+        return None
+    namespace = namespaces.of_process(pid)
+    pidfd = os.pidfd_open(pid)
+    slirp, slirp_exit = _connect_outward(namespace, private_address)
+    before(namespace)
+    return Machine(instance, pid, namespace, pidfd, slirp_exit, slirp, _disks_present(pid))
+
+
+def disconnect(machine: Machine) -> None:
+    """Lets go of everything held for the machine, which itself is left as it is."""
+    if machine.slirp is not None:
+        os.close(machine.slirp_exit)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            machine.slirp.wait(5)
+        machine.slirp = None
+    for descriptor in (machine.namespace, machine.pidfd):
+        os.close(descriptor)
+
+
+def stop(podman: Podman, machine: Machine, *, force: bool = False) -> None:
+    """Shuts the machine down and waits; `force` pulls the plug: every process is killed at once, nothing is flushed."""
+    if force:
+        podman.run("kill", "--signal", "KILL", machine.instance, check=False)
+    podman.run("stop", "--time", str(STOP_SECONDS), "--ignore", machine.instance, timeout=STOP_SECONDS + 60)
+
+
+def attach(machine: Machine, disk: Disk) -> str:
+    """Makes a volume appear in a running machine under the names EBS would give it; returns its name under /dev."""
+    if disk.volume in machine.disks:
+        return machine.disks[disk.volume]
+    taken = set(machine.disks.values())
+    name = next(f"nvme{index}n1" for index in range(1, 64) if f"nvme{index}n1" not in taken)
+    dev = Path(f"/proc/{machine.pid}/root/dev")
+    node = dev / name
+    os.mknod(node, stat.S_IFBLK | 0o660, os.stat(disk.loop).st_rdev)
+    shutil.chown(node, 0, 6)  # group disk
+    (dev / "disk/by-id").mkdir(parents=True, exist_ok=True)
+    (dev / "disk/by-id" / by_id_name(disk.volume)).symlink_to(f"../../{name}")
+    machine.disks[disk.volume] = name
+    return name
+
+
+def detach(machine: Machine, volume: str) -> bool:
+    """Takes a volume out of a running machine; False when it is still mounted there."""
+    name = machine.disks.get(volume)
+    if name is None:
+        return True
+    dev = Path(f"/proc/{machine.pid}/root/dev")
+    with contextlib.suppress(OSError):
+        if volumes.is_mounted_in(machine.pid, (dev / name).stat().st_rdev):
+            return False
+        (dev / "disk/by-id" / by_id_name(volume)).unlink(missing_ok=True)
+        (dev / name).unlink(missing_ok=True)
+    del machine.disks[volume]
+    return True
+
+
+def by_id_name(volume: str) -> str:
+    """The name udev gives an EBS volume under /dev/disk/by-id."""
+    return f"nvme-Amazon_Elastic_Block_Store_{volume.replace('-', '')}"
+
+
+def console_text(console: Path) -> str:
+    """What the machine printed on its console; lines of conmon's log lose its time stamps."""
+    if not console.exists():
+        return ""
+    lines = console.read_text(errors="replace").splitlines()
+    return "\n".join(re.sub(r"^\S+ std(?:out|err) [FP] ", "", line).rstrip("\r") for line in lines)
+
+
+def wait_for_exit(machine: Machine) -> None:
+    """Returns when the machine's init is gone."""
+    import select
+
+    poller = select.poll()
+    poller.register(machine.pidfd, select.POLLIN)
+    poller.poll()
+
+
+def _firmware(names: Mapping[str, str], disks: Iterable[Disk]) -> str:
+    """The shell lines run before the machine's init: its hardware.
+
+    /sys and /proc/sys are read-only, as in any container that is not to touch its host, but for the network's part.
+    The host's own disks disappear; the machine's volumes appear.
+    """
+    lines = [
+        "mount -o remount,ro,bind /sys",
+        "mount --bind /proc/sys /proc/sys",
+        "mount --bind /proc/sys/net /proc/sys/net",
+        "mount -o remount,ro,bind /proc/sys",
+        "find /dev -type b -delete",
+        "rm -f /dev/kmsg /dev/mem /dev/loop-control",
+        "mkdir -p /dev/disk/by-id",
+    ]
+    for disk in disks:
+        device, name = os.stat(disk.loop).st_rdev, names[disk.volume]
+        lines.append(f"mknod -m 660 /dev/{name} b {os.major(device)} {os.minor(device)}")
+        lines.append(f"chgrp 6 /dev/{name}")
+        lines.append(f"ln -s ../../{name} /dev/disk/by-id/{by_id_name(disk.volume)}")
+    return "; ".join([*lines, "exec /sbin/init"])
+
+
+def _disks_present(pid: int) -> dict[str, str]:
+    """Volumes a running machine has: volume id → name under /dev."""
+    found = {}
+    folder = Path(f"/proc/{pid}/root/dev/disk/by-id")
+    for link in folder.glob("nvme-Amazon_Elastic_Block_Store_vol*"):
+        volume = link.name.removeprefix("nvme-Amazon_Elastic_Block_Store_").replace("vol", "vol-", 1)
+        found[volume] = link.readlink().name
+    return found
+
+
+def _size_options(size: Size) -> list[str]:
+    host_cores = sorted(os.sched_getaffinity(0))
+    cores = host_cores[: max(1, min(size.cores, len(host_cores)))]
+    memory = f"{size.memory_mib}m"
+    return [
+        "--cpuset-cpus",
+        ",".join(map(str, cores)),
+        "--memory",
+        memory,
+        "--memory-swap",
+        memory,
+        "--pids-limit",
+        "0",
+    ]
+
+
+def _limits() -> list[str]:
+    """Limits as a server's, as far as the host's own hard limits allow; podman lowers its own to half of nproc's."""
+    import resource
+
+    options = []
+    for name, which, wanted in (("nofile", resource.RLIMIT_NOFILE, 1048576), ("nproc", resource.RLIMIT_NPROC, 32768)):
+        hard = resource.getrlimit(which)[1]
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        options += ["--ulimit", f"{name}={limit}:{limit}"]
+    return options
+
+
+def _write_resolver(root: Path) -> None:
+    """The resolver of the outward network; podman would leave the host's, which may be out of reach."""
+    target = root / "etc/resolv.conf"
+    if target.is_symlink():
+        target.unlink()
+    target.write_text(f"nameserver {OUTWARD_DNS}\n")
+
+
+def _connect_outward(namespace: int, private_address: str) -> tuple[subprocess.Popen[bytes], int]:
+    """Gives the namespace its way out (slirp4netns), its private address and the metadata service's."""
+    read_end, write_end = os.pipe()
+    ready_read, ready_write = os.pipe()
+    try:
+        slirp = subprocess.Popen(
+            ["slirp4netns", "--configure", "--mtu=65520", "--disable-host-loopback", f"--cidr={OUTWARD_NETWORK}"]
+            + [f"--exit-fd={read_end}", f"--ready-fd={ready_write}", "--netns-type=path"]
+            + [f"/proc/{os.getpid()}/fd/{namespace}", INTERFACE],
+            pass_fds=(read_end, ready_write),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    finally:
+        os.close(read_end)
+        os.close(ready_write)
+    try:
+        if os.read(ready_read, 1) != b"1":
+            assert slirp.stderr is not None
+            raise LocalCloudError(f"slirp4netns did not start: {slirp.stderr.read().decode().strip()[-300:]}")
+    except BaseException:
+        os.close(write_end)
+        raise
+    finally:
+        os.close(ready_read)
+    for address in (f"{private_address}/32 dev {INTERFACE}", "169.254.169.254/32 dev lo"):
+        with contextlib.suppress(subprocess.CalledProcessError):  # a machine taken over has them
+            namespaces.run_inside(namespace, ["ip", "address", "add", *address.split()])
+    return slirp, write_end

@@ -1,0 +1,82 @@
+"""Network namespaces by file descriptor, without names under /run/netns that could be left behind.
+
+A namespace lives as long as a descriptor or a process holds it: when the daemon and the machine are gone, so is it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+CLONE_NEWNET = 0x40000000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def create() -> int:
+    """A new network namespace with its loopback up; the caller owns the descriptor."""
+    made: list[int] = []
+
+    def unshare() -> None:
+        _check(_libc.unshare(CLONE_NEWNET), "unshare")
+        made.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+
+    thread = threading.Thread(target=unshare)
+    thread.start()
+    thread.join()
+    if not made:
+        raise OSError("could not create a network namespace")
+    return made[0]
+
+
+def of_process(pid: int) -> int:
+    """The network namespace a process is in; the caller owns the descriptor."""
+    return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+
+@contextmanager
+def inside(namespace: int) -> Iterator[None]:
+    """The calling thread is in `namespace` for the length of the block; sockets it creates stay there for life."""
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check(_libc.setns(namespace, CLONE_NEWNET), "setns")
+        try:
+            yield
+        finally:
+            _check(_libc.setns(home, CLONE_NEWNET), "setns")
+    finally:
+        os.close(home)
+
+
+def listener(address: str, port: int, namespace: int | None = None) -> socket.socket:
+    """A listening TCP socket on the host, or inside `namespace`."""
+    if namespace is not None:
+        with inside(namespace):
+            return listener(address, port)
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((address, port))
+        listening.listen(1024)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+def run_inside(namespace: int, argv: list[str]) -> None:
+    """Runs a program in `namespace`; raises CalledProcessError when it fails."""
+    with inside(namespace):
+        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

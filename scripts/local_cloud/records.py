@@ -1,0 +1,49 @@
+"""The records of the AWS APIs, kept across restarts: moto's backends, pickled whole.
+
+All services go into one pickle, since their objects point at each other. cloudpickle, since some of moto's hold
+lambdas. Written after every request that may have changed something, before its answer leaves: what a client was told
+is on disk.
+"""
+
+from __future__ import annotations
+
+import pickle
+from importlib.metadata import version
+from typing import Any
+
+import cloudpickle
+from moto.backends import get_backend
+from moto.core.base_backend import BackendDict
+
+from local_cloud.state import LocalCloudError, Places, write_atomically
+
+FORMAT = 1
+
+
+def save(places: Places) -> None:
+    services: dict[str, dict[str, dict[str, Any]]] = {}
+    for backends in BackendDict._instances:
+        accounts = services.setdefault(backends.service_name, {})
+        for account, regions in backends.items():
+            accounts[account] = dict(regions.items())
+    content = cloudpickle.dumps({"format": FORMAT, "moto": version("moto"), "services": services})
+    write_atomically(places.records, content)
+
+
+def load(places: Places) -> bool:
+    """Restores the backends; False when there is nothing to restore. Raises LocalCloudError."""
+    if not places.records.exists():
+        return False
+    try:
+        content = pickle.loads(places.records.read_bytes())
+        for service, accounts in content["services"].items():
+            backends: Any = get_backend(service)
+            for account, regions in accounts.items():
+                for region, backend in regions.items():
+                    dict.__setitem__(backends[account], region, backend)
+    except Exception as error:
+        raise LocalCloudError(
+            f"the records in {places.records} cannot be read by moto {version('moto')} ({error!r}): install the moto "
+            "that wrote them, or start over with `purge`"
+        ) from error
+    return True
