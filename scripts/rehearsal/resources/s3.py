@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ def _supported(aws: Aws, what: str, call: Callable[..., Any], **arguments: Any) 
     except ClientError as error:
         if _code(error) not in UNSUPPORTED:
             raise
-        aws.note(f"the local object store has no {what}: declared for {arguments['Bucket']}, not enforced here")
+        aws.note(f"the local object store has no {what}: declared, not enforced here")
 
 
 def _create_bucket(aws: Aws, inputs: Props) -> str:
@@ -203,8 +204,67 @@ def _put_lifecycle(client: Any, bucket: str, inputs: Props) -> None:
     client.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": rules})
 
 
-def _put_policy(client: Any, bucket: str, inputs: Props) -> None:
-    client.put_bucket_policy(Bucket=bucket, Policy=inputs["policy"])
+# Bucket policies
+
+
+def without_transport_rules(policy: str) -> str:
+    """`policy` less the statements that refuse requests for coming without TLS, or with too old a one.
+
+    An object store on loopback speaks plain HTTP, so with them it would refuse everything; SeaweedFS enforces them.
+    Empty when nothing else is in it.
+    """
+    document = json.loads(policy)
+    kept = [each for each in document["Statement"] if not _is_transport_rule(each)]
+    return json.dumps({**document, "Statement": kept}) if kept else ""
+
+
+def _is_transport_rule(statement: Props) -> bool:
+    conditions = {name for test in statement.get("Condition", {}).values() for name in test}
+    return statement["Effect"] == "Deny" and bool(conditions) and conditions <= {"aws:SecureTransport", "s3:TlsVersion"}
+
+
+def _applicable(aws: Aws, inputs: Props) -> str:
+    plain = aws.client("s3").meta.endpoint_url.startswith("http://")
+    return without_transport_rules(inputs["policy"]) if plain else str(inputs["policy"])
+
+
+def _put_policy(aws: Aws, inputs: Props) -> str:
+    bucket, policy = str(inputs["bucket"]), _applicable(aws, inputs)
+    if policy:
+        put = aws.client("s3").put_bucket_policy
+        _supported(aws, "bucket policies", put, Bucket=bucket, Policy=policy)
+    else:
+        aws.note("the local object store has no TLS: the buckets' TLS-only policy is declared, not enforced here")
+        _delete_policy(aws, bucket, inputs)
+    return bucket
+
+
+def _read_policy(aws: Aws, id_: str, inputs: Props) -> Props | None:
+    if _read_bucket(aws, id_, inputs) is None:
+        return None
+    if not inputs.get("policy") or not _applicable(aws, inputs):
+        return {}
+    try:
+        aws.client("s3").get_bucket_policy(Bucket=id_)
+    except ClientError as error:
+        if _code(error) in UNSUPPORTED:
+            return {}
+        if _code(error) in ABSENT:
+            return None
+        raise
+    return {}
+
+
+def _update_policy(aws: Aws, id_: str, old: Props, new: Props) -> None:
+    _put_policy(aws, new)
+
+
+def _delete_policy(aws: Aws, id_: str, inputs: Props) -> None:
+    try:
+        aws.client("s3").delete_bucket_policy(Bucket=id_)
+    except ClientError as error:
+        if _code(error) not in ABSENT:
+            raise
 
 
 KINDS = {
@@ -245,10 +305,12 @@ KINDS = {
         "get_bucket_lifecycle_configuration",
         lambda client, bucket: client.delete_bucket_lifecycle(Bucket=bucket),
     ),
-    "aws:s3/bucketPolicy:BucketPolicy": _part(
-        "bucket policies",
-        _put_policy,
-        "get_bucket_policy",
-        lambda client, bucket: client.delete_bucket_policy(Bucket=bucket),
+    "aws:s3/bucketPolicy:BucketPolicy": Kind(
+        create=_put_policy,
+        read=_read_policy,
+        update=_update_policy,
+        delete=_delete_policy,
+        recover=_put_policy,
+        replace_on=frozenset({"bucket"}),
     ),
 }
