@@ -83,14 +83,14 @@ def image(cloud: LocalCloud, base: str) -> Mapping[str, Any]:
 @pytest.fixture(scope="session")
 def server(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
     """A server launched from `image` with the stack's defaults; its data is deleted at the end."""
-    from servers import LOOPBACK, describe_server, script
+    from servers import describe_server, destroy_stack, script
 
-    script("rehearse.py", "down", "--purge", "--yes")
+    destroy_stack(cloud)
     try:
-        script("rehearse.py", "up", "--ami", image["ami_id"], "--set", f"allowedCidrs={LOOPBACK}", "--json")
+        script("rehearse.py", "up", "--ami", image["ami_id"])
         yield describe_server()
     finally:
-        script("rehearse.py", "down", "--purge", "--yes")
+        destroy_stack(cloud)
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ def test_confusion_matrix_is_a_picture(example_runs: Mapping[str, str], client: 
 def test_answers_and_scores_of_the_language_model(example_runs: Mapping[str, str], client: MlflowClient) -> None:
     run = client.get_run(example_runs["llm_question_answering.py"])
     truths = constant("llm_question_answering.py", "GROUND_TRUTH")
-    table = mlflow.load_table("results.json", run_ids=[run.info.run_id]).set_index("question")
+    table = client.load_table(run.info.experiment_id, "results.json", run_ids=[run.info.run_id]).set_index("question")
     assert table["ground_truth"].to_dict() == truths
     assert table.loc["Who wrote the novel Frankenstein?", "answer"] == "Mary Shelley"
     assert run.data.metrics["contains_ground_truth/mean"] == table["contains_ground_truth"].mean() == 0.75

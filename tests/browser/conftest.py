@@ -1,0 +1,69 @@
+"""A headless Chromium, logged in to the server as a person would be."""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+    from servers import Server
+
+# Without the switches on networking, Chromium keeps asking for Google's hosts.
+SWITCHES = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1500,1000",
+]
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = "/usr/bin/chromium"
+    for switch in SWITCHES:
+        options.add_argument(switch)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture
+def browser(chromium: Chrome, server: Server, request: pytest.FixtureRequest) -> Iterator[Chrome]:
+    """The browser, logged in; a screenshot of where it ended goes to build/browser/, pass or fail."""
+    from servers import BUILD
+
+    log_in(chromium, server)
+    chromium.get_log("browser")  # what earlier pages complained about
+    yield chromium
+    folder = BUILD / "browser"
+    folder.mkdir(parents=True, exist_ok=True)
+    chromium.save_screenshot(str(screenshot_path(folder, request.node.name)))
+
+
+def log_in(chromium: Chrome, server: Server) -> None:
+    """Answer the browser's question for a password, by an address that holds it; it asks no more after that."""
+    secret = f"{server.username}:{urllib.parse.quote(server.password, safe='')}@"
+    chromium.get(f"{server.url}/version".replace("://", f"://{secret}", 1))
+
+
+def screenshot_path(folder: Path, test: str) -> Path:
+    return folder / (re.sub(r"[^\w-]+", "-", test.removeprefix("test_")).strip("-") + ".png")

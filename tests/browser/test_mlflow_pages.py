@@ -1,0 +1,99 @@
+"""What a person sees in a browser after the examples have run: every page by itself, behind the login."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+from servers import Server, client_of
+
+pytestmark = pytest.mark.machine
+
+PATIENCE_SECONDS = 30
+
+# The page asks MLflow's own basic-auth app who is logged in; the server runs without that app.
+EXPECTED_ERRORS = ("/mlflow/users/current - Failed to load resource: the server responded with a status of 404",)
+
+
+def open_page(browser: Chrome, server: Server, place: str, *wanted: str) -> str:
+    """Open the page at `place` of MLflow's UI and wait until it shows every text wanted; returns all it shows."""
+    browser.get("about:blank")  # else a change after the # alone would not load the page anew
+    browser.get(f"{server.url}/{place}")
+    shown = ""
+
+    def shows_all(driver: Chrome) -> bool:
+        nonlocal shown
+        shown = driver.find_element(By.TAG_NAME, "body").text
+        return all(text in shown for text in wanted)
+
+    WebDriverWait(browser, PATIENCE_SECONDS, ignored_exceptions=[]).until(
+        shows_all, f"{place} does not show all of {wanted}"
+    )
+    assert_no_complaints(browser)
+    return shown
+
+
+def assert_no_complaints(browser: Chrome) -> None:
+    """No request of the page failed and no script threw."""
+    errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    errors = [error for error in errors if not any(expected in error for expected in EXPECTED_ERRORS)]
+    assert errors == []
+
+
+def run_page(server: Server, run_id: str, tab: str = "") -> str:
+    with client_of(server) as client:
+        experiment_id = client.get_run(run_id).info.experiment_id
+    return f"#/experiments/{experiment_id}/runs/{run_id}{tab}"
+
+
+def wait_for(browser: Chrome, script: str, what: str) -> Any:
+    return WebDriverWait(browser, PATIENCE_SECONDS).until(lambda driver: driver.execute_script(script), what)
+
+
+def test_experiments(browser: Chrome, server: Server, example_runs: Mapping[str, str]) -> None:
+    open_page(browser, server, "#/experiments", "diabetes-regression", "iris-classification", "question-answering")
+
+
+def test_run_overview(browser: Chrome, server: Server, example_runs: Mapping[str, str]) -> None:
+    run_id = example_runs["classification_iris.py"]
+    open_page(browser, server, run_page(server, run_id), "iris-train", "accuracy", "max_depth", run_id)
+
+
+def test_confusion_matrix(browser: Chrome, server: Server, example_runs: Mapping[str, str]) -> None:
+    run_id = example_runs["classification_iris.py"]
+    open_page(browser, server, run_page(server, run_id, "/artifacts/confusion_matrix.png"), "confusion_matrix.png")
+    wait_for(
+        browser,
+        "return Array.from(document.images).some(image => image.naturalWidth === 600 && image.naturalHeight === 500)",
+        "the picture of 600 by 500 pixels is not shown",
+    )
+    assert_no_complaints(browser)
+
+
+def test_metric_curve(browser: Chrome, server: Server, example_runs: Mapping[str, str]) -> None:
+    run_id = example_runs["regression_diabetes.py"]
+    open_page(browser, server, run_page(server, run_id, "/model-metrics"), "mse", "r2")
+    points = "return document.querySelectorAll('.js-plotly-plot .scatterlayer .point').length"
+    assert wait_for(browser, points, "there is no curve") >= 10
+    assert_no_complaints(browser)
+
+
+def test_registered_model(browser: Chrome, server: Server, example_runs: Mapping[str, str]) -> None:
+    open_page(browser, server, "#/models/diabetes-progression", "diabetes-progression", "Version 1")
+
+
+def test_answers_as_a_table(browser: Chrome, server: Server, example_runs: Mapping[str, str]) -> None:
+    run_id = example_runs["llm_question_answering.py"]
+    open_page(
+        browser,
+        server,
+        run_page(server, run_id, "/artifacts/results.json"),
+        "View as table", "Mary Shelley", "I do not know.",
+    )  # fmt: skip
+
+
+def test_traces_of_the_questions(browser: Chrome, server: Server, example_runs: Mapping[str, str]) -> None:
+    run_id = example_runs["llm_question_answering.py"]
+    open_page(browser, server, run_page(server, run_id, "/traces"), "Who wrote the novel Frankenstein?")
