@@ -48,11 +48,11 @@ def between(lowest: int, highest: int) -> Check:
 
 
 def every(check: Check) -> Check:
-    """Applies `check` to each element of a list and quotes those it refuses."""
+    """Applies `check` to each element of a list and quotes the first ones it refuses."""
 
     def check_all(values: tuple[Any, ...]) -> str | None:
         refused = [(value, wanted) for value in values if (wanted := check(value))]
-        return "; ".join(f"{wanted}, unlike {_quote(value)}" for value, wanted in refused) or None
+        return "; ".join(f"{wanted}, unlike {_quote(value)}" for value, wanted in refused[:3]) or None
 
     return check_all
 
@@ -205,7 +205,7 @@ def from_mapping(raw: Mapping[str, Any]) -> LaunchDocument:
     problems: list[str] = []
     tables = {name: table for name, table in _types_of(LaunchDocument).items() if name != "format"}
     for name in raw.keys() - tables.keys() - {"format"}:
-        problems.append(f"{name} is not a table of the launch document: remove it (known: {', '.join(tables)})")
+        problems.append(f"{_bare(name)} is not a table of the launch document: remove it (known: {', '.join(tables)})")
     optional = {f.name for f in dataclasses.fields(LaunchDocument) if f.default is not MISSING}
     read = {
         name: _read_table(name, table, raw.get(name, {}), problems)
@@ -259,7 +259,7 @@ def _read_table(name: str, table: Any, raw: Any, problems: list[str]) -> Any:
     types_of_keys, values = _types_of(table), {}
     for extra in raw.keys() - types_of_keys.keys():
         problems.append(
-            f"{name}.{extra} is not a key of the launch document: remove it (known: {', '.join(types_of_keys)})"
+            f"{name}.{_bare(extra)} is not a key of the launch document: remove it (known: {', '.join(types_of_keys)})"
         )
     for f in dataclasses.fields(table):
         where = f"{name}.{f.name}"
@@ -289,6 +289,10 @@ def _wrong_type(value: Any, wanted: Any) -> str | None:
 
 def _types_of(table: Any) -> dict[str, Any]:
     return typing.get_type_hints(table)
+
+
+def _bare(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) else _quote(name)
 
 
 def _quote(value: Any) -> str:

@@ -51,6 +51,7 @@ def prepare(clusters: Path, major: int, programs: Path, s: Step) -> Path:
         unfinished = clusters / f".{major}.new"
         shutil.rmtree(unfinished, ignore_errors=True)
         create(unfinished, programs)
+        add_role(unfinished, programs)
         unfinished.rename(cluster)
         _sync(clusters)
     return cluster
@@ -74,6 +75,19 @@ def create(cluster: Path, programs: Path) -> None:
     )
     if made.returncode:
         raise StepFailed(f"initdb could not make a cluster in {cluster}: {made.stdout.strip().splitlines()[-1]}")
+
+
+def add_role(cluster: Path, programs: Path) -> None:
+    """The role that owns MLflow's database; OS user mlflow logs in as it by peer authentication."""
+    made = subprocess.run(
+        [programs / "postgres", "--single", "-D", cluster, "postgres"],
+        input="CREATE ROLE mlflow LOGIN\n",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if made.returncode or "ERROR" in made.stdout:
+        raise StepFailed(f"the role mlflow could not be made in {cluster}: {made.stdout.strip().splitlines()[-1]}")
 
 
 def _sync(folder: Path) -> None:
