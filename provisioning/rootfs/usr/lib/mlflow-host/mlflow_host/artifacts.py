@@ -1,6 +1,6 @@
 """Where MLflow's server keeps artifacts: logged models in one bucket, everything else in another.
 
-MLflow finds these classes through the entry points of this package, for destinations of the form
+MLflow finds these classes through `mlflow_host.destinations`, for destinations of the form
 
     mlflow-host://<artifacts bucket>/<models bucket>[/prefix]            clients are offered presigned addresses
     mlflow-host-proxied://<artifacts bucket>/<models bucket>[/prefix]    they are not: all bytes pass the server

@@ -1,0 +1,229 @@
+"""The parts of a machine on this one, for tests and measurements that need no image: PostgreSQL, an object store and
+MLflow's server processes, each in a folder of its own, on loopback or Unix sockets, gone when its `with` block ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HOST_PACKAGE = Path(__file__).parents[1] / "provisioning/rootfs/usr/lib/mlflow-host"
+START_SECONDS = 90
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """SeaweedFS, which stands in for S3."""
+
+    endpoint: str
+    access_key: str = "test-account"
+    secret_key: str = "test-account-secret"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "MLFLOW_S3_ENDPOINT_URL": self.endpoint,
+            "AWS_DEFAULT_REGION": "eu-central-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def client(self) -> Any:
+        import boto3
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="eu-central-1",
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+        )
+
+
+@contextlib.contextmanager
+def object_store(folder: Path) -> Iterator[ObjectStore]:
+    """An empty store that keeps its data below `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store = ObjectStore(f"http://127.0.0.1:{(port := free_port())}")
+    identities = folder / "identities.json"
+    account = {"accessKey": store.access_key, "secretKey": store.secret_key}
+    rights = ["Admin", "Read", "Write", "List", "Tagging"]
+    identities.write_text(
+        json.dumps({"identities": [{"name": "account", "credentials": [account], "actions": rights}]})
+    )
+    inner = {name: free_port() for name in ("master", "volume", "filer")}
+    grpc = {name: free_port() for name in ("master", "volume", "filer", "s3")}
+    command = [program("weed"), "-logtostderr=true", "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += [
+        "-volume.max=10000",
+        "-volume.preStopSeconds=0",
+        "-master.volumeSizeLimitMB=1024",
+        "-master.telemetry=false",
+    ]
+    command += [f"-{name}.port={port}" for name, port in inner.items()]
+    command += [f"-{name}.port.grpc={port}" for name, port in grpc.items()]
+    command += ["-filer", "-s3", f"-s3.port={port}", "-s3.ip.bind=127.0.0.1", f"-s3.config={identities}"]
+    command += ["-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    # Nothing of it is kept, so it need not take its 15 s to stop in order.
+    home = {**os.environ, "HOME": str(folder)}
+    with process(command, folder / "log", stop=signal.SIGKILL, cwd=folder, env=home) as weed:
+        wait_until(lambda: answers(f"{store.endpoint}/healthz"), weed, folder / "log")
+        yield store
+
+
+@dataclass(frozen=True)
+class PostgreSQL:
+    """A cluster that trusts whoever reaches its socket."""
+
+    sockets: Path
+    port: int
+    user: str = "postgres"
+
+    def uri(self, database: str = "mlflow", *, tcp: bool = False) -> str:
+        """For SQLAlchemy; over the Unix socket, or over TCP with the password that `postgresql` was given."""
+        if tcp:
+            return f"postgresql+psycopg2://{self.user}:password@127.0.0.1:{self.port}/{database}"
+        return f"postgresql+psycopg2://{self.user}@/{database}?host={self.sockets}&port={self.port}"
+
+    def execute(self, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:
+        import psycopg2
+
+        connection = psycopg2.connect(host=str(self.sockets), port=self.port, user=self.user, dbname=database)
+        try:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                cursor.execute(statement)
+                return list(cursor.fetchall()) if cursor.description else []
+        finally:
+            connection.close()
+
+
+@contextlib.contextmanager
+def postgresql(folder: Path, settings: Mapping[str, str | int] | None = None) -> Iterator[PostgreSQL]:
+    """A new cluster below `folder`, run by an unprivileged user, listening on a socket and on loopback (password)."""
+    bin_folder = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
+    folder.mkdir(parents=True)
+    as_user: list[str] = []
+    if os.geteuid() == 0:
+        account = pwd.getpwnam("postgres")
+        os.chown(folder, account.pw_uid, account.pw_gid)
+        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        for parent in folder.parents:  # pytest makes its folders for one user only
+            if not parent.stat().st_mode & 0o001:
+                parent.chmod(parent.stat().st_mode | 0o011)
+    data, password = folder / "data", folder / "password"
+    password.write_text("password")
+    password.chmod(0o644)
+    initdb = [*as_user, str(bin_folder / "initdb"), "-U", "postgres", "-A", "trust", "--auth-host=scram-sha-256"]
+    initdb += [f"--pwfile={password}", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync", "-D", str(data)]
+    subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL)
+    cluster = PostgreSQL(folder, free_port())
+    chosen = {"listen_addresses": "127.0.0.1", "unix_socket_directories": str(folder), "port": cluster.port}
+    options = [f"-c{name}={value}" for name, value in {**chosen, **(settings or {})}.items()]
+    command = [*as_user, str(bin_folder / "postgres"), "-D", str(data), *options]
+    with process(command, folder.parent / f"{folder.name}.log", stop=signal.SIGINT) as server:
+
+        def ready() -> bool:
+            try:
+                return cluster.execute("select 1") == [(1,)]
+            except Exception:
+                return False
+
+        wait_until(ready, server, folder.parent / f"{folder.name}.log")
+        yield cluster
+
+
+def create_schema(uri: str, python: str = sys.executable) -> None:
+    """Have MLflow make its tables in an empty database, as the database step of the boot does."""
+    code = "import sys; from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as S; S(sys.argv[1], 'x:/')"
+    subprocess.run([python, "-W", "ignore", "-c", code, uri], check=True, stderr=subprocess.DEVNULL)
+
+
+@contextlib.contextmanager
+def server_processes(
+    folder: Path, environment: Mapping[str, str], count: int = 1, python: str = sys.executable
+) -> Iterator[list[Path]]:
+    """`count` processes of mlflow_host.server that answer; yields their sockets."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sockets = [folder / f"server-{number}.sock" for number in range(1, count + 1)]
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(
+                process(
+                    [python, "-m", "mlflow_host.server", "--socket", str(uds)],
+                    uds.with_suffix(".log"),
+                    env={**os.environ, "PYTHONPATH": str(HOST_PACKAGE), **environment},
+                )
+            )
+            for uds in sockets
+        ]
+        for uds, running in zip(sockets, started, strict=True):
+            wait_until(uds.exists, running, uds.with_suffix(".log"))
+        yield sockets
+
+
+@contextlib.contextmanager
+def process(
+    command: Sequence[str], log: Path, *, stop: signal.Signals = signal.SIGTERM, **options: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose output goes to `log`; told to stop at the end, killed 20 s later."""
+    with log.open("wb") as output:
+        running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options)
+    try:
+        yield running
+    finally:
+        running.send_signal(stop)
+        try:
+            running.wait(20)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+
+
+def wait_until(condition: Callable[[], bool], running: subprocess.Popen[bytes], log: Path) -> None:
+    """Raises RuntimeError with the log's end when the process ends, or START_SECONDS pass, first."""
+    deadline = time.monotonic() + START_SECONDS
+    while not condition():
+        if running.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{running.args!r} did not start: {log.read_text(errors='replace')[-2000:]}")
+        time.sleep(0.05)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def program(name: str) -> str:
+    """Beside this Python or on PATH. Raises RuntimeError."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if not found:
+        raise RuntimeError(f"{name} is not installed: run `make prepare`")
+    return found
