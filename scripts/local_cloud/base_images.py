@@ -18,10 +18,23 @@ from pathlib import Path
 from local_cloud.state import LocalCloudError, Places
 
 PACKAGES = (
-    "apt-utils bash-completion ca-certificates cloud-guest-utils cloud-init cron curl dbus e2fsprogs gdisk gnupg "
-    "iproute2 iputils-ping kmod less libpam-systemd locales logrotate lsb-release lsof nano netbase openssh-server "
-    "openssl parted procps psmisc python3 rsync sudo systemd systemd-sysv tzdata udev unattended-upgrades wget xz-utils"
-).split()
+    *("apt-utils", "bash-completion", "ca-certificates", "cloud-guest-utils", "cloud-init", "cron", "curl", "dbus"),
+    *("e2fsprogs", "gdisk", "gnupg", "iproute2", "iputils-ping", "kmod", "less", "libnss-myhostname", "libpam-systemd"),
+    *(
+        "locales",
+        "logrotate",
+        "lsb-release",
+        "lsof",
+        "nano",
+        "netbase",
+        "openssh-server",
+        "openssl",
+        "parted",
+        "procps",
+    ),
+    *("psmisc", "python3", "rsync", "sudo", "systemd", "systemd-sysv", "tzdata", "udev", "unattended-upgrades", "wget"),
+    "xz-utils",
+)
 """What a cloud server image has that bake and boot may rely on."""
 
 

@@ -93,7 +93,8 @@ class LocalCloud:
             "aws_secret_access_key": allotment.secret_key,
             "config": Config(s3={"addressing_style": "path"}, retries={"max_attempts": 3, "mode": "standard"}),
         }
-        return boto3.client(service, **(settings | options))
+        connect: Any = boto3.client
+        return connect(service, **(settings | options))
 
     # Coming and going
 

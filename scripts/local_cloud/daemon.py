@@ -31,11 +31,13 @@ os.environ.update(
     MOTO_EC2_ENABLE_INSTANCE_TYPE_VALIDATION="true",
 )
 
+from moto.ec2.exceptions import EC2ClientError
 from moto.ec2.models import ec2_backends
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import BaseWSGIServer, make_server
 
-from local_cloud import ec2, file_systems, machines, namespaces, object_store, records, volumes
+from local_cloud import ec2, file_systems, machines, namespaces, records, volumes
+from local_cloud.ec2 import EmbodiedEC2
 from local_cloud.instance_facts import describe
 from local_cloud.machines import Disk, Machine, Podman, Size
 from local_cloud.metadata import ADDRESS, Metadata, MetadataService
@@ -136,10 +138,10 @@ class Daemon:
     def register(self, name: str, description: str, layers: list[str]) -> str:
         """Registers a source image with a body made of `layers`; an image of that name is returned as it is."""
         with self.api:
-            for image in self.ec2.amis.values():
+            for image in self.home().amis.values():
                 if image.name == name and image.owner_id == ec2.CANONICAL:
                     return str(image.id)
-            image = self.ec2.register_source_image(name, description)
+            image = self.home().register_source_image(name, description)
             file_systems.record_image(self.places, image.ebs_snapshot.id, layers)
             records.save(self.places)
             return str(image.id)
@@ -151,23 +153,23 @@ class Daemon:
                     {"id": i.id, "state": i.state, "type": i.instance_type, "address": i.public_ip, "image": i.image_id}
                     for i in self.all_instances()
                 ],
-                "images": [{"id": a.id, "name": a.name, "state": a.state} for a in self.ec2.amis.values()],
+                "images": [{"id": a.id, "name": a.name, "state": a.state} for a in self.home().amis.values()],
                 "volumes": [
                     {"id": v.id, "gib": v.size, "attached_to": v.attachment.instance.id if v.attachment else None}
-                    for v in self.ec2.volumes.values()
+                    for v in self.home().volumes.values()
                     if volumes.file_of(self.places, v.id).exists()
                 ],
             }
 
-    @property
-    def ec2(self) -> ec2.EmbodiedEC2:
-        backend: Any = ec2_backends[ACCOUNT][self.allotment.region]
-        return backend  # type: ignore[no-any-return]
+    def home(self) -> EmbodiedEC2:
+        """EC2 of the region this cloud is in."""
+        backends: Any = ec2_backends[ACCOUNT]
+        backend: EmbodiedEC2 = backends[self.allotment.region]
+        return backend
 
-    def all_backends(self) -> Iterator[ec2.EmbodiedEC2]:
-        backend: Any
-        for backend in list(ec2_backends[ACCOUNT].values()):
-            yield backend
+    def all_backends(self) -> Iterator[EmbodiedEC2]:
+        backends: Any = ec2_backends[ACCOUNT]
+        yield from list(backends.values())
 
     def all_instances(self) -> Iterator[Any]:
         for backend in self.all_backends():
@@ -184,7 +186,7 @@ class Daemon:
         for address in self.allotment.public_addresses:
             if address not in taken:
                 return address
-        raise ec2.EC2ClientError("AddressLimitExceeded", "The maximum number of addresses has been reached.")
+        raise EC2ClientError("AddressLimitExceeded", "The maximum number of addresses has been reached.")
 
     # Bodies: called with the API lock held
 
@@ -250,7 +252,7 @@ class Daemon:
             if state in ("pending", "running") and instance_id not in self.machines:
                 self._start(instance_id)
             elif state == "stopping":
-                self._stop(instance_id, force=getattr(record, "pull_the_plug", False))
+                self._stop(instance_id, force=getattr(record, ec2.PULL_THE_PLUG, False))
                 with self.api:
                     record.ec2_backend.finish_stop(record)
                     self._sync_disks(instance_id)
@@ -317,7 +319,7 @@ class Daemon:
             private_address,
             disks,
             self.console_path(instance_id),
-            lambda namespace: self._open_inside(instance_id, namespace),
+            lambda namespace, beyond: self._open_inside(instance_id, namespace, beyond),
         )
 
     def _adopt(self, instance_id: str) -> Machine | None:
@@ -326,13 +328,16 @@ class Daemon:
         with self.api:
             private_address = self.find(instance_id).private_ip
         return machines.adopt(
-            self.podman, instance_id, private_address, lambda namespace: self._open_inside(instance_id, namespace)
+            self.podman,
+            instance_id,
+            private_address,
+            lambda namespace, beyond: self._open_inside(instance_id, namespace, beyond),
         )
 
-    def _open_inside(self, instance_id: str, namespace: int) -> None:
-        """What a machine finds inside its network: its metadata service, and S3 and the APIs where the host has them."""
+    def _open_inside(self, instance_id: str, namespace: int, beyond: int) -> None:
+        """What a machine finds on its network: its metadata service, and S3 and the APIs where the host has them."""
         self.services[instance_id] = MetadataService(
-            namespaces.listener(ADDRESS, 80, namespace), lambda: self.metadata(instance_id)
+            namespaces.listener(ADDRESS, 80, beyond), lambda: self.metadata(instance_id)
         )
         for port in (self.allotment.s3_port, self.allotment.api_port):
             self._open_route(

@@ -39,6 +39,9 @@ PENDING, RUNNING, SHUTTING_DOWN, TERMINATED, STOPPING, STOPPED = (
     ("stopped", 80),
 )
 
+PULL_THE_PLUG = "pull_the_plug"
+"""Attribute of an instance's record: the stop under way was asked for with Force."""
+
 ROOT_GIB = 8
 """Size of an image's root volume when nobody said, as of Ubuntu's images."""
 
@@ -136,7 +139,7 @@ class EmbodiedEC2(EC2Backend):
             if before.name in ("pending", "running", "stopping"):
                 set_state(instance, STOPPING)
                 if asked("Force"):
-                    instance.pull_the_plug = True
+                    setattr(instance, PULL_THE_PLUG, True)
                 bodies().settle(instance.id)
             result.append((instance, before))
         return result
@@ -168,7 +171,7 @@ class EmbodiedEC2(EC2Backend):
     def finish_stop(self, instance: Instance) -> None:
         """Records that the machine is off."""
         instance.stop()
-        instance.pull_the_plug = False
+        setattr(instance, PULL_THE_PLUG, False)
 
     def finish_termination(self, instance: Instance) -> None:
         """Records that the machine is gone, with the volumes that go with it and the addresses it held."""
@@ -307,11 +310,11 @@ def install(behind: Bodies, free_address: Callable[[], str]) -> None:
     """Puts the bodies behind moto's EC2; call once, before any region is used."""
     _bodies[:] = [behind]
     ec2_backends.backend = EmbodiedEC2
-    eni_module.random_public_ip = free_address
-    eip_module.random_ip = free_address
+    eni_module.random_public_ip = free_address  # type: ignore[attr-defined]
+    eip_module.random_ip = free_address  # type: ignore[attr-defined]
     Ami.block_device_mappings = property(_image_block_devices)  # type: ignore[assignment, method-assign]
     General.get_console_output = _get_console_output  # type: ignore[method-assign]
-    AmisResponse.modify_image_attribute = _modify_image_attribute(AmisResponse.modify_image_attribute)  # type: ignore[method-assign]
+    AmisResponse.modify_image_attribute = _modify_image_attribute(AmisResponse.modify_image_attribute)  # type: ignore[assignment, method-assign]
 
 
 def _image_block_devices(image: Ami) -> list[dict[str, Any]]:

@@ -7,21 +7,17 @@ is the root file system (file_systems.py) and the volumes (volumes.py).
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import signal
-import socket
 import stat
 import subprocess
-import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from local_cloud import namespaces, volumes
+from local_cloud import metadata, namespaces, volumes
 from local_cloud.state import Allotment, LocalCloudError, Places
 
 OUTWARD_NETWORK = "198.18.0.0/24"
@@ -29,6 +25,7 @@ OUTWARD_NETWORK = "198.18.0.0/24"
 
 OUTWARD_DNS = "198.18.0.3"
 INTERFACE = "ens5"
+METADATA_INTERFACE = "imds"
 STOP_SECONDS = 60
 """How long a machine may take to shut down before it is killed, as EC2 does after some minutes."""
 
@@ -52,11 +49,16 @@ class Size:
 
 @dataclass
 class Machine:
-    """A running machine. `namespace` is a descriptor this object owns, as is `slirp_exit`, whose end ends slirp4netns."""
+    """A running machine, and descriptors this object owns.
+
+    `namespace` is the machine's network, `beyond` the one on the other side of its link to the metadata service, and
+    the end of `slirp_exit` ends slirp4netns.
+    """
 
     instance: str
     pid: int
     namespace: int
+    beyond: int
     pidfd: int
     slirp_exit: int = -1
     slirp: subprocess.Popen[bytes] | None = None
@@ -106,17 +108,18 @@ def boot(
     private_address: str,
     disks: Iterable[Disk],
     console: Path,
-    before: Callable[[int], None],
+    before: Callable[[int, int], None],
 ) -> Machine:
     """Starts a machine from the file system mounted at `root`.
 
-    `before` is called with the network namespace once its addresses are up and before the machine's init runs: what
-    listens in there listens from the first instant. Raises LocalCloudError.
+    `before` is called with the network namespaces of machine and host side once their addresses are up and before the
+    machine's init runs: what listens in there listens from the first instant. Raises LocalCloudError.
     """
     namespace = namespaces.create()
     try:
-        slirp, slirp_exit = _connect_outward(namespace, private_address)
-        before(namespace)
+        slirp, slirp_exit = _connect_outward(namespace)
+        beyond = _connect_metadata(namespace, private_address)
+        before(namespace, beyond)
         names = {disk.volume: f"nvme{index}n1" for index, disk in enumerate(disks, start=1)}
         _write_resolver(root)
         console.unlink(missing_ok=True)
@@ -128,23 +131,24 @@ def boot(
         pid = podman.pid(instance)
         if pid == 0:
             raise LocalCloudError(f"{instance} stopped as soon as it started: {console_text(console)[-500:]}")
-        return Machine(instance, pid, namespace, os.pidfd_open(pid), slirp_exit, slirp, names)
+        return Machine(instance, pid, namespace, beyond, os.pidfd_open(pid), slirp_exit, slirp, names)
     except BaseException:
         os.close(namespace)
         podman.run("rm", "--force", "--time", "0", "--ignore", instance, check=False)
         raise
 
 
-def adopt(podman: Podman, instance: str, private_address: str, before: Callable[[int], None]) -> Machine | None:
+def adopt(podman: Podman, instance: str, private_address: str, before: Callable[[int, int], None]) -> Machine | None:
     """Takes over a machine that outlived its daemon; None when it does not run."""
     pid = podman.pid(instance)
     if pid == 0:
         return None
     namespace = namespaces.of_process(pid)
     pidfd = os.pidfd_open(pid)
-    slirp, slirp_exit = _connect_outward(namespace, private_address)
-    before(namespace)
-    return Machine(instance, pid, namespace, pidfd, slirp_exit, slirp, _disks_present(pid))
+    slirp, slirp_exit = _connect_outward(namespace)
+    beyond = _connect_metadata(namespace, private_address)
+    before(namespace, beyond)
+    return Machine(instance, pid, namespace, beyond, pidfd, slirp_exit, slirp, _disks_present(pid))
 
 
 def disconnect(machine: Machine) -> None:
@@ -154,7 +158,7 @@ def disconnect(machine: Machine) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             machine.slirp.wait(5)
         machine.slirp = None
-    for descriptor in (machine.namespace, machine.pidfd):
+    for descriptor in (machine.namespace, machine.beyond, machine.pidfd):
         os.close(descriptor)
 
 
@@ -173,7 +177,7 @@ def attach(machine: Machine, disk: Disk) -> str:
     name = next(f"nvme{index}n1" for index in range(1, 64) if f"nvme{index}n1" not in taken)
     dev = Path(f"/proc/{machine.pid}/root/dev")
     node = dev / name
-    os.mknod(node, stat.S_IFBLK | 0o660, os.stat(disk.loop).st_rdev)
+    os.mknod(node, stat.S_IFBLK | 0o660, Path(disk.loop).stat().st_rdev)
     shutil.chown(node, 0, 6)  # group disk
     (dev / "disk/by-id").mkdir(parents=True, exist_ok=True)
     (dev / "disk/by-id" / by_id_name(disk.volume)).symlink_to(f"../../{name}")
@@ -222,19 +226,21 @@ def _firmware(names: Mapping[str, str], disks: Iterable[Disk]) -> str:
     """The shell lines run before the machine's init: its hardware.
 
     /sys and /proc/sys are read-only, as in any container that is not to touch its host, but for the network's part.
-    The host's own disks disappear; the machine's volumes appear.
+    The host's own disks disappear; the machine's volumes appear. The journal and /tmp are on the root file system, as
+    on a server, where podman would have them in memory.
     """
     lines = [
         "mount -o remount,ro,bind /sys",
         "mount --bind /proc/sys /proc/sys",
         "mount --bind /proc/sys/net /proc/sys/net",
         "mount -o remount,ro,bind /proc/sys",
+        "umount /var/log/journal /tmp",
         "find /dev -type b -delete",
         "rm -f /dev/kmsg /dev/mem /dev/loop-control",
         "mkdir -p /dev/disk/by-id",
     ]
     for disk in disks:
-        device, name = os.stat(disk.loop).st_rdev, names[disk.volume]
+        device, name = Path(disk.loop).stat().st_rdev, names[disk.volume]
         lines.append(f"mknod -m 660 /dev/{name} b {os.major(device)} {os.minor(device)}")
         lines.append(f"chgrp 6 /dev/{name}")
         lines.append(f"ln -s ../../{name} /dev/disk/by-id/{by_id_name(disk.volume)}")
@@ -287,15 +293,16 @@ def _write_resolver(root: Path) -> None:
     target.write_text(f"nameserver {OUTWARD_DNS}\n")
 
 
-def _connect_outward(namespace: int, private_address: str) -> tuple[subprocess.Popen[bytes], int]:
-    """Gives the namespace its way out (slirp4netns), its private address and the metadata service's."""
+def _connect_outward(namespace: int) -> tuple[subprocess.Popen[bytes], int]:
+    """Gives the namespace its way out: slirp4netns, and the descriptor whose end ends it."""
     read_end, write_end = os.pipe()
     ready_read, ready_write = os.pipe()
+    argv = ["slirp4netns", "--configure", "--mtu=65520", "--disable-host-loopback", f"--cidr={OUTWARD_NETWORK}"]
+    argv += [f"--exit-fd={read_end}", f"--ready-fd={ready_write}", "--netns-type=path"]
+    argv += [f"/proc/{os.getpid()}/fd/{namespace}", INTERFACE]
     try:
         slirp = subprocess.Popen(
-            ["slirp4netns", "--configure", "--mtu=65520", "--disable-host-loopback", f"--cidr={OUTWARD_NETWORK}"]
-            + [f"--exit-fd={read_end}", f"--ready-fd={ready_write}", "--netns-type=path"]
-            + [f"/proc/{os.getpid()}/fd/{namespace}", INTERFACE],
+            argv,
             pass_fds=(read_end, ready_write),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -314,7 +321,34 @@ def _connect_outward(namespace: int, private_address: str) -> tuple[subprocess.P
         raise
     finally:
         os.close(ready_read)
-    for address in (f"{private_address}/32 dev {INTERFACE}", "169.254.169.254/32 dev lo"):
-        with contextlib.suppress(subprocess.CalledProcessError):  # a machine taken over has them
-            namespaces.run_inside(namespace, ["ip", "address", "add", *address.split()])
     return slirp, write_end
+
+
+def _connect_metadata(namespace: int, private_address: str) -> int:
+    """Links the machine to a namespace of its own in which the metadata service listens; returns that one.
+
+    Were the service's address the machine's own, nothing in the machine could listen on port 80 of all addresses.
+    """
+    beyond = namespaces.create()
+    try:
+        namespaces.run_inside(
+            namespace,
+            [
+                f"link add {METADATA_INTERFACE} type veth peer name beyond netns /proc/{os.getpid()}/fd/{beyond}",
+                f"address replace {private_address}/32 dev {INTERFACE}",
+                f"link set {METADATA_INTERFACE} up",
+                f"route replace {metadata.ADDRESS}/32 dev {METADATA_INTERFACE} src {private_address}",
+            ],
+        )
+        namespaces.run_inside(
+            beyond,
+            [
+                f"address add {metadata.ADDRESS}/32 dev beyond",
+                "link set beyond up",
+                f"route add {private_address}/32 dev beyond src {metadata.ADDRESS}",
+            ],
+        )
+    except BaseException:
+        os.close(beyond)
+        raise
+    return beyond

@@ -2,7 +2,8 @@
 
 Paths and answers follow AWS's "Instance metadata categories". Tokens (IMDSv2) are asked for as the instance's
 MetadataOptions say, with one exception: cloud-init. It recognises EC2 by the DMI tables of the hardware, which a
-machine here does not have, and then asks without a token; so its requests, told by their User-Agent, pass.
+machine here does not have, and then asks without a token; so its requests, told by their User-Agent (its own, or that
+of the library it asks with), pass.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 ADDRESS = "169.254.169.254"
 VERSION = re.compile(r"latest|\d{4}-\d{2}-\d{2}|1\.0")
+CLOUD_INIT_AGENTS = ("Cloud-Init/", "python-requests/")
 LONGEST_TOKEN_SECONDS = 21600
 
 Tree = Mapping[str, "Tree | str"]
@@ -115,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
         if token is not None and not self.metadata_service.knows_token(token):
             self._answer(401)
             return
-        by_cloud_init = self.headers.get("User-Agent", "").startswith("Cloud-Init/")
+        by_cloud_init = self.headers.get("User-Agent", "").startswith(CLOUD_INIT_AGENTS)
         if token is None and metadata.tokens == "required" and not by_cloud_init:
             self._answer(401)
             return

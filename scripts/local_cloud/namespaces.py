@@ -76,7 +76,9 @@ def listener(address: str, port: int, namespace: int | None = None) -> socket.so
     return listening
 
 
-def run_inside(namespace: int, argv: list[str]) -> None:
-    """Runs a program in `namespace`; raises CalledProcessError when it fails."""
+def run_inside(namespace: int, commands: list[str]) -> None:
+    """Runs lines of ip(8) in `namespace`; raises OSError with its words when one fails."""
     with inside(namespace):
-        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        done = subprocess.run(["ip", "-batch", "-"], input="\n".join(commands), capture_output=True, text=True)
+    if done.returncode != 0:
+        raise OSError(f"ip could not set up a machine's network: {done.stderr.strip()}")

@@ -22,7 +22,8 @@ FORMAT = 1
 
 def save(places: Places) -> None:
     services: dict[str, dict[str, dict[str, Any]]] = {}
-    for backends in BackendDict._instances:
+    in_use: list[Any] = BackendDict._instances  # type: ignore[misc]
+    for backends in in_use:
         accounts = services.setdefault(backends.service_name, {})
         for account, regions in backends.items():
             accounts[account] = dict(regions.items())

@@ -17,7 +17,7 @@ def file_of(places: Places, volume: str) -> Path:
 
 
 def create(places: Places, volume: str, gib: int, snapshot: str | None = None) -> Path:
-    """The volume's file, blank or as the snapshot was; does nothing when it exists. Grows it to `gib`, never shrinks."""
+    """The volume's file, blank or as the snapshot was, grown to `gib` when smaller; again does nothing."""
     path = file_of(places, volume)
     if not path.exists():
         source = places.snapshots / f"{snapshot}.img"
