@@ -14,6 +14,7 @@ idempotent; run it again with another --ami to upgrade or roll back. Settings gi
   rehearse.py ssh                               a shell on the machine
   rehearse.py logs -f                           its journal, followed
   rehearse.py down                              stop it; image, data volume, buckets and parameters are kept
+  rehearse.py down --data                       delete the data as well; images are kept
   rehearse.py down --purge                      delete all of it
 
 The story goes to standard error, JSON to standard output. Exit status 2: something you can put right, said in a
@@ -82,8 +83,10 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     show.set_defaults(run=run_status)
 
     down = commands.add_parser("down", help="stop the machine and the local cloud; what holds data is kept")
-    down.add_argument("--purge", action="store_true", help="delete images, data volume, buckets and parameters, too")
-    down.add_argument("--yes", action="store_true", help="do not ask before --purge")
+    more = down.add_mutually_exclusive_group()
+    more.add_argument("--data", action="store_true", help="delete data volume, buckets and parameters, too")
+    more.add_argument("--purge", action="store_true", help="delete those, the images, and the local cloud itself")
+    down.add_argument("--yes", action="store_true", help="do not ask before --data or --purge")
     down.set_defaults(run=run_down)
 
     ssh = commands.add_parser("ssh", help="a root shell on the machine, or one command")
@@ -108,7 +111,7 @@ def run_up(arguments: argparse.Namespace) -> None:
         client = stack.clients(cloud)
         ami = arguments.ami or stack.choose_image(client, cloud, arguments.base)
         say(f"applying infra/ with {ami}")
-        engine = stack.run(cloud, client, ami, settings, current, dry_run=False, say=say, done=show_step)
+        engine = stack.bring_about(cloud, client, ami, settings, current, say=say, done=show_step)
         summarize(engine.steps)
         timing = await_server(cloud, client, engine, arguments.timeout)
         found = inspect(cloud, client, engine.state)
@@ -124,7 +127,7 @@ def run_preview(arguments: argparse.Namespace) -> None:
         cloud.up()
         client = stack.clients(cloud)
         ami = arguments.ami or stack.choose_image(client, cloud, arguments.base)
-        engine = stack.run(cloud, client, ami, settings, current, dry_run=True, say=say, done=show_step)
+        engine = stack.preview(cloud, client, ami, settings, current, say=say, done=show_step)
     summarize(engine.steps)
     if arguments.json:
         print(json.dumps({"ami_id": ami, "changes": changes(engine.steps)}, indent=2))
@@ -144,17 +147,25 @@ def run_status(arguments: argparse.Namespace) -> None:
 def run_down(arguments: argparse.Namespace) -> None:
     cloud = LocalCloud()
     if arguments.purge:
-        say(f"deletes machines, images, data volume, buckets and parameters: all of {stack.state_path().parent}")
-        if not arguments.yes and not confirmed():
-            raise Refused("nothing was deleted; --yes skips the question")
-        with stack.exclusive():
-            cloud.purge()
-        return
+        say(f"deletes the stack, its data and the images: all of {stack.state_path().parent}")
+    elif arguments.data:
+        say(
+            "deletes the stack with its data volume, buckets and parameters, and stops the local cloud; images are kept"
+        )
+    else:
+        say("removes the machine and stops the local cloud; images, data volume, buckets and parameters are kept")
+    if (arguments.purge or arguments.data) and not arguments.yes and not confirmed():
+        raise Refused("nothing was deleted; --yes skips the question")
     with stack.exclusive():
+        if arguments.purge:
+            cloud.purge()
+            return
         current = state.load(stack.state_path())
-        if cloud.is_up():
-            say("stops the machine and the local cloud; image, data volume, buckets, parameters and address are kept")
-            remove_machine(cloud, current)
+        if arguments.data and current.resources:
+            cloud.up()
+            stack.destroy(cloud, stack.clients(cloud), current, say=say, done=show_step)
+        elif cloud.is_up():
+            stack.remove_machine(cloud, stack.clients(cloud), current, say=say, done=show_step)
         cloud.down()
 
 
@@ -246,25 +257,6 @@ def inspect(cloud: LocalCloud, client: Client, current: state.State) -> dict[str
         f"HTTP status {answer.status}" if answer.status else "nothing answers yet"
     )
     return found | {"state": answer.document.get("state", "starting"), "message": message}
-
-
-def remove_machine(cloud: LocalCloud, current: state.State) -> None:
-    """Detaches the data volume and the address and terminates the instance, as a replacement begins."""
-    from rehearsal.engine import Engine
-    from rehearsal.kinds import Aws
-    from rehearsal.resources import KINDS
-
-    engine = Engine(
-        KINDS,
-        Aws(stack.clients(cloud), cloud.region, say),
-        current,
-        save=lambda now: state.save(stack.state_path(), now),
-        done=show_step,
-    )
-    engine.recover()
-    engine.refresh()
-    machines = [each for each in current.resources if each.type == stack.INSTANCE]
-    engine.delete([*(follower for each in machines for follower in engine.followers(each)), *machines])
 
 
 def running_machine() -> tuple[LocalCloud, str]:

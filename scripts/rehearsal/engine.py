@@ -93,6 +93,11 @@ class Engine:
         """Lets the operation under way finish and refuses every later one."""
         self._cancelled.set()
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing had to be done."""
+        return all(each.operation == "same" for each in self.steps)
+
     # What the program calls
 
     def register(self, request: Any, urn: str) -> Any:

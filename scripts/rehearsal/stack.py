@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from local_cloud import LocalCloud
@@ -23,6 +23,9 @@ from rehearsal.kinds import Aws
 from rehearsal.state import State
 from rehearsal.values import Props, Secret, reveal
 
+if TYPE_CHECKING:
+    from rehearsal.engine import Engine, Step
+
 PROGRAM = Path(__file__).resolve().parents[2] / "infra"
 STACK = "rehearsal"
 INSTANCE = "aws:ec2/instance:Instance"
@@ -30,7 +33,11 @@ LOOPBACK = "127.0.0.0/8"
 MARK = "mlflow-ami:"
 MAKE_AN_IMAGE = "scripts/bake.py --local"
 
+BUCKET = "aws:s3/bucket:Bucket"
+
 Say = Callable[[str], None]
+Client = Callable[[str], Any]
+Done = Callable[["Step"], None]
 
 
 def state_path() -> Path:
@@ -53,7 +60,7 @@ def exclusive() -> Iterator[None]:
         os.close(handle)
 
 
-def clients(cloud: LocalCloud) -> Callable[[str], Any]:
+def clients(cloud: LocalCloud) -> Client:
     """The cloud's boto3 clients, each made once: making one costs more than using it."""
     made: dict[str, Any] = {}
     lock = threading.Lock()
@@ -139,7 +146,7 @@ def configuration(cloud: LocalCloud, ami: str, settings: Props) -> tuple[dict[st
 # Images
 
 
-def choose_image(client: Callable[[str], Any], cloud: LocalCloud, base: str | None) -> str:
+def choose_image(client: Client, cloud: LocalCloud, base: str | None) -> str:
     """The newest of our images in the local cloud, of those baked on `base` if given. Refused when there is none."""
     found = [
         (tags[f"{MARK}image-version"], image["ImageId"])
@@ -160,26 +167,69 @@ def choose_image(client: Callable[[str], Any], cloud: LocalCloud, base: str | No
 # Running the program
 
 
-def run(
-    cloud: LocalCloud,
-    client: Callable[[str], Any],
-    ami: str,
-    settings: Props,
-    current: State,
-    *,
-    dry_run: bool,
-    say: Say,
-    done: Callable[[Any], None],
-) -> Any:
-    """Runs infra/ against the local cloud and answers with the engine, whose steps tell what was (or would be) done.
+def bring_about(
+    cloud: LocalCloud, client: Client, ami: str, settings: Props, current: State, *, say: Say, done: Done
+) -> Engine:
+    """What `pulumi up` does: a preview, which refuses what can be refused, and then, if anything differs, the rest.
 
-    A refresh comes first, because a local cloud forgets machines when it goes down. Raises Refused with the program's
-    own words for settings it does not take, ApplyError for what failed, Interrupted after Ctrl-C, once the operation
-    under way is done and recorded.
+    Answers with the engine, whose steps tell what was done. Raises Refused with the program's own words for settings
+    it does not take, ApplyError for what failed, Interrupted after Ctrl-C, once the operation under way is recorded.
     """
-    from rehearsal import program
+    plan = preview(cloud, client, ami, settings, current, say=say, done=lambda step: None)
+    if plan.idle and plan.outputs == current.outputs:
+        if current.settings != settings:
+            current.settings = settings
+            state.save(state_path(), current)
+        return plan
+    current.settings = settings
+    engine = _engine(cloud, client, current, say, done, dry_run=False)
+    for leftover in engine.recover():
+        say(leftover)
+    for gone in engine.refresh():
+        if gone.protect:
+            say(f"{gone.type} {gone.name} ({gone.id}) is no longer in the local cloud: it is made anew, empty")
+    with cancelled_by_interrupt(engine.cancel, say):
+        # What the program says it has said in the preview.
+        _run(engine, cloud, ami, settings, say=lambda text: None)
+    return engine
+
+
+def preview(
+    cloud: LocalCloud, client: Client, ami: str, settings: Props, current: State, *, say: Say, done: Done
+) -> Engine:
+    """The program's dry run: nothing is changed, and the steps of the engine it answers with are the plan."""
+    engine = _engine(cloud, client, current, say, done, dry_run=True)
+    engine.recover()
+    engine.refresh()
+    _run(engine, cloud, ami, settings, say=say)
+    return engine
+
+
+def remove_machine(cloud: LocalCloud, client: Client, current: State, *, say: Say, done: Done) -> None:
+    """Detaches the data volume and the address and terminates the instance, as a replacement begins."""
+    engine = _engine(cloud, client, current, say, done, dry_run=False)
+    engine.recover()
+    engine.refresh()
+    machines = [each for each in current.resources if each.type == INSTANCE]
+    engine.delete([*(follower for each in machines for follower in engine.followers(each)), *machines])
+
+
+def destroy(cloud: LocalCloud, client: Client, current: State, *, say: Say, done: Done) -> None:
+    """Deletes all the stack ever made, protected and filled or not; images stay."""
+    for each in current.resources:
+        each.protect = each.retain_on_delete = False
+        if each.type == BUCKET:
+            each.inputs["forceDestroy"] = True
+    engine = _engine(cloud, client, current, say, done, dry_run=False)
+    engine.recover()
+    engine.refresh()
+    engine.delete(list(current.resources))
+    current.outputs, current.settings = {}, {}
+    state.save(state_path(), current)
+
+
+def _engine(cloud: LocalCloud, client: Client, current: State, say: Say, done: Done, *, dry_run: bool) -> Engine:
     from rehearsal.engine import Engine
-    from rehearsal.lookups import LOOKUPS
     from rehearsal.resources import KINDS
 
     noted: set[str] = set()
@@ -189,9 +239,7 @@ def run(
             noted.add(text)
             say(text)
 
-    config, secret_keys = configuration(cloud, ami, settings)
-    current.settings = settings
-    engine = Engine(
+    return Engine(
         KINDS,
         Aws(client, cloud.region, note),
         current,
@@ -199,27 +247,24 @@ def run(
         done=done,
         dry_run=dry_run,
     )
-    for leftover in engine.recover():
-        say(leftover)
-    for gone in engine.refresh():
-        if gone.protect:
-            say(f"{gone.type} {gone.name} ({gone.id}) is no longer in the local cloud: it is made anew, empty")
-    try:
-        with cancelled_by_interrupt(engine.cancel, say):
-            program.run(
-                PROGRAM,
-                engine,
-                LOOKUPS,
-                project=project(),
-                stack_name=STACK,
-                config=config,
-                secret_keys=secret_keys,
-                on_log=say,
-            )
-            engine.finish()
-    except program.ProgramError as error:
-        raise Refused(str(error)) from error
-    return engine
+
+
+def _run(engine: Engine, cloud: LocalCloud, ami: str, settings: Props, *, say: Say) -> None:
+    from rehearsal import program
+    from rehearsal.lookups import LOOKUPS
+
+    config, secret_keys = configuration(cloud, ami, settings)
+    program.run(
+        PROGRAM,
+        engine,
+        LOOKUPS,
+        project=project(),
+        stack_name=STACK,
+        config=config,
+        secret_keys=secret_keys,
+        on_log=say,
+    )
+    engine.finish()
 
 
 @contextlib.contextmanager
