@@ -1,29 +1,30 @@
 """The stack, as a table of contents: what is asked for, what is there, what follows from both."""
 
-import pulumi
-
 import access
 import credentials
 import network
 import outputs
+import pulumi
 import server
 import settings
 import storage
 import survey
+import user_data
 
 config, mistakes = settings.read()
 aws = access.provider(config)
 found, refusals = survey.look(config, aws)
-if mistakes or refusals:
-    raise pulumi.RunError(settings.as_sentences(mistakes + refusals))
-pulumi.log.info(survey.outlook(config, found))
+wrong = mistakes + refusals or user_data.problems(config)
+if wrong:
+    raise pulumi.RunError(settings.as_sentences(wrong))
+for caution in settings.cautions(config):
+    pulumi.log.warn(caution)
+pulumi.log.info(survey.outlook(found))
 
 here = pulumi.ResourceOptions(provider=aws)
 net = network.build(config, found.zones, here)
-buckets = storage.buckets(config, here)
-volume = storage.data_volume(config, found, here)
+kept = storage.build(config, found, here)
 secret = credentials.build(config, here)
-profile = access.instance_profile(buckets, secret, here)
-address = network.address(config, here)
-machine = server.launch(config, found, net, buckets, volume, secret, profile, address, here)
-outputs.export(config, found, machine, buckets, volume, secret, address)
+role = access.role(kept, secret, here)
+machine = server.launch(config, found, net, kept, secret, role, here)
+outputs.export(config, found, net, kept, secret, machine)

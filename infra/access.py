@@ -5,15 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import pulumi
 import pulumi_aws as aws
-
 import survey
-from credentials import Credentials
 from settings import Settings
-from storage import Buckets
+from storage import Storage
 
 READ_AND_WRITE = ("s3:GetObject", "s3:PutObject", "s3:DeleteObject")
 MULTIPART = ("s3:AbortMultipartUpload", "s3:ListMultipartUploadParts")
@@ -31,7 +30,7 @@ SESSION_MANAGER = (
 def provider(config: Settings) -> aws.Provider:
     """The provider with the stack's default tags. Whatever the user set in the namespace `aws:` holds for it too."""
     given: dict[str, Any] = {}
-    for name in inspect.signature(aws.Provider._internal_init).parameters:
+    for name in inspect.signature(aws.ProviderArgs).parameters:
         key = re.sub(r"_([a-z0-9])", lambda match: match[1].upper(), name)
         text = pulumi.Config("aws").get(key)
         if text is not None:
@@ -40,11 +39,16 @@ def provider(config: Settings) -> aws.Provider:
     return aws.Provider("aws", **{**given, "region": config.region, "default_tags": {"tags": tags}})
 
 
-def instance_profile(
-    buckets: Buckets, secret: Credentials, opts: pulumi.ResourceOptions
-) -> tuple[aws.iam.InstanceProfile, list[pulumi.Resource]]:
-    """The machine's role: three buckets, its parameters, Session Manager. Also what must be there before it boots."""
-    role = aws.iam.Role(
+@dataclass(frozen=True)
+class Role:
+    profile: aws.iam.InstanceProfile
+    ready: list[pulumi.Resource]
+    """What must be allowed before the machine boots."""
+
+
+def role(kept: Storage, secret: aws.ssm.Parameter, opts: pulumi.ResourceOptions) -> Role:
+    """The machine's role: its three buckets, its parameter, Session Manager."""
+    machine = aws.iam.Role(
         "server",
         description="MLflow server: its own buckets and parameters, Session Manager",
         assume_role_policy=json.dumps(
@@ -59,33 +63,28 @@ def instance_profile(
     )
     policy = aws.iam.RolePolicy(
         "server",
-        role=role.name,
-        policy=pulumi.Output.json_dumps(machine_policy(buckets, secret)),
+        role=machine.name,
+        policy=pulumi.Output.json_dumps(machine_policy(kept, secret)),
         opts=opts,
     )
-    profile = aws.iam.InstanceProfile("server", role=role.name, opts=opts)
-    return profile, [policy]
+    profile = aws.iam.InstanceProfile("server", role=machine.name, opts=opts)
+    return Role(profile, [policy])
 
 
-def machine_policy(buckets: Buckets, secret: Credentials) -> dict[str, Any]:
+def machine_policy(kept: Storage, secret: aws.ssm.Parameter) -> dict[str, Any]:
     """What the machine may do. In the backups bucket a delete only hides an object: its versions stay out of reach."""
-    all_buckets = [buckets.artifacts.arn, buckets.models.arn, buckets.backups.arn]
+    buckets = [bucket.arn for bucket in kept.buckets.values()]
     return {
         "Version": "2012-10-17",
         "Statement": [
-            {"Sid": "Buckets", "Effect": "Allow", "Action": list(OF_A_BUCKET), "Resource": all_buckets},
+            {"Sid": "Buckets", "Effect": "Allow", "Action": list(OF_A_BUCKET), "Resource": buckets},
             {
                 "Sid": "Objects",
                 "Effect": "Allow",
                 "Action": [*READ_AND_WRITE, *MULTIPART],
-                "Resource": [pulumi.Output.concat(arn, "/*") for arn in all_buckets],
+                "Resource": [pulumi.Output.concat(arn, "/*") for arn in buckets],
             },
-            {
-                "Sid": "Parameters",
-                "Effect": "Allow",
-                "Action": "ssm:GetParameter",
-                "Resource": [parameter.arn for parameter in secret.parameters],
-            },
+            {"Sid": "Credentials", "Effect": "Allow", "Action": "ssm:GetParameter", "Resource": secret.arn},
             {"Sid": "SessionManager", "Effect": "Allow", "Action": list(SESSION_MANAGER), "Resource": "*"},
         ],
     }

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import pulumi
 import pulumi_aws as aws
-
 from settings import Settings
 
 NETWORK = "10.20.0.0/16"
 ANYWHERE = "0.0.0.0/0"
-SSH, POSTGRESQL = 22, 5432
+SSH = 22
 
 
 @dataclass(frozen=True)
@@ -19,12 +18,14 @@ class Network:
     subnet: aws.ec2.Subnet
     """The one in the data volume's zone."""
     group: aws.ec2.SecurityGroup
+    address: aws.ec2.Eip
+    """The server's address, which outlives every machine: clients and DNS records know it."""
     ready: list[pulumi.Resource]
     """What must be there before the machine's first call to AWS."""
 
 
 def build(config: Settings, zones: tuple[str, str], opts: pulumi.ResourceOptions) -> Network:
-    """VPC, internet gateway, route table, S3 gateway endpoint, a subnet in each zone, security group."""
+    """VPC, internet gateway, route table, S3 gateway endpoint, a subnet in each zone, security group, address."""
     vpc = aws.ec2.Vpc(
         "network",
         cidr_block=NETWORK,
@@ -63,17 +64,13 @@ def build(config: Settings, zones: tuple[str, str], opts: pulumi.ResourceOptions
         )
         subnets.append(subnet)
     group, rules = _security_group(config, vpc, opts)
-    return Network(subnets[0], group, [route, s3, associations[0], *rules])
-
-
-def address(config: Settings, opts: pulumi.ResourceOptions) -> aws.ec2.Eip:
-    """The server's address, which outlives every machine: clients and DNS records know it."""
-    return aws.ec2.Eip(
+    address = aws.ec2.Eip(
         "server",
         domain="vpc",
         tags={"Name": config.title},
         opts=pulumi.ResourceOptions.merge(opts, pulumi.ResourceOptions(protect=True)),
     )
+    return Network(subnets[0], group, address, [route, s3, associations[0], *rules])
 
 
 def _block(zone: str) -> str:
@@ -94,7 +91,6 @@ def _security_group(
     doors = [
         *(("http", port, config.allowed_cidrs) for port in config.web_ports),
         ("ssh", SSH, config.ssh_cidrs),
-        ("postgresql", POSTGRESQL, config.postgres_cidrs),
     ]
     rules: list[pulumi.Resource] = [
         aws.vpc.SecurityGroupIngressRule(

@@ -4,43 +4,38 @@ from __future__ import annotations
 
 import pulumi
 import pulumi_aws as aws
-
-from credentials import Credentials
+from network import Network
 from server import Server
 from settings import ADMIN, Settings
-from storage import Buckets
+from storage import Storage
 from survey import Survey
 
 
 def export(
     config: Settings,
     found: Survey,
+    net: Network,
+    kept: Storage,
+    secret: aws.ssm.Parameter,
     machine: Server,
-    buckets: Buckets,
-    volume: aws.ebs.Volume,
-    secret: Credentials,
-    address: aws.ec2.Eip,
 ) -> None:
-    url = machine.hostnames.apply(lambda names: f"http://{names[0]}")
+    url = machine.hostnames.apply(lambda names: f"{config.scheme}://{names[0]}")
     pulumi.export("url", url)
     pulumi.export("username", ADMIN)
     pulumi.export("instanceId", machine.instance.id)
-    pulumi.export("publicIp", address.public_ip)
+    pulumi.export("publicIp", net.address.public_ip)
     pulumi.export("amiId", found.image.image_id)
     pulumi.export("imageVersion", found.image.image_version)
     pulumi.export("mlflowVersion", found.image.mlflow_version)
     pulumi.export("migrationHead", found.image.migration_head)
-    pulumi.export("dataVolumeId", volume.id)
-    pulumi.export(
-        "buckets",
-        {"artifacts": buckets.artifacts.bucket, "models": buckets.models.bucket, "backups": buckets.backups.bucket},
-    )
-    pulumi.export("credentialsParameter", secret.parameter.name)
+    pulumi.export("dataVolumeId", kept.volume.id)
+    pulumi.export("buckets", {name: bucket.bucket for name, bucket in kept.buckets.items()})
+    pulumi.export("credentialsParameter", secret.name)
     pulumi.export(
         "clientEnvironment",
-        pulumi.Output.all(url, secret.parameter.name).apply(lambda known: client_environment(config.region, *known)),
+        pulumi.Output.all(url, secret.name).apply(lambda known: client_environment(config.region, *known)),
     )
-    pulumi.export("connect", f'eval "$(python scripts/connect.py --stack {config.stack})"')
+    pulumi.export("connect", f'eval "$(scripts/connect.py --stack {config.stack})"')
     pulumi.export(
         "shell",
         machine.instance.id.apply(lambda id: f"aws ssm start-session --region {config.region} --target {id}"),

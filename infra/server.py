@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import pulumi
 import pulumi_aws as aws
-
 import user_data
-from credentials import Credentials
+from access import Role
 from network import Network
 from settings import Settings
-from storage import Buckets
+from storage import Storage
 from survey import Survey
 
 DATA_DEVICE = "/dev/sdf"
@@ -30,11 +29,9 @@ def launch(
     config: Settings,
     found: Survey,
     net: Network,
-    buckets: Buckets,
-    volume: aws.ebs.Volume,
-    secret: Credentials,
-    profile: tuple[aws.iam.InstanceProfile, list[pulumi.Resource]],
-    address: aws.ec2.Eip,
+    kept: Storage,
+    secret: aws.ssm.Parameter,
+    role: Role,
     opts: pulumi.ResourceOptions,
 ) -> Server:
     """Instance, data volume, address and, in a hosted zone, the name.
@@ -42,17 +39,16 @@ def launch(
     The old instance goes first, because the volume can be attached to one only; the attachment stops it before that,
     so that PostgreSQL shuts down.
     """
-    hostnames = address.public_ip.apply(lambda ip: [name for name in (config.domain_name, ip) if name])
-    instance_profile, permissions = profile
+    hostnames = net.address.public_ip.apply(lambda ip: [name for name in (config.domain_name, ip) if name])
     instance = aws.ec2.Instance(
         "server",
         ami=found.image.image_id,
         instance_type=config.instance_type,
         subnet_id=net.subnet.id,
         vpc_security_group_ids=[net.group.id],
-        iam_instance_profile=instance_profile.name,
+        iam_instance_profile=role.profile.name,
         key_name=config.key_name or None,
-        user_data=user_data.written(config, hostnames, buckets, volume, secret),
+        user_data=user_data.written(config, hostnames, kept, secret),
         user_data_replace_on_change=True,
         metadata_options={
             "http_endpoint": "enabled",
@@ -70,18 +66,18 @@ def launch(
         opts=_with(
             opts,
             delete_before_replace=True,
-            depends_on=[*net.ready, *buckets.ready, *permissions, *secret.parameters],
+            depends_on=[*net.ready, *kept.ready, *role.ready, secret],
         ),
     )
     aws.ec2.VolumeAttachment(
         "data",
         instance_id=instance.id,
-        volume_id=volume.id,
+        volume_id=kept.volume.id,
         device_name=DATA_DEVICE,
         stop_instance_before_detaching=True,
         opts=_with(opts, delete_before_replace=True),
     )
-    aws.ec2.EipAssociation("server", instance_id=instance.id, allocation_id=address.id, opts=opts)
+    aws.ec2.EipAssociation("server", instance_id=instance.id, allocation_id=net.address.id, opts=opts)
     if config.hosted_zone_id:
         aws.route53.Record(
             "server",
@@ -89,7 +85,7 @@ def launch(
             name=config.domain_name,
             type="A",
             ttl=RECORD_SECONDS,
-            records=[address.public_ip],
+            records=[net.address.public_ip],
             opts=opts,
         )
     return Server(instance, hostnames)

@@ -11,7 +11,6 @@ import ipaddress
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,9 @@ from typing import Any
 import pulumi
 import pulumi.runtime.config
 import yaml
+from host import launch
 
 PROJECT = Path(__file__).with_name("Pulumi.yaml")
-sys.path.append(str(Path(__file__).parents[1] / "provisioning/rootfs/usr/lib/mlflow-host"))
-
-from mlflow_host import launch  # noqa: E402  the machine's own module: both sides check by the same rules
 
 ADMIN = "admin"
 RULES_PER_GROUP = 60
@@ -51,8 +48,6 @@ class Settings:
     key_name: str
     artifact_transfer: str
     job_execution: bool
-    postgres_cidrs: tuple[str, ...]
-    restore_from: str
     backup_retention_days: int
     s3_endpoint: str
     ssm_endpoint: str
@@ -63,9 +58,18 @@ class Settings:
         return f"mlflow-{self.stack}"
 
     @property
+    def tls(self) -> str:
+        """How the machine serves, in the launch document's words."""
+        return "off"
+
+    @property
+    def scheme(self) -> str:
+        return "http" if self.tls == "off" else "https"
+
+    @property
     def web_ports(self) -> tuple[int, ...]:
-        """The ports that allowedCidrs may reach; nginx serves plain HTTP for now."""
-        return (80,)
+        """The ports that allowedCidrs may reach. With TLS, 80 only redirects and answers the certificate authority."""
+        return (80,) if self.tls == "off" else (80, 443)
 
     @property
     def parameter_path(self) -> str:
@@ -119,10 +123,6 @@ def read() -> tuple[Settings, list[str]]:
         key_name=take("keyName", _matches(r"[!-~]([ -~]{0,253}[!-~])?", "is not the name of a key pair")),
         artifact_transfer=take("artifactTransfer", _matches("direct|proxied", "must be direct or proxied")),
         job_execution=take("jobExecution"),
-        postgres_cidrs=take("postgresCidrs", _networks),
-        restore_from=take(
-            "restoreFrom", _matches(r"\S([ -~]{0,198}\S)?", "is not a backup's name, a point in time or latest")
-        ),
         backup_retention_days=take("backupRetentionDays", _between(1, 3650, "days")),
         s3_endpoint=take("s3Endpoint", launch.endpoint_url),
         ssm_endpoint=take("ssmEndpoint", launch.endpoint_url),
@@ -144,6 +144,14 @@ def as_sentences(mistakes: list[str]) -> str:
     """All mistakes as one message, a line each."""
     head = "There is a mistake in the settings" if len(mistakes) == 1 else f"There are {len(mistakes)} mistakes"
     return "\n".join([f"{head}; nothing was changed:", *(f"  - {mistake}" for mistake in mistakes)])
+
+
+def cautions(config: Settings) -> list[str]:
+    """What is allowed and still worth a warning."""
+    if "0.0.0.0/0" not in config.allowed_cidrs:
+        return []
+    clear = ", and passwords cross the network in clear" if config.tls == "off" else ""
+    return [f"allowedCidrs has 0.0.0.0/0: everybody on the internet reaches the login{clear}."]
 
 
 def _unknown(project: str) -> list[str]:
@@ -194,11 +202,11 @@ def _contradictions(found: Settings) -> list[str]:
         mistakes.append("hostedZoneId is set but domainName is not: set the name to write into the zone, or neither.")
     if found.ssh_cidrs and not found.key_name:
         mistakes.append("sshCidrs is set but keyName is not: nobody could log in, so set a key pair, or neither.")
-    rules = len(found.web_ports) * len(found.allowed_cidrs) + len(found.ssh_cidrs) + len(found.postgres_cidrs)
+    rules = len(found.web_ports) * len(found.allowed_cidrs) + len(found.ssh_cidrs)
     if rules > RULES_PER_GROUP:
         mistakes.append(
-            f"allowedCidrs, sshCidrs and postgresCidrs make {rules} inbound rules, more than the {RULES_PER_GROUP} a "
-            "security group holds: sum networks up."
+            f"allowedCidrs and sshCidrs make {rules} inbound rules, more than the {RULES_PER_GROUP} a security group "
+            "holds: sum networks up."
         )
     if found.availability_zone and found.region and not found.availability_zone.startswith(found.region):
         mistakes.append(f"availabilityZone: {found.availability_zone!r} is not in the region {found.region}.")

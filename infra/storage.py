@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pulumi
 import pulumi_aws as aws
-
 import survey
 from settings import Settings
 
@@ -16,27 +15,28 @@ UPLOAD_DAYS = 7
 
 
 @dataclass(frozen=True)
-class Buckets:
+class Storage:
     artifacts: aws.s3.Bucket
     models: aws.s3.Bucket
     backups: aws.s3.Bucket
-    ready: list[pulumi.Resource] = field(default_factory=list)
+    volume: aws.ebs.Volume
+    """PostgreSQL's cluster, and in the tags the record of the image that owns it from now on."""
+    ready: list[pulumi.Resource]
     """What must hold before the machine writes its first object."""
 
+    @property
+    def buckets(self) -> dict[str, aws.s3.Bucket]:
+        return {"artifacts": self.artifacts, "models": self.models, "backups": self.backups}
 
-def buckets(config: Settings, opts: pulumi.ResourceOptions) -> Buckets:
-    """Versioned, encrypted, private, TLS only; old versions go after backupRetentionDays."""
+
+def build(config: Settings, found: survey.Survey, opts: pulumi.ResourceOptions) -> Storage:
+    """Buckets that are versioned, encrypted, private and TLS only, and the data volume."""
     ready: list[pulumi.Resource] = []
-    made = {
-        name: _bucket(f"mlflow-{name}", config.backup_retention_days, ready, opts)
+    artifacts, models, backups = (
+        _bucket(f"mlflow-{name}", config.backup_retention_days, ready, opts)
         for name in ("artifacts", "models", "backups")
-    }
-    return Buckets(**made, ready=ready)
-
-
-def data_volume(config: Settings, found: survey.Survey, opts: pulumi.ResourceOptions) -> aws.ebs.Volume:
-    """The volume with PostgreSQL's cluster, and in its tags the record of the image that owns it from now on."""
-    return aws.ebs.Volume(
+    )
+    volume = aws.ebs.Volume(
         "data",
         availability_zone=found.zones[0],
         size=config.data_volume_gib,
@@ -49,6 +49,7 @@ def data_volume(config: Settings, found: survey.Survey, opts: pulumi.ResourceOpt
         },
         opts=_protected(opts),
     )
+    return Storage(artifacts, models, backups, volume, ready)
 
 
 def _bucket(

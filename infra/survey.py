@@ -12,7 +12,7 @@ from typing import Any
 
 import pulumi
 import pulumi_aws as aws
-
+from host import sizing
 from settings import Settings
 
 IMAGE_FORMAT = "1"
@@ -74,12 +74,11 @@ def look(config: Settings, provider: pulumi.ProviderResource) -> tuple[Survey, l
     return Survey(image, zones, volume), refusals
 
 
-def outlook(config: Settings, found: Survey) -> str:
+def outlook(found: Survey) -> str:
     """One line on what the boot of this image will do with the data."""
     image, last = found.image, found.volume.last if found.volume else None
     if found.volume is None:
-        source = f"restored from {config.restore_from!r}" if config.restore_from else "empty"
-        return f"New data volume, {source}: {image.described} brings it to schema {image.migration_head}."
+        return f"New data volume: {image.described} creates schema {image.migration_head} on it."
     if last is None:
         return f"Data volume {found.volume.id} has no record of an image: {image.described} decides at boot."
     was = f"{found.volume.id} was last on {last.described}"
@@ -224,17 +223,24 @@ def _zones(
 
 
 def _instance_type(config: Settings, architecture: str, asked: pulumi.InvokeOptions, refusals: list[str]) -> None:
-    if not architecture or any(refusal.startswith("instanceType:") for refusal in refusals):
+    """Whether the machine fits the image. A type that is offered nowhere was refused with the zones."""
+    if any(refusal.startswith("instanceType:") for refusal in refusals):
         return
     try:
-        supported = aws.ec2.get_instance_type(instance_type=config.instance_type, opts=asked).supported_architectures
+        kind = aws.ec2.get_instance_type(instance_type=config.instance_type, opts=asked)
     except Exception as error:
         refusals.append(_unanswered(error, "", f"instanceType: {config.instance_type} could not be looked up"))
         return
-    if architecture not in supported:
+    if architecture and architecture not in kind.supported_architectures:
         refusals.append(
-            f"instanceType: {config.instance_type} is a machine for {' or '.join(supported)}, but the image "
-            f"{config.ami_id} is for {architecture}: choose a type of that architecture."
+            f"instanceType: {config.instance_type} is a machine for {' or '.join(kind.supported_architectures)}, but "
+            f"the image {config.ami_id} is for {architecture}: choose a type of that architecture."
+        )
+    needed = sizing.SYSTEM_MB + sizing.SERVER_MB + (sizing.JOBS_MB if config.job_execution else 0)
+    if kind.memory_size < needed:
+        refusals.append(
+            f"instanceType: {config.instance_type} has {kind.memory_size} MiB of memory and the server needs {needed}"
+            f"{' with jobExecution' if config.job_execution else ''}: choose a larger type."
         )
 
 
@@ -281,14 +287,14 @@ def _misfits(config: Settings, image: Facts, volume: DataVolume) -> list[str]:
     if config.availability_zone and config.availability_zone != volume.zone:
         refusals.append(
             f"availabilityZone: {config.availability_zone} is not where the data volume {volume.id} is, and volumes "
-            f"do not move: set it to {volume.zone}, or launch a second stack there with restoreFrom."
+            f"do not move: set it to {volume.zone}, or launch a second stack there."
         )
     if volume.last and image.postgresql_major and image.postgresql_major != volume.last.postgresql_major:
         refusals.append(
             f"amiId: {image.image_id} has PostgreSQL {image.postgresql_major}, but the data volume {volume.id} holds "
             f"a cluster of PostgreSQL {volume.last.postgresql_major}, which it cannot read: pin an image with "
-            f"PostgreSQL {volume.last.postgresql_major}, or launch a second stack from this one with restoreFrom set "
-            "to a backup of the first."
+            f"PostgreSQL {volume.last.postgresql_major}, or launch a second stack from this image and move the data "
+            "by dump and restore."
         )
     return refusals
 

@@ -11,34 +11,44 @@ import jinja2
 import pulumi
 import pulumi_aws as aws
 import yaml
-
-from credentials import Credentials
-from settings import Settings, launch
-from storage import Buckets
+from host import launch
+from settings import Settings
+from storage import Storage
 
 TEMPLATE = Path(__file__).with_name("user_data.yaml.j2")
 LIMIT_BYTES = 16384
 """EC2's limit on user-data before it is encoded."""
+SAMPLE = {
+    "hostnames": ["203.0.113.1"],
+    "artifacts": "mlflow-artifacts-0000000",
+    "models": "mlflow-models-0000000",
+    "backups": "mlflow-backups-0000000",
+    "volume": "vol-0123456789abcdef0",
+    "parameter": "/mlflow-ami/stack/credentials",
+}
+"""Names of the form that AWS gives, for a look at the user-data before there are any."""
 
 
 def written(
-    config: Settings,
-    hostnames: pulumi.Output[list[str]],
-    buckets: Buckets,
-    volume: aws.ebs.Volume,
-    secret: Credentials,
+    config: Settings, hostnames: pulumi.Output[list[str]], kept: Storage, secret: aws.ssm.Parameter
 ) -> pulumi.Output[str]:
     """The stack's user-data, once AWS has named what it refers to."""
     named = pulumi.Output.all(
         hostnames=hostnames,
-        artifacts=buckets.artifacts.bucket,
-        models=buckets.models.bucket,
-        backups=buckets.backups.bucket,
-        volume=volume.id,
-        parameter=secret.parameter.name,
-        reader=secret.postgres_reader.name if secret.postgres_reader else "",
+        **{name: bucket.bucket for name, bucket in kept.buckets.items()},
+        volume=kept.volume.id,
+        parameter=secret.name,
     )
     return named.apply(lambda names: render(document(config, names)))
+
+
+def problems(config: Settings) -> list[str]:
+    """What would be wrong with the user-data, whatever the names turn out to be."""
+    try:
+        render(document(config, SAMPLE))
+    except pulumi.RunError as error:
+        return [str(error)]
+    return []
 
 
 def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,10 +59,9 @@ def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
         "buckets": {bucket: names[bucket] for bucket in ("artifacts", "models", "backups")},
         "credentials": {"parameter": names["parameter"]},
         "data_volume": {"id": names["volume"]},
-        "web": {"hostnames": names["hostnames"], "tls": "off"},
+        "web": {"hostnames": names["hostnames"], "tls": config.tls},
         "mlflow": {"job_execution": config.job_execution, "artifact_transfer": config.artifact_transfer},
-        "backups": {"retention_days": config.backup_retention_days, "restore_from": config.restore_from},
-        "postgres": {"cidrs": list(config.postgres_cidrs), "parameter": names["reader"]},
+        "backups": {"retention_days": config.backup_retention_days},
         "endpoints": {service: address for service, address in endpoints.items() if address},
     }
 
@@ -62,17 +71,15 @@ def render(content: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False
     )
-    # JSON's strings, booleans and lists of strings are TOML's too, all but this one character.
+    # JSON's strings, booleans and lists of strings are TOML's too, all but one control character.
     environment.filters["toml"] = lambda value: json.dumps(value).replace("\x7f", "\\u007f")
     text = environment.from_string(TEMPLATE.read_text()).render(content)
+    size = len(text.encode())
+    if size > LIMIT_BYTES:
+        raise pulumi.RunError(f"The user-data has {size} bytes, more than the {LIMIT_BYTES} that EC2 takes.")
     (file,) = yaml.safe_load(text)["write_files"]
     try:
         launch.parse(file["content"])
     except launch.LaunchError as error:
-        raise pulumi.RunError("\n".join(["The machine would refuse its launch document:", *error.problems])) from None
-    size = len(text.encode())
-    if size > LIMIT_BYTES:
-        raise pulumi.RunError(
-            f"The user-data has {size} bytes, more than the {LIMIT_BYTES} that EC2 takes: name fewer postgresCidrs."
-        )
+        raise pulumi.RunError(f"The machine would refuse its launch document: {'; '.join(error.problems)}.") from None
     return text
