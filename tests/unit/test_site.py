@@ -1,0 +1,477 @@
+"""What nginx does with the site made at boot: a real nginx, with a stand-in for MLflow's processes behind it."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import http.client
+import json
+import shutil
+import socket
+import socketserver
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+from mlflow_host import config, credentials, launch, sizing, status, web
+
+ROOTFS = Path(__file__).parents[2] / "provisioning" / "rootfs"
+USERS = (credentials.User("ada", "correct horse", "admin"), credentials.User("bob", "{PLAIN}no", "writer"))
+HOST = "mlflow.example.com"
+
+pytestmark = pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed (scripts/prepare.sh does)")
+
+
+class Upstream(socketserver.ThreadingUnixStreamServer):
+    """Stands in for one MLflow process: says what it was asked, and behaves as its path tells."""
+
+    daemon_threads = True
+
+    def __init__(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        super().__init__(str(path), Asked)
+        path.chmod(0o666)
+        self.asked: list[tuple[str, str, dict[str, str], int]] = []
+        self.database_answers = True
+        self.first_byte = threading.Event()
+        self.go_on = threading.Event()
+
+
+class Asked(BaseHTTPRequestHandler):
+    server: Upstream
+    protocol_version = "HTTP/1.1"
+
+    def address_string(self) -> str:
+        return "socket"
+
+    def log_message(self, *_: object) -> None:
+        return
+
+    def body(self) -> int:
+        """Its length, read as it comes."""
+        length = 0
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            while size := int(self.rfile.readline(), 16):
+                self.server.first_byte.set()
+                length += len(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+        for _ in range(int(self.headers.get("Content-Length") or 0) // 65536 + 1):
+            wanted = min(65536, int(self.headers.get("Content-Length") or 0) - length)
+            if wanted > 0:
+                length += len(self.rfile.read(wanted))
+                self.server.first_byte.set()
+        return length
+
+    def answer(self, code: int, body: bytes, kind: str = "application/json") -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.command, self.path, dict(self.headers.items()), self.body()))
+        if self.path.startswith("/api/2.0/mlflow/experiments/search"):
+            self.answer(200 if self.server.database_answers else 503, b'{"experiments": []}')
+        elif self.path.startswith("/busy"):
+            self.answer(503, b'{"error_code": "TEMPORARILY_UNAVAILABLE", "message": "MLflow said this"}')
+        elif self.path.startswith(("/gateway/", "/get-artifact")):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"6\r\nfirst\n\r\n")
+            self.wfile.flush()
+            self.server.go_on.wait(20)
+            self.wfile.write(b"5\r\nlast\n\r\n0\r\n\r\n")
+        else:
+            self.answer(200, json.dumps({"path": self.path, "filler": "x" * 5000}).encode())
+
+    do_POST = do_PUT = do_DELETE = do_GET
+
+
+@dataclass
+class Site:
+    port: int
+    upstreams: list[Upstream]
+    run: Path
+    folder: Path
+
+    def connection(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+
+    def ask(
+        self,
+        path: str,
+        *,
+        method: str = "GET",
+        user: str | None = "ada:correct horse",
+        host: str = HOST,
+        **headers: str,
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers (names in lower case) and body. Underscores in header names stand for hyphens."""
+        sent = {"Host": host} | {name.replace("_", "-"): value for name, value in headers.items()}
+        if user:
+            sent["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
+        connection = self.connection()
+        connection.request(method, path, headers=sent)
+        answer = connection.getresponse()
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+
+    def asked(self) -> list[tuple[str, str, dict[str, str], int]]:
+        return [request for upstream in self.upstreams for request in upstream.asked]
+
+
+def host_config(processes: int) -> config.HostConfig:
+    document = launch.LaunchDocument(
+        stack=launch.Stack("dev", "eu-central-1"),
+        buckets=launch.Buckets("aaa", "mmm", "bbb"),
+        credentials=launch.Credentials("/x"),
+        data_volume=launch.DataVolume("vol-01234567"),
+        web=launch.Web((HOST, "127.0.0.1")),
+    )
+    sized = sizing.size(sizing.Machine(2048, 2))
+    return config.host_config(document, replace(sized, server_processes=processes))
+
+
+def shipped(folder: Path, port: int) -> Path:
+    """The configuration as it ships, moved: its paths into `folder`, port 80 to `port`. Returns nginx.conf."""
+
+    def moved(text: str) -> str:
+        for path in ("/run/mlflow-host", "/run/nginx", "/run/mlflow/", "/var/log/nginx", "/usr/share/mlflow-host"):
+            text = text.replace(f" {path}", f" {folder}{path}").replace(f"unix:{path}", f"unix:{folder}{path}")
+        return text.replace("/etc/nginx/", f"{folder}/etc/nginx/").replace("listen 80", f"listen 127.0.0.1:{port}")
+
+    for source in [*(ROOTFS / "etc/nginx").iterdir(), *(ROOTFS / "usr/share/mlflow-host").rglob("*")]:
+        if source.is_file():
+            target = folder / source.relative_to(ROOTFS)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(moved(source.read_text()))
+    shutil.copy("/etc/nginx/mime.types", folder / "etc/nginx/mime.types")
+    for name in ("run/mlflow-host/nginx", "run/mlflow-host/web", "run/mlflow-host/status", "run/mlflow", "run/nginx",
+                 "var/log/nginx"):  # fmt: skip
+        (folder / name).mkdir(parents=True)
+    run = folder / "run/mlflow-host"
+    status.publish(run, folder / "usr/share/mlflow-host/page.html")
+    starting = folder / "usr/share/mlflow-host/starting.conf"
+    (run / "nginx/site.conf").write_text(starting.read_text())
+    return folder / "etc/nginx/nginx.conf"
+
+
+@contextmanager
+def nginx(configuration: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    command = ["nginx", "-c", str(configuration), "-g", "daemon off;"]
+    checked = subprocess.run([*command[:3], "-t"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.02)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Not pytest's: nginx's workers are another user, and pytest's folders are closed to them."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="mlflow-site-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+def site(folder: Path) -> Iterator[Site]:
+    """The site of a machine with two MLflow processes, which run."""
+    port = free_port()
+    configuration = shipped(folder, port)
+    run = folder / "run/mlflow-host"
+    ui = folder / "ui"
+    (ui / "static/js").mkdir(parents=True)
+    (ui / "static/js/main.0a1b2c3d.js").write_text("console.log(1);" * 500)
+    (ui / "static/js/main.0a1b2c3d.js.gz").write_bytes(gzip.compress(b"from the compressed file"))
+    (ui / "favicon.ico").write_text("icon")
+    rendered = web.render_site(host_config(2), ui, templates=folder / "usr/share/mlflow-host/templates", run=run)
+    (run / "nginx/site.conf").write_text(rendered.replace("unix:/run/mlflow/", f"unix:{folder}/run/mlflow/"))
+    (run / "nginx/users").write_text(credentials.password_file(USERS))
+    upstreams = [Upstream(folder / f"run/mlflow/server-{n}.sock") for n in (1, 2)]
+    for upstream in upstreams:
+        threading.Thread(target=upstream.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        with nginx(configuration, port):
+            yield Site(port, upstreams, run, folder)
+    finally:
+        for upstream in upstreams:
+            upstream.go_on.set()
+            upstream.shutdown()
+            upstream.server_close()
+
+
+def stop(site: Site) -> None:
+    for upstream in site.upstreams:
+        upstream.shutdown()
+        upstream.server_close()
+        Path(str(upstream.server_address)).unlink()
+
+
+# ── Before the machine is configured ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("path", "accept", "kind"),
+    [
+        ("/", "text/html,application/xhtml+xml", "text/html"),
+        ("/", "*/*", "application/json"),
+        ("/api/2.0/mlflow/runs/create", "text/html", "application/json"),
+        ("/ajax-api/2.0/mlflow/runs/create", "text/html", "application/json"),
+        ("/healthz", "text/html", "application/json"),
+        ("/experiments", "text/html", "text/html"),
+    ],
+)
+def test_starting_page_is_for_people_and_json_for_programs(path: str, accept: str, kind: str, folder: Path) -> None:
+    port = free_port()
+    with nginx(shipped(folder, port), port):
+        site = Site(port, [], folder / "run/mlflow-host", folder)
+        code, headers, body = site.ask(path, user=None, host="anything.at.all", Accept=accept)
+        assert (code, headers["content-type"].split(";")[0]) == (503, kind)
+        assert headers["retry-after"] == "2"
+        assert headers["cache-control"] == "no-store"
+        assert (b"MLflow is starting" in body) if kind == "text/html" else json.loads(body)["state"] == "starting"
+        assert site.ask(path, method="POST", user=None, Accept=accept)[0] == 503
+
+
+def test_reason_of_a_failure_is_on_the_page(folder: Path) -> None:
+    port = free_port()
+    with nginx(shipped(folder, port), port):
+        site = Site(port, [], folder / "run/mlflow-host", folder)
+        with pytest.raises(SystemExit), status.step("data-volume", site.run):
+            raise status.StepFailed("the volume vol-0 was not attached: attach it & reboot <now>")
+        status.publish(site.run, folder / "usr/share/mlflow-host/page.html")
+        _, _, page = site.ask("/", user=None, Accept="text/html")
+        assert b"MLflow could not start" in page
+        assert b"the volume vol-0 was not attached: attach it &amp; reboot &lt;now&gt;" in page
+        _, _, body = site.ask("/", user=None)
+        assert json.loads(body)["state"] == "failed"
+        assert "attach it & reboot <now>" in json.loads(body)["message"]
+
+
+# ── Who gets in ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("user", [None, "ada:wrong", "ada:", "bob:no", "eve:correct horse", "ADA:correct horse"])
+def test_nothing_without_the_password(user: str | None, site: Site) -> None:
+    for path in ("/", "/health", "/version", "/api/2.0/mlflow/runs/get", "/static-files/favicon.ico", "/get-artifact"):
+        code, headers, _ = site.ask(path, user=user)
+        assert (path, code) == (path, 401)
+        assert headers["www-authenticate"] == 'Basic realm="MLflow"'
+    assert not site.asked()
+
+
+def test_password_opens_and_goes_no_further(site: Site) -> None:
+    assert site.ask("/api/2.0/mlflow/runs/get?run_id=1")[0] == 200
+    ((_, path, headers, _),) = site.asked()
+    assert path == "/api/2.0/mlflow/runs/get?run_id=1"
+    assert "Authorization" not in headers
+
+
+@pytest.mark.parametrize("host", ["evil.example.com", "localhost", "169.254.169.254", f"{HOST}.evil.com", "_", ""])
+def test_only_names_served_are_answered(host: str, site: Site) -> None:
+    code, _, body = site.ask("/", host=host)
+    assert code in (400, 403)
+    assert b"ada" not in body
+    assert not site.asked()
+
+
+@pytest.mark.parametrize("host", [HOST, f"{HOST}:8080", HOST.upper(), "127.0.0.1"])
+def test_names_served_reach_mlflow_as_it_expects_them(host: str, site: Site) -> None:
+    assert site.ask("/", host=host)[0] == 200
+    assert site.asked()[0][2]["Host"] == host.split(":")[0].lower()
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example.com", "null", f"https://{HOST}", f"http://{HOST}.evil.com"])
+def test_pages_of_other_origins_are_refused(origin: str, site: Site) -> None:
+    assert site.ask("/api/2.0/mlflow/runs/create", method="POST", Origin=origin)[0] == 403
+    assert not site.asked()
+
+
+def test_pages_of_this_origin_are_served(site: Site) -> None:
+    assert site.ask("/api/2.0/mlflow/runs/create", method="POST", Origin=f"http://{HOST}")[0] == 200
+
+
+def test_forwarded_headers_of_a_client_are_not_believed(site: Site) -> None:
+    site.ask(
+        "/",
+        X_Forwarded_For="10.9.9.9",
+        X_Forwarded_Host="evil",
+        X_Forwarded_Proto="gopher",
+        X_Forwarded_Prefix="/evil",
+        X_Original_URL="/admin",
+        X_Rewrite_URL="/admin",
+        Forwarded="for=evil",
+    )
+    headers = site.asked()[0][2]
+    assert headers["X-Forwarded-For"] == "127.0.0.1"
+    assert headers["X-Forwarded-Host"] == HOST
+    assert headers["X-Forwarded-Proto"] == "http"
+    assert not {"X-Forwarded-Prefix", "X-Original-URL", "X-Rewrite-URL", "Forwarded"} & headers.keys()
+
+
+# ── Health ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("host", [HOST, "10.0.0.7"])
+def test_health_is_open_and_tells_nothing_else(host: str, site: Site) -> None:
+    code, _, body = site.ask("/healthz", user=None, host=host)
+    assert (code, body) == (200, b"ok\n")
+
+
+def test_health_is_false_when_the_database_does_not_answer(site: Site) -> None:
+    for upstream in site.upstreams:
+        upstream.database_answers = False
+    code, headers, body = site.ask("/healthz", user=None)
+    assert code == 503
+    assert headers["retry-after"] == "2"
+    assert json.loads(body) == {"error_code": "TEMPORARILY_UNAVAILABLE", "message": "MLflow does not answer"}
+
+
+def test_health_is_false_when_no_process_answers(site: Site) -> None:
+    stop(site)
+    assert site.ask("/healthz", user=None)[0] == 503
+
+
+def test_health_asks_mlflow_at_most_once_a_second_and_then_again(site: Site) -> None:
+    for _ in range(20):
+        assert site.ask("/healthz", user=None)[0] == 200
+    assert len(site.asked()) <= 2
+    for upstream in site.upstreams:
+        upstream.database_answers = False
+    time.sleep(2.1)
+    assert site.ask("/healthz", user=None)[0] == 503
+
+
+def test_inner_locations_cannot_be_asked_for(site: Site) -> None:
+    for path in ("/mlflow-host-health", "/mlflow-host-status/status.json", "/mlflow-host-status/"):
+        assert site.ask(path)[0] == 404
+    assert not site.asked()
+
+
+# ── While MLflow does not answer ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_page_is_behind_the_login_once_there_is_one(site: Site) -> None:
+    stop(site)
+    assert site.ask("/", user=None, Accept="text/html")[0] == 401
+    code, headers, body = site.ask("/", Accept="text/html")
+    assert (code, headers["retry-after"]) == (503, "2")
+    assert b"MLflow is starting" in body
+    code, headers, body = site.ask("/api/2.0/mlflow/runs/log-batch", method="POST")
+    assert (code, headers["content-type"]) == (503, "application/json")
+    assert json.loads(body)["error_code"] == "TEMPORARILY_UNAVAILABLE"
+
+
+def test_one_process_restarting_is_not_noticed(site: Site) -> None:
+    site.upstreams[0].shutdown()
+    site.upstreams[0].server_close()
+    assert [site.ask("/")[0] for _ in range(20)] == [200] * 20
+
+
+def test_both_processes_are_used(site: Site) -> None:
+    for _ in range(20):
+        site.ask("/")
+    assert all(upstream.asked for upstream in site.upstreams)
+
+
+def test_answer_of_mlflow_itself_is_passed_on_whatever_its_status(site: Site) -> None:
+    code, _, body = site.ask("/busy", Accept="text/html")
+    assert code == 503
+    assert json.loads(body)["message"] == "MLflow said this"
+
+
+# ── Transfers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/2.0/mlflow-artifacts/artifacts/0/abc/artifacts/model.bin",
+        "/ajax-api/2.0/mlflow-artifacts/artifacts/x",
+        "/ajax-api/2.0/mlflow/upload-artifact?run_uuid=1&path=x",
+    ],
+)
+def test_upload_streams_to_mlflow_as_it_comes(path: str, site: Site) -> None:
+    """The first bytes are with MLflow before the client has sent the last."""
+    connection = site.connection()
+    connection.putrequest("PUT", path, skip_host=True)
+    connection.putheader("Host", HOST)
+    connection.putheader("Authorization", "Basic " + base64.b64encode(b"ada:correct horse").decode())
+    connection.putheader("Content-Length", str(40 << 20))
+    connection.endheaders()
+    connection.send(b"x" * (1 << 20))
+    assert any(upstream.first_byte.wait(0.1) for _ in range(100) for upstream in site.upstreams)
+    for _ in range(39):
+        connection.send(b"x" * (1 << 20))
+    assert connection.getresponse().status == 200
+    assert site.asked()[0][3] == 40 << 20
+
+
+@pytest.mark.parametrize("path", ["/get-artifact?path=x", "/gateway/chat/invocations"])
+def test_answer_streams_to_the_client_as_it_comes(path: str, site: Site) -> None:
+    connection = site.connection()
+    connection.request("GET", path, headers={"Host": HOST, "Authorization": "Basic YWRhOmNvcnJlY3QgaG9yc2U="})
+    answer = connection.getresponse()
+    assert answer.readline() == b"first\n"
+    for upstream in site.upstreams:
+        upstream.go_on.set()
+    assert answer.read() == b"last\n"
+
+
+def test_json_is_compressed_for_who_asks(site: Site) -> None:
+    _, headers, body = site.ask("/long", Accept_Encoding="gzip")
+    assert headers["content-encoding"] == "gzip"
+    assert json.loads(gzip.decompress(body))["path"] == "/long"
+    assert "content-encoding" not in site.ask("/long")[1]
+
+
+def test_websocket_upgrade_reaches_mlflow(site: Site) -> None:
+    site.ask("/ws", Connection="Upgrade", Upgrade="websocket")
+    headers = site.asked()[0][2]
+    assert (headers["Upgrade"], headers["Connection"]) == ("websocket", "upgrade")
+
+
+def test_hashed_files_of_the_user_interface_come_from_disk_and_are_kept_for_long(site: Site) -> None:
+    code, headers, body = site.ask("/static-files/static/js/main.0a1b2c3d.js", Accept_Encoding="gzip")
+    assert code == 200
+    assert headers["cache-control"] == "private, max-age=31536000, immutable"
+    assert gzip.decompress(body) == b"from the compressed file"
+    assert site.ask("/static-files/favicon.ico")[1]["cache-control"] == "private, max-age=3600"
+    assert site.ask("/static-files/static/js/gone.js")[0] == 404
+    assert not site.asked()
+
+
+def test_path_reaches_mlflow_as_the_client_wrote_it(site: Site) -> None:
+    site.ask("/api/2.0/mlflow-artifacts/artifacts/a%2Fb%20c/d%25e?x=%2F")
+    assert site.asked()[0][1] == "/api/2.0/mlflow-artifacts/artifacts/a%2Fb%20c/d%25e?x=%2F"
+
+
+def test_name_nobody_gave_is_noticed() -> None:
+    with pytest.raises(Exception, match="undefined"):
+        web.render("site.conf.j2", ROOTFS / "usr/share/mlflow-host/templates", names=["a"])
