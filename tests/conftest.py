@@ -83,14 +83,14 @@ def image(cloud: LocalCloud, base: str) -> Mapping[str, Any]:
 @pytest.fixture(scope="session")
 def server(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
     """A server launched from `image` with the stack's defaults; its data is deleted at the end."""
-    from servers import describe_server, destroy_stack, script
+    from servers import describe_server, script
 
-    destroy_stack(cloud)
+    script("rehearse.py", "down", "--data", "--yes")
     try:
         script("rehearse.py", "up", "--ami", image["ami_id"])
         yield describe_server()
     finally:
-        destroy_stack(cloud)
+        script("rehearse.py", "down", "--data", "--yes")
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,6 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from local_cloud import LocalCloud
-from rehearsal import stack, state
-from rehearsal.engine import Engine
-from rehearsal.kinds import Aws
-from rehearsal.resources import KINDS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = REPOSITORY / "scripts"
@@ -51,31 +46,6 @@ def describe_server() -> Server:
         **{name: value for name, value in status.items() if name in names},
         exports=dict(word.split("=", 1) for word in words if "=" in word),
     )
-
-
-def destroy_stack(cloud: LocalCloud) -> None:
-    """Delete the launched stack with all its data, what it protects included; images stay."""
-    current = state.load(stack.state_path())
-    if not current.resources:
-        return
-    for each in current.resources:
-        each.protect = each.retain_on_delete = False
-        if each.type == "aws:s3/bucket:Bucket":
-            empty_bucket(cloud, each.id)
-    with stack.exclusive():
-        aws = Aws(stack.clients(cloud), cloud.region)
-        engine = Engine(KINDS, aws, current, save=lambda now: state.save(stack.state_path(), now))
-        engine.recover()
-        engine.refresh()
-        engine.delete(list(current.resources))
-        state.save(stack.state_path(), state.State())
-
-
-def empty_bucket(cloud: LocalCloud, bucket: str) -> None:
-    s3 = cloud.client("s3")
-    for page in s3.get_paginator("list_object_versions").paginate(Bucket=bucket):
-        for each in [*page.get("Versions", []), *page.get("DeleteMarkers", [])]:
-            s3.delete_object(Bucket=bucket, Key=each["Key"], VersionId=each["VersionId"])
 
 
 @contextmanager
