@@ -69,6 +69,8 @@ def is_blank(device: Path, volume: str) -> bool:
     """Whether nothing was ever put on the device. Raises StepFailed when it holds something that is not ours."""
     probe = subprocess.run(["blkid", "-p", "-o", "export", str(device)], capture_output=True, text=True)
     if probe.returncode == 2:
+        # Also what blkid returns when it cannot read: then nothing is known, and nothing may be formatted.
+        require_readable(device, volume)
         return True
     if probe.returncode not in (0, 8):
         raise StepFailed(f"the volume {volume} cannot be read: {probe.stderr.strip() or 'blkid gives no reason'}")
@@ -80,6 +82,23 @@ def is_blank(device: Path, volume: str) -> bool:
         f"the volume {volume} holds something else ({', '.join(known) or 'several signatures'}): it is left untouched; "
         "name the stack's own data volume, or a blank one"
     )
+
+
+def require_readable(device: Path, volume: str) -> None:
+    """Raises StepFailed unless both ends of the device, where signatures are, can be read."""
+    try:
+        with device.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            for offset in (0, max(0, size - (1 << 20))):
+                file.seek(offset)
+                if len(file.read(1 << 20)) < min(1 << 20, size):
+                    raise OSError("it ends early")
+            if size == 0:
+                raise OSError("it is empty")
+    except OSError as error:
+        raise StepFailed(
+            f"the volume {volume} cannot be read ({error.strerror or error}): nothing was written; check the volume"
+        ) from None
 
 
 def check(device: Path, volume: str) -> None:

@@ -22,13 +22,17 @@ def main(unit: str) -> None:
     recorded = config.RUN / "status" / f"{name}.json"
     if recorded.exists() and json.loads(recorded.read_text())["state"] == "failed":
         return
-    result = subprocess.run(
-        ["systemctl", "show", unit, "--property=Result", "--value"], capture_output=True, text=True
-    ).stdout.strip()
+    result = result_of(unit)
     if result == "success":
         return  # it was never started, because something it needs has failed and has said so
     Step(name, config.RUN).record("failed", f"{unit} ended with {result}: {last_words(unit)}")
     print(f"mlflow-host: {unit} ended with {result}", file=sys.stderr)
+
+
+def result_of(unit: str) -> str:
+    """systemd's word for how a unit ended, such as exit-code, oom-kill or timeout; success for one never started."""
+    command = ["systemctl", "show", unit, "--property=Result", "--value"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":
