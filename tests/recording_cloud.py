@@ -66,7 +66,7 @@ class RecordingCloud:
             update=self.update,
             delete=self.delete,
             replace_on=frozenset({"fixed", "on"}),
-            generate={"label": lambda logical: f"{logical}-made-up"},
+            generate={"label": lambda logical, inputs: f"{logical}-made-up"},
             recover=lambda aws, inputs: next(
                 (id_ for id_, each in self.things.items() if each.get("label") == inputs["label"]), None
             ),

@@ -245,7 +245,7 @@ class Engine:
         for name, generate in kind.generate.items():
             if name not in inputs:
                 kept = old.inputs.get(name) if old is not None and name in old.generated else None
-                inputs[name] = kept or generate(wanted.name)
+                inputs[name] = kept or generate(wanted.name, inputs)
                 wanted.generated.append(name)
         if kind.tagged:
             provider = wanted.provider.rsplit("::", 1)[0]
@@ -272,7 +272,7 @@ class Engine:
             )
         for name, generate in kind.generate.items():
             if name in wanted.generated:
-                wanted.inputs[name] = generate(wanted.name)
+                wanted.inputs[name] = generate(wanted.name, wanted.inputs)
         chosen_name = any(name not in wanted.generated and _is_name(name) for name in kind.generate)
         first = (
             request.deleteBeforeReplace
@@ -464,7 +464,7 @@ def _delete(kind: Kind, aws: Aws, resource: Resource) -> None:
 
 
 def _is_name(name: str) -> bool:
-    return name != "clientToken"
+    return name not in ("clientToken", "result")
 
 
 def _list(names: Any) -> str:

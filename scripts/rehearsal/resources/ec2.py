@@ -948,7 +948,7 @@ KINDS = {
         replace_on=frozenset(
             {"ami", "availabilityZone", "subnetId", "keyName", "privateIp", "placementGroup", "tenancy", "hostId"}
         ),
-        generate={"clientToken": lambda _: secrets.token_hex(16)},
+        generate={"clientToken": lambda logical, inputs: secrets.token_hex(16)},
         tagged=True,
     ),
 }

@@ -7,12 +7,12 @@ import secrets
 import string
 
 from rehearsal.kinds import Aws, Kind
-from rehearsal.values import Props
+from rehearsal.values import Props, Secret
 
 SPECIAL = "!@#$%&*()-_=+[]{}<>:?"
 
 
-def _create_password(aws: Aws, inputs: Props) -> str:
+def _password(logical: str, inputs: Props) -> Secret:
     classes = {
         "upper": string.ascii_uppercase,
         "lower": string.ascii_lowercase,
@@ -26,7 +26,7 @@ def _create_password(aws: Aws, inputs: Props) -> str:
     alphabet = "".join(chosen.values())
     letters += [secrets.choice(alphabet) for _ in range(int(inputs["length"]) - len(letters))]
     secrets.SystemRandom().shuffle(letters)
-    return "".join(letters)
+    return Secret("".join(letters))
 
 
 def _create_bytes(size: str) -> Kind:
@@ -48,9 +48,10 @@ def _forget(aws: Aws, id_: str, inputs: Props) -> None:
 
 
 PASSWORD = Kind(
-    create=_create_password,
-    read=lambda aws, id_, inputs: {"result": id_},
+    create=lambda aws, inputs: "none",
+    read=lambda aws, id_, inputs: {"result": inputs["result"]},
     delete=_forget,
+    generate={"result": _password},
     secret_outputs=frozenset({"result"}),
 )
 

@@ -275,7 +275,7 @@ KINDS = {
         delete=_delete_bucket,
         recover=lambda aws, inputs: inputs["bucket"] if _read_bucket(aws, inputs["bucket"], inputs) else None,
         replace_on=frozenset({"bucket", "bucketPrefix", "objectLockEnabled", "region"}),
-        generate={"bucket": lambda logical: physical_name(logical).lower()},
+        generate={"bucket": lambda logical, inputs: physical_name(logical, inputs).lower()},
         tagged=True,
     ),
     "aws:s3/bucketVersioning:BucketVersioning": _part(
