@@ -29,6 +29,7 @@ import images
 import lock
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from botocore.parsers import ResponseParserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BUILDS = REPOSITORY / "build" / "bake"
@@ -39,6 +40,9 @@ CLEANUP_SECONDS = 180
 
 SOURCE_NAME = "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-amd64-server-*"
 SOURCE_OWNERS = ("099720109477",)
+
+AWS_ERRORS = (BotoCoreError, ClientError, ResponseParserError)
+"""What a call to AWS can raise: refused there, not reached, not understood."""
 
 
 class BakeRefused(Exception):
@@ -173,8 +177,8 @@ def connect(region: str, environment: dict[str, str]) -> Any:
         raise BakeRefused(
             f"there are no AWS credentials: run aws configure, or set AWS_PROFILE. {without_account}"
         ) from None
-    except (BotoCoreError, ClientError) as error:
-        raise BakeRefused(f"AWS does not accept the credentials: {error}. {without_account}") from None
+    except AWS_ERRORS as error:
+        raise BakeRefused(f"AWS does not accept the credentials: {brief(error)}. {without_account}") from None
 
 
 def ec2_endpoint(environment: dict[str, str]) -> str:
@@ -335,26 +339,25 @@ def failure(log: Path, command: str) -> str:
 
 @contextlib.contextmanager
 def require_tokens(ec2: Any, bake: Bake) -> Iterator[None]:
-    """While the block runs: waits for the builder and makes its metadata service answer IMDSv2 only.
+    """While the block runs: makes the metadata service of each builder that appears answer IMDSv2 only.
 
-    BakeFailed when a builder was seen and EC2 did not accept that.
+    BakeFailed when the block ended well and no builder was held to it.
     """
     over = threading.Event()
-    refused: list[str] = []
+    held: set[str] = set()
+    trouble = ["no builder was seen"]
 
     def watch() -> None:
         while not over.wait(1.0):
             try:
                 for instance in builders(ec2, bake.id):
-                    if instance["State"]["Name"] in ("pending", "running"):
+                    if instance["InstanceId"] not in held and instance["State"]["Name"] in ("pending", "running"):
                         ec2.modify_instance_metadata_options(
                             InstanceId=instance["InstanceId"], HttpTokens="required", HttpPutResponseHopLimit=1
                         )
-                        return
-            except (BotoCoreError, ClientError) as error:
-                if "IncorrectState" not in str(error) and "IncorrectInstanceState" not in str(error):
-                    refused.append(str(error))
-                    return
+                        held.add(instance["InstanceId"])
+            except AWS_ERRORS as error:
+                trouble.append(brief(error))
 
     watcher = threading.Thread(target=watch, daemon=True, name="imdsv2")
     watcher.start()
@@ -363,8 +366,8 @@ def require_tokens(ec2: Any, bake: Bake) -> Iterator[None]:
     finally:
         over.set()
         watcher.join(timeout=30)
-    if refused:
-        raise BakeFailed(f"the builder could not be held to IMDSv2: {refused[0]}")
+    if not held:
+        raise BakeFailed(f"the builder could not be held to IMDSv2: {trouble[-1]}")
 
 
 # ── Clean-up ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -376,32 +379,56 @@ def builders(ec2: Any, bake_id: str) -> list[dict[str, Any]]:
     return [instance for reservation in found["Reservations"] for instance in reservation["Instances"]]
 
 
-def sweep(ec2: Any, bake: Bake, finished_image: str | None) -> list[str]:
-    """Removes whatever of one bake is still there and returns what that was. Idempotent: what is gone is no error.
+def sweep(ec2: Any, bake: Bake, finished_image: str | None) -> None:
+    """Removes whatever of one bake is still there, and says so. Idempotent: what is gone is no error.
 
-    An image that the bake did not finish goes as well, snapshots included: without its facts no stack accepts it.
+    An image that the bake did not finish goes as well, snapshots included: without its facts no stack accepts it. What
+    cannot be removed is named, with the remedy, and keeps nothing else from being removed.
     """
-    removed: list[str] = []
-    groups = set(temporary_groups(bake.log))
-    left = [instance for instance in builders(ec2, bake.id) if instance["State"]["Name"] != "terminated"]
-    groups.update(group["GroupName"] for instance in left for group in instance.get("SecurityGroups", []))
-    if left:
-        ids = [instance["InstanceId"] for instance in left]
-        ec2.terminate_instances(InstanceIds=ids)
-        ec2.get_waiter("instance_terminated").wait(InstanceIds=ids, WaiterConfig={"Delay": 3, "MaxAttempts": 100})
-        removed += [f"builder {instance_id}" for instance_id in ids]
-    for group in ec2.describe_security_groups()["SecurityGroups"] if groups else []:
-        if group["GroupName"] in groups and group["GroupName"].startswith("packer_"):
+
+    def remove_builders() -> list[str]:
+        left = [each["InstanceId"] for each in builders(ec2, bake.id) if each["State"]["Name"] != "terminated"]
+        if left:
+            ec2.terminate_instances(InstanceIds=left)
+            ec2.get_waiter("instance_terminated").wait(InstanceIds=left, WaiterConfig={"Delay": 3, "MaxAttempts": 100})
+        return [f"builder {instance_id}" for instance_id in left]
+
+    def remove_security_groups() -> list[str]:
+        made = temporary_groups(bake.log)
+        groups = ec2.describe_security_groups()["SecurityGroups"] if made else []
+        left = [group for group in groups if group["GroupName"] in made]
+        for group in left:
             ec2.delete_security_group(GroupId=group["GroupId"])
-            removed.append(f"security group {group['GroupName']}")
-    key_pair = f"mlflow-ami-bake-{bake.id}"
-    if any(pair["KeyName"] == key_pair for pair in ec2.describe_key_pairs()["KeyPairs"]):
-        ec2.delete_key_pair(KeyName=key_pair)
-        removed.append(f"key pair {key_pair}")
-    for image in images.find(ec2, {"mlflow-ami:bake": bake.id}):
-        if image.id != finished_image:
-            removed += images.delete(ec2, image)
-    return removed
+        return [f"security group {group['GroupName']}" for group in left]
+
+    def remove_key_pair() -> list[str]:
+        name = f"mlflow-ami-bake-{bake.id}"
+        if not any(pair["KeyName"] == name for pair in ec2.describe_key_pairs()["KeyPairs"]):
+            return []
+        ec2.delete_key_pair(KeyName=name)
+        return [f"key pair {name}"]
+
+    def remove_unfinished_image() -> list[str]:
+        unfinished = [image for image in images.find(ec2, {"mlflow-ami:bake": bake.id}) if image.id != finished_image]
+        return [gone for image in unfinished for gone in images.delete(ec2, image)]
+
+    for removal in (remove_builders, remove_security_groups, remove_key_pair, remove_unfinished_image):
+        try:
+            for removed in removal():
+                print(f"bake: removed {removed}", file=sys.stderr)
+        except AWS_ERRORS as error:
+            what = removal.__name__.removeprefix("remove_").replace("_", " ")
+            print(f"bake: could not remove {what} of bake {bake.id}: {brief(error)}", file=sys.stderr)
+            print(
+                "bake: remove what is tagged mlflow-ami:bake by hand, or later: scripts/images.py sweep",
+                file=sys.stderr,
+            )
+
+
+def brief(error: Exception) -> str:
+    """An error of AWS's or on the way there as one line of a length that can be read."""
+    text = " ".join(str(error).split())
+    return text if len(text) < 300 else f"{text[:300]}…"
 
 
 def temporary_groups(log: Path) -> list[str]:
@@ -549,8 +576,7 @@ def bake_image(arguments: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     finally:
         clock.end()
         with uninterrupted():
-            for leftover in sweep(ec2, bake, finished):
-                print(f"bake: removed {leftover}", file=sys.stderr)
+            sweep(ec2, bake, finished)
     image = images.read(ec2.describe_images(ImageIds=[finished])["Images"][0])
     return result(image, arguments, clock, log=bake.log)
 
@@ -696,8 +722,8 @@ def main(argv: list[str] | None = None) -> int:
     except BakeFailed as failed:
         print(f"bake: {failed}", file=sys.stderr)
         return 1
-    except (BotoCoreError, ClientError) as error:
-        print(f"bake: AWS refused: {error}", file=sys.stderr)
+    except AWS_ERRORS as error:
+        print(f"bake: AWS refused: {brief(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("bake: interrupted; no image was made and nothing is left behind", file=sys.stderr)
