@@ -7,17 +7,34 @@ is on disk.
 
 from __future__ import annotations
 
+import copyreg
 import pickle
 from importlib.metadata import version
 from typing import Any
 
 import cloudpickle
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from moto.backends import get_backend
 from moto.core.base_backend import BackendDict
 
 from local_cloud.state import LocalCloudError, Places, write_atomically
 
 FORMAT = 1
+
+
+def _private_key(pem: bytes) -> Any:
+    return serialization.load_pem_private_key(pem, None)
+
+
+def _reduce_private_key(key: Any) -> tuple[Any, ...]:
+    """moto's KMS gives every key a pair, also the default one that encrypts volumes and parameters."""
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return _private_key, (pem,)
+
+
+for _example in (rsa.generate_private_key(65537, 1024), ec.generate_private_key(ec.SECP256R1())):
+    copyreg.pickle(type(_example), _reduce_private_key)
 
 
 def save(places: Places) -> None:
