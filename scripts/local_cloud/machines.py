@@ -227,9 +227,11 @@ def _firmware(names: Mapping[str, str], disks: Iterable[Disk]) -> str:
 
     /sys and /proc/sys are read-only, as in any container that is not to touch its host, but for the network's part.
     The host's own disks disappear; the machine's volumes appear. The journal and /tmp are on the root file system, as
-    on a server, where podman would have them in memory.
+    on a server, where podman would have them in memory. Mounts are shared, as systemd makes them outside containers:
+    what it mounts then appears in the name spaces of services that are already running.
     """
     lines = [
+        "mount --make-rshared /",
         "mount -o remount,ro,bind /sys",
         "mount --bind /proc/sys /proc/sys",
         "mount --bind /proc/sys/net /proc/sys/net",
