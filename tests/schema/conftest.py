@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from schema.journey import Journey, journey
+from schema.private_cluster import PrivateCluster, private_cluster
+
+
+@pytest.fixture
+def server() -> Iterator[PrivateCluster]:
+    with private_cluster() as owned:
+        yield owned
+
+
+@pytest.fixture
+def on_the_way(server: PrivateCluster, tmp_path: Path) -> Iterator[Journey]:
+    with journey(server.cluster, tmp_path) as started:
+        yield started

@@ -1,0 +1,98 @@
+"""Environments with one release of MLflow each, standing in for the images that would carry them.
+
+The last eight minor releases that the package index has, newest patch of each, made by uv on first use and kept
+outside the repository. `mlflow-skinny` is the smallest package that has MLflow's stores; a release whose
+`mlflow-skinny` the index lacks is taken from the `mlflow` wheel, which has the same modules.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+from mlflow_host.schema.release import Image
+from mlflow_host.schema.revisions import known_revisions
+
+STORES_NEED = ("sqlalchemy", "alembic", "psycopg2-binary", "pandas", "graphene", "flask", "cryptography", "huey")
+RELEASES = 8
+
+
+def folder() -> Path:
+    cache_home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    path = Path(cache_home) / "mlflow-ami"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@cache
+def releases() -> tuple[str, ...]:
+    """The newest patch of each of the last eight minor releases, oldest first; asked of the index once a day."""
+    remembered = folder() / "releases.json"
+    day = 24 * 3600
+    if not remembered.exists() or remembered.stat().st_mtime < _now() - day:
+        pip = [sys.executable, "-m", "pip"] if _has_pip() else ["pip"]
+        listed = subprocess.run([*pip, "index", "versions", "mlflow"], capture_output=True, text=True, check=True)
+        found = re.search(r"Available versions: (.*)", listed.stdout)
+        assert found, listed.stdout
+        remembered.write_text(json.dumps(found[1].split(", ")))
+    versions = [v for v in json.loads(remembered.read_text()) if re.fullmatch(r"\d+\.\d+\.\d+", v)]
+    newest: dict[tuple[int, int], tuple[int, ...]] = {}
+    for version in versions:
+        number = tuple(map(int, version.split(".")))
+        minor = (number[0], number[1])
+        newest[minor] = max(newest.get(minor, ()), number)
+    return tuple(".".join(map(str, newest[minor])) for minor in sorted(newest)[-RELEASES:])
+
+
+def image(version: str) -> Image:
+    """What an image with that release would say of itself."""
+    python = environment(version)
+    chain = known_revisions(python)
+    return Image(python, chain[-1], len(chain), version, f"stand-in-{version}")
+
+
+def environment(version: str) -> Path:
+    """The interpreter of an environment with that release; idempotent, and safe to call side by side."""
+    home = folder() / f"mlflow-{version}"
+    python = home / "bin" / "python"
+    with (folder() / f".mlflow-{version}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (home / "complete").exists():
+            shutil.rmtree(home, ignore_errors=True)
+            _make(version, home, python)
+            (home / "complete").touch()
+    return python
+
+
+def _make(version: str, home: Path, python: Path) -> None:
+    interpreter = f"{sys.version_info.major}.{sys.version_info.minor}"
+    _uv("venv", "--quiet", "--python", interpreter, str(home))
+    install = ("pip", "install", "--quiet", "--compile-bytecode", "--python", str(python))
+    try:
+        _uv(*install, f"mlflow-skinny=={version}", *STORES_NEED)
+    except subprocess.CalledProcessError:
+        _uv(*install, "mlflow-skinny", *STORES_NEED)
+        _uv("pip", "uninstall", "--quiet", "--python", str(python), "mlflow-skinny")
+        _uv(*install, "--no-deps", f"mlflow=={version}")
+
+
+def _uv(*arguments: str) -> None:
+    uv = shutil.which("uv") or str(Path(sys.executable).parent / "uv")
+    subprocess.run([uv, *arguments], check=True, stdin=subprocess.DEVNULL)
+
+
+def _has_pip() -> bool:
+    return subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode == 0
+
+
+def _now() -> float:
+    import time
+
+    return time.time()
