@@ -93,6 +93,7 @@ datasource:
     max_wait: 30
 network: {config: disabled}
 ssh_deletekeys: true
+ssh_genkeytypes: [ed25519, ecdsa]
 ssh_pwauth: false
 disable_root: true
 system_info:

@@ -108,11 +108,10 @@ class LocalCloud:
         with self._locked():
             allotment = allot(self.places)
             allotment.run_dir.mkdir(parents=True, exist_ok=True)
-            if object_store.running_pid(self.places) is None or not object_store.answers(allotment):
+            knows_sessions = object_store.sessions_file(self.places).exists()
+            if not knows_sessions or not object_store.answers(allotment):
                 object_store.stop(self.places)
-                roles_file = self.places.root / "role-keys.json"
-                roles = json.loads(roles_file.read_text()) if roles_file.exists() else {}
-                object_store.write_identities(self.places, allotment, roles)
+                object_store.write_identities(self.places, allotment)
                 self.tell("starting the object store")
                 object_store.start(self.places, allotment)
             if not self._answers():
@@ -205,6 +204,13 @@ class LocalCloud:
             text=True,
             timeout=timeout,
         )
+
+    def exec_or_none(self, instance_id: str, argv: Sequence[str]) -> int | None:
+        """Exit status of a program in a machine, None while the machine does not run or does not answer."""
+        with contextlib.suppress(LocalCloudError, subprocess.TimeoutExpired):
+            status = self.exec(instance_id, argv, timeout=10).returncode
+            return None if status in (125, 126, 127, 255) else status
+        return None
 
     def shell_command(
         self, instance_id: str, argv: Sequence[str] = ("/bin/bash", "-l"), *, terminal: bool = True

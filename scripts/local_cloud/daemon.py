@@ -41,7 +41,7 @@ from local_cloud.ec2 import EmbodiedEC2
 from local_cloud.instance_facts import describe
 from local_cloud.machines import Disk, Machine, Podman, Size
 from local_cloud.metadata import ADDRESS, Metadata, MetadataService
-from local_cloud.roles import RoleKeys
+from local_cloud.roles import Roles
 from local_cloud.state import ACCOUNT, Allotment, LocalCloudError, Places, read_allotment
 
 WIDEST_RANGE = 32
@@ -64,7 +64,7 @@ class Daemon:
         self.instance_locks: dict[str, threading.Lock] = {}
         self.published: dict[str, tuple[Any, ...]] = {}
         self.publishing = threading.Lock()
-        self.roles = RoleKeys(places, allotment)
+        self.roles = Roles(places, allotment)
         self.forwarder = self._start_forwarder()
         self.stopping = threading.Event()
         self.app = DomainDispatcherApplication(create_backend_app)
@@ -181,7 +181,7 @@ class Daemon:
 
     def free_address(self) -> str:
         """An address of this cloud's that neither an interface nor an Elastic IP holds."""
-        taken = {a.public_ip for backend in self.all_backends() for a in backend.addresses}
+        taken: set[str | None] = {a.public_ip for backend in self.all_backends() for a in backend.addresses}
         taken |= {n.public_ip for backend in self.all_backends() for n in backend.enis.values()}
         for address in self.allotment.public_addresses:
             if address not in taken:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
 from local_cloud.metadata import Metadata, Tree
-from local_cloud.roles import RoleKeys
+from local_cloud.roles import Roles
 from local_cloud.state import ACCOUNT
 
 
-def describe(instance: Any, roles: RoleKeys) -> Metadata:
+def describe(instance: Any, roles: Roles) -> Metadata:
     """`instance` is moto's record; call with the API lock held."""
     options = instance.metadata_options
     key = instance.ec2_backend.key_pairs.get(instance.key_name) if instance.key_name else None
@@ -27,8 +28,6 @@ def describe(instance: Any, roles: RoleKeys) -> Metadata:
 
 def _user_data(instance: Any) -> bytes | None:
     """moto keeps user-data as it came, in Base64."""
-    import base64
-
     data = instance.user_data
     if not data:
         return None
@@ -39,7 +38,7 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _tree(instance: Any, roles: RoleKeys) -> Tree:
+def _tree(instance: Any, roles: Roles) -> Tree:
     zone = instance.placement.zone
     nic = instance.nics[0]
     groups = sorted(nic.group_set, key=lambda group: str(group.id))
@@ -109,7 +108,7 @@ def _reservation(instance: Any) -> str:
     return ""
 
 
-def _iam(instance: Any, roles: RoleKeys) -> Tree | None:
+def _iam(instance: Any, roles: Roles) -> Tree | None:
     association = instance.ec2_backend.iam_instance_profile_associations.get(instance.id)
     if association is None:
         return None
@@ -118,7 +117,7 @@ def _iam(instance: Any, roles: RoleKeys) -> Tree | None:
     return {
         "info": json.dumps(info, indent=2),
         "security-credentials": {
-            role.name: json.dumps(roles.credentials(role.name), indent=2) for role in profile.roles
+            role.name: json.dumps(roles.credentials(instance.id, role), indent=2) for role in profile.roles
         },
     }
 

@@ -226,7 +226,7 @@ def _firmware(names: Mapping[str, str], disks: Iterable[Disk]) -> str:
     """The shell lines run before the machine's init: its hardware.
 
     /sys and /proc/sys are read-only, as in any container that is not to touch its host, but for the network's part.
-    The host's own disks disappear; the machine's volumes appear. The journal and /tmp are on the root file system, as
+    Each start is a boot with an identity of its own. The host's own disks disappear; the machine's volumes appear. The journal and /tmp are on the root file system, as
     on a server, where podman would have them in memory. Mounts are shared, as systemd makes them outside containers:
     what it mounts then appears in the name spaces of services that are already running.
     """
@@ -235,6 +235,8 @@ def _firmware(names: Mapping[str, str], disks: Iterable[Disk]) -> str:
         "mount -o remount,ro,bind /sys",
         "mount --bind /proc/sys /proc/sys",
         "mount --bind /proc/sys/net /proc/sys/net",
+        "cat /proc/sys/kernel/random/uuid > /run/boot-id",
+        "mount --bind /run/boot-id /proc/sys/kernel/random/boot_id",
         "mount -o remount,ro,bind /proc/sys",
         "umount /var/log/journal /tmp",
         "find /dev -type b -delete",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import secrets
@@ -15,39 +16,62 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from local_cloud.state import Allotment, LocalCloudError, Places, write_json
+from local_cloud.state import ACCOUNT, Allotment, LocalCloudError, Places, write_json
 
 START_SECONDS = 60
 PARTS = ("master", "volume", "filer")
+
+
+ISSUER = "mlflow-ami-local-cloud"
+INSTANCE_ROLE = "instance"
+INSTANCE_POLICY = "whatever-the-session-allows"
+"""What SeaweedFS knows of instance roles: one role that may do anything, narrowed by the policy in each session."""
 
 
 def identities_file(places: Places) -> Path:
     return places.root / "s3-identities.json"
 
 
-def write_identities(places: Places, allotment: Allotment, roles: dict[str, dict[str, str]]) -> None:
-    """Who may do what in S3: the account's own key, and a key for each instance role.
+def sessions_file(places: Places) -> Path:
+    return places.root / "s3-sessions.json"
 
-    `roles` maps a role's name to {"access_key": …, "secret_key": …}.
-    """
-    everything = ["Admin", "Read", "Write", "List", "Tagging"]
-    identities: list[dict[str, Any]] = [
-        {
-            "name": "account",
-            "credentials": [{"accessKey": allotment.access_key, "secretKey": allotment.secret_key}],
-            "actions": everything,
-        }
-    ]
-    identities += [
-        {
-            "name": f"role-{name}",
-            "credentials": [{"accessKey": keys["access_key"], "secretKey": keys["secret_key"]}],
-            "actions": everything,
-        }
-        for name, keys in sorted(roles.items())
-    ]
-    write_json(identities_file(places), {"identities": identities})
-    identities_file(places).chmod(0o600)
+
+def write_identities(places: Places, allotment: Allotment) -> None:
+    """Who may use S3: the account's own key, and sessions signed with a key that is made once."""
+    account = {
+        "name": "account",
+        "credentials": [{"accessKey": allotment.access_key, "secretKey": allotment.secret_key}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    _write_secret(identities_file(places), {"identities": [account]})
+    if sessions_file(places).exists():
+        return
+    anything = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": ["s3:*"], "Resource": ["*"]}]}
+    role = {
+        "roleName": INSTANCE_ROLE,
+        "roleArn": f"arn:aws:iam::{ACCOUNT}:role/{INSTANCE_ROLE}",
+        "attachedPolicies": [INSTANCE_POLICY],
+        "trustPolicy": {"Version": "2012-10-17", "Statement": []},
+    }
+    key = base64.b64encode(secrets.token_bytes(32)).decode()
+    sessions = {
+        "sts": {"tokenDuration": "6h", "maxSessionLength": "12h", "issuer": ISSUER, "signingKey": key},
+        "policy": {"defaultEffect": "Deny", "storeType": "memory"},
+        "policies": [{"name": INSTANCE_POLICY, "document": anything}],
+        "roles": [role],
+    }
+    _write_secret(sessions_file(places), sessions)
+
+
+def signing_key(places: Places) -> bytes:
+    """The key that sessions are signed with."""
+    return base64.b64decode(json.loads(sessions_file(places).read_text())["sts"]["signingKey"])
+
+
+def _write_secret(path: Path, value: Any) -> None:
+    path.touch(mode=0o600)
+    write_json(path, value)
+    path.chmod(0o600)
 
 
 def program() -> str:
@@ -68,7 +92,8 @@ def start(places: Places, allotment: Allotment) -> int:
     argv = [program(), "-logtostderr=true", "server", f"-dir={data}", f"-ip={inner}", f"-ip.bind={inner}"]
     argv += ["-volume.max=0", "-volume.preStopSeconds=0", "-master.volumeSizeLimitMB=1024", "-master.telemetry=false"]
     argv += ["-filer", "-s3", f"-s3.port={allotment.s3_port}", "-s3.ip.bind=127.0.0.1"]
-    argv += [f"-s3.config={identities_file(places)}", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    argv += [f"-s3.config={identities_file(places)}", f"-s3.iam.config={sessions_file(places)}", "-s3.iam=false"]
+    argv += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     # weed's parts also talk through sockets in /tmp named by port alone (and by the port + 10000 for gRPC): two clouds
     # with the same ports would write into each other's buckets.
     ports = (f"-{part}.port={13000 + 10 * allotment.number + place}" for place, part in enumerate(PARTS))
@@ -119,12 +144,6 @@ def running_pid(places: Places) -> int | None:
     except (OSError, ValueError):
         return None
     return pid if f"-dir={places.object_store / 'data'}".encode() in arguments else None
-
-
-def reload(places: Places) -> None:
-    """Makes weed read the identities again."""
-    if pid := running_pid(places):
-        os.kill(pid, signal.SIGHUP)
 
 
 def stop(places: Places) -> None:

@@ -203,7 +203,7 @@ def _free_port(wanted: int) -> int:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return port
+            return int(port)
     raise LocalCloudError("no free TCP port between 21000 and 30000 on 127.0.0.1")
 
 

@@ -1,0 +1,161 @@
+"""Machines for the local cloud's own tests: bare ones, from the source image."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_cloud import LocalCloud
+
+ANYONE = "0.0.0.0/0"
+
+
+@dataclass
+class Account:
+    """An account's resources, and the calls the tests make of them; `close` deletes what they made."""
+
+    cloud: LocalCloud
+    folder: Path
+    instances: list[str] = field(default_factory=list)
+    volumes: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    addresses: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    key_name: str = ""
+
+    def __post_init__(self) -> None:
+        self.ec2 = self.cloud.client("ec2")
+        self.key_name = f"test-{uuid.uuid4().hex[:8]}"
+        pair = self.ec2.create_key_pair(KeyName=self.key_name, KeyType="ed25519")
+        self.key_file = self.folder / f"{self.key_name}.pem"
+        self.key_file.write_text(pair["KeyMaterial"])
+        self.key_file.chmod(0o600)
+
+    def group(self, *ports: int, cidr: str = ANYONE) -> str:
+        """A security group that lets `cidr` in to `ports`."""
+        group: str = self.ec2.create_security_group(GroupName=uuid.uuid4().hex, Description="test")["GroupId"]
+        self.groups.append(group)
+        for port in ports:
+            self.allow(group, port, cidr)
+        return group
+
+    def allow(self, group: str, port: int, cidr: str = ANYONE) -> None:
+        self.ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[permission(port, cidr)])
+
+    def forbid(self, group: str, port: int, cidr: str = ANYONE) -> None:
+        self.ec2.revoke_security_group_ingress(GroupId=group, IpPermissions=[permission(port, cidr)])
+
+    def launch(self, *groups: str, wait: bool = True, image: str | None = None, **options: Any) -> str:
+        """Starts a machine; waits until its system is up."""
+        parameters: dict[str, Any] = {
+            "ImageId": image or self.cloud.source_ami(),
+            "InstanceType": "t3.micro",
+            "MinCount": 1,
+            "MaxCount": 1,
+            "KeyName": self.key_name,
+            "SecurityGroupIds": list(groups) or [self.group(22)],
+            "MetadataOptions": {"HttpTokens": "required"},
+        }
+        launched = self.ec2.run_instances(**(parameters | options))
+        instance: str = launched["Instances"][0]["InstanceId"]
+        self.instances.append(instance)
+        if wait:
+            self.wait_booted(instance)
+        return instance
+
+    def describe(self, instance: str) -> dict[str, Any]:
+        found = self.ec2.describe_instances(InstanceIds=[instance])
+        described: dict[str, Any] = found["Reservations"][0]["Instances"][0]
+        return described
+
+    def state(self, instance: str) -> str:
+        return str(self.describe(instance)["State"]["Name"])
+
+    def address(self, instance: str) -> str:
+        return str(self.describe(instance)["PublicIpAddress"])
+
+    def wait_state(self, instance: str, state: str, seconds: float = 120) -> None:
+        wait_until(lambda: self.state(instance) == state, seconds, f"{instance} is {self.state(instance)}, not {state}")
+
+    def wait_booted(self, instance: str) -> None:
+        self.wait_state(instance, "running")
+
+        def booted() -> bool:
+            if self.state(instance) != "running":
+                return False
+            done = self.cloud.exec(instance, ["systemctl", "is-system-running"])
+            return done.stdout.strip() in ("running", "degraded")
+
+        wait_until(booted, 300, f"{instance} did not boot")
+
+    def run(self, instance: str, script: str) -> str:
+        """Runs shell lines in the machine as root and returns what they print."""
+        done = self.cloud.exec(instance, ["sh", "-ec", script])
+        assert done.returncode == 0, f"{script!r} failed: {done.stderr or done.stdout}"
+        return done.stdout.strip()
+
+    def ssh(self, instance: str, command: str) -> subprocess.CompletedProcess[str]:
+        argv = ["ssh", "-i", str(self.key_file), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+        argv += ["-o", "ConnectTimeout=10", "-o", "LogLevel=ERROR", f"ubuntu@{self.address(instance)}", command]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=60)
+
+    def volume(self, gib: int = 1, **options: Any) -> str:
+        zone = options.pop("zone", f"{self.cloud.region}a")
+        volume: str = self.ec2.create_volume(Size=gib, AvailabilityZone=zone, **options)["VolumeId"]
+        self.volumes.append(volume)
+        return volume
+
+    def volume_state(self, volume: str) -> str:
+        return str(self.ec2.describe_volumes(VolumeIds=[volume])["Volumes"][0]["State"])
+
+    def elastic_address(self) -> tuple[str, str]:
+        """Allocation id and address."""
+        made = self.ec2.allocate_address(Domain="vpc")
+        self.addresses.append(made["AllocationId"])
+        return made["AllocationId"], made["PublicIp"]
+
+    def close(self) -> None:
+        if self.instances:
+            self.ec2.terminate_instances(InstanceIds=self.instances)
+            for instance in self.instances:
+                self.wait_state(instance, "terminated")
+        existing = {volume["VolumeId"] for volume in self.ec2.describe_volumes()["Volumes"]}
+        for volume in existing.intersection(self.volumes):
+            self.ec2.delete_volume(VolumeId=volume)
+        for address in self.addresses:
+            self.ec2.release_address(AllocationId=address)
+        for image in self.images:
+            self.ec2.deregister_image(ImageId=image, DeleteAssociatedSnapshots=True)
+        for group in self.groups:
+            self.ec2.delete_security_group(GroupId=group)
+        self.ec2.delete_key_pair(KeyName=self.key_name)
+
+
+def permission(port: int, cidr: str) -> dict[str, Any]:
+    return {"IpProtocol": "tcp", "FromPort": port, "ToPort": port, "IpRanges": [{"CidrIp": cidr}]}
+
+
+def wait_until(true: Callable[[], bool], seconds: float, otherwise: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"{otherwise} after {seconds:.0f} s"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def account(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
+    account = Account(cloud, tmp_path_factory.mktemp("keys"))
+    yield account
+    account.close()
+
+
+@pytest.fixture(scope="module")
+def machine(account: Account) -> str:
+    """One machine for the tests of a module that leave it as it was."""
+    return account.launch()

@@ -1,0 +1,181 @@
+"""Ports, addresses and who gets through."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+
+from .conftest import Account, wait_until
+
+pytestmark = pytest.mark.machine
+
+SERVER = """
+import socket, threading
+listening = socket.create_server(("0.0.0.0", 80), backlog=512)
+def serve(connection, peer):
+    with connection:
+        request = connection.recv(65536)
+        while request:
+            body = peer[0].encode()
+            connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body)
+            request = connection.recv(65536)
+while True:
+    threading.Thread(target=serve, args=listening.accept(), daemon=True).start()
+"""
+
+
+@pytest.fixture(scope="module")
+def group(account: Account) -> str:
+    return account.group(22, 80)
+
+
+@pytest.fixture(scope="module")
+def web(account: Account, group: str) -> str:
+    """A machine that answers on port 80 with the address of whoever asks."""
+    instance = account.launch(group)
+    account.run(instance, f"cat > /server.py <<'EOF'\n{SERVER}\nEOF\nsystemd-run -q --unit web python3 /server.py")
+    wait_until(lambda: reachable(account.address(instance), 80), 20, "the server does not answer")
+    return instance
+
+
+def reachable(address: str, port: int, source: str = "127.0.0.1") -> bool:
+    """Whether something behind the port answers, as seen from `source`."""
+    try:
+        connection = http.client.HTTPConnection(address, port, timeout=5, source_address=(source, 0))
+        connection.request("GET", "/")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    except http.client.HTTPException:
+        return False
+
+
+def asker(address: str, source: str) -> str:
+    connection = http.client.HTTPConnection(address, 80, timeout=5, source_address=(source, 0))
+    connection.request("GET", "/")
+    return connection.getresponse().read().decode()
+
+
+def test_server_sees_the_clients_own_address(account: Account, web: str) -> None:
+    assert asker(account.address(web), "127.0.0.1") == "127.0.0.1"
+    assert asker(account.address(web), "127.44.5.6") == "127.44.5.6"
+
+
+def test_only_the_groups_ports_are_open(account: Account, web: str) -> None:
+    account.run(web, "systemd-run -q --unit other python3 -m http.server 8081")
+    wait_until(lambda: "8081" in account.run(web, "ss -ltn"), 20, "no server on 8081")
+    assert not reachable(account.address(web), 8081)
+
+
+def test_rule_changes_act_at_once_and_cut_what_is_no_longer_allowed(account: Account, web: str, group: str) -> None:
+    address = account.address(web)
+    account.allow(group, 8081, "127.9.0.0/16")
+    wait_until(lambda: reachable(address, 8081, "127.9.1.1"), 10, "8081 is not open to 127.9.1.1")
+    assert not reachable(address, 8081, "127.8.1.1"), "another network got in"
+    with socket.create_connection((address, 8081), source_address=("127.9.1.1", 0)) as connection:
+        account.forbid(group, 8081, "127.9.0.0/16")
+        assert not reachable(address, 8081, "127.9.1.1")
+        connection.settimeout(5)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+    assert reachable(address, 80)
+
+
+def test_service_on_the_machines_loopback_is_not_published(account: Account, web: str, group: str) -> None:
+    account.run(web, "systemd-run -q --unit hidden python3 -m http.server --bind 127.0.0.1 8082")
+    wait_until(lambda: "8082" in account.run(web, "ss -ltn"), 20, "no server on 8082")
+    account.allow(group, 8082)
+    assert not reachable(account.address(web), 8082)
+    account.forbid(group, 8082)
+
+
+def test_rule_for_all_ports_opens_what_listens(account: Account) -> None:
+    group = account.group()
+    permission = {"IpProtocol": "-1", "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}
+    account.ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[permission])
+    instance = account.launch(group)
+    account.run(instance, "systemd-run -q --unit web python3 -m http.server 4321")
+    wait_until(lambda: reachable(account.address(instance), 4321), 20, "4321 is not open")
+
+
+def test_elastic_address_moves_with_its_association(account: Account, web: str) -> None:
+    allocation, address = account.elastic_address()
+    before = account.address(web)
+    association = account.ec2.associate_address(AllocationId=allocation, InstanceId=web)["AssociationId"]
+    assert account.address(web) == address
+    wait_until(lambda: reachable(address, 80), 10, "the Elastic IP does not answer")
+    assert not reachable(before, 80), "the address given up still answers"
+    account.ec2.disassociate_address(AssociationId=association)
+    assert not reachable(address, 80)
+    assert account.address(web) != address
+    wait_until(lambda: reachable(account.address(web), 80), 10, "no address after disassociation")
+
+
+def test_elastic_address_survives_stop_and_start(account: Account) -> None:
+    allocation, address = account.elastic_address()
+    instance = account.launch()
+    account.ec2.associate_address(AllocationId=allocation, InstanceId=instance)
+    account.ec2.stop_instances(InstanceIds=[instance])
+    account.wait_state(instance, "stopped")
+    account.ec2.start_instances(InstanceIds=[instance])
+    account.wait_booted(instance)
+    assert account.address(instance) == address
+    wait_until(lambda: account.ssh(instance, "true").returncode == 0, 30, "ssh does not answer on the Elastic IP")
+
+
+def test_large_transfers_arrive_whole_both_ways(account: Account, web: str, group: str) -> None:
+    account.allow(group, 9000)
+    echo = "import socket,hashlib\\ns=socket.create_server(('0.0.0.0',9000))\\nwhile True:\\n c,_=s.accept()\\n"
+    echo += " while d:=c.recv(1<<20): c.sendall(d)\\n c.close()"
+    account.run(web, f'printf "{echo}" > /echo.py; systemd-run -q --unit echo python3 /echo.py')
+    wait_until(lambda: "9000" in account.run(web, "ss -ltn"), 20, "no echo server")
+    block = bytes(range(256)) * 4096  # 1 MiB
+    sent, received = hashlib.sha256(), hashlib.sha256()
+    with socket.create_connection((account.address(web), 9000)) as connection:
+
+        def send() -> None:
+            for _ in range(256):
+                connection.sendall(block)
+                sent.update(block)
+            connection.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send)
+        started = time.monotonic()
+        sender.start()
+        while data := connection.recv(1 << 20):
+            received.update(data)
+        sender.join()
+    assert sent.digest() == received.digest()
+    print(f"256 MiB there and back in {time.monotonic() - started:.1f} s")
+    account.forbid(group, 9000)
+
+
+def test_a_thousand_idle_connections_leave_room_for_others(account: Account, web: str) -> None:
+    address = account.address(web)
+    idle = [socket.create_connection((address, 80), timeout=10) for _ in range(1000)]
+    try:
+        assert reachable(address, 80)
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+def test_object_store_and_apis_have_the_hosts_addresses_inside(account: Account, web: str) -> None:
+    cloud = account.cloud
+    assert account.run(web, f"curl -s -o /dev/null -w '%{{http_code}}' {cloud.s3_endpoint}/healthz") == "200"
+    assert account.run(web, f"curl -s -o /dev/null -w '%{{http_code}}' {cloud.endpoint}/moto-api/") == "200"
+
+
+def test_nothing_is_published_for_a_machine_that_is_gone(account: Account) -> None:
+    instance = account.launch()
+    address = account.address(instance)
+    account.ec2.terminate_instances(InstanceIds=[instance])
+    account.wait_state(instance, "terminated")
+    assert f"{address}:" not in subprocess.check_output(["ss", "-ltn"], text=True)
