@@ -583,11 +583,14 @@ def bake_image(arguments: argparse.Namespace, clock: Clock) -> dict[str, Any]:
 
 def local_environment(arguments: argparse.Namespace, environment: dict[str, str]) -> tuple[dict[str, str], str]:
     """The environment in which AWS is the embedded cloud, and the id of the source image there."""
-    from local_cloud import LocalCloud
+    from local_cloud import LocalCloud, LocalCloudError
 
     cloud = LocalCloud()
-    cloud.up()
-    wanted = arguments.source_ami or cloud.source_ami(arguments.base)
+    try:
+        cloud.up()
+        wanted = arguments.source_ami or cloud.source_ami(arguments.base)
+    except LocalCloudError as error:
+        raise BakeRefused(str(error)) from None
     arguments.region = cloud.region
     outside = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_EC2")
     return {k: v for k, v in environment.items() if k not in outside} | cloud.environment(), wanted

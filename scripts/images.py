@@ -17,6 +17,10 @@ STALE = timedelta(hours=6)
 """A builder or an unfinished image older than this belongs to no bake that still runs."""
 
 
+class CloudDown(Exception):
+    """The embedded cloud does not start; the text says why."""
+
+
 @dataclass(frozen=True)
 class Image:
     """One of our images, as EC2 describes it."""
@@ -196,11 +200,14 @@ def line(image: Image, used: set[str]) -> str:
 def client(region: str | None, local: bool) -> Any:
     """An EC2 client, of the local cloud with `local`."""
     if local:
-        from local_cloud import LocalCloud
+        from local_cloud import LocalCloud, LocalCloudError
 
-        cloud = LocalCloud()
-        cloud.up()
-        return cloud.client("ec2")
+        try:
+            cloud = LocalCloud()
+            cloud.up()
+            return cloud.client("ec2")
+        except LocalCloudError as error:
+            raise CloudDown(str(error)) from None
     return boto3.client("ec2", region_name=region)
 
 
@@ -245,7 +252,7 @@ def main() -> int:
             else:
                 verb = "would delete" if arguments.dry_run else "deleted"
                 print("\n".join(f"{verb} {each}" for each in swept) or "nothing to delete")
-    except (BotoCoreError, ClientError) as error:
+    except (BotoCoreError, ClientError, CloudDown) as error:
         print(f"images: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Asserts the finished image: the last thing that runs at a bake, and it changes nothing.
 
-Every check returns the sentences of what it found wrong. All of them are reported together, and the bake fails if there
-is one. Runs as root in the machine whose disk becomes the image, after clean.sh, with the distribution's own Python.
+Every check yields a sentence for each thing it finds wrong. All of them are reported together, and the bake fails if
+there is one. Runs as root in the machine whose disk becomes the image, after clean.sh, with the distribution's own
+Python. Given names of checks, runs only those.
 """
 
 import json
@@ -265,13 +266,14 @@ CHECKS: tuple[Callable[[], Iterator[str]], ...] = (
 )
 
 
-def main() -> int:
-    wrong = [(check.__name__, sentence) for check in CHECKS for sentence in check()]
+def main(names: list[str]) -> int:
+    chosen = [check for check in CHECKS if not names or check.__name__ in names]
+    wrong = [(check.__name__, sentence) for check in chosen for sentence in check()]
     for name, sentence in wrong:
         print(f"assert_image: {name}: {sentence}", file=sys.stderr)
-    print(f"assert_image: {len(CHECKS)} checks, {len(wrong)} found wrong")
-    return 1 if wrong else 0
+    print(f"assert_image: {len(chosen)} checks, {len(wrong)} found wrong")
+    return 1 if wrong or not chosen else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -25,3 +25,6 @@ systemctl daemon-reload
 systemctl enable --quiet mlflow-host.target
 mapfile -t names < <(shipped usr/lib/systemd/system 'mlflow-*')
 systemd-analyze verify --recursive-errors=no "${names[@]/#//usr/lib/systemd/system/}"
+
+# MLflow's application is started as the boot will start it, once, on a database of its own.
+/opt/mlflow/bin/python -m mlflow_host.server --check
