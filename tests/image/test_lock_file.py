@@ -1,0 +1,96 @@
+"""The lock file: hashed, for every Python an image may carry, made by anybody anywhere with the same result."""
+
+import re
+from pathlib import Path
+
+import lock
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+PROVISIONING = Path(__file__).resolve().parents[2] / "provisioning"
+LOCKS = [PROVISIONING / "requirements.lock", PROVISIONING / "installer.lock"]
+PYTHONS = {"debian 12": "3.11", "ubuntu 24.04": "3.12", "debian 13": "3.13"}
+
+
+def entries(path: Path) -> dict[Requirement, list[str]]:
+    """What a lock file names, with the hashes of each."""
+    found: dict[Requirement, list[str]] = {}
+    hashes: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line and line[0].isalnum():
+            hashes = found[Requirement(line.removesuffix(" \\"))] = []
+        elif match := re.fullmatch(r"    --hash=sha256:([0-9a-f]{64})(?: \\)?", line):
+            hashes.append(match[1])
+        else:
+            assert not line or line.lstrip().startswith("#"), f"{path.name}: {line}"
+    return found
+
+
+def for_python(path: Path, version: str) -> dict[str, str]:
+    """Package names and versions that an image with this Python installs; fails when a package is named twice."""
+    image = {"python_version": version, "python_full_version": f"{version}.0", "sys_platform": "linux"}
+    environment = {**default_environment(), **image, "implementation_name": "cpython"}
+    chosen: dict[str, str] = {}
+    for requirement in entries(path):
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            name = canonicalize_name(requirement.name)
+            assert name not in chosen, f"{name} is named twice for Python {version}"
+            chosen[name] = str(requirement.specifier).removeprefix("==")
+    return chosen
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
+def test_every_package_is_pinned_by_version_and_hash(path: Path) -> None:
+    found = entries(path)
+    assert found
+    for requirement, hashes in found.items():
+        assert re.fullmatch(r"==[\w.+!]+", str(requirement.specifier)), requirement
+        assert hashes, f"{requirement} has no hash"
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
+def test_lock_names_no_index_and_no_path(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"://|^--|(^|\s)/\w|\bfile:", text, re.MULTILINE), "where a package comes from is no part of it"
+
+
+@pytest.mark.parametrize("python", PYTHONS.values(), ids=PYTHONS.keys())
+def test_every_image_gets_everything_the_server_asks_for(python: str) -> None:
+    wanted = [
+        Requirement(line.split("#")[0])
+        for line in (PROVISIONING / "requirements.in").read_text(encoding="utf-8").splitlines()
+        if line.split("#")[0].strip()
+    ]
+    chosen = for_python(PROVISIONING / "requirements.lock", python)
+    assert {canonicalize_name(each.name) for each in wanted} <= chosen.keys()
+    for each in wanted:
+        assert each.specifier.contains(chosen[canonicalize_name(each.name)])
+    assert chosen["mlflow"] == chosen["mlflow-skinny"] == chosen["mlflow-tracing"]
+
+
+def test_sqlalchemy_speaks_to_postgresql_through_psycopg2() -> None:
+    assert "psycopg2-binary" in for_python(PROVISIONING / "requirements.lock", "3.12")
+
+
+def test_another_release_is_locked_without_touching_the_lock_file(tmp_path: Path) -> None:
+    committed = (PROVISIONING / "requirements.lock").read_bytes()
+    other = tmp_path / "requirements.lock"
+    lock.resolve(PROVISIONING / "requirements.in", other, ("mlflow==3.12.0",))
+    assert lock.locked_version(other, "mlflow") == "3.12.0"
+    for python in PYTHONS.values():
+        assert for_python(other, python)["mlflow-skinny"] == "3.12.0"
+    assert (PROVISIONING / "requirements.lock").read_bytes() == committed
+
+
+def test_release_that_does_not_exist_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(lock.LockError, match=r"requirements\.in cannot be resolved with mlflow==99\.1\.2: .*no version"):
+        lock.resolve(PROVISIONING / "requirements.in", tmp_path / "x.lock", ("mlflow==99.1.2",))
+    assert not (tmp_path / "x.lock").exists()
+
+
+def test_lock_without_the_package_says_how_to_renew_it(tmp_path: Path) -> None:
+    (tmp_path / "requirements.lock").write_text("boto3==1.0\n")
+    with pytest.raises(lock.LockError, match="make lock"):
+        lock.locked_version(tmp_path / "requirements.lock", "mlflow")
