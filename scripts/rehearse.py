@@ -109,7 +109,7 @@ def run_up(arguments: argparse.Namespace) -> None:
         cloud = LocalCloud()
         cloud.up()
         client = stack.clients(cloud)
-        ami = arguments.ami or stack.choose_image(client, cloud, arguments.base)
+        ami = arguments.ami or stack.choose_image(client, arguments.base)
         say(f"applying infra/ with {ami}")
         engine = stack.bring_about(cloud, client, ami, settings, current, say=say, done=show_step)
         summarize(engine.steps)
@@ -126,7 +126,7 @@ def run_preview(arguments: argparse.Namespace) -> None:
         cloud = LocalCloud()
         cloud.up()
         client = stack.clients(cloud)
-        ami = arguments.ami or stack.choose_image(client, cloud, arguments.base)
+        ami = arguments.ami or stack.choose_image(client, arguments.base)
         engine = stack.preview(cloud, client, ami, settings, current, say=say, done=show_step)
     summarize(engine.steps)
     if arguments.json:
@@ -172,7 +172,7 @@ def run_down(arguments: argparse.Namespace) -> None:
 def run_ssh(arguments: argparse.Namespace) -> int:
     cloud, instance = running_machine()
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
-    return replace_process(cloud.shell_command(instance, command or ["/bin/bash", "-l"], terminal=sys.stdin.isatty()))
+    return replace_process(cloud.shell_command(instance, command or ["/bin/bash", "-l"]))
 
 
 def run_logs(arguments: argparse.Namespace) -> int:
@@ -180,7 +180,7 @@ def run_logs(arguments: argparse.Namespace) -> int:
     if not arguments.follow:
         print(cloud.console_output(instance), flush=True)
     journal = ["journalctl", "--no-pager", "--boot", *(["--follow"] if arguments.follow else [])]
-    return replace_process(cloud.shell_command(instance, journal, terminal=False))
+    return replace_process(cloud.shell_command(instance, journal))
 
 
 # Parts of them

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import images
 import yaml
 from local_cloud import LocalCloud
 from local_cloud.state import default_state_dir
@@ -30,7 +32,6 @@ PROGRAM = Path(__file__).resolve().parents[2] / "infra"
 STACK = "rehearsal"
 INSTANCE = "aws:ec2/instance:Instance"
 LOOPBACK = "127.0.0.0/8"
-MARK = "mlflow-ami:"
 MAKE_AN_IMAGE = "scripts/bake.py --local"
 
 BUCKET = "aws:s3/bucket:Bucket"
@@ -146,14 +147,13 @@ def configuration(cloud: LocalCloud, ami: str, settings: Props) -> tuple[dict[st
 # Images
 
 
-def choose_image(client: Client, cloud: LocalCloud, base: str | None) -> str:
-    """The newest of our images in the local cloud, of those baked on `base` if given. Refused when there is none."""
+def choose_image(client: Client, base: str | None) -> str:
+    """The newest finished image of ours in the local cloud, of those baked on `base` if given. Refused without one."""
+    system = re.sub(r"(?<=[a-z])(?=\d)", " ", base or "")
     found = [
-        (tags[f"{MARK}image-version"], image["ImageId"])
-        for image in client("ec2").describe_images(Owners=["self"])["Images"]
-        for tags in [{tag["Key"]: tag["Value"] for tag in image.get("Tags", [])}]
-        if image.get("State", "available") == "available" and f"{MARK}image-version" in tags
-        if base is None or tags.get(f"{MARK}source-ami") == cloud.source_ami(base)
+        image
+        for image in images.find(client("ec2"), {"mlflow-ami:os": system} if base else None)
+        if image.finished and image.state == "available"
     ]
     if not found:
         bake = MAKE_AN_IMAGE + (f" --base {base}" if base else "")
@@ -161,7 +161,7 @@ def choose_image(client: Client, cloud: LocalCloud, base: str | None) -> str:
         raise Refused(
             f"there is no image{on} in the local cloud yet: bake one with `{bake}`, which takes a few minutes"
         )
-    return str(max(found)[1])
+    return max(found, key=lambda image: image.tags[images.OURS]).id
 
 
 # Running the program
