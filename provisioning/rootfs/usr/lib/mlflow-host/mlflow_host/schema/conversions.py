@@ -71,9 +71,10 @@ _COSTS = ("input_cost", "output_cost", "total_cost")
 
 
 def _object(columns: tuple[str, ...]) -> str:
-    """JSON as Python writes it, spaces included, of the columns that hold something; NULL where none does."""
-    pairs = ", ".join(f"'{name}', {name}" for name in columns)
-    return f"nullif(jsonb_strip_nulls(jsonb_build_object({pairs})), '{{}}')"
+    """JSON text as Python writes it, in this order and with its spaces, of the numbers that are there; NULL where none
+    is."""
+    pairs = ", ".join(f"'\"{name}\": ' || {name}" for name in columns)
+    return f"nullif('{{' || concat_ws(', ', {pairs}) || '}}', '{{}}')"
 
 
 def _entry(key: str, value: str, table: str) -> str:
@@ -91,8 +92,8 @@ TRACE_ANALYTICS = Conversion(
         "trace_request_metadata": " UNION ALL ".join(
             (
                 _entry("mlflow.trace.session", "session_id", "trace_request_metadata"),
-                _entry("mlflow.trace.tokenUsage", f"{_object(_TOKENS)}::text", "trace_request_metadata"),
-                _entry("mlflow.trace.cost", f"{_object(_COSTS)}::text", "trace_request_metadata"),
+                _entry("mlflow.trace.tokenUsage", _object(_TOKENS), "trace_request_metadata"),
+                _entry("mlflow.trace.cost", _object(_COSTS), "trace_request_metadata"),
             )
         ),
         "trace_metrics": " UNION ALL ".join(

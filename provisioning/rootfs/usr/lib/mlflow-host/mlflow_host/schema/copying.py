@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psycopg2
@@ -141,9 +141,8 @@ def carry(cluster: Cluster, source: str, target: str, say: Callable[[str], None]
         removed += _put_back_references(writer, wanted)
         _set_sequences(reader, writer, catalog, wanted)
         run(writer, "ANALYZE")
-        after = read_catalog(writer)
-        if set(after.constraints) != set(wanted.constraints):
-            changed = sorted({c.name for c in set(after.constraints) ^ set(wanted.constraints)})
+        changed = sorted(c.name for c in _worded(wanted) ^ _worded(read_catalog(writer)))
+        if changed:
             raise CarryError(f"the constraints {', '.join(changed)} of the copy are not what MLflow made them")
         carried = _count(reader, writer, planned, sent, removed)
     return Outcome(carried, (*left, *removed), planned.conversions)
@@ -179,20 +178,35 @@ def _copy_side_by_side(
 
 
 def _copy_table(reader: Any, writer: Any, table: TablePlan, wanted: Catalog) -> tuple[int, list[Left]]:
-    """Number of rows that came through, and those that a unique key of the target then had no room for."""
-    name = sql.Identifier(table.table)
-    off = [c for c in wanted.constraints if c.table == table.table and c.kind != "f"]
+    """Number of rows that came through, and those that a key or a check of the target then had no room for.
+
+    Checks stay on, as PostgreSQL words them anew when they are put back; they come off only where a row fails one."""
+    off = [c for c in wanted.constraints if c.table == table.table and c.kind in "puxi"]
     for constraint in off:
         _take_off(writer, constraint)
+    run(writer, "SAVEPOINT empty")
+    try:
+        count = _copy_rows(reader, writer, table)
+    except errors.CheckViolation:
+        run(writer, "ROLLBACK TO SAVEPOINT empty")
+        checks = [c for c in wanted.constraints if c.table == table.table and c.kind == "c"]
+        for constraint in checks:
+            _take_off(writer, constraint)
+        off += checks
+        count = _copy_rows(reader, writer, table)
+    left: list[Left] = []
+    for constraint in sorted(off, key=lambda c: "cpuxi".index(c.kind)):
+        left += _put_back(writer, constraint)
+    return count, left
+
+
+def _copy_rows(reader: Any, writer: Any, table: TablePlan) -> int:
+    name = sql.Identifier(table.table)
     run(writer, sql.SQL("TRUNCATE {}").format(name))
     columns = sql.SQL(", ").join(map(sql.Identifier, table.columns))
     out = f"COPY ({table.query}) TO STDOUT (FORMAT binary)"
     into = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary, FREEZE)").format(name, columns).as_string(writer)
-    count = stream(reader, out, writer, into)
-    left: list[Left] = []
-    for constraint in sorted(off, key=lambda c: "pxuic".index(c.kind)):
-        left += _put_back(writer, constraint)
-    return count, left
+    return stream(reader, out, writer, into)
 
 
 def stream(reader: Any, out: str, writer: Any, into: str) -> int:
@@ -332,6 +346,11 @@ def _set_sequences(reader: Any, writer: Any, source: Catalog, target: Catalog) -
             highest = max(highest, last if called else last - 1)
         if highest > 0:
             run(writer, "SELECT setval(%s::regclass, %s)", (sequence, highest))
+
+
+def _worded(catalog: Catalog) -> set[Constraint]:
+    """Constraints by definition; checks by name, as their wording changes when they are put back."""
+    return {replace(c, definition="") if c.kind == "c" else c for c in catalog.constraints}
 
 
 def _left_behind(reader: Any, planned: Plan, source: Catalog) -> tuple[Left, ...]:
