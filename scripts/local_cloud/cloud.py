@@ -133,7 +133,11 @@ class LocalCloud:
                 return str(image["ImageId"])
         with self._locked():
             layer = base_images.build(self.places, chosen, self.tell)
-            return str(self._order("register", name=chosen.ami_name, description=chosen.description, layers=[layer]))
+            return self.register_source_image(chosen.ami_name, chosen.description, [layer])
+
+    def register_source_image(self, name: str, description: str, layers: Sequence[str]) -> str:
+        """Registers folders in `places.layers`, newest first, as a public image of Canonical's account; its AMI."""
+        return str(self._order("register", name=name, description=description, layers=list(layers)))
 
     def down(self) -> None:
         """Stops machines, daemon and object store; what they hold stays, and `up` brings it back. Idempotent."""
@@ -193,11 +197,8 @@ class LocalCloud:
         self, instance_id: str, argv: Sequence[str], *, input: str | None = None, timeout: float = 120
     ) -> subprocess.CompletedProcess[str]:
         """Runs a program as root in a machine. Raises LocalCloudError when the machine does not run."""
-        podman = machines.Podman(self.places, self.allotment)
-        if podman.pid(instance_id) == 0:
-            raise LocalCloudError(f"{instance_id} is not running")
         return subprocess.run(
-            [*podman.prefix, "exec", "--interactive", instance_id, *argv],
+            machines.enter_command(self._pid(instance_id), argv),
             input=input,
             stdin=subprocess.DEVNULL if input is None else None,
             capture_output=True,
@@ -208,16 +209,18 @@ class LocalCloud:
     def exec_or_none(self, instance_id: str, argv: Sequence[str]) -> int | None:
         """Exit status of a program in a machine, None while the machine does not run or does not answer."""
         with contextlib.suppress(LocalCloudError, subprocess.TimeoutExpired):
-            status = self.exec(instance_id, argv, timeout=10).returncode
-            return None if status in (125, 126, 127, 255) else status
+            return self.exec(instance_id, argv, timeout=10).returncode
         return None
 
-    def shell_command(
-        self, instance_id: str, argv: Sequence[str] = ("/bin/bash", "-l"), *, terminal: bool = True
-    ) -> list[str]:
-        """The command line that runs a program as root in a machine, on a terminal of its own unless told otherwise."""
-        podman = machines.Podman(self.places, self.allotment)
-        return [*podman.prefix, "exec", "--interactive", *(["--tty"] if terminal else []), instance_id, *argv]
+    def shell_command(self, instance_id: str, argv: Sequence[str] = ("/bin/bash", "-l")) -> list[str]:
+        """The command line that opens a terminal in a machine as root. Raises LocalCloudError as `exec` does."""
+        return machines.enter_command(self._pid(instance_id), argv)
+
+    def _pid(self, instance_id: str) -> int:
+        pid = machines.running_pid(self.places.machines / instance_id / "pid")
+        if pid is None:
+            raise LocalCloudError(f"{instance_id} is not running")
+        return pid
 
     # The daemon
 

@@ -225,6 +225,9 @@ class Daemon:
     def console_path(self, instance: str) -> Path:
         return self.places.machines / instance / "console.log"
 
+    def pid_file(self, instance: str) -> Path:
+        return self.places.machines / instance / "pid"
+
     # Work on one instance at a time, without the API lock
 
     def _spawn(self, work: Callable[..., None], *arguments: Any) -> None:
@@ -319,18 +322,17 @@ class Daemon:
             private_address,
             disks,
             self.console_path(instance_id),
+            self.pid_file(instance_id),
             lambda namespace, beyond: self._open_inside(instance_id, namespace, beyond),
         )
 
     def _adopt(self, instance_id: str) -> Machine | None:
-        if instance_id not in self.podman.names():
-            return None
         with self.api:
             private_address = self.find(instance_id).private_ip
         return machines.adopt(
-            self.podman,
             instance_id,
             private_address,
+            self.pid_file(instance_id),
             lambda namespace, beyond: self._open_inside(instance_id, namespace, beyond),
         )
 
@@ -404,9 +406,6 @@ class Daemon:
         with self._only_one(machine.instance):
             if self.machines.get(machine.instance) is not machine or self.stopping.is_set():
                 return
-            deadline = time.monotonic() + 10
-            while self.podman.pid(machine.instance) and time.monotonic() < deadline:
-                time.sleep(0.05)
             status = self.podman.exit_status(machine.instance)
             del self.machines[machine.instance]
             self._clean_up(machine.instance, machine)

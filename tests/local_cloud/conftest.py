@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_cloud import LocalCloud
+from local_cloud import LocalCloud, LocalCloudError
 
 ANYONE = "0.0.0.0/0"
 
@@ -21,21 +21,16 @@ class Account:
     """An account's resources, and the calls the tests make of them; `close` deletes what they made."""
 
     cloud: LocalCloud
-    folder: Path
+    key_name: str
+    key_file: Path
     instances: list[str] = field(default_factory=list)
     volumes: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
     addresses: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
-    key_name: str = ""
 
     def __post_init__(self) -> None:
         self.ec2 = self.cloud.client("ec2")
-        self.key_name = f"test-{uuid.uuid4().hex[:8]}"
-        pair = self.ec2.create_key_pair(KeyName=self.key_name, KeyType="ed25519")
-        self.key_file = self.folder / f"{self.key_name}.pem"
-        self.key_file.write_text(pair["KeyMaterial"])
-        self.key_file.chmod(0o600)
 
     def group(self, *ports: int, cidr: str = ANYONE) -> str:
         """A security group that lets `cidr` in to `ports`."""
@@ -89,7 +84,10 @@ class Account:
         def booted() -> bool:
             if self.state(instance) != "running":
                 return False
-            done = self.cloud.exec(instance, ["systemctl", "is-system-running"])
+            try:
+                done = self.cloud.exec(instance, ["systemctl", "is-system-running"])
+            except LocalCloudError:
+                return False
             return done.stdout.strip() in ("running", "degraded")
 
         wait_until(booted, 300, f"{instance} did not boot")
@@ -134,7 +132,6 @@ class Account:
             self.ec2.deregister_image(ImageId=image, DeleteAssociatedSnapshots=True)
         for group in self.groups:
             self.ec2.delete_security_group(GroupId=group)
-        self.ec2.delete_key_pair(KeyName=self.key_name)
 
 
 def permission(port: int, cidr: str) -> dict[str, Any]:
@@ -148,14 +145,40 @@ def wait_until(true: Callable[[], bool], seconds: float, otherwise: str) -> None
         time.sleep(0.2)
 
 
+def create_key_pair(cloud: LocalCloud, folder: Path) -> tuple[str, Path]:
+    """A key pair's name and its private key's file."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    pair = cloud.client("ec2").create_key_pair(KeyName=name, KeyType="ed25519")
+    path = folder / f"{name}.pem"
+    path.write_text(pair["KeyMaterial"])
+    path.chmod(0o600)
+    return name, path
+
+
+@pytest.fixture(scope="session")
+def key_pair(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    name, path = create_key_pair(cloud, tmp_path_factory.mktemp("keys"))
+    yield name, path
+    cloud.client("ec2").delete_key_pair(KeyName=name)
+
+
 @pytest.fixture(scope="module")
-def account(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
-    account = Account(cloud, tmp_path_factory.mktemp("keys"))
+def shared(cloud: LocalCloud, key_pair: tuple[str, Path]) -> Iterator[Account]:
+    """For what the tests of a module share."""
+    shared = Account(cloud, *key_pair)
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def account(cloud: LocalCloud, key_pair: tuple[str, Path]) -> Iterator[Account]:
+    """For what a test makes for itself."""
+    account = Account(cloud, *key_pair)
     yield account
     account.close()
 
 
 @pytest.fixture(scope="module")
-def machine(account: Account) -> str:
+def machine(shared: Account) -> str:
     """One machine for the tests of a module that leave it as it was."""
-    return account.launch()
+    return shared.launch()

@@ -18,9 +18,9 @@ USER_DATA = "#cloud-config\nwrite_files:\n- path: /etc/told\n  content: by user-
 
 
 @pytest.fixture(scope="module")
-def role(account: Account) -> Any:
+def role(shared: Account) -> Any:
     """An instance profile whose role may use one bucket and read one parameter."""
-    iam, name = account.cloud.client("iam"), f"test-{uuid.uuid4().hex[:8]}"
+    iam, name = shared.cloud.client("iam"), f"test-{uuid.uuid4().hex[:8]}"
     trust = {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}
     iam.create_role(RoleName=name, AssumeRolePolicyDocument=json.dumps(policy(trust)))
     iam.put_role_policy(
@@ -40,9 +40,9 @@ def role(account: Account) -> Any:
     )
     iam.create_instance_profile(InstanceProfileName=name)
     iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
-    s3 = account.cloud.client("s3")
+    s3 = shared.cloud.client("s3")
     for bucket in (f"{name}-own", f"{name}-other"):
-        s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": account.cloud.region})
+        s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": shared.cloud.region})
         s3.put_object(Bucket=bucket, Key="there", Body=b"before")
     yield name
     for bucket in (f"{name}-own", f"{name}-other"):
@@ -60,8 +60,8 @@ def policy(*statements: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def instance(account: Account, role: str) -> str:
-    return account.launch(
+def instance(shared: Account, role: str) -> str:
+    return shared.launch(
         IamInstanceProfile={"Name": role},
         UserData=USER_DATA,
         MetadataOptions={"HttpTokens": "required", "InstanceMetadataTags": "enabled"},

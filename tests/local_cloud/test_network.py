@@ -32,16 +32,16 @@ while True:
 
 
 @pytest.fixture(scope="module")
-def group(account: Account) -> str:
-    return account.group(22, 80)
+def group(shared: Account) -> str:
+    return shared.group(22, 80)
 
 
 @pytest.fixture(scope="module")
-def web(account: Account, group: str) -> str:
+def web(shared: Account, group: str) -> str:
     """A machine that answers on port 80 with the address of whoever asks."""
-    instance = account.launch(group)
-    account.run(instance, f"cat > /server.py <<'EOF'\n{SERVER}\nEOF\nsystemd-run -q --unit web python3 /server.py")
-    wait_until(lambda: reachable(account.address(instance), 80), 20, "the server does not answer")
+    instance = shared.launch(group)
+    shared.run(instance, f"cat > /server.py <<'EOF'\n{SERVER}\nEOF\nsystemd-run -q --unit web python3 /server.py")
+    wait_until(lambda: reachable(shared.address(instance), 80), 20, "the server does not answer")
     return instance
 
 
