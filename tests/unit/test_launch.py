@@ -35,6 +35,7 @@ id = "vol-0123456789abcdef0"
 hostnames = ["mlflow.example.com", "52.1.2.3"]
 tls = "acme"
 acme_email = "ops@example.com"
+authority_parameter = "/mlflow-ami/dev/authority"
 
 [mlflow]
 job_execution = true
@@ -84,7 +85,9 @@ def test_complete_document_is_read() -> None:
     document = launch.parse(COMPLETE)
     assert document.stack == launch.Stack("mlflow-dev", "eu-central-1")
     assert document.buckets.models == "mlflow-dev-models"
-    assert document.web == launch.Web(("mlflow.example.com", "52.1.2.3"), "acme", "ops@example.com")
+    assert document.web == launch.Web(
+        ("mlflow.example.com", "52.1.2.3"), "acme", "ops@example.com", "/mlflow-ami/dev/authority"
+    )
     assert document.mlflow == launch.Mlflow(job_execution=True, artifact_transfer="proxied")
     assert document.postgres.cidrs == ("10.0.0.0/16", "2001:db8::/32")
     assert document.backups == launch.Backups("2026-11-22 10:00:00+00:00", 7)
@@ -130,6 +133,7 @@ REFUSED = [
     ("web", "hostnames", "a.b", '"a.b": it must be a list of strings'),
     ("web", "tls", "on", '"on": it must be "off" or "private" or "acme"'),
     ("web", "acme_email", "ops", '"ops": it must be an e-mail address'),
+    ("web", "authority_parameter", "x", '"x": it must be the full name of an SSM parameter'),
     ("mlflow", "job_execution", "no", '"no": it must be true or false'),
     ("mlflow", "artifact_transfer", "magic", '"magic": it must be "direct" or "proxied"'),
     ("database", "location", "moon", '"moon": it must be "local"'),
@@ -178,7 +182,8 @@ def test_every_key_can_be_refused() -> None:
         ({"format": True}, "format is true: this release reads format 1; use a stack and an image that agree"),
         (
             with_value("web", "port", 80),
-            "web.port is not a key of the launch document: remove it (known: hostnames, tls, acme_email)",
+            "web.port is not a key of the launch document: "
+            "remove it (known: hostnames, tls, acme_email, authority_parameter)",
         ),
         ({**LEAST, "stack": "x"}, 'stack is "x": it must be a table, [stack]'),
         (

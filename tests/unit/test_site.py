@@ -22,7 +22,12 @@ import pytest
 from mlflow_host import config, credentials, launch, sizing, status, web
 
 ROOTFS = Path(__file__).parents[2] / "provisioning" / "rootfs"
-USERS = (credentials.User("ada", "correct horse", "admin"), credentials.User("bob", "{PLAIN}no", "writer"))
+USERS = (
+    credentials.User("ada", "correct horse", "admin"),
+    credentials.User("bob", "{PLAIN}no", "writer"),
+    credentials.User("rita", "reads", "reader"),
+    credentials.User("will", "writes", "writer"),
+)
 HOST = "mlflow.example.com"
 
 pytestmark = pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed (scripts/prepare.sh does)")
@@ -94,7 +99,7 @@ class Asked(BaseHTTPRequestHandler):
         else:
             self.answer(200, json.dumps({"path": self.path, "filler": "x" * 5000}).encode())
 
-    do_POST = do_PUT = do_DELETE = do_GET
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_PROPFIND = do_GET
 
 
 @dataclass
@@ -177,6 +182,8 @@ def nginx(configuration: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.02)
+        else:
+            raise AssertionError(f"nginx does not listen on port {port}")
         yield process
     finally:
         process.terminate()
@@ -211,8 +218,11 @@ def site(folder: Path) -> Iterator[Site]:
     (ui / "static/js/main.0a1b2c3d.js.gz").write_bytes(gzip.compress(b"from the compressed file"))
     (ui / "favicon.ico").write_text("icon")
     rendered = web.render_site(host_config(2), ui, templates=folder / "usr/share/mlflow-host/templates", run=run)
-    (run / "nginx/site.conf").write_text(rendered.replace("unix:/run/mlflow/", f"unix:{folder}/run/mlflow/"))
+    rendered = rendered.replace("unix:/run/mlflow/", f"unix:{folder}/run/mlflow/")
+    (run / "nginx/site.conf").write_text(rendered.replace("listen 80", f"listen 127.0.0.1:{port}"))
     (run / "nginx/users").write_text(credentials.password_file(USERS))
+    (run / "nginx/roles.map").write_text("".join(f'"{user.name}" {user.role};\n' for user in USERS))
+    (folder / "usr/share/mlflow-host/reader-posts.map").write_text('"~^/api/2\\.0/mlflow/runs/search(\\?|$)" 1;\n')
     upstreams = [Upstream(folder / f"run/mlflow/server-{n}.sock") for n in (1, 2)]
     for upstream in upstreams:
         threading.Thread(target=upstream.serve_forever, args=(0.02,), daemon=True).start()
@@ -335,6 +345,33 @@ def test_forwarded_headers_of_a_client_are_not_believed(site: Site) -> None:
     assert not {"X-Forwarded-Prefix", "X-Original-URL", "X-Rewrite-URL", "Forwarded"} & headers.keys()
 
 
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "PROPFIND"])
+def test_reader_changes_nothing(method: str, site: Site) -> None:
+    for path in ("/", "/api/2.0/mlflow/runs/create", "/api/2.0/mlflow-artifacts/artifacts/x", "/healthz/x",
+                 "/api/2.0/mlflow/runs/search/../create", "/api/2.0/mlflow/runs/search%2F..%2Fcreate",
+                 "//api/2.0/mlflow/runs/search", "/x?/api/2.0/mlflow/runs/search"):  # fmt: skip
+        assert (path, site.ask(path, method=method, user="rita:reads")[0]) == (path, 403)
+    assert not site.asked()
+
+
+def test_reader_reads_and_searches(site: Site) -> None:
+    search = "/api/2.0/mlflow/runs/search"
+    for request in ("GET /", "HEAD /", f"POST {search}", f"POST {search}?x=1", "GET /static-files/favicon.ico"):
+        method, path = request.split()
+        assert (request, site.ask(path, method=method, user="rita:reads")[0]) == (request, 200)
+
+
+def test_role_of_a_user_is_told_to_nobody_without_the_password(site: Site) -> None:
+    for user in ("rita:wrong", "will:wrong", "nobody:wrong"):
+        assert site.ask("/api/2.0/mlflow/runs/create", method="POST", user=user)[0] == 401
+
+
+@pytest.mark.parametrize("user", ["will:writes", "ada:correct horse"])
+def test_writer_and_admin_write(user: str, site: Site) -> None:
+    for method in ("POST", "PUT", "PATCH", "DELETE"):
+        assert site.ask("/api/2.0/mlflow/runs/create", method=method, user=user)[0] == 200
+
+
 # ── Health ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -369,7 +406,7 @@ def test_health_asks_mlflow_at_most_once_a_second_and_then_again(site: Site) -> 
 
 
 def test_inner_locations_cannot_be_asked_for(site: Site) -> None:
-    for path in ("/mlflow-host-health", "/mlflow-host-status/status.json", "/mlflow-host-status/"):
+    for path in ("/mlflow-host-health", "/mlflow-host-may", "/mlflow-host-status/status.json", "/mlflow-host-status/"):
         assert site.ask(path)[0] == 404
     assert not site.asked()
 

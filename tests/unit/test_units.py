@@ -15,8 +15,14 @@ UNITS = ROOTFS / "usr/lib/systemd/system"
 NGINX = ROOTFS / "etc/systemd/system/nginx.service"
 SERVICES = sorted(UNITS.glob("mlflow-*.service"))
 
-NEED_THE_ROLE = {"mlflow-host-configure", "mlflow-host-database", "mlflow-server@", "mlflow-host-certificates"}
-"""Read the credentials parameter, write the dump, move artifacts, publish the authority."""
+NEED_THE_ROLE = {
+    "mlflow-host-configure",
+    "mlflow-host-database",
+    "mlflow-server@",
+    "mlflow-host-certificates",
+    "mlflow-host-users",
+}
+"""Read the credentials parameter, write the dump, move artifacts, publish the authority, follow the users."""
 
 
 def exposure(unit: Path) -> float:
@@ -78,5 +84,5 @@ def test_target_wants_every_step() -> None:
 
 def test_each_step_reports_its_failure() -> None:
     for unit in SERVICES:
-        if unit.stem not in ("mlflow-host-failure@", "mlflow-server@"):
+        if unit.stem not in ("mlflow-host-failure@", "mlflow-server@", "mlflow-host-users"):
             assert "OnFailure=mlflow-host-failure@%n.service" in unit.read_text(), unit.name

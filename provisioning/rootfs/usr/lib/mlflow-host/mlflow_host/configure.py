@@ -23,9 +23,11 @@ def main() -> None:
         found = credentials.fetch(document, s.say)
         variables = server.environment(host, found.kek_passphrase)
         web.write_private(config.RUN / "mlflow.env", environment_file(variables), mode=0o600)
-        web.install(host, found)
-        start_servers(host)
-        s.say(f"serving {host.url}")
+        web.put_users(found)
+        if document.web.tls == "off":
+            web.put_site(host)
+        start(*units_of(host))
+        s.say(f"the machine is to serve {host.url}")
 
 
 def postgresql_settings(host: HostConfig) -> str:
@@ -44,9 +46,15 @@ def _escaped(value: str) -> str:
     return "".join(f"\\{character}" if character in '\\"$`' else character for character in value)
 
 
-def start_servers(host: HostConfig) -> None:
-    """Queue the server processes this machine is big enough for; systemd starts them after the database step."""
-    units = [f"mlflow-server@{n}.service" for n in range(1, host.sizing.server_processes + 1)]
+def units_of(host: HostConfig) -> list[str]:
+    """What not every machine runs: as many server processes as it is big enough for, and the certificate's units."""
+    encrypted = ["mlflow-host-certificates.service", "mlflow-host-certificates.timer"]
+    servers = [f"mlflow-server@{n}.service" for n in range(1, host.sizing.server_processes + 1)]
+    return servers if host.launch.web.tls == "off" else [*encrypted, *servers]
+
+
+def start(*units: str) -> None:
+    """Queue units; systemd starts them in their order, the servers after the database step."""
     subprocess.run(["systemctl", "start", "--no-block", *units], check=True)
 
 

@@ -30,10 +30,14 @@ STEPS = {
     "configure": "Reading the launch document and the credentials",
     "data-volume": "Mounting the data volume",
     "postgresql": "Starting PostgreSQL",
+    "certificates": "Preparing the certificate",
     "database": "Bringing the database to this image's schema",
     "ready": "Starting MLflow",
 }
 """In the order of the boot, with what the page says a step does while it has said nothing itself."""
+
+OPTIONAL = {"certificates"}
+"""Steps that not every machine has: nothing is said of them before they begin."""
 
 
 class StepFailed(Exception):
@@ -125,7 +129,7 @@ def read(run: Path = RUN) -> dict[str, Any]:
     if running:
         doing = running["message"] or STEPS.get(running["step"], running["step"])
     else:
-        doing = next((what for name, what in STEPS.items() if name not in found), "Starting MLflow")
+        doing = next((what for name, what in STEPS.items() if name not in {*found, *OPTIONAL}), "Starting MLflow")
     return {"state": "starting", "message": doing, "steps": steps}
 
 
@@ -156,6 +160,8 @@ def render(status: dict[str, Any], page: str) -> str:
     begun = {s["step"]: s for s in status["steps"]}
     rows = []
     for name in [*STEPS, *(begun.keys() - STEPS.keys())]:
+        if name in OPTIONAL and name not in begun:
+            continue
         current = begun.get(name, {"state": "waiting", "message": "", "seconds": None})
         message = current["message"] or (STEPS.get(name, "") if current["state"] != "done" else "")
         seconds = f"{current['seconds']:.1f} s" if current["state"] in ("done", "failed") else ""
