@@ -18,7 +18,7 @@ def build(config: Settings, opts: pulumi.ResourceOptions) -> aws.ssm.Parameter:
     passphrase = random.RandomPassword(
         "kek-passphrase", length=48, special=False, opts=pulumi.ResourceOptions(protect=True)
     )
-    password = config.admin_password or random.RandomPassword("admin-password", length=24, special=False).result
+    password = _given(config) or random.RandomPassword("admin-password", length=24, special=False).result
     content = {
         "format": 1,
         "kek_passphrase": passphrase.result,
@@ -34,3 +34,7 @@ def build(config: Settings, opts: pulumi.ResourceOptions) -> aws.ssm.Parameter:
         value=pulumi.Output.json_dumps(content),
         opts=pulumi.ResourceOptions.merge(opts, pulumi.ResourceOptions(protect=True, ignore_changes=["value"])),
     )
+
+
+def _given(config: Settings) -> pulumi.Output[str] | None:
+    return pulumi.Output.secret(config.admin_password) if config.admin_password else None

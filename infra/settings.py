@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ class Settings:
     availability_zone: str
     domain_name: str
     hosted_zone_id: str
-    admin_password: pulumi.Output[str] | None
+    admin_password: str = field(repr=False)
+    """A secret: whoever passes it on to Pulumi marks it as one."""
     ssh_cidrs: tuple[str, ...]
     key_name: str
     artifact_transfer: str
@@ -182,10 +183,10 @@ def _region(mistakes: list[str]) -> str:
     return region or ""
 
 
-def _password(project: str, mistakes: list[str]) -> pulumi.Output[str] | None:
-    given = pulumi.Config(project).get("adminPassword")
+def _password(project: str, mistakes: list[str]) -> str:
+    given = pulumi.Config(project).get("adminPassword", default="")
     if not given:
-        return None
+        return ""
     if not pulumi.runtime.config.is_config_secret(f"{project}:adminPassword"):
         mistakes.append(
             "adminPassword is stored in clear: set another with `pulumi config set --secret adminPassword`, "
@@ -193,7 +194,7 @@ def _password(project: str, mistakes: list[str]) -> pulumi.Output[str] | None:
         )
     if not re.fullmatch(r"[!-~]{12,128}", given):
         mistakes.append("adminPassword must be 12 to 128 visible ASCII characters without spaces.")
-    return pulumi.Output.secret(given)
+    return given
 
 
 def _contradictions(found: Settings) -> list[str]:

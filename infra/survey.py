@@ -81,6 +81,8 @@ def outlook(found: Survey) -> str:
         return f"New data volume: {image.described} creates schema {image.migration_head} on it."
     if last is None:
         return f"Data volume {found.volume.id} has no record of an image: {image.described} decides at boot."
+    if image == last:
+        return f"Same image as before, {image.described}, and the same schema {image.migration_head}."
     was = f"{found.volume.id} was last on {last.described}"
     if image.migration_head == last.migration_head:
         return f"Same schema {image.migration_head}, nothing to migrate: {was}, now {image.described}."

@@ -1,0 +1,362 @@
+"""Runs infra/ against a stand-in for Pulumi's engine and AWS's look-ups, and keeps the raw requests it makes.
+
+pulumi.runtime's MockMonitor is the seam: what a subclass of it receives is what the engine would, with options,
+dependencies and secret marks. `Account` stands in for what AWS would answer to the look-ups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import runpy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pulumi
+import pulumi_aws as aws
+from google.protobuf import empty_pb2, json_format, struct_pb2
+from pulumi.runtime import mocks, settings, stack
+from pulumi.runtime.proto import provider_pb2, resource_pb2
+
+with warnings.catch_warnings():
+    # The package warns of its own deprecated types when a module is first used, whatever of it is.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    LOADED = (aws.ec2.Instance, aws.s3.Bucket)
+
+INFRA = Path(__file__).parents[2] / "infra"
+SIGNATURE, SECRET = "4dabf18193072939515e22adb298388d", "1b47061264138c4ac30d75fd1eb44270"
+"""How Pulumi's protocol marks a secret value: an object with this key and this value beside it."""
+NO_RESULTS = "Your query returned no results. Please change your search criteria and try again."
+
+OLD, NEW, OTHER = "ami-0000000000000001a", "ami-0000000000000002b", "ami-0000000000000003c"
+VOLUME = "vol-0123456789abcdef0"
+ADDRESS = "52.1.2.3"
+CONFIG = {"aws:region": "eu-central-1", "mlflow-ami:amiId": NEW, "mlflow-ami:allowedCidrs": '["203.0.113.7/32"]'}
+
+
+def image_tags(**changes: str) -> dict[str, str]:
+    """The tags of an image of ours; underscores in names for hyphens, an empty value leaves the tag out."""
+    tags = {
+        "format": "1",
+        "image-version": "20261122T101500Z",
+        "mlflow-version": "3.17.2",
+        "migration-head": "dc11669786a5",
+        "migration-count": "67",
+        "postgresql-major": "15",
+        **{name.replace("_", "-"): value for name, value in changes.items()},
+    }
+    return {f"mlflow-ami:{name}": value for name, value in tags.items() if value}
+
+
+@dataclass(frozen=True)
+class Image:
+    tags: Mapping[str, str] = field(default_factory=image_tags)
+    state: str = "available"
+    architecture: str = "x86_64"
+    root_gib: int = 8
+
+
+@dataclass(frozen=True)
+class Volume:
+    tags: Mapping[str, str]
+    zone: str = "eu-central-1a"
+    gib: int = 20
+
+
+@dataclass(frozen=True)
+class Account:
+    """What AWS has, as far as the program asks."""
+
+    images: Mapping[str, Image] = field(default_factory=lambda: {NEW: Image()})
+    volumes: Mapping[str, Volume] = field(default_factory=dict)
+    zones: tuple[str, ...] = ("eu-central-1a", "eu-central-1b", "eu-central-1c")
+    offered: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {
+            "t3.small": ("eu-central-1a", "eu-central-1b", "eu-central-1c"),
+            "t4g.small": ("eu-central-1a",),
+            "t3.nano": ("eu-central-1a",),
+            "t3.micro": ("eu-central-1a",),
+            "p5.huge": ("eu-central-1b", "eu-central-1c"),
+        }
+    )
+    key_pairs: tuple[str, ...] = ()
+    hosted_zones: Mapping[str, str] = field(default_factory=dict)
+    broken: Mapping[str, str] = field(default_factory=dict)
+    """Look-ups that fail → with what reason."""
+
+
+def data_volume(last: str = OLD, zone: str = "eu-central-1a", gib: int = 20, **changes: str) -> dict[str, Volume]:
+    """The stack's data volume as an earlier run left it, last on the image `last`."""
+    tags = image_tags(**changes)
+    del tags["mlflow-ami:format"]
+    stack_tags = {"mlflow-ami:project": "mlflow-ami", "mlflow-ami:stack": "dev", "mlflow-ami:role": "data"}
+    return {VOLUME: Volume({**stack_tags, "mlflow-ami:last-image": last, **tags}, zone, gib)}
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A resource as the program registered it."""
+
+    urn: str
+    type: str
+    name: str
+    inputs: dict[str, Any]
+    """Inputs in clear, by their names in Pulumi's protocol."""
+    secret: frozenset[str]
+    """Inputs that are, or hold, a marked secret."""
+    request: Any
+    """resource_pb2.RegisterResourceRequest"""
+
+    @property
+    def dependencies(self) -> set[str]:
+        """URNs of all it waits for."""
+        return set(self.request.dependencies)
+
+
+@dataclass
+class Run:
+    """What came of one run of the program."""
+
+    registered: list[Registration] = field(default_factory=list)
+    outputs: dict[str, Any] = field(default_factory=dict)
+    lookups: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    log: list[tuple[str, str]] = field(default_factory=list)
+    refusal: str = ""
+    """The message the program ended with, if it refused to go on."""
+
+    def of_type(self, kind: str) -> list[Registration]:
+        """The resources of a type, named as in Python: "ec2.Instance"."""
+        module, _, name = kind.rpartition(".")
+        token = f"{module}/{name[0].lower()}{name[1:]}:{name}"
+        return [each for each in self.registered if each.type.split(":", 1)[1] == token]
+
+    def one(self, kind: str, name: str | None = None) -> Registration:
+        (found,) = [each for each in self.of_type(kind) if name in (None, each.name)]
+        return found
+
+    @property
+    def stated(self) -> list[str]:
+        """The sentences of a refusal."""
+        return [line.removeprefix("  - ") for line in self.refusal.splitlines() if line.startswith("  - ")]
+
+
+def run(
+    account: Account | None = None,
+    *,
+    preview: bool = False,
+    stack_name: str = "dev",
+    secrets: Mapping[str, str] | None = None,
+    **config: str | None,
+) -> Run:
+    """Runs the program once. `config` overrides CONFIG by setting name, `aws_` for `aws:`; None takes one out."""
+    named = {("aws:" + key[4:] if key[:4] == "aws_" else f"mlflow-ami:{key}"): value for key, value in config.items()}
+    hidden = {f"mlflow-ami:{key}": value for key, value in (secrets or {}).items()}
+    wanted = {key: value for key, value in {**CONFIG, **named, **hidden}.items() if value is not None}
+    return _run(account or Account(), preview, stack_name, wanted, list(hidden))
+
+
+def _run(account: Account, preview: bool, stack_name: str, config: dict[str, str], secret_keys: list[str]) -> Run:
+    found = Run()
+    logger = logging.Logger("program")
+    logger.addHandler(_Log(found.log))
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        mocks.set_mocks(_NoMocks(), "mlflow-ami", stack_name, preview, logger, monitor=Monitor(account, found, preview))
+        settings.set_root_resource(None)  # type: ignore[arg-type]  # the program makes its own stack, as under Pulumi
+        pulumi.runtime.set_all_config(config, secret_keys)
+        loop.run_until_complete(stack.run_in_stack(lambda: _program()))
+    except pulumi.RunError as refusal:
+        found.refusal = str(refusal)
+    finally:
+        settings.set_root_resource(None)  # type: ignore[arg-type]
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+        asyncio.set_event_loop(None)
+    return found
+
+
+def _program() -> None:
+    runpy.run_path(str(INFRA), run_name="__main__")
+
+
+class Monitor(mocks.MockMonitor):
+    """Stands in for Pulumi's engine: it makes everything at once and remembers what it was asked."""
+
+    def __init__(self, account: Account, found: Run, preview: bool) -> None:
+        super().__init__(_NoMocks())
+        self.account, self.found, self.preview = account, found, preview
+
+    def RegisterResource(self, request: Any) -> Any:
+        # As the engine does it: every resource is in the stack, so the stack is not part of a type.
+        urn = f"urn:pulumi:{pulumi.get_stack()}::{pulumi.get_project()}::{request.type}::{request.name}"
+        if request.type == "pulumi:pulumi:Stack":
+            return resource_pb2.RegisterResourceResponse(urn=urn)
+        wire = json_format.MessageToDict(request.object)
+        inputs = {key: _clear(value) for key, value in wire.items()}
+        secret = frozenset(key for key, value in wire.items() if SIGNATURE in json.dumps(value))
+        copy = resource_pb2.RegisterResourceRequest()
+        copy.CopyFrom(request)
+        self.found.registered.append(Registration(urn, request.type, request.name, inputs, secret, copy))
+        known = {**wire, **({} if self.preview else computed(request.type, request.name, inputs))}
+        made = struct_pb2.Struct()
+        json_format.ParseDict(known, made)
+        id_ = "" if self.preview else identifier(request.type, request.name, inputs)
+        return resource_pb2.RegisterResourceResponse(urn=urn, id=id_, object=made)
+
+    def RegisterResourceOutputs(self, request: Any) -> Any:
+        self.found.outputs = json_format.MessageToDict(request.outputs)
+        return empty_pb2.Empty()
+
+    def Invoke(self, request: Any) -> Any:
+        arguments = json_format.MessageToDict(request.args)
+        self.found.lookups.append((request.tok.split(":")[-1], arguments))
+        try:
+            answer = look_up(self.account, request.tok.split(":")[-1], arguments)
+        except LookupError as error:
+            # Failures are answered, not raised: a raised one would end the run even where the program catches it.
+            failure = provider_pb2.CheckFailure(property="", reason=str(error.args[0]))
+            return resource_pb2.ResourceInvokeResponse(failures=[failure])
+        made = struct_pb2.Struct()
+        json_format.ParseDict(answer, made)
+        return resource_pb2.ResourceInvokeResponse(**{"return": made})
+
+
+def identifier(kind: str, name: str, inputs: Mapping[str, Any]) -> str:
+    """The id AWS would give, of the right form where the program or the machine looks at it."""
+    return {
+        "aws:ebs/volume:Volume": VOLUME,
+        "aws:s3/bucket:Bucket": f"{name}-1a2b3c4",
+        "aws:ec2/instance:Instance": "i-0123456789abcdef0",
+        "aws:ssm/parameter:Parameter": inputs.get("name", ""),
+    }.get(kind) or f"{name}-id"
+
+
+def computed(kind: str, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What AWS would add to the inputs."""
+    outputs: dict[str, dict[str, Any]] = {
+        "aws:s3/bucket:Bucket": {"bucket": f"{name}-1a2b3c4", "arn": f"arn:aws:s3:::{name}-1a2b3c4"},
+        "aws:ec2/eip:Eip": {"publicIp": ADDRESS},
+        "aws:iam/role:Role": {"name": f"{name}-1a2b3c4"},
+        "aws:iam/instanceProfile:InstanceProfile": {"name": f"{name}-profile-1a2b3c4"},
+        "aws:ssm/parameter:Parameter": {
+            "arn": f"arn:aws:ssm:eu-central-1:123456789012:parameter{inputs.get('name', '')}"
+        },
+        "random:index/randomPassword:RandomPassword": {"result": {SIGNATURE: SECRET, "value": f"generated-{name}"}},
+    }
+    return outputs.get(kind, {})
+
+
+def look_up(account: Account, function: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Answers a data source in the AWS provider's shape. Raises LookupError in its words."""
+    if function in account.broken:
+        raise LookupError(account.broken[function])
+    wanted = {each["name"]: each["values"] for each in asked.get("filters", [])}
+    return _LOOKUPS[function](account, asked, wanted)
+
+
+def _get_ami(account: Account, asked: Mapping[str, Any], wanted: Mapping[str, list[str]]) -> dict[str, Any]:
+    image = account.images.get(wanted["image-id"][0])
+    if image is None:
+        raise LookupError(NO_RESULTS)
+    return {
+        "id": wanted["image-id"][0],
+        "name": "mlflow-ami-3.17.2-20261122T101500Z",
+        "state": image.state,
+        "architecture": image.architecture,
+        "rootDeviceName": "/dev/sda1",
+        # The provider passes this map on as it is, so its keys keep their underscores.
+        "blockDeviceMappings": [
+            {"deviceName": "/dev/sdb", "ebs": {}, "virtualName": "ephemeral0", "noDevice": ""},
+            {
+                "deviceName": "/dev/sda1",
+                "ebs": {"volume_size": str(image.root_gib)},
+                "virtualName": "",
+                "noDevice": "",
+            },
+        ],
+        "tags": dict(image.tags),
+    }
+
+
+def _get_volumes(account: Account, asked: Mapping[str, Any], wanted: Mapping[str, list[str]]) -> dict[str, Any]:
+    return {
+        "ids": [
+            id_
+            for id_, volume in account.volumes.items()
+            if all(volume.tags.get(name.removeprefix("tag:")) in values for name, values in wanted.items())
+        ]
+    }
+
+
+def _get_volume(account: Account, asked: Mapping[str, Any], wanted: Mapping[str, list[str]]) -> dict[str, Any]:
+    volume = account.volumes[wanted["volume-id"][0]]
+    return {"availabilityZone": volume.zone, "size": volume.gib, "tags": dict(volume.tags)}
+
+
+def _get_offerings(account: Account, asked: Mapping[str, Any], wanted: Mapping[str, list[str]]) -> dict[str, Any]:
+    return {"locations": list(account.offered.get(wanted["instance-type"][0], ()))}
+
+
+def _get_instance_type(account: Account, asked: Mapping[str, Any], wanted: Mapping[str, list[str]]) -> dict[str, Any]:
+    name = asked["instanceType"]
+    memory = {"t3.nano": 512, "t3.micro": 1024}.get(name, 2048)
+    return {"supportedArchitectures": ["arm64"] if name.startswith("t4g") else ["x86_64"], "memorySize": memory}
+
+
+def _get_key_pair(account: Account, asked: Mapping[str, Any], wanted: Mapping[str, list[str]]) -> dict[str, Any]:
+    if asked["keyName"] not in account.key_pairs:
+        raise LookupError(NO_RESULTS)
+    return {"keyName": asked["keyName"]}
+
+
+def _get_zone(account: Account, asked: Mapping[str, Any], wanted: Mapping[str, list[str]]) -> dict[str, Any]:
+    if asked["zoneId"] not in account.hosted_zones:
+        raise LookupError("reading Route 53 Hosted Zone: NoSuchHostedZone: No hosted zone found with ID")
+    return {"name": account.hosted_zones[asked["zoneId"]]}
+
+
+_LOOKUPS: dict[str, Callable[[Account, Mapping[str, Any], Mapping[str, list[str]]], dict[str, Any]]] = {
+    "getAmi": _get_ami,
+    "getAvailabilityZones": lambda account, asked, wanted: {"names": list(account.zones)},
+    "getEbsVolumes": _get_volumes,
+    "getVolume": _get_volume,
+    "getInstanceType": _get_instance_type,
+    "getInstanceTypeOfferings": _get_offerings,
+    "getKeyPair": _get_key_pair,
+    "getZone": _get_zone,
+}
+
+
+def _clear(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.get(SIGNATURE) == SECRET:
+            return _clear(value["value"])
+        return {key: _clear(inner) for key, inner in value.items()}
+    return [_clear(inner) for inner in value] if isinstance(value, list) else value
+
+
+class _NoMocks(mocks.Mocks):
+    """MockMonitor wants one; Monitor answers everything itself."""
+
+    def call(self, args: mocks.MockCallArgs) -> Any:
+        raise NotImplementedError(args.token)
+
+    def new_resource(self, args: mocks.MockResourceArgs) -> Any:
+        raise NotImplementedError(args.typ)
+
+
+class _Log(logging.Handler):
+    def __init__(self, lines: list[tuple[str, str]]) -> None:
+        super().__init__(logging.INFO)
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.levelname, record.getMessage()))
+
+
+__all__ = ["Account", "Image", "Run", "Volume", "data_volume", "image_tags", "replace", "run"]

@@ -1,0 +1,150 @@
+"""What the machine may do with its role, and what nobody may do with the buckets, by an IAM evaluator."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from moto.iam.access_control import IAMPolicy, PermissionResult
+from stack.program import Run, run
+
+ARTIFACTS, MODELS, BACKUPS = (f"arn:aws:s3:::mlflow-{name}-1a2b3c4" for name in ("artifacts", "models", "backups"))
+CREDENTIALS = "arn:aws:ssm:eu-central-1:123456789012:parameter/mlflow-ami/dev/credentials"
+
+
+@pytest.fixture(scope="module")
+def stack() -> Run:
+    return run()
+
+
+@pytest.fixture(scope="module")
+def policy(stack: Run) -> dict[str, Any]:
+    (only,) = stack.of_type("iam.RolePolicy")
+    assert stack.of_type("iam.RolePolicyAttachment") == [], "managed policies let a machine read every parameter"
+    assert "managedPolicyArns" not in stack.one("iam.Role").inputs
+    found: dict[str, Any] = json.loads(only.inputs["policy"])
+    return found
+
+
+def allowed(policy: dict[str, Any], action: str, resource: str) -> bool:
+    found = IAMPolicy(json.dumps(policy)).is_action_permitted(action, resource)
+    return found is PermissionResult.PERMITTED
+
+
+@pytest.mark.parametrize("bucket", [ARTIFACTS, MODELS, BACKUPS])
+@pytest.mark.parametrize("action", ["ListBucket", "GetBucketLocation", "ListBucketMultipartUploads"])
+def test_the_machine_may_list_its_buckets(policy: dict[str, Any], bucket: str, action: str) -> None:
+    assert allowed(policy, f"s3:{action}", bucket)
+
+
+@pytest.mark.parametrize("bucket", [ARTIFACTS, MODELS, BACKUPS])
+@pytest.mark.parametrize(
+    "action", ["GetObject", "PutObject", "DeleteObject", "AbortMultipartUpload", "ListMultipartUploadParts"]
+)
+def test_the_machine_may_read_and_write_its_objects(policy: dict[str, Any], bucket: str, action: str) -> None:
+    assert allowed(policy, f"s3:{action}", f"{bucket}/1/abc/model.pkl")
+
+
+def test_the_machine_may_read_its_parameter_and_register_with_session_manager(policy: dict[str, Any]) -> None:
+    assert allowed(policy, "ssm:GetParameter", CREDENTIALS)
+    assert allowed(policy, "ssm:UpdateInstanceInformation", "arn:aws:ec2:eu-central-1:123456789012:instance/i-0")
+    for action in ("CreateControlChannel", "CreateDataChannel", "OpenControlChannel", "OpenDataChannel"):
+        assert allowed(policy, f"ssmmessages:{action}", "*")
+
+
+@pytest.mark.parametrize(
+    ("action", "resource"),
+    [
+        *((f"s3:{action}", f"{bucket}/dump") for bucket in (ARTIFACTS, MODELS, BACKUPS)
+          for action in ("DeleteObjectVersion", "PutObjectAcl", "BypassGovernanceRetention", "PutObjectRetention")),
+        *((f"s3:{action}", BACKUPS) for action in
+          ("DeleteBucket", "PutBucketVersioning", "PutLifecycleConfiguration", "PutBucketPolicy", "DeleteBucketPolicy",
+           "PutBucketPublicAccessBlock", "PutEncryptionConfiguration", "PutReplicationConfiguration")),
+        ("s3:GetObject", "arn:aws:s3:::somebody-elses-bucket/secret"),
+        ("s3:GetObject", f"{ARTIFACTS}-of-another/secret"),
+        ("s3:ListBucket", "arn:aws:s3:::mlflow-artifacts-0000000"),
+        ("s3:ListAllMyBuckets", "*"),
+        ("s3:CreateBucket", "arn:aws:s3:::new"),
+        ("ssm:GetParameter", "arn:aws:ssm:eu-central-1:123456789012:parameter/mlflow-ami/prod/credentials"),
+        ("ssm:GetParameter", f"{CREDENTIALS}-of-another"),
+        ("ssm:GetParameters", CREDENTIALS),
+        ("ssm:GetParametersByPath", "arn:aws:ssm:eu-central-1:123456789012:parameter/mlflow-ami"),
+        ("ssm:PutParameter", CREDENTIALS),
+        ("ssm:DeleteParameter", CREDENTIALS),
+        ("ssm:DescribeParameters", "*"),
+        ("ssm:SendCommand", "*"),
+        ("ssm:StartSession", "*"),
+        ("ec2:DescribeInstances", "*"),
+        ("ec2:DetachVolume", "*"),
+        ("ec2:DeleteVolume", "*"),
+        ("ec2:ModifyInstanceAttribute", "*"),
+        ("iam:PassRole", "*"),
+        ("iam:CreateUser", "*"),
+        ("sts:AssumeRole", "*"),
+        ("kms:Decrypt", "*"),
+        ("secretsmanager:GetSecretValue", "*"),
+        ("logs:PutLogEvents", "*"),
+        ("route53:ChangeResourceRecordSets", "*"),
+    ],
+)  # fmt: skip
+def test_and_nothing_else(policy: dict[str, Any], action: str, resource: str) -> None:
+    assert not allowed(policy, action, resource)
+
+
+def test_no_statement_is_wider_than_it_looks(policy: dict[str, Any]) -> None:
+    for statement in policy["Statement"]:
+        actions = [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]
+        assert set(statement) == {"Sid", "Effect", "Action", "Resource"}
+        assert not [action for action in actions if "*" in action]
+        if "*" in statement["Resource"]:
+            assert {action.split(":")[0] for action in actions} <= {"ssm", "ssmmessages"}
+            assert not [action for action in actions if "Parameter" in action]
+
+
+def test_only_ec2_may_take_the_role(stack: Run) -> None:
+    document = json.loads(stack.one("iam.Role").inputs["assumeRolePolicy"])
+    assert document["Statement"] == [
+        {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}
+    ]
+    assert stack.one("iam.InstanceProfile").inputs["role"] == "server-1a2b3c4"
+
+
+@pytest.mark.parametrize("bucket", [ARTIFACTS, MODELS, BACKUPS])
+@pytest.mark.parametrize(
+    ("request_context", "denied"),
+    [
+        ({"aws:SecureTransport": "false"}, True),
+        ({"aws:SecureTransport": "true", "s3:TlsVersion": 1.1}, True),
+        ({"aws:SecureTransport": "true", "s3:TlsVersion": 1.2}, False),
+        ({"aws:SecureTransport": "true", "s3:TlsVersion": 1.3}, False),
+    ],
+)
+def test_buckets_are_spoken_to_over_tls_only(
+    stack: Run, bucket: str, request_context: dict[str, Any], denied: bool
+) -> None:
+    policies = [json.loads(each.inputs["policy"]) for each in stack.of_type("s3.BucketPolicy")]
+    (policy,) = [each for each in policies if bucket in each["Statement"][0]["Resource"]]
+    for resource in (bucket, f"{bucket}/object"):
+        assert _is_denied(policy, resource, request_context) is denied
+
+
+def _is_denied(policy: dict[str, Any], resource: str, context: dict[str, Any]) -> bool:
+    """The two condition operators in use, as IAM's reference words them: a missing key does not match."""
+    operators: dict[str, Callable[[Any, Any], bool]] = {
+        "Bool": lambda value, wanted: value == wanted,
+        "NumericLessThan": lambda value, wanted: float(value) < float(wanted),
+    }
+    for statement in policy["Statement"]:
+        assert (statement["Effect"], statement["Principal"], statement["Action"]) == ("Deny", "*", "s3:*")
+        covered = any(fnmatch.fnmatchcase(resource, pattern) for pattern in statement["Resource"])
+        held = all(
+            name in context and operators[operator](context[name], wanted)
+            for operator, tests in statement["Condition"].items()
+            for name, wanted in tests.items()
+        )
+        if covered and held:
+            return True
+    return False

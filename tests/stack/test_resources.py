@@ -1,0 +1,350 @@
+"""What the stack is made of: every resource, its options, and the names that keep what holds data where it is."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from typing import Any
+
+import pulumi_aws as aws
+import pytest
+from stack.program import NEW, VOLUME, Account, Registration, Run, data_volume, run
+
+PINNED = {
+    "urn:pulumi:dev::mlflow-ami::aws:s3/bucket:Bucket::mlflow-artifacts",
+    "urn:pulumi:dev::mlflow-ami::aws:s3/bucket:Bucket::mlflow-models",
+    "urn:pulumi:dev::mlflow-ami::aws:s3/bucket:Bucket::mlflow-backups",
+    "urn:pulumi:dev::mlflow-ami::aws:ebs/volume:Volume::data",
+    "urn:pulumi:dev::mlflow-ami::aws:ec2/eip:Eip::server",
+    "urn:pulumi:dev::mlflow-ami::aws:ssm/parameter:Parameter::credentials",
+    "urn:pulumi:dev::mlflow-ami::random:index/randomPassword:RandomPassword::kek-passphrase",
+}
+"""What holds data or identity. A changed URN is a deletion to Pulumi: whoever moves one of these adds an alias."""
+
+
+@pytest.fixture(scope="module")
+def stack() -> Run:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = run()
+    assert found.refusal == ""
+    assert [str(each.message) for each in caught if "deprecated" in str(each.message).lower()] == []
+    return found
+
+
+def test_what_holds_data_keeps_its_urn_and_is_protected(stack: Run) -> None:
+    assert {each.urn for each in stack.registered if each.request.protect} == PINNED
+
+
+def test_only_what_must_give_way_is_deleted_first(stack: Run) -> None:
+    """The data volume can be attached to one instance only, so the old one goes before the new one comes."""
+    first = {each.urn.split("::")[-2:][0] for each in stack.registered if each.request.deleteBeforeReplace}
+    assert first == {"aws:ec2/instance:Instance", "aws:ec2/volumeAttachment:VolumeAttachment"}
+
+
+def test_no_resource_hides_changes_but_the_credentials(stack: Run) -> None:
+    """People are changed in the parameter itself; an `up` must not bring back who was removed there."""
+    ignoring = {each.name: list(each.request.ignoreChanges) for each in stack.registered if each.request.ignoreChanges}
+    assert ignoring == {"credentials": ["value"]}
+
+
+def test_nothing_is_given_a_name_that_aws_must_not_have_twice(stack: Run) -> None:
+    for kind, name in {"s3.Bucket": "bucket", "iam.Role": "name", "iam.InstanceProfile": "name"}.items():
+        assert all(name not in each.inputs for each in stack.of_type(kind))
+    assert "name" not in stack.one("ec2.SecurityGroup").inputs
+
+
+def test_everything_is_tagged_through_the_provider(stack: Run) -> None:
+    provider = stack.registered[0]
+    assert json.loads(provider.inputs["defaultTags"]) == {
+        "tags": {"mlflow-ami:project": "mlflow-ami", "mlflow-ami:stack": "dev"}
+    }
+    assert provider.inputs["region"] == "eu-central-1"
+
+
+def test_what_the_user_set_for_aws_holds_for_the_stacks_provider() -> None:
+    roles = [{"roleArn": "arn:aws:iam::123456789012:role/deploy", "durationSeconds": 900}]
+    found = run(
+        aws_profile="work",
+        aws_assumeRoles=json.dumps(roles),
+        aws_defaultTags='{"tags": {"team": "ml", "mlflow-ami:stack": "mine"}}',
+        aws_skipMetadataApiCheck="true",
+    )
+    inputs = found.registered[0].inputs
+    assert inputs["profile"] == "work"
+    assert json.loads(inputs["assumeRoles"]) == roles
+    assert json.loads(inputs["skipMetadataApiCheck"]) is True
+    assert json.loads(inputs["defaultTags"])["tags"] == {
+        "team": "ml",
+        "mlflow-ami:project": "mlflow-ami",
+        "mlflow-ami:stack": "dev",
+    }
+
+
+def test_the_network(stack: Run) -> None:
+    vpc, table = stack.one("ec2.Vpc"), stack.one("ec2.RouteTable")
+    subnets = stack.of_type("ec2.Subnet")
+    assert {(each.inputs["availabilityZone"], each.inputs["cidrBlock"]) for each in subnets} == {
+        ("eu-central-1a", "10.20.0.0/24"),
+        ("eu-central-1b", "10.20.1.0/24"),
+    }
+    assert all(each.inputs["vpcId"] == "network-id" and each.inputs["mapPublicIpOnLaunch"] for each in subnets)
+    assert {each.inputs["subnetId"] for each in stack.of_type("ec2.RouteTableAssociation")} == {
+        "public-eu-central-1a-id",
+        "public-eu-central-1b-id",
+    }
+    route = stack.one("ec2.Route").inputs
+    assert (route["destinationCidrBlock"], route["gatewayId"]) == ("0.0.0.0/0", "network-id")
+    endpoint = stack.one("ec2.VpcEndpoint").inputs
+    assert endpoint["serviceName"] == "com.amazonaws.eu-central-1.s3"
+    assert endpoint["vpcEndpointType"] == "Gateway"
+    assert endpoint["routeTableIds"] == ["public-id"]
+    assert table.inputs["vpcId"] == "network-id" and "routes" not in table.inputs
+    assert vpc.inputs["cidrBlock"] == "10.20.0.0/16"
+
+
+def rules(found: Run) -> set[tuple[str, int, int, str]]:
+    return {
+        (each.inputs["ipProtocol"], each.inputs["fromPort"], each.inputs["toPort"], each.inputs["cidrIpv4"])
+        for each in found.of_type("vpc.SecurityGroupIngressRule")
+    }
+
+
+def test_only_the_allowed_networks_reach_the_server_and_only_the_web_port(stack: Run) -> None:
+    assert rules(stack) == {("tcp", 80, 80, "203.0.113.7/32")}
+    group = stack.one("ec2.SecurityGroup").inputs
+    assert "ingress" not in group and "egress" not in group
+    (out,) = stack.of_type("vpc.SecurityGroupEgressRule")
+    assert (out.inputs["ipProtocol"], out.inputs["cidrIpv4"]) == ("-1", "0.0.0.0/0")
+    assert out.inputs["securityGroupId"] == "server-id"
+
+
+def test_ssh_only_from_where_it_was_asked_for() -> None:
+    found = run(
+        Account(key_pairs=("ours",)),
+        allowedCidrs='["203.0.113.0/24", "198.51.100.0/24"]',
+        sshCidrs='["192.0.2.0/24"]',
+        keyName="ours",
+    )
+    assert rules(found) == {
+        ("tcp", 80, 80, "203.0.113.0/24"),
+        ("tcp", 80, 80, "198.51.100.0/24"),
+        ("tcp", 22, 22, "192.0.2.0/24"),
+    }
+    assert found.one("ec2.Instance").inputs["keyName"] == "ours"
+
+
+@pytest.mark.parametrize("name", ["mlflow-artifacts", "mlflow-models", "mlflow-backups"])
+def test_each_bucket_is_versioned_encrypted_private_and_tidied(stack: Run, name: str) -> None:
+    def part(kind: str) -> dict[str, Any]:
+        found = stack.one(f"s3.{kind}", name)
+        assert found.inputs["bucket"] == f"{name}-1a2b3c4"
+        return found.inputs
+
+    assert "forceDestroy" not in stack.one("s3.Bucket", name).inputs
+    assert part("BucketVersioning")["versioningConfiguration"] == {"status": "Enabled"}
+    assert part("BucketServerSideEncryptionConfiguration")["rules"] == [
+        {"applyServerSideEncryptionByDefault": {"sseAlgorithm": "AES256"}}
+    ]
+    block = part("BucketPublicAccessBlock")
+    assert all(block[k] for k in ("blockPublicAcls", "blockPublicPolicy", "ignorePublicAcls", "restrictPublicBuckets"))
+    assert part("BucketOwnershipControls")["rule"] == {"objectOwnership": "BucketOwnerEnforced"}
+    old, unfinished = part("BucketLifecycleConfiguration")["rules"]
+    assert old["noncurrentVersionExpiration"] == {"noncurrentDays": 30}
+    assert old["expiration"] == {"expiredObjectDeleteMarker": True}, "present objects never expire"
+    assert unfinished["abortIncompleteMultipartUpload"] == {"daysAfterInitiation": 7}
+    assert all(rule["status"] == "Enabled" and rule["filter"] == {"prefix": ""} for rule in (old, unfinished))
+    lifecycle, versioning = stack.one("s3.BucketLifecycleConfiguration", name), stack.one("s3.BucketVersioning", name)
+    assert versioning.urn in lifecycle.dependencies
+
+
+def test_old_versions_are_kept_as_long_as_was_asked_for() -> None:
+    found = run(backupRetentionDays="90")
+    kept = {
+        each.inputs["rules"][0]["noncurrentVersionExpiration"]["noncurrentDays"]
+        for each in found.of_type("s3.BucketLifecycleConfiguration")
+    }
+    assert kept == {90}
+
+
+def test_the_data_volume(stack: Run) -> None:
+    inputs = stack.one("ebs.Volume").inputs
+    assert (inputs["type"], inputs["size"], inputs["encrypted"]) == ("gp3", 20, True)
+    assert inputs["tags"] == {
+        "Name": "mlflow-dev-data",
+        "mlflow-ami:role": "data",
+        "mlflow-ami:last-image": NEW,
+        "mlflow-ami:image-version": "20261122T101500Z",
+        "mlflow-ami:mlflow-version": "3.17.2",
+        "mlflow-ami:migration-head": "dc11669786a5",
+        "mlflow-ami:migration-count": "67",
+        "mlflow-ami:postgresql-major": "15",
+    }
+
+
+def where(found: Run) -> tuple[str, str]:
+    """Zone of the data volume, subnet of the instance."""
+    return found.one("ebs.Volume").inputs["availabilityZone"], found.one("ec2.Instance").inputs["subnetId"]
+
+
+@pytest.mark.parametrize(
+    ("there", "config", "zone"),
+    [
+        (Account(), {}, "eu-central-1a"),
+        (Account(), {"availabilityZone": "eu-central-1c"}, "eu-central-1c"),
+        (Account(), {"instanceType": "p5.huge"}, "eu-central-1b"),
+        (Account(volumes=data_volume(zone="eu-central-1c")), {}, "eu-central-1c"),
+        (Account(volumes=data_volume(), zones=("eu-central-1b", "eu-central-1c")), {}, "eu-central-1a"),
+    ],
+    ids=["first", "asked for", "that has the type", "of the volume", "of the volume, though AWS lists it no more"],
+)
+def test_server_and_data_volume_are_in_one_zone_and_stay_there(
+    there: Account, config: dict[str, Any], zone: str
+) -> None:
+    found = run(there, **config)
+    assert found.refusal == ""
+    assert where(found) == (zone, f"public-{zone}-id")
+    zones = {each.inputs["availabilityZone"] for each in found.of_type("ec2.Subnet")}
+    assert len(zones) == 2 and zone in zones
+
+
+def test_a_zones_subnet_is_the_same_whatever_other_zones_there_are() -> None:
+    def block(zones: tuple[str, ...]) -> str:
+        found = run(Account(volumes=data_volume(zone="eu-central-1b"), zones=zones))
+        return str(found.one("ec2.Subnet", "public-eu-central-1b").inputs["cidrBlock"])
+
+    assert block(("eu-central-1b", "eu-central-1c")) == block(("eu-central-1a", "eu-central-1b"))
+
+
+def test_the_instance(stack: Run) -> None:
+    inputs = stack.one("ec2.Instance").inputs
+    assert inputs["ami"] == NEW
+    assert inputs["instanceType"] == "t3.small"
+    assert inputs["vpcSecurityGroupIds"] == ["server-id"]
+    assert inputs["iamInstanceProfile"] == "server-profile-1a2b3c4"
+    assert inputs["userDataReplaceOnChange"] is True
+    assert inputs["metadataOptions"] == {
+        "httpEndpoint": "enabled",
+        "httpTokens": "required",
+        "httpPutResponseHopLimit": 1,
+        "instanceMetadataTags": "disabled",
+    }
+    assert inputs["rootBlockDevice"] == {
+        "volumeType": "gp3",
+        "volumeSize": 10,
+        "encrypted": True,
+        "deleteOnTermination": True,
+    }
+    assert "keyName" not in inputs
+
+
+def needed_for(found: Run, resource: Registration) -> set[tuple[str, str]]:
+    """Type and name of all that a resource waits for, however far."""
+    by_urn = {each.urn: each for each in found.registered}
+    seen: set[str] = set()
+    waiting = [resource.urn]
+    while waiting:
+        urn = waiting.pop()
+        if urn not in seen:
+            seen.add(urn)
+            waiting += list(by_urn[urn].dependencies)
+    return {(by_urn[urn].type.split(":")[-1], by_urn[urn].name) for urn in seen - {resource.urn}}
+
+
+def test_the_instance_boots_into_a_finished_world(stack: Run) -> None:
+    """Whatever is missing when it boots, it would only find out by failing."""
+    there = needed_for(stack, stack.one("ec2.Instance"))
+    assert there >= {
+        ("Route", "internet"),
+        ("RouteTableAssociation", "public-eu-central-1a"),
+        ("VpcEndpoint", "s3"),
+        ("SecurityGroupIngressRule", "http-80-203.0.113.7/32"),
+        ("SecurityGroupEgressRule", "anywhere"),
+        ("RolePolicy", "server"),
+        ("Parameter", "credentials"),
+        ("Volume", "data"),
+        ("Eip", "server"),
+        *((kind, name) for kind in BUCKET_PARTS for name in ("mlflow-artifacts", "mlflow-models", "mlflow-backups")),
+    }
+
+
+BUCKET_PARTS = (
+    "Bucket",
+    "BucketVersioning",
+    "BucketServerSideEncryptionConfiguration",
+    "BucketPublicAccessBlock",
+    "BucketOwnershipControls",
+    "BucketLifecycleConfiguration",
+    "BucketPolicy",
+)
+
+
+def test_attachment_and_address_follow_the_instance(stack: Run) -> None:
+    instance = stack.one("ec2.Instance")
+    attachment, association = stack.one("ec2.VolumeAttachment"), stack.one("ec2.EipAssociation")
+    assert attachment.inputs == {
+        "instanceId": "i-0123456789abcdef0",
+        "volumeId": VOLUME,
+        "deviceName": "/dev/sdf",
+        "stopInstanceBeforeDetaching": True,
+    }
+    assert association.inputs == {"instanceId": "i-0123456789abcdef0", "allocationId": "server-id"}
+    assert instance.urn in attachment.dependencies & association.dependencies
+    assert "instance" not in stack.one("ec2.Eip").inputs
+
+
+def test_a_name_is_written_only_into_a_hosted_zone() -> None:
+    assert run(domainName="mlflow.example.com").of_type("route53.Record") == []
+    found = run(Account(hosted_zones={"Z0": "example.com."}), domainName="mlflow.example.com", hostedZoneId="Z0").one(
+        "route53.Record"
+    )
+    assert found.inputs == {
+        "zoneId": "Z0",
+        "name": "mlflow.example.com",
+        "type": "A",
+        "ttl": 300,
+        "records": ["52.1.2.3"],
+    }
+
+
+def test_nothing_of_the_stack_is_deprecated_in_the_provider(stack: Run) -> None:
+    """Types and arguments, against what the installed pulumi-aws marks."""
+    for each in stack.registered:
+        if not each.type.startswith("aws:"):
+            continue
+        module, _, name = each.type.removeprefix("aws:").partition("/")
+        resource = getattr(getattr(aws, module), name.split(":")[1])
+        assert not getattr(resource, "__deprecated__", None), each.type
+        assert "warnings.warn" not in inspect.getsource(resource.__init__), each.type
+        for argument in each.inputs:
+            snake = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in argument)
+            found = inspect.getattr_static(resource, snake, None)
+            source = inspect.getsource(found.fget) if isinstance(found, property) and found.fget else ""
+            assert "@_utilities.deprecated" not in source, f"{each.type}.{snake}"
+
+
+def test_a_preview_of_a_new_stack_registers_what_an_up_does(stack: Run) -> None:
+    """At a first preview no id, address or name is known yet, and the program must get to its end all the same."""
+    previewed = run(preview=True)
+    assert previewed.refusal == ""
+    assert {each.urn for each in previewed.registered} == {each.urn for each in stack.registered}
+
+
+def test_two_runs_with_the_same_settings_ask_for_the_same(stack: Run) -> None:
+    again = run()
+    assert {each.urn: each.inputs for each in again.registered} == {each.urn: each.inputs for each in stack.registered}
+
+
+def test_another_image_changes_the_instance_and_the_record_and_nothing_else(stack: Run) -> None:
+    other = "ami-0000000000000009d"
+    image = Account().images[NEW]
+    found = run(Account(images={other: image}, volumes=data_volume()), amiId=other)
+    before = {each.urn: each.inputs for each in stack.registered}
+    changed = {
+        (each.name, key)
+        for each in found.registered
+        for key in each.inputs.keys() | before[each.urn].keys()
+        if each.inputs.get(key) != before[each.urn].get(key)
+    }
+    assert changed == {("server", "ami"), ("data", "tags")}

@@ -1,0 +1,77 @@
+"""Passwords and passphrases are marked secret on their way to AWS and are nowhere else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from google.protobuf import json_format
+from stack.program import SIGNATURE, Registration, Run, run
+
+GIVEN = "canary-Given-4711"
+GENERATED = ("generated-kek-passphrase", "generated-admin-password")
+
+
+@pytest.fixture(scope="module")
+def generated() -> Run:
+    return run()
+
+
+@pytest.fixture(scope="module")
+def given() -> Run:
+    return run(secrets={"adminPassword": GIVEN})
+
+
+def credentials(found: Run) -> tuple[Registration, dict[str, object]]:
+    parameter = found.one("ssm.Parameter")
+    return parameter, json.loads(parameter.inputs["value"])
+
+
+def test_both_secrets_are_generated_when_none_is_given(generated: Run) -> None:
+    parameter, content = credentials(generated)
+    assert parameter.inputs["name"] == "/mlflow-ami/dev/credentials"
+    assert parameter.inputs["type"] == "SecureString"
+    assert "insecureValue" not in parameter.inputs
+    assert content == {
+        "format": 1,
+        "kek_passphrase": "generated-kek-passphrase",
+        "users": {"admin": {"password": "generated-admin-password", "role": "admin"}},
+    }
+
+
+def test_a_given_password_is_used_and_none_is_generated(given: Run) -> None:
+    assert credentials(given)[1]["users"] == {"admin": {"password": GIVEN, "role": "admin"}}
+    assert [each.name for each in given.of_type("index.RandomPassword")] == ["kek-passphrase"]
+
+
+@pytest.mark.parametrize(("name", "length"), [("kek-passphrase", 48), ("admin-password", 24)])
+def test_generated_secrets_are_long_and_need_no_quoting(generated: Run, name: str, length: int) -> None:
+    """Letters and digits have 5.95 bits each, so 24 of them have 142; and no shell, URL or header minds them."""
+    inputs = generated.one("index.RandomPassword", name).inputs
+    assert inputs == {"length": length, "special": False}
+
+
+def test_generated_secrets_do_not_depend_on_anything_that_changes(generated: Run) -> None:
+    assert all(
+        "keepers" not in each.inputs and not each.dependencies for each in generated.of_type("index.RandomPassword")
+    )
+
+
+def test_the_value_is_marked_secret_and_nothing_else_holds_it(generated: Run, given: Run) -> None:
+    for found, canaries in ((generated, GENERATED), (given, (GIVEN, GENERATED[0]))):
+        parameter, _ = credentials(found)
+        assert "value" in parameter.secret
+        for each in found.registered:
+            wire = json.dumps(json_format.MessageToDict(each.request))
+            holds = [canary for canary in canaries if canary in wire]
+            assert not holds or each is parameter, f"{each.urn} holds {holds}"
+            assert not each.secret or each is parameter
+        assert not [canary for canary in canaries if canary in json.dumps(found.outputs)]
+        assert SIGNATURE not in json.dumps(found.outputs), "no output needs to be a secret"
+        assert not [text for _, text in found.log if any(canary in text for canary in canaries)]
+
+
+def test_the_user_data_names_the_parameter_and_holds_no_secret(given: Run) -> None:
+    text = given.one("ec2.Instance").inputs["userData"]
+    assert 'parameter = "/mlflow-ami/dev/credentials"' in text
+    assert not [word for word in ("password", "passphrase", GIVEN, *GENERATED) if word in text.lower()]

@@ -1,0 +1,140 @@
+"""User-data is a cloud-config with a launch document the machine accepts, and nothing it does not need."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import jinja2
+import pulumi
+import pytest
+import user_data
+import yaml
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from mlflow_host import launch
+from stack.program import ADDRESS, VOLUME, Run, run
+
+CONTENT: dict[str, Any] = {
+    "stack": {"name": "dev", "region": "eu-central-1"},
+    "buckets": {"artifacts": "aaa", "models": "mmm", "backups": "bbb"},
+    "credentials": {"parameter": "/mlflow-ami/dev/credentials"},
+    "data_volume": {"id": VOLUME},
+    "web": {"hostnames": [ADDRESS], "tls": "off"},
+    "mlflow": {"job_execution": False, "artifact_transfer": "direct"},
+    "backups": {"retention_days": 30},
+    "endpoints": {},
+}
+
+
+def read(text: str) -> launch.LaunchDocument:
+    """What cloud-init would write and the machine would read."""
+    assert text.startswith("#cloud-config\n")
+    config = yaml.safe_load(text)
+    assert list(config) == ["write_files"]
+    (file,) = config["write_files"]
+    assert (file["path"], file["owner"], file["permissions"]) == ("/etc/mlflow-host/launch.toml", "root:root", "0644")
+    return launch.parse(file["content"])
+
+
+def document(found: Run) -> launch.LaunchDocument:
+    return read(found.one("ec2.Instance").inputs["userData"])
+
+
+def test_the_machine_is_told_what_the_stack_made() -> None:
+    assert document(run()) == launch.LaunchDocument(
+        stack=launch.Stack("dev", "eu-central-1"),
+        buckets=launch.Buckets("mlflow-artifacts-1a2b3c4", "mlflow-models-1a2b3c4", "mlflow-backups-1a2b3c4"),
+        credentials=launch.Credentials("/mlflow-ami/dev/credentials"),
+        data_volume=launch.DataVolume(VOLUME),
+        web=launch.Web((ADDRESS,), "off"),
+        mlflow=launch.Mlflow(False, "direct"),
+        backups=launch.Backups(retention_days=30),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"domainName": "mlflow.example.com"}, {"web": {"hostnames": ("mlflow.example.com", ADDRESS)}}),
+        ({"jobExecution": "true"}, {"mlflow": {"job_execution": True}}),
+        ({"artifactTransfer": "proxied"}, {"mlflow": {"artifact_transfer": "proxied"}}),
+        ({"backupRetentionDays": "7"}, {"backups": {"retention_days": 7}}),
+        ({"s3Endpoint": "http://127.0.0.1:8333"}, {"endpoints": {"s3": "http://127.0.0.1:8333", "ssm": ""}}),
+        ({"ssmEndpoint": "https://vpce-1.example.com"}, {"endpoints": {"s3": "", "ssm": "https://vpce-1.example.com"}}),
+        ({"stack_name": "Prod_2.eu-x"}, {"stack": {"name": "Prod_2.eu-x"}}),
+    ],
+)
+def test_settings_reach_the_machine(config: dict[str, Any], expected: dict[str, dict[str, Any]]) -> None:
+    found = document(run(**config))
+    for table, values in expected.items():
+        for key, value in values.items():
+            assert getattr(getattr(found, table), key) == value
+
+
+def test_the_domain_is_in_the_url() -> None:
+    assert run(domainName="mlflow.example.com").outputs["url"] == "http://mlflow.example.com"
+
+
+def test_user_data_is_well_below_what_ec2_takes() -> None:
+    assert len(run(domainName=f"{'m' * 60}.{'x' * 60}.example.com").one("ec2.Instance").inputs["userData"]) < 4096
+
+
+def test_user_data_that_ec2_would_not_take_is_refused_without_printing_it() -> None:
+    content = copy.deepcopy(CONTENT)
+    content["web"]["hostnames"] = [f"host-{n}.example.com" for n in range(1000)]
+    with pytest.raises(pulumi.RunError) as refused:
+        user_data.render(content)
+    assert "bytes, more than the 16384 that EC2 takes" in str(refused.value)
+    assert len(str(refused.value)) < 200
+
+
+def test_the_limit_is_exact() -> None:
+    content = copy.deepcopy(CONTENT)
+    content["web"]["hostnames"] = [f"h{n}.example.com" for n in range(770)]
+    content["stack"]["name"] = "s"
+    room = user_data.LIMIT_BYTES - len(user_data.render(content).encode())
+    content["credentials"]["parameter"] += "p" * room
+    assert len(user_data.render(content).encode()) == user_data.LIMIT_BYTES
+    content["credentials"]["parameter"] += "p"
+    with pytest.raises(pulumi.RunError, match="16385 bytes"):
+        user_data.render(content)
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "problem"),
+    [
+        ("buckets", "models", "Models!", 'buckets.models is "Models!"'),
+        ("data_volume", "id", "vol-1", 'data_volume.id is "vol-1"'),
+        ("web", "hostnames", [], "must name at least one host"),
+        ("web", "tls", "none", 'web.tls is "none"'),
+    ],
+)
+def test_what_the_machine_would_refuse_is_refused_here(table: str, key: str, value: Any, problem: str) -> None:
+    content = copy.deepcopy(CONTENT)
+    content[table][key] = value
+    with pytest.raises(pulumi.RunError, match="The machine would refuse its launch document") as refused:
+        user_data.render(content)
+    assert problem in str(refused.value)
+
+
+def test_a_name_the_template_was_not_given_is_no_empty_string() -> None:
+    content = copy.deepcopy(CONTENT)
+    del content["stack"]["region"]
+    with pytest.raises((TypeError, jinja2.UndefinedError), match="ndefined"):
+        user_data.render(content)
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(st.text(max_size=200))
+def test_no_text_breaks_out_of_its_quotes(text: str) -> None:
+    """Whatever a value is, it is either refused, or read back as it was and as nothing more."""
+    content = copy.deepcopy(CONTENT)
+    content["endpoints"] = {"s3": text}
+    try:
+        found = read(user_data.render(content))
+    except pulumi.RunError as refused:
+        assert "endpoints.s3" in str(refused) or "launch document is not TOML" in str(refused)
+        return
+    assert launch.to_mapping(found)["endpoints"]["s3"] == text
