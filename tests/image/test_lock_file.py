@@ -53,7 +53,9 @@ def test_every_package_is_pinned_by_version_and_hash(path: Path) -> None:
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
 def test_lock_names_no_index_and_no_path(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert not re.search(r"://|^--|(^|\s)/\w|\bfile:", text, re.MULTILINE), "where a package comes from is no part of it"
+    assert not re.search(r"://|^--|(^|\s)/\w|\bfile:", text, re.MULTILINE), (
+        "where a package comes from is no part of it"
+    )
 
 
 @pytest.mark.parametrize("python", PYTHONS.values(), ids=PYTHONS.keys())
@@ -85,7 +87,9 @@ def test_another_release_is_locked_without_touching_the_lock_file(tmp_path: Path
 
 
 def test_release_that_does_not_exist_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(lock.LockError, match=r"requirements\.in cannot be resolved with mlflow==99\.1\.2: .*no version"):
+    with pytest.raises(
+        lock.LockError, match=r"requirements\.in cannot be resolved with mlflow==99\.1\.2: .*no version"
+    ):
         lock.resolve(PROVISIONING / "requirements.in", tmp_path / "x.lock", ("mlflow==99.1.2",))
     assert not (tmp_path / "x.lock").exists()
 

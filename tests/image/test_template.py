@@ -1,4 +1,4 @@
-"""The template and the provisioning beside it: typed, described, formatted, complete, and ignorant of where they run."""
+"""The template and the provisioning beside it: typed, described, formatted, complete, ignorant of where they run."""
 
 import re
 import shutil
@@ -87,7 +87,8 @@ def test_template_is_formatted() -> None:
 
 @pytest.mark.skipif(not shutil.which("packer"), reason="packer is not installed")
 @pytest.mark.parametrize(
-    "options", [[], ["--subnet", "subnet-1"], ["--unencrypted"], ["--kms-key", "alias/x"], ["--instance-type", "c7i.large"]]
+    "options",
+    [[], ["--subnet", "subnet-1"], ["--unencrypted"], ["--kms-key", "alias/x"], ["--instance-type", "c7i.large"]],
 )
 def test_packer_accepts_the_template_offline(options: list[str]) -> None:
     assert "accepts the template" in script("bake.py", "--validate", *options).stderr
