@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -27,14 +28,19 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from mlflow_host.bridge import Application, Message, Receive, Scope, Send, short_cut
 from mlflow_host.config import DATA, POSTGRESQL_SOCKETS, SERVER_SOCKETS, HostConfig
 
 APPLICATION = "mlflow.server.fastapi_app:app"
+FLASK_APPLICATION = "mlflow.server:app"
 
 KEEP_ALIVE_SECONDS = 300
 """Longer than nginx keeps an idle upstream connection, so that nginx never reuses one that is being closed."""
@@ -46,12 +52,7 @@ COLLECT_AFTER = (50_000, 50, 50)
 """Thresholds of the garbage collector. Python's own (700, 10, 10) cost searches in large experiments a third."""
 
 DEFAULT_THREADS = 16
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+"""Requests that one process works on at once, where the environment does not tell (MLFLOW_HOST_REQUEST_THREADS)."""
 
 
 class Refusal(Exception):
@@ -160,10 +161,12 @@ def serve(uds: Path) -> int:
         raise Refusal(f"{' and '.join(missing)} not set: start the unit mlflow-server@, or load mlflow.env first")
     os.environ.update(private_environment(public))
     gc.set_threshold(*COLLECT_AFTER)
-    application = load_application()
+    answer_searches_without_auth()
+    application, flask = load(APPLICATION), load(FLASK_APPLICATION)
     forbid_migrations()
     check_schema(public["MLFLOW_BACKEND_STORE_URI"])
     check_destination(public["MLFLOW_ARTIFACTS_DESTINATION"])
+    threads = Threads.split(int(os.environ.get("MLFLOW_HOST_REQUEST_THREADS", DEFAULT_THREADS)))
 
     import uvicorn
 
@@ -176,7 +179,7 @@ def serve(uds: Path) -> int:
 
     server = Announced(
         uvicorn.Config(
-            prepared(application, threads=int(os.environ.get("MLFLOW_HOST_REQUEST_THREADS", DEFAULT_THREADS))),
+            prepared(shortened(application, flask, threads), native_threads=threads.native),
             uds=str(uds),
             lifespan="on",
             ws="none",
@@ -192,15 +195,57 @@ def serve(uds: Path) -> int:
     return 0 if server.started else 1
 
 
-def load_application() -> Application:
-    module, name = APPLICATION.split(":")
+@dataclass(frozen=True)
+class Threads:
+    """How many requests of each kind one process works on at once.
+
+    A request holds at most two connections of a pool (log_batch does), so that pools of twice the sum are never waited
+    for: MLflow answers 400 when they are, and clients do not retry that.
+    """
+
+    requests: int
+    files: int
+    """Requests that may wait for S3."""
+    native: int
+    """Requests of MLflow's native ASGI routes."""
+
+    @classmethod
+    def split(cls, total: int) -> Threads:
+        files, native = max(2, total // 4), max(2, total // 8)
+        return cls(max(1, total - files - native), files, native)
+
+
+def load(target: str) -> Any:
+    """The object that "module:name" names. Raises Refusal."""
+    module, name = target.split(":")
     try:
-        application: Application = getattr(importlib.import_module(module), name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="starlette.middleware.wsgi is deprecated")
+            return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise Refusal(
-            f"the installed MLflow has no {APPLICATION} ({error}): bake the image with a release that has"
+            f"the installed MLflow has no {target} ({error}): bake the image with a release that has"
         ) from None
-    return application
+
+
+def answer_searches_without_auth() -> None:
+    """Have MLflow find at once, at each search, that its basic-auth application cannot be imported.
+
+    It asks at each search for what it may show, by importing that application. Without the packages of the extra
+    `auth` the import fails, and fails only after executing thousands of lines, which cost a search a third of its time.
+    """
+    if importlib.util.find_spec("flask_wtf") is None:
+        sys.modules["mlflow.server.auth"] = None  # type: ignore[assignment]  # the documented way to block an import
+
+
+def shortened(application: Application, flask: Any, threads: Threads) -> Application:
+    """`application`, with the requests that are Flask's handed to it without detours."""
+    return short_cut(
+        application,
+        flask,
+        requests=ThreadPoolExecutor(threads.requests, "request"),
+        files=ThreadPoolExecutor(threads.files, "file"),
+    )
 
 
 def forbid_migrations() -> None:
@@ -247,19 +292,15 @@ def check_destination(uri: str) -> None:
         ) from None
 
 
-def prepared(application: Application, *, threads: int) -> Application:
+def prepared(application: Application, *, native_threads: int) -> Application:
     """The application, which reports itself started only once it has answered a query, so that its caches are filled
-    and its connections open; what the interpreter holds by then is taken out of the garbage collector's sight.
-
-    `threads` bounds how many requests run at once. A request holds at most two connections of a pool (log_batch does),
-    so pools of twice that many are never waited for.
-    """
+    and its connections open; what the interpreter holds by then is taken out of the garbage collector's sight."""
 
     async def warm(send: Send, message: Message) -> None:
         if message["type"] == "lifespan.startup.complete":
             import anyio.to_thread
 
-            anyio.to_thread.current_default_thread_limiter().total_tokens = threads
+            anyio.to_thread.current_default_thread_limiter().total_tokens = native_threads
             status = await status_of(application, CHECK_QUERY)
             if status != 200:
                 message = {

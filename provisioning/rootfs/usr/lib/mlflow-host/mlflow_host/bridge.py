@@ -1,0 +1,141 @@
+"""The short way to MLflow's Flask application, for the requests that would end there anyway.
+
+MLflow's ASGI application mounts its Flask application (`mlflow.server:app`, which gunicorn and waitress serve on their
+own) below everything else: a request passes seven layers and some two hundred routes before a bridge of two tasks and
+a memory stream hands it to a thread. Here a request that none of the native routes matches goes to the thread at once.
+The Flask application checks hosts and origins and sets the security headers by itself, as it does under gunicorn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+WsgiApplication = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+WHOLE_BYTES = 2**20
+"""Answers known to be no longer than this are sent in one message."""
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    rest: Iterator[bytes] | None
+    """What comes after `body`, where the answer is long or of unknown length."""
+    close: Callable[[], None]
+
+
+def short_cut(application: Any, flask: WsgiApplication, *, requests: Executor, files: Executor) -> Application:
+    """`application` (Starlette), with what only its mount of `flask` would answer handed to `flask` at once, in the
+    threads of `requests` or, where it may wait for S3, of `files`."""
+    from starlette.routing import Match, Mount
+
+    native = [route for route in application.routes if not isinstance(route, Mount)]
+
+    @lru_cache(maxsize=4096)
+    def is_native(method: str, path: str) -> bool:
+        scope = {"type": "http", "method": method, "path": path, "root_path": "", "headers": []}
+        return any(route.matches(scope)[0] != Match.NONE for route in native)
+
+    async def shortened(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_native(scope["method"], scope["path"]):
+            await application(scope, receive, send)
+        else:
+            executor = files if "artifact" in scope["path"] else requests
+            await through_flask(flask, executor, scope, receive, send)
+
+    return shortened
+
+
+async def through_flask(flask: WsgiApplication, executor: Executor, scope: Scope, receive: Receive, send: Send) -> None:
+    loop = asyncio.get_running_loop()
+    message = await receive()
+    body = message.get("body", b"")
+    if message.get("more_body"):
+        parts = [body]
+        while message.get("more_body"):
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            parts.append(message.get("body", b""))
+        body = b"".join(parts)
+    answer = await loop.run_in_executor(executor, call, flask, environ(scope, body))
+    try:
+        await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+        await send({"type": "http.response.body", "body": answer.body, "more_body": answer.rest is not None})
+        if answer.rest is not None:
+            while chunk := await loop.run_in_executor(executor, next, answer.rest, b""):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+    finally:
+        if answer.rest is not None:
+            await loop.run_in_executor(executor, answer.close)
+
+
+def call(flask: WsgiApplication, variables: dict[str, Any]) -> Answer:
+    """Have the application answer; short answers are read to the end and closed."""
+    started: list[tuple[int, list[tuple[bytes, bytes]]]] = []
+
+    def start_response(status: str, headers: list[tuple[str, str]], error: Any = None) -> None:
+        encoded = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+        started[:] = [(int(status.split(" ", 1)[0]), encoded)]
+
+    chunks = flask(variables, start_response)
+    close: Callable[[], None] = getattr(chunks, "close", lambda: None)
+    try:
+        rest = iter(chunks)
+        first = next(rest, b"")  # applications may put off start_response until they are asked for a body
+        status, headers = started[0]
+        length = next((int(value) for name, value in headers if name == b"content-length"), None)
+        if length is not None and length <= WHOLE_BYTES:
+            body = b"".join([first, *rest])
+            close()
+            return Answer(status, headers, body, None, close)
+        return Answer(status, headers, first, (chunk for chunk in rest if chunk), close)
+    except BaseException:
+        close()
+        raise
+
+
+def environ(scope: Scope, body: bytes) -> dict[str, Any]:
+    """The WSGI variables of an HTTP scope (PEP 3333)."""
+    server = scope.get("server") or ("localhost", None)
+    variables: dict[str, Any] = {
+        "REQUEST_METHOD": scope["method"],
+        "SCRIPT_NAME": scope.get("root_path", "").encode().decode("latin-1"),
+        "PATH_INFO": scope["path"].encode().decode("latin-1"),
+        "QUERY_STRING": scope["query_string"].decode("latin-1"),
+        "SERVER_PROTOCOL": f"HTTP/{scope['http_version']}",
+        "SERVER_NAME": server[0],
+        "SERVER_PORT": str(server[1] or 80),
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": scope.get("scheme", "http"),
+        "wsgi.input": io.BytesIO(body),
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": True,
+        "wsgi.run_once": False,
+    }
+    if scope.get("client"):
+        variables["REMOTE_ADDR"] = scope["client"][0]
+    for raw, value in scope["headers"]:
+        name = raw.decode("latin-1").upper().replace("-", "_")
+        if name not in ("CONTENT_LENGTH", "CONTENT_TYPE"):
+            name = f"HTTP_{name}"
+        text = value.decode("latin-1")
+        variables[name] = f"{variables[name]},{text}" if name in variables else text
+    variables["CONTENT_LENGTH"] = str(len(body))
+    return variables
