@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from moto.backends import get_backend
 from moto.core.base_backend import BackendDict
+from moto.ssm.models import ParameterDict
 
 from local_cloud.state import LocalCloudError, Places, write_atomically
 
@@ -35,6 +36,15 @@ def _reduce_private_key(key: Any) -> tuple[Any, ...]:
 
 for _example in (rsa.generate_private_key(65537, 1024), ec.generate_private_key(ec.SECP256R1())):
     copyreg.pickle(type(_example), _reduce_private_key)
+
+
+def _reduce_parameters(parameters: ParameterDict) -> tuple[Any, ...]:
+    """A defaultdict is restored by calling its class with the default; this subclass wants other arguments."""
+    made_from = (parameters.account_id, parameters.region_name)
+    return ParameterDict, made_from, vars(parameters), None, iter(parameters.items())
+
+
+copyreg.pickle(ParameterDict, _reduce_parameters)
 
 
 def save(places: Places) -> None:
