@@ -119,7 +119,13 @@ def _parameter(document: LaunchDocument, name: str, say: Callable[[str], None], 
     # Imported here: this costs more than the rest of the boot package together, and nobody else needs it.
     import botocore.session
     from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        CredentialRetrievalError,
+        MetadataRetrievalError,
+        NoCredentialsError,
+    )
 
     os.environ["AWS_EC2_METADATA_V1_DISABLED"] = "true"
     give_up = time.monotonic() + patience
@@ -134,7 +140,7 @@ def _parameter(document: LaunchDocument, name: str, say: Callable[[str], None], 
                 config=Config(connect_timeout=3, read_timeout=10, retries={"mode": "standard", "max_attempts": 2}),
             )
             return str(client.get_parameter(Name=name, WithDecryption=True)["Parameter"]["Value"])
-        except NoCredentialsError:
+        except (NoCredentialsError, CredentialRetrievalError, MetadataRetrievalError):
             reason = "the instance has no role yet: give it the stack's instance profile"
         except ClientError as error:
             code = error.response["Error"]["Code"]
