@@ -29,12 +29,15 @@ def find_uv() -> str:
 def resolve(source: Path, destination: Path, constraints: tuple[str, ...] = (), upgrade: bool = True) -> None:
     """Resolve `source` for every Python the image may carry and write it with hashes to `destination`.
 
-    `constraints` are requirements that narrow the choice, as ``mlflow==3.12.0``. With `upgrade` everything becomes the
-    newest that fits, else what an existing `destination` names is kept where it fits. The file names no index and no
-    path of this machine, and comes out the same wherever it is made. LockError when nothing fits.
+    What a file beside `source` that ends in .exclude names is left out, whoever requires it. `constraints` are
+    requirements that narrow the choice, as ``mlflow==3.12.0``. With `upgrade` everything becomes the newest that fits,
+    else what an existing `destination` names is kept where it fits. The file names no index and no path of this
+    machine, and comes out the same wherever it is made. LockError when nothing fits.
     """
     with tempfile.TemporaryDirectory(prefix="mlflow-ami-lock-") as scratch:
         shutil.copy(source, scratch)
+        unwanted = source.with_suffix(".exclude")
+        excludes = ["--excludes", str(unwanted)] if unwanted.exists() else []
         Path(scratch, "constraints").write_text("".join(f"{line}\n" for line in constraints))
         if not upgrade and destination.exists():
             shutil.copyfile(destination, Path(scratch, "lock"))
@@ -42,7 +45,7 @@ def resolve(source: Path, destination: Path, constraints: tuple[str, ...] = (), 
             [
                 find_uv(), "pip", "compile", source.name, "--no-config",
                 "--output-file", "lock",
-                "--constraints", "constraints",
+                "--constraints", "constraints", *excludes,
                 "--universal", "--python-version", OLDEST_PYTHON,
                 "--only-binary", ":all:",
                 "--generate-hashes", "--no-emit-index-url", "--no-emit-find-links",

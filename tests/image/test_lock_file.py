@@ -72,6 +72,15 @@ def test_every_image_gets_everything_the_server_asks_for(python: str) -> None:
     assert chosen["mlflow"] == chosen["mlflow-skinny"] == chosen["mlflow-tracing"]
 
 
+def test_what_is_left_out_is_in_no_image() -> None:
+    """That the server does without is asserted at the bake, which starts it."""
+    text = (PROVISIONING / "requirements.exclude").read_text(encoding="utf-8")
+    left_out = {canonicalize_name(line) for line in text.splitlines() if line and not line.startswith("#")}
+    assert left_out
+    for python in PYTHONS.values():
+        assert not left_out & for_python(PROVISIONING / "requirements.lock", python).keys()
+
+
 def test_sqlalchemy_speaks_to_postgresql_through_psycopg2() -> None:
     assert "psycopg2-binary" in for_python(PROVISIONING / "requirements.lock", "3.12")
 
