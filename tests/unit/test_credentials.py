@@ -7,16 +7,22 @@ import hashlib
 import json
 import re
 import subprocess
+import threading
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import boto3
 import pytest
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials as BotocoreKeys
 from hypothesis import given
 from hypothesis import strategies as st
-from mlflow_host import credentials, launch
+from mlflow_host import aws, credentials, launch
 from mlflow_host.credentials import CredentialsError, User
 from mlflow_host.status import StepFailed
 from moto.server import ThreadedMotoServer
@@ -114,20 +120,67 @@ def test_password_file_has_a_line_per_user_and_nothing_in_clear() -> None:
 # ── Fetching ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def ssm(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """moto in place of SSM; returns its address."""
-    for name, value in {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+class Metadata(BaseHTTPRequestHandler):
+    """Stands in for the instance metadata service, version 2 only."""
+
+    role = True
+
+    def do_PUT(self) -> None:
+        self.answer(200, "token") if self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else self.answer(400, "")
+
+    def do_GET(self) -> None:
+        if self.headers["X-aws-ec2-metadata-token"] != "token":
+            self.answer(401, "")
+        elif not self.role:
+            self.answer(404, "")
+        elif self.path == "/latest/meta-data/iam/security-credentials/":
+            self.answer(200, "mlflow-role\n")
+        elif self.path == "/latest/meta-data/iam/security-credentials/mlflow-role":
+            self.answer(200, json.dumps({"AccessKeyId": "AKIA", "SecretAccessKey": "secret", "Token": "session"}))
+        else:
+            self.answer(404, "")
+
+    def answer(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+@pytest.fixture(autouse=True)
+def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Metadata]]:
+    class Own(Metadata):
+        pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Own)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(aws.role_keys, "__defaults__", (address,))
+    try:
+        yield Own
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[str]:
+    """moto in place of SSM; its address."""
     server = ThreadedMotoServer(port=0)
     server.start()
-    address = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
     try:
-        urllib.request.urlopen(f"{address}/moto-api/reset", data=b"").close()  # its store is the process's
-        yield address
+        yield f"http://127.0.0.1:{server.get_host_and_port()[1]}"
     finally:
         server.stop()
+
+
+@pytest.fixture
+def ssm(moto: str) -> str:
+    urllib.request.urlopen(f"{moto}/moto-api/reset", data=b"").close()
+    return moto
 
 
 def document(endpoint: str, parameter: str = "/mlflow-ami/dev/credentials") -> launch.LaunchDocument:
@@ -141,9 +194,14 @@ def document(endpoint: str, parameter: str = "/mlflow-ami/dev/credentials") -> l
     )
 
 
+def client(endpoint: str) -> Any:
+    return boto3.client(
+        "ssm", endpoint_url=endpoint, region_name="eu-central-1", aws_access_key_id="x", aws_secret_access_key="y"
+    )
+
+
 def put(endpoint: str, value: str) -> None:
-    client = boto3.client("ssm", endpoint_url=endpoint, region_name="eu-central-1")
-    client.put_parameter(Name="/mlflow-ami/dev/credentials", Value=value, Type="SecureString", Overwrite=True)
+    client(endpoint).put_parameter(Name="/mlflow-ami/dev/credentials", Value=value, Type="SecureString", Overwrite=True)
 
 
 def test_parameter_is_fetched_and_decrypted(ssm: str) -> None:
@@ -158,7 +216,7 @@ def test_parameter_that_comes_late_is_waited_for(ssm: str) -> None:
         said.append(message)
         put(ssm, json.dumps(GOOD))
 
-    assert credentials.fetch(document(ssm), say, patience=20).kek_passphrase
+    assert credentials.fetch(document(ssm), say, patience=60).kek_passphrase
     assert said == [
         "the parameter /mlflow-ami/dev/credentials does not exist in eu-central-1: create it, or correct its name; "
         "trying again"
@@ -179,19 +237,71 @@ def test_unusable_parameter_is_refused_without_its_content(ssm: str) -> None:
 
 
 def test_unreachable_service_is_named() -> None:
-    unreachable = document("http://127.0.0.1:9")
-    with pytest.raises(StepFailed, match=r"^http://127.0.0.1:9 cannot be reached \(EndpointConnectionError\)"), \
-            pytest.MonkeyPatch.context() as patch:  # fmt: skip
-        patch.setenv("AWS_ACCESS_KEY_ID", "x")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "y")
-        credentials.fetch(unreachable, print, patience=0)
+    with pytest.raises(StepFailed, match=r"^http://127.0.0.1:9 cannot be reached \(.*refused\): it needs a route"):
+        credentials.fetch(document("http://127.0.0.1:9"), print, patience=0)
 
 
-def test_machine_without_a_role_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+def test_machine_without_a_role_is_told_so(metadata: type[Metadata]) -> None:
+    metadata.role = False
     with pytest.raises(StepFailed, match="the instance has no role yet: give it the stack's instance profile"):
-        credentials.fetch(replace(document("http://127.0.0.1:9")), print, patience=0)
+        credentials.fetch(document("http://127.0.0.1:9"), print, patience=0)
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (
+            b'{"__type": "com.amazon.coral.service#AccessDeniedException", "Message": "not authorized"}',
+            "the instance's role may not read the parameter /p: allow it ssm:GetParameter and its key",
+        ),
+        (
+            b'{"__type": "ThrottlingException", "message": "Rate exceeded"}',
+            "SSM does not give the parameter /p (ThrottlingException: Rate exceeded)",
+        ),
+        (b"<html>", "SSM does not give the parameter /p (HTTP 400)"),
+    ],
+)
+def test_refusal_of_the_service_is_explained(body: bytes, sentence: str) -> None:
+    class Refusing(Metadata):
+        def do_POST(self) -> None:
+            self.answer(400, body.decode())
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        with pytest.raises(StepFailed) as failed:
+            credentials.fetch(document(f"http://127.0.0.1:{server.server_address[1]}", "/p"), print, patience=0)
+        assert str(failed.value) == f"{sentence} (tried for 0 s)"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_authority_is_written_where_clients_look(ssm: str) -> None:
+    for value in ("first", "second"):
+        aws.put_parameter(document(ssm), "/mlflow-ami/dev/authority", value, aws.role_keys())
+        found = client(ssm).get_parameter(Name="/mlflow-ami/dev/authority")["Parameter"]
+        assert (found["Value"], found["Type"]) == (value, "String")
+
+
+@given(
+    body=st.binary(max_size=200),
+    region=st.sampled_from(["eu-central-1", "us-gov-west-1"]),
+    address=st.sampled_from(["https://ssm.eu-central-1.amazonaws.com", "http://127.0.0.1:5000"]),
+    secret=st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=40),
+)
+def test_signature_is_the_one_botocore_makes(body: bytes, region: str, address: str, secret: str) -> None:
+    keys = aws.Keys("AKIAEXAMPLE", secret, "session/token==")
+    headers = {"Content-Type": "application/x-amz-json-1.1", "X-Amz-Target": "AmazonSSM.GetParameter"}
+    request = AWSRequest("POST", address + "/", data=body, headers=headers)
+    SigV4Auth(BotocoreKeys(keys.access, keys.secret, keys.token), "ssm", region).add_auth(request)
+    stamp = datetime.strptime(request.headers["X-Amz-Date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    ours = aws.signature(address, headers, body, region, "ssm", keys, stamp)
+    assert ours["Authorization"] == request.headers["Authorization"]
+
+
+def test_service_is_asked_where_aws_has_it() -> None:
+    own = document("")
+    assert aws.ssm_address(own) == "https://ssm.eu-central-1.amazonaws.com"
+    china = replace(own, stack=launch.Stack("dev", "cn-north-1"))
+    assert aws.ssm_address(china) == "https://ssm.cn-north-1.amazonaws.com.cn"

@@ -5,11 +5,9 @@ The authority and the certificates are on the data volume, so a client that trus
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import Any
 
-from mlflow_host import certificates, config, web
+from mlflow_host import aws, certificates, config, web
 from mlflow_host.config import HostConfig
 from mlflow_host.status import StepFailed, step
 
@@ -32,21 +30,10 @@ def main() -> None:
 def publish(host: HostConfig, authority: str, say: Callable[[str], None]) -> None:
     """Put the authority's certificate where clients of the stack look for it. A parameter that cannot be written does
     not keep the server from serving: the certificate is the same, and clients that have it need no other."""
-    import botocore.session
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    os.environ["AWS_EC2_METADATA_V1_DISABLED"] = "true"
     name = host.launch.web.authority_parameter
     try:
-        ssm: Any = botocore.session.Session().create_client(
-            "ssm",
-            region_name=host.launch.stack.region,
-            endpoint_url=host.launch.endpoints.ssm or None,
-            config=Config(connect_timeout=3, read_timeout=10, retries={"mode": "standard", "max_attempts": 3}),
-        )
-        ssm.put_parameter(Name=name, Value=authority, Type="String", Overwrite=True)
-    except (BotoCoreError, ClientError) as error:
+        aws.put_parameter(host.launch, name, authority, aws.role_keys())
+    except (aws.NoRole, aws.Unreachable, aws.Refused) as error:
         say(f"the authority could not be published as {name} ({error}); clients take it from the machine")
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mlflow_host import aws
 from mlflow_host.launch import LaunchDocument
 from mlflow_host.status import StepFailed
 
@@ -116,45 +117,26 @@ def fetch(document: LaunchDocument, say: Callable[[str], None], patience: float 
 
 
 def _parameter(document: LaunchDocument, name: str, say: Callable[[str], None], patience: float) -> str:
-    # Imported here: this costs more than the rest of the boot package together, and nobody else needs it.
-    import botocore.session
-    from botocore.config import Config
-    from botocore.exceptions import (
-        BotoCoreError,
-        ClientError,
-        CredentialRetrievalError,
-        MetadataRetrievalError,
-        NoCredentialsError,
-    )
-
-    os.environ["AWS_EC2_METADATA_V1_DISABLED"] = "true"
     give_up = time.monotonic() + patience
     pause = 0.1
     while True:
         try:
-            # A session remembers that it found no role, so each attempt has its own.
-            client: Any = botocore.session.Session().create_client(
-                "ssm",
-                region_name=document.stack.region,
-                endpoint_url=document.endpoints.ssm or None,
-                config=Config(connect_timeout=3, read_timeout=10, retries={"mode": "standard", "max_attempts": 2}),
-            )
-            return str(client.get_parameter(Name=name, WithDecryption=True)["Parameter"]["Value"])
-        except (NoCredentialsError, CredentialRetrievalError, MetadataRetrievalError):
+            return aws.get_parameter(document, name, aws.role_keys())
+        except aws.NoRole:
             reason = "the instance has no role yet: give it the stack's instance profile"
-        except ClientError as error:
-            code = error.response["Error"]["Code"]
-            if code == "ParameterNotFound":
+        except aws.Unreachable as error:
+            reason = (
+                f"{aws.ssm_address(document)} cannot be reached ({error}): it needs a route or an interface endpoint"
+            )
+        except aws.Refused as error:
+            if error.code == "ParameterNotFound":
                 reason = (
                     f"the parameter {name} does not exist in {document.stack.region}: create it, or correct its name"
                 )
-            elif code in ("AccessDeniedException", "AccessDenied"):
+            elif error.code in ("AccessDeniedException", "AccessDenied"):
                 reason = f"the instance's role may not read the parameter {name}: allow it ssm:GetParameter and its key"
             else:
-                reason = f"SSM refuses to give the parameter {name} ({code})"
-        except BotoCoreError as error:
-            where = document.endpoints.ssm or f"SSM in {document.stack.region}"
-            reason = f"{where} cannot be reached ({type(error).__name__}): it needs a route or an interface endpoint"
+                reason = f"SSM does not give the parameter {name} ({error})"
         if time.monotonic() + pause > give_up:
             raise StepFailed(f"{reason} (tried for {patience:.0f} s)")
         say(f"{reason}; trying again")
