@@ -11,6 +11,7 @@ from typing import Any
 import pulumi
 import pulumi_aws as aws
 import survey
+from credentials import Parameters
 from settings import Settings
 from storage import Storage
 
@@ -46,8 +47,8 @@ class Role:
     """What must be allowed before the machine boots."""
 
 
-def role(kept: Storage, secret: aws.ssm.Parameter, opts: pulumi.ResourceOptions) -> Role:
-    """The machine's role: its three buckets, its parameter, Session Manager."""
+def role(kept: Storage, parameters: Parameters, opts: pulumi.ResourceOptions) -> Role:
+    """The machine's role: its three buckets, its parameters, Session Manager."""
     machine = aws.iam.Role(
         "server",
         description="MLflow server: its own buckets and parameters, Session Manager",
@@ -64,16 +65,21 @@ def role(kept: Storage, secret: aws.ssm.Parameter, opts: pulumi.ResourceOptions)
     policy = aws.iam.RolePolicy(
         "server",
         role=machine.name,
-        policy=pulumi.Output.json_dumps(machine_policy(kept, secret)),
+        policy=pulumi.Output.json_dumps(machine_policy(kept, parameters)),
         opts=opts,
     )
     profile = aws.iam.InstanceProfile("server", role=machine.name, opts=opts)
     return Role(profile, [policy])
 
 
-def machine_policy(kept: Storage, secret: aws.ssm.Parameter) -> dict[str, Any]:
+def machine_policy(kept: Storage, parameters: Parameters) -> dict[str, Any]:
     """What the machine may do. In the backups bucket a delete only hides an object: its versions stay out of reach."""
     buckets = [bucket.arn for bucket in kept.buckets.values()]
+    publish = [
+        {"Sid": "Authority", "Effect": "Allow", "Action": "ssm:PutParameter", "Resource": authority.arn}
+        for authority in [parameters.authority]
+        if authority
+    ]
     return {
         "Version": "2012-10-17",
         "Statement": [
@@ -84,14 +90,20 @@ def machine_policy(kept: Storage, secret: aws.ssm.Parameter) -> dict[str, Any]:
                 "Action": [*READ_AND_WRITE, *MULTIPART],
                 "Resource": [pulumi.Output.concat(arn, "/*") for arn in buckets],
             },
-            {"Sid": "Credentials", "Effect": "Allow", "Action": "ssm:GetParameter", "Resource": secret.arn},
+            {
+                "Sid": "Credentials",
+                "Effect": "Allow",
+                "Action": "ssm:GetParameter",
+                "Resource": parameters.credentials.arn,
+            },
+            *publish,
             {"Sid": "SessionManager", "Effect": "Allow", "Action": list(SESSION_MANAGER), "Resource": "*"},
         ],
     }
 
 
 def _parsed(text: str) -> Any:
-    """Lists and objects arrive from Pulumi as JSON, everything else as it was set."""
+    """Lists, objects, numbers and truth values arrive from Pulumi as JSON, text as it was set."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

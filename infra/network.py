@@ -89,7 +89,7 @@ def _security_group(
         opts=opts,
     )
     doors = [
-        *(("http", port, config.allowed_cidrs) for port in config.web_ports),
+        *(("http" if port == 80 else "https", port, config.allowed_cidrs) for port in config.web_ports),
         ("ssh", SSH, config.ssh_cidrs),
     ]
     rules: list[pulumi.Resource] = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pulumi
-import pulumi_aws as aws
+from credentials import Parameters
 from network import Network
 from server import Server
 from settings import ADMIN, Settings
@@ -16,7 +16,7 @@ def export(
     found: Survey,
     net: Network,
     kept: Storage,
-    secret: aws.ssm.Parameter,
+    parameters: Parameters,
     machine: Server,
 ) -> None:
     url = machine.hostnames.apply(lambda names: f"{config.scheme}://{names[0]}")
@@ -30,10 +30,14 @@ def export(
     pulumi.export("migrationHead", found.image.migration_head)
     pulumi.export("dataVolumeId", kept.volume.id)
     pulumi.export("buckets", {name: bucket.bucket for name, bucket in kept.buckets.items()})
-    pulumi.export("credentialsParameter", secret.name)
+    pulumi.export("credentialsParameter", parameters.credentials.name)
+    authority = parameters.authority.name if parameters.authority else ""
+    pulumi.export("authorityParameter", authority)
     pulumi.export(
         "clientEnvironment",
-        pulumi.Output.all(url, secret.name).apply(lambda known: client_environment(config.region, *known)),
+        pulumi.Output.all(url, parameters.credentials.name, authority).apply(
+            lambda known: client_environment(config, *known)
+        ),
     )
     pulumi.export("connect", f'eval "$(scripts/connect.py --stack {config.stack})"')
     pulumi.export(
@@ -42,14 +46,20 @@ def export(
     )
 
 
-def client_environment(region: str, url: str, parameter: str) -> str:
+def client_environment(config: Settings, url: str, credentials: str, authority: str) -> str:
     """The shell lines that point an MLflow client at the server; they fetch the password instead of holding it."""
-    fetch = f"aws ssm get-parameter --region {region} --name {parameter} --with-decryption"
+    fetch = f"aws ssm get-parameter --region {config.region} --query Parameter.Value --output text --name"
     pick = f"import json, sys; print(json.load(sys.stdin)['users']['{ADMIN}']['password'])"
-    return "\n".join(
-        [
-            f"export MLFLOW_TRACKING_URI={url}",
-            f"export MLFLOW_TRACKING_USERNAME={ADMIN}",
-            f'export MLFLOW_TRACKING_PASSWORD="$({fetch} --query Parameter.Value --output text | python3 -c "{pick}")"',
+    lines = [
+        f"export MLFLOW_TRACKING_URI={url}",
+        f"export MLFLOW_TRACKING_USERNAME={ADMIN}",
+        f'export MLFLOW_TRACKING_PASSWORD="$({fetch} {credentials} --with-decryption | python3 -c "{pick}")"',
+    ]
+    if authority:
+        certificate = f"${{XDG_CACHE_HOME:-$HOME/.cache}}/mlflow-ami-{config.stack}.pem"
+        lines += [
+            f'export MLFLOW_TRACKING_SERVER_CERT_PATH="{certificate}"',
+            'mkdir -p "${MLFLOW_TRACKING_SERVER_CERT_PATH%/*}"',
+            f'{fetch} {authority} > "$MLFLOW_TRACKING_SERVER_CERT_PATH"',
         ]
-    )
+    return "\n".join(lines)

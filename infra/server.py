@@ -8,6 +8,7 @@ import pulumi
 import pulumi_aws as aws
 import user_data
 from access import Role
+from credentials import Parameters
 from network import Network
 from settings import Settings
 from storage import Storage
@@ -30,7 +31,7 @@ def launch(
     found: Survey,
     net: Network,
     kept: Storage,
-    secret: aws.ssm.Parameter,
+    parameters: Parameters,
     role: Role,
     opts: pulumi.ResourceOptions,
 ) -> Server:
@@ -48,7 +49,7 @@ def launch(
         vpc_security_group_ids=[net.group.id],
         iam_instance_profile=role.profile.name,
         key_name=config.key_name or None,
-        user_data=user_data.written(config, hostnames, kept, secret),
+        user_data=user_data.written(config, hostnames, kept, parameters),
         user_data_replace_on_change=True,
         metadata_options={
             "http_endpoint": "enabled",
@@ -66,7 +67,7 @@ def launch(
         opts=_with(
             opts,
             delete_before_replace=True,
-            depends_on=[*net.ready, *kept.ready, *role.ready, secret],
+            depends_on=[*net.ready, *kept.ready, *role.ready, *parameters.ready],
         ),
     )
     aws.ec2.VolumeAttachment(

@@ -42,6 +42,8 @@ class Settings:
     root_volume_gib: int
     availability_zone: str
     domain_name: str
+    tls: str
+    """How the machine serves, in the launch document's words: off or private."""
     hosted_zone_id: str
     admin_password: str = field(repr=False)
     """A secret: whoever passes it on to Pulumi marks it as one."""
@@ -59,23 +61,17 @@ class Settings:
         return f"mlflow-{self.stack}"
 
     @property
-    def tls(self) -> str:
-        """How the machine serves, in the launch document's words."""
-        return "off"
-
-    @property
     def scheme(self) -> str:
         return "http" if self.tls == "off" else "https"
 
     @property
     def web_ports(self) -> tuple[int, ...]:
-        """The ports that allowedCidrs may reach. With TLS, 80 only redirects and answers the certificate authority."""
+        """The ports that allowedCidrs may reach. With TLS, 80 only redirects."""
         return (80,) if self.tls == "off" else (80, 443)
 
-    @property
-    def parameter_path(self) -> str:
-        """Where the stack's parameters live in Systems Manager."""
-        return f"/mlflow-ami/{self.stack}"
+    def parameter(self, name: str) -> str:
+        """Full name of one of the stack's parameters in Systems Manager."""
+        return f"/mlflow-ami/{self.stack}/{name}"
 
 
 @functools.cache
@@ -118,6 +114,7 @@ def read() -> tuple[Settings, list[str]]:
         root_volume_gib=take("rootVolumeGib", _between(4, 16384, "GiB")),
         availability_zone=take("availabilityZone", _matches(r"[a-z0-9-]+[a-z]", "is not a zone such as eu-central-1a")),
         domain_name=take("domainName", _domain),
+        tls=take("tls", _matches("off|private", "must be off or private")),
         hosted_zone_id=take("hostedZoneId", _matches(r"Z[A-Z0-9]{1,31}", "is not the ID of a hosted zone (Z…)")),
         admin_password=_password(project, mistakes),
         ssh_cidrs=take("sshCidrs", _networks),

@@ -9,8 +9,8 @@ from typing import Any
 
 import jinja2
 import pulumi
-import pulumi_aws as aws
 import yaml
+from credentials import Parameters
 from host import launch
 from settings import Settings
 from storage import Storage
@@ -25,19 +25,21 @@ SAMPLE = {
     "backups": "mlflow-backups-0000000",
     "volume": "vol-0123456789abcdef0",
     "parameter": "/mlflow-ami/stack/credentials",
+    "authority": "/mlflow-ami/stack/certificate-authority",
 }
 """Names of the form that AWS gives, for a look at the user-data before there are any."""
 
 
 def written(
-    config: Settings, hostnames: pulumi.Output[list[str]], kept: Storage, secret: aws.ssm.Parameter
+    config: Settings, hostnames: pulumi.Output[list[str]], kept: Storage, parameters: Parameters
 ) -> pulumi.Output[str]:
     """The stack's user-data, once AWS has named what it refers to."""
     named = pulumi.Output.all(
         hostnames=hostnames,
         **{name: bucket.bucket for name, bucket in kept.buckets.items()},
         volume=kept.volume.id,
-        parameter=secret.name,
+        authority=parameters.authority.name if parameters.authority else "",
+        parameter=parameters.credentials.name,
     )
     return named.apply(lambda names: render(document(config, names)))
 
@@ -59,7 +61,11 @@ def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
         "buckets": {bucket: names[bucket] for bucket in ("artifacts", "models", "backups")},
         "credentials": {"parameter": names["parameter"]},
         "data_volume": {"id": names["volume"]},
-        "web": {"hostnames": names["hostnames"], "tls": config.tls},
+        "web": {
+            "hostnames": names["hostnames"],
+            "tls": config.tls,
+            "authority_parameter": names["authority"],
+        },
         "mlflow": {"job_execution": config.job_execution, "artifact_transfer": config.artifact_transfer},
         "backups": {"retention_days": config.backup_retention_days},
         "endpoints": {service: address for service, address in endpoints.items() if address},

@@ -7,6 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 from stack.program import ADDRESS, NEW, VOLUME, run
 
 
@@ -29,29 +30,56 @@ def test_the_outputs() -> None:
             "backups": "mlflow-backups-1a2b3c4",
         },
         "credentialsParameter": "/mlflow-ami/dev/credentials",
+        "authorityParameter": "",
         "connect": 'eval "$(scripts/connect.py --stack dev)"',
         "shell": "aws ssm start-session --region eu-central-1 --target i-0123456789abcdef0",
     }
     assert lines.count("export ") == 3
 
 
-def test_the_client_lines_do_what_they_say_in_a_shell(tmp_path: Path) -> None:
-    """With an `aws` that answers as the real one does to exactly this call."""
-    password = "p'a\"s$s`w\\o r*d"
-    value = json.dumps({"format": 1, "users": {"admin": {"password": password, "role": "admin"}}})
-    (tmp_path / "value").write_text(value + "\n")
-    aws = tmp_path / "aws"
-    aws.write_text(
+PASSWORD = "p'a\"s$s`w\\o r*d"
+AUTHORITY = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+
+
+@pytest.fixture
+def aws(tmp_path: Path) -> Path:
+    """A folder with an `aws` that answers to the calls in the lines as the real one does, and to no others."""
+    credentials = json.dumps({"format": 1, "users": {"admin": {"password": PASSWORD, "role": "admin"}}})
+    (tmp_path / "credentials").write_text(credentials + "\n")
+    (tmp_path / "authority").write_text(AUTHORITY)
+    call = "ssm get-parameter --region eu-central-1 --query Parameter.Value --output text --name /mlflow-ami/dev"
+    (tmp_path / "aws").write_text(
         "#!/bin/sh\n"
-        '[ "$*" = "ssm get-parameter --region eu-central-1 --name /mlflow-ami/dev/credentials --with-decryption'
-        ' --query Parameter.Value --output text" ] || exit 9\n'
-        f"cat {tmp_path}/value\n"
+        'case "$*" in\n'
+        f"'{call}/credentials --with-decryption') cat {tmp_path}/credentials ;;\n"
+        f"'{call}/certificate-authority') cat {tmp_path}/authority ;;\n"
+        "*) exit 9 ;;\n"
+        "esac\n"
     )
-    aws.chmod(0o755)
-    script = run().outputs["clientEnvironment"] + "\nenv -0\n"
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    printed = subprocess.run(["sh", "-c", script], env={"PATH": path}, capture_output=True, text=True, check=True)
-    exported = dict(line.split("=", 1) for line in printed.stdout.split("\0") if line)
-    assert exported["MLFLOW_TRACKING_URI"] == f"http://{ADDRESS}"
-    assert exported["MLFLOW_TRACKING_USERNAME"] == "admin"
-    assert exported["MLFLOW_TRACKING_PASSWORD"] == password
+    (tmp_path / "aws").chmod(0o755)
+    return tmp_path
+
+
+def exported(lines: str, aws: Path) -> dict[str, str]:
+    """The MLflow variables after a shell has run the lines as they are."""
+    environment = {"PATH": f"{aws}:{os.environ['PATH']}", "HOME": str(aws / "home of a user")}
+    shell = ["sh", "-e", "-c", f"{lines}\nenv -0\n"]
+    printed = subprocess.run(shell, env=environment, capture_output=True, text=True, check=True).stdout
+    pairs = dict(line.split("=", 1) for line in printed.split("\0") if line)
+    return {name: value for name, value in pairs.items() if name.startswith("MLFLOW_")}
+
+
+def test_the_client_lines_do_what_they_say_in_a_shell(aws: Path) -> None:
+    assert exported(run().outputs["clientEnvironment"], aws) == {
+        "MLFLOW_TRACKING_URI": f"http://{ADDRESS}",
+        "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_PASSWORD": PASSWORD,
+    }
+
+
+def test_with_tls_they_fetch_what_the_client_verifies_the_server_by(aws: Path) -> None:
+    found = run(tls="private").outputs
+    assert found["authorityParameter"] == "/mlflow-ami/dev/certificate-authority"
+    variables = exported(found["clientEnvironment"], aws)
+    assert variables["MLFLOW_TRACKING_URI"] == f"https://{ADDRESS}"
+    assert Path(variables["MLFLOW_TRACKING_SERVER_CERT_PATH"]).read_text() == AUTHORITY

@@ -46,7 +46,7 @@ def test_only_what_must_give_way_is_deleted_first(stack: Run) -> None:
 def test_no_resource_hides_changes_but_the_credentials(stack: Run) -> None:
     """People are changed in the parameter itself; an `up` must not bring back who was removed there."""
     ignoring = {each.name: list(each.request.ignoreChanges) for each in stack.registered if each.request.ignoreChanges}
-    assert ignoring == {"credentials": ["value"]}
+    assert ignoring == {"credentials": ["value", "description", "tier", "keyId"]}
 
 
 def test_nothing_is_given_a_name_that_aws_must_not_have_twice(stack: Run) -> None:
@@ -118,6 +118,20 @@ def test_only_the_allowed_networks_reach_the_server_and_only_the_web_port(stack:
     (out,) = stack.of_type("vpc.SecurityGroupEgressRule")
     assert (out.inputs["ipProtocol"], out.inputs["cidrIpv4"]) == ("-1", "0.0.0.0/0")
     assert out.inputs["securityGroupId"] == "server-id"
+
+
+def test_with_tls_both_web_ports_are_open_to_the_same_networks() -> None:
+    assert rules(run(tls="private")) == {("tcp", 80, 80, "203.0.113.7/32"), ("tcp", 443, 443, "203.0.113.7/32")}
+
+
+def test_with_tls_there_is_a_parameter_for_the_authority_that_the_machine_writes(stack: Run) -> None:
+    found = run(tls="private")
+    parameter = found.one("ssm.Parameter", "certificate-authority")
+    assert parameter.inputs["name"] == "/mlflow-ami/dev/certificate-authority"
+    assert parameter.inputs["type"] == "String"
+    assert "value" in parameter.request.ignoreChanges
+    assert parameter.urn in found.one("ec2.Instance").dependencies
+    assert [each.name for each in stack.of_type("ssm.Parameter")] == ["credentials"]
 
 
 def test_ssh_only_from_where_it_was_asked_for() -> None:

@@ -23,7 +23,7 @@ def given() -> Run:
 
 
 def credentials(found: Run) -> tuple[Registration, dict[str, object]]:
-    parameter = found.one("ssm.Parameter")
+    parameter = found.one("ssm.Parameter", "credentials")
     return parameter, json.loads(parameter.inputs["value"])
 
 

@@ -88,6 +88,7 @@ def test_an_empty_list_of_networks_is_none() -> None:
         ({"keyName": " "}, None),
         ({"keyName": "clé"}, "is not the name of a key pair."),
         ({"artifactTransfer": "fast"}, "artifactTransfer: 'fast' must be direct or proxied."),
+        ({"tls": "acme"}, "tls: 'acme' must be off or private."),
         ({"jobExecution": "yes"}, "jobExecution: 'yes' must be true or false."),
         ({"jobExecution": "True"}, None),
         (
@@ -165,6 +166,7 @@ def test_the_whole_world_is_allowed_only_with_a_warning() -> None:
         "and passwords cross the network in clear."
     ]
     assert not [text for level, text in run().log if level == "WARNING"]
+    assert "clear" not in run(allowedCidrs='["0.0.0.0/0"]', tls="private").log[0][1]
 
 
 def test_a_network_named_twice_is_one_rule() -> None:
@@ -186,7 +188,7 @@ TEXT = st.one_of(
 )
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=100, deadline=None)
 @given(
     st.dictionaries(st.sampled_from(sorted(PROJECT["config"])), TEXT, max_size=6), st.text(max_size=60), st.booleans()
 )

@@ -21,7 +21,7 @@ CONTENT: dict[str, Any] = {
     "buckets": {"artifacts": "aaa", "models": "mmm", "backups": "bbb"},
     "credentials": {"parameter": "/mlflow-ami/dev/credentials"},
     "data_volume": {"id": VOLUME},
-    "web": {"hostnames": [ADDRESS], "tls": "off"},
+    "web": {"hostnames": [ADDRESS], "tls": "off", "authority_parameter": ""},
     "mlflow": {"job_execution": False, "artifact_transfer": "direct"},
     "backups": {"retention_days": 30},
     "endpoints": {},
@@ -58,6 +58,10 @@ def test_the_machine_is_told_what_the_stack_made() -> None:
     ("config", "expected"),
     [
         ({"domainName": "mlflow.example.com"}, {"web": {"hostnames": ("mlflow.example.com", ADDRESS)}}),
+        (
+            {"tls": "private"},
+            {"web": {"tls": "private", "authority_parameter": "/mlflow-ami/dev/certificate-authority"}},
+        ),
         ({"jobExecution": "true"}, {"mlflow": {"job_execution": True}}),
         ({"artifactTransfer": "proxied"}, {"mlflow": {"artifact_transfer": "proxied"}}),
         ({"backupRetentionDays": "7"}, {"backups": {"retention_days": 7}}),
@@ -73,8 +77,9 @@ def test_settings_reach_the_machine(config: dict[str, Any], expected: dict[str, 
             assert getattr(getattr(found, table), key) == value
 
 
-def test_the_domain_is_in_the_url() -> None:
+def test_the_url_is_what_clients_must_use() -> None:
     assert run(domainName="mlflow.example.com").outputs["url"] == "http://mlflow.example.com"
+    assert run(tls="private").outputs["url"] == f"https://{ADDRESS}"
 
 
 def test_user_data_is_well_below_what_ec2_takes() -> None:
@@ -126,7 +131,7 @@ def test_a_name_the_template_was_not_given_is_no_empty_string() -> None:
         user_data.render(content)
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=100, deadline=None)
 @given(st.text(max_size=200))
 def test_no_text_breaks_out_of_its_quotes(text: str) -> None:
     """Whatever a value is, it is either refused, or read back as it was and as nothing more."""
