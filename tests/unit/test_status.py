@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -82,6 +83,18 @@ def test_the_end_of_a_step_that_another_process_began_counts_from_its_beginning(
     status.finish("postgresql", "PostgreSQL 15 accepts connections", run)
     assert recorded(run, "postgresql")["state"] == "done"
     assert 7 <= float(str(recorded(run, "postgresql")["seconds"])) < 17
+
+
+def test_waiting_ends_when_the_step_is_done_and_not_before(run: Path) -> None:
+    waiting = threading.Thread(target=status.wait_until_done, args=("database", run, 0.01), daemon=True)
+    waiting.start()
+    for state in ("running", "failed", "running"):
+        status.Step("database", run).record(state)
+        waiting.join(0.2)
+        assert waiting.is_alive(), state
+    status.Step("database", run).record("done")
+    waiting.join(10)
+    assert not waiting.is_alive()
 
 
 def test_overall_state_follows_the_steps(run: Path) -> None:

@@ -37,7 +37,8 @@ from typing import Any
 from unittest import mock
 
 from mlflow_host.bridge import Application, Message, Receive, Scope, Send, short_cut
-from mlflow_host.config import DATA, POSTGRESQL_SOCKETS, SERVER_SOCKETS, HostConfig
+from mlflow_host.config import CONFIG, DATA, POSTGRESQL_SOCKETS, SERVER_SOCKETS, HostConfig
+from mlflow_host.status import wait_until_done
 
 APPLICATION = "mlflow.server.fastapi_app:app"
 FLASK_APPLICATION = "mlflow.server:app"
@@ -164,6 +165,8 @@ def serve(uds: Path) -> int:
     answer_searches_without_auth()
     application, flask = load(APPLICATION), load(FLASK_APPLICATION)
     forbid_migrations()
+    if CONFIG.exists():  # on a machine that boots: loading takes seconds in which the database step can do its work
+        wait_until_done("database")
     check_schema(public["MLFLOW_BACKEND_STORE_URI"])
     check_destination(public["MLFLOW_ARTIFACTS_DESTINATION"])
     threads = Threads.split(int(os.environ.get("MLFLOW_HOST_REQUEST_THREADS", DEFAULT_THREADS)))

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -103,6 +104,15 @@ def finish(name: str, message: str, run: Path = RUN) -> None:
         begun = json.loads((run / "status" / f"{name}.json").read_text())["started"]
         current.started = datetime.fromisoformat(begun)
     current.record("done", message)
+
+
+def wait_until_done(name: str, run: Path = RUN, pause: float = 0.05) -> None:
+    """Return once a step of this boot is done. One that has failed is waited for too: somebody may start it again."""
+    while True:
+        with suppress(OSError, ValueError):
+            if json.loads((run / "status" / f"{name}.json").read_text())["state"] == "done":
+                return
+        time.sleep(pause)
 
 
 def read(run: Path = RUN) -> dict[str, Any]:
