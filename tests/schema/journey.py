@@ -142,6 +142,8 @@ def differences(was: Any, found: Any, *, exact: bool, path: str = "") -> list[st
             for place, (one, other) in enumerate(zip(was, found, strict=True))
             for told in differences(one, other, exact=exact, path=f"{path}[{place}]")
         ]
-    if not exact and isinstance(was, str) and isinstance(found, str) and len(found) >= NARROWEST:
-        was = was[: len(found)]
+    if not exact and isinstance(was, str) and isinstance(found, str):
+        cut = min(len(was), len(found))
+        if cut >= NARROWEST:
+            was, found = was[:cut], found[:cut]
     return [] if was == found else [f"{path} was {str(was)[:120]!r} and is {str(found)[:120]!r}"]

@@ -1,0 +1,207 @@
+"""SIGKILL of the step or of PostgreSQL at random moments of upgrade, carry back, merge and flip: the database in
+service is the old one or the new one, whole, and the next start brings the same result as an undisturbed one.
+
+MLFLOW_AMI_KILLS sets how many (default 50; `make test` takes the few that are not marked slow), MLFLOW_AMI_SEED which.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from schema import step
+from schema.environments import image, releases
+from schema.journey import Journey, journey
+from schema.private_cluster import PrivateCluster, private_cluster, waits_for_server
+
+from mlflow_host.schema import record
+from mlflow_host.schema.catalog import BOOKKEEPING, head, read_catalog
+from mlflow_host.schema.cluster import WORK, Cluster, command, connection, databases, drop, rows, run, value
+from mlflow_host.schema.shapes import quoted
+
+OLDER, NEWER = releases()[-3], releases()[-2]
+"""3.16 and 3.17 at the time of writing: the pair whose migrations move the most data."""
+
+SEED = int(os.environ.get("MLFLOW_AMI_SEED") or random.randrange(1 << 32))
+KILLS = int(os.environ.get("MLFLOW_AMI_KILLS") or 50)
+FEW = 4
+
+OPERATIONS = {"upgrade": NEWER, "carry back": OLDER, "merge": NEWER}
+ROOT = Path(__file__).parents[2]
+
+Sums = dict[str, tuple[int, int]]
+
+
+@dataclass
+class Prepared:
+    """A cluster with one database (and what is kept beside it) per operation, put aside to start from again, and what
+    an undisturbed step makes of each."""
+
+    server: PrivateCluster
+    folder: Path
+    aside: dict[str, dict[str, str]]
+    """By operation: name under which the step expects a database → name under which it is put aside."""
+    outcome: dict[str, Sums]
+    lines: dict[str, list[float]]
+    """By operation: seconds after the start at which an undisturbed step said something, its end last."""
+
+    @property
+    def cluster(self) -> Cluster:
+        return self.server.cluster
+
+    def reset(self, operation: str) -> None:
+        live = self.cluster.database
+        for name in databases(self.cluster):
+            if name.startswith((WORK, f"{live}_kept_")) or name == live:
+                drop(self.cluster, name)
+        for name, aside in self.aside[operation].items():
+            command(self.cluster, "CREATE DATABASE {} OWNER mlflow TEMPLATE {}", name, aside)
+            with connection(self.cluster) as opened:
+                found = record.read(opened, aside)
+                assert found
+                record.write(opened, name, found)
+
+    def start(self, operation: str) -> subprocess.Popen[str]:
+        path = ":".join(str(ROOT / folder) for folder in ("tests", "provisioning/rootfs/usr/lib/mlflow-host"))
+        where = (self.cluster.host, self.cluster.user, str(self.folder / "reports"), OPERATIONS[operation])
+        return subprocess.Popen(
+            [sys.executable, str(step.__file__), *where],
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
+    folder = tmp_path_factory.mktemp("kills")
+    with private_cluster() as server, journey(server.cluster, folder) as way:
+        ready = Prepared(server, folder, {}, {}, {})
+        for operation, version in (("upgrade", OLDER), ("carry back", NEWER), ("merge", OLDER)):
+            assert way.stop(image(version)) == []
+            ready.aside[operation] = _put_aside(way, operation)
+        for operation in OPERATIONS:
+            ready.reset(operation)
+            ready.lines[operation] = _undisturbed(ready, operation)
+            ready.outcome[operation] = _sums(ready.cluster, ready.cluster.database)
+        yield ready
+
+
+def _put_aside(way: Journey, operation: str) -> dict[str, str]:
+    """Copies of the database in service and of those that wait, each with its record."""
+    cluster = way.cluster
+    with connection(cluster) as opened:
+        found = record.read(opened, cluster.database)
+    assert found
+    aside = {}
+    for number, name in enumerate((cluster.database, *(entry.database for entry in found.waiting))):
+        copy = f"aside_{operation.replace(' ', '_')}_{number}"
+        command(cluster, "CREATE DATABASE {} TEMPLATE {}", copy, name)
+        with connection(cluster) as opened:
+            content = record.read(opened, name)
+            assert content
+            record.write(opened, copy, content)
+        aside[name] = copy
+    return aside
+
+
+def _undisturbed(ready: Prepared, operation: str) -> list[float]:
+    started = time.monotonic()
+    process = ready.start(operation)
+    assert process.stdout
+    moments = [time.monotonic() - started for _ in process.stdout]
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    return moments
+
+
+def _sums(cluster: Cluster, database: str) -> Sums:
+    """Rows, and a sum over their content, of every table of MLflow's."""
+    with connection(cluster, database) as opened:
+        catalog = read_catalog(opened)
+        found = {}
+        for table in sorted(set(catalog.tables) - {BOOKKEEPING}):
+            columns = ", ".join(quoted(column.name) for column in catalog.stored(table))
+            query = f"SELECT count(*), coalesce(sum(hashtextextended(ROW({columns})::text, 0)), 0) FROM {quoted(table)}"
+            count, total = rows(opened, query)[0]
+            found[table] = (int(count), int(total))
+        return found
+
+
+def _cases(first: int, last: int) -> list[tuple[int, str, str]]:
+    chosen = random.Random(SEED)
+    everything = [(o, v) for v in ("step", "PostgreSQL") for o in OPERATIONS]
+    return [
+        (chosen.randrange(1 << 32), *everything[number % len(everything)] if number >= FEW else everything[number])
+        for number in range(last)
+    ][first:]
+
+
+def _kill_and_recover(ready: Prepared, seed: int, operation: str, victim: str) -> None:
+    chosen = random.Random(seed)
+    ready.reset(operation)
+    cluster, live = ready.cluster, ready.cluster.database
+    before = {name: _sums(cluster, name) for name in ready.aside[operation]}
+    moments = ready.lines[operation]
+    line = chosen.randrange(len(moments))
+    pause = chosen.uniform(0, (*moments, moments[-1] + 0.2)[line + 1] - moments[line])
+    process = ready.start(operation)
+    assert process.stdout
+    for _ in range(line + 1):
+        process.stdout.readline()
+    time.sleep(pause)
+    if victim == "step":
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    else:
+        ready.server.kill()  # the step must see that and end by itself
+        process.communicate(timeout=120)
+        ready.server.start()
+        waits_for_server(cluster)
+
+    where = f"seed {SEED}: {operation}, {victim} killed {pause:.2f} s after line {line}"
+    assert live in databases(cluster), where
+    with connection(cluster, live) as opened:
+        reached = head(opened) == image(OPERATIONS[operation]).head
+    now = _sums(cluster, live)
+    if reached:
+        assert now == ready.outcome[operation], where
+    else:
+        assert now == before[live], where
+    for name in set(ready.aside[operation]) - {live}:
+        assert _sums(cluster, name) == before[name], where
+
+    again = ready.start(operation)
+    _, said = again.communicate(timeout=300)
+    assert again.returncode == 0, f"{where}: {said}"
+    assert _sums(cluster, live) == ready.outcome[operation], where
+    left_over = [name for name in databases(cluster) if name.startswith(WORK)]
+    assert left_over == [], where
+    assert not list((ready.folder / "reports").glob("*.pending")), where
+    with connection(cluster, live) as opened:
+        settings = run(opened, "CREATE TABLE writable ()") and value(opened, "SHOW default_transaction_read_only")
+        assert settings == "off", where
+        opened.rollback()
+
+
+@pytest.mark.parametrize(("seed", "operation", "victim"), _cases(0, FEW))
+def test_a_kill_loses_nothing_and_the_next_start_finishes(
+    prepared: Prepared, seed: int, operation: str, victim: str
+) -> None:
+    _kill_and_recover(prepared, seed, operation, victim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "operation", "victim"), _cases(FEW, KILLS))
+def test_many_kills_lose_nothing(prepared: Prepared, seed: int, operation: str, victim: str) -> None:
+    _kill_and_recover(prepared, seed, operation, victim)
