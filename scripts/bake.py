@@ -439,9 +439,10 @@ def temporary_groups(log: Path) -> list[str]:
 
 
 def prune_builds() -> None:
-    """Keeps the files of the last few bakes."""
+    """Keeps the files of the last few bakes, and of any that may still be running."""
     for old in sorted(path for path in BUILDS.iterdir() if path.is_dir())[:-KEPT_BUILDS]:
-        shutil.rmtree(old, ignore_errors=True)
+        if time.time() - old.stat().st_mtime > 86_400:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 # ── The image ───────────────────────────────────────────────────────────────────────────────────────────────────────
