@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from local_cloud.file_systems import delete_tree
 from local_cloud.state import LocalCloudError, Places
 
 PACKAGES = (
@@ -107,15 +108,14 @@ system_info:
 """
 
 
-def build(places: Places, base: Base, tell: Callable[[str], None]) -> str:
-    """Makes the base's file system as a new layer and returns the layer's name.
+def build(places: Places, base: Base, tell: Callable[[str], None]) -> Path:
+    """Makes the base's file system, ready to become a layer, and returns its folder.
 
     Raises LocalCloudError with mmdebstrap's last words; nothing stays behind then.
     """
     if shutil.which("mmdebstrap") is None:
         raise LocalCloudError("mmdebstrap is not installed: apt-get install mmdebstrap")
-    layer = f"{base.name}-{uuid.uuid4().hex[:8]}"
-    target = places.layers / f".making-{layer}"
+    target = places.making / f"{base.name}-{uuid.uuid4().hex[:8]}"
     log_path = places.root / f"mmdebstrap-{base.name}.log"
     tell(f"making the {base.name} source image with mmdebstrap (about a minute; log in {log_path})")
     started = time.monotonic()
@@ -127,12 +127,11 @@ def build(places: Places, base: Base, tell: Callable[[str], None]) -> str:
             raise LocalCloudError(f"mmdebstrap could not make {base.name}: {tail} (see {log_path})")
         finish(target)
         target.chmod(0o755)
-        target.rename(places.layers / layer)
     except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
+        delete_tree(target)
         raise
     tell(f"made the {base.name} source image in {time.monotonic() - started:.0f} s")
-    return layer
+    return target
 
 
 def _command(base: Base, target: Path) -> list[str]:

@@ -132,12 +132,12 @@ class LocalCloud:
             if image["Name"] == chosen.ami_name:
                 return str(image["ImageId"])
         with self._locked():
-            layer = base_images.build(self.places, chosen, self.tell)
-            return self.register_source_image(chosen.ami_name, chosen.description, [layer])
+            made = base_images.build(self.places, chosen, self.tell)
+            return self.register_source_image(chosen.ami_name, chosen.description, made)
 
-    def register_source_image(self, name: str, description: str, layers: Sequence[str]) -> str:
-        """Registers folders in `places.layers`, newest first, as a public image of Canonical's account; its AMI."""
-        return str(self._order("register", name=name, description=description, layers=list(layers)))
+    def register_source_image(self, name: str, description: str, made: Path) -> str:
+        """Turns a folder in `places.making` into a public image of Canonical's account; returns its AMI."""
+        return str(self._order("register", name=name, description=description, made=str(made)))
 
     def down(self) -> None:
         """Stops machines, daemon and object store; what they hold stays, and `up` brings it back. Idempotent."""
@@ -164,10 +164,10 @@ class LocalCloud:
                 self._end_daemon()
                 self._sweep(allotment)
                 object_store.stop(self.places)
-            shutil.rmtree(allotment.run_dir, ignore_errors=True)
+            file_systems.delete_tree(allotment.run_dir)
             give_number_back(self.places, allotment.number)
         if self.places.root.exists() and (allotment is not None or not any(self.places.root.iterdir())):
-            shutil.rmtree(self.places.root)
+            file_systems.delete_tree(self.places.root)
 
     def status(self) -> dict[str, Any]:
         """What runs and what is kept."""

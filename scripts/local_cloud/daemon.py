@@ -38,6 +38,7 @@ from werkzeug.serving import BaseWSGIServer, make_server
 
 from local_cloud import ec2, file_systems, machines, namespaces, records, volumes
 from local_cloud.ec2 import EmbodiedEC2
+from local_cloud.forward import raise_file_limit
 from local_cloud.instance_facts import describe
 from local_cloud.machines import Disk, Machine, Podman, Size
 from local_cloud.metadata import ADDRESS, Metadata, MetadataService
@@ -65,8 +66,9 @@ class Daemon:
         self.published: dict[str, tuple[Any, ...]] = {}
         self.publishing = threading.Lock()
         self.roles = Roles(places, allotment)
-        self.forwarder = self._start_forwarder()
         self.stopping = threading.Event()
+        self.forwarder: socket.socket
+        threading.Thread(target=self._mind_forwarder, args=(self._start_forwarder(),), daemon=True).start()
         self.app = DomainDispatcherApplication(create_backend_app)
         ec2.install(self, self.free_address)
 
@@ -128,21 +130,21 @@ class Daemon:
             case "ping":
                 return os.getpid()
             case "register":
-                return self.register(order["name"], order["description"], order["layers"])
+                return self.register(order["name"], order["description"], Path(order["made"]))
             case "down":
                 return self.power_off()
             case "status":
                 return self.status()
         raise LocalCloudError(f"unknown order {order['op']!r}")
 
-    def register(self, name: str, description: str, layers: list[str]) -> str:
-        """Registers a source image with a body made of `layers`; an image of that name is returned as it is."""
+    def register(self, name: str, description: str, made: Path) -> str:
+        """Registers a source image whose body is the folder `made`; an image of that name is returned as it is."""
         with self.api:
             for image in self.home().amis.values():
                 if image.name == name and image.owner_id == ec2.CANONICAL:
                     return str(image.id)
             image = self.home().register_source_image(name, description)
-            file_systems.record_image(self.places, image.ebs_snapshot.id, layers)
+            file_systems.record_image(self.places, image.ebs_snapshot.id, [file_systems.adopt(self.places, made)])
             records.save(self.places)
             return str(image.id)
 
@@ -193,6 +195,9 @@ class Daemon:
     def has_image(self, snapshot: str) -> bool:
         return file_systems.image_layers(self.places, snapshot) is not None
 
+    def make_root(self, instance: str, snapshot: str) -> None:
+        file_systems.create(self.places, instance, file_systems.image_layers(self.places, snapshot) or [])
+
     def settle(self, instance: str) -> None:
         self._spawn(self._settle, instance)
 
@@ -205,7 +210,7 @@ class Daemon:
     def forget_snapshot(self, snapshot: str) -> None:
         (self.places.images / f"{snapshot}.json").unlink(missing_ok=True)
         (self.places.snapshots / f"{snapshot}.img").unlink(missing_ok=True)
-        self._spawn(file_systems.sweep_layers, self.places)
+        self._spawn(self._sweep_layers)
 
     def make_volume(self, volume: str, gib: int, snapshot: str | None) -> None:
         volumes.create(self.places, volume, gib, snapshot)
@@ -261,7 +266,7 @@ class Daemon:
                     self._sync_disks(instance_id)
                     records.save(self.places)
             elif state in ("shutting-down", "terminated") and record is not None:
-                self._stop(instance_id, force=True)
+                self._stop(instance_id, force=False)
                 file_systems.delete(file_systems.RootFileSystem(self.places.machines / instance_id))
                 with self.api:
                     if state == "shutting-down":
@@ -269,8 +274,13 @@ class Daemon:
                         record.terminated_at = time.time()
                     self._sync_disks(instance_id)
                     records.save(self.places)
-                file_systems.sweep_layers(self.places)
+                self._sweep_layers()
         self.settle_network()
+
+    def _sweep_layers(self) -> None:
+        with self.api:
+            file_systems.discard_unused_layers(self.places)
+        file_systems.empty(self.places.trash)
 
     def _start(self, instance_id: str) -> None:
         try:
@@ -300,18 +310,12 @@ class Daemon:
     def _boot(self, instance_id: str) -> Machine:
         with self.api:
             record = self.find(instance_id)
-            image = record.ec2_backend.amis.get(record.image_id)
             hostname = record.private_dns_name.partition(".")[0]
             size = Size(*ec2.size_of(record.instance_type))
             private_address = record.private_ip
             disks = [Disk(v, volumes.attach(volumes.file_of(self.places, v))) for v in self._wanted_disks(record)]
         self.podman.remove(instance_id)
         root = file_systems.RootFileSystem(self.places.machines / instance_id)
-        if not root.record.exists():
-            layers = image and file_systems.image_layers(self.places, image.ebs_snapshot.id)
-            if not layers:
-                raise LocalCloudError(f"the image of {instance_id} is gone")
-            root = file_systems.create(self.places, instance_id, layers)
         mounted = file_systems.mount(self.places, root)
         return machines.boot(
             self.podman,
@@ -341,14 +345,15 @@ class Daemon:
         self.services[instance_id] = MetadataService(
             namespaces.listener(ADDRESS, 80, beyond), lambda: self.metadata(instance_id)
         )
+        with self.publishing:
+            self._open_inner_routes(instance_id, namespace)
+
+    def _open_inner_routes(self, instance_id: str, namespace: int) -> None:
         for port in (self.allotment.s3_port, self.allotment.api_port):
-            self._open_route(
-                f"{instance_id}-inner-{port}",
-                namespaces.listener("127.0.0.1", port, namespace),
-                None,
-                ("127.0.0.1", port),
-                None,
-            )
+            name = f"{instance_id}-inner-{port}"
+            listening = namespaces.listener("127.0.0.1", port, namespace)
+            self._open_route(name, listening, None, ("127.0.0.1", port), None)
+            self.published[name] = ()
 
     def metadata(self, instance_id: str) -> Metadata | None:
         with self.api:
@@ -386,12 +391,14 @@ class Daemon:
         with self._only_one(instance_id):
             root = file_systems.RootFileSystem(self.places.machines / instance_id)
             running = instance_id in self.machines
+            copied: Path | None = None
             if running and not reboot:
-                layers = file_systems.copy_live(self.places, root)
+                copied = file_systems.copy_live(self.places, root)
             else:
                 self._stop(instance_id, force=False)
-                layers = file_systems.freeze(self.places, root)
+                file_systems.freeze(self.places, root)
             with self.api:
+                layers = [file_systems.adopt(self.places, copied), *root.layers] if copied else root.layers
                 image = next(b.amis[image_id] for b in self.all_backends() if image_id in b.amis)
                 file_systems.record_image(self.places, image.ebs_snapshot.id, layers)
                 image.state = "available"
@@ -535,25 +542,39 @@ class Daemon:
     ) -> None:
         order = {"op": "open", "id": name, "cidrs": cidrs, "target": target, "keep_source": namespace is not None}
         descriptors = [listening.fileno()] + ([] if namespace is None else [namespace])
-        socket.send_fds(self.forwarder, [json.dumps(order).encode()], descriptors)
-        listening.close()
-        self.published.setdefault(name, ())
+        with listening, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # _mind_forwarder opens it again
+            socket.send_fds(self.forwarder, [json.dumps(order).encode()], descriptors)
 
     def _close_route(self, name: str) -> None:
         self.published.pop(name, None)
-        self.forwarder.send(json.dumps({"op": "close", "id": name}).encode())
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.forwarder.send(json.dumps({"op": "close", "id": name}).encode())
 
-    def _start_forwarder(self) -> socket.socket:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        subprocess.Popen(
-            [sys.executable, "-m", "local_cloud.forward", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            cwd=Path(__file__).parent.parent,
-            start_new_session=True,
-        )
-        theirs.close()
-        return ours
+    def _start_forwarder(self) -> subprocess.Popen[bytes]:
+        self.forwarder, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            return subprocess.Popen(
+                [sys.executable, "-m", "local_cloud.forward", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                cwd=Path(__file__).parent.parent,
+                start_new_session=True,
+            )
+
+    def _mind_forwarder(self, process: subprocess.Popen[bytes]) -> None:
+        """Starts the forwarder again should it die, with every route it had; connections it carried are lost."""
+        while True:
+            status = process.wait()
+            if self.stopping.is_set():
+                return
+            print(f"the forwarder ended with status {status}; starting it again", file=sys.stderr, flush=True)
+            with self.api, self.publishing:
+                self.forwarder.close()
+                process = self._start_forwarder()
+                self.published.clear()
+                for instance_id, machine in self.machines.items():
+                    self._open_inner_routes(instance_id, machine.namespace)
+            self.settle_network()
 
     # Start, end and passing of time
 
@@ -572,9 +593,8 @@ class Daemon:
         for folder in self.places.machines.iterdir():
             if folder.name not in known:
                 file_systems.delete(file_systems.RootFileSystem(folder))
-        for partial in self.places.layers.glob(".making-*"):
-            subprocess.run(["rm", "-rf", str(partial)], check=False)
-        file_systems.sweep_layers(self.places)
+        file_systems.empty(self.places.making)
+        self._sweep_layers()
         for instance_id, record in known.items():
             if record.state in ("pending", "running", "stopping", "shutting-down"):
                 self.settle(instance_id)
@@ -668,6 +688,7 @@ def main() -> None:
     if allotment is None:
         raise SystemExit(f"no local cloud in {places.root}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise_file_limit()
     daemon = Daemon(places, allotment)
     try:
         daemon.restore()

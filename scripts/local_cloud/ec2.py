@@ -50,6 +50,7 @@ class Bodies(Protocol):
     """What stands behind the records."""
 
     def has_image(self, snapshot: str) -> bool: ...
+    def make_root(self, instance: str, snapshot: str) -> None: ...
     def settle(self, instance: str) -> None: ...
     def reboot(self, instance: str) -> None: ...
     def make_image(self, image: str, instance: str, *, reboot: bool) -> None: ...
@@ -97,6 +98,10 @@ class EmbodiedEC2(EC2Backend):
             raise InvalidAMIIdError([image_id])
         if image.state != "available":
             raise EC2ClientError("InvalidAMIID.Unavailable", f"The image '{image_id}' is {image.state}")
+        if image_asks_for_tokens(image):
+            kwargs["metadata_options"] = {"HttpTokens": "required", "HttpPutResponseHopLimit": 2} | (
+                kwargs.get("metadata_options") or {}
+            )
         wanted = kwargs.get("block_device_mappings") or []
         if all(mapping["DeviceName"] != image.root_device_name for mapping in wanted):
             root = {"VolumeSize": image.ebs_snapshot.volume.size, "VolumeType": "gp3", "DeleteOnTermination": True}
@@ -109,6 +114,7 @@ class EmbodiedEC2(EC2Backend):
                 if device != instance.root_device_name:
                     volume = self.volumes[block.volume_id]
                     bodies().make_volume(volume.id, volume.size, volume.snapshot_id)
+            bodies().make_root(instance.id, image.ebs_snapshot.id)
             bodies().settle(instance.id)
         return reservation
 
@@ -120,6 +126,7 @@ class EmbodiedEC2(EC2Backend):
             before = copy.copy(instance._state)
             if before.name == "stopped":
                 instance.start()
+                self._restore_elastic_addresses(instance)
                 instance.launch_time = utcnow()
                 set_state(instance, PENDING)
                 bodies().settle(instance.id)
@@ -171,7 +178,14 @@ class EmbodiedEC2(EC2Backend):
     def finish_stop(self, instance: Instance) -> None:
         """Records that the machine is off."""
         instance.stop()
+        self._restore_elastic_addresses(instance)
         setattr(instance, PULL_THE_PLUG, False)
+
+    def _restore_elastic_addresses(self, instance: Instance) -> None:
+        """An Elastic IP stays with a stopped instance, where moto drops every address."""
+        for address in self.addresses:
+            if address.eni and address.eni.instance is instance:
+                address.eni.public_ip = address.public_ip
 
     def finish_termination(self, instance: Instance) -> None:
         """Records that the machine is gone, with the volumes that go with it and the addresses it held."""
@@ -182,6 +196,17 @@ class EmbodiedEC2(EC2Backend):
         instance.terminate()
         if reason.code.startswith("Server."):
             instance.state_reason = reason
+
+    def modify_instance_security_groups(self, instance_id: str, new_group_id_list: list[str]) -> Instance:
+        instance = super().modify_instance_security_groups(instance_id, new_group_id_list)
+        instance.nics[0]._group_set = list(instance.security_groups)  # moto would go on counting the old ones
+        return instance
+
+    def modify_network_interface_attribute(self, eni_id: str, group_ids: list[str], *args: Any, **kwargs: Any) -> None:
+        super().modify_network_interface_attribute(eni_id, group_ids, *args, **kwargs)
+        interface = self.get_network_interface(eni_id)
+        if group_ids and interface.instance is not None and interface.device_index == 0:
+            interface.instance.security_groups = list(interface._group_set)
 
     # Images
 
@@ -289,6 +314,11 @@ class EmbodiedEC2(EC2Backend):
     def _is_root(self, volume: Any) -> bool:
         attachment = volume.attachment
         return attachment is not None and attachment.device == attachment.instance.root_device_name
+
+
+def image_asks_for_tokens(image: Ami) -> bool:
+    """Whether machines of an image are IMDSv2-only unless their launch says otherwise."""
+    return getattr(image, "imds_support", None) == "v2.0"
 
 
 def _require_state(instances: Iterable[Instance], allowed: set[str], participle: str) -> None:

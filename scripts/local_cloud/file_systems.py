@@ -7,7 +7,6 @@ image's newest layer and the machine goes on above it, so it takes no time and n
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import uuid
 from dataclasses import dataclass
@@ -101,34 +100,48 @@ def freeze(places: Places, root: RootFileSystem) -> list[str]:
     # The record first: a crash in between leaves a name without a folder, which `mount` completes.
     write_json(root.record, layers)
     (root.writable / "upper").rename(places.layers / name)
-    shutil.rmtree(root.writable, ignore_errors=True)
+    delete_tree(root.writable)
     return layers
 
 
-def copy_live(places: Places, root: RootFileSystem) -> list[str]:
-    """The stack with a copy of what a running machine wrote so far, as CreateImage does with NoReboot."""
-    name = uuid.uuid4().hex[:12]
+def copy_live(places: Places, root: RootFileSystem) -> Path:
+    """A copy of what a running machine wrote so far, for CreateImage with NoReboot; `adopt` makes it a layer."""
+    copied = places.making / uuid.uuid4().hex[:12]
     subprocess.run(
-        ["cp", "-a", "--reflink=auto", str(root.writable / "upper"), str(places.layers / name)],
-        check=True,
-        capture_output=True,
+        ["cp", "-a", "--reflink=auto", str(root.writable / "upper"), str(copied)], check=True, capture_output=True
     )
-    return [name, *root.layers]
+    return copied
+
+
+def adopt(places: Places, made: Path) -> str:
+    """Turns a folder in `places.making` into a layer; record it before anyone sweeps. Returns its name."""
+    made.rename(places.layers / made.name)
+    return made.name
 
 
 def delete(root: RootFileSystem) -> None:
     unmount(root)
-    shutil.rmtree(root.folder, ignore_errors=True)
+    delete_tree(root.folder)
 
 
-def sweep_layers(places: Places) -> None:
-    """Deletes layers that neither an image nor a machine uses."""
+def delete_tree(folder: Path) -> None:
+    """Deletes a folder, but nothing that is mounted below it."""
+    subprocess.run(["rm", "-rf", "--one-file-system", str(folder)], check=False, capture_output=True)
+
+
+def discard_unused_layers(places: Places) -> None:
+    """Moves layers that neither an image nor a machine uses to the trash, which takes no time."""
     used: set[str] = set()
     for record in [*places.images.glob("*.json"), *places.machines.glob("*/layers.json")]:
         used.update(json.loads(record.read_text()))
     for layer in places.layers.iterdir():
         if layer.name not in used:
-            shutil.rmtree(layer, ignore_errors=True)
+            layer.rename(places.trash / f"{layer.name}-{uuid.uuid4().hex[:8]}")
+
+
+def empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        delete_tree(entry)
 
 
 def _make_writable(root: RootFileSystem) -> None:

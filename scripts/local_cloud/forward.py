@@ -15,8 +15,10 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import resource
 import select
 import socket
+import struct
 import sys
 from dataclasses import dataclass, field
 
@@ -77,7 +79,7 @@ class Forwarder:
                     try:
                         self.serve(side, event)
                     except OSError:
-                        self.drop(side)
+                        self.abort(side)
 
     def obey(self) -> bool:
         """Handles one message; False when the daemon is gone."""
@@ -108,7 +110,7 @@ class Forwarder:
             if route.namespace is not None:
                 os.close(route.namespace)
             for side in [side for side in self.sides.values() if side.route == order["id"]]:
-                self.drop(side)
+                self.abort(side)
         return True
 
     def accept(self, identifier: str) -> None:
@@ -179,7 +181,7 @@ class Forwarder:
         assert other is not None
         if side.connecting:
             if side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self.drop(side)
+                self.abort(side)
                 return
             if not event & select.EPOLLOUT:
                 return
@@ -212,6 +214,13 @@ class Forwarder:
         self.watch(side)
         self.watch(other)
 
+    def abort(self, side: Side) -> None:
+        """Ends a connection with a reset on both sides, so that neither takes what it got for all there was."""
+        for end in (side, side.other):
+            if end is not None and end.sock.fileno() >= 0:
+                end.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        self.drop(side)
+
     def drop(self, side: Side) -> None:
         """Ends a connection on both sides."""
         for end in (side, side.other):
@@ -229,13 +238,24 @@ IP_BIND_ADDRESS_NO_PORT = 24
 """linux/in.h: pick the source port at connect, so that ports are shared between targets."""
 
 
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+"""struct linger: on, zero seconds."""
+
+
 def refuse(client: socket.socket) -> None:
     """Closes with a reset rather than a polite end, as nothing was ever connected."""
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     client.close()
 
 
+def raise_file_limit() -> None:
+    """As many open files as the host allows: each connection carried takes two."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main() -> None:
+    raise_file_limit()
     control = socket.socket(fileno=int(sys.argv[1]))
     Forwarder(control).run()
 

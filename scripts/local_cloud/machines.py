@@ -162,7 +162,7 @@ def disconnect(machine: Machine) -> None:
 
 
 def stop(podman: Podman, machine: Machine, *, force: bool = False) -> None:
-    """Shuts the machine down and waits; `force` pulls the plug: every process is killed at once, nothing is flushed."""
+    """Shuts the machine down and waits; `force` kills every process at once, as a crash would."""
     if force:
         podman.run("kill", "--signal", "KILL", machine.instance, check=False)
     podman.run("stop", "--time", str(STOP_SECONDS), "--ignore", machine.instance, timeout=STOP_SECONDS + 60)
@@ -215,16 +215,14 @@ def console_text(console: Path) -> str:
 def running_pid(pid_file: Path) -> int | None:
     """Process id of a machine's init, None when it does not run. Costs a thousandth of asking podman.
 
-    A machine's init is the first process of a pid namespace of its own, so an id that was given to some other process
-    since is told by its innermost number not being 1.
+    An id that was given to some other process since is told by that process's root file system not being the machine's.
     """
     try:
         pid = int(pid_file.read_text())
-        status = Path(f"/proc/{pid}/status").read_text()
+        mounts = Path(f"/proc/{pid}/mountinfo").read_text()
     except (OSError, ValueError):
         return None
-    numbers = re.search(r"^NSpid:(.*)$", status, re.MULTILINE)
-    return pid if numbers and len(numbers[1].split()) > 1 and numbers[1].split()[-1] == "1" else None
+    return pid if f"{pid_file.parent}/" in mounts else None
 
 
 def enter_command(pid: int, argv: Sequence[str]) -> list[str]:

@@ -59,6 +59,15 @@ class Places:
         return self.root / "layers"
 
     @property
+    def making(self) -> Path:
+        """Layers being made; what is found here at start was given up."""
+        return self.root / "making"
+
+    @property
+    def trash(self) -> Path:
+        return self.root / "trash"
+
+    @property
     def images(self) -> Path:
         return self.root / "images"
 
@@ -91,6 +100,8 @@ class Places:
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         for folder in (
             self.layers,
+            self.making,
+            self.trash,
             self.images,
             self.machines,
             self.volumes,

@@ -30,9 +30,9 @@ def other(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     other = LocalCloud(tmp_path_factory.mktemp("other"))
     other.up()
     layer = next(path for path in cloud.places.layers.iterdir() if path.name.startswith("debian12-"))
-    subprocess.run(["cp", "-al", str(layer), str(other.places.layers)], check=True)
+    subprocess.run(["cp", "-al", str(layer), str(other.places.making)], check=True)
     described = cloud.client("ec2").describe_images(ImageIds=[source])["Images"][0]
-    other.register_source_image(described["Name"], described["Description"], [layer.name])
+    other.register_source_image(described["Name"], described["Description"], other.places.making / layer.name)
     try:
         yield other
     finally:
