@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -151,8 +152,10 @@ def postgresql(folder: Path, settings: Mapping[str, str | int] | None = None) ->
 
 def create_schema(uri: str, python: str = sys.executable) -> None:
     """Have MLflow make its tables in an empty database, as the database step of the boot does."""
-    code = "import sys; from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as S; S(sys.argv[1], 'x:/')"
-    subprocess.run([python, "-W", "ignore", "-c", code, uri], check=True, stderr=subprocess.DEVNULL)
+    code = (
+        "from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as S; S(sys.argv[1], 'mlflow-artifacts:/')"
+    )
+    subprocess.run([python, "-W", "ignore", "-c", f"import sys; {code}", uri], check=True, stderr=subprocess.DEVNULL)
 
 
 @contextlib.contextmanager
@@ -176,6 +179,33 @@ def server_processes(
         for uds, running in zip(sockets, started, strict=True):
             wait_until(uds.exists, running, uds.with_suffix(".log"))
         yield sockets
+
+
+@contextlib.contextmanager
+def on_loopback(uds: Path) -> Iterator[str]:
+    """The URL of a Unix socket's server, for clients that know TCP only: bytes are passed both ways."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def copy(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                server = socket.socket(socket.AF_UNIX)
+                server.connect(str(uds))
+                for ends in ((client, server), (server, client)):
+                    threading.Thread(target=copy, args=ends, daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.close()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,385 @@
+"""The launcher tells MLflow what it has to know, refuses what it cannot serve, and changes no answer of MLflow's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from http.client import HTTPResponse
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow_host import config, launch, server, sizing
+from mlflow_host.server import Refusal, Threads
+from services import HOST_PACKAGE, ObjectStore, object_store, on_loopback, process, server_processes, wait_until
+
+DOCUMENT = """
+format = 1
+[stack]
+name = "mlflow-dev"
+region = "eu-central-1"
+[buckets]
+artifacts = "the-artifacts"
+models = "the-models"
+backups = "the-backups"
+[credentials]
+parameter = "/mlflow-ami/dev/credentials"
+[data_volume]
+id = "vol-0123456789abcdef0"
+[web]
+hostnames = ["mlflow.example.com", "52.1.2.3", "2001:db8::7"]
+"""
+
+
+def host_config(text: str = DOCUMENT) -> config.HostConfig:
+    return config.host_config(launch.parse(text), sizing.size(sizing.Machine(memory_mb=2048, cores=2)))
+
+
+# What a machine's processes are told
+
+
+def test_the_environment_names_what_this_machine_serves() -> None:
+    told = server.environment(host_config(), "a passphrase")
+    assert told["MLFLOW_BACKEND_STORE_URI"] == "postgresql+psycopg2:///mlflow?host=/run/postgresql"
+    assert told["MLFLOW_ARTIFACTS_DESTINATION"] == "mlflow-host://the-artifacts/the-models"
+    assert told["MLFLOW_CRYPTO_KEK_PASSPHRASE"] == "a passphrase"
+    assert told["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    assert told["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert told["AWS_DEFAULT_REGION"] == "eu-central-1"
+    assert told["TMPDIR"] == "/srv/mlflow/tmp"
+    assert not any(name.startswith("AWS_ENDPOINT") for name in told)
+
+
+def test_hosts_and_origins_are_those_of_the_stack_and_no_others() -> None:
+    told = server.environment(host_config(), "")
+    assert told["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",") == [
+        "mlflow.example.com",
+        "52.1.2.3",
+        "[2001:db8::7]",
+        "mlflow.example.com:80",
+        "52.1.2.3:80",
+        "[2001:db8::7]:80",
+        "localhost",
+    ]
+    assert told["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"] == (
+        "http://mlflow.example.com,http://52.1.2.3,http://[2001:db8::7]"
+    )
+
+
+def test_with_tls_only_encrypted_pages_are_an_origin() -> None:
+    told = server.environment(host_config(DOCUMENT + 'tls = "private"\n'), "")
+    assert "mlflow.example.com:443" in told["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    assert all(origin.startswith("https://") for origin in told["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"].split(","))
+
+
+def test_proxied_transfer_and_an_endpoint_of_one_s_own() -> None:
+    document = DOCUMENT + '[mlflow]\nartifact_transfer = "proxied"\n[endpoints]\ns3 = "http://s3.example.com:8333"\n'
+    told = server.environment(host_config(document), "")
+    assert told["MLFLOW_ARTIFACTS_DESTINATION"] == "mlflow-host-proxied://the-artifacts/the-models"
+    assert told["MLFLOW_S3_ENDPOINT_URL"] == told["AWS_ENDPOINT_URL_S3"] == "http://s3.example.com:8333"
+
+
+@pytest.mark.parametrize("total", range(4, 65))
+def test_the_pools_are_never_waited_for(total: int) -> None:
+    threads = Threads.split(total)
+    assert min(dataclasses.astuple(threads)) >= 1
+    assert sum(dataclasses.astuple(threads)) <= max(total, 5)
+
+
+# What the bake asserts
+
+
+def test_the_check_names_each_difference_to_mlflow_server() -> None:
+    ours = {"_MLFLOW_SGI_NAME": "uvicorn", "_MLFLOW_SERVER_BOOT_ID": "a", "_MLFLOW_SERVER_FILE_STORE": "x"}
+    server.compare_with_cli(["uvicorn", server.APPLICATION], {**ours, "_MLFLOW_SERVER_BOOT_ID": "b"}, ours)
+    theirs = {"_MLFLOW_SGI_NAME": "hypercorn", "_MLFLOW_SERVER_NEW": "1", "MLFLOW_PUBLIC": "2"}
+    with pytest.raises(Refusal) as refused:
+        server.compare_with_cli(["uvicorn", "mlflow.server.new:app"], theirs, ours)
+    assert str(refused.value) == (
+        "`mlflow server` differs from mlflow_host.server, which has to follow: "
+        "it runs mlflow.server.new:app, not mlflow.server.fastapi_app:app; "
+        "it sets _MLFLOW_SERVER_NEW = '1'; "
+        "it does not set _MLFLOW_SERVER_FILE_STORE; "
+        "it sets _MLFLOW_SGI_NAME = 'hypercorn', not 'uvicorn'"
+    )
+
+
+def test_the_installed_mlflow_passes_the_check() -> None:
+    checked = run_server("--check")
+    assert checked.returncode == 0, checked.stderr
+    assert json.loads(checked.stdout)["application"] == server.APPLICATION
+
+
+# What a process refuses
+
+
+def run_server(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(HOST_PACKAGE), **variables}
+    return subprocess.run(
+        [sys.executable, "-m", "mlflow_host.server", *arguments], env=environment, text=True, capture_output=True
+    )
+
+
+def settings(folder: Path) -> dict[str, str]:
+    return {
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db",
+        "MLFLOW_ARTIFACTS_DESTINATION": "mlflow-host://artifacts/models",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ALLOWED_HOSTS": "localhost,127.0.0.1:*",
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": "http://mlflow.example.com",
+    }
+
+
+def tables(database: Path) -> list[str]:
+    with sqlite3.connect(database) as connection:
+        return [row[0] for row in connection.execute("select name from sqlite_master where type = 'table'")]
+
+
+def test_an_empty_database_is_refused_and_stays_empty(tmp_path: Path) -> None:
+    sqlite3.connect(tmp_path / "mlflow.db").close()
+    refused = run_server("--socket", str(tmp_path / "socket"), **settings(tmp_path))
+    assert refused.returncode == 2
+    assert "the database is at migration None and MLflow" in refused.stderr
+    assert "restart mlflow-host-database" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert tables(tmp_path / "mlflow.db") == []
+
+
+def test_no_process_can_make_a_table() -> None:
+    code = """
+from mlflow_host import server
+server.forbid_migrations()
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+SqlAlchemyStore("sqlite:///:memory:", "x:/")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(HOST_PACKAGE)}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True)
+    assert "Refusal: this process does not create tables" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({}, "MLFLOW_BACKEND_STORE_URI and MLFLOW_ARTIFACTS_DESTINATION not set"),
+        ({"MLFLOW_BACKEND_STORE_URI": "postgresql+psycopg2:///mlflow?host=/nowhere"}, "the database does not answer"),
+        ({"MLFLOW_ARTIFACTS_DESTINATION": "mlflow-hots://a/m"}, "artifacts cannot be kept at mlflow-hots://a/m"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_sentence(
+    database: Path, tmp_path: Path, variables: dict[str, str], sentence: str
+) -> None:
+    others = settings(database.parent) if variables else {}
+    refused = run_server("--socket", str(tmp_path / "socket"), **{**others, **variables})
+    assert refused.returncode == 2
+    assert sentence in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+# What a process answers
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database in which MLflow has made its tables."""
+    from services import create_schema
+
+    folder = tmp_path_factory.mktemp("database")
+    create_schema(f"sqlite:///{folder}/mlflow.db")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    with object_store(tmp_path_factory.mktemp("object-store")) as running:
+        for bucket in ("artifacts", "models"):
+            running.client().create_bucket(Bucket=bucket)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def ours(database: Path, store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The socket of a process of the launcher."""
+    folder = tmp_path_factory.mktemp("ours")
+    with server_processes(folder, {**settings(database.parent), **store.environment}) as (uds,):
+        yield uds
+
+
+@pytest.fixture(scope="module")
+def plain(database: Path, store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The socket of the same application, run by uvicorn as it is."""
+    folder = tmp_path_factory.mktemp("plain")
+    public = settings(database.parent)
+    command = [sys.executable, "-m", "uvicorn", "--uds", str(folder / "socket"), server.APPLICATION]
+    variables = {"PYTHONPATH": str(HOST_PACKAGE), **public, **server.private_environment(public), **store.environment}
+    with process(command, folder / "log", env={**os.environ, **variables}) as running:
+        wait_until((folder / "socket").exists, running, folder / "log")
+        yield folder / "socket"
+
+
+def ask(
+    uds: Path, method: str, path: str, headers: Mapping[str, str], body: bytes
+) -> tuple[int, dict[str, str], bytes]:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(120)
+        connection.connect(str(uds))
+        lines = {"Host": "localhost", "Connection": "close", "Content-Length": str(len(body)), **headers}
+        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        connection.sendall(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + body)
+        response = HTTPResponse(connection, method=method)
+        response.begin()
+        found = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, found, response.read()
+
+
+API = "/api/2.0/mlflow"
+SAME = [
+    ("GET", f"{API}/experiments/get?experiment_id=0", {}, b""),
+    ("GET", f"{API}/experiments/get?experiment_id=12345", {}, b""),
+    ("GET", f"{API}/experiments/get-by-name?experiment_name=na%C3%AFve%20%2F%3F", {}, b""),
+    ("POST", f"{API}/runs/search", {}, b'{"experiment_ids": ["0"], "filter": "metrics.a > 1"}'),
+    ("POST", f"{API}/runs/search", {}, b'{"experiment_ids": ["0"], "filter": "nonsense"}'),
+    ("POST", f"{API}/runs/search", {}, b"not json"),
+    ("POST", f"{API}/runs/search", {"Content-Type": "text/plain"}, b"{}"),
+    ("PUT", f"{API}/runs/search", {}, b"{}"),
+    ("POST", f"{API}/experiments/search", {}, b'{"max_results": 5}'),
+    ("HEAD", f"{API}/experiments/get?experiment_id=0", {}, b""),
+    ("OPTIONS", f"{API}/runs/search", {}, b""),
+    (
+        "OPTIONS",
+        f"{API}/runs/search",
+        {"Origin": "http://mlflow.example.com", "Access-Control-Request-Method": "POST"},
+        b"",
+    ),
+    ("POST", f"{API}/runs/search", {"Origin": "http://elsewhere.example.com"}, b'{"experiment_ids": ["0"]}'),
+    ("POST", f"{API}/runs/search", {"Origin": "http://mlflow.example.com"}, b'{"experiment_ids": ["0"]}'),
+    ("GET", f"{API}/experiments/get?experiment_id=0", {"Host": "elsewhere.example.com"}, b""),
+    ("GET", "/ajax-api/2.0/mlflow/experiments/get?experiment_id=0", {}, b""),
+    ("GET", f"{API}/logged-models/m-0", {}, b""),
+    ("GET", "/api/2.0/mlflow-artifacts/artifacts?path=", {}, b""),
+    ("GET", "/api/2.0/mlflow-artifacts/artifacts/absent/file.txt", {}, b""),
+    ("GET", "/api/2.0/mlflow-artifacts/artifacts/../../etc/passwd", {}, b""),
+    ("GET", "/api/3.0/mlflow/server-info", {}, b""),
+    ("GET", "/health", {}, b""),
+    ("GET", "/version", {}, b""),
+    ("GET", "/", {}, b""),
+    ("GET", "/static-files/absent.js", {}, b""),
+    ("GET", "/nowhere", {}, b""),
+    ("GET", f"{API}/na%C3%AFve", {}, b""),
+    (
+        "POST",
+        "/graphql",
+        {"Content-Type": "application/json"},
+        b'{"query": "{ test(inputString: \\"x\\") { output } }"}',
+    ),
+    ("POST", "/v1/traces", {}, b""),
+]
+COMPARED_HEADERS = ("content-type", "content-length", "x-content-type-options", "x-frame-options", "location")
+CORS_HEADERS = ("access-control-allow-origin", "access-control-allow-credentials")
+
+
+@pytest.mark.parametrize(("method", "path", "headers", "body"), SAME)
+def test_the_short_way_gives_the_same_answers(
+    ours: Path, plain: Path, method: str, path: str, headers: dict[str, str], body: bytes
+) -> None:
+    status, found, content = ask(ours, method, path, headers, body)
+    expected_status, expected, expected_content = ask(plain, method, path, headers, body)
+    assert (status, content) == (expected_status, expected_content)
+    # A request refused for its host or origin gets the few headers of the layer that refuses it.
+    if status != 403:
+        compared = (*COMPARED_HEADERS, *CORS_HEADERS)
+        assert {name: found.get(name) for name in compared} == {name: expected.get(name) for name in compared}
+
+
+def test_some_of_these_requests_do_take_the_short_way(ours: Path, plain: Path) -> None:
+    """FastAPI's own CORS layer adds a header to what passes it, so its absence shows the way taken."""
+    request = ("GET", f"{API}/experiments/get?experiment_id=0", {"Origin": "http://mlflow.example.com"}, b"")
+    assert "access-control-expose-headers" in ask(plain, *request)[1]
+    assert "access-control-expose-headers" not in ask(ours, *request)[1]
+
+
+def test_long_answers_arrive_whole(ours: Path, plain: Path) -> None:
+    """The user interface's largest file is longer than what is sent in one message."""
+    import mlflow.server
+
+    build = Path(mlflow.server.__file__).parent / "js/build"
+    largest = max(build.rglob("*.js"), key=lambda path: path.stat().st_size)
+    path = f"/static-files/{largest.relative_to(build)}"
+    assert ask(ours, "GET", path, {}, b"")[2] == ask(plain, "GET", path, {}, b"")[2] == largest.read_bytes()
+
+
+# Models, from log_model to the object store and back, with MLflow's own client
+
+
+@pytest.fixture(scope="module")
+def url(ours: Path) -> Iterator[str]:
+    with on_loopback(ours) as url:
+        yield url
+
+
+def python_model() -> Any:
+    import mlflow.pyfunc
+
+    class Doubling(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
+        def predict(self, context: Any, model_input: list[float]) -> list[float]:
+            return [2 * value for value in model_input]
+
+    return Doubling()
+
+
+def test_a_model_is_logged_registered_and_loaded_back(
+    url: str, store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+    mlflow.set_tracking_uri(url)
+    with mlflow.start_run() as run:
+        logged = mlflow.pyfunc.log_model(name="doubling", python_model=python_model())
+        mlflow.log_text("hello", "notes/hello.txt")
+    version = mlflow.register_model(logged.model_uri, "doubling")
+    for uri in (
+        f"models:/doubling/{version.version}",
+        f"models:/{logged.model_id}",
+        f"runs:/{run.info.run_id}/doubling",
+    ):
+        assert mlflow.pyfunc.load_model(uri).predict([1.0, 2.5]) == [2.0, 5.0]
+    assert mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/notes/hello.txt") == "hello"
+
+    def keys(bucket: str) -> list[str]:
+        return [found["Key"] for found in store.client().list_objects_v2(Bucket=bucket).get("Contents", [])]
+
+    assert any(key.endswith(f"models/{logged.model_id}/artifacts/MLmodel") for key in keys("models"))
+    assert not any("MLmodel" in key for key in keys("artifacts"))
+    assert [key for key in keys("artifacts") if run.info.run_id in key] == [
+        f"0/{run.info.run_id}/artifacts/notes/hello.txt"
+    ]
+
+
+def test_large_files_move_between_client_and_store(
+    url: str, store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Beyond a size the client asks the server for addresses only; here the size is lowered to a megabyte."""
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+    monkeypatch.setenv("MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE", str(2**20))
+    monkeypatch.setenv("MLFLOW_MULTIPART_UPLOAD_CHUNK_SIZE", str(5 * 2**20))
+    mlflow.set_tracking_uri(url)
+    content = os.urandom(12 * 2**20)
+    (tmp_path / "weights.bin").write_bytes(content)
+    with mlflow.start_run() as run:
+        mlflow.log_artifact(str(tmp_path / "weights.bin"))
+    key = f"0/{run.info.run_id}/artifacts/weights.bin"
+    stored = store.client().get_object(Bucket="artifacts", Key=key)
+    assert stored["ETag"].strip('"').endswith("-3")
+    assert stored["Body"].read() == content
+    downloaded = mlflow.artifacts.download_artifacts(
+        f"runs:/{run.info.run_id}/weights.bin", dst_path=str(tmp_path / "d")
+    )
+    assert Path(downloaded).read_bytes() == content
