@@ -59,7 +59,7 @@ def launch(
         },
         root_block_device={
             "volume_type": "gp3",
-            "volume_size": config.root_volume_gib,
+            "volume_size": config.root_volume_gib or found.image_gib or None,
             "encrypted": True,
             "delete_on_termination": True,
         },

@@ -53,6 +53,8 @@ class Survey:
     """The zone of the server and its data volume, and a second one."""
     volume: DataVolume | None
     """The stack's data volume, None before the first launch."""
+    image_gib: int = 0
+    """Size of the image's root volume, 0 when EC2 does not tell."""
 
 
 def look(config: Settings, provider: pulumi.ProviderResource) -> tuple[Survey, list[str]]:
@@ -64,14 +66,14 @@ def look(config: Settings, provider: pulumi.ProviderResource) -> tuple[Survey, l
     asked = pulumi.InvokeOptions(provider=provider)
     if not config.region:
         return Survey(_no_image(config), ("", ""), None), refusals
-    image, architecture = _image(config, asked, refusals)
+    image, architecture, image_gib = _image(config, asked, refusals)
     volume = _data_volume(config, asked, refusals)
     zones = _zones(config, volume, asked, refusals)
     _instance_type(config, architecture, asked, refusals)
     _names(config, asked, refusals)
     if volume:
         refusals += _misfits(config, image, volume)
-    return Survey(image, zones, volume), refusals
+    return Survey(image, zones, volume, image_gib), refusals
 
 
 def outlook(found: Survey) -> str:
@@ -112,10 +114,10 @@ def identity(config: Settings) -> dict[str, str]:
     return {"mlflow-ami:project": config.project, "mlflow-ami:stack": config.stack}
 
 
-def _image(config: Settings, asked: pulumi.InvokeOptions, refusals: list[str]) -> tuple[Facts, str]:
-    """The image's facts and its architecture ("x86_64", "arm64"; "" when there is no such image)."""
+def _image(config: Settings, asked: pulumi.InvokeOptions, refusals: list[str]) -> tuple[Facts, str, int]:
+    """The image's facts, its architecture ("x86_64", "arm64"; "" when there is no such image) and its size in GiB."""
     if not config.ami_id:
-        return _no_image(config), ""
+        return _no_image(config), "", 0
     try:
         # Deprecated images must stay pinnable: that is what a rollback is.
         ami = aws.ec2.get_ami(
@@ -130,7 +132,7 @@ def _image(config: Settings, asked: pulumi.InvokeOptions, refusals: list[str]) -
                 f"amiId: {config.ami_id} could not be looked up",
             )
         )
-        return _no_image(config), ""
+        return _no_image(config), "", 0
     if ami.state != "available":
         refusals.append(f"amiId: {config.ami_id} is {ami.state}, not available: wait for it, or bake it again.")
     kind = ami.tags.get("mlflow-ami:format")
@@ -139,16 +141,16 @@ def _image(config: Settings, asked: pulumi.InvokeOptions, refusals: list[str]) -
             f"amiId: {config.ami_id} ({ami.name}) is not an image that scripts/bake.py made: it has no tag "
             "mlflow-ami:format. Tags are seen only in the account that owns the image."
         )
-        return _no_image(config), ami.architecture
+        return _no_image(config), ami.architecture, 0
     if kind != IMAGE_FORMAT:
         refusals.append(
             f"amiId: {config.ami_id} is of image format {kind}, but this stack knows format {IMAGE_FORMAT}: launch it "
             "with the release of this project that baked it."
         )
-        return _no_image(config), ami.architecture
+        return _no_image(config), ami.architecture, 0
     root = next((m for m in ami.block_device_mappings if m.device_name == ami.root_device_name), None)
     root_gib = int(root.ebs.get("volume_size") or 0) if root else 0
-    if root_gib > config.root_volume_gib:
+    if 0 < config.root_volume_gib < root_gib:
         refusals.append(
             f"rootVolumeGib: {config.root_volume_gib} is less than the {root_gib} GiB of {config.ami_id}: "
             f"set it to {root_gib} or more."
@@ -159,7 +161,7 @@ def _image(config: Settings, asked: pulumi.InvokeOptions, refusals: list[str]) -
             f"amiId: the tags of {config.ami_id} are incomplete, so what it would do to the data is not known: "
             "bake it again, or tag it as its build manifest says."
         )
-    return facts or _no_image(config), ami.architecture
+    return facts or _no_image(config), ami.architecture, root_gib
 
 
 def _data_volume(config: Settings, asked: pulumi.InvokeOptions, refusals: list[str]) -> DataVolume | None:

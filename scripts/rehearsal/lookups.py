@@ -79,7 +79,7 @@ def _get_ami(aws: Aws, args: Props) -> Props:
                 "deviceName": each.get("DeviceName", ""),
                 "noDevice": "",
                 "virtualName": "",
-                "ebs": {_lower(key): str(value).lower() for key, value in each.get("Ebs", {}).items()},
+                "ebs": {_snake(key): str(value).lower() for key, value in each.get("Ebs", {}).items()},
             }
             for each in image.get("BlockDeviceMappings", [])
         ],
@@ -88,8 +88,9 @@ def _get_ami(aws: Aws, args: Props) -> Props:
     }
 
 
-def _lower(name: str) -> str:
-    return name[0].lower() + name[1:]
+def _snake(name: str) -> str:
+    """VolumeSize → volume_size: the provider passes this map on as Terraform has it."""
+    return re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower()
 
 
 def _get_ami_ids(aws: Aws, args: Props) -> Props:

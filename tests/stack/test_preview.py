@@ -106,7 +106,7 @@ def account(**changes: Any) -> Account:
         ),
         pytest.param(
             account(images={NEW: Image(root_gib=30)}),
-            {},
+            {"rootVolumeGib": "10"},
             f"rootVolumeGib: 10 is less than the 30 GiB of {NEW}: set it to 30 or more.",
             id="root volume smaller than the image",
         ),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pulumi_aws as aws
 import pytest
-from stack.program import NEW, VOLUME, Account, Registration, Run, data_volume, run
+from stack.program import NEW, VOLUME, Account, Image, Registration, Run, data_volume, run
 
 PINNED = {
     "urn:pulumi:dev::mlflow-ami::aws:s3/bucket:Bucket::mlflow-artifacts",
@@ -246,11 +246,19 @@ def test_the_instance(stack: Run) -> None:
     }
     assert inputs["rootBlockDevice"] == {
         "volumeType": "gp3",
-        "volumeSize": 10,
+        "volumeSize": 8,
         "encrypted": True,
         "deleteOnTermination": True,
     }
     assert "keyName" not in inputs
+
+
+def test_the_root_volume_is_as_large_as_the_image_unless_asked_to_be_larger() -> None:
+    def size(image_gib: int, **config: str) -> Any:
+        found = run(Account(images={NEW: Image(root_gib=image_gib)}), **config)  # type: ignore[arg-type]
+        return found.one("ec2.Instance").inputs["rootBlockDevice"].get("volumeSize")
+
+    assert (size(30), size(30, rootVolumeGib="30"), size(8, rootVolumeGib="30"), size(0)) == (30, 30, 30, None)
 
 
 def needed_for(found: Run, resource: Registration) -> set[tuple[str, str]]:

@@ -33,7 +33,9 @@ def _read(aws: Aws, id_: str, inputs: Props) -> Props | None:
 
 
 def _update(aws: Aws, id_: str, old: Props, new: Props) -> None:
-    _put(aws, new, overwrite=True)
+    # Like the provider: a change of tags alone must not write the value, which others may have changed meanwhile.
+    if any(old.get(name) != new.get(name) for name in ("type", "value", "description", "keyId", "tier")):
+        _put(aws, new, overwrite=True)
     client = aws.client("ssm")
     before, after = old.get("tagsAll", {}), new.get("tagsAll", {})
     if gone := sorted(before.keys() - after.keys()):
