@@ -43,7 +43,8 @@ SELECT md5('run' || n), 'run ' || n, 'LOCAL', 'train.py', '', 'someone', 'FINISH
        1700000001000 + n, 'active', 'mlflow-artifacts:/0/' || md5('run' || n) || '/artifacts', 0
 FROM generate_series(1, %(runs)s) AS n;
 INSERT INTO metrics (key, value, timestamp, run_uuid, step, is_nan)
-SELECT 'metric ' || (n / %(runs)s %% 5), random(), 1700000000000 + n, md5('run' || (1 + n %% %(runs)s)), n / %(runs)s, false
+SELECT 'metric ' || (n / %(runs)s %% 5), random(), 1700000000000 + n, md5('run' || (1 + n %% %(runs)s)),
+       n / %(runs)s, false
 FROM generate_series(0, %(metrics)s - 1) AS n;
 INSERT INTO latest_metrics (key, value, timestamp, step, is_nan, run_uuid)
 SELECT DISTINCT ON (run_uuid, key) key, value, timestamp, step, is_nan, run_uuid FROM metrics

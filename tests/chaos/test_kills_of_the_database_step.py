@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from mlflow_host.schema import record
+from mlflow_host.schema.catalog import BOOKKEEPING, head, read_catalog
+from mlflow_host.schema.cluster import WORK, Cluster, connection, copy_whole, databases, drop, rows, run, value
+from mlflow_host.schema.shapes import quoted
 from schema import step
 from schema.environments import image, releases
 from schema.journey import Journey, journey
 from schema.private_cluster import PrivateCluster, private_cluster, waits_for_server
-
-from mlflow_host.schema import record
-from mlflow_host.schema.catalog import BOOKKEEPING, head, read_catalog
-from mlflow_host.schema.cluster import WORK, Cluster, command, connection, databases, drop, rows, run, value
-from mlflow_host.schema.shapes import quoted
 
 OLDER, NEWER = releases()[-3], releases()[-2]
 """3.16 and 3.17 at the time of writing: the pair whose migrations move the most data."""
@@ -63,7 +62,7 @@ class Prepared:
             if name.startswith((WORK, f"{live}_kept_")) or name == live:
                 drop(self.cluster, name)
         for name, aside in self.aside[operation].items():
-            command(self.cluster, "CREATE DATABASE {} OWNER mlflow TEMPLATE {}", name, aside)
+            copy_whole(self.cluster, aside, name)
             with connection(self.cluster) as opened:
                 found = record.read(opened, aside)
                 assert found
@@ -106,7 +105,7 @@ def _put_aside(way: Journey, operation: str) -> dict[str, str]:
     aside = {}
     for number, name in enumerate((cluster.database, *(entry.database for entry in found.waiting))):
         copy = f"aside_{operation.replace(' ', '_')}_{number}"
-        command(cluster, "CREATE DATABASE {} TEMPLATE {}", copy, name)
+        copy_whole(cluster, name, copy)
         with connection(cluster) as opened:
             content = record.read(opened, name)
             assert content
@@ -141,10 +140,7 @@ def _sums(cluster: Cluster, database: str) -> Sums:
 def _cases(first: int, last: int) -> list[tuple[int, str, str]]:
     chosen = random.Random(SEED)
     everything = [(o, v) for v in ("step", "PostgreSQL") for o in OPERATIONS]
-    return [
-        (chosen.randrange(1 << 32), *everything[number % len(everything)] if number >= FEW else everything[number])
-        for number in range(last)
-    ][first:]
+    return [(chosen.randrange(1 << 32), *everything[number % len(everything)]) for number in range(last)][first:]
 
 
 def _kill_and_recover(ready: Prepared, seed: int, operation: str, victim: str) -> None:

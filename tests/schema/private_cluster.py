@@ -56,8 +56,16 @@ class PrivateCluster:
         for process in (server, *map(int, children)):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        while Path(f"/proc/{server}").exists() and "State:\tZ" not in Path(f"/proc/{server}/status").read_text():
+        while any(_alive(process) for process in (server, *map(int, children))):
             time.sleep(0.02)
+
+
+def _alive(process: int) -> bool:
+    """Not gone, and not a zombie that nobody has waited for."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @contextmanager
