@@ -205,3 +205,17 @@ def test_whatever_is_configured_makes_settings_or_sentences(
     password = values.get("adminPassword", "")
     if len(password) > 20:
         assert password not in settings.as_sentences(mistakes)
+
+
+def test_the_readme_tells_the_settings_as_they_are() -> None:
+    rows = []
+    for name, entry in PROJECT["config"].items():
+        default = "**required**" if name in REQUIRED else _shown(entry["default"])
+        rows.append(f"| `{name}` | {default} | {entry['description'].strip().removeprefix('Required. ')} |")
+    readme = (INFRA.parent / "README.md").read_text().splitlines()
+    start = readme.index("| setting | default | what it is |") + 2
+    assert readme[start : start + len(rows) + 1] == [*rows, ""]
+
+
+def _shown(default: Any) -> str:
+    return "" if default in ("", []) else f"`{json.dumps(default).strip(chr(34))}`"
