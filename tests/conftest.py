@@ -83,12 +83,11 @@ def image(cloud: LocalCloud, base: str) -> Mapping[str, Any]:
 @pytest.fixture(scope="session")
 def server(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
     """A server launched from `image` with the stack's defaults; its data is deleted at the end."""
-    from servers import describe_server, script
+    from servers import launch_server, script
 
     script("rehearse.py", "down", "--data", "--yes")
     try:
-        script("rehearse.py", "up", "--ami", image["ami_id"])
-        yield describe_server()
+        yield launch_server("--ami", image["ami_id"])
     finally:
         script("rehearse.py", "down", "--data", "--yes")
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlflow
@@ -32,10 +32,18 @@ class Server:
     buckets: Mapping[str, str]
     exports: Mapping[str, str] = field(repr=False)
     """What scripts/connect.py tells a client to put into its environment."""
+    seconds_to_first_answer: float | None = field(default=None, compare=False)
+    """From RunInstances to the first authenticated 200, as `rehearse.py up` measured it."""
 
     @property
     def login(self) -> tuple[str, str]:
         return self.username, self.password
+
+
+def launch_server(*arguments: str) -> Server:
+    """`rehearse.py up` with these arguments."""
+    launched = json.loads(script("rehearse.py", "up", *arguments, "--json").stdout)
+    return replace(describe_server(), seconds_to_first_answer=launched["seconds_to_first_answer"])
 
 
 def describe_server() -> Server:

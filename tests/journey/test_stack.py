@@ -5,9 +5,14 @@ import json
 import pytest
 from local_cloud import LocalCloud
 from mlflow import MlflowClient
-from servers import Server, describe_server, script
+from servers import Server, describe_server, launch_server, script
 
 pytestmark = pytest.mark.machine
+
+
+def test_first_answer_came_within_fifteen_seconds(server: Server) -> None:
+    assert server.seconds_to_first_answer is not None
+    assert server.seconds_to_first_answer < 15
 
 
 def test_up_again_changes_nothing(server: Server, cloud: LocalCloud) -> None:
@@ -19,18 +24,24 @@ def test_up_again_changes_nothing(server: Server, cloud: LocalCloud) -> None:
         return instance["LaunchTime"], instance["State"]["Name"]
 
     before = launched()
-    script("rehearse.py", "up", "--ami", server.ami_id)
+    again = launch_server("--ami", server.ami_id)
+    assert again.seconds_to_first_answer is None, "the machine was launched anew"
     assert describe_server() == server
     assert launched() == before
 
 
-def test_all_mistakes_are_told_together_at_preview(server: Server) -> None:
-    done = script(
-        "rehearse.py", "preview", "--ami", "ami-nonsense",
-        "--set", "allowedCidrs=not a network", "--set", "instanceType=m7g.large",
-        expect=2,
-    )  # fmt: skip
-    for part in ("ami-nonsense", "not a network", "m7g.large"):
+@pytest.mark.parametrize(
+    ("ami", "settings"),
+    [
+        ("ami-nonsense", {"allowedCidrs": "everyone", "dataVolumeGib": "0"}),
+        # Whether a machine fits an image can only be told of an image that is there.
+        (None, {"allowedCidrs": "203.0.113.0/33", "instanceType": "m7g.large"}),
+    ],
+)
+def test_all_mistakes_are_told_together_at_preview(server: Server, ami: str | None, settings: dict[str, str]) -> None:
+    arguments = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    done = script("rehearse.py", "preview", "--ami", ami or server.ami_id, *arguments, expect=2)
+    for part in [*settings, *([ami] if ami else []), *settings.values()]:
         assert part in done.stderr
     assert "Traceback" not in done.stderr
     assert describe_server() == server
