@@ -63,13 +63,12 @@ def machine(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Machine]:
     instance_id = str(started["Instances"][0]["InstanceId"])
     machine = Machine(cloud, instance_id)
     try:
+        ec2.get_waiter("instance_running").wait(InstanceIds=[instance_id], WaiterConfig={"Delay": 1})
         deadline = time.monotonic() + BOOT_SECONDS
-        while machine.shell("systemctl is-system-running --wait", check=False).stdout.strip() not in (
-            "running",
-            "degraded",
-        ):
+        while cloud.exec_or_none(instance_id, ["systemctl", "is-system-running", "--quiet"]) is None:
             assert time.monotonic() < deadline, f"{instance_id} did not boot within {BOOT_SECONDS} s"
             time.sleep(1)
+        machine.shell("systemctl is-system-running --wait", check=False)
         yield machine
     finally:
         ec2.terminate_instances(InstanceIds=[instance_id])
