@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rehearsal.errors import RehearsalError
-from rehearsal.status import client_environment, first_user
+from rehearsal.status import authority, client_environment, first_user, keep_certificate
 
 PROGRAM = Path(__file__).resolve().parent.parent / "infra"
 
@@ -83,7 +83,7 @@ def from_rehearsal() -> dict[str, Any]:
         if not current.outputs or not cloud.is_up():
             raise NotConnected("no rehearsal is running here: launch one with `scripts/rehearse.py up`")
         found = status.outline(current)
-        return found | way_in(cloud.client("ssm"), found["credentials_parameter"])
+        return way_in(cloud.client("ssm"), stack.name(), found)
     except (LocalCloudError, RehearsalError) as error:
         raise NotConnected(str(error)) from None
 
@@ -100,8 +100,12 @@ def from_pulumi(name: str | None) -> dict[str, Any]:
 
     region = region_of(name)
     client = boto3.client("ssm", region_name=region)
-    found = {"url": outputs["url"], "server_certificate": outputs.get("serverCertificate")}
-    return found | way_in(client, outputs["credentialsParameter"])
+    found = {
+        "url": outputs["url"],
+        "credentials_parameter": outputs["credentialsParameter"],
+        "authority_parameter": outputs.get("authorityParameter"),
+    }
+    return way_in(client, name or "selected", found)
 
 
 def region_of(name: str | None) -> str | None:
@@ -130,20 +134,28 @@ def pulumi(*arguments: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout or "{}"))
 
 
-def way_in(client: Any, parameter: str) -> dict[str, str]:
-    """User and password from the credentials parameter. Raises NotConnected when it cannot be read or is hashed."""
+def way_in(client: Any, stack: str, found: dict[str, Any]) -> dict[str, Any]:
+    """`found` with user, password and, for a private authority, the file of its certificate.
+
+    Raises NotConnected when they cannot be read or the password is kept as a hash.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
+    parameter = found["credentials_parameter"]
     try:
         value = client.get_parameter(Name=parameter, WithDecryption=True)["Parameter"]["Value"]
         username, password = first_user(value)
+        certificate = authority(client, found["authority_parameter"])
     except (BotoCoreError, ClientError, ValueError) as error:
-        raise NotConnected(f"the credentials parameter {parameter} cannot be read: {error}") from None
+        raise NotConnected(f"the stack's parameters ({parameter}) cannot be read: {error}") from None
     if password is None:
         raise NotConnected(
             f"{parameter} holds {username}'s password as a hash: set MLFLOW_TRACKING_USERNAME and _PASSWORD yourself"
         )
-    return {"username": username, "password": password}
+    if found["authority_parameter"] and certificate is None:
+        raise NotConnected("the machine has not published its certificate yet: try again when it has booted")
+    file = keep_certificate(stack, certificate) if certificate else None
+    return found | {"username": username, "password": password, "server_certificate": file}
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from local_cloud import LocalCloud, LocalCloudError
 from rehearsal import boot, stack, state, status
 from rehearsal.errors import Interrupted, Refused, RehearsalError
+from rehearsal.values import reveal
 
 if TYPE_CHECKING:
     from rehearsal.engine import Step
@@ -57,6 +58,11 @@ def main(argv: list[str] | None = None) -> int:
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="rehearse.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--stack",
+        metavar="NAME",
+        help=f"which of several stacks on the local cloud (default: ${stack.NAMED_BY}, else {stack.STACK})",
     )
     commands = parser.add_subparsers(required=True, metavar="up | preview | status | down | ssh | logs")
 
@@ -96,7 +102,10 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     logs = commands.add_parser("logs", help="the machine's console and journal")
     logs.add_argument("-f", "--follow", action="store_true", help="go on showing new entries")
     logs.set_defaults(run=run_logs)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.stack:
+        os.environ[stack.NAMED_BY] = arguments.stack
+    return arguments
 
 
 # Commands
@@ -166,7 +175,10 @@ def run_down(arguments: argparse.Namespace) -> None:
             stack.destroy(cloud, stack.clients(cloud), current, say=say, done=show_step)
         elif cloud.is_up():
             stack.remove_machine(cloud, stack.clients(cloud), current, say=say, done=show_step)
-        cloud.down()
+        if others := stack.others_with_a_machine():
+            say(f"the local cloud stays up for {', '.join(others)}")
+        else:
+            cloud.down()
 
 
 def run_ssh(arguments: argparse.Namespace) -> int:
@@ -190,7 +202,7 @@ def await_server(cloud: LocalCloud, client: Client, engine: Any, seconds: float)
     """Waits for the first authenticated 200; says, and answers with, the time since RunInstances and each step's."""
     from rehearsal.resources import ec2
 
-    outputs = engine.outputs
+    outputs = reveal(engine.outputs)
     instance = outputs["instanceId"]
     launched = next(
         (each.began for each in engine.steps if each.type == stack.INSTANCE and each.operation in BOOTING), None
@@ -207,6 +219,7 @@ def await_server(cloud: LocalCloud, client: Client, engine: Any, seconds: float)
         seconds=seconds,
         say=say,
         alive=lambda: ec2.instance_state(engine.aws, instance),
+        certificate=lambda: status.authority(client("ssm"), outputs.get("authorityParameter")),
     )
     if launched is None:
         say(f"{outputs['url']} answers")
@@ -250,7 +263,8 @@ def inspect(cloud: LocalCloud, client: Client, current: state.State) -> dict[str
     machine = ec2.instance_state(Aws(client, cloud.region), found["instance_id"])
     if machine != "running":
         return found | {"state": "stopped", "message": f"the machine is {machine}; `rehearse.py up` launches one"}
-    answer = boot.ask(found["url"], found["username"], found["password"] or "")
+    certificate = status.authority(client("ssm"), found["authority_parameter"])
+    answer = boot.ask(found["url"], found["username"], found["password"] or "", certificate)
     if answer.status == 200:
         return found | {"state": "ready"}
     message = answer.document.get("message") or (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -30,11 +31,21 @@ class Answer:
     document: dict[str, Any]
 
 
-def ask(url: str, username: str, password: str, timeout: float = 10) -> Answer:
-    """Puts one question that needs MLflow and its database to the server."""
-    credentials = base64.b64encode(f"{username}:{password}".encode()).decode()
-    request = urllib.request.Request(url + QUESTION, headers={"Authorization": f"Basic {credentials}"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def ask(url: str, username: str, password: str, certificate: str | None = None, timeout: float = 10) -> Answer:
+    """Puts one question that needs MLflow and its database to the server.
+
+    Over HTTPS it is verified by `certificate` (PEM). While there is none the question goes without the password, for
+    what the server says of its boot, and is believed unverified.
+    """
+    headers = {}
+    context = ssl.create_default_context(cadata=certificate)
+    if url.startswith("https:") and certificate is None:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    else:
+        credentials = base64.b64encode(f"{username}:{password}".encode()).decode()
+        headers["Authorization"] = f"Basic {credentials}"
+    request = urllib.request.Request(url + QUESTION, headers=headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
     try:
         with opener.open(request, timeout=timeout) as response:
             return Answer(response.status, _json(response.read()))
@@ -60,23 +71,29 @@ def wait(
     seconds: float,
     say: Callable[[str], None],
     alive: Callable[[], str],
+    certificate: Callable[[], str | None] = lambda: None,
 ) -> float:
     """Asks until the first authenticated 200 and answers with its time (seconds since 1970).
 
-    Says each step as the machine reports it. `alive` gives the instance's state. Raises BootFailed when a step failed,
+    Says each step as the machine reports it. `alive` gives the instance's state, `certificate` what HTTPS is verified
+    by, None until the machine has published it. Raises BootFailed when a step failed,
     the machine went away, the password is refused for good, or `seconds` have passed.
     """
     began = time.monotonic()
     looked = began
     told = ""
+    trusted: str | None = None
     while True:
-        answer = ask(url, username, password)
+        if trusted is None and url.startswith("https:"):
+            trusted = certificate()
+        answer = ask(url, username, password, trusted)
         if answer.status == 200:
             return time.time()
         now = time.monotonic()
         if answer.document.get("state") == "failed":
             raise BootFailed(str(answer.document.get("message")))
-        if answer.status == 401 and now - began > GRACE_SECONDS:
+        refused = answer.status == 401 and (trusted is not None or not url.startswith("https:"))
+        if refused and now - began > GRACE_SECONDS:
             raise BootFailed(f"{url} refuses the password of {username} that is in the credentials parameter")
         message = str(answer.document.get("message", ""))
         if answer.status == 503 and message and message != told:

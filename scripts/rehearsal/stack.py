@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 PROGRAM = Path(__file__).resolve().parents[2] / "infra"
 STACK = "rehearsal"
+NAMED_BY = "MLFLOW_AMI_REHEARSAL"
+"""Environment variable that chooses among several stacks on one local cloud."""
 INSTANCE = "aws:ec2/instance:Instance"
 LOOPBACK = "127.0.0.0/8"
 MAKE_AN_IMAGE = "scripts/bake.py --local"
@@ -41,9 +43,23 @@ Client = Callable[[str], Any]
 Done = Callable[["Step"], None]
 
 
+def name() -> str:
+    """The stack this process is about."""
+    return os.environ.get(NAMED_BY) or STACK
+
+
 def state_path() -> Path:
     """Where the stack's state is: with the local cloud it describes, so that both are purged together."""
-    return default_state_dir() / "rehearsal.json"
+    return default_state_dir() / ("rehearsal.json" if name() == STACK else f"rehearsal-{name()}.json")
+
+
+def others_with_a_machine() -> list[str]:
+    """Names of the other stacks on the same local cloud that have an instance."""
+    found = []
+    for path in sorted(default_state_dir().glob("rehearsal*.json")):
+        if path != state_path() and any(each.type == INSTANCE for each in state.load(path).resources):
+            found.append(path.stem.removeprefix("rehearsal-"))
+    return found
 
 
 @contextlib.contextmanager
@@ -127,17 +143,17 @@ def _read_secret(name: str) -> str:
 
 def configuration(cloud: LocalCloud, ami: str, settings: Props) -> tuple[dict[str, str], list[str]]:
     """Pulumi's configuration of the stack: what the local cloud needs, then what was set; and the names of secrets."""
-    name = project()
+    prefix = project()
     config = {
         "aws:region": cloud.region,
-        f"{name}:amiId": ami,
-        f"{name}:allowedCidrs": json.dumps([LOOPBACK]),
-        f"{name}:s3Endpoint": cloud.s3_endpoint,
-        f"{name}:ssmEndpoint": cloud.endpoint,
+        f"{prefix}:amiId": ami,
+        f"{prefix}:allowedCidrs": json.dumps([LOOPBACK]),
+        f"{prefix}:s3Endpoint": cloud.s3_endpoint,
+        f"{prefix}:ssmEndpoint": cloud.endpoint,
     }
     secret = []
     for key, value in settings.items():
-        full = key if ":" in key else f"{name}:{key}"
+        full = key if ":" in key else f"{prefix}:{key}"
         config[full] = str(reveal(value))
         if isinstance(value, Secret):
             secret.append(full)
@@ -259,7 +275,7 @@ def _run(engine: Engine, cloud: LocalCloud, ami: str, settings: Props, *, say: S
         engine,
         LOOKUPS,
         project=project(),
-        stack_name=STACK,
+        stack_name=name(),
         config=config,
         secret_keys=secret_keys,
         on_log=say,

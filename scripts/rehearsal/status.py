@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from rehearsal.state import State
@@ -46,11 +48,32 @@ def outline(current: State) -> dict[str, Any]:
         "migration_head": outputs.get("migrationHead"),
         "buckets": outputs.get("buckets"),
         "credentials_parameter": outputs.get("credentialsParameter"),
+        "authority_parameter": outputs.get("authorityParameter") or None,
         "data_volume_id": outputs.get("dataVolumeId"),
         "settings": {
             name: "(secret)" if isinstance(value, Secret) else value for name, value in current.settings.items()
         },
     }
+
+
+def authority(client: Any, parameter: str | None) -> str | None:
+    """The certificate (PEM) clients verify the server by; None without one, or while the machine has published none."""
+    if not parameter:
+        return None
+    text = str(client.get_parameter(Name=parameter)["Parameter"]["Value"])
+    return text if "BEGIN CERTIFICATE" in text else None
+
+
+def keep_certificate(stack: str, certificate: str) -> Path:
+    """Writes the certificate where clients of this stack find it ($XDG_CACHE_HOME, ~/.cache)."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache / f"mlflow-ami-{stack}.pem"
+    if not path.exists() or path.read_text() != certificate:
+        cache.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".new")
+        fresh.write_text(certificate)
+        fresh.replace(path)
+    return path
 
 
 def client_environment(found: dict[str, Any]) -> dict[str, str]:
@@ -61,5 +84,5 @@ def client_environment(found: dict[str, Any]) -> dict[str, str]:
         "MLFLOW_TRACKING_PASSWORD": found["password"],
     }
     if found.get("server_certificate"):
-        environment["MLFLOW_TRACKING_SERVER_CERT_PATH"] = found["server_certificate"]
+        environment["MLFLOW_TRACKING_SERVER_CERT_PATH"] = str(found["server_certificate"])
     return environment

@@ -1,0 +1,111 @@
+"""A stack of its own on the tests' local cloud: launched, left alone, replaced, interrupted; its data stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.machine
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+NAME = "rehearsal-tests"
+
+
+@pytest.fixture(scope="module")
+def stack_of_our_own(cloud: Any, image: Mapping[str, Any]) -> Iterator[str]:
+    """The AMI to launch; the stack made of it is deleted with its data at the end."""
+    from rehearsal import stack, state
+
+    before = os.environ.get(stack.NAMED_BY)
+    os.environ[stack.NAMED_BY] = NAME
+    try:
+        yield image["ami_id"]
+    finally:
+        with stack.exclusive():
+            current = state.load(stack.state_path())
+            stack.destroy(cloud, stack.clients(cloud), current, say=print, done=lambda step: None)
+        stack.state_path().unlink()
+        os.environ.pop(stack.NAMED_BY) if before is None else os.environ.update({stack.NAMED_BY: before})
+
+
+def rehearse(*arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, str(SCRIPTS / "rehearse.py"), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def up(ami: str, *settings: str) -> dict[str, Any]:
+    return dict(json.loads(rehearse("up", "--json", "--ami", ami, *settings).stdout))
+
+
+def call(server: Mapping[str, Any], path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    login = b64encode(f"{server['username']}:{server['password']}".encode()).decode()
+    request = urllib.request.Request(
+        f"{server['url']}/api/2.0/mlflow/{path}",
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Authorization": f"Basic {login}", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return dict(json.load(response))
+
+
+def test_launch_leave_alone_replace_interrupt_and_go_on(stack_of_our_own: str) -> None:
+    ami = stack_of_our_own
+    first = up(ami)
+    assert first["state"] == "ready"
+    assert {each["operation"] for each in first["changes"]} == {"create"}
+    assert {"configure", "data-volume", "postgresql", "database"} <= {each["step"] for each in first["boot"]}
+    assert 0 < first["seconds_to_first_answer"]
+    experiment = call(first, "experiments/create", {"name": "kept"})["experiment_id"]
+
+    again = up(ami)
+    assert again["changes"] == []
+    assert again["instance_id"] == first["instance_id"]
+
+    # A setting that reaches user-data replaces the machine, and only the machine.
+    planned = json.loads(rehearse("preview", "--json", "--ami", ami, "--set", "backupRetentionDays=7").stdout)
+    replaced = up(ami, "--set", "backupRetentionDays=7")
+    assert replaced["changes"] == planned["changes"]
+    assert replaced["instance_id"] != first["instance_id"]
+    for kept in ("url", "data_volume_id", "buckets", "password"):
+        assert replaced[kept] == first[kept]
+    assert call(replaced, f"experiments/get?experiment_id={experiment}")["experiment"]["name"] == "kept"
+
+    # Ctrl-C between deleting the old machine and making the new one: the next up goes on from there.
+    running = subprocess.Popen(
+        [sys.executable, str(SCRIPTS / "rehearse.py"), "up", "--ami", ami, "--set", "backupRetentionDays=8"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stderr is not None
+    for line in running.stderr:
+        if "delete" in line and "EipAssociation" in line:
+            running.send_signal(signal.SIGINT)
+            break
+    said = running.stderr.read()
+    assert running.wait(timeout=120) == 130, said
+    assert "Traceback" not in said
+    deadline = time.monotonic() + 300
+    back = up(ami)
+    assert time.monotonic() < deadline
+    assert back["settings"] == {"backupRetentionDays": "8"}
+    assert call(back, f"experiments/get?experiment_id={experiment}")["experiment"]["name"] == "kept"
+
+
+def test_reaching_into_the_machine(stack_of_our_own: str) -> None:
+    status = json.loads(rehearse("status", "--json").stdout)
+    assert status["state"] == "ready"
+    assert rehearse("ssh", "cat", "/etc/mlflow-host/launch.toml").stdout.startswith("format = 1")
+    assert "mlflow-host" in rehearse("logs").stdout
+    assert rehearse("ssh", "--", "systemctl", "is-active", "nginx").stdout == "active\n"
