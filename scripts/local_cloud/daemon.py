@@ -65,6 +65,7 @@ class Daemon:
         self.instance_locks: dict[str, threading.Lock] = {}
         self.published: dict[str, tuple[Any, ...]] = {}
         self.publishing = threading.Lock()
+        self.checked_records = 0
         self.roles = Roles(places, allotment)
         self.stopping = threading.Event()
         self.forwarder: socket.socket
@@ -223,6 +224,10 @@ class Daemon:
 
     def snapshot_volume(self, volume: str, snapshot: str) -> None:
         volumes.snapshot(self.places, volume, snapshot)
+
+    def is_mounted(self, instance: str, volume: str) -> bool:
+        machine = self.machines.get(instance)
+        return machine is not None and machines.is_mounted(machine, volume)
 
     def console(self, instance: str) -> str:
         return machines.console_text(self.console_path(instance))
@@ -460,6 +465,16 @@ class Daemon:
             if path.stem not in in_use and path.stem not in self._all_wanted_disks():
                 volumes.detach(path)
 
+    def _finish_detachments(self) -> None:
+        """Lets go of volumes that were mounted when asked to detach and no longer are; with the API lock held."""
+        for backend in self.all_backends():
+            attachments = [volume.attachment for volume in backend.volumes.values() if volume.attachment]
+            for attachment in attachments:
+                instance, volume = attachment.instance.id, attachment.volume.id
+                if attachment.status == ec2.DETACHING and not self.is_mounted(instance, volume):
+                    backend.detach_volume(volume, instance, attachment.device)
+                    records.save(self.places)
+
     def _all_wanted_disks(self) -> set[str]:
         return {
             volume
@@ -474,6 +489,7 @@ class Daemon:
         """Publishes what the security groups allow, and brings attached volumes in line, for every machine."""
         with self.api:
             wanted = self._wanted_routes()
+            self._finish_detachments()
             for instance_id in list(self.machines):
                 self._sync_disks(instance_id)
             with self.publishing:
@@ -625,8 +641,20 @@ class Daemon:
             try:
                 self.settle_network()
                 self._forget_terminated()
+                self._check_records()
             except Exception:
                 traceback.print_exc()
+
+    def _check_records(self) -> None:
+        """Makes sure that what was saved since the last look can be read again."""
+        saved = self.places.records.stat().st_mtime_ns if self.places.records.exists() else 0
+        if saved == self.checked_records:
+            return
+        self.checked_records = saved
+        if lost := records.unreadable(self.places):
+            print(f"records of {', '.join(lost)} cannot be kept: lost at restart", file=sys.stderr, flush=True)
+            with self.api:
+                records.save(self.places)
 
     def _forget_terminated(self) -> None:
         with self.api:

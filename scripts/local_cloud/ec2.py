@@ -42,6 +42,8 @@ PENDING, RUNNING, SHUTTING_DOWN, TERMINATED, STOPPING, STOPPED = (
 PULL_THE_PLUG = "pull_the_plug"
 """Attribute of an instance's record: the stop under way was asked for with Force."""
 
+DETACHING = "detaching"
+
 ROOT_GIB = 8
 """Size of an image's root volume when nobody said, as of Ubuntu's images."""
 
@@ -58,6 +60,7 @@ class Bodies(Protocol):
     def make_volume(self, volume: str, gib: int, snapshot: str | None) -> None: ...
     def forget_volume(self, volume: str) -> None: ...
     def snapshot_volume(self, volume: str, snapshot: str) -> None: ...
+    def is_mounted(self, instance: str, volume: str) -> bool: ...
     def console(self, instance: str) -> str: ...
 
 
@@ -293,6 +296,19 @@ class EmbodiedEC2(EC2Backend):
                 "InvalidVolume.ZoneMismatch",
                 f"The volume '{volume_id}' is not in the same availability zone as instance '{instance_id}'",
             )
+
+    def detach_volume(self, volume_id: str, instance_id: str, device_path: str) -> Any:
+        """A volume that is mounted stays, detaching, until it is unmounted or its machine stops."""
+        attachment = self.get_volume(volume_id).attachment
+        if attachment is None:
+            raise EC2ClientError("IncorrectState", f"Volume '{volume_id}' is in the 'available' state.")
+        if parameter("Action") == "DetachVolume":
+            if attachment.device == attachment.instance.root_device_name and attachment.instance.state != "stopped":
+                raise EC2ClientError("OperationNotPermitted", f"Unable to detach root volume '{volume_id}'")
+            if bodies().is_mounted(attachment.instance.id, volume_id):
+                attachment.status = DETACHING
+                return attachment
+        return super().detach_volume(volume_id, instance_id or attachment.instance.id, device_path)
 
     def create_snapshot(self, volume_id: str, *args: Any, **kwargs: Any) -> Any:
         volume = self.get_volume(volume_id)

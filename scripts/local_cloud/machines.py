@@ -184,15 +184,24 @@ def attach(machine: Machine, disk: Disk) -> str:
     return name
 
 
+def is_mounted(machine: Machine, volume: str) -> bool:
+    """Whether the machine has a file system of the volume mounted."""
+    try:
+        device = Path(f"/proc/{machine.pid}/root/dev/{machine.disks[volume]}").stat().st_rdev
+    except (KeyError, OSError):
+        return False
+    return volumes.is_mounted_in(machine.pid, device)
+
+
 def detach(machine: Machine, volume: str) -> bool:
     """Takes a volume out of a running machine; False when it is still mounted there."""
     name = machine.disks.get(volume)
     if name is None:
         return True
+    if is_mounted(machine, volume):
+        return False
     dev = Path(f"/proc/{machine.pid}/root/dev")
     with contextlib.suppress(OSError):
-        if volumes.is_mounted_in(machine.pid, (dev / name).stat().st_rdev):
-            return False
         (dev / "disk/by-id" / by_id_name(volume)).unlink(missing_ok=True)
         (dev / name).unlink(missing_ok=True)
     del machine.disks[volume]

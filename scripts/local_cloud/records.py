@@ -25,7 +25,7 @@ FORMAT = 1
 
 
 def _private_key(pem: bytes) -> Any:
-    return serialization.load_pem_private_key(pem, None)
+    return serialization.load_pem_private_key(pem, None, unsafe_skip_rsa_key_validation=True)
 
 
 def _reduce_private_key(key: Any) -> tuple[Any, ...]:
@@ -47,15 +47,35 @@ def _reduce_parameters(parameters: ParameterDict) -> tuple[Any, ...]:
 copyreg.pickle(ParameterDict, _reduce_parameters)
 
 
+_excluded: set[str] = set()
+
+
 def save(places: Places) -> None:
-    services: dict[str, dict[str, dict[str, Any]]] = {}
-    in_use: list[Any] = BackendDict._instances  # type: ignore[misc]
-    for backends in in_use:
-        accounts = services.setdefault(backends.service_name, {})
-        for account, regions in backends.items():
-            accounts[account] = dict(regions.items())
-    content = cloudpickle.dumps({"format": FORMAT, "moto": version("moto"), "services": services})
-    write_atomically(places.records, content)
+    """Writes the records of every service; call with the API lock held."""
+    write_atomically(places.records, _dump(_services()))
+
+
+def unreadable(places: Places) -> list[str]:
+    """Services whose records were written but cannot be read back; they are left out from now on.
+
+    A service that this project starts to use may keep something that pickles and does not unpickle: it must not cost
+    the others their records. Reads what is on disk, so it needs no lock.
+    """
+    content = places.records.read_bytes()
+    try:
+        pickle.loads(content)
+    except Exception:
+        pass
+    else:
+        return []
+    found = []
+    for service, accounts in _services().items():
+        try:
+            pickle.loads(_dump({service: accounts}))
+        except Exception:
+            found.append(service)
+    _excluded.update(found)
+    return found
 
 
 def load(places: Places) -> bool:
@@ -75,3 +95,21 @@ def load(places: Places) -> bool:
             "that wrote them, or start over with `purge`"
         ) from error
     return True
+
+
+Services = dict[str, dict[str, dict[str, Any]]]
+"""service → account → region → moto's backend."""
+
+
+def _services() -> Services:
+    in_use: list[Any] = BackendDict._instances  # type: ignore[misc]
+    return {
+        backends.service_name: {account: dict(regions.items()) for account, regions in backends.items()}
+        for backends in in_use
+        if backends.service_name not in _excluded
+    }
+
+
+def _dump(services: Services) -> bytes:
+    dumped: bytes = cloudpickle.dumps({"format": FORMAT, "moto": version("moto"), "services": services})
+    return dumped

@@ -219,9 +219,9 @@ def _free_port(wanted: int) -> int:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes so that a crash leaves either the old file or the new one."""
+    """Writes so that a crash leaves either the old file or the new one; only the owner can read it."""
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -26,17 +26,21 @@ TOKEN = "curl -sf -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' http://16
 @pytest.fixture(scope="module")
 def other(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
     """A second cloud, with the first one's source image: its layers are never written to, so links will do."""
-    source = cloud.source_ami()
     other = LocalCloud(tmp_path_factory.mktemp("other"))
+    try:
+        yield with_source_image(other, cloud)
+    finally:
+        other.purge()
+
+
+def with_source_image(other: LocalCloud, cloud: LocalCloud) -> LocalCloud:
+    source = cloud.source_ami()
     other.up()
     layer = next(path for path in cloud.places.layers.iterdir() if path.name.startswith("debian12-"))
     subprocess.run(["cp", "-al", str(layer), str(other.places.making)], check=True)
     described = cloud.client("ec2").describe_images(ImageIds=[source])["Images"][0]
     other.register_source_image(described["Name"], described["Description"], other.places.making / layer.name)
-    try:
-        yield other
-    finally:
-        other.purge()
+    return other
 
 
 @pytest.fixture(scope="module")
