@@ -16,7 +16,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from local_cloud.state import ACCOUNT, Allotment, LocalCloudError, Places, write_json
+from local_cloud.state import ACCOUNT, Allotment, LocalCloudError, Places, object_store_ports, write_json
 
 START_SECONDS = 60
 PARTS = ("master", "volume", "filer")
@@ -94,9 +94,8 @@ def start(places: Places, allotment: Allotment) -> int:
     argv += ["-filer", "-s3", f"-s3.port={allotment.s3_port}", "-s3.ip.bind=127.0.0.1"]
     argv += [f"-s3.config={identities_file(places)}", f"-s3.iam.config={sessions_file(places)}", "-s3.iam=false"]
     argv += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
-    # weed's parts also talk through sockets in /tmp named by port alone (and by the port + 10000 for gRPC): two clouds
-    # with the same ports would write into each other's buckets.
-    ports = (f"-{part}.port={13000 + 10 * allotment.number + place}" for place, part in enumerate(PARTS))
+    numbered = zip(PARTS, object_store_ports(allotment.number), strict=True)
+    ports = (f"-{part}.port={port}" for part, port in numbered)
     argv += [*ports, f"-filer.localSocket={allotment.run_dir / 'filer.sock'}"]
     log_path = places.root / "object-store.log"
     with log_path.open("wb") as log:

@@ -191,6 +191,9 @@ def _take_number(places: Places) -> int:
             if owner != places.root and owner.exists() and any(owner.iterdir()):
                 continue
             claim.unlink(missing_ok=True)
+        # A state folder that was deleted by hand may have left its object store running.
+        if not all(_is_free(f"127.10.{number}.1", port) for port in object_store_ports(number)):
+            continue
         try:
             claim.symlink_to(places.root)
         except FileExistsError:
@@ -208,14 +211,29 @@ def give_number_back(places: Places, number: int) -> None:
 def _free_port(wanted: int) -> int:
     """`wanted` when nothing listens there, else the next free port below the ephemeral range."""
     for port in [wanted, *range(22000, 30000)]:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+        if _is_free("127.0.0.1", port):
             return int(port)
     raise LocalCloudError("no free TCP port between 21000 and 30000 on 127.0.0.1")
+
+
+def _is_free(address: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return False
+    return True
+
+
+def object_store_ports(number: int) -> tuple[int, int, int]:
+    """Ports of the object store's master, volume and filer on a cloud's inner address.
+
+    Its parts also talk through sockets in /tmp named by port alone (and by the port + 10000 for gRPC): two clouds with
+    the same ports would write into each other's buckets.
+    """
+    first = 13000 + 10 * number
+    return first, first + 1, first + 2
 
 
 def write_atomically(path: Path, content: bytes) -> None:
