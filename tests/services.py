@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 HOST_PACKAGE = Path(__file__).parents[1] / "provisioning/rootfs/usr/lib/mlflow-host"
-START_SECONDS = 90
+START_SECONDS = 240
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,17 @@ def create_schema(uri: str, python: str = sys.executable) -> None:
     subprocess.run([python, "-W", "ignore", "-c", f"import sys; {code}", uri], check=True, stderr=subprocess.DEVNULL)
 
 
+@dataclass(frozen=True)
+class ServerProcess:
+    socket: Path
+    pid: int
+
+
 @contextlib.contextmanager
 def server_processes(
     folder: Path, environment: Mapping[str, str], count: int = 1, python: str = sys.executable
-) -> Iterator[list[Path]]:
-    """`count` processes of mlflow_host.server that answer; yields their sockets."""
+) -> Iterator[list[ServerProcess]]:
+    """`count` processes of mlflow_host.server that answer."""
     folder.mkdir(parents=True, exist_ok=True)
     sockets = [folder / f"server-{number}.sock" for number in range(1, count + 1)]
     with contextlib.ExitStack() as stack:
@@ -178,7 +184,7 @@ def server_processes(
         ]
         for uds, running in zip(sockets, started, strict=True):
             wait_until(uds.exists, running, uds.with_suffix(".log"))
-        yield sockets
+        yield [ServerProcess(uds, running.pid) for uds, running in zip(sockets, started, strict=True)]
 
 
 @contextlib.contextmanager

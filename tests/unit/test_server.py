@@ -206,8 +206,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
 def ours(database: Path, store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The socket of a process of the launcher."""
     folder = tmp_path_factory.mktemp("ours")
-    with server_processes(folder, {**settings(database.parent), **store.environment}) as (uds,):
-        yield uds
+    with server_processes(folder, {**settings(database.parent), **store.environment}) as (running,):
+        yield running.socket
 
 
 @pytest.fixture(scope="module")

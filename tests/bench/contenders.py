@@ -1,0 +1,358 @@
+"""The servers that are compared, each with a PostgreSQL and an nginx of its own, all on loopback."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests import services
+from tests.bench.load import Dataset, Target
+from tests.bench.seed import seed
+
+ROOTFS = Path(__file__).parents[2] / "provisioning/rootfs"
+HOST = "127.0.0.1"
+USER, PASSWORD = "ada", "correct horse battery staple"
+MACHINE_MEMORY_MB = 2048
+"""What our set-up is sized for: t3.small, whose two cores this machine is taken to have."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    what: str
+    """One line for the report."""
+    target: Target
+    url: str
+    data: Dataset
+    cluster: services.PostgreSQL
+    servers: tuple[int, ...]
+    """Process ids; their children belong to them."""
+
+    def processes(self) -> list[int]:
+        return [pid for server in self.servers for pid in family(server)]
+
+    @property
+    def client_environment(self) -> dict[str, str]:
+        return {
+            "MLFLOW_TRACKING_URI": self.url,
+            "MLFLOW_TRACKING_USERNAME": USER,
+            "MLFLOW_TRACKING_PASSWORD": PASSWORD,
+        }
+
+
+Start = Callable[[Path, services.ObjectStore], "contextlib.AbstractContextManager[Contender]"]
+
+
+@contextlib.contextmanager
+def tutorial(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
+    """What tutorials show: `mlflow server` with its defaults, a password for PostgreSQL, nginx with a bcrypt file."""
+    with contextlib.ExitStack() as stack:
+        cluster, data = stack.enter_context(seeded_cluster(folder / "postgresql", {}))
+        port, site_port = services.free_port(), services.free_port()
+        server = stack.enter_context(mlflow_server(folder, store, cluster, port))
+        users = subprocess.run(["htpasswd", "-nbB", USER, PASSWORD], check=True, capture_output=True, text=True).stdout
+        (folder / "users").write_text(users)
+        configuration = folder / "nginx.conf"
+        configuration.write_text(TUTORIAL_NGINX.format(folder=folder, port=port, site_port=site_port))
+        stack.enter_context(nginx(configuration, site_port, folder / "nginx.log"))
+        yield Contender(
+            "tutorial",
+            "`mlflow server` with its defaults (4 workers), PostgreSQL over TCP with a password, nginx with bcrypt",
+            Target((HOST, site_port), HOST, (authorization(),)),
+            f"http://{HOST}:{site_port}",
+            data,
+            cluster,
+            (server.pid,),
+        )
+
+
+TUTORIAL_NGINX = """
+user www-data;
+worker_processes auto;
+pid {folder}/nginx.pid;
+error_log stderr;
+events {{ worker_connections 768; }}
+http {{
+    access_log {folder}/access.log;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    client_max_body_size 0;
+    server {{
+        listen 127.0.0.1:{site_port};
+        auth_basic "MLflow";
+        auth_basic_user_file {folder}/users;
+        location / {{
+            proxy_pass http://127.0.0.1:{port};
+            proxy_set_header Host $host;
+        }}
+    }}
+}}
+"""
+
+
+@contextlib.contextmanager
+def basic_auth(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
+    """MLflow's own login: `mlflow server --app-name basic-auth`, nothing in front."""
+    packages = auth_packages()
+    with contextlib.ExitStack() as stack:
+        cluster, data = stack.enter_context(seeded_cluster(folder / "postgresql", {}))
+        cluster.execute("create database login")
+        port = services.free_port()
+        (folder / "auth.ini").write_text(
+            f"[mlflow]\ndefault_permission = EDIT\ndatabase_uri = {cluster.uri('login', tcp=True)}\n"
+            f"admin_username = {USER}\nadmin_password = {PASSWORD}\n"
+            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+        )
+        settings = {
+            "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": "not a secret",
+            "PYTHONPATH": str(packages),
+        }
+        arguments = ("--app-name", "basic-auth")
+        server = stack.enter_context(mlflow_server(folder, store, cluster, port, *arguments, settings=settings))
+        yield Contender(
+            "basic-auth",
+            "`mlflow server --app-name basic-auth` with its defaults, nothing in front",
+            Target((HOST, port), HOST, (authorization(),)),
+            f"http://{HOST}:{port}",
+            data,
+            cluster,
+            (server.pid,),
+        )
+
+
+def auth_packages() -> Path:
+    """A folder with what the extra mlflow[auth] adds; kept between runs, beside and not among our packages, since
+    MLflow searches more slowly when they are there."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlflow-ami" / "bench-auth"
+    if not (folder / "flask_wtf").is_dir():
+        installer = [sys.executable, "-m", "pip"]
+        if shutil.which("uv"):
+            installer = ["uv", "pip"]
+        command = [*installer, "install", "-q", "--target", str(folder), "--no-deps", "Flask-WTF<2", "WTForms"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    return folder
+
+
+@contextlib.contextmanager
+def mlflow_server(
+    folder: Path,
+    store: services.ObjectStore,
+    cluster: services.PostgreSQL,
+    port: int,
+    *arguments: str,
+    settings: Mapping[str, str] | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`mlflow server` on loopback; its children are gone too at the end."""
+    bucket = f"{folder.name}-one"
+    store.client().create_bucket(Bucket=bucket)
+    command = [services.program("mlflow"), "server", "--host", HOST, "--port", str(port)]
+    command += ["--backend-store-uri", cluster.uri(tcp=True), "--artifacts-destination", f"s3://{bucket}"]
+    command += ["--allowed-hosts", f"{HOST},{HOST}:*", *arguments]
+    (folder / "tmp").mkdir()
+    environment = {**os.environ, **store.environment, "TMPDIR": str(folder / "tmp"), **(settings or {})}
+    with services.process(command, folder / "server.log", env=environment) as running:
+        services.wait_until(lambda: answers(port), running, folder / "server.log")
+        time.sleep(5)  # the job runner and its consumers start after the workers
+        children = family(running.pid)
+        try:
+            yield running
+        finally:
+            signal_all(children, signal.SIGCONT)
+            running.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(15)
+            signal_all(children[1:], signal.SIGKILL)
+
+
+def answers(port: int) -> bool:
+    return services.answers(f"http://{HOST}:{port}/health")
+
+
+@contextlib.contextmanager
+def ours(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
+    """The server, the settings of PostgreSQL and the nginx that the image ships, sized for a 2 GiB machine."""
+    from mlflow_host import config, credentials, launch, server, sizing, web
+
+    buckets = {kind: f"{folder.name}-{kind}" for kind in ("artifacts", "models", "backups")}
+    for bucket in buckets.values():
+        store.client().create_bucket(Bucket=bucket)
+    document = launch.LaunchDocument(
+        stack=launch.Stack("bench", "eu-central-1"),
+        buckets=launch.Buckets(**buckets),
+        credentials=launch.Credentials("/bench"),
+        data_volume=launch.DataVolume("vol-01234567"),
+        web=launch.Web((HOST,)),
+        endpoints=launch.Endpoints(s3=store.endpoint),
+    )
+    machine = sizing.Machine(MACHINE_MEMORY_MB, sizing.this_machine().cores)
+    host = config.host_config(document, sizing.size(machine))
+    templates = ROOTFS / "usr/share/mlflow-host/templates"
+    shipped = web.render("postgresql.conf.j2", templates, sizing=host.sizing, postgres=document.postgres)
+    with contextlib.ExitStack() as stack:
+        cluster, data = stack.enter_context(seeded_cluster(folder / "postgresql", postgresql_settings(shipped)))
+        (folder / "tmp").mkdir()
+        environment = {
+            **server.environment(host, "a passphrase for measurements"),
+            "MLFLOW_BACKEND_STORE_URI": cluster.uri(),
+            "TMPDIR": str(folder / "tmp"),
+            **store.environment,
+        }
+        sockets_folder = folder / "run/mlflow"
+        processes = stack.enter_context(
+            services.server_processes(sockets_folder, environment, host.sizing.server_processes)
+        )
+        port = services.free_port()
+        configuration = move_nginx(folder, port)
+        run = folder / "run/mlflow-host"
+        site = web.render_site(host, web.ui_files(), templates=templates, run=run)
+        (run / "nginx/site.conf").write_text(moved(site, folder, port))
+        users = (credentials.User(USER, PASSWORD, "admin"),)
+        (run / "nginx/users").write_text(credentials.password_file(users))
+        (run / "nginx/roles.map").write_text(f'"{USER}" admin;\n')
+        stack.enter_context(nginx(configuration, port, folder / "nginx.log"))
+        yield Contender(
+            "ours",
+            f"what the image ships: {len(processes)} processes on Unix sockets, sized for {MACHINE_MEMORY_MB} MiB, "
+            "its settings of PostgreSQL and nginx",
+            Target((HOST, port), HOST, (authorization(),)),
+            f"http://{HOST}:{port}",
+            data,
+            cluster,
+            tuple(running.pid for running in processes),
+        )
+
+
+def postgresql_settings(shipped: str) -> dict[str, str]:
+    """The settings of a rendered postgresql.conf, without those that say where things are on a machine."""
+    found = dict(re.findall(r"^(\w+) = '?([^'\n]*)'?$", shipped, re.MULTILINE))
+    places = {"hba_file", "ident_file", "listen_addresses", "unix_socket_directories", "lc_messages"}
+    return {name: value for name, value in found.items() if name not in places}
+
+
+def move_nginx(folder: Path, port: int) -> Path:
+    """nginx's configuration as it ships, moved below `folder`. Returns nginx.conf."""
+    for source in [*(ROOTFS / "etc/nginx").iterdir(), *(ROOTFS / "usr/share/mlflow-host").glob("*")]:
+        if source.is_file():
+            target = folder / source.relative_to(ROOTFS)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(moved(source.read_text(), folder, port))
+    shutil.copy("/etc/nginx/mime.types", folder / "etc/nginx/mime.types")
+    for name in ("run/mlflow-host/nginx", "run/mlflow-host/web", "run/nginx", "var/log/nginx", "var/lib/nginx"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    return folder / "etc/nginx/nginx.conf"
+
+
+def moved(text: str, folder: Path, port: int) -> str:
+    for path in ("/run/mlflow-host", "/run/nginx", "/run/mlflow/", "/var/log/nginx", "/usr/share/mlflow-host"):
+        text = text.replace(f" {path}", f" {folder}{path}").replace(f"unix:{path}", f"unix:{folder}{path}")
+    return text.replace("/etc/nginx/", f"{folder}/etc/nginx/").replace("listen 80", f"listen {HOST}:{port}")
+
+
+@contextlib.contextmanager
+def nginx(configuration: Path, port: int, log: Path) -> Iterator[None]:
+    command = ["nginx", "-c", str(configuration), "-g", "daemon off;"]
+    with services.process(command, log) as running:
+        services.wait_until(lambda: listens(port), running, log)
+        yield
+
+
+def listens(port: int) -> bool:
+    import socket
+
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
+
+
+@contextlib.contextmanager
+def seeded_cluster(folder: Path, settings: Mapping[str, str]) -> Iterator[tuple[services.PostgreSQL, Dataset]]:
+    with services.postgresql(folder, settings) as cluster:
+        cluster.execute("create database mlflow")
+        services.create_schema(cluster.uri())
+        yield cluster, seed(cluster, "mlflow")
+
+
+def authorization() -> str:
+    return "Authorization: Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+
+
+# Processes
+
+
+def family(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for member in found:
+        found += children.get(member, [])
+    return found
+
+
+def signal_all(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+@contextlib.contextmanager
+def alone(contender: Contender, others: list[Contender]) -> Iterator[None]:
+    """Keep the others' servers from running, so that one is measured at a time while all stay warm."""
+    paused = [pid for other in others if other is not contender for pid in other.processes()]
+    signal_all(paused, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        signal_all(paused, signal.SIGCONT)
+
+
+def memory_mb(pids: list[int]) -> float:
+    """Proportional set size of processes together, in MB."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1000
+
+
+class PeakMemory:
+    """The most memory that a contender's server held while the `with` block ran, sampled five times a second."""
+
+    def __init__(self, contender: Contender):
+        self.contender, self.mb = contender, 0.0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.2):
+            self.mb = max(self.mb, memory_mb(self.contender.processes()))
+
+    def __enter__(self) -> PeakMemory:
+        self.mb = memory_mb(self.contender.processes())
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+CONTENDERS: dict[str, Start] = {"tutorial": tutorial, "basic-auth": basic_auth, "ours": ours}

@@ -1,0 +1,71 @@
+"""Artifacts by MLflow's own client: uploads and downloads of small, middling and large files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bench.contenders import Contender, PeakMemory, memory_mb
+
+CLIENT = """
+import json, sys, tempfile, time
+import mlflow
+folder, kind = sys.argv[1:]
+with mlflow.start_run() as run:
+    started = time.monotonic()
+    mlflow.log_artifacts(folder, kind)
+    uploaded = time.monotonic()
+with tempfile.TemporaryDirectory() as target:
+    begun = time.monotonic()
+    mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/{kind}", dst_path=target)
+    print(json.dumps([uploaded - started, time.monotonic() - begun]))
+"""
+
+
+@dataclass(frozen=True)
+class Load:
+    name: str
+    count: int
+    size: int
+    """Bytes of each file."""
+
+
+LOADS = (Load("1 KB × 1,000", 1000, 1000), Load("10 MB", 1, 10 * 10**6), Load("1 GB", 1, 10**9))
+QUICK_LOADS = (Load("1 KB × 100", 100, 1000), Load("10 MB", 1, 10 * 10**6))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Megabytes per second, and what the server's memory grew by at most meanwhile, in MB."""
+
+    up: float
+    down: float
+    growth_mb: float
+
+
+def make_files(load: Load, folder: Path) -> list[Path]:
+    target = folder / load.name.replace(" ", "").replace(",", "")
+    if not target.exists():
+        target.mkdir()
+        block = os.urandom(2**20)
+        for number in range(load.count):
+            with (target / f"file-{number:04}.bin").open("wb") as file:
+                for start in range(0, load.size, len(block)):
+                    file.write(block[: min(len(block), load.size - start)])
+    return sorted(target.iterdir())
+
+
+def move(contender: Contender, load: Load, files: list[Path]) -> Moved:
+    """Have a client upload and download the files. Raises CalledProcessError when it fails."""
+    before = memory_mb(contender.processes())
+    environment = {**os.environ, **contender.client_environment, "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+    command = [sys.executable, "-W", "ignore", "-c", CLIENT, str(files[0].parent), "files"]
+    with PeakMemory(contender) as peak:
+        ended = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    up, down = json.loads(ended.stdout.splitlines()[-1])
+    megabytes = load.count * load.size / 10**6
+    return Moved(megabytes / up, megabytes / down, peak.mb - before)
