@@ -87,7 +87,15 @@ class Asked(BaseHTTPRequestHandler):
             self.answer(200 if self.server.database_answers else 503, b'{"experiments": []}')
         elif self.path.startswith("/busy"):
             self.answer(503, b'{"error_code": "TEMPORARILY_UNAVAILABLE", "message": "MLflow said this"}')
-        elif self.path.startswith(("/gateway/", "/get-artifact")):
+        elif self.path.startswith("/get-artifact"):
+            self.send_response(200)
+            self.send_header("Content-Length", "11")
+            self.end_headers()
+            self.wfile.write(b"first\n")
+            self.wfile.flush()
+            self.server.go_on.wait(20)
+            self.wfile.write(b"last\n")
+        elif self.path.startswith("/gateway/"):
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Transfer-Encoding", "chunked")
@@ -429,6 +437,16 @@ def test_one_process_restarting_is_not_noticed(site: Site) -> None:
     site.upstreams[0].shutdown()
     site.upstreams[0].server_close()
     assert [site.ask("/")[0] for _ in range(20)] == [200] * 20
+
+
+def test_mlflow_is_back_as_soon_as_it_answers(site: Site) -> None:
+    stop(site)
+    for _ in range(5):
+        assert site.ask("/")[0] == 503
+    site.upstreams[:] = [Upstream(Path(str(upstream.server_address))) for upstream in site.upstreams]
+    for upstream in site.upstreams:
+        threading.Thread(target=upstream.serve_forever, args=(0.02,), daemon=True).start()
+    assert site.ask("/")[0] == 200
 
 
 def test_both_processes_are_used(site: Site) -> None:
