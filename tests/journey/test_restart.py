@@ -14,7 +14,7 @@ from servers import Server
 
 pytestmark = pytest.mark.machine
 
-PATIENCE_SECONDS = 90
+PATIENCE_SECONDS = 300
 
 
 def everything(client: MlflowClient) -> dict[str, Any]:
