@@ -35,6 +35,7 @@ id = "vol-0123456789abcdef0"
 hostnames = ["mlflow.example.com", "52.1.2.3"]
 tls = "acme"
 acme_email = "ops@example.com"
+acme_directory = "https://acme.example.com/directory"
 authority_parameter = "/mlflow-ami/dev/authority"
 
 [mlflow]
@@ -86,7 +87,11 @@ def test_complete_document_is_read() -> None:
     assert document.stack == launch.Stack("mlflow-dev", "eu-central-1")
     assert document.buckets.models == "mlflow-dev-models"
     assert document.web == launch.Web(
-        ("mlflow.example.com", "52.1.2.3"), "acme", "ops@example.com", "/mlflow-ami/dev/authority"
+        ("mlflow.example.com", "52.1.2.3"),
+        "acme",
+        "ops@example.com",
+        "https://acme.example.com/directory",
+        "/mlflow-ami/dev/authority",
     )
     assert document.mlflow == launch.Mlflow(job_execution=True, artifact_transfer="proxied")
     assert document.postgres.cidrs == ("10.0.0.0/16", "2001:db8::/32")
@@ -133,6 +138,7 @@ REFUSED = [
     ("web", "hostnames", "a.b", '"a.b": it must be a list of strings'),
     ("web", "tls", "on", '"on": it must be "off" or "private" or "acme"'),
     ("web", "acme_email", "ops", '"ops": it must be an e-mail address'),
+    ("web", "acme_directory", "http://a", '"http://a": it must be the https:// address of an ACME directory'),
     ("web", "authority_parameter", "x", '"x": it must be the full name of an SSM parameter'),
     ("mlflow", "job_execution", "no", '"no": it must be true or false'),
     ("mlflow", "artifact_transfer", "magic", '"magic": it must be "direct" or "proxied"'),
@@ -183,7 +189,7 @@ def test_every_key_can_be_refused() -> None:
         (
             with_value("web", "port", 80),
             "web.port is not a key of the launch document: "
-            "remove it (known: hostnames, tls, acme_email, authority_parameter)",
+            "remove it (known: hostnames, tls, acme_email, acme_directory, authority_parameter)",
         ),
         ({**LEAST, "stack": "x"}, 'stack is "x": it must be a table, [stack]'),
         (

@@ -133,6 +133,8 @@ class Web:
     tls: str = key(one_of("off", "private", "acme"), "off")
     """off: plain HTTP; private: a certificate authority kept on the data volume; acme: Let's Encrypt."""
     acme_email: str = key(matches(r"|[^@\s]+@[^@\s]+", "an e-mail address"), "")
+    acme_directory: str = key(matches(r"|https://[!-~]{1,500}", "the https:// address of an ACME directory"), "")
+    """Another authority than Let's Encrypt."""
     authority_parameter: str = key(lambda value: parameter_name(value) if value else None, "")
     """SSM parameter that the private authority's certificate is published to, so that clients can verify the server."""
 

@@ -1,0 +1,202 @@
+"""A public certificate by ACME: certbot as the image runs it, against Pebble, Let's Encrypt's own test authority."""
+
+from __future__ import annotations
+
+import datetime
+import http.server
+import json
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from mlflow_host import acme, certificates, certify, config, launch, sizing, web
+
+DOMAIN = "mlflow.example.test"
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("pebble") and shutil.which("certbot")), reason="pebble and certbot are not installed"
+)
+
+
+@dataclass(frozen=True)
+class Authority:
+    directory: str
+    challenges: Path
+    """What the machine behind every name serves on port 80."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answer_every_name_with_loopback(server: socket.socket) -> None:
+    """A name server: 127.0.0.1 for type A, nothing for any other."""
+    while True:
+        try:
+            query, client = server.recvfrom(512)
+        except OSError:
+            return
+        end = query.index(b"\0", 12) + 5
+        is_a = query[end - 4 : end - 2] == b"\0\1"
+        head = query[:2] + b"\x81\x80\0\1" + (b"\0\1" if is_a else b"\0\0") + b"\0\0\0\0"
+        record = b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4" + socket.inet_aton("127.0.0.1") if is_a else b""
+        server.sendto(head + query[12:end] + record, client)
+
+
+@pytest.fixture
+def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Authority]:
+    """Pebble, a name server for it, and a web server where it looks for the answers to its challenges."""
+    own = certificates.ensure(("127.0.0.1",), tmp_path / "pebble")
+    port, challenge_port = free_port(), free_port()
+    settings = {
+        "listenAddress": f"127.0.0.1:{port}",
+        "managementListenAddress": f"127.0.0.1:{free_port()}",
+        "certificate": str(own.certificate),
+        "privateKey": str(own.key),
+        "httpPort": challenge_port,
+        "tlsPort": free_port(),
+    }
+    (tmp_path / "pebble.json").write_text(json.dumps({"pebble": settings}))
+    names = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    names.bind(("127.0.0.1", 0))
+    threading.Thread(target=answer_every_name_with_loopback, args=(names,), daemon=True).start()
+    challenges = tmp_path / "challenges"
+    challenges.mkdir()
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(challenges))
+    site = http.server.ThreadingHTTPServer(("127.0.0.1", challenge_port), handler)
+    threading.Thread(target=site.serve_forever, args=(0.02,), daemon=True).start()
+    command = ["pebble", "-config", str(tmp_path / "pebble.json"), "-dnsserver", f"127.0.0.1:{names.getsockname()[1]}"]
+    pebble = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PEBBLE_VA_NOSLEEP": "1", "PEBBLE_WFE_NONCEREJECT": "0"},
+    )
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(own.ca))
+    monkeypatch.setattr(acme, "SECONDS", 120)
+    try:
+        for _ in range(500):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.02)
+        yield Authority(f"https://127.0.0.1:{port}/dir", challenges)
+    finally:
+        pebble.terminate()
+        pebble.wait(10)
+        site.shutdown()
+        site.server_close()
+        names.close()
+
+
+def settings_for(authority: Authority, *names: str) -> launch.Web:
+    return launch.Web((*names, "52.1.2.3"), "acme", "ops@example.test", authority.directory)
+
+
+def test_certificate_is_issued_kept_and_replaced_when_the_names_change(authority: Authority, tmp_path: Path) -> None:
+    home = tmp_path / "acme"
+    settings = settings_for(authority, DOMAIN)
+    got = acme.obtain(settings, home, authority.challenges)
+    assert got.trusted
+    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(got.chain, got.key)
+    certificate = x509.load_pem_x509_certificate(got.chain.read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == [DOMAIN]
+    assert got.key.stat().st_mode & 0o077 == 0
+    assert acme.issued([DOMAIN], home) == got
+    assert acme.issued([DOMAIN], home, within=datetime.timedelta(days=36_500)) is None
+    assert acme.issued([DOMAIN, f"www.{DOMAIN}"], home) is None
+
+    acme.obtain(settings, home, authority.challenges)
+    assert x509.load_pem_x509_certificate(got.chain.read_bytes()) == certificate, "asked for anew without a reason"
+
+    acme.obtain(settings_for(authority, DOMAIN, f"www.{DOMAIN}"), home, authority.challenges)
+    assert acme.issued([DOMAIN, f"www.{DOMAIN}"], home)
+
+
+def test_refusal_is_told_in_the_words_of_the_authority(authority: Authority, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "nobody-serves-this"
+    elsewhere.mkdir()
+    with pytest.raises(acme.NotIssued, match=r"Invalid response from|[Nn]on-200|not found|404"):
+        acme.obtain(settings_for(authority, DOMAIN), tmp_path / "acme", elsewhere)
+    assert acme.issued([DOMAIN], tmp_path / "acme") is None
+
+
+def test_authority_that_cannot_be_reached_is_told(tmp_path: Path) -> None:
+    settings = launch.Web((DOMAIN,), "acme", "", "https://127.0.0.1:9/dir")
+    with pytest.raises(acme.NotIssued, match=r"127\.0\.0\.1.*(refused|Max retries)"):
+        acme.obtain(settings, tmp_path / "acme", tmp_path)
+
+
+def test_addresses_are_left_to_the_private_certificate() -> None:
+    settings = launch.Web((DOMAIN, "52.1.2.3", "2001:db8::1", "localhost"))
+    assert acme.public_names(settings) == [DOMAIN]
+
+
+# ── The step ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Machine:
+    host: config.HostConfig
+    sites: list[web.Certificate | None]
+    said: list[str]
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    document = launch.LaunchDocument(
+        stack=launch.Stack("dev", "eu-central-1"),
+        buckets=launch.Buckets("aaa", "mmm", "bbb"),
+        credentials=launch.Credentials("/x"),
+        data_volume=launch.DataVolume("vol-01234567"),
+        web=launch.Web((DOMAIN,), "acme"),
+    )
+    host = config.host_config(document, sizing.size(sizing.Machine(2048, 2)))
+    made = Machine(host, [], [])
+    monkeypatch.setattr(web, "put_site", lambda host, certificate=None: made.sites.append(certificate))
+    monkeypatch.setattr(certify, "ATTEMPTS_AFTER", (0, 0, 0))
+    return made
+
+
+def test_private_certificate_serves_on_when_no_public_one_is_issued(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(settings: launch.Web) -> web.Certificate:
+        raise acme.NotIssued("DNS problem: NXDOMAIN")
+
+    monkeypatch.setattr(acme, "obtain", refuse)
+    last = certify.get_public(machine.host, machine.said.append)
+    assert machine.sites == []
+    assert last == (
+        f"serving https://{DOMAIN} with the stack's own certificate: no public one was issued (DNS problem: NXDOMAIN)"
+    )
+    assert machine.said == [last] * 3
+
+
+def test_public_certificate_is_put_in_service_when_it_comes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    issued = web.Certificate(Path("chain"), Path("key"), trusted=True)
+    refusals = [acme.NotIssued("too early")]
+
+    def obtain(settings: launch.Web) -> web.Certificate:
+        if refusals:
+            raise refusals.pop()
+        return issued
+
+    monkeypatch.setattr(acme, "obtain", obtain)
+    assert (
+        certify.get_public(machine.host, machine.said.append) == f"serving https://{DOMAIN} with a public certificate"
+    )
+    assert machine.sites == [issued]
