@@ -35,6 +35,7 @@ TOOLS = {
     "podman": "podman",
     "slirp4netns": "slirp4netns",
     "ip": "iproute2",
+    "nsenter": "util-linux",
     "losetup": "mount",
 }
 """Programs the cloud runs, and the Debian package of each."""
@@ -304,6 +305,7 @@ class LocalCloud:
 def _require_tools() -> None:
     if os.geteuid() != 0:
         raise LocalCloudError("the local cloud needs root: it runs systemd machines and loop devices; use sudo")
-    missing = [package for program, package in TOOLS.items() if shutil.which(program) is None]
+    wanted = TOOLS if machines.has_unified_cgroups() else {**TOOLS, "runc": "runc"}
+    missing = [package for program, package in wanted.items() if shutil.which(program) is None]
     if missing:
         raise LocalCloudError(f"the local cloud needs programs that are missing: apt-get install {' '.join(missing)}")

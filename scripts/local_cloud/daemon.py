@@ -199,6 +199,10 @@ class Daemon:
     def make_root(self, instance: str, snapshot: str) -> None:
         file_systems.create(self.places, instance, file_systems.image_layers(self.places, snapshot) or [])
 
+    def pull_the_plug(self, instance: str) -> None:
+        if machine := self.machines.get(instance):
+            machines.kill(machine)
+
     def settle(self, instance: str) -> None:
         self._spawn(self._settle, instance)
 
@@ -265,7 +269,7 @@ class Daemon:
             if state in ("pending", "running") and instance_id not in self.machines:
                 self._start(instance_id)
             elif state == "stopping":
-                self._stop(instance_id, force=getattr(record, ec2.PULL_THE_PLUG, False))
+                self._stop(instance_id, force=False)
                 with self.api:
                     record.ec2_backend.finish_stop(record)
                     self._sync_disks(instance_id)
@@ -367,9 +371,10 @@ class Daemon:
 
     def _stop(self, instance_id: str, *, force: bool) -> None:
         """Stops the machine, whether this daemon started it or not, and takes its root file system down."""
-        machine = self.machines.pop(instance_id, None)
+        machine = self.machines.get(instance_id)
         if machine is not None:
             machines.stop(self.podman, machine, force=force)
+            del self.machines[instance_id]
         elif instance_id in self.podman.names():
             self.podman.run("stop", "--time", "0" if force else str(machines.STOP_SECONDS), "--ignore", instance_id)
         self._clean_up(instance_id, machine)
@@ -651,8 +656,7 @@ class Daemon:
         if saved == self.checked_records:
             return
         self.checked_records = saved
-        if lost := records.unreadable(self.places):
-            print(f"records of {', '.join(lost)} cannot be kept: lost at restart", file=sys.stderr, flush=True)
+        if not records.check(self.places):
             with self.api:
                 records.save(self.places)
 

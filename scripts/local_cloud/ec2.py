@@ -39,9 +39,6 @@ PENDING, RUNNING, SHUTTING_DOWN, TERMINATED, STOPPING, STOPPED = (
     ("stopped", 80),
 )
 
-PULL_THE_PLUG = "pull_the_plug"
-"""Attribute of an instance's record: the stop under way was asked for with Force."""
-
 DETACHING = "detaching"
 
 ROOT_GIB = 8
@@ -54,6 +51,7 @@ class Bodies(Protocol):
     def has_image(self, snapshot: str) -> bool: ...
     def make_root(self, instance: str, snapshot: str) -> None: ...
     def settle(self, instance: str) -> None: ...
+    def pull_the_plug(self, instance: str) -> None: ...
     def reboot(self, instance: str) -> None: ...
     def make_image(self, image: str, instance: str, *, reboot: bool) -> None: ...
     def forget_snapshot(self, snapshot: str) -> None: ...
@@ -149,7 +147,7 @@ class EmbodiedEC2(EC2Backend):
             if before.name in ("pending", "running", "stopping"):
                 set_state(instance, STOPPING)
                 if asked("Force"):
-                    setattr(instance, PULL_THE_PLUG, True)
+                    bodies().pull_the_plug(instance.id)
                 bodies().settle(instance.id)
             result.append((instance, before))
         return result
@@ -182,7 +180,6 @@ class EmbodiedEC2(EC2Backend):
         """Records that the machine is off."""
         instance.stop()
         self._restore_elastic_addresses(instance)
-        setattr(instance, PULL_THE_PLUG, False)
 
     def _restore_elastic_addresses(self, instance: Instance) -> None:
         """An Elastic IP stays with a stopped instance, where moto drops every address."""

@@ -14,6 +14,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ OUTWARD_NETWORK = "198.18.0.0/24"
 OUTWARD_DNS = "198.18.0.3"
 INTERFACE = "ens5"
 METADATA_INTERFACE = "imds"
+FIRMWARE_SECONDS = 60
 STOP_SECONDS = 60
 """How long a machine may take to shut down before it is killed, as EC2 does after some minutes."""
 
@@ -75,7 +77,7 @@ class Podman:
         self.prefix = ["podman", "--root", str(places.containers), "--runroot", str(run_dir / "containers")]
         self.prefix += ["--storage-driver", "vfs", "--events-backend", "none"]
         self.prefix += ["--cgroup-manager", "cgroupfs"]
-        if not Path("/sys/fs/cgroup/cgroup.controllers").exists():
+        if not has_unified_cgroups():
             self.prefix += ["--runtime", "runc"]  # crun refuses to start where cgroups are in hybrid mode
 
     def run(self, *argv: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -94,6 +96,10 @@ class Podman:
 
     def remove(self, name: str) -> None:
         self.run("rm", "--force", "--time", "0", "--ignore", name)
+
+
+def has_unified_cgroups() -> bool:
+    return Path("/sys/fs/cgroup/cgroup.controllers").exists()
 
 
 def boot(
@@ -130,11 +136,24 @@ def boot(
         pid = running_pid(pid_file)
         if pid is None:
             raise LocalCloudError(f"{instance} stopped as soon as it started: {console_text(console)[-500:]}")
+        _await_init(pid)
         return Machine(instance, pid, namespace, beyond, os.pidfd_open(pid), slirp_exit, slirp, names)
     except BaseException:
         os.close(namespace)
         podman.run("rm", "--force", "--time", "0", "--ignore", instance, check=False)
         raise
+
+
+def _await_init(pid: int) -> None:
+    """Waits for the firmware to hand over: it deletes block devices, a volume attached meanwhile included."""
+    deadline = time.monotonic() + FIRMWARE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/comm").read_text().strip() != "sh":
+                return
+        except OSError:
+            return
+        time.sleep(0.01)
 
 
 def adopt(instance: str, private_address: str, pid_file: Path, before: Callable[[int, int], None]) -> Machine | None:
@@ -161,10 +180,16 @@ def disconnect(machine: Machine) -> None:
         os.close(descriptor)
 
 
+def kill(machine: Machine) -> None:
+    """Kills every process of the machine at once, as a crash would: the end of its init is the end of them all."""
+    with contextlib.suppress(OSError):
+        signal.pidfd_send_signal(machine.pidfd, signal.SIGKILL)
+
+
 def stop(podman: Podman, machine: Machine, *, force: bool = False) -> None:
-    """Shuts the machine down and waits; `force` kills every process at once, as a crash would."""
+    """Shuts the machine down and waits; `force` kills it."""
     if force:
-        podman.run("kill", "--signal", "KILL", machine.instance, check=False)
+        kill(machine)
     podman.run("stop", "--time", str(STOP_SECONDS), "--ignore", machine.instance, timeout=STOP_SECONDS + 60)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copyreg
 import pickle
+import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -51,31 +53,43 @@ _excluded: set[str] = set()
 
 
 def save(places: Places) -> None:
-    """Writes the records of every service; call with the API lock held."""
-    write_atomically(places.records, _dump(_services()))
+    """Writes the records of every service that can be written; call with the API lock held."""
+    try:
+        content = _dump(_services())
+    except Exception:
+        _leave_out(service for service, accounts in _services().items() if not _survives(service, accounts))
+        content = _dump(_services())
+    write_atomically(places.records, content)
 
 
-def unreadable(places: Places) -> list[str]:
-    """Services whose records were written but cannot be read back; they are left out from now on.
+def check(places: Places) -> bool:
+    """Whether what is on disk can be read; if not, leaves out what spoils it, for the next `save`.
 
     A service that this project starts to use may keep something that pickles and does not unpickle: it must not cost
-    the others their records. Reads what is on disk, so it needs no lock.
+    the others their records. Needs no lock as long as the answer is True.
     """
-    content = places.records.read_bytes()
     try:
-        pickle.loads(content)
+        pickle.loads(places.records.read_bytes())
     except Exception:
-        pass
-    else:
-        return []
-    found = []
-    for service, accounts in _services().items():
-        try:
-            pickle.loads(_dump({service: accounts}))
-        except Exception:
-            found.append(service)
-    _excluded.update(found)
-    return found
+        _leave_out(service for service, accounts in _services().items() if not _survives(service, accounts))
+        return False
+    return True
+
+
+def _survives(service: str, accounts: dict[str, dict[str, Any]]) -> bool:
+    try:
+        pickle.loads(_dump({service: accounts}))
+    except Exception:
+        return False
+    return True
+
+
+def _leave_out(services: Iterable[str]) -> None:
+    for service in list(services):
+        print(
+            f"the records of {service} cannot be kept: they are lost when the cloud stops", file=sys.stderr, flush=True
+        )
+        _excluded.add(service)
 
 
 def load(places: Places) -> bool:

@@ -66,7 +66,7 @@ def test_machine_outlives_its_image_and_layers_go_with_their_last_user(account: 
     instance = account.launch(image=image)
     layers = {path.name for path in account.cloud.places.layers.iterdir()}
     snapshot = account.ec2.describe_images(ImageIds=[image])["Images"][0]["BlockDeviceMappings"][0]["Ebs"]["SnapshotId"]
-    with pytest.raises(ClientError, match="InUse|in use"):
+    with pytest.raises(ClientError, match=r"InUse|in use"):
         account.ec2.delete_snapshot(SnapshotId=snapshot)
     account.ec2.deregister_image(ImageId=image)
     account.images.remove(image)

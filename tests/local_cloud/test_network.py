@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import os
+import signal
 import socket
 import subprocess
 import threading
@@ -171,6 +173,16 @@ def test_object_store_and_apis_have_the_hosts_addresses_inside(account: Account,
     cloud = account.cloud
     assert account.run(web, f"curl -s -o /dev/null -w '%{{http_code}}' {cloud.s3_endpoint}/healthz") == "200"
     assert account.run(web, f"curl -s -o /dev/null -w '%{{http_code}}' {cloud.endpoint}/moto-api/") == "200"
+
+
+def test_ports_are_back_after_the_forwarder_died(account: Account, web: str) -> None:
+    daemon = (account.cloud.places.root / "daemon.pid").read_text()
+    started_by_daemon = subprocess.check_output(
+        ["pgrep", "--parent", daemon, "--full", "local_cloud.forward"], text=True
+    )
+    os.kill(int(started_by_daemon), signal.SIGKILL)
+    wait_until(lambda: reachable(account.address(web), 80), 20, "port 80 stayed closed")
+    account.run(web, f"curl -sf {account.cloud.s3_endpoint}/healthz")
 
 
 def test_nothing_is_published_for_a_machine_that_is_gone(account: Account) -> None:
