@@ -7,23 +7,38 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow_host import database
 from mlflow_host.schema import dumping, flipping, record
-from mlflow_host.schema.cluster import Cluster, command, connection, create_empty, databases, rows, run, value
+from mlflow_host.schema.cluster import (
+    Cluster,
+    command,
+    connection,
+    copy_whole,
+    create_empty,
+    databases,
+    drop,
+    rows,
+    run,
+    value,
+)
 from mlflow_host.status import StepFailed
 from moto.server import ThreadedMotoServer
 from schema import step
 from schema.environments import image, releases
 from schema.journey import Journey
-from schema.private_cluster import PrivateCluster
+from schema.private_cluster import PrivateCluster, private_cluster
 
 OLDER, NEWER = releases()[-3], releases()[-2]
 ROOT = Path(__file__).parents[2]
+
+FILL = "INSERT INTO experiment_tags SELECT 'key ' || n, repeat(md5(n::text), 90), 0 FROM generate_series(1, 9000) AS n"
+
+At = Callable[[str, str], database.Settings]
 
 
 @pytest.fixture(scope="module")
@@ -36,65 +51,103 @@ def s3() -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture(scope="module")
+def bucket(s3: str) -> Iterator[dumping.Bucket]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        made = dumping.Bucket("backups-of-the-tests", "eu-central-1", s3)
+        dumping.client(made).create_bucket(
+            Bucket=made.name, CreateBucketConfiguration={"LocationConstraint": made.region}
+        )
+        yield made
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateCluster]:
+    """A cluster with an empty database of each of the two releases, put aside under the release's name."""
+    with private_cluster() as owned:
+        for version in (OLDER, NEWER):
+            settings = database.Settings(owned.cluster, image(version), tmp_path_factory.mktemp("made"), dump=None)
+            database.bring(settings, print)
+            command(owned.cluster, "ALTER DATABASE {} RENAME TO {}", owned.cluster.database, version)
+        yield owned
+
+
 @pytest.fixture
-def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> dumping.Bucket:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    made = dumping.Bucket("backups-of-the-tests", "eu-central-1", s3)
-    dumping.client(made).create_bucket(Bucket=made.name, CreateBucketConfiguration={"LocationConstraint": made.region})
-    return made
+def at(made: PrivateCluster, tmp_path: Path) -> Iterator[At]:
+    """at(version, image's version): a database of that release in service, and the settings of a step by that image."""
+    cluster = made.cluster
+
+    def put_in_service(version: str, by: str) -> database.Settings:
+        copy_whole(cluster, version, cluster.database)
+        with connection(cluster) as opened:
+            found = record.read(opened, version)
+            assert found
+            record.write(opened, cluster.database, found)
+        return database.Settings(cluster, image(by), tmp_path, dump=None)
+
+    yield put_in_service
+    for name in databases(cluster):
+        if name.startswith(cluster.database):
+            drop(cluster, name)
 
 
-def test_a_database_at_this_schema_takes_less_than_a_second_and_no_mlflow(on_the_way: Journey) -> None:
-    on_the_way.stop(image(NEWER), write=False)
+def test_a_database_at_this_schema_takes_less_than_a_second_and_no_mlflow(at: At) -> None:
+    settings = at(NEWER, NEWER)
     started = time.monotonic()
-    said = database.bring(on_the_way.settings(replace(image(NEWER), python=Path("/nowhere/bin/python"))), print)
+    said = database.bring(replace(settings, image=replace(settings.image, python=Path("/nowhere/python"))), print)
     assert time.monotonic() - started < 1
     assert said.startswith("the database is at this image's schema")
 
 
-def test_the_whole_step_at_this_schema_takes_less_than_a_second_of_this_machine(
-    on_the_way: Journey, tmp_path: Path
-) -> None:
+def test_the_whole_step_at_this_schema_takes_less_than_a_second_of_this_machine(at: At) -> None:
     """Processor time, as other tests share the machine."""
     import resource
 
-    on_the_way.stop(image(NEWER), write=False)
+    settings = at(NEWER, NEWER)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     path = ":".join(str(ROOT / folder) for folder in ("tests", "provisioning/rootfs/usr/lib/mlflow-host"))
-    where = (on_the_way.cluster.host, on_the_way.cluster.user, str(tmp_path), NEWER)
+    where = (settings.cluster.host, settings.cluster.user, str(settings.reports), NEWER)
     subprocess.run([sys.executable, str(step.__file__), *where], env={"PYTHONPATH": path}, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
-def test_a_database_of_someone_else_is_refused_and_left_alone(server: PrivateCluster, tmp_path: Path) -> None:
-    cluster = server.cluster
+def test_a_database_of_someone_else_is_refused_and_left_alone(at: At) -> None:
+    settings = at(NEWER, NEWER)
+    cluster = settings.cluster
     create_empty(cluster, cluster.database)
     with connection(cluster, cluster.database) as opened:
         run(opened, "CREATE TABLE accounts (id integer)")
     with pytest.raises(StepFailed, match=r"holds tables but none of MLflow's migrations.*move it aside"):
-        database.bring(database.Settings(cluster, image(NEWER), tmp_path, dump=None), print)
+        database.bring(settings, print)
     with connection(cluster, cluster.database) as opened:
         assert value(opened, "SELECT count(*) FROM accounts") == 0
 
 
-def test_a_schema_nobody_recorded_is_refused_with_the_way_out(server: PrivateCluster, tmp_path: Path) -> None:
-    cluster = server.cluster
+def test_a_schema_nobody_recorded_is_refused_with_the_way_out(at: At) -> None:
+    settings = at(NEWER, NEWER)
+    cluster = settings.cluster
     create_empty(cluster, cluster.database)
     with connection(cluster, cluster.database) as opened:
         run(
             opened,
             "CREATE TABLE alembic_version (version_num text); INSERT INTO alembic_version VALUES ('beefbeefbeef')",
         )
-    settings = database.Settings(cluster, image(NEWER), tmp_path, dump=None)
     with pytest.raises(StepFailed, match=r"migration beefbeefbeef, which MLflow .* does not know.*pin an image"):
         database.bring(settings, print)
 
 
-def test_a_dump_comes_first_and_restores(on_the_way: Journey, bucket: dumping.Bucket) -> None:
-    assert on_the_way.stop(image(OLDER)) == []
-    settings = replace(on_the_way.settings(image(NEWER)), dump=dumping.into(on_the_way.cluster, bucket))
+def test_a_dump_comes_first_and_restores(at: At, bucket: dumping.Bucket) -> None:
+    settings = at(OLDER, NEWER)
+    cluster = settings.cluster
+    with connection(cluster, cluster.database) as opened:
+        run(
+            opened,
+            FILL,
+        )
+    settings = replace(settings, dump=dumping.into(cluster, bucket))
     database.bring(settings, print)
     report = json.loads(max(settings.reports.glob("*upgrade.json")).read_text())
     key = report["dump"].removeprefix(f"s3://{bucket.name}/")
@@ -102,51 +155,64 @@ def test_a_dump_comes_first_and_restores(on_the_way: Journey, bucket: dumping.Bu
     client = dumping.client(bucket)
     client.download_fileobj(bucket.name, key, content)
     assert client.head_object(Bucket=bucket.name, Key=key)["Metadata"]["head"] == image(OLDER).head
-    create_empty(on_the_way.cluster, "restored")
-    place = ["--host", on_the_way.cluster.host, "--username", on_the_way.cluster.user, "--dbname=restored"]
-    subprocess.run([on_the_way.cluster.program("pg_restore"), *place], input=content.getvalue(), check=True)
-    for query in ("SELECT count(*) FROM metrics", "SELECT version_num FROM alembic_version"):
-        kept = report["kept_database"]
-        assert _answer(on_the_way.cluster, "restored", query) == _answer(on_the_way.cluster, kept, query)
+    assert content.tell() > 1000
+    create_empty(cluster, "mlflow_restored")
+    place = ["--host", cluster.host, "--username", cluster.user, "--dbname=mlflow_restored"]
+    subprocess.run([cluster.program("pg_restore"), *place], input=content.getvalue(), check=True)
+    for query in ("SELECT count(*), sum(length(value)) FROM experiment_tags", "SELECT * FROM alembic_version"):
+        assert _answer(cluster, "mlflow_restored", query) == _answer(cluster, report["kept_database"], query)
 
 
-def test_a_dump_that_breaks_off_is_never_completed_and_ends_the_step(
-    on_the_way: Journey, bucket: dumping.Bucket
-) -> None:
-    on_the_way.stop(image(OLDER), write=False)
-    absent = dumping.into(replace(on_the_way.cluster, database="absent"), bucket)
-    settings = on_the_way.settings(image(NEWER))
+def test_a_dump_that_breaks_off_is_never_completed_and_ends_the_step(at: At, bucket: dumping.Bucket) -> None:
+    settings = at(OLDER, NEWER)
+    cluster = settings.cluster
+    absent = dumping.into(cluster, bucket)
+    before = _objects(bucket)
     broken = replace(settings, dump=lambda _, key, metadata: absent("absent", key, metadata))
     with pytest.raises(StepFailed, match=r"the dump that comes before any change .*\"absent\" does not exist"):
         database.bring(broken, print)
-    listed = dumping.client(bucket).list_objects_v2(Bucket=bucket.name)
-    assert not [entry for entry in listed.get("Contents", []) if entry["Size"] == 0]
-    gone = replace(settings, dump=dumping.into(on_the_way.cluster, replace(bucket, name="no-such-bucket")))
+    assert _objects(bucket) == before
+    gone = replace(settings, dump=dumping.into(cluster, replace(bucket, name="no-such-bucket")))
     with pytest.raises(
         StepFailed, match=r"s3://no-such-bucket/dumps/.* could not be written.*check the backups bucket"
     ):
         database.bring(gone, print)
-    assert database.look(on_the_way.cluster).head == image(OLDER).head
-    assert [name for name in databases(on_the_way.cluster) if name.startswith("mlflow")] == ["mlflow"]
+    assert database.look(cluster).head == image(OLDER).head
+    assert [name for name in databases(cluster) if name.startswith("mlflow")] == ["mlflow"]
 
 
-def test_a_full_volume_is_a_sentence_and_nothing_is_touched(
-    on_the_way: Journey, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_the_way.stop(image(OLDER), write=False)
+def test_a_full_volume_is_a_sentence_and_nothing_is_touched(at: At, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = at(OLDER, NEWER)
     monkeypatch.setattr(flipping, "room", lambda cluster: (100 << 20, 20 << 30))
     with pytest.raises(StepFailed, match=r"0\.1 GiB free, a copy of the database needs .*dataVolumeGib"):
-        database.bring(on_the_way.settings(image(NEWER)), print)
-    assert database.look(on_the_way.cluster).head == image(OLDER).head
+        database.bring(settings, print)
+    assert database.look(settings.cluster).head == image(OLDER).head
 
 
-def test_a_half_dropped_database_and_a_report_that_never_came_true_are_cleared(on_the_way: Journey) -> None:
-    on_the_way.stop(image(NEWER), write=False)
-    command(on_the_way.cluster, "CREATE DATABASE {}", "mlflow_host_work_successor")
-    settings = on_the_way.settings(image(NEWER))
+def test_a_kept_database_renamed_into_service_by_hand_takes_writes_again(at: At) -> None:
+    settings = at(NEWER, NEWER)
+    command(settings.cluster, "ALTER DATABASE {} SET default_transaction_read_only = on", settings.cluster.database)
+    database.bring(settings, print)
+    with connection(settings.cluster, settings.cluster.database) as opened:
+        assert run(opened, "DELETE FROM experiments") == 1
+
+
+def test_one_step_at_a_time(at: At) -> None:
+    settings = at(OLDER, NEWER)
+    with (
+        database.alone(settings.cluster),
+        pytest.raises(StepFailed, match="another database step has been running"),
+        database.alone(settings.cluster, seconds=1),
+    ):
+        raise AssertionError("two at a time")
+
+
+def test_a_half_dropped_database_and_a_report_that_never_came_true_are_cleared(at: At) -> None:
+    settings = at(NEWER, NEWER)
+    command(settings.cluster, "CREATE DATABASE {}", "mlflow_host_work_successor")
     (settings.reports / "x.json.pending").write_text('{"kept_database": "never"}')
     database.bring(settings, print)
-    assert not [name for name in databases(on_the_way.cluster) if "work" in name]
+    assert not [name for name in databases(settings.cluster) if "work" in name]
     assert not list(settings.reports.glob("*.pending"))
 
 
@@ -159,6 +225,11 @@ def test_a_chain_of_rollbacks_comes_back_link_by_link(on_the_way: Journey) -> No
     with connection(on_the_way.cluster) as opened:
         found = record.read(opened, on_the_way.cluster.database)
     assert found and found.waiting == () and found.mlflow_version == newest
+
+
+def _objects(bucket: dumping.Bucket) -> list[str]:
+    listed = dumping.client(bucket).list_objects_v2(Bucket=bucket.name)
+    return [entry["Key"] for entry in listed.get("Contents", [])]
 
 
 def _answer(cluster: Cluster, name: str, query: str) -> list[tuple[object, ...]]:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg2
+from psycopg2 import errors, sql
 
 from mlflow_host.schema import dumping, flipping, record, reporting
 from mlflow_host.schema.catalog import BOOKKEEPING, head, read_catalog
@@ -135,19 +136,17 @@ def bring(settings: Settings, say: Say) -> str:
         if state.head == settings.image.head and settled(settings):
             keep_record(settings, state)
             return f"the database is at this image's schema ({state.head}, MLflow {settings.image.mlflow_version})"
-        clear_up(settings, say)
-        action = decide(state, settings.image)
-        if action == "same":
-            keep_record(settings, state)
-            return f"the database is at this image's schema ({state.head}, MLflow {settings.image.mlflow_version})"
-        try:
-            return change(settings, state, action, say)
-        except BaseException:
-            with suppress(psycopg2.Error):
-                flipping.drop_orphans(settings.cluster)
-            raise
+        with alone(settings.cluster):
+            return bring_alone(settings, say)
+    except errors.DiskFull as error:
+        raise StepFailed(
+            f"the data volume is full ({sentence(error)}); the database in service is untouched: make the volume "
+            "larger (the setting dataVolumeGib), or drop a kept database that you no longer need"
+        ) from error
     except psycopg2.OperationalError as error:
-        raise StepFailed(f"PostgreSQL broke off: {sentence(error)}; the database in service is untouched") from error
+        raise StepFailed(
+            f"PostgreSQL broke off: {sentence(error)}; the database in service is whole: start the machine again"
+        ) from error
     except (psycopg2.Error, CarryError, ReleaseError, ValueError) as error:
         raise StepFailed(
             f"the database could not be brought to MLflow {settings.image.mlflow_version}: {sentence(error)}; it is "
@@ -157,6 +156,35 @@ def bring(settings: Settings, say: Say) -> str:
         raise StepFailed(
             f"{error.filename or 'a file'}: {error.strerror}; the database in service is untouched"
         ) from error
+
+
+def bring_alone(settings: Settings, say: Say) -> str:
+    clear_up(settings, say)
+    state = look(settings.cluster)
+    action = decide(state, settings.image)
+    if action == "same":
+        keep_record(settings, state)
+        return f"the database is at this image's schema ({state.head}, MLflow {settings.image.mlflow_version})"
+    try:
+        return change(settings, state, action, say)
+    except BaseException:
+        with suppress(psycopg2.Error):
+            flipping.drop_orphans(settings.cluster)
+        raise
+
+
+@contextmanager
+def alone(cluster: Cluster, seconds: int = 30) -> Iterator[None]:
+    """One step at a time, by a lock of this session; a killed step's is gone once PostgreSQL notices its end."""
+    with connection(cluster, autocommit=True) as opened:
+        run(opened, f"SET lock_timeout = '{seconds}s'")
+        try:
+            run(opened, "SELECT pg_advisory_lock(hashtext('mlflow-host database step'))")
+        except errors.LockNotAvailable:
+            raise StepFailed(
+                f"another database step has been running for more than {seconds} s: wait for its end, or stop it"
+            ) from None
+        yield
 
 
 def look(cluster: Cluster) -> State:
@@ -218,12 +246,19 @@ def clear_up(settings: Settings, say: Say) -> None:
 
 
 def keep_record(settings: Settings, state: State) -> None:
-    """The database's record names this image; written only where it changes."""
-    wanted = own_record(settings, state.record.waiting if state.record else ())
-    if state.record and replace(state.record, at=wanted.at) == wanted:
-        return
+    """The database's record names this image, and the database takes writes, as one kept aside does not that someone
+    renamed into service by hand; written only where that changes something."""
+    live, wanted = settings.cluster.database, own_record(settings, state.record.waiting if state.record else ())
+    kept_aside = (
+        "SELECT 1 FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase WHERE d.datname = %s "
+        "AND s.setrole = 0 AND 'default_transaction_read_only=on' = ANY (s.setconfig)"
+    )
     with connection(settings.cluster) as opened:
-        record.write(opened, settings.cluster.database, wanted)
+        if rows(opened, kept_aside, (live,)):
+            statement = sql.SQL("ALTER DATABASE {} RESET default_transaction_read_only")
+            run(opened, statement.format(sql.Identifier(live)))
+        if not state.record or replace(state.record, at=wanted.at) != wanted:
+            record.write(opened, live, wanted)
 
 
 def own_record(settings: Settings, waiting: tuple[Waiting, ...]) -> Record:
@@ -237,7 +272,7 @@ def change(settings: Settings, state: State, action: str, say: Say) -> str:
     cluster, now = settings.cluster, settings.now()
     clock = Clock()
     waiting = present(cluster, state.record.waiting if state.record else ())
-    check_room(settings, state, waiting, now)
+    check_room(settings, state, waiting if action == "upgrade" else (), now)
     with (
         release(cluster, settings.image) as mlflow,
         ThreadPoolExecutor(1) as background,
@@ -250,9 +285,16 @@ def change(settings: Settings, state: State, action: str, say: Say) -> str:
             if state.head:
                 dumps.append(background.submit(take_dump, settings, state, now))
 
-        built = build(settings, state, action, waiting, mlflow, freeze, clock, say)
+        def tell(message: str) -> None:
+            if dumps and dumps[0].done():
+                finished(dumps)
+            say(message)
+
+        built = build(settings, state, action, waiting, mlflow, freeze, clock, tell)
         clock.lap("build")
-        address = finished(dumps, say)
+        if dumps and not dumps[0].done():
+            say("waiting for the dump to the backups bucket")
+        address = finished(dumps)
         clock.lap("dump")
         say("verifying: MLflow opens the copy")
         answers = verify(cluster, built.database, mlflow, settings.image.head)
@@ -433,11 +475,10 @@ def take_dump(settings: Settings, state: State, now: datetime) -> str | None:
     return settings.dump(settings.cluster.database, key, metadata)
 
 
-def finished(dumps: list[Future[str | None]], say: Say) -> str | None:
+def finished(dumps: list[Future[str | None]]) -> str | None:
+    """Where the dump is, once it is there. Raises StepFailed where there is none."""
     if not dumps:
         return None
-    if not dumps[0].done():
-        say("waiting for the dump to the backups bucket")
     try:
         return dumps[0].result()
     except dumping.DumpError as error:
@@ -454,14 +495,17 @@ def present(cluster: Cluster, waiting: tuple[Waiting, ...]) -> tuple[Waiting, ..
 
 
 def check_room(settings: Settings, state: State, waiting: tuple[Waiting, ...], now: datetime) -> None:
-    """Make room for the copy from kept databases that may go. Raises StepFailed where that is not enough."""
+    """Make room for the copy, and for what `waiting` takes to be put back, from kept databases that may go.
+
+    Raises StepFailed where that is not enough."""
     cluster = settings.cluster
     if state.head is None:
         return
     size = database_bytes(cluster, cluster.database)
     bases = [database_bytes(cluster, entry.database) for entry in waiting]
     needed = int(MARGIN * (size + 2 * max(bases, default=0))) + SPARE
-    made = flipping.make_room(cluster, needed, {entry.database for entry in waiting}, now)
+    still = {entry.database for entry in state.record.waiting} if state.record else set()
+    made = flipping.make_room(cluster, needed, still, now)
     if made and made[0] < needed:
         raise StepFailed(
             f"the data volume has {made[0] / GIB:.1f} GiB free, a copy of the database needs {needed / GIB:.1f} GiB: "

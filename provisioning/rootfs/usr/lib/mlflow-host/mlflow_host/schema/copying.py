@@ -97,8 +97,7 @@ def _table_plan(table: str, source: Catalog, target: Catalog, applied: Sequence[
             continue
         columns.append(column.name)
         expressions.append(fitted.sql)
-        if fitted.misfit:
-            misfits.append((column.name, fitted.misfit, fitted.remedy))
+        misfits += [(column.name, condition, remedy) for condition, remedy in fitted.misfits]
     left_behind = [condition for _, condition, remedy in misfits if remedy == "left behind"]
     where = f" WHERE NOT coalesce({' OR '.join(f'({c})' for c in left_behind)}, false)" if left_behind else ""
     listed = ", ".join(f"{e} AS {quoted(c)}" for c, e in zip(columns, expressions, strict=True))

@@ -28,14 +28,12 @@ _BLANKS = (
 class Fit:
     """`sql` gives the value for the target's column, None leaves the column to its default.
 
-    `misfit` is true for source rows whose value the target cannot hold as it is; None where all fit. `remedy` says
-    what becomes of them: "shortened", "emptied", "filled" (the row is carried with another value) or "left behind"
-    (the row is not carried, as the column identifies it).
-    """
+    `misfits` are (condition, remedy): true for source rows whose value the target cannot hold as it is, and what
+    becomes of them: "shortened", "emptied", "filled" (the row is carried with another value) or "left behind" (the row
+    is not carried, as the column identifies it)."""
 
     sql: str | None
-    misfit: str | None = None
-    remedy: str = ""
+    misfits: tuple[tuple[str, str], ...] = ()
 
 
 def quoted(name: str) -> str:
@@ -47,25 +45,21 @@ def fit(source: Column | None, target: Column, *, identifies: bool) -> Fit:
     if source is None:
         if not target.required or target.default is not None:
             return Fit(None)
-        return Fit(f"{blank(target.type)}::{target.type}", "true", "filled")
+        return Fit(f"{blank(target.type)}::{target.type}", (("true", "filled"),))
     name = quoted(source.name)
     cast, misfit = converted(name, source.type, target.type)
-    if target.required and not source.required:
-        missing = f"{name} IS NULL"
-        if identifies:
-            return Fit(cast, f"{missing} OR ({misfit})" if misfit else missing, "left behind")
-        filler = target.default or f"{blank(target.type)}::{target.type}"
-        misfit = f"{missing} OR ({misfit})" if misfit else missing
-        return Fit(f"coalesce({cast}, {filler})", misfit, "filled")
-    if misfit is None:
-        return Fit(cast)
+    missing = f"{name} IS NULL" if target.required and not source.required else None
     if identifies:
-        return Fit(cast, misfit, "left behind")
-    if base(target.type) in TEXTS:
-        return Fit(cast, misfit, "shortened")
-    if target.required:
-        return Fit(f"coalesce({cast}, {blank(target.type)}::{target.type})", misfit, "filled")
-    return Fit(cast, misfit, "emptied")
+        return Fit(cast, tuple((condition, "left behind") for condition in (missing, misfit) if condition))
+    misfits = []
+    if missing:
+        misfits.append((missing, "filled"))
+    if misfit:
+        remedy = "shortened" if base(target.type) in TEXTS else "filled" if target.required else "emptied"
+        misfits.append((misfit, remedy))
+    if target.required and misfits:
+        cast = f"coalesce({cast}, {target.default or f'{blank(target.type)}::{target.type}'})"
+    return Fit(cast, tuple(misfits))
 
 
 def converted(name: str, source: str, target: str) -> tuple[str, str | None]:
