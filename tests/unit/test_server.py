@@ -206,7 +206,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
 def ours(database: Path, store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The socket of a process of the launcher."""
     folder = tmp_path_factory.mktemp("ours")
-    with server_processes(folder, {**settings(database.parent), **store.environment}) as (running,):
+    (folder / "tmp").mkdir()
+    told = {**settings(database.parent), **store.environment, "TMPDIR": str(folder / "tmp")}
+    with server_processes(folder, told) as (running,):
         yield running.socket
 
 
@@ -262,7 +264,6 @@ SAME = [
     ("GET", "/ajax-api/2.0/mlflow/experiments/get?experiment_id=0", {}, b""),
     ("GET", f"{API}/logged-models/m-0", {}, b""),
     ("GET", "/api/2.0/mlflow-artifacts/artifacts?path=", {}, b""),
-    ("GET", "/api/2.0/mlflow-artifacts/artifacts/absent/file.txt", {}, b""),
     ("GET", "/api/2.0/mlflow-artifacts/artifacts/../../etc/passwd", {}, b""),
     ("GET", "/api/3.0/mlflow/server-info", {}, b""),
     ("GET", "/health", {}, b""),
@@ -311,6 +312,53 @@ def test_long_answers_arrive_whole(ours: Path, plain: Path) -> None:
     largest = max(build.rglob("*.js"), key=lambda path: path.stat().st_size)
     path = f"/static-files/{largest.relative_to(build)}"
     assert ask(ours, "GET", path, {}, b"")[2] == ask(plain, "GET", path, {}, b"")[2] == largest.read_bytes()
+
+
+# Artifacts that pass the server
+
+FILE = "/api/2.0/mlflow-artifacts/artifacts/7/fedcba98/artifacts/na%C3%AFve%20plot.html"
+
+
+def test_a_download_is_the_same_streamed(ours: Path, plain: Path) -> None:
+    content = os.urandom(5 * 2**20)
+    assert ask(ours, "PUT", FILE, {}, content)[0] == 200
+    status, found, received = ask(ours, "GET", FILE, {}, b"")
+    expected_status, expected, expected_content = ask(plain, "GET", FILE, {}, b"")
+    assert status == expected_status == 200
+    assert received == expected_content == content
+    compared = ("content-type", "x-content-type-options", "x-frame-options")
+    assert {name: found.get(name) for name in compared} == {name: expected.get(name) for name in compared}
+    assert found["content-disposition"] == "attachment; filename*=UTF-8''na%C3%AFve%20plot.html"
+    assert found["content-length"] == str(len(content))
+
+
+def test_a_download_makes_no_copy_on_the_server(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A first byte arrives, and no file is in the server's temporary folder while the rest is held back."""
+    assert ask(ours, "PUT", FILE, {}, os.urandom(20 * 2**20))[0] == 200
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(60)
+        connection.connect(str(ours))
+        connection.sendall(f"GET {FILE} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        temporary = ours.parent / "tmp"
+        assert temporary.is_dir()
+        assert not [path for path in temporary.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("GET", "/api/2.0/mlflow-artifacts/artifacts/absent/file.txt", {}, 404),
+        ("GET", "/api/2.0/mlflow-artifacts/artifacts/7/%2e%2e/%2e%2e/etc/passwd", {}, 400),
+        ("GET", "/api/2.0/mlflow-artifacts/artifacts/7/%252e%252e/x", {}, 400),
+        ("GET", FILE, {"Host": "elsewhere.example.com"}, 403),
+        ("PUT", FILE, {"Origin": "http://elsewhere.example.com"}, 403),
+    ],
+)
+def test_what_is_no_artifact_or_not_for_the_asker_is_refused(
+    ours: Path, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    assert ask(ours, method, path, headers, b"")[0] == status
 
 
 # Models, from log_model to the object store and back, with MLflow's own client

@@ -39,10 +39,12 @@ Repository = Any  # an S3ArtifactRepository, which has no type annotations
 
 
 class Absent:
-    """Stands in for mixins that the installed MLflow does not have yet."""
+    """Stands in for a mixin that the installed MLflow does not have yet."""
 
 
 StreamUploadMixin: Any = getattr(mlflow_repositories, "StreamUploadMixin", Absent)  # since MLflow 3.15
+UPLOADS_ARE_STREAMED = StreamUploadMixin is not Absent
+"""Whether the installed MLflow hands uploads on as they come."""
 PresignedUploadMixin: Any = getattr(mlflow_repositories, "PresignedUploadMixin", Absent)  # since MLflow 3.12
 
 PART_BYTES = 6 * 2**20

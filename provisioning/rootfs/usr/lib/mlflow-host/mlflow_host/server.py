@@ -38,6 +38,7 @@ from unittest import mock
 
 from mlflow_host.bridge import Application, Message, Receive, Scope, Send, short_cut
 from mlflow_host.config import CONFIG, DATA, POSTGRESQL_SOCKETS, SERVER_SOCKETS, HostConfig
+from mlflow_host.files import streamed
 from mlflow_host.status import wait_until_done
 
 APPLICATION = "mlflow.server.fastapi_app:app"
@@ -168,7 +169,7 @@ def serve(uds: Path) -> int:
     if CONFIG.exists():  # on a machine that boots: loading takes seconds in which the database step can do its work
         wait_until_done("database")
     check_schema(public["MLFLOW_BACKEND_STORE_URI"])
-    check_destination(public["MLFLOW_ARTIFACTS_DESTINATION"])
+    repository = artifact_repository(public["MLFLOW_ARTIFACTS_DESTINATION"])
     threads = Threads.split(int(os.environ.get("MLFLOW_HOST_REQUEST_THREADS", DEFAULT_THREADS)))
 
     import uvicorn
@@ -182,7 +183,7 @@ def serve(uds: Path) -> int:
 
     server = Announced(
         uvicorn.Config(
-            prepared(shortened(application, flask, threads), native_threads=threads.native),
+            prepared(shortened(application, flask, repository, threads), native_threads=threads.native),
             uds=str(uds),
             lifespan="on",
             ws="none",
@@ -241,14 +242,12 @@ def answer_searches_without_auth() -> None:
         sys.modules["mlflow.server.auth"] = None  # type: ignore[assignment]  # the documented way to block an import
 
 
-def shortened(application: Application, flask: Any, threads: Threads) -> Application:
-    """`application`, with the requests that are Flask's handed to it without detours."""
-    return short_cut(
-        application,
-        flask,
-        requests=ThreadPoolExecutor(threads.requests, "request"),
-        files=ThreadPoolExecutor(threads.files, "file"),
-    )
+def shortened(application: Application, flask: Any, repository: Any, threads: Threads) -> Application:
+    """`application`, with Flask's requests handed to it without detours and artifacts passed on as they come."""
+    requests = ThreadPoolExecutor(threads.requests, "request")
+    files = ThreadPoolExecutor(threads.files, "file")
+    short = short_cut(application, flask, requests=requests, files=files)
+    return streamed(short, repository, files) if hasattr(repository, "open") else short
 
 
 def forbid_migrations() -> None:
@@ -282,13 +281,13 @@ def check_schema(uri: str) -> None:
         )
 
 
-def check_destination(uri: str) -> None:
-    """Resolve the artifacts destination now; MLflow would find out at the first upload. Raises Refusal."""
+def artifact_repository(uri: str) -> Any:
+    """What serves the artifacts destination, found now; MLflow would find out at the first upload. Raises Refusal."""
     from mlflow.exceptions import MlflowException
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     try:
-        get_artifact_repository(uri)
+        return get_artifact_repository(uri)
     except MlflowException as error:
         raise Refusal(
             f"artifacts cannot be kept at {uri} ({error}): the mlflow_host package is not installed as a plug-in"
