@@ -83,13 +83,13 @@ def image(cloud: LocalCloud, base: str) -> Mapping[str, Any]:
 @pytest.fixture(scope="session")
 def server(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
     """A server launched from `image` with the stack's defaults; its data is deleted at the end."""
-    from servers import launch_server, script
+    from servers import destroy_server, launch_server
 
-    script("rehearse.py", "down", "--data", "--yes")
+    destroy_server(cloud)
     try:
         yield launch_server("--ami", image["ami_id"])
     finally:
-        script("rehearse.py", "down", "--data", "--yes")
+        destroy_server(cloud)
 
 
 @pytest.fixture(scope="session")

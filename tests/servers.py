@@ -12,6 +12,8 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from local_cloud import LocalCloud
+from rehearsal import stack, state
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = REPOSITORY / "scripts"
@@ -46,6 +48,14 @@ def launch_server(*arguments: str) -> Server:
     return replace(describe_server(), seconds_to_first_answer=launched["seconds_to_first_answer"])
 
 
+def destroy_server(cloud: LocalCloud) -> None:
+    """Delete the stack with all its data, what it protects included; the cloud stays up and its images stay."""
+    with stack.exclusive():
+        current = state.load(stack.state_path())
+        if current.resources:
+            stack.destroy(cloud, stack.clients(cloud), current, say=print, done=lambda step: None)
+
+
 def describe_server() -> Server:
     status = json.loads(script("rehearse.py", "status", "--json").stdout)
     words = shlex.split(script("connect.py").stdout, comments=True)
@@ -61,8 +71,6 @@ def client_of(server: Server) -> Iterator[mlflow.MlflowClient]:
     """For as long as the block runs, this process's MLflow is a client of `server`, by connect.py's exports alone."""
     before = {name: os.environ.get(name) for name in server.exports}
     os.environ.update(server.exports)
-    mlflow.set_tracking_uri(None)
-    mlflow.set_registry_uri(None)
     try:
         yield mlflow.MlflowClient()
     finally:

@@ -52,7 +52,7 @@ def browser(chromium: Chrome, server: Server, request: pytest.FixtureRequest) ->
     from servers import BUILD
 
     log_in(chromium, server)
-    chromium.get_log("browser")  # what earlier pages complained about
+    chromium.get_log("browser")  # type: ignore[no-untyped-call]  # what earlier pages complained about
     yield chromium
     folder = BUILD / "browser"
     folder.mkdir(parents=True, exist_ok=True)

@@ -62,6 +62,7 @@ def test_registered_model_predicts_as_it_did(example_runs: Mapping[str, str], cl
 
 def test_classification_data_sets_and_accuracy(example_runs: Mapping[str, str], client: MlflowClient) -> None:
     run = client.get_run(example_runs["classification_iris.py"])
+    assert run.inputs and run.outputs
     data_sets = {
         tag.value: each.dataset
         for each in run.inputs.dataset_inputs
@@ -72,8 +73,8 @@ def test_classification_data_sets_and_accuracy(example_runs: Mapping[str, str], 
         "training": "iris-train",
         "testing": "iris-test",
     }
-    assert '"num_rows": 90' in data_sets["training"].profile
-    assert '"species"' in data_sets["testing"].schema
+    assert '"num_rows": 90' in str(data_sets["training"].profile)
+    assert '"species"' in str(data_sets["testing"].schema)
 
     [model_output] = run.outputs.model_outputs
     iris = load_iris(as_frame=True)
