@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import boto3
 import images
@@ -295,35 +295,43 @@ def run_packer(
     """Runs Packer, keeps all it says in the log and hands on each line; BakeFailed when it fails.
 
     Packer has a session of its own, so that Ctrl-C reaches it once and through us: interrupted, it gets SIGINT and time
-    to remove the builder; interrupted again, or out of time, it is killed.
+    to remove the builder; interrupted again, or out of time, it is killed. It writes to the log itself, because what
+    writes to a pipe that nobody reads any more is killed, and would remove nothing.
     """
-    with bake.log.open("a", encoding="utf-8") as log:
+    with bake.log.open("ab") as log, bake.log.open(encoding="utf-8", errors="replace") as reader:
+        reader.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             [packer.path, *arguments],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", env=environment, start_new_session=True, preexec_fn=die_with_parent,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            env=environment, start_new_session=True, preexec_fn=die_with_parent,
         )  # fmt: skip
-        assert process.stdout is not None
         try:
-            for line in process.stdout:
-                log.write(line)
-                log.flush()
-                on_line(line.rstrip())
-            status = process.wait()
+            for line in follow(reader, process):
+                on_line(line)
         except BaseException:
-            if process.poll() is None:
-                print("bake: interrupted; Packer removes the builder (again: leave that to bake.py)", file=sys.stderr)
-                with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-                    process.send_signal(signal.SIGINT)
-                    rest, _ = process.communicate(timeout=CLEANUP_SECONDS)
-                    log.write(rest or "")
+            print("bake: interrupted; Packer removes the builder (again: leave that to bake.py)", file=sys.stderr)
+            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                process.send_signal(signal.SIGINT)
+                process.wait(timeout=CLEANUP_SECONDS)
             raise
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            status = process.wait()
     if status:
         raise BakeFailed(failure(bake.log, arguments[0]))
+
+
+def follow(log: TextIO, process: subprocess.Popen[bytes]) -> Iterator[str]:
+    """Each line that is added to a log, until the process that writes it has ended."""
+    unfinished = ""
+    while True:
+        ended = process.poll() is not None
+        *lines, unfinished = (unfinished + log.read()).split("\n")
+        yield from lines
+        if ended:
+            return
+        time.sleep(0.1)
 
 
 def failure(log: Path, command: str) -> str:
