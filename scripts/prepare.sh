@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 demo_packages=(podman runc slirp4netns uidmap packer mmdebstrap debian-archive-keyring openssh-client e2fsprogs iproute2 git)
-test_packages=(postgresql nginx-light chromium chromium-driver shellcheck)
+test_packages=(postgresql nginx-light certbot pebble chromium chromium-driver shellcheck)
 
 case "${1:-}" in
   demo) wanted=("${demo_packages[@]}") extras= ;;
@@ -44,6 +44,7 @@ if [ ${#missing[@]} -gt 0 ]; then
     for package in "${missing[@]}"; do
       case $package in
         postgresql | nginx-light) as_root systemctl disable --quiet "${package%-light}" || true ;;
+        certbot) as_root systemctl disable --quiet certbot.timer || true ;;
       esac
     done
   fi
