@@ -11,6 +11,7 @@ EOF
 packages=(
   ca-certificates
   certbot
+  logrotate
   nftables
   nginx
   pgbackrest

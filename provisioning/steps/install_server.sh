@@ -26,4 +26,8 @@ install -D -m 0644 "$bake/requirements.lock" /usr/share/mlflow-host/requirements
 site_packages=$(/opt/mlflow/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 echo /usr/lib/mlflow-host >"$site_packages/mlflow-host.pth"
 
+# nginx serves the user interface from disk, compressed once and for all (gzip_static).
+find "$site_packages/mlflow/server/js/build" -type f \( -name '*.js' -o -name '*.css' -o -name '*.svg' \) -size +1k \
+  -exec gzip -9 --keep --force {} +
+
 /opt/mlflow/bin/mlflow --version
