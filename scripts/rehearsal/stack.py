@@ -241,7 +241,7 @@ def destroy(cloud: LocalCloud, client: Client, current: State, *, say: Say, done
     engine.refresh()
     engine.delete(list(current.resources))
     current.outputs, current.settings = {}, {}
-    state.save(state_path(), current)
+    state.forget(state_path())
 
 
 def _engine(cloud: LocalCloud, client: Client, current: State, say: Say, done: Done, *, dry_run: bool) -> Engine:

@@ -128,6 +128,12 @@ def save(path: Path, state: State) -> None:
     write_private(path, json.dumps(transform(document, encrypt), indent=1))
 
 
+def forget(path: Path) -> None:
+    """Removes the state and its key, for a stack that is no more."""
+    path.unlink(missing_ok=True)
+    _key_of(path).unlink(missing_ok=True)
+
+
 def write_private(path: Path, text: str) -> None:
     """Writes `text` to `path`, mode 0600, so that a reader sees the old file or the new one and never a part."""
     fresh = path.with_name(path.name + ".new")
@@ -139,8 +145,12 @@ def write_private(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
+def _key_of(path: Path) -> Path:
+    return path.with_suffix(".key")
+
+
 def _cipher(path: Path) -> Fernet:
-    key_path = path.with_name(path.stem + ".key")
+    key_path = _key_of(path)
     if not key_path.exists():
         write_private(key_path, Fernet.generate_key().decode())
     return Fernet(key_path.read_text().strip())
