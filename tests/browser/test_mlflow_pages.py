@@ -41,7 +41,8 @@ def open_page(browser: Chrome, server: Server, place: str, *wanted: str) -> str:
 
 def assert_no_complaints(browser: Chrome) -> None:
     """No request of the page failed and no script threw."""
-    errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    entries: list[dict[str, str]] = browser.get_log("browser")  # type: ignore[no-untyped-call]
+    errors = [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
     errors = [error for error in errors if not any(expected in error for expected in EXPECTED_ERRORS)]
     assert errors == []
 
