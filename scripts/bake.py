@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BUILDS = REPOSITORY / "build" / "bake"
 DEFAULT_REGION = "eu-central-1"
 KEPT_BUILDS = 10
-CLEANUP_SECONDS = 180
+CLEANUP_SECONDS = 20
 """How long Packer may take to remove the builder after an interrupt, before bake.py removes it itself."""
 
 SOURCE_NAME = "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-amd64-server-*"
