@@ -11,12 +11,14 @@ import base64
 import hashlib
 import hmac
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moto.core.responses import BaseResponse
 from moto.iam.models import iam_backends
 from moto.sts.models import sts_backends
 
@@ -44,6 +46,10 @@ class Roles:
         self.region = allotment.region
         self.signing_key = object_store.signing_key(places)
         self.sessions: dict[tuple[str, str], Session] = {}
+        # SeaweedFS's access keys have small letters too, which moto would not take for one
+        BaseResponse.access_key_regex = re.compile(
+            r"AWS.*(?P<access_key>(?<![A-Za-z0-9])[A-Za-z0-9]{20}(?![A-Za-z0-9]))[:/]"
+        )
 
     def credentials(self, instance: str, role: Any) -> dict[str, Any]:
         """The document at iam/security-credentials/<role>; `role` is moto's record."""
