@@ -237,7 +237,8 @@ def wait_until(condition: Callable[[], bool], running: subprocess.Popen[bytes], 
     deadline = time.monotonic() + START_SECONDS
     while not condition():
         if running.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"{running.args!r} did not start: {log.read_text(errors='replace')[-2000:]}")
+            end = log.read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"{running.args!r} did not start (exit status {running.returncode}): {end}")
         time.sleep(0.05)
 
 
@@ -247,6 +248,19 @@ def answers(url: str) -> bool:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def family(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for member in found:
+        found += children.get(member, [])
+    return found
 
 
 def free_port() -> int:

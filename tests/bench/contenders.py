@@ -19,6 +19,7 @@ from pathlib import Path
 from tests import services
 from tests.bench.load import Dataset, Target
 from tests.bench.seed import seed
+from tests.services import family
 
 ROOTFS = Path(__file__).parents[2] / "provisioning/rootfs"
 HOST = "127.0.0.1"
@@ -291,19 +292,6 @@ def authorization() -> str:
 
 
 # Processes
-
-
-def family(pid: int) -> list[int]:
-    """A process and all its descendants."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
-    found = [pid]
-    for member in found:
-        found += children.get(member, [])
-    return found
 
 
 def signal_all(pids: list[int], number: signal.Signals) -> None:

@@ -9,6 +9,8 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from http.client import HTTPResponse
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 from mlflow_host import config, launch, server, sizing
 from mlflow_host.server import Refusal, Threads
-from services import HOST_PACKAGE, ObjectStore, object_store, on_loopback, process, server_processes, wait_until
+from services import HOST_PACKAGE, ObjectStore, family, object_store, on_loopback, process, server_processes, wait_until
 
 DOCUMENT = """
 format = 1
@@ -312,6 +314,37 @@ def test_long_answers_arrive_whole(ours: Path, plain: Path) -> None:
     largest = max(build.rglob("*.js"), key=lambda path: path.stat().st_size)
     path = f"/static-files/{largest.relative_to(build)}"
     assert ask(ours, "GET", path, {}, b"")[2] == ask(plain, "GET", path, {}, b"")[2] == largest.read_bytes()
+
+
+@pytest.mark.slow
+def test_the_job_runner_is_there_when_asked_for_and_reaches_the_server(database: Path, tmp_path: Path) -> None:
+    told = {**settings(database.parent), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "true"}
+    with server_processes(tmp_path / "run", told) as (running,):
+        (runner,) = [pid for pid in family(running.pid)[1:] if b"mlflow.server.jobs._job_runner" in of(pid, "cmdline")]
+        variables = dict(pair.decode().split("=", 1) for pair in of(runner, "environ").split(b"\0") if pair)
+        assert Path(variables["_MLFLOW_HUEY_STORAGE_PATH"]).is_dir()
+        query = f"{variables['MLFLOW_TRACKING_URI']}{server.CHECK_QUERY}"
+        with urllib.request.urlopen(query, timeout=60) as answer:
+            assert json.load(answer)["experiment"]["experiment_id"] == "0"
+    for _ in range(300):
+        if b"_job_runner" not in of(runner, "cmdline"):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"the job runner (process {runner}) outlives its server")
+
+
+def test_no_job_runner_is_there_otherwise(database: Path, tmp_path: Path) -> None:
+    with server_processes(tmp_path / "run", settings(database.parent)) as (running,):
+        assert family(running.pid) == [running.pid]
+
+
+def of(pid: int, file: str) -> bytes:
+    """What /proc tells about a process; nothing when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/{file}").read_bytes()
+    except OSError:
+        return b""
 
 
 # Artifacts that pass the server

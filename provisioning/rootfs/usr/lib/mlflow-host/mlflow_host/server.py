@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from mlflow_host import jobs
 from mlflow_host.bridge import Application, Message, Receive, Scope, Send, short_cut
 from mlflow_host.config import CONFIG, DATA, POSTGRESQL_SOCKETS, SERVER_SOCKETS, HostConfig
 from mlflow_host.files import streamed
@@ -72,7 +73,10 @@ def environment(config: HostConfig, kek_passphrase: str) -> dict[str, str]:
         "MLFLOW_ARTIFACTS_DESTINATION": artifacts_destination(
             launch.buckets.artifacts, launch.buckets.models, launch.mlflow.artifact_transfer
         ),
-        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(allowed_hosts(launch.web.hostnames, launch.web.tls)),
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(
+            allowed_hosts(launch.web.hostnames, launch.web.tls)
+            + ([jobs.LOCAL_HOSTS] if launch.mlflow.job_execution else [])
+        ),
         "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(allowed_origins(launch.web.hostnames, launch.web.tls)),
         "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": str(sizing.pool_size),
         "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": str(sizing.pool_overflow),
@@ -156,12 +160,15 @@ CHECK_QUERY = "/api/2.0/mlflow/experiments/get?experiment_id=0"
 """Answered from the database, unlike /health."""
 
 
-def serve(uds: Path) -> int:
-    """Run one process until it is told to stop; 0 when it has served. Raises Refusal when it cannot start."""
+def serve(uds: Path, *, first: bool = True) -> int:
+    """Run one process until it is told to stop; 0 when it has served. Raises Refusal when it cannot start.
+    The `first` of a machine's processes has the job runner with it, where one is asked for."""
     public = {name: os.environ.get(name, "") for name in ("MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION")}
     if missing := [name for name, value in public.items() if not value]:
         raise Refusal(f"{' and '.join(missing)} not set: start the unit mlflow-server@, or load mlflow.env first")
     os.environ.update(private_environment(public))
+    if jobs.asked_for():
+        os.environ.update(jobs.queues(uds.parent))
     gc.set_threshold(*COLLECT_AFTER)
     answer_searches_without_auth()
     application, flask = load(APPLICATION), load(FLASK_APPLICATION)
@@ -178,6 +185,8 @@ def serve(uds: Path) -> int:
         """Tells systemd once the socket is open."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            if first and jobs.asked_for():
+                self.jobs = await jobs.start(uds)
             await super().startup(sockets=sockets)
             notify("READY=1")
 
@@ -483,7 +492,9 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.check:
             print(json.dumps(check()))
             return 0
-        return serve(chosen.socket or SERVER_SOCKETS / f"server-{chosen.number}.sock")
+        if chosen.socket:
+            return serve(chosen.socket)
+        return serve(SERVER_SOCKETS / f"server-{chosen.number}.sock", first=chosen.number == 1)
     except Refusal as refusal:
         logging.shutdown()
         print(f"mlflow-server: {refusal}", file=sys.stderr)
