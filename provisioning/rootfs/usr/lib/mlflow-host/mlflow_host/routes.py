@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 # Paths below /api/N.0/mlflow or /ajax-api/N.0/mlflow whose POST only reads. Source: the RPC's definition and handler
 # in mlflow/protos/service.proto, model_registry.proto and mlflow/server/handlers.py, read at 3.12 to 3.17.
@@ -106,9 +107,10 @@ def installed_routes() -> list[Route]:
     Imports MLflow (seconds). Raises RuntimeError when a FastAPI route hides from the OpenAPI schema, because the
     table would then be incomplete.
     """
-    os.environ.setdefault("MLFLOW_BACKEND_STORE_URI", "sqlite://")
-    from mlflow.server import app as flask_app
-    from mlflow.server.fastapi_app import app as fastapi_app
+    # Importing the applications opens no store, but asks where it would be.
+    with mock.patch.dict(os.environ, {"MLFLOW_BACKEND_STORE_URI": "sqlite://"}):
+        from mlflow.server import app as flask_app
+        from mlflow.server.fastapi_app import app as fastapi_app
 
     hidden = [str(route) for route in _leaves(fastapi_app.routes) if not getattr(route, "include_in_schema", True)]
     if hidden:
