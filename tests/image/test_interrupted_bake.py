@@ -55,11 +55,10 @@ def bake_until(line: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("line", "number"),
     [
-        ("wait for the builder's SSH", signal.SIGINT),
-        ("install packages", signal.SIGINT),
-        ("install packages", signal.SIGTERM),
+        pytest.param("wait for the builder's SSH", signal.SIGINT, id="Ctrl-C while it boots", marks=pytest.mark.slow),
+        pytest.param("install packages", signal.SIGINT, id="Ctrl-C while it installs"),
+        pytest.param("install packages", signal.SIGTERM, id="SIGTERM while it installs", marks=pytest.mark.slow),
     ],
-    ids=["Ctrl-C while it boots", "Ctrl-C while it installs", "SIGTERM while it installs"],
 )
 def test_interrupted_bake_leaves_nothing(cloud: LocalCloud, line: str, number: signal.Signals) -> None:
     cloud.source_ami("debian12")
@@ -75,6 +74,7 @@ def test_interrupted_bake_leaves_nothing(cloud: LocalCloud, line: str, number: s
     assert traces(ec2) == before
 
 
+@pytest.mark.slow
 def test_killed_bake_leaves_nothing(cloud: LocalCloud) -> None:
     """Then nobody but Packer can clean up: the kernel interrupts it for us, and it goes on writing its log."""
     cloud.source_ami("debian12")
