@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 import requests
 from local_cloud import LocalCloud, LocalCloudError
@@ -54,8 +53,7 @@ def test_reboot_loses_nothing_and_tells_what_it_does(
         example_runs["classification_iris.py"], "confusion_matrix.png", dst_path=str(tmp_path)
     )
     assert Path(picture).read_bytes().startswith(b"\x89PNG")
-    with mlflow.start_run(run_id=example_runs["regression_diabetes.py"]):
-        mlflow.set_tag("after-the-reboot", "writable")
+    client.set_tag(example_runs["regression_diabetes.py"], "after-the-reboot", "writable")
 
     waiting = [each for each in answers if each.status_code == 503]
     assert waiting, f"no 503 between reboot and ready, only {sorted({each.status_code for each in answers})}"
