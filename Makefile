@@ -1,6 +1,6 @@
 # make demo        bake the image, launch it on the embedded cloud, run the examples (no AWS account)
 # make demo-down   stop what `make demo` started; `make demo-purge` also deletes what it kept
-# make test        what CI runs
+# make test        what CI runs; make test-all adds Debian 13, the local cloud's own machines and slow matrices
 # make help        all targets
 .DEFAULT_GOAL := help
 PYTHON := .venv/bin/python

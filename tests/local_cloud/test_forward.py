@@ -99,7 +99,7 @@ def test_closed_route_ends_its_connections(control: socket.socket) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         published = open_route(control, server.getsockname())
         with socket.create_connection(published, timeout=5) as client:
-            server.accept()
+            _kept_open = server.accept()
             control.send(json.dumps({"op": "close", "id": "route"}).encode())
             with pytest.raises(ConnectionResetError):
                 client.recv(1)

@@ -9,7 +9,7 @@ from botocore.exceptions import ClientError
 
 from .conftest import Account, wait_until
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 
 def image_of(account: Account, instance: str, **options: bool) -> str:

@@ -9,7 +9,7 @@ from botocore.exceptions import ClientError
 
 from .conftest import Account, wait_until
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 
 def test_system_is_fully_up(account: Account, machine: str) -> None:

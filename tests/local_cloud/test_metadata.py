@@ -10,7 +10,7 @@ import pytest
 
 from .conftest import Account
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 URL = "http://169.254.169.254/latest"
 TOKEN = f"T=$(curl -sf -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' {URL}/api/token)"

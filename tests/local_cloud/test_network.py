@@ -16,7 +16,7 @@ import pytest
 
 from .conftest import Account, wait_until
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 SERVER = """
 import socket, threading

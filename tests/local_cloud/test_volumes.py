@@ -9,7 +9,7 @@ from botocore.exceptions import ClientError
 
 from .conftest import Account, wait_until
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 
 def by_id(volume: str) -> str:
