@@ -31,9 +31,9 @@ OLDER, NEWER = releases()[-3], releases()[-2]
 
 SEED = int(os.environ.get("MLFLOW_AMI_SEED") or random.randrange(1 << 32))
 KILLS = int(os.environ.get("MLFLOW_AMI_KILLS") or 50)
-FEW = 4
-
 OPERATIONS = {"upgrade": NEWER, "carry back": OLDER, "merge": NEWER}
+FEW = len(OPERATIONS)
+"""Kills in `make test`: of the step, once in each operation. PostgreSQL is killed in `make test-chaos`."""
 ROOT = Path(__file__).parents[2]
 
 Sums = dict[str, tuple[int, int]]
