@@ -7,7 +7,6 @@ behind, whichever way the bake ends.
 
 import argparse
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
@@ -282,11 +281,20 @@ def told(line: str) -> str | None:
     return None
 
 
-def die_with_parent() -> None:
-    """Has the kernel interrupt Packer, which then cleans up, should this process be killed. Linux only."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGINT)
+@contextlib.contextmanager
+def interrupted_if_killed(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Has somebody else interrupt Packer, which then cleans up, should this process be killed while the block runs.
+
+    A signal of the kernel's at the parent's death would not do: it reaches one process, and the one that bake.py starts
+    is Packer's wrapper, which leaves interrupts to the rest of its group.
+    """
+    waits_for_our_end = 'read -r over || kill -INT -- "-$1"'
+    command = ["/bin/sh", "-c", waits_for_our_end, "sh", str(process.pid)]
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        watcher.communicate(b"over\n")
 
 
 def run_packer(
@@ -294,24 +302,26 @@ def run_packer(
 ) -> None:
     """Runs Packer, keeps all it says in the log and hands on each line; BakeFailed when it fails.
 
-    Packer has a session of its own, so that Ctrl-C reaches it once and through us: interrupted, it gets SIGINT and time
-    to remove the builder; interrupted again, or out of time, it is killed. It writes to the log itself, because what
-    writes to a pipe that nobody reads any more is killed, and would remove nothing.
+    Packer has a session of its own, so that Ctrl-C reaches it once and through us: interrupted, it gets SIGINT, as a
+    terminal would send it to all of the group, and time to remove the builder; interrupted again, or out of time, it
+    is killed. It writes to the log itself, because what writes to a pipe that nobody reads any more is killed, and
+    would remove nothing.
     """
     with bake.log.open("ab") as log, bake.log.open(encoding="utf-8", errors="replace") as reader:
         reader.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             [packer.path, *arguments],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            env=environment, start_new_session=True, preexec_fn=die_with_parent,
+            env=environment, start_new_session=True,
         )  # fmt: skip
         try:
-            for line in follow(reader, process):
-                on_line(line)
+            with interrupted_if_killed(process):
+                for line in follow(reader, process):
+                    on_line(line)
         except BaseException:
             print("bake: interrupted; Packer removes the builder (again: leave that to bake.py)", file=sys.stderr)
-            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-                process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError, KeyboardInterrupt):
+                os.killpg(process.pid, signal.SIGINT)
                 process.wait(timeout=CLEANUP_SECONDS)
             raise
         finally:

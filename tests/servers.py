@@ -68,17 +68,17 @@ def describe_server() -> Server:
 
 @contextmanager
 def client_of(server: Server) -> Iterator[mlflow.MlflowClient]:
-    """For as long as the block runs, this process's MLflow is a client of `server`, by connect.py's exports alone."""
-    before = {name: os.environ.get(name) for name in server.exports}
+    """For as long as the block runs, this process's MLflow is a client of `server`, by connect.py's exports alone.
+
+    What MLflow exports itself meanwhile, such as the active experiment, is gone afterwards, too.
+    """
+    before = dict(os.environ)
     os.environ.update(server.exports)
     try:
         yield mlflow.MlflowClient()
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def script(name: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:

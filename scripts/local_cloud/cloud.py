@@ -105,6 +105,7 @@ class LocalCloud:
         Idempotent. Raises LocalCloudError with what to do about it.
         """
         _require_tools()
+        machines.allow_many()
         self.places.make()
         with self._locked():
             allotment = allot(self.places)

@@ -302,7 +302,7 @@ class Daemon:
                 fresh = record.state == "pending" and not (self.places.machines / instance_id / "booted").exists()
                 ec2.set_state(record, ec2.SHUTTING_DOWN if fresh else ec2.STOPPED)
                 record.state_reason.code = "Server.InternalError"
-                record.state_reason.message = f"Server.InternalError: {error}"
+                record.state_reason.message = f"Server.InternalError: {printable(error)}"
                 records.save(self.places)
             if fresh:
                 self.settle(instance_id)
@@ -679,6 +679,11 @@ class _RequestHandler(MotoRequestHandler):
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         pass
+
+
+def printable(error: Exception) -> str:
+    """An error's text as XML can carry it."""
+    return "".join(character if character.isprintable() else " " for character in str(error))
 
 
 def _parse(environ: dict[str, Any], body: bytes) -> tuple[str, dict[str, str]]:

@@ -94,6 +94,11 @@ class EmbodiedEC2(EC2Backend):
     # Instances
 
     def run_instances(self, image_id: str, count: int, *args: Any, **kwargs: Any) -> Any:
+        """The same reservation again for a ClientToken seen before: a caller that retries starts nothing twice."""
+        token = parameter("ClientToken")
+        answered: dict[str, str] = self.__dict__.setdefault("answered_tokens", {})
+        if token in answered:
+            return self.reservations[answered[token]]
         image = self.amis.get(image_id)
         if image is None or not bodies().has_image(image.ebs_snapshot.id):
             raise InvalidAMIIdError([image_id])
@@ -117,6 +122,8 @@ class EmbodiedEC2(EC2Backend):
                     bodies().make_volume(volume.id, volume.size, volume.snapshot_id)
             bodies().make_root(instance.id, image.ebs_snapshot.id)
             bodies().settle(instance.id)
+        if token:
+            answered[token] = reservation.id
         return reservation
 
     def start_instances(self, instance_ids: list[str]) -> list[tuple[Instance, InstanceState]]:

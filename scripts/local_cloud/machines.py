@@ -32,6 +32,10 @@ FIRMWARE_SECONDS = 60
 STOP_SECONDS = 60
 """How long a machine may take to shut down before it is killed, as EC2 does after some minutes."""
 
+INOTIFY_INSTANCES = Path("/proc/sys/fs/inotify/max_user_instances")
+INOTIFY_INSTANCES_WANTED = 1024
+"""Each machine takes about 15, all of them root's; the kernel's default of 128 is enough for seven or eight."""
+
 POWERED_OFF, REBOOTED = 128 + signal.SIGINT, 128 + signal.SIGHUP
 """Exit statuses of a pid namespace's init after poweroff and reboot, reboot(2)."""
 
@@ -96,6 +100,22 @@ class Podman:
 
     def remove(self, name: str) -> None:
         self.run("rm", "--force", "--time", "0", "--ignore", name)
+
+
+def allow_many() -> None:
+    """Raises the host's limit on inotify instances until its next boot where it is too low for many machines.
+
+    Raises LocalCloudError where that is not allowed.
+    """
+    limit = int(INOTIFY_INSTANCES.read_text())
+    if limit < INOTIFY_INSTANCES_WANTED:
+        try:
+            INOTIFY_INSTANCES.write_text(str(INOTIFY_INSTANCES_WANTED))
+        except OSError:
+            raise LocalCloudError(
+                f"this host allows {limit} inotify instances a user, and a systemd machine takes about 15 of root's: "
+                f"run `sysctl fs.inotify.max_user_instances={INOTIFY_INSTANCES_WANTED}` where the host is configured"
+            ) from None
 
 
 def has_unified_cgroups() -> bool:
