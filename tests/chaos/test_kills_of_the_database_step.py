@@ -23,7 +23,7 @@ from mlflow_host.schema.cluster import WORK, Cluster, connection, copy_whole, da
 from mlflow_host.schema.shapes import quoted
 from schema import step
 from schema.environments import image, releases
-from schema.journey import Journey, journey
+from schema.journey import Journey, journey, without_mlflow
 from schema.private_cluster import PrivateCluster, private_cluster, waits_for_server
 
 OLDER, NEWER = releases()[-3], releases()[-2]
@@ -73,7 +73,7 @@ class Prepared:
         where = (self.cluster.host, self.cluster.user, str(self.folder / "reports"), OPERATIONS[operation])
         return subprocess.Popen(
             [sys.executable, str(step.__file__), *where],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**without_mlflow(os.environ), "PYTHONPATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

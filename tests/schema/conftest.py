@@ -15,6 +15,8 @@ def server() -> Iterator[PrivateCluster]:
 
 
 @pytest.fixture
-def on_the_way(server: PrivateCluster, tmp_path: Path) -> Iterator[Journey]:
+def on_the_way(server: PrivateCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Journey]:
+    """In a process that used MLflow before, which leaves the experiment it used in the environment."""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "999999")
     with journey(server.cluster, tmp_path) as started:
         yield started

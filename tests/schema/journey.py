@@ -4,8 +4,9 @@ and everything that any earlier stop wrote is compared with what the release rea
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,13 +29,23 @@ NARROWEST = 5000
 text waits in the kept database and must be back at the next stop of the release that wrote it."""
 
 
+def without_mlflow(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a process of another release may inherit: MLflow puts the experiment in use into its own environment, where
+    another database has no such experiment."""
+    return {name: value for name, value in environment.items() if not name.startswith("MLFLOW_")}
+
+
 class Reader:
     """MLflow of one release, writing to and reading from a database; owns the process."""
 
     def __init__(self, python: Path, folder: Path):
         self._folder = folder
         self._process = subprocess.Popen(
-            [python, "-W", "ignore", STORED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [python, "-W", "ignore", STORED],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=without_mlflow(os.environ),
         )
 
     def write(self, uri: str, stop: str) -> dict[str, list[list[str]]]:
