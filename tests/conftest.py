@@ -38,6 +38,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
+@pytest.fixture(autouse=True)
+def no_session_is_left() -> Iterator[None]:
+    """The next test's boto3 looks for its credentials itself: the default session keeps what it once found."""
+    yield
+    if boto3 := sys.modules.get("boto3"):
+        boto3.DEFAULT_SESSION = None
+
+
 @pytest.fixture(scope="session")
 def state_dir() -> Path:
     """Where the tests' local cloud keeps its state: $MLFLOW_AMI_LOCAL_CLOUD, or a folder beside the demo's."""
