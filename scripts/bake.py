@@ -288,7 +288,7 @@ def interrupted_if_killed(process: subprocess.Popen[bytes]) -> Iterator[None]:
     A signal of the kernel's at the parent's death would not do: it reaches one process, and the one that bake.py starts
     is Packer's wrapper, which leaves interrupts to the rest of its group.
     """
-    waits_for_our_end = 'read -r over || kill -INT -- "-$1"'
+    waits_for_our_end = 'read -r over || kill -INT "-$1"'
     command = ["/bin/sh", "-c", waits_for_our_end, "sh", str(process.pid)]
     watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
