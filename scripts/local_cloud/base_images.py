@@ -6,6 +6,7 @@ A base is a minimal server system with cloud-init, SSH and sudo. Its login user 
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,7 @@ CLOUD_CONFIG = """\
 datasource_list: [Ec2]
 datasource:
   Ec2:
+    strict_id: false
     timeout: 5
     max_wait: 30
 network: {config: disabled}
@@ -156,6 +158,9 @@ def _sources(base: Base) -> list[str]:
 def finish(root: Path) -> None:
     """What a cloud image's maker does after installing: no identity, cloud-init told where to look."""
     (root / "etc/cloud/cloud.cfg.d/90_ec2.cfg").write_text(CLOUD_CONFIG)
+    # Debian 13's has udev told of network cards to come, and here no udev runs.
+    modules = root / "etc/cloud/cloud.cfg"
+    modules.write_text(re.sub(r"(?m)^ *- install[-_]hotplug\n", "", modules.read_text()))
     (root / "etc/machine-id").write_text("")
     (root / "var/lib/dbus/machine-id").unlink(missing_ok=True)
     for key in (root / "etc/ssh").glob("ssh_host_*"):
