@@ -100,11 +100,15 @@ class Journey:
         self.said.append(database.bring(self.settings(image), self.said.append))
         missing = self.compare(image, reader.read(self.uri))
         if write:
-            touched = reader.write(self.uri, f"{len(self.written)}-{image.mlflow_version.replace('.', '-')}")
-            self.changed.append({(section, key) for section, key in touched["changed"]})
-            self.deleted |= {(section, key) for section, key in touched["deleted"]}
-            self.written.append((image.mlflow_version, reader.read(self.uri)))
+            self.write(image)
         return missing
+
+    def write(self, image: Image) -> None:
+        reader = self.reader(image)
+        touched = reader.write(self.uri, f"{len(self.written)}-{image.mlflow_version.replace('.', '-')}")
+        self.changed.append({(section, key) for section, key in touched["changed"]})
+        self.deleted |= {(section, key) for section, key in touched["deleted"]}
+        self.written.append((image.mlflow_version, reader.read(self.uri)))
 
     def compare(self, image: Image, now: Sections) -> list[str]:
         missing = []
