@@ -18,6 +18,7 @@ from itertools import cycle, pairwise
 from pathlib import Path
 
 import pytest
+from drilling.reader import without_mlflow
 from mlflow_host import database
 from mlflow_host.schema import record
 from mlflow_host.schema.catalog import BOOKKEEPING, head, read_catalog
@@ -25,7 +26,7 @@ from mlflow_host.schema.cluster import WORK, Cluster, connection, copy_whole, da
 from mlflow_host.schema.shapes import quoted
 from schema import step
 from schema.environments import image, releases
-from schema.journey import Journey, journey, without_mlflow
+from schema.journey import Journey, journey
 from schema.private_cluster import PrivateCluster, private_cluster
 
 OLDER, NEWER = releases()[-3], releases()[-2]
