@@ -14,17 +14,20 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle, pairwise
 from pathlib import Path
 
 import pytest
+from drilling.reader import without_mlflow
+from mlflow_host import database
 from mlflow_host.schema import record
 from mlflow_host.schema.catalog import BOOKKEEPING, head, read_catalog
 from mlflow_host.schema.cluster import WORK, Cluster, connection, copy_whole, databases, drop, rows, run, value
 from mlflow_host.schema.shapes import quoted
 from schema import step
 from schema.environments import image, releases
-from schema.journey import Journey, journey, without_mlflow
-from schema.private_cluster import PrivateCluster, private_cluster, waits_for_server
+from schema.journey import Journey, journey
+from schema.private_cluster import PrivateCluster, private_cluster
 
 OLDER, NEWER = releases()[-3], releases()[-2]
 """3.16 and 3.17 at the time of writing: the pair whose migrations move the most data."""
@@ -33,7 +36,7 @@ SEED = int(os.environ.get("MLFLOW_AMI_SEED") or random.randrange(1 << 32))
 KILLS = int(os.environ.get("MLFLOW_AMI_KILLS") or 50)
 OPERATIONS = {"upgrade": NEWER, "carry back": OLDER, "merge": NEWER}
 FEW = len(OPERATIONS)
-"""Kills in `make test`: of the step, once in each operation. PostgreSQL is killed in `make test-chaos`."""
+"""Kills in `make test`: one in each operation, of the step and of PostgreSQL in turn."""
 ROOT = Path(__file__).parents[2]
 
 Sums = dict[str, tuple[int, int]]
@@ -50,7 +53,7 @@ class Prepared:
     """By operation: name under which the step expects a database → name under which it is put aside."""
     outcome: dict[str, Sums]
     lines: dict[str, list[float]]
-    """By operation: seconds after the start at which an undisturbed step said something, its end last."""
+    """By operation: seconds that an undisturbed step went on after each line it said."""
 
     @property
     def cluster(self) -> Cluster:
@@ -86,13 +89,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
     folder = tmp_path_factory.mktemp("kills")
     with private_cluster() as server, journey(server.cluster, folder) as way:
         ready = Prepared(server, folder, {}, {}, {})
-        for operation, version in (("upgrade", OLDER), ("carry back", NEWER), ("merge", OLDER)):
-            assert way.stop(image(version)) == []
+        way.stop(image(OLDER))
+        for operation, version in OPERATIONS.items():
             ready.aside[operation] = _put_aside(way, operation)
-        for operation in OPERATIONS:
-            ready.reset(operation)
-            ready.lines[operation] = _undisturbed(ready, operation)
-            ready.outcome[operation] = _sums(ready.cluster, ready.cluster.database)
+            ready.lines[operation], ready.outcome[operation] = _undisturbed(way, version)
+            if operation != "merge":
+                way.write(image(version))
         yield ready
 
 
@@ -114,14 +116,11 @@ def _put_aside(way: Journey, operation: str) -> dict[str, str]:
     return aside
 
 
-def _undisturbed(ready: Prepared, operation: str) -> list[float]:
-    started = time.monotonic()
-    process = ready.start(operation)
-    assert process.stdout
-    moments = [time.monotonic() - started for _ in process.stdout]
-    _, said = process.communicate()
-    assert process.returncode == 0, said
-    return moments
+def _undisturbed(way: Journey, version: str) -> tuple[list[float], Sums]:
+    moments: list[float] = []
+    database.bring(way.settings(image(version)), lambda message: moments.append(time.monotonic()))
+    pauses = [after - before for before, after in pairwise([*moments, time.monotonic() + 0.2])]
+    return pauses, _sums(way.cluster, way.cluster.database)
 
 
 def _sums(cluster: Cluster, database: str) -> Sums:
@@ -139,7 +138,8 @@ def _sums(cluster: Cluster, database: str) -> Sums:
 
 def _cases(first: int, last: int) -> list[tuple[int, str, str]]:
     chosen = random.Random(SEED)
-    everything = [(o, v) for v in ("step", "PostgreSQL") for o in OPERATIONS]
+    victims = cycle(["PostgreSQL", "step"])
+    everything = [(operation, victim) for _, operation, victim in zip(range(2 * FEW), cycle(OPERATIONS), victims)]
     return [(chosen.randrange(1 << 32), *everything[number % len(everything)]) for number in range(last)][first:]
 
 
@@ -148,9 +148,9 @@ def _kill_and_recover(ready: Prepared, seed: int, operation: str, victim: str) -
     ready.reset(operation)
     cluster, live = ready.cluster, ready.cluster.database
     before = {name: _sums(cluster, name) for name in ready.aside[operation]}
-    moments = ready.lines[operation]
-    line = chosen.randrange(len(moments))
-    pause = chosen.uniform(0, (*moments, moments[-1] + 0.2)[line + 1] - moments[line])
+    pauses = ready.lines[operation]
+    line = chosen.randrange(len(pauses))
+    pause = chosen.uniform(0, pauses[line])
     process = ready.start(operation)
     assert process.stdout
     for _ in range(line + 1):
@@ -163,7 +163,6 @@ def _kill_and_recover(ready: Prepared, seed: int, operation: str, victim: str) -
         ready.server.kill()  # the step must see that and end by itself
         process.communicate(timeout=120)
         ready.server.start()
-        waits_for_server(cluster)
 
     where = f"seed {SEED}: {operation}, {victim} killed {pause:.2f} s after line {line}"
     assert live in databases(cluster), where

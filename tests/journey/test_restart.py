@@ -64,6 +64,47 @@ def test_reboot_loses_nothing_and_tells_what_it_does(
         assert each.json()
 
 
+def test_postgresql_killed_while_a_query_runs_is_back_in_seconds(
+    server: Server, cloud: LocalCloud, client: MlflowClient, example_runs: Mapping[str, str]
+) -> None:
+    """Killed as by the kernel when memory runs out: its child that is at work outlives it and holds its shared memory,
+    in which no other server starts."""
+    before = everything(client)
+    unit = "mlflow-host-postgresql.service"
+
+    def show(name: str) -> str:
+        return cloud.exec(server.instance_id, ["systemctl", "show", "--value", "--property", name, unit]).stdout.strip()
+
+    restarts, killed = int(show("NRestarts")), show("MainPID")
+    endless = "SELECT count(*) FROM generate_series(1, 100000000000)"
+    query = ["systemd-run", "--quiet", "--uid=postgres", "psql", "--host=/run/postgresql", "--command", endless]
+    assert cloud.exec(server.instance_id, query).returncode == 0
+    at_work = ["pgrep", "--parent", killed, "--full", "SELECT"]
+    deadline = time.monotonic() + 20
+    while not (child := cloud.exec(server.instance_id, at_work).stdout.strip()):
+        assert time.monotonic() < deadline, "the query does not run"
+        time.sleep(0.1)
+
+    assert cloud.exec(server.instance_id, ["kill", "-KILL", killed]).returncode == 0
+    deadline = time.monotonic() + 60
+    while show("MainPID") in (killed, "0") or not answers(server):
+        assert time.monotonic() < deadline, "PostgreSQL was killed and MLflow does not answer after 60 s"
+        time.sleep(0.2)
+
+    assert cloud.exec(server.instance_id, ["kill", "-0", child]).returncode != 0, "the query outlived its server"
+    assert int(show("NRestarts")) == restarts + 1
+    assert everything(client) == before
+    client.set_tag(example_runs["regression_diabetes.py"], "after-the-kill", "writable")
+
+
+def answers(server: Server) -> bool:
+    try:
+        question = server.url + "/api/2.0/mlflow/experiments/get?experiment_id=0"
+        return requests.get(question, auth=server.login, timeout=5).status_code == 200
+    except requests.RequestException:
+        return False
+
+
 def first_process_start(cloud: LocalCloud, server: Server) -> str | None:
     """When the machine's first process began, in clock ticks; None while the machine is between two boots."""
     try:

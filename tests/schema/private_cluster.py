@@ -32,6 +32,7 @@ class PrivateCluster:
     """Owns its folder and its server process."""
 
     folder: Path
+    process: subprocess.Popen[bytes] | None = None
 
     @property
     def cluster(self) -> Cluster:
@@ -42,21 +43,53 @@ class PrivateCluster:
         return self.folder / "data"
 
     def start(self) -> None:
-        options = f"-k {self.folder} -p {PORT} -c listen_addresses='' -c max_connections=60 -c wal_level=replica"
-        log = str(self.folder / "log")
-        _as_account("pg_ctl", "-D", str(self.data), "-w", "-t", "60", "-l", log, "-o", options, "start")
+        """The server as this process's child, as it is systemd's on a machine: one that was killed and that nobody has
+        waited for still counts as running to the next server."""
+        options = {"unix_socket_directories": self.folder, "port": PORT, "listen_addresses": "", "max_connections": 60}
+        arguments = [f"-c{name}={chosen}" for name, chosen in {**options, "wal_level": "replica"}.items()]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [programs() / "postgres", "-D", self.data, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                **_identity(),
+            )
+        self._wait_until_it_answers(self.process)
+
+    def _wait_until_it_answers(self, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
+        ends = time.monotonic() + seconds
+        while True:
+            try:
+                with connection(self.cluster):
+                    return
+            except psycopg2.OperationalError:
+                said = self.log.read_text()[-2000:]
+                assert process.poll() is None, f"PostgreSQL ended with exit status {process.returncode}: {said}"
+                assert time.monotonic() < ends, f"PostgreSQL does not answer after {seconds} s: {said}"
+            time.sleep(0.05)
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
 
     def stop(self) -> None:
-        _as_account("pg_ctl", "-D", str(self.data), "-w", "-m", "immediate", "stop")
+        """Immediate shutdown; the next start recovers."""
+        if self.process:
+            self.process.send_signal(signal.SIGQUIT)
+            self.process.wait(60)
 
     def kill(self) -> None:
-        """SIGKILL to the server and all its children, as the kernel would when memory runs out."""
-        server = int((self.data / "postmaster.pid").read_text().split()[0])
-        children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
-        for process in (server, *map(int, children)):
+        """SIGKILL to the server and then to all its children, as systemd does when the kernel took the server."""
+        assert self.process
+        server = self.process.pid
+        children = [int(child) for child in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
+        for process in (server, *children):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        while any(_alive(process) for process in (server, *map(int, children))):
+        self.process.wait()
+        while any(_alive(process) for process in children):
             time.sleep(0.02)
 
 
@@ -82,22 +115,8 @@ def private_cluster() -> Iterator[PrivateCluster]:
             run(opened, "CREATE ROLE mlflow LOGIN")
         yield owned
     finally:
-        subprocess.run(
-            [programs() / "pg_ctl", "-D", owned.data, "-m", "immediate", "stop"], capture_output=True, **_identity()
-        )
+        owned.stop()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def waits_for_server(cluster: Cluster, seconds: float = 30) -> None:
-    ends = time.monotonic() + seconds
-    while True:
-        try:
-            with connection(cluster):
-                return
-        except psycopg2.OperationalError:
-            if time.monotonic() > ends:
-                raise
-            time.sleep(0.1)
 
 
 def _account() -> pwd.struct_passwd:

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -195,6 +196,37 @@ def test_a_kept_database_renamed_into_service_by_hand_takes_writes_again(at: At)
     database.bring(settings, print)
     with connection(settings.cluster, settings.cluster.database) as opened:
         assert run(opened, "DELETE FROM experiments") == 1
+
+
+def test_postgresql_killed_on_the_way_and_started_again_is_waited_for(at: At, made: PrivateCluster) -> None:
+    settings = at(OLDER, NEWER)
+    said: list[str] = []
+
+    def say(message: str) -> None:
+        said.append(message)
+        if message.startswith("migrating") and not any(line.startswith("waiting") for line in said):
+            made.kill()
+            threading.Timer(1, made.start).start()
+
+    assert database.bring_through_restarts(settings, say).startswith("upgrade from")
+    assert any(line.startswith("waiting for PostgreSQL: PostgreSQL broke off") for line in said)
+    assert said.count(f"migrating the copy to {image(NEWER).head}") == 2
+    assert database.look(settings.cluster).head == image(NEWER).head
+
+
+def test_a_cluster_that_ends_idle_transactions_does_not_end_the_step(at: At) -> None:
+    """The locks and the snapshot are held by sessions that idle while others copy, longer than clients may."""
+    settings = at(NEWER, OLDER)
+    cluster = settings.cluster
+    command(cluster, "ALTER SYSTEM SET idle_in_transaction_session_timeout = '2s'")
+    with connection(cluster) as opened:
+        run(opened, "SELECT pg_reload_conf()")
+    try:
+        assert database.bring(settings, print).startswith("carry back from")
+    finally:
+        command(cluster, "ALTER SYSTEM RESET idle_in_transaction_session_timeout")
+        with connection(cluster) as opened:
+            run(opened, "SELECT pg_reload_conf()")
 
 
 def test_one_step_at_a_time(at: At) -> None:

@@ -51,6 +51,8 @@ def test_the_environment_names_what_this_machine_serves() -> None:
     assert told["MLFLOW_BACKEND_STORE_URI"] == "postgresql+psycopg2:///mlflow?host=/run/postgresql"
     assert told["MLFLOW_ARTIFACTS_DESTINATION"] == "mlflow-host://the-artifacts/the-models"
     assert told["MLFLOW_CRYPTO_KEK_PASSPHRASE"] == "a passphrase"
+    # Images of other ages must read what was encrypted with it.
+    assert told["MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"] == "H5cLYl4QxnRBy9sItGFej_tAEoYB3prCinG4_4DamEI="
     assert told["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     assert told["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert told["AWS_DEFAULT_REGION"] == "eu-central-1"

@@ -43,6 +43,7 @@ from mlflow_host.schema.cluster import (
     drop,
     rows,
     run,
+    value,
 )
 from mlflow_host.schema.copying import CarryError, Outcome, carry
 from mlflow_host.schema.merging import merge
@@ -103,7 +104,7 @@ def main() -> None:
             raise SystemExit(2) from None
         return
     with step("database") as current:
-        current.say(bring(from_machine(), current.say))
+        current.say(bring_through_restarts(from_machine(), current.say))
 
 
 def from_machine() -> Settings:
@@ -129,6 +130,39 @@ def from_machine() -> Settings:
     return Settings(cluster, image, config.DATA / "reports", dumping.into(cluster, bucket))
 
 
+class BrokeOff(StepFailed):
+    """PostgreSQL went away, or is not there yet."""
+
+
+def broke_off(error: BaseException) -> BrokeOff:
+    return BrokeOff(
+        f"PostgreSQL broke off: {sentence(error)}; the database in service is whole: start the machine again"
+    )
+
+
+def bring_through_restarts(settings: Settings, say: Say, seconds: float = 60) -> str:
+    """`bring`, begun again when PostgreSQL was killed on the way and is back within `seconds`: systemd starts it anew,
+    and this step with it, or finds it gone when the step has already failed."""
+    for _ in range(2):
+        try:
+            return bring(settings, say)
+        except BrokeOff as failure:
+            say(f"waiting for PostgreSQL: {failure}")
+            if not returns(settings.cluster, seconds):
+                raise
+    return bring(settings, say)
+
+
+def returns(cluster: Cluster, seconds: float) -> bool:
+    """Whether PostgreSQL accepts connections within that time."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        with suppress(psycopg2.OperationalError), connection(cluster):
+            return True
+        time.sleep(0.2)
+    return False
+
+
 def bring(settings: Settings, say: Say) -> str:
     """Do what is to be done and say in one line what that was. Raises StepFailed, with the old database in service."""
     try:
@@ -144,9 +178,7 @@ def bring(settings: Settings, say: Say) -> str:
             "larger (the setting dataVolumeGib), or drop a kept database that you no longer need"
         ) from error
     except psycopg2.OperationalError as error:
-        raise StepFailed(
-            f"PostgreSQL broke off: {sentence(error)}; the database in service is whole: start the machine again"
-        ) from error
+        raise broke_off(error) from error
     except (psycopg2.Error, CarryError, ReleaseError, ValueError) as error:
         raise StepFailed(
             f"the database could not be brought to MLflow {settings.image.mlflow_version}: {sentence(error)}; it is "
@@ -175,7 +207,9 @@ def bring_alone(settings: Settings, say: Say) -> str:
 
 @contextmanager
 def alone(cluster: Cluster, seconds: int = 30) -> Iterator[None]:
-    """One step at a time, by a lock of this session; a killed step's is gone once PostgreSQL notices its end."""
+    """One step at a time, by a lock of this session; a killed step's is gone once PostgreSQL notices its end.
+
+    Raises BrokeOff where the session is gone when the block fails, whatever it fails with: MLflow words it its way."""
     with connection(cluster, autocommit=True) as opened:
         run(opened, f"SET lock_timeout = '{seconds}s'")
         try:
@@ -184,7 +218,14 @@ def alone(cluster: Cluster, seconds: int = 30) -> Iterator[None]:
             raise StepFailed(
                 f"another database step has been running for more than {seconds} s: wait for its end, or stop it"
             ) from None
-        yield
+        try:
+            yield
+        except (psycopg2.Error, CarryError, ReleaseError) as error:
+            try:
+                value(opened, "SELECT 1")
+            except psycopg2.Error:
+                raise broke_off(error) from error
+            raise
 
 
 def look(cluster: Cluster) -> State:

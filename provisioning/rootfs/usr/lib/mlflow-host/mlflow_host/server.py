@@ -15,7 +15,9 @@ work of the database step.
 from __future__ import annotations
 
 import argparse
+import base64
 import gc
+import hmac
 import importlib
 import importlib.util
 import json
@@ -65,7 +67,8 @@ class Refusal(Exception):
 def environment(config: HostConfig, kek_passphrase: str) -> dict[str, str]:
     """Everything a server process of this machine is told, secrets included: the content of mlflow.env.
 
-    `kek_passphrase` encrypts what the AI gateway stores; it must survive the machine, or those secrets are lost.
+    `kek_passphrase` encrypts what the AI gateway stores, and a key made of it the secrets of webhooks; it must survive
+    the machine, or those secrets are lost.
     """
     launch, sizing = config.launch, config.sizing
     variables = {
@@ -82,6 +85,7 @@ def environment(config: HostConfig, kek_passphrase: str) -> dict[str, str]:
         "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": str(sizing.pool_overflow),
         "MLFLOW_HOST_REQUEST_THREADS": str(sizing.request_threads),
         "MLFLOW_CRYPTO_KEK_PASSPHRASE": kek_passphrase,
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": webhook_key(kek_passphrase),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "true" if launch.mlflow.job_execution else "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
@@ -100,6 +104,13 @@ def environment(config: HostConfig, kek_passphrase: str) -> dict[str, str]:
             "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": "path",
         }
     return variables
+
+
+def webhook_key(kek_passphrase: str) -> str:
+    """A Fernet key that is the same on every machine of the stack. Without one each process of MLflow makes up its own,
+    and webhooks with a secret cannot even be listed by the next."""
+    derived = hmac.digest(kek_passphrase.encode(), b"mlflow-host: secrets of webhooks", "sha256")
+    return base64.urlsafe_b64encode(derived).decode()
 
 
 def artifacts_destination(artifacts: str, models: str, transfer: str) -> str:

@@ -16,6 +16,11 @@ WORK = "mlflow_host_work_"
 """What a database under construction is called. Whatever bears this prefix at the start of the step is an orphan."""
 
 
+PATIENCE = "-c idle_in_transaction_session_timeout=0 -c statement_timeout=0"
+"""Options of every session of the step: it holds locks and a snapshot for as long as a large database takes to copy,
+which the cluster's own settings forbid to clients."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Where PostgreSQL answers, as whom this step works (a superuser), and who owns what MLflow stores."""
@@ -35,7 +40,8 @@ class Cluster:
         """For SQLAlchemy; what is created through it belongs to the owner."""
         return (
             f"postgresql+psycopg2://{quote(self.user)}@/{quote(database)}"
-            f"?host={quote(self.host, safe='')}&port={self.port}&options=-crole%3D{quote(self.owner)}"
+            f"?host={quote(self.host, safe='')}&port={self.port}"
+            f"&options={quote(f'{PATIENCE} -c role={self.owner}', safe='')}"
         )
 
 
@@ -48,6 +54,7 @@ def connection(cluster: Cluster, database: str = "postgres", *, autocommit: bool
         user=cluster.user,
         dbname=database,
         application_name="mlflow-host-database",
+        options=PATIENCE,
         connect_timeout=10,
     )
     try:

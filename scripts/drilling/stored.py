@@ -3,12 +3,14 @@
 One JSON request per line on stdin, one JSON reply per line on stdout (importing MLflow takes seconds, so one process
 serves a whole journey):
 
-    ["write", URI, FOLDER, STOP]   one of everything this release has, for the given stop of the journey; from the
-                                   second stop on also changes and deletions of what is there.
+    ["write", URI, FOLDER, STOP]   one of everything there is, for the given stop of the journey; from the second stop
+                                   on also changes and deletions of what is there.
                                    → {"changed": [[section, id], …], "deleted": [[section, id], …]}
     ["read", URI]                  → {section: {id: what the store answers}}
 
-URI is a database, FOLDER takes artifacts. Imports nothing of this project.
+URI is a server's, or a database whose stores are opened here; then FOLDER takes artifacts. A kind of thing that the
+release, or the server, does not know is neither written nor read. Imports nothing of this project: the interpreter may
+be that of an environment with another release.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ import math
 import os
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 os.environ.update(
@@ -43,6 +48,7 @@ from mlflow.entities import (
     RunTag,
     ViewType,
 )
+from mlflow.exceptions import MlflowException
 
 Touched = dict[str, list[list[str]]]
 
@@ -56,7 +62,7 @@ def main() -> None:
         mlflow.set_registry_uri(uri)
         client = MlflowClient(uri, uri)
         try:
-            reply = {"result": write(client, *rest) if verb == "write" else read(client)}
+            reply: dict[str, Any] = {"result": write(client, *rest) if verb == "write" else read(client)}
         except Exception:
             reply = {"error": traceback.format_exc()}
         finally:
@@ -79,7 +85,7 @@ def write(client: Any, folder: str, stop: str) -> Touched:
     change_what_is_there(client, stop, touched)
     experiment = write_experiments(client, folder, stop)
     run = write_runs(client, experiment, stop)
-    write_models(client, experiment, run, folder, stop)
+    write_models(client, experiment, run, stop)
     trace = write_traces(client, experiment, run, stop)
     for optional in (
         write_prompts,
@@ -93,25 +99,44 @@ def write(client: Any, folder: str, stop: str) -> Touched:
         write_skills,
         write_jobs,
     ):
-        optional(client, experiment, run, trace, stop)
+        with suppress_unknown():
+            optional(client, experiment, run, trace, stop)
     return touched
 
 
+@contextmanager
+def suppress_unknown() -> Iterator[None]:
+    """Of an older server: what it has no endpoint for is not there."""
+    try:
+        yield
+    except MlflowException as error:
+        if not unknown(error):
+            raise
+
+
+def unknown(error: MlflowException) -> bool:
+    return error.error_code == "ENDPOINT_NOT_FOUND" or "error code 404" in str(error)
+
+
+def serves(client: Any) -> bool:
+    """Whether this is the client of a server, and not of a database."""
+    return str(client.tracking_uri).startswith("http")
+
+
 def write_experiments(client: Any, folder: str, stop: str) -> str:
-    experiment = client.create_experiment(f"experiment {stop}", f"file://{folder}/{stop}", {"stop": stop})
+    place = f"file://{folder}/{stop}" if folder else None
+    experiment = client.create_experiment(f"experiment {stop}", place, {"stop": stop})
     client.set_experiment_tag(experiment, "mlflow.note.content", f"notes of {stop} with ünïcode, 'quotes' and\ttabs\\n")
-    long = "x" * 4900 if not _wide_tags() else (f"wide {stop} " * 2000)[:19000]
-    client.set_experiment_tag(experiment, "long", long)
-    deleted = client.create_experiment(f"deleted {stop}", f"file://{folder}/deleted-{stop}")
+    try:
+        client.set_experiment_tag(experiment, "long", (f"wide {stop} " * 2000)[:19000])
+    except MlflowException as error:  # up to 3.16 there is room for 5,000
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        client.set_experiment_tag(experiment, "long", "x" * 4900)
+    deleted = client.create_experiment(f"deleted {stop}", place)
     client.log_metric(client.create_run(deleted).info.run_id, "m", 1.0)
     client.delete_experiment(deleted)
     return str(experiment)
-
-
-def _wide_tags() -> bool:
-    from mlflow.utils import validation
-
-    return bool(getattr(validation, "MAX_EXPERIMENT_TAG_VAL_LENGTH", 5000) > 5000)
 
 
 def write_runs(client: Any, experiment: str, stop: str) -> str:
@@ -123,6 +148,7 @@ def write_runs(client: Any, experiment: str, stop: str) -> str:
     client.log_batch(parent, history + odd, [Param("lr", "1e-3"), Param("empty", "")], [RunTag("note", "a\nb\\c")])
     source = json.dumps({"tags": {"mlflow.user": "someone"}})
     dataset = Dataset(f"data {stop}", f"digest-{stop}", "code", source, '{"schema": 1}', '{"rows": 3}')
+    client.log_text(parent, f"written at {stop}", "notes/text.txt")
     client.log_inputs(parent, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
     for number in range(3):
         tags = {"mlflow.parentRunId": parent}
@@ -136,7 +162,7 @@ def write_runs(client: Any, experiment: str, stop: str) -> str:
     return str(parent)
 
 
-def write_models(client: Any, experiment: str, run: str, folder: str, stop: str) -> None:
+def write_models(client: Any, experiment: str, run: str, stop: str) -> None:
     model = client.create_logged_model(
         experiment,
         name=f"model-{stop}",
@@ -150,7 +176,7 @@ def write_models(client: Any, experiment: str, run: str, folder: str, stop: str)
     name = f"registered-{stop}"
     client.create_registered_model(name, {"team": stop}, f"described {stop}")
     for _ in range(3):
-        client.create_model_version(name, f"file://{folder}/m", run, tags={"v": stop}, description="of a version")
+        client.create_model_version(name, f"runs:/{run}/m", run, tags={"v": stop}, description="of a version")
     client.set_registered_model_alias(name, "champion", "2")
     client.set_registered_model_alias(name, "latest-good", "1")
     client.set_model_version_tag(name, "1", "checked", "yes")
@@ -183,8 +209,7 @@ def write_traces(client: Any, experiment: str, run: str, stop: str) -> str:
     mlflow.log_feedback(value=4.5, rationale="good", **feedback)
     mlflow.log_feedback(**{**feedback, "name": "safe"}, value=True)
     mlflow.log_expectation(trace_id=traces[1], name="expected", value={"a": [1, 2]}, source=source)
-    store = client._tracking_client.store
-    store.link_traces_to_run(traces[:2], run)
+    client._tracking_client.store.link_traces_to_run(traces[:2], run)
     return str(traces[0])
 
 
@@ -196,12 +221,14 @@ def write_prompts(client: Any, experiment: str, run: str, trace: str, stop: str)
 
 
 def write_webhooks(client: Any, experiment: str, run: str, trace: str, stop: str) -> None:
+    # A public address, which MLflow insists on, at which there is nothing (RFC 7526).
     client.create_webhook(
         f"webhook-{stop}",
-        "https://127.0.0.1:9/never-called",
+        "https://192.88.99.1/never-called",
         ["registered_model.created", "model_version_alias.created"],
         description=stop,
         secret="whsec",
+        status="DISABLED",
     )
 
 
@@ -301,17 +328,22 @@ def write_skills(client: Any, experiment: str, run: str, trace: str, stop: str) 
 
 
 def write_jobs(client: Any, experiment: str, run: str, trace: str, stop: str) -> None:
-    from mlflow.store.jobs.sqlalchemy_store import SqlAlchemyJobStore
-
-    store = SqlAlchemyJobStore(client.tracking_uri)
+    if serves(client):
+        return
+    store = job_store(client)
     job = store.create_job(f"job-{stop}", json.dumps({"stop": stop}))
     store.start_job(job.job_id)
     store.finish_job(job.job_id, json.dumps("done"))
 
 
+def job_store(client: Any) -> Any:
+    return import_module("mlflow.store.jobs.sqlalchemy_store").SqlAlchemyJobStore(client.tracking_uri)
+
+
 def change_what_is_there(client: Any, stop: str, touched: Touched) -> None:
-    """Of the latest earlier stop: a run gets a tag and loses its note, a run and a trace are deleted for good, an alias
-    moves, a model version changes its description, the long tag of an experiment is shortened at even stops."""
+    """Of the latest earlier stop: a run gets a tag and loses its note, a run and a trace are deleted (for good; a
+    server only marks the run), an alias moves, a model version changes its description, the long tag of an experiment
+    is shortened at even stops."""
     earlier = sorted(
         (e for e in client.search_experiments(ViewType.ACTIVE_ONLY) if "stop" in e.tags), key=lambda e: e.creation_time
     )
@@ -331,8 +363,11 @@ def change_what_is_there(client: Any, stop: str, touched: Touched) -> None:
     child = next(run for run in runs if run.info.run_name == "child 0")
     store = client._tracking_client.store
     client.delete_run(child.info.run_id)
-    store._hard_delete_run(child.info.run_id)
-    touched["deleted"].append(["runs", child.info.run_id])
+    if has(store, "_hard_delete_run"):
+        store._hard_delete_run(child.info.run_id)
+        touched["deleted"].append(["runs", child.info.run_id])
+    else:
+        touched["changed"].append(["runs", child.info.run_id])
     traces = client.search_traces(experiment_ids=[experiment.experiment_id], max_results=50, include_spans=False)
     last = max(traces, key=lambda trace: trace.info.tags["mlflow.traceName"])
     client.delete_traces(experiment.experiment_id, trace_ids=[last.info.trace_id])
@@ -345,72 +380,95 @@ def change_what_is_there(client: Any, stop: str, touched: Touched) -> None:
 
 def read(client: Any) -> dict[str, dict[str, Any]]:
     store, registry = client._tracking_client.store, client._get_registry_client().store
-    found: dict[str, dict[str, Any]] = {}
-    experiments = client.search_experiments(ViewType.ALL, max_results=1000)
-    ids = [experiment.experiment_id for experiment in experiments]
-    found["experiments"] = {experiment.experiment_id: plain(experiment) for experiment in experiments}
-    found["runs"] = {run.info.run_id: _run(client, run) for run in _pages(client.search_runs, ids, "", ViewType.ALL)}
-    models = _pages(client.search_logged_models, ids)
-    found["logged_models"] = {model.model_id: plain(model) for model in models}
-    registered = _pages(registry.search_registered_models)
-    prompts = _pages(registry.search_registered_models, "tags.`mlflow.prompt.is_prompt` = 'true'")
-    found["registered_models"] = {model.name: plain(model) for model in [*registered, *prompts]}
-    versions = _pages(registry.search_model_versions)
-    versions += _pages(registry.search_model_versions, "tags.`mlflow.prompt.is_prompt` = 'true'")
-    found["model_versions"] = {f"{version.name}/{version.version}": plain(version) for version in versions}
-    traces = client.search_traces(experiment_ids=ids, max_results=500, include_spans=True)
-    found["traces"] = {trace.info.trace_id: _trace(store, trace.info.trace_id) for trace in traces}
-    found["webhooks"] = {hook.webhook_id: plain(hook) for hook in _pages(client.list_webhooks)}
-    found["datasets"] = {d.dataset_id: _dataset(store, d) for d in _pages(store.search_datasets)}
-    active = [experiment.experiment_id for experiment in experiments if experiment.lifecycle_stage == "active"]
-    found["scorers"] = {
-        f"{experiment}/{s.scorer_name}/{version.scorer_version}": plain(version)
-        for experiment in active
-        for s in store.list_scorers(experiment)
-        for version in store.list_scorer_versions(experiment, s.scorer_name)
-    }
-    found["secrets"] = {secret.secret_id: plain(secret) for secret in store.list_secret_infos()}
-    found["definitions"] = {d.model_definition_id: plain(d) for d in store.list_gateway_model_definitions()}
-    found["endpoints"] = {endpoint.endpoint_id: plain(endpoint) for endpoint in store.list_gateway_endpoints()}
-    found["budgets"] = {budget.budget_policy_id: plain(budget) for budget in _pages(store.list_budget_policies)}
-    if has(store, "search_issues"):
-        issues = [issue for experiment in active for issue in _pages(store.search_issues, experiment)]
-        found["issues"] = {issue.issue_id: plain(issue) for issue in issues}
-    if has(store, "list_label_schemas"):
-        schemas = [schema for experiment in active for schema in _pages(store.list_label_schemas, experiment)]
-        found["label_schemas"] = {schema.schema_id: plain(schema) for schema in schemas}
-    if has(store, "list_review_queues"):
-        queues = [queue for experiment in active for queue in _pages(store.list_review_queues, experiment)]
-        found["review_queues"] = {
+    experiments = {e.experiment_id: e for e in client.search_experiments(ViewType.ALL, max_results=1000)}
+    ids = list(experiments)
+    active = [name for name, experiment in experiments.items() if experiment.lifecycle_stage == "active"]
+    prompts = "tags.`mlflow.prompt.is_prompt` = 'true'"
+
+    def of_active(search: Any) -> list[Any]:
+        return [found for experiment in active for found in _pages(search, experiment)]
+
+    def scorers() -> dict[str, Any]:
+        return {
+            f"{experiment}/{s.scorer_name}/{version.scorer_version}": plain(version)
+            for experiment in active
+            for s in store.list_scorers(experiment)
+            for version in store.list_scorer_versions(experiment, s.scorer_name)
+        }
+
+    def registered_models() -> dict[str, Any]:
+        found = [*_pages(registry.search_registered_models), *_pages(registry.search_registered_models, prompts)]
+        return {model.name: plain(model) for model in found}
+
+    def model_versions() -> dict[str, Any]:
+        found = [*_pages(registry.search_model_versions), *_pages(registry.search_model_versions, prompts)]
+        return {f"{version.name}/{version.version}": plain(version) for version in found}
+
+    def traces() -> dict[str, Any]:
+        found = client.search_traces(experiment_ids=ids, max_results=500, include_spans=True)
+        return {trace.info.trace_id: _trace(store, trace.info.trace_id) for trace in found}
+
+    def review_queues() -> dict[str, Any]:
+        return {
             queue.queue_id: {
                 "queue": plain(queue),
                 "items": plain(_pages(store.list_review_queue_items, queue.queue_id)),
             }
-            for queue in queues
+            for queue in of_active(store.list_review_queues)
         }
-    if has(store, "search_mcp_servers"):
-        found["mcp_servers"] = {server.name: plain(server) for server in _pages(store.search_mcp_servers)}
-        found["mcp_versions"] = {
-            f"{name}/{version.version}": plain(version)
-            for name in found["mcp_servers"]
-            for version in _pages(store.search_mcp_server_versions, name)
-        }
-    if has(store, "search_skills"):
-        found["skills"] = {skill.name: plain(skill) for skill in _pages(store.search_skills)}
-        found["skill_versions"] = {
-            f"{name}/{version.version}": plain(version)
-            for name in found["skills"]
-            for version in _pages(store.search_skill_versions, name)
-        }
-    from mlflow.store.jobs.sqlalchemy_store import SqlAlchemyJobStore
 
-    found["jobs"] = {job.job_id: plain(job) for job in SqlAlchemyJobStore(client.tracking_uri).list_jobs()}
+    def versions_of(servers: Any, search: str) -> dict[str, Any]:
+        return {
+            f"{thing.name}/{version.version}": plain(version)
+            for thing in _pages(servers)
+            for version in _pages(getattr(store, search), thing.name)
+        }
+
+    def jobs() -> dict[str, Any]:
+        return {job.job_id: plain(job) for job in job_store(client).list_jobs()}
+
+    sections: dict[str, Callable[[], dict[str, Any]]] = {
+        "experiments": lambda: plain(experiments),
+        "runs": lambda: {r.info.run_id: _run(client, r) for r in _pages(client.search_runs, ids, "", ViewType.ALL)},
+        "logged_models": lambda: {m.model_id: plain(m) for m in _pages(client.search_logged_models, ids)},
+        "registered_models": registered_models,
+        "model_versions": model_versions,
+        "traces": traces,
+        "webhooks": lambda: {hook.webhook_id: plain(hook) for hook in _pages(client.list_webhooks)},
+        "datasets": lambda: {d.dataset_id: _dataset(store, d) for d in _pages(store.search_datasets)},
+        "scorers": scorers,
+        "secrets": lambda: {secret.secret_id: plain(secret) for secret in store.list_secret_infos()},
+        "definitions": lambda: {d.model_definition_id: plain(d) for d in store.list_gateway_model_definitions()},
+        "endpoints": lambda: {endpoint.endpoint_id: plain(endpoint) for endpoint in store.list_gateway_endpoints()},
+        "budgets": lambda: {b.budget_policy_id: plain(b) for b in _pages(store.list_budget_policies)},
+    }
+    if has(store, "search_issues"):
+        sections["issues"] = lambda: {i.issue_id: plain(i) for i in of_active(store.search_issues)}
+    if has(store, "list_label_schemas"):
+        sections["label_schemas"] = lambda: {s.schema_id: plain(s) for s in of_active(store.list_label_schemas)}
+    if has(store, "list_review_queues"):
+        sections["review_queues"] = review_queues
+    if has(store, "search_mcp_servers"):
+        sections["mcp_servers"] = lambda: {server.name: plain(server) for server in _pages(store.search_mcp_servers)}
+        sections["mcp_versions"] = lambda: versions_of(store.search_mcp_servers, "search_mcp_server_versions")
+    if has(store, "search_skills"):
+        sections["skills"] = lambda: {skill.name: plain(skill) for skill in _pages(store.search_skills)}
+        sections["skill_versions"] = lambda: versions_of(store.search_skills, "search_skill_versions")
+    if not serves(client):
+        sections["jobs"] = jobs
+    found: dict[str, dict[str, Any]] = {}
+    for section, answer in sections.items():
+        with suppress_unknown():
+            found[section] = answer()
     return found
 
 
 def _run(client: Any, run: Any) -> dict[str, Any]:
     run = client.get_run(run.info.run_id)
     entry = plain(run)
+    if run.data.tags.get("kind") == "parent":
+        entry["artifacts"] = sorted(file.path for file in client.list_artifacts(run.info.run_id, "notes"))
+        entry["text"] = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/notes/text.txt")
     entry["history"] = {
         key: sorted(
             ([m.step, m.timestamp, plain(m.value)] for m in client.get_metric_history(run.info.run_id, key)), key=str

@@ -1,0 +1,118 @@
+"""The machine loses its power at random moments of the boot that changes the schema: every process of it is killed at
+once, and it is started again. Afterwards the server comes up and everything that was acknowledged is there.
+
+A forced stop on the local cloud is the end of all processes; what the host's kernel holds of the volume is not lost
+with it, so this is the kill of a machine and not of its disk. MLFLOW_AMI_CUTS sets how many (default 6),
+MLFLOW_AMI_SEED which moments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drilling.ledger import Ledger
+from drilling.reader import Reader
+from local_cloud import LocalCloud, LocalCloudError
+from rehearsal import stack, state
+from rehearsal.status import client_environment
+from servers import SCRIPTS, script
+
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
+
+SEED = int(os.environ.get("MLFLOW_AMI_SEED") or random.randrange(1 << 32))
+CUTS = int(os.environ.get("MLFLOW_AMI_CUTS") or 6)
+OLDER = "3.12.0"
+STEP_SECONDS = 20
+"""About what the database step takes here: a cut comes that long after its begin at the latest."""
+
+
+@pytest.fixture(scope="module")
+def images(cloud: LocalCloud, image: Mapping[str, Any], base: str) -> tuple[str, str]:
+    baked = script("bake.py", "--local", "--if-changed", "--base", base, "--mlflow-version", OLDER, "--json")
+    return str(json.loads(baked.stdout)["ami_id"]), str(image["ami_id"])
+
+
+@pytest.fixture
+def stack_of_our_own(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(stack.NAMED_BY, "power-cuts")
+    try:
+        yield
+    finally:
+        with stack.exclusive():
+            current = state.load(stack.state_path())
+            stack.destroy(cloud, stack.clients(cloud), current, say=print, done=lambda step: None)
+
+
+def test_power_cuts_while_the_schema_changes_lose_nothing(
+    cloud: LocalCloud, images: tuple[str, str], stack_of_our_own: None
+) -> None:
+    chosen, ledger = random.Random(SEED), Ledger()
+    older, newer = images
+    server = json.loads(script("rehearse.py", "up", "--ami", older, "--json").stdout)
+    reader = Reader(Path(sys.executable), "", client_environment(server))
+    try:
+        for number in range(CUTS):
+            release, url = server["mlflow_version"], server["url"]
+            touched = reader.write(url, f"{number}-{release.replace('.', '-')}")
+            ledger.enter(release, touched, reader.read(url))
+            target = older if server["ami_id"] == newer else newer
+            where = f"seed {SEED}, cut {number}, after MLflow {release}"
+            where += cut_power(cloud, server["instance_id"], target, chosen.uniform(0, STEP_SECONDS))
+            server = json.loads(script("rehearse.py", "up", "--ami", target, "--json").stdout)
+            assert server["ami_id"] == target, where
+            findings = ledger.compare(server["mlflow_version"], reader.read(url))
+            assert [str(finding) for finding in findings] == [], where
+    finally:
+        reader.end()
+
+
+def cut_power(cloud: LocalCloud, replaced: str, ami: str, seconds: float) -> str:
+    """Replace the machine, and cut the new one's power `seconds` after its database step began; says when that was."""
+    up = subprocess.Popen(
+        [sys.executable, SCRIPTS / "rehearse.py", "up", "--ami", ami],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        instance = machine_in_its_database_step(cloud, replaced, up)
+        time.sleep(seconds)
+        doing = database_status(cloud, instance)
+        cloud.client("ec2").stop_instances(InstanceIds=[instance], Force=True)
+        up.communicate(timeout=120)
+    finally:
+        up.kill()
+        up.communicate()
+    return f", {seconds:.1f} s into the step, which was {doing}"
+
+
+def machine_in_its_database_step(cloud: LocalCloud, replaced: str, up: subprocess.Popen[str]) -> str:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        machines = [each.id for each in state.load(stack.state_path()).resources if each.type == stack.INSTANCE]
+        instance = next((each for each in machines if each and each != replaced), "")
+        if instance and database_status(cloud, instance):
+            return instance
+        assert up.poll() is None, up.communicate()[1]
+        time.sleep(0.1)
+    raise AssertionError("the new machine's database step did not begin within 180 s")
+
+
+def database_status(cloud: LocalCloud, instance: str) -> str:
+    """ "running: copying 64 tables", or nothing before the step began."""
+    try:
+        done = cloud.exec(instance, ["cat", "/run/mlflow-host/status/database.json"])
+        found = json.loads(done.stdout)
+    except (LocalCloudError, ValueError):
+        return ""
+    return f"{found['state']}: {found['message']}"

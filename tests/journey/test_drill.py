@@ -1,0 +1,51 @@
+"""The promise itself, with two baked images: upgrade and roll back, twice, with writes at every stop, and nothing is
+lost."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from local_cloud import LocalCloud
+from servers import script
+
+pytestmark = pytest.mark.machine
+
+OLDER = "3.12.0"
+
+
+@pytest.fixture(scope="session")
+def older_image(cloud: LocalCloud, base: str) -> str:
+    """The AMI with MLflow OLDER, baked again only if what goes into it changed."""
+    baked = script("bake.py", "--local", "--if-changed", "--base", base, "--mlflow-version", OLDER, "--json")
+    return str(json.loads(baked.stdout)["ami_id"])
+
+
+def test_a_drill_from_3_12_and_back_twice_loses_nothing(
+    cloud: LocalCloud, image: Mapping[str, Any], older_image: str
+) -> None:
+    done = script("drill.py", older_image, image["ami_id"], "--json")
+    found = json.loads(done.stdout)
+    newer = image["facts"]["mlflow_version"]
+    stops = found["stops"]
+    assert [stop["mlflow_version"] for stop in stops] == [OLDER, newer, OLDER, newer]
+    assert found["lost"] == 0
+    for stop in stops:
+        assert (stop["missing"], stop["changed"], stop["losses"]) == (0, 0, [])
+        assert stop["written"] > 20
+    compared = [stop["compared"] for stop in stops]
+    assert compared[0] == 0 and compared == sorted(compared) and compared[3] > 60
+    # What only the newer release knows waits while the older one serves, and is compared again at the end.
+    assert [stop["waiting"] > 0 for stop in stops] == [False, False, True, False]
+    assert [stop["database"].split(" from ")[0] for stop in stops[1:]] == ["upgrade", "carry back", "upgrade"]
+    assert "came back from kept databases" in stops[3]["database"]
+    assert all(0 < stop["outage_seconds"] < 180 for stop in stops[1:])
+    names = [tag["Value"] for tag in tags_of_machines(cloud) if tag["Key"] == "mlflow-ami:stack"]
+    assert "drill" not in names
+
+
+def tags_of_machines(cloud: LocalCloud) -> list[dict[str, str]]:
+    """Of every machine that is not terminated."""
+    described = cloud.client("ec2").describe_instances()["Reservations"]
+    machines = [each for reservation in described for each in reservation["Instances"]]
+    return [tag for each in machines if each["State"]["Name"] != "terminated" for tag in each.get("Tags", [])]
