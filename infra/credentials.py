@@ -23,7 +23,7 @@ class Parameters:
     credentials: aws.ssm.Parameter
     """SecureString, JSON, format 1: users, and the passphrase MLflow encrypts the secrets in its database with."""
     authority: aws.ssm.Parameter | None
-    """String: certificate of the private authority, published by the machine. None with tls off."""
+    """String: certificate of the private authority, published by the machine. None without one."""
 
     @property
     def ready(self) -> list[pulumi.Resource]:
