@@ -50,6 +50,8 @@ class Settings:
     admin_password: str = field(repr=False)
     """A secret: whoever passes it on to Pulumi marks it as one."""
     ssh_cidrs: tuple[str, ...]
+    postgres_cidrs: tuple[str, ...]
+    """Who may read the database; the first to name one turns PostgreSQL's listening on."""
     key_name: str
     artifact_transfer: str
     job_execution: bool
@@ -72,7 +74,7 @@ class Settings:
         authority, whose addresses nobody is told beforehand."""
         encrypted = [("https", 443, self.allowed_cidrs)] if self.tls != "off" else []
         plain = ("http", 80, (ANYWHERE,) if self.tls == "acme" else self.allowed_cidrs)
-        return [plain, *encrypted, ("ssh", 22, self.ssh_cidrs)]
+        return [plain, *encrypted, ("ssh", 22, self.ssh_cidrs), ("postgresql", 5432, self.postgres_cidrs)]
 
     def parameter(self, name: str) -> str:
         """Full name of one of the stack's parameters in Systems Manager."""
@@ -124,6 +126,7 @@ def read() -> tuple[Settings, list[str]]:
         hosted_zone_id=take("hostedZoneId", _matches(r"Z[A-Z0-9]{1,31}", "is not the ID of a hosted zone (Z…)")),
         admin_password=_password(project, mistakes),
         ssh_cidrs=take("sshCidrs", _networks),
+        postgres_cidrs=take("postgresCidrs", _networks),
         key_name=take("keyName", _matches(r"[!-~]([ -~]{0,253}[!-~])?", "is not the name of a key pair")),
         artifact_transfer=take("artifactTransfer", _matches("direct|proxied", "must be direct or proxied")),
         job_execution=take("jobExecution"),
@@ -155,6 +158,8 @@ def cautions(config: Settings) -> list[str]:
     found = []
     if ANYWHERE in config.allowed_cidrs:
         found.append(f"allowedCidrs has {ANYWHERE}: everybody on the internet reaches the login.")
+    if ANYWHERE in config.postgres_cidrs:
+        found.append(f"postgresCidrs has {ANYWHERE}: everybody on the internet reaches PostgreSQL.")
     if config.tls == "off":
         found.append("tls is off: passwords and data cross the network in clear.")
     return found
@@ -212,11 +217,16 @@ def _contradictions(found: Settings) -> list[str]:
         mistakes.append("tls is acme but domainName is not set: name the domain to certify, or set tls to private.")
     if found.acme_email and found.tls != "acme":
         mistakes.append(f"acmeEmail is set but tls is {found.tls}: set tls to acme, or no address.")
+    if found.postgres_cidrs and found.tls != "private":
+        mistakes.append(
+            f"postgresCidrs is set but tls is {found.tls}: PostgreSQL's clients verify it by the stack's own "
+            "authority, so set tls to private, or no networks."
+        )
     rules = sum(len(networks) for _, _, networks in found.doors)
     if rules > RULES_PER_GROUP:
         mistakes.append(
-            f"allowedCidrs and sshCidrs make {rules} inbound rules, more than the {RULES_PER_GROUP} a security group "
-            "holds: sum networks up."
+            f"allowedCidrs, sshCidrs and postgresCidrs make {rules} inbound rules, more than the {RULES_PER_GROUP} a "
+            "security group holds: sum networks up."
         )
     if found.availability_zone and found.region and not found.availability_zone.startswith(found.region):
         mistakes.append(f"availabilityZone: {found.availability_zone!r} is not in the region {found.region}.")

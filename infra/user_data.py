@@ -26,6 +26,7 @@ SAMPLE: dict[str, Any] = {
     "volume": "vol-0123456789abcdef0",
     "parameter": "/mlflow-ami/stack/credentials",
     "authority": "/mlflow-ami/stack/certificate-authority",
+    "reader": "/mlflow-ami/stack/postgres-reader",
 }
 """Names of the form that AWS gives, for a look at the user-data before there are any."""
 
@@ -39,6 +40,7 @@ def written(
         **{name: bucket.bucket for name, bucket in kept.buckets.items()},
         volume=kept.volume.id,
         authority=parameters.authority.name if parameters.authority else "",
+        reader=parameters.reader.name if parameters.reader else "",
         parameter=parameters.credentials.name,
     )
     return named.apply(lambda names: render(document(config, names)))
@@ -68,6 +70,7 @@ def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
             "authority_parameter": names["authority"],
             "acme_email": config.acme_email,
         },
+        "postgres": {"cidrs": list(config.postgres_cidrs), "parameter": names["reader"]},
         "mlflow": {"job_execution": config.job_execution, "artifact_transfer": config.artifact_transfer},
         "backups": {"retention_days": config.backup_retention_days},
         "endpoints": {service: address for service, address in endpoints.items() if address},

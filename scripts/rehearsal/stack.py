@@ -247,6 +247,7 @@ def destroy(cloud: LocalCloud, client: Client, current: State, *, say: Say, done
     engine.delete(list(current.resources))
     current.outputs, current.settings = {}, {}
     state.forget(state_path())
+    certificate_path().unlink(missing_ok=True)
 
 
 def _engine(cloud: LocalCloud, client: Client, current: State, say: Say, done: Done, *, dry_run: bool) -> Engine:

@@ -31,6 +31,7 @@ def test_the_outputs() -> None:
         },
         "credentialsParameter": "/mlflow-ami/dev/credentials",
         "authorityParameter": "/mlflow-ami/dev/certificate-authority",
+        "postgresParameter": "",
         "connect": 'eval "$(scripts/connect.py --stack dev)"',
         "shell": "aws ssm start-session --region eu-central-1 --target i-0123456789abcdef0",
     }

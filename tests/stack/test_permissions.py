@@ -104,6 +104,13 @@ def test_the_machine_may_write_the_authority_and_no_other_parameter(policy: dict
     assert not allowed(without, "ssm:PutParameter", authority)
 
 
+def test_the_machine_may_read_the_readers_password_only_where_there_are_readers(policy: dict[str, Any]) -> None:
+    reader = CREDENTIALS.replace("credentials", "postgres-reader")
+    found = json.loads(run(postgresCidrs='["192.0.2.0/24"]').one("iam.RolePolicy").inputs["policy"])
+    assert allowed(found, "ssm:GetParameter", reader) and not allowed(policy, "ssm:GetParameter", reader)
+    assert not allowed(found, "ssm:PutParameter", reader)
+
+
 def test_no_statement_is_wider_than_it_looks(policy: dict[str, Any]) -> None:
     for statement in policy["Statement"]:
         actions = [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]

@@ -153,6 +153,15 @@ def test_ssh_only_from_where_it_was_asked_for() -> None:
     assert found.one("ec2.Instance").inputs["keyName"] == "ours"
 
 
+def test_postgresql_only_from_where_it_was_asked_for_and_with_a_password_of_its_own(stack: Run) -> None:
+    found = run(postgresCidrs='["192.0.2.0/24"]')
+    assert rules(found) - rules(stack) == {("tcp", 5432, 5432, "192.0.2.0/24")}
+    parameter = found.one("ssm.Parameter", "postgres-reader")
+    assert (parameter.inputs["type"], parameter.inputs["value"]) == ("SecureString", "generated-postgres-reader")
+    assert parameter.secret == {"value"} and parameter.urn in found.one("ec2.Instance").dependencies
+    assert found.outputs["postgresParameter"] == "/mlflow-ami/dev/postgres-reader"
+
+
 @pytest.mark.parametrize("name", ["mlflow-artifacts", "mlflow-models", "mlflow-backups"])
 def test_each_bucket_is_versioned_encrypted_private_and_tidied(stack: Run, name: str) -> None:
     def part(kind: str) -> dict[str, Any]:

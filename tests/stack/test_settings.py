@@ -69,6 +69,8 @@ def test_an_empty_list_of_networks_is_none() -> None:
         ({"allowedCidrs": "203.0.113.0/24, 198.51.100.0/24"}, None),
         ({"sshCidrs": '["10.0.0.1/8"]', "keyName": "ours"}, "sshCidrs: '[\"10.0.0.1/8\"]' has '10.0.0.1/8'"),
         ({"sshCidrs": '["10.0.0.0/8"]'}, "sshCidrs is set but keyName is not"),
+        ({"postgresCidrs": '["10.0.0.0/8"]', "tls": "off"}, "postgresCidrs is set but tls is off"),
+        ({"postgresCidrs": '["10.0.0.1/8"]'}, "has bits set behind its prefix"),
         ({"instanceType": "small"}, "instanceType: 'small' is not an instance type such as t3.small."),
         ({"dataVolumeGib": "twenty"}, "dataVolumeGib: 'twenty' must be a whole number."),
         ({"dataVolumeGib": "0"}, "dataVolumeGib: '0' must be from 1 to 16384 GiB."),

@@ -22,6 +22,7 @@ CONTENT: dict[str, Any] = {
     "credentials": {"parameter": "/mlflow-ami/dev/credentials"},
     "data_volume": {"id": VOLUME},
     "web": {"hostnames": [ADDRESS], "tls": "off", "authority_parameter": "", "acme_email": ""},
+    "postgres": {"cidrs": [], "parameter": ""},
     "mlflow": {"job_execution": False, "artifact_transfer": "direct"},
     "backups": {"retention_days": 30},
     "endpoints": {},
@@ -64,6 +65,10 @@ def test_the_machine_is_told_what_the_stack_made() -> None:
             {"web": {"tls": "acme", "acme_email": "ops@example.com", "authority_parameter": ""}},
         ),
         ({"jobExecution": "true"}, {"mlflow": {"job_execution": True}}),
+        (
+            {"postgresCidrs": '["192.0.2.0/24"]'},
+            {"postgres": {"cidrs": ("192.0.2.0/24",), "parameter": "/mlflow-ami/dev/postgres-reader"}},
+        ),
         ({"artifactTransfer": "proxied"}, {"mlflow": {"artifact_transfer": "proxied"}}),
         ({"backupRetentionDays": "7"}, {"backups": {"retention_days": 7}}),
         ({"s3Endpoint": "http://127.0.0.1:8333"}, {"endpoints": {"s3": "http://127.0.0.1:8333", "ssm": ""}}),

@@ -441,8 +441,8 @@ def test_health_asks_mlflow_at_most_once_a_second_and_then_again(site: Site) -> 
 
 
 def test_inner_locations_cannot_be_asked_for(site: Site) -> None:
-    for path in ("/mlflow-host-health", "/mlflow-host-login", "/mlflow-host-status/status.json", "/mlflow-host-status/"):
-        assert site.ask(path)[0] == 404
+    for path in ("health", "login", "status/status.json", "status/"):
+        assert site.ask(f"/mlflow-host-{path}")[0] == 404
     assert not site.asked()
 
 

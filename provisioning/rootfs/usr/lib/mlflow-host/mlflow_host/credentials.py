@@ -121,6 +121,11 @@ def fetch(document: LaunchDocument, say: Callable[[str], None], patience: float 
         raise StepFailed(f"the parameter {parameter} cannot be used: {error}; write it anew and restart") from None
 
 
+def secret(document: LaunchDocument, parameter: str) -> str:
+    """Another parameter that is a secret as a whole, read the same way. Raises StepFailed."""
+    return _parameter(document, parameter, lambda message: None, PATIENCE_SECONDS)
+
+
 def _parameter(document: LaunchDocument, name: str, say: Callable[[str], None], patience: float) -> str:
     give_up = time.monotonic() + patience
     pause = 0.1
