@@ -2,8 +2,6 @@
 
 import re
 import time
-import urllib.parse
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -71,26 +69,6 @@ def assert_healthz_becomes(server: Server, status: int) -> None:
     while (answer := server.ask("/healthz", timeout=60)).status_code != status:
         assert time.monotonic() < deadline, f"/healthz answers {answer.status_code}, not {status}, for 60 s"
         time.sleep(0.5)
-
-
-def test_password_lies_nowhere_but_in_the_parameter(
-    server: Server, cloud: LocalCloud, example_runs: Mapping[str, str]
-) -> None:
-    """Not in user-data, the console, the journal, any argument list, nor on a disk."""
-    attribute = cloud.client("ec2").describe_instance_attribute(InstanceId=server.instance_id, Attribute="userData")
-    places = {
-        "user-data": str(attribute["UserData"]),
-        "console": str(cloud.console_output(server.instance_id)),
-        "journal": machine(cloud, server, "journalctl", "--no-pager", "--output=export"),
-        "arguments": machine(cloud, server, "ps", "-eo", "args"),
-        "disks": machine(
-            cloud, server, "grep", "-rlsF", "--", server.password, "/etc", "/var", "/srv", "/opt", "/tmp", "/root",
-            status=1,
-        ),
-    }  # fmt: skip
-    wanted = {server.password, urllib.parse.quote(server.password)}
-    assert [place for place, text in places.items() if any(each in text for each in wanted)] == []
-    assert places["disks"] == ""
 
 
 def test_mlflow_cannot_reach_the_instance_role_s_secret(server: Server, cloud: LocalCloud) -> None:

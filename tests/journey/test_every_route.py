@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from mlflow_host import routes
 from servers import Server
 
@@ -316,3 +319,41 @@ def test_port_80_sends_on_and_answers_nothing_else(server: Server) -> None:
             answer = connection.recv(65536).decode()
         assert answer.split()[1] == str(wanted), target
         assert wanted != 308 or f"Location: {server.url}{target}\r\n" in answer
+
+
+@pytest.mark.slow
+def test_thousand_idle_and_slow_clients_keep_nobody_out(server: Server, wire: Wire) -> None:
+    """Some say nothing, some stop within TLS, within the header, within the body."""
+    host, right = host_of(server), login(*server.login)
+    held: list[socket.socket] = []
+    try:
+        for number in range(1000):
+            held.append(socket.create_connection((host, 443), timeout=15))
+            if number % 4 == 1:
+                held[-1].sendall(b"\x16\x03\x01")
+        for begun in (b"GET /version HTTP/1.1\r\nHo", request(server, "POST", "/graphql", {**right}, b"x" * 9)[:-5]):
+            for _ in range(25):
+                held.append(connect(server))
+                held[-1].sendall(begun)
+        for _ in range(20):
+            assert wire.ask(request(server, "GET", "/version", right)) == 200
+    finally:
+        for connection in held:
+            connection.close()
+    assert wire.ask(request(server, "GET", "/version", right)) == 200
+
+
+@pytest.mark.slow
+@hypothesis_settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.binary(min_size=1, max_size=300), st.binary(max_size=2000), st.sampled_from(["GET", "POST", "PUT", "\x00", ""])
+)
+def test_whatever_bytes_are_sent_nobody_without_a_login_is_answered(
+    server: Server, target: bytes, rest: bytes, method: str
+) -> None:
+    sent = method.encode() + b" /" + target + b" HTTP/1.1\r\nHost: " + host_of(server).encode() + b"\r\n" + rest
+    wire = Wire(server)
+    status = wire.ask(sent + b"\r\nConnection: close\r\n\r\n")
+    assert status in REFUSALS | {0} or (status == 200 and target.startswith(b"healthz"))
+    if wire.connection is not None:
+        wire.connection.close()
