@@ -75,6 +75,7 @@ def role(kept: Storage, parameters: Parameters, opts: pulumi.ResourceOptions) ->
 def machine_policy(kept: Storage, parameters: Parameters) -> dict[str, Any]:
     """What the machine may do. In the backups bucket a delete only hides an object: its versions stay out of reach."""
     buckets = [bucket.arn for bucket in kept.buckets.values()]
+    read = [each.arn for each in (parameters.credentials, parameters.reader) if each]
     publish = [
         {"Sid": "Authority", "Effect": "Allow", "Action": "ssm:PutParameter", "Resource": authority.arn}
         for authority in [parameters.authority]
@@ -94,7 +95,7 @@ def machine_policy(kept: Storage, parameters: Parameters) -> dict[str, Any]:
                 "Sid": "Credentials",
                 "Effect": "Allow",
                 "Action": "ssm:GetParameter",
-                "Resource": parameters.credentials.arn,
+                "Resource": read,
             },
             *publish,
             {"Sid": "SessionManager", "Effect": "Allow", "Action": list(SESSION_MANAGER), "Resource": "*"},

@@ -23,12 +23,14 @@ class Parameters:
     credentials: aws.ssm.Parameter
     """SecureString, JSON, format 1: users, and the passphrase MLflow encrypts the secrets in its database with."""
     authority: aws.ssm.Parameter | None
-    """String: certificate of the private authority, published by the machine. None with tls off."""
+    """String: certificate of the private authority, published by the machine. None without one."""
+    reader: aws.ssm.Parameter | None
+    """SecureString: password of the role that reads the database over the network. None while nobody may."""
 
     @property
     def ready(self) -> list[pulumi.Resource]:
         """What must be there before the machine boots."""
-        return [parameter for parameter in (self.credentials, self.authority) if parameter]
+        return [parameter for parameter in (self.credentials, self.authority, self.reader) if parameter]
 
 
 def build(config: Settings, opts: pulumi.ResourceOptions) -> Parameters:
@@ -52,11 +54,26 @@ def build(config: Settings, opts: pulumi.ResourceOptions) -> Parameters:
         value=pulumi.Output.json_dumps(content),
         opts=pulumi.ResourceOptions.merge(opts, pulumi.ResourceOptions(protect=True, ignore_changes=WRITTEN_ONCE)),
     )
-    return Parameters(credentials, _authority(config, opts) if config.tls == "private" else None)
+    return Parameters(
+        credentials,
+        _authority(config, opts) if config.tls == "private" else None,
+        _reader(config, opts) if config.postgres_cidrs else None,
+    )
 
 
 def _given(config: Settings) -> pulumi.Output[str] | None:
     return pulumi.Output.secret(config.admin_password) if config.admin_password else None
+
+
+def _reader(config: Settings, opts: pulumi.ResourceOptions) -> aws.ssm.Parameter:
+    return aws.ssm.Parameter(
+        "postgres-reader",
+        name=config.parameter("postgres-reader"),
+        description="MLflow server: password of PostgreSQL's role mlflow_reader",
+        type="SecureString",
+        value=random.RandomPassword("postgres-reader", length=32, special=False).result,
+        opts=opts,
+    )
 
 
 def _authority(config: Settings, opts: pulumi.ResourceOptions) -> aws.ssm.Parameter:

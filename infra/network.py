@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import pulumi
 import pulumi_aws as aws
-from settings import Settings
+from settings import ANYWHERE, Settings
 
 NETWORK = "10.20.0.0/16"
-ANYWHERE = "0.0.0.0/0"
-SSH = 22
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,6 @@ def _security_group(
         tags={"Name": config.title},
         opts=opts,
     )
-    doors = [
-        *(("http" if port == 80 else "https", port, config.allowed_cidrs) for port in config.web_ports),
-        ("ssh", SSH, config.ssh_cidrs),
-    ]
     rules: list[pulumi.Resource] = [
         aws.vpc.SecurityGroupIngressRule(
             f"{name}-{port}-{cidr}",
@@ -103,7 +97,7 @@ def _security_group(
             description=f"{name} from {cidr}",
             opts=opts,
         )
-        for name, port, cidrs in doors
+        for name, port, cidrs in config.doors
         for cidr in cidrs
     ]
     rules.append(

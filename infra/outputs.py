@@ -33,6 +33,7 @@ def export(
     pulumi.export("credentialsParameter", parameters.credentials.name)
     authority = parameters.authority.name if parameters.authority else ""
     pulumi.export("authorityParameter", authority)
+    pulumi.export("postgresParameter", parameters.reader.name if parameters.reader else "")
     pulumi.export(
         "clientEnvironment",
         pulumi.Output.all(url, parameters.credentials.name, authority).apply(

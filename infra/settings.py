@@ -24,6 +24,7 @@ from host import launch
 PROJECT = Path(__file__).with_name("Pulumi.yaml")
 
 ADMIN = "admin"
+ANYWHERE = "0.0.0.0/0"
 RULES_PER_GROUP = 60
 """Inbound rules EC2 allows in a security group by default (Amazon VPC quotas)."""
 
@@ -43,11 +44,14 @@ class Settings:
     availability_zone: str
     domain_name: str
     tls: str
-    """How the machine serves, in the launch document's words: off or private."""
+    """How the machine serves, in the launch document's words: private, acme or off."""
+    acme_email: str
     hosted_zone_id: str
     admin_password: str = field(repr=False)
     """A secret: whoever passes it on to Pulumi marks it as one."""
     ssh_cidrs: tuple[str, ...]
+    postgres_cidrs: tuple[str, ...]
+    """Who may read the database; the first to name one turns PostgreSQL's listening on."""
     key_name: str
     artifact_transfer: str
     job_execution: bool
@@ -65,9 +69,12 @@ class Settings:
         return "http" if self.tls == "off" else "https"
 
     @property
-    def web_ports(self) -> tuple[int, ...]:
-        """The ports that allowedCidrs may reach. With TLS, 80 only redirects."""
-        return (80,) if self.tls == "off" else (80, 443)
+    def doors(self) -> list[tuple[str, int, tuple[str, ...]]]:
+        """What can be reached from outside: name, port, networks. With TLS, port 80 redirects and answers a public
+        authority, whose addresses nobody is told beforehand."""
+        encrypted = [("https", 443, self.allowed_cidrs)] if self.tls != "off" else []
+        plain = ("http", 80, (ANYWHERE,) if self.tls == "acme" else self.allowed_cidrs)
+        return [plain, *encrypted, ("ssh", 22, self.ssh_cidrs), ("postgresql", 5432, self.postgres_cidrs)]
 
     def parameter(self, name: str) -> str:
         """Full name of one of the stack's parameters in Systems Manager."""
@@ -114,10 +121,12 @@ def read() -> tuple[Settings, list[str]]:
         root_volume_gib=take("rootVolumeGib", _between(4, 16384, "GiB")),
         availability_zone=take("availabilityZone", _matches(r"[a-z0-9-]+[a-z]", "is not a zone such as eu-central-1a")),
         domain_name=take("domainName", _domain),
-        tls=take("tls", _matches("off|private", "must be off or private")),
+        tls=take("tls", _matches("private|acme|off", "must be private, acme or off")),
+        acme_email=take("acmeEmail", _matches(r"[^@\s]{1,64}@[^@\s]{1,255}", "is not an e-mail address")),
         hosted_zone_id=take("hostedZoneId", _matches(r"Z[A-Z0-9]{1,31}", "is not the ID of a hosted zone (Z…)")),
         admin_password=_password(project, mistakes),
         ssh_cidrs=take("sshCidrs", _networks),
+        postgres_cidrs=take("postgresCidrs", _networks),
         key_name=take("keyName", _matches(r"[!-~]([ -~]{0,253}[!-~])?", "is not the name of a key pair")),
         artifact_transfer=take("artifactTransfer", _matches("direct|proxied", "must be direct or proxied")),
         job_execution=take("jobExecution"),
@@ -146,10 +155,14 @@ def as_sentences(mistakes: list[str]) -> str:
 
 def cautions(config: Settings) -> list[str]:
     """What is allowed and still worth a warning."""
-    if "0.0.0.0/0" not in config.allowed_cidrs:
-        return []
-    clear = ", and passwords cross the network in clear" if config.tls == "off" else ""
-    return [f"allowedCidrs has 0.0.0.0/0: everybody on the internet reaches the login{clear}."]
+    found = []
+    if ANYWHERE in config.allowed_cidrs:
+        found.append(f"allowedCidrs has {ANYWHERE}: everybody on the internet reaches the login.")
+    if ANYWHERE in config.postgres_cidrs:
+        found.append(f"postgresCidrs has {ANYWHERE}: everybody on the internet reaches PostgreSQL.")
+    if config.tls == "off":
+        found.append("tls is off: passwords and data cross the network in clear.")
+    return found
 
 
 def _unknown(project: str) -> list[str]:
@@ -200,11 +213,20 @@ def _contradictions(found: Settings) -> list[str]:
         mistakes.append("hostedZoneId is set but domainName is not: set the name to write into the zone, or neither.")
     if found.ssh_cidrs and not found.key_name:
         mistakes.append("sshCidrs is set but keyName is not: nobody could log in, so set a key pair, or neither.")
-    rules = len(found.web_ports) * len(found.allowed_cidrs) + len(found.ssh_cidrs)
+    if found.tls == "acme" and not found.domain_name:
+        mistakes.append("tls is acme but domainName is not set: name the domain to certify, or set tls to private.")
+    if found.acme_email and found.tls != "acme":
+        mistakes.append(f"acmeEmail is set but tls is {found.tls}: set tls to acme, or no address.")
+    if found.postgres_cidrs and found.tls != "private":
+        mistakes.append(
+            f"postgresCidrs is set but tls is {found.tls}: PostgreSQL's clients verify it by the stack's own "
+            "authority, so set tls to private, or no networks."
+        )
+    rules = sum(len(networks) for _, _, networks in found.doors)
     if rules > RULES_PER_GROUP:
         mistakes.append(
-            f"allowedCidrs and sshCidrs make {rules} inbound rules, more than the {RULES_PER_GROUP} a security group "
-            "holds: sum networks up."
+            f"allowedCidrs, sshCidrs and postgresCidrs make {rules} inbound rules, more than the {RULES_PER_GROUP} a "
+            "security group holds: sum networks up."
         )
     if found.availability_zone and found.region and not found.availability_zone.startswith(found.region):
         mistakes.append(f"availabilityZone: {found.availability_zone!r} is not in the region {found.region}.")

@@ -18,7 +18,7 @@ from storage import Storage
 TEMPLATE = Path(__file__).with_name("user_data.yaml.j2")
 LIMIT_BYTES = 16384
 """EC2's limit on user-data before it is encoded."""
-SAMPLE = {
+SAMPLE: dict[str, Any] = {
     "hostnames": ["203.0.113.1"],
     "artifacts": "mlflow-artifacts-0000000",
     "models": "mlflow-models-0000000",
@@ -26,6 +26,7 @@ SAMPLE = {
     "volume": "vol-0123456789abcdef0",
     "parameter": "/mlflow-ami/stack/credentials",
     "authority": "/mlflow-ami/stack/certificate-authority",
+    "reader": "/mlflow-ami/stack/postgres-reader",
 }
 """Names of the form that AWS gives, for a look at the user-data before there are any."""
 
@@ -39,6 +40,7 @@ def written(
         **{name: bucket.bucket for name, bucket in kept.buckets.items()},
         volume=kept.volume.id,
         authority=parameters.authority.name if parameters.authority else "",
+        reader=parameters.reader.name if parameters.reader else "",
         parameter=parameters.credentials.name,
     )
     return named.apply(lambda names: render(document(config, names)))
@@ -46,8 +48,9 @@ def written(
 
 def problems(config: Settings) -> list[str]:
     """What would be wrong with the user-data, whatever the names turn out to be."""
+    hostnames = [name for name in (config.domain_name, *SAMPLE["hostnames"]) if name]
     try:
-        render(document(config, SAMPLE))
+        render(document(config, {**SAMPLE, "hostnames": hostnames}))
     except pulumi.RunError as error:
         return [str(error)]
     return []
@@ -65,7 +68,9 @@ def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
             "hostnames": names["hostnames"],
             "tls": config.tls,
             "authority_parameter": names["authority"],
+            "acme_email": config.acme_email,
         },
+        "postgres": {"cidrs": list(config.postgres_cidrs), "parameter": names["reader"]},
         "mlflow": {"job_execution": config.job_execution, "artifact_transfer": config.artifact_transfer},
         "backups": {"retention_days": config.backup_retention_days},
         "endpoints": {service: address for service, address in endpoints.items() if address},

@@ -59,6 +59,12 @@ build {
     destination = "${var.output_directory}/image.json"
   }
 
+  provisioner "file" {
+    direction   = "download"
+    source      = "/usr/share/mlflow-host/sbom.cdx.json"
+    destination = "${var.output_directory}/sbom.cdx.json"
+  }
+
   # ── Clean, then prove it: nothing is changed after assert_image ─────────────────────────────────────────────────────
 
   provisioner "shell" {

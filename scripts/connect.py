@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,22 @@ class NotConnected(Exception):
     """There is no server to tell of, or no way in; the message says what to do."""
 
 
+@dataclass(frozen=True)
+class Stack:
+    """A launched stack: its name, a client of the Systems Manager that holds its parameters, and facts of it."""
+
+    name: str
+    ssm: Any
+    facts: dict[str, Any]
+    """url, credentials_parameter, authority_parameter, named as in `rehearse.py status --json`."""
+    certificate: Path
+    """Where the certificate of its private authority is kept for clients."""
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = read_arguments(argv)
     try:
-        found = choose(arguments)
-        environment = client_environment(found)
+        environment = client_environment(way_in(choose(arguments)))
     except NotConnected as error:
         print(f"connect: {error}", file=sys.stderr)
         return 2
@@ -45,15 +58,20 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="connect.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--stack", metavar="NAME", help="a Pulumi stack of infra/")
-    where.add_argument("--rehearsal", action="store_true", help="the server that rehearse.py launched here")
+    add_choice(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of export lines")
     return parser.parse_args(argv)
 
 
-def choose(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Facts of the server the arguments mean, password included. Raises NotConnected."""
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `choose` reads."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--stack", metavar="NAME", help="a Pulumi stack of infra/")
+    where.add_argument("--rehearsal", action="store_true", help="the server that rehearse.py launched here")
+
+
+def choose(arguments: argparse.Namespace) -> Stack:
+    """The stack the arguments mean. Raises NotConnected."""
     if arguments.stack is None and (arguments.rehearsal or rehearsal_exists()):
         return from_rehearsal()
     return from_pulumi(arguments.stack)
@@ -73,7 +91,7 @@ def rehearsal_exists() -> bool:
     return stack.state_path().exists()
 
 
-def from_rehearsal() -> dict[str, Any]:
+def from_rehearsal() -> Stack:
     from local_cloud import LocalCloud, LocalCloudError
     from rehearsal import stack, state, status
 
@@ -82,8 +100,7 @@ def from_rehearsal() -> dict[str, Any]:
         cloud = LocalCloud()
         if not current.outputs or not cloud.is_up():
             raise NotConnected("no rehearsal is running here: launch one with `scripts/rehearse.py up`")
-        found = status.outline(current)
-        return way_in(cloud.client("ssm"), stack.name(), found)
+        return Stack(stack.name(), cloud.client("ssm"), status.outline(current), stack.certificate_path())
     except (LocalCloudError, RehearsalError) as error:
         raise NotConnected(str(error)) from None
 
@@ -91,7 +108,7 @@ def from_rehearsal() -> dict[str, Any]:
 # A Pulumi stack
 
 
-def from_pulumi(name: str | None) -> dict[str, Any]:
+def from_pulumi(name: str | None) -> Stack:
     outputs = pulumi("stack", "output", "--json", *selected(name))
     missing = [each for each in ("url", "credentialsParameter") if each not in outputs]
     if missing:
@@ -105,7 +122,8 @@ def from_pulumi(name: str | None) -> dict[str, Any]:
         "credentials_parameter": outputs["credentialsParameter"],
         "authority_parameter": outputs.get("authorityParameter"),
     }
-    return way_in(client, name or "selected", found)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Stack(name or "selected", client, found, cache / f"mlflow-ami-{name or 'selected'}.pem")
 
 
 def region_of(name: str | None) -> str | None:
@@ -134,13 +152,14 @@ def pulumi(*arguments: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout or "{}"))
 
 
-def way_in(client: Any, stack: str, found: dict[str, Any]) -> dict[str, Any]:
-    """`found` with user, password and, for a private authority, the file of its certificate.
+def way_in(stack: Stack) -> dict[str, Any]:
+    """The stack's facts with user, password and, for a private authority, the file of its certificate.
 
     Raises NotConnected when they cannot be read or the password is kept as a hash.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
+    client, found = stack.ssm, stack.facts
     parameter = found["credentials_parameter"]
     try:
         value = client.get_parameter(Name=parameter, WithDecryption=True)["Parameter"]["Value"]
@@ -154,7 +173,7 @@ def way_in(client: Any, stack: str, found: dict[str, Any]) -> dict[str, Any]:
         )
     if found["authority_parameter"] and certificate is None:
         raise NotConnected("the machine has not published its certificate yet: try again when it has booted")
-    file = keep_certificate(stack, certificate) if certificate else None
+    file = keep_certificate(stack.certificate, certificate) if certificate else None
     return found | {"username": username, "password": password, "server_certificate": file}
 
 

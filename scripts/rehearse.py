@@ -264,9 +264,13 @@ def inspect(cloud: LocalCloud, client: Client, current: state.State) -> dict[str
     if machine != "running":
         return found | {"state": "stopped", "message": f"the machine is {machine}; `rehearse.py up` launches one"}
     certificate = status.authority(client("ssm"), found["authority_parameter"])
+    if certificate:
+        found["server_certificate"] = str(status.keep_certificate(stack.certificate_path(), certificate))
     answer = boot.ask(found["url"], found["username"], found["password"] or "", certificate)
     if answer.status == 200:
         return found | {"state": "ready"}
+    if answer.status == 0 and found["url"].startswith("https:"):
+        answer = boot.ask_port_80(found["url"])
     message = answer.document.get("message") or (
         f"HTTP status {answer.status}" if answer.status else "nothing answers yet"
     )
@@ -338,6 +342,7 @@ def describe(found: dict[str, Any]) -> list[str]:
         ("url", found["url"]),
         ("username", found["username"]),
         ("password", found["password"] or "(not kept in clear)"),
+        *([("certificate", found["server_certificate"])] if found["server_certificate"] else []),
         ("MLflow", found["mlflow_version"]),
         ("image", f"{found['ami_id']} ({found['image_version']})"),
         ("instance", found["instance_id"]),

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
+import requests
 from local_cloud import LocalCloud
 from rehearsal import stack, state
 
@@ -34,8 +36,16 @@ class Server:
     buckets: Mapping[str, str]
     exports: Mapping[str, str] = field(repr=False)
     """What scripts/connect.py tells a client to put into its environment."""
+    server_certificate: str | None = None
+    """File with the certificate of the authority that HTTPS is verified by."""
     seconds_to_first_answer: float | None = field(default=None, compare=False)
     """From RunInstances to the first authenticated 200, as `rehearse.py up` measured it."""
+
+    def ask(self, path: str, method: str = "GET", **options: Any) -> requests.Response:
+        """One request without a login, verified by the server's own authority; `options` as requests has them."""
+        verify = self.server_certificate or True
+        options = {"timeout": 10, "verify": verify, "allow_redirects": False} | options
+        return requests.request(method, self.url + path, **options)
 
     @property
     def login(self) -> tuple[str, str]:

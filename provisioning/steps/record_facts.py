@@ -1,5 +1,6 @@
 #!/opt/mlflow/bin/python
-"""Writes /usr/share/mlflow-host/image.json: what this image is, read back from what is installed in it.
+"""Writes /usr/share/mlflow-host/image.json: what this image is, read back from what is installed in it. Beside it the
+same packages as a bill of materials (sbom.cdx.json, CycloneDX 1.5), for programs that look for vulnerabilities.
 
 Only what the image cannot know about itself comes from the environment: IMAGE_VERSION, GIT_COMMIT, GIT_DIRTY,
 SOURCE_AMI and SOURCE_AMI_NAME. The keys are a contract with images and stacks of other ages (format 1): they are added
@@ -12,14 +13,17 @@ import platform
 import re
 import subprocess
 import sys
+import uuid
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 DESTINATION = Path("/usr/share/mlflow-host/image.json")
+BILL = DESTINATION.with_name("sbom.cdx.json")
 
 
 def output(*command: str) -> str:
@@ -94,11 +98,39 @@ def facts() -> dict[str, Any]:
     }
 
 
+def bill_of_materials(image: dict[str, Any]) -> dict[str, Any]:
+    """The packages of image.json as CycloneDX has them, named by package URLs."""
+    distribution, _, release = image["os"].partition(" ")
+    suffix = f"?distro={distribution}-{release}"
+    packages = [
+        *((name, version, f"pkg:deb/{distribution}/{quote(name)}@{quote(version)}{suffix}")
+          for name, version in image["packages"]["deb"].items()),
+        *((name, version, f"pkg:pypi/{quote(name)}@{quote(version)}")
+          for name, version in image["packages"]["python"].items()),
+    ]  # fmt: skip
+    version, identity = image["image_version"], f"mlflow-ami:{image['image_version']}:{image['git_commit']}"
+    described = {"type": "application", "bom-ref": "image", "name": "mlflow-ami", "version": version}
+    return {
+        "$schema": "http://cyclonedx.org/schema/bom-1.5.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.5",
+        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, identity)}",
+        "version": 1,
+        "metadata": {"component": described},
+        "components": [
+            {"type": "library", "bom-ref": url, "name": name, "version": version, "purl": url}
+            for name, version, url in packages
+        ],
+    }
+
+
 def main() -> int:
     DESTINATION.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    DESTINATION.write_text(json.dumps(facts(), indent=1) + "\n", encoding="utf-8")
-    DESTINATION.chmod(0o644)
-    print(f"record_facts: {DESTINATION}, {DESTINATION.stat().st_size} bytes")
+    image = facts()
+    for path, content in ((DESTINATION, image), (BILL, bill_of_materials(image))):
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        path.chmod(0o644)
+        print(f"record_facts: {path}, {path.stat().st_size} bytes")
     return 0
 
 

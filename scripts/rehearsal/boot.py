@@ -34,16 +34,23 @@ class Answer:
 def ask(url: str, username: str, password: str, certificate: str | None = None, timeout: float = 10) -> Answer:
     """Puts one question that needs MLflow and its database to the server.
 
-    Over HTTPS it is verified by `certificate` (PEM). While there is none the question goes without the password, for
-    what the server says of its boot, and is believed unverified.
+    Over HTTPS it is verified by `certificate` (PEM; empty for the authorities this machine trusts). While there is
+    none the question goes without the password, for what the server says of its boot, and is believed unverified.
     """
-    headers = {}
     context = ssl.create_default_context(cadata=certificate)
     if url.startswith("https:") and certificate is None:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    else:
-        credentials = base64.b64encode(f"{username}:{password}".encode()).decode()
-        headers["Authorization"] = f"Basic {credentials}"
+        return _get(url, {}, context, timeout)
+    credentials = base64.b64encode(f"{username}:{password}".encode()).decode()
+    return _get(url, {"Authorization": f"Basic {credentials}"}, context, timeout)
+
+
+def ask_port_80(url: str, timeout: float = 10) -> Answer:
+    """What the machine says of its boot where it says it first: before there is a certificate it serves no HTTPS."""
+    return _get(url.replace("https:", "http:", 1), {}, ssl.create_default_context(), timeout)
+
+
+def _get(url: str, headers: dict[str, str], context: ssl.SSLContext, timeout: float) -> Answer:
     request = urllib.request.Request(url + QUESTION, headers=headers)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
     try:
@@ -71,7 +78,7 @@ def wait(
     seconds: float,
     say: Callable[[str], None],
     alive: Callable[[], str],
-    certificate: Callable[[], str | None] = lambda: None,
+    certificate: Callable[[], str | None] = lambda: "",
 ) -> float:
     """Asks until the first authenticated 200 and answers with its time (seconds since 1970).
 
@@ -89,6 +96,8 @@ def wait(
         answer = ask(url, username, password, trusted)
         if answer.status == 200:
             return time.time()
+        if answer.status == 0 and url.startswith("https:"):
+            answer = ask_port_80(url)
         now = time.monotonic()
         if answer.document.get("state") == "failed":
             raise BootFailed(str(answer.document.get("message")))

@@ -53,6 +53,11 @@ def state_path() -> Path:
     return default_state_dir() / ("rehearsal.json" if name() == STACK else f"rehearsal-{name()}.json")
 
 
+def certificate_path() -> Path:
+    """Where clients find the certificate that they verify the stack's server by."""
+    return state_path().with_suffix(".pem")
+
+
 def others_with_a_machine() -> list[str]:
     """Names of the other stacks on the same local cloud that have an instance."""
     found = []
@@ -242,6 +247,7 @@ def destroy(cloud: LocalCloud, client: Client, current: State, *, say: Say, done
     engine.delete(list(current.resources))
     current.outputs, current.settings = {}, {}
     state.forget(state_path())
+    certificate_path().unlink(missing_ok=True)
 
 
 def _engine(cloud: LocalCloud, client: Client, current: State, say: Say, done: Done, *, dry_run: bool) -> Engine:

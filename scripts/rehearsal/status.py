@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ def outline(current: State) -> dict[str, Any]:
         "buckets": outputs.get("buckets"),
         "credentials_parameter": outputs.get("credentialsParameter"),
         "authority_parameter": outputs.get("authorityParameter") or None,
+        "server_certificate": None,
         "data_volume_id": outputs.get("dataVolumeId"),
         "settings": {
             name: "(secret)" if isinstance(value, Secret) else value for name, value in current.settings.items()
@@ -57,19 +57,18 @@ def outline(current: State) -> dict[str, Any]:
 
 
 def authority(client: Any, parameter: str | None) -> str | None:
-    """The certificate (PEM) clients verify the server by; None without one, or while the machine has published none."""
+    """The certificate (PEM) clients verify the server by: empty where they need none of ours, None while the machine
+    has published none yet."""
     if not parameter:
-        return None
+        return ""
     text = str(client.get_parameter(Name=parameter)["Parameter"]["Value"])
     return text if "BEGIN CERTIFICATE" in text else None
 
 
-def keep_certificate(stack: str, certificate: str) -> Path:
-    """Writes the certificate where clients of this stack find it ($XDG_CACHE_HOME, ~/.cache)."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / f"mlflow-ami-{stack}.pem"
+def keep_certificate(path: Path, certificate: str) -> Path:
+    """Writes the certificate where clients of its stack find it."""
     if not path.exists() or path.read_text() != certificate:
-        cache.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".new")
         fresh.write_text(certificate)
         fresh.replace(path)

@@ -120,8 +120,8 @@ def answers_until_ready(server: Server, booted_at: str, cloud: LocalCloud) -> li
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         try:
-            answer = requests.get(
-                server.url + "/api/2.0/mlflow/experiments/get?experiment_id=0",
+            answer = server.ask(
+                "/api/2.0/mlflow/experiments/get?experiment_id=0",
                 auth=server.login,
                 headers={"Accept": "application/json"},
                 timeout=5,

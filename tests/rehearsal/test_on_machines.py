@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -61,7 +62,8 @@ def call(server: Mapping[str, Any], path: str, body: Mapping[str, Any] | None = 
         data=None if body is None else json.dumps(body).encode(),
         headers={"Authorization": f"Basic {login}", "Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as response:
+    trusted = ssl.create_default_context(cafile=server["server_certificate"])
+    with urllib.request.urlopen(request, timeout=60, context=trusted) as response:
         return dict(json.load(response))
 
 

@@ -15,7 +15,7 @@ def test_the_outputs() -> None:
     outputs = run().outputs
     lines = outputs.pop("clientEnvironment")
     assert outputs == {
-        "url": f"http://{ADDRESS}",
+        "url": f"https://{ADDRESS}",
         "username": "admin",
         "instanceId": "i-0123456789abcdef0",
         "publicIp": ADDRESS,
@@ -30,11 +30,12 @@ def test_the_outputs() -> None:
             "backups": "mlflow-backups-1a2b3c4",
         },
         "credentialsParameter": "/mlflow-ami/dev/credentials",
-        "authorityParameter": "",
+        "authorityParameter": "/mlflow-ami/dev/certificate-authority",
+        "postgresParameter": "",
         "connect": 'eval "$(scripts/connect.py --stack dev)"',
         "shell": "aws ssm start-session --region eu-central-1 --target i-0123456789abcdef0",
     }
-    assert lines.count("export ") == 3
+    assert lines.count("export ") == 4
 
 
 PASSWORD = "p'a\"s$s`w\\o r*d"
@@ -70,7 +71,7 @@ def exported(lines: str, aws: Path) -> dict[str, str]:
 
 
 def test_the_client_lines_do_what_they_say_in_a_shell(aws: Path) -> None:
-    assert exported(run().outputs["clientEnvironment"], aws) == {
+    assert exported(run(tls="off").outputs["clientEnvironment"], aws) == {
         "MLFLOW_TRACKING_URI": f"http://{ADDRESS}",
         "MLFLOW_TRACKING_USERNAME": "admin",
         "MLFLOW_TRACKING_PASSWORD": PASSWORD,
@@ -78,7 +79,7 @@ def test_the_client_lines_do_what_they_say_in_a_shell(aws: Path) -> None:
 
 
 def test_with_tls_they_fetch_what_the_client_verifies_the_server_by(aws: Path) -> None:
-    found = run(tls="private").outputs
+    found = run().outputs
     assert found["authorityParameter"] == "/mlflow-ami/dev/certificate-authority"
     variables = exported(found["clientEnvironment"], aws)
     assert variables["MLFLOW_TRACKING_URI"] == f"https://{ADDRESS}"

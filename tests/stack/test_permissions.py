@@ -94,13 +94,21 @@ def test_and_nothing_else(policy: dict[str, Any], action: str, resource: str) ->
     assert not allowed(policy, action, resource)
 
 
-def test_with_tls_the_machine_may_write_the_authority_and_no_other_parameter() -> None:
-    policy = json.loads(run(tls="private").one("iam.RolePolicy").inputs["policy"])
+def test_the_machine_may_write_the_authority_and_no_other_parameter(policy: dict[str, Any]) -> None:
     authority = CREDENTIALS.replace("credentials", "certificate-authority")
     assert allowed(policy, "ssm:PutParameter", authority)
     assert not allowed(policy, "ssm:GetParameter", authority)
     assert not allowed(policy, "ssm:PutParameter", CREDENTIALS)
     assert not allowed(policy, "ssm:DeleteParameter", authority)
+    without = json.loads(run(tls="off").one("iam.RolePolicy").inputs["policy"])
+    assert not allowed(without, "ssm:PutParameter", authority)
+
+
+def test_the_machine_may_read_the_readers_password_only_where_there_are_readers(policy: dict[str, Any]) -> None:
+    reader = CREDENTIALS.replace("credentials", "postgres-reader")
+    found = json.loads(run(postgresCidrs='["192.0.2.0/24"]').one("iam.RolePolicy").inputs["policy"])
+    assert allowed(found, "ssm:GetParameter", reader) and not allowed(policy, "ssm:GetParameter", reader)
+    assert not allowed(found, "ssm:PutParameter", reader)
 
 
 def test_no_statement_is_wider_than_it_looks(policy: dict[str, Any]) -> None:

@@ -43,10 +43,12 @@ def test_only_what_must_give_way_is_deleted_first(stack: Run) -> None:
     assert first == {"aws:ec2/instance:Instance", "aws:ec2/volumeAttachment:VolumeAttachment"}
 
 
-def test_no_resource_hides_changes_but_the_credentials(stack: Run) -> None:
-    """People are changed in the parameter itself; an `up` must not bring back who was removed there."""
+def test_no_resource_hides_changes_but_the_parameters(stack: Run) -> None:
+    """People are changed in the parameter itself; an `up` must not bring back who was removed there. The authority's
+    certificate is the machine's to write."""
     ignoring = {each.name: list(each.request.ignoreChanges) for each in stack.registered if each.request.ignoreChanges}
-    assert ignoring == {"credentials": ["value", "description", "tier", "keyId"]}
+    written_once = ["value", "description", "tier", "keyId"]
+    assert ignoring == {"credentials": written_once, "certificate-authority": written_once}
 
 
 def test_nothing_is_given_a_name_that_aws_must_not_have_twice(stack: Run) -> None:
@@ -111,8 +113,8 @@ def rules(found: Run) -> set[tuple[str, int, int, str]]:
     }
 
 
-def test_only_the_allowed_networks_reach_the_server_and_only_the_web_port(stack: Run) -> None:
-    assert rules(stack) == {("tcp", 80, 80, "203.0.113.7/32")}
+def test_only_the_allowed_networks_reach_the_server_and_only_the_web_ports(stack: Run) -> None:
+    assert rules(stack) == {("tcp", 80, 80, "203.0.113.7/32"), ("tcp", 443, 443, "203.0.113.7/32")}
     group = stack.one("ec2.SecurityGroup").inputs
     assert "ingress" not in group and "egress" not in group
     (out,) = stack.of_type("vpc.SecurityGroupEgressRule")
@@ -120,18 +122,23 @@ def test_only_the_allowed_networks_reach_the_server_and_only_the_web_port(stack:
     assert out.inputs["securityGroupId"] == "server-id"
 
 
-def test_with_tls_both_web_ports_are_open_to_the_same_networks() -> None:
-    assert rules(run(tls="private")) == {("tcp", 80, 80, "203.0.113.7/32"), ("tcp", 443, 443, "203.0.113.7/32")}
+def test_without_tls_nothing_is_open_that_nobody_serves() -> None:
+    assert rules(run(tls="off")) == {("tcp", 80, 80, "203.0.113.7/32")}
 
 
-def test_with_tls_there_is_a_parameter_for_the_authority_that_the_machine_writes(stack: Run) -> None:
-    found = run(tls="private")
-    parameter = found.one("ssm.Parameter", "certificate-authority")
+def test_a_public_authority_reaches_the_port_it_asks_on_and_no_other() -> None:
+    found = run(tls="acme", domainName="mlflow.example.com")
+    assert rules(found) == {("tcp", 80, 80, "0.0.0.0/0"), ("tcp", 443, 443, "203.0.113.7/32")}
+    assert [each.name for each in found.of_type("ssm.Parameter")] == ["credentials"]
+
+
+def test_there_is_a_parameter_for_the_authority_that_the_machine_writes(stack: Run) -> None:
+    parameter = stack.one("ssm.Parameter", "certificate-authority")
     assert parameter.inputs["name"] == "/mlflow-ami/dev/certificate-authority"
     assert parameter.inputs["type"] == "String"
     assert "value" in parameter.request.ignoreChanges
-    assert parameter.urn in found.one("ec2.Instance").dependencies
-    assert [each.name for each in stack.of_type("ssm.Parameter")] == ["credentials"]
+    assert parameter.urn in stack.one("ec2.Instance").dependencies
+    assert [each.name for each in run(tls="off").of_type("ssm.Parameter")] == ["credentials"]
 
 
 def test_ssh_only_from_where_it_was_asked_for() -> None:
@@ -141,12 +148,18 @@ def test_ssh_only_from_where_it_was_asked_for() -> None:
         sshCidrs='["192.0.2.0/24"]',
         keyName="ours",
     )
-    assert rules(found) == {
-        ("tcp", 80, 80, "203.0.113.0/24"),
-        ("tcp", 80, 80, "198.51.100.0/24"),
-        ("tcp", 22, 22, "192.0.2.0/24"),
-    }
+    web = {("tcp", port, port, cidr) for port in (80, 443) for cidr in ("203.0.113.0/24", "198.51.100.0/24")}
+    assert rules(found) == {*web, ("tcp", 22, 22, "192.0.2.0/24")}
     assert found.one("ec2.Instance").inputs["keyName"] == "ours"
+
+
+def test_postgresql_only_from_where_it_was_asked_for_and_with_a_password_of_its_own(stack: Run) -> None:
+    found = run(postgresCidrs='["192.0.2.0/24"]')
+    assert rules(found) - rules(stack) == {("tcp", 5432, 5432, "192.0.2.0/24")}
+    parameter = found.one("ssm.Parameter", "postgres-reader")
+    assert (parameter.inputs["type"], parameter.inputs["value"]) == ("SecureString", "generated-postgres-reader")
+    assert parameter.secret == {"value"} and parameter.urn in found.one("ec2.Instance").dependencies
+    assert found.outputs["postgresParameter"] == "/mlflow-ami/dev/postgres-reader"
 
 
 @pytest.mark.parametrize("name", ["mlflow-artifacts", "mlflow-models", "mlflow-backups"])
@@ -282,9 +295,11 @@ def test_the_instance_boots_into_a_finished_world(stack: Run) -> None:
         ("RouteTableAssociation", "public-eu-central-1a"),
         ("VpcEndpoint", "s3"),
         ("SecurityGroupIngressRule", "http-80-203.0.113.7/32"),
+        ("SecurityGroupIngressRule", "https-443-203.0.113.7/32"),
         ("SecurityGroupEgressRule", "anywhere"),
         ("RolePolicy", "server"),
         ("Parameter", "credentials"),
+        ("Parameter", "certificate-authority"),
         ("Volume", "data"),
         ("Eip", "server"),
         *((kind, name) for kind in BUCKET_PARTS for name in ("mlflow-artifacts", "mlflow-models", "mlflow-backups")),

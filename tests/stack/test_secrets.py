@@ -65,7 +65,8 @@ def test_the_value_is_marked_secret_and_nothing_else_holds_it(generated: Run, gi
             wire = json.dumps(json_format.MessageToDict(each.request))
             holds = [canary for canary in canaries if canary in wire]
             assert not holds or each is parameter, f"{each.urn} holds {holds}"
-            assert not each.secret or each is parameter
+            # The provider marks the value of any parameter; the authority's is a certificate that clients are given.
+            assert not each.secret or each.name in ("credentials", "certificate-authority")
         assert not [canary for canary in canaries if canary in json.dumps(found.outputs)]
         assert SIGNATURE not in json.dumps(found.outputs), "no output needs to be a secret"
         assert not [text for _, text in found.log if any(canary in text for canary in canaries)]

@@ -21,7 +21,8 @@ CONTENT: dict[str, Any] = {
     "buckets": {"artifacts": "aaa", "models": "mmm", "backups": "bbb"},
     "credentials": {"parameter": "/mlflow-ami/dev/credentials"},
     "data_volume": {"id": VOLUME},
-    "web": {"hostnames": [ADDRESS], "tls": "off", "authority_parameter": ""},
+    "web": {"hostnames": [ADDRESS], "tls": "off", "authority_parameter": "", "acme_email": ""},
+    "postgres": {"cidrs": [], "parameter": ""},
     "mlflow": {"job_execution": False, "artifact_transfer": "direct"},
     "backups": {"retention_days": 30},
     "endpoints": {},
@@ -48,7 +49,7 @@ def test_the_machine_is_told_what_the_stack_made() -> None:
         buckets=launch.Buckets("mlflow-artifacts-1a2b3c4", "mlflow-models-1a2b3c4", "mlflow-backups-1a2b3c4"),
         credentials=launch.Credentials("/mlflow-ami/dev/credentials"),
         data_volume=launch.DataVolume(VOLUME),
-        web=launch.Web((ADDRESS,), "off"),
+        web=launch.Web((ADDRESS,), "private", authority_parameter="/mlflow-ami/dev/certificate-authority"),
         mlflow=launch.Mlflow(False, "direct"),
         backups=launch.Backups(retention_days=30),
     )
@@ -58,11 +59,16 @@ def test_the_machine_is_told_what_the_stack_made() -> None:
     ("config", "expected"),
     [
         ({"domainName": "mlflow.example.com"}, {"web": {"hostnames": ("mlflow.example.com", ADDRESS)}}),
+        ({"tls": "off"}, {"web": {"tls": "off", "authority_parameter": ""}}),
         (
-            {"tls": "private"},
-            {"web": {"tls": "private", "authority_parameter": "/mlflow-ami/dev/certificate-authority"}},
+            {"tls": "acme", "domainName": "mlflow.example.com", "acmeEmail": "ops@example.com"},
+            {"web": {"tls": "acme", "acme_email": "ops@example.com", "authority_parameter": ""}},
         ),
         ({"jobExecution": "true"}, {"mlflow": {"job_execution": True}}),
+        (
+            {"postgresCidrs": '["192.0.2.0/24"]'},
+            {"postgres": {"cidrs": ("192.0.2.0/24",), "parameter": "/mlflow-ami/dev/postgres-reader"}},
+        ),
         ({"artifactTransfer": "proxied"}, {"mlflow": {"artifact_transfer": "proxied"}}),
         ({"backupRetentionDays": "7"}, {"backups": {"retention_days": 7}}),
         ({"s3Endpoint": "http://127.0.0.1:8333"}, {"endpoints": {"s3": "http://127.0.0.1:8333", "ssm": ""}}),
@@ -78,8 +84,8 @@ def test_settings_reach_the_machine(config: dict[str, Any], expected: dict[str, 
 
 
 def test_the_url_is_what_clients_must_use() -> None:
-    assert run(domainName="mlflow.example.com").outputs["url"] == "http://mlflow.example.com"
-    assert run(tls="private").outputs["url"] == f"https://{ADDRESS}"
+    assert run(domainName="mlflow.example.com").outputs["url"] == "https://mlflow.example.com"
+    assert run(tls="off").outputs["url"] == f"http://{ADDRESS}"
 
 
 def test_user_data_is_well_below_what_ec2_takes() -> None:

@@ -202,6 +202,11 @@ def test_every_key_can_be_refused() -> None:
             "postgres.cidrs is set but postgres.parameter is not: name the parameter for the reader's password",
         ),
         (
+            {**LEAST, "postgres": {"cidrs": ["10.0.0.0/16"], "parameter": "/reader"}},
+            'postgres.cidrs is set but web.tls is "off": its clients verify PostgreSQL by the stack\'s authority, so '
+            'set web.tls to "private"',
+        ),
+        (
             with_value("buckets", "models", "a-bucket"),
             'buckets must be three different ones, not "a-bucket", "a-bucket", "b-bucket"',
         ),

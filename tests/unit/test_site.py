@@ -227,6 +227,7 @@ def site(folder: Path) -> Iterator[Site]:
     (ui / "favicon.ico").write_text("icon")
     rendered = web.render_site(host_config(2), ui, templates=folder / "usr/share/mlflow-host/templates", run=run)
     rendered = rendered.replace("unix:/run/mlflow/", f"unix:{folder}/run/mlflow/")
+    rendered = rendered.replace("max-age=30 always", "max-age=1 always")  # how long too many failures are held against
     (run / "nginx/site.conf").write_text(rendered.replace("listen 80", f"listen 127.0.0.1:{port}"))
     (run / "nginx/users").write_text(credentials.password_file(USERS))
     (run / "nginx/roles.map").write_text("".join(f'"{user.name}" {user.role};\n' for user in USERS))
@@ -380,6 +381,32 @@ def test_writer_and_admin_write(user: str, site: Site) -> None:
         assert site.ask("/api/2.0/mlflow/runs/create", method=method, user=user)[0] == 200
 
 
+def test_guessing_is_slowed_down_for_the_one_name_and_address(site: Site) -> None:
+    codes = [site.ask("/", user=f"ada:guess-{n}")[0] for n in range(14)]
+    assert codes[:11] == [401] * 11 and codes[11:] == [429] * 3
+    code, headers, body = site.ask("/", user="ada:correct horse")
+    assert (code, headers["retry-after"]) == (429, "30"), "a right guess would give itself away"
+    assert b"Too many failed logins" in body
+    assert not site.asked()
+    for user in ("will:writes", "rita:reads"):
+        assert site.ask("/", user=user)[0] == 200
+    time.sleep(2.1)
+    assert site.ask("/", user="ada:correct horse")[0] == 200
+
+
+def test_right_logins_and_missing_ones_are_never_too_many(site: Site) -> None:
+    assert {site.ask("/", user=None)[0] for _ in range(60)} == {401}
+    assert {site.ask("/")[0] for _ in range(200)} == {200}
+    assert {site.ask("/x", method="POST", user="rita:reads")[0] for _ in range(60)} == {403}
+
+
+def test_nothing_a_client_sends_speaks_for_the_login(site: Site) -> None:
+    for headers in ({"X_Login": "ok"}, {"X_Login_Key": ""}, {"X_May_Not": ""}, {"Cache_Control": "no-cache"}):
+        assert site.ask("/", user=None, **headers)[0] == 401
+        assert site.ask("/", method="DELETE", user="rita:reads", **headers)[0] == 403
+    assert not site.asked()
+
+
 # ── Health ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -414,8 +441,8 @@ def test_health_asks_mlflow_at_most_once_a_second_and_then_again(site: Site) -> 
 
 
 def test_inner_locations_cannot_be_asked_for(site: Site) -> None:
-    for path in ("/mlflow-host-health", "/mlflow-host-may", "/mlflow-host-status/status.json", "/mlflow-host-status/"):
-        assert site.ask(path)[0] == 404
+    for path in ("health", "login", "status/status.json", "status/"):
+        assert site.ask(f"/mlflow-host-{path}")[0] == 404
     assert not site.asked()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from mlflow_host import acme, aws, certificates, config, web
+from mlflow_host import acme, aws, certificates, config, reader, web
 from mlflow_host.config import HostConfig
 from mlflow_host.status import StepFailed, step
 
@@ -32,6 +32,8 @@ def main() -> None:
         public = acme.issued(acme.public_names(settings)) if settings.tls == "acme" else None
         web.put_site(host, public or own)
         s.say(f"serving {host.url}")
+        if host.launch.postgres.cidrs:
+            reader.put_certificate(private.certificate, private.key)
         if settings.authority_parameter:
             publish(host, private.ca.read_text(), s.say)
         if settings.tls == "acme" and not acme.issued(acme.public_names(settings), within=acme.RENEW_BEFORE):

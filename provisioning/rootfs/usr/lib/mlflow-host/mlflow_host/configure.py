@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import subprocess
 
-from mlflow_host import config, credentials, server, sizing, web
+from mlflow_host import config, credentials, reader, server, sizing, web
 from mlflow_host.config import HostConfig
 from mlflow_host.status import StepFailed, step
 
@@ -24,6 +24,7 @@ def main() -> None:
         variables = server.environment(host, found.kek_passphrase)
         web.write_private(config.RUN / "mlflow.env", environment_file(variables), mode=0o600)
         web.put_users(found)
+        reader.put_access(host)
         if document.web.tls == "off":
             web.put_site(host)
         start(*units_of(host))

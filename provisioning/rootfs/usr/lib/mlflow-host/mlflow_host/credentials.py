@@ -56,11 +56,11 @@ def parse(text: str) -> Credentials:
     """Raises CredentialsError with every problem found."""
     try:
         raw = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CredentialsError(["it is not JSON"]) from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise CredentialsError([f"it must be a JSON object with format {FORMAT}"])
-    problems = [f'"{name}" is not a key of it' for name in raw.keys() - {"format", "kek_passphrase", "users"}]
+    problems = [f'"{_shown(name)}" is not a key of it' for name in raw.keys() - {"format", "kek_passphrase", "users"}]
     passphrase = raw.get("kek_passphrase")
     if not isinstance(passphrase, str) or len(passphrase) < 16 or not passphrase.isprintable():
         problems.append("kek_passphrase must be a string of at least 16 printable characters")
@@ -77,18 +77,23 @@ def parse(text: str) -> Credentials:
 
 
 def _user(name: str, value: Any, default_role: str, problems: list[str]) -> User:
+    shown = _shown(name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}", name):
-        shown = "".join(character if character.isprintable() else "�" for character in name[:70])
         problems.append(f'the user name "{shown}" must be 1 to 64 letters, digits and . _ @ + -')
     fields = value if isinstance(value, dict) else {"password": value}
     for extra in fields.keys() - {"password", "role"}:
-        problems.append(f'"{extra}" is not a key of user {name}')
+        problems.append(f'"{_shown(extra)}" is not a key of user {shown}')
     password, role = fields.get("password"), fields.get("role", default_role)
     if not isinstance(password, str) or not password or not password.isprintable():
-        problems.append(f"the password of user {name} must be a string of printable characters")
+        problems.append(f"the password of user {shown} must be a string of printable characters")
     if role not in ROLES:
-        problems.append(f"the role of user {name} must be {', '.join(ROLES[:-1])} or {ROLES[-1]}")
+        problems.append(f"the role of user {shown} must be {', '.join(ROLES[:-1])} or {ROLES[-1]}")
     return User(name, str(password), str(role))
+
+
+def _shown(name: str) -> str:
+    """A name as it can stand in a sentence."""
+    return "".join(character if character.isprintable() else "�" for character in name[:70])
 
 
 def hashed(password: str) -> str:
@@ -114,6 +119,11 @@ def fetch(document: LaunchDocument, say: Callable[[str], None], patience: float 
         return parse(text)
     except CredentialsError as error:
         raise StepFailed(f"the parameter {parameter} cannot be used: {error}; write it anew and restart") from None
+
+
+def secret(document: LaunchDocument, parameter: str) -> str:
+    """Another parameter that is a secret as a whole, read the same way. Raises StepFailed."""
+    return _parameter(document, parameter, lambda message: None, PATIENCE_SECONDS)
 
 
 def _parameter(document: LaunchDocument, name: str, say: Callable[[str], None], patience: float) -> str:

@@ -241,6 +241,11 @@ def _contradictions(document: LaunchDocument) -> list[str]:
         problems.append(
             "postgres.cidrs is set but postgres.parameter is not: name the parameter for the reader's password"
         )
+    elif document.postgres.cidrs and document.web.tls == "off":
+        problems.append(
+            'postgres.cidrs is set but web.tls is "off": its clients verify PostgreSQL by the stack\'s authority, so '
+            'set web.tls to "private"'
+        )
     buckets = dataclasses.astuple(document.buckets)
     if len(set(buckets)) < len(buckets):
         problems.append(f"buckets must be three different ones, not {', '.join(map(_quote, buckets))}")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlflow_host import config
+from mlflow_host import config, reader
 from mlflow_host.status import Step, StepFailed, finish
 
 CLUSTERS = config.DATA / "postgresql"
@@ -23,6 +23,7 @@ SETTINGS = config.RUN / "postgresql.conf"
 def main(arguments: list[str]) -> None:
     major = config.postgresql_major()
     if arguments == ["--started"]:
+        reader.started(int(os.environ["MAINPID"]))
         return finish("postgresql", f"PostgreSQL {major} accepts connections")
     s = Step("postgresql", config.RUN)
     with s.reporting():

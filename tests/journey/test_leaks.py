@@ -1,0 +1,124 @@
+"""Every secret of a stack is looked for everywhere it should not be, by its value.
+
+The values are those of the launched server: each is random and long, so whatever holds one holds the secret.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_cloud import LocalCloud
+from servers import BUILD, Server, describe_server, script
+
+pytestmark = pytest.mark.machine
+
+PERSON = "leak.canary"
+
+
+@pytest.fixture(scope="module")
+def secrets(server: Server, cloud: LocalCloud, example_runs: Mapping[str, str]) -> Any:
+    """Name → value. A person's password is among them, who has logged in, and failed to."""
+    parameter = json.loads(script("rehearse.py", "status", "--json").stdout)["credentials_parameter"]
+    document = json.loads(cloud.client("ssm").get_parameter(Name=parameter, WithDecryption=True)["Parameter"]["Value"])
+    password = script("users.py", "add", PERSON).stdout.strip()
+    try:
+        for login in ((PERSON, password), (server.username, server.password), (PERSON, "wrong")):
+            server.ask("/version", auth=login)
+        found = {
+            "admin's password": server.password,
+            "admin's login": base64.b64encode(f"{server.username}:{server.password}".encode()).decode(),
+            "passphrase": document["kek_passphrase"],
+            "person's password": password,
+            "person's login": base64.b64encode(f"{PERSON}:{password}".encode()).decode(),
+        }
+        assert all(len(value) >= 20 for value in found.values())
+        yield found
+    finally:
+        script("users.py", "remove", PERSON)
+
+
+def names(secrets: Mapping[str, str], text: str) -> list[str]:
+    return [name for name, value in secrets.items() if value in text]
+
+
+def test_nothing_that_the_launch_leaves_behind_holds_a_secret(
+    server: Server, cloud: LocalCloud, secrets: Mapping[str, str]
+) -> None:
+    attribute = cloud.client("ec2").describe_instance_attribute(InstanceId=server.instance_id, Attribute="userData")
+    user_data = base64.b64decode(attribute["UserData"]["Value"]).decode()
+    instances = cloud.client("ec2").describe_instances(InstanceIds=[server.instance_id])
+    objects = [
+        f"{name} {key}"
+        for name in server.buckets.values()
+        for page in cloud.client("s3").get_paginator("list_objects_v2").paginate(Bucket=name)
+        for key in (each["Key"] for each in page.get("Contents", []))
+    ]
+    assert objects
+    places = {
+        "user-data": user_data,
+        "instance": str(instances),
+        "console": cloud.console_output(server.instance_id),
+        "object names": "\n".join(objects),
+        "stack's state": "\n".join(path.read_text() for path in cloud.places.root.glob("rehearsal*.json")),
+        "object store's log": (cloud.places.root / "object-store.log").read_text(errors="replace"),
+        "cloud's log": cloud.places.log.read_text(errors="replace"),
+        "logs of the bakes": "\n".join(path.read_text(errors="replace") for path in Path(BUILD).rglob("*.log")),
+        "facts": "\n".join(path.read_text() for path in Path(BUILD).rglob("*.json")),
+    }
+    assert "format = 1" in user_data, "the user-data was not looked at"
+    assert {place: found for place, text in places.items() if (found := names(secrets, text))} == {}
+
+
+SEARCH = r"""
+import json, os, subprocess, sys
+secrets = json.load(sys.stdin)
+found = []
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    for what in ("cmdline", "environ"):
+        try:
+            text = open(f"/proc/{pid}/{what}", "rb").read()
+            unit = open(f"/proc/{pid}/cgroup").read().rsplit("/", 1)[-1].strip()
+        except OSError:
+            continue
+        if int(pid) != os.getpid():
+            found += [(name, what, unit) for name, value in secrets.items() if value.encode() in text]
+journal = subprocess.run(["journalctl", "--no-pager", "--output=export", "--all"], capture_output=True).stdout
+found += [(name, "journal", "") for name, value in secrets.items() if value.encode() in journal]
+places = ["/etc", "/home", "/opt", "/root", "/run", "/srv", "/tmp", "/usr", "/var"]
+grep = ["grep", "-rlF", "--null", "--devices=skip", "-f", "-", *places]
+patterns = "\n".join(secrets.values()).encode()
+for path in filter(None, subprocess.run(grep, input=patterns, capture_output=True).stdout.split(b"\0")):
+    status, text = os.stat(path), open(path, "rb").read()
+    where = (path.decode(), f"{status.st_uid} {status.st_mode & 0o777:o}")
+    found += [(name, *where) for name, value in secrets.items() if value.encode() in text]
+print(json.dumps({"found": found, "journal": len(journal), "swap": open("/proc/swaps").read().count("\n") - 1}))
+"""
+
+
+def test_nothing_on_the_machine_holds_a_secret_but_what_has_to(
+    server: Server, cloud: LocalCloud, secrets: Mapping[str, str]
+) -> None:
+    """MLflow takes the passphrase from its environment: a file that root alone can read, and its own processes."""
+    done = cloud.exec(server.instance_id, ["python3", "-c", SEARCH], input=json.dumps(dict(secrets)), timeout=300)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["journal"] > 10_000
+    found = {tuple(each) for each in answer["found"]}
+    assert ("passphrase", "/run/mlflow-host/mlflow.env", "0 600") in found, "the search finds nothing at all"
+    allowed = {("passphrase", "/run/mlflow-host/mlflow.env", "0 600")} | {
+        each for each in found if each[:2] == ("passphrase", "environ") and each[2].startswith("mlflow-server@")
+    }
+    assert found - allowed == set()
+
+
+def test_passwords_are_on_the_machine_as_hashes_that_mlflow_cannot_read(server: Server, cloud: LocalCloud) -> None:
+    users = cloud.exec(server.instance_id, ["cat", "/run/mlflow-host/nginx/users"]).stdout.splitlines()
+    assert all(line.split(":", 1)[1].startswith("{SSHA}") for line in users)
+    shown = cloud.exec(server.instance_id, ["stat", "-c", "%U:%G %a", "/run/mlflow-host/nginx/users"]).stdout.strip()
+    assert shown == "root:www-data 640"
+    assert describe_server() == server

@@ -1,0 +1,124 @@
+"""The units run in their sandboxes: what systemd says of them on a booted machine, and what a program in one can do."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from local_cloud import LocalCloud
+from servers import Server
+
+pytestmark = pytest.mark.machine
+
+PROBE = """
+import json, os, socket, sys
+from pathlib import Path
+
+def attempt(what):
+    try:
+        return what() or True
+    except (OSError, ValueError) as error:
+        return type(error).__name__
+
+def connects(host):
+    with socket.create_connection((host, 80), timeout=3):
+        return True
+
+def listed(path):
+    return attempt(lambda: sorted(os.listdir(path)))
+
+def opened(path):
+    return attempt(lambda: bool(Path(path).open('rb').read(1)))
+
+def written(path):
+    return attempt(lambda: bool(Path(path, 'probe').write_text('x')))
+
+print(json.dumps({
+    "uid": os.getuid(),
+    "metadata": attempt(lambda: connects("169.254.169.254")),
+    "root": listed("/root"),
+    "home": listed("/home"),
+    "cluster": listed("/srv/mlflow/postgresql"),
+    "certificates": listed("/srv/mlflow/certificates"),
+    "passwords": opened("/run/mlflow-host/nginx/users"),
+    "environment": opened("/run/mlflow-host/mlflow.env"),
+    "shadow": opened("/etc/shadow"),
+    "devices": sorted(name for name in os.listdir("/dev") if name.startswith(("nvme", "sd", "loop", "mem", "kmsg"))),
+    "processes": sorted({os.stat(f"/proc/{p}").st_uid for p in os.listdir("/proc") if p.isdigit()}),
+    **{f"write {path}": written(path) for path in sys.argv[1:]},
+    "privileges": [line.split(":")[1].strip() for line in open("/proc/self/status")
+                   if line.startswith(("CapEff", "CapBnd", "NoNewPrivs", "Seccomp:"))],
+}))
+"""
+PLACES = ("/etc", "/usr/lib/mlflow-host", "/opt/mlflow", "/srv/mlflow", "/srv/mlflow/tmp", "/var/lib", "/run", "/boot")
+
+
+def in_the_sandbox_of(unit: str, cloud: LocalCloud, server: Server) -> dict[str, Any]:
+    """What the probe finds when it is run in place of a shipped unit's program, with all else as the unit has it."""
+    template = re.sub(r"@\d+", "@", unit)
+    text = cloud.exec(server.instance_id, ["systemctl", "cat", "--no-pager", f"{template}.service"]).stdout
+    dropped = (
+        "Exec",
+        "Restart",
+        "OnFailure",
+        "Type",
+        "Requi",
+        "After",
+        "Runtime",
+        "Cache",
+        "Logs",
+        "Standard",
+        "PartOf",
+    )
+    kept = [line for line in text.splitlines() if not line.startswith((*dropped, "[Install]", "WantedBy", "Assert"))]
+    program = "/run/probe.py"
+    command = f"/opt/mlflow/bin/python -I {program} {' '.join(PLACES)}"
+    added = f"[Service]\nType=oneshot\nExecStart={command}\nStandardOutput=truncate:/run/probe.out\n"
+    # Its own journal entries and cgroup, under a name of its own.
+    name = "probe@1.service" if "@" in unit else "probe.service"
+    place = f"/run/systemd/system/{name.replace('@1', '@')}"
+    for path, content in ((program, PROBE), (place, "\n".join([*kept, added]))):
+        assert cloud.exec(server.instance_id, ["tee", path], input=content).returncode == 0
+    try:
+        started = f"chmod 644 {program} && systemctl daemon-reload && systemctl start {name} && cat /run/probe.out"
+        done = cloud.exec(server.instance_id, ["sh", "-c", started])
+        assert done.returncode == 0, done.stderr + cloud.exec(server.instance_id, ["journalctl", "-u", name]).stdout
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+    finally:
+        cloud.exec(server.instance_id, ["sh", "-c", f"rm -f {program} {place} /run/probe.out; systemctl daemon-reload"])
+
+
+def test_exposure_of_each_unit_stays_below_its_ceiling(server: Server, cloud: LocalCloud) -> None:
+    text = cloud.exec(server.instance_id, ["systemd-analyze", "security", "--no-pager"]).stdout
+    found = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if ".service" in line.split()[0]}
+    ours = {unit: exposure for unit, exposure in found.items() if unit.startswith(("mlflow-", "nginx"))}
+    assert {"mlflow-server@1.service", "mlflow-host-postgresql.service", "nginx.service"} <= ours.keys()
+    assert {u: e for u, e in ours.items() if e > (4.0 if u == "nginx.service" else 2.5)} == {}
+
+
+def test_server_sees_nothing_that_is_not_its_own(server: Server, cloud: LocalCloud) -> None:
+    found = in_the_sandbox_of("mlflow-server@1", cloud, server)
+    assert found["uid"] != 0
+    assert found["metadata"] is True, "it moves artifacts by the role"
+    for what in ("root", "home"):
+        assert found[what] in (True, "PermissionError", []), f"{what}: {found[what]}"
+    for what in ("cluster", "certificates", "passwords", "environment", "shadow"):
+        assert found[what] == "PermissionError", f"{what}: {found[what]}"
+    assert found["devices"] == []
+    assert found["processes"] == [found["uid"]], "it sees the processes of other users"
+    writable = [path for path in PLACES if found[f"write {path}"] is True]
+    assert writable == ["/srv/mlflow/tmp"]
+    assert found["privileges"][:2] == ["0" * 16] * 2 and found["privileges"][2:] == ["1", "2"]
+
+
+def test_units_without_need_of_the_role_cannot_reach_the_metadata_service(server: Server, cloud: LocalCloud) -> None:
+    for unit in ("mlflow-host-postgresql", "nginx", "mlflow-host-ready"):
+        found = in_the_sandbox_of(unit, cloud, server)
+        assert found["metadata"] in ("PermissionError", "TimeoutError", "OSError"), f"{unit}: {found['metadata']}"
+        assert found["root"] in (True, "PermissionError", []), f"{unit}: {found['root']}"
+        assert found["privileges"][3] == "2", f"{unit} runs without a system-call filter"
+        if unit == "mlflow-host-postgresql":
+            assert found["passwords"] == found["environment"] == found["shadow"] == "PermissionError"

@@ -1,0 +1,60 @@
+"""PostgreSQL over the network: nobody unless networks are named, and then one role that reads and nothing more."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg2
+import pytest
+from mlflow_host import launch, reader, sizing, web
+from services import PostgreSQL, postgresql
+
+TEMPLATES = Path(__file__).parents[2] / "provisioning/rootfs/usr/share/mlflow-host/templates"
+PASSWORD = "Generated0123456789abcdefghijklm"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
+    with postgresql(tmp_path_factory.mktemp("reader") / "cluster") as made:
+        yield made
+
+
+def settings(*cidrs: str) -> str:
+    sized, access = sizing.size(sizing.Machine(2048, 2)), launch.Postgres(cidrs, "/x")
+    return web.render("postgresql.conf.j2", TEMPLATES, sizing=sized, postgres=access)
+
+
+def test_password_is_kept_in_the_form_that_postgresql_checks(cluster: PostgreSQL) -> None:
+    kept = reader.verifier(PASSWORD, os.urandom(16))
+    assert PASSWORD not in kept
+    cluster.execute(f"CREATE ROLE checked LOGIN PASSWORD '{kept}'")
+    assert cluster.execute("SELECT rolpassword FROM pg_authid WHERE rolname = 'checked'") == [(kept,)]
+
+    def log_in(password: str) -> None:
+        psycopg2.connect(
+            host="127.0.0.1", port=cluster.port, user="checked", dbname="postgres", password=password
+        ).close()
+
+    log_in(PASSWORD)
+    with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
+        log_in(PASSWORD + "x")
+
+
+def test_without_networks_postgresql_listens_on_no_address() -> None:
+    assert "\nlisten_addresses = ''\n" in settings()
+    assert "hba_file = '/usr/share/mlflow-host/pg_hba.conf'" in settings() and "include" not in settings()
+
+
+def test_with_networks_it_listens_and_takes_tls_only() -> None:
+    text = settings("192.0.2.0/24")
+    assert "\nlisten_addresses = '*'\n" in text and f"hba_file = '{reader.FOLDER}/pg_hba.conf'" in text
+    hba = web.render("pg_hba.conf.j2", TEMPLATES, cidrs=("192.0.2.0/24", "2001:db8::/32"), role=reader.ROLE)
+    lines = [line.split() for line in hba.splitlines() if line and not line.startswith("#")]
+    assert lines == [
+        ["local", "all", "postgres", "peer"],
+        ["local", "all", "mlflow", "peer"],
+        ["hostssl", "mlflow", "mlflow_reader", "192.0.2.0/24", "scram-sha-256"],
+        ["hostssl", "mlflow", "mlflow_reader", "2001:db8::/32", "scram-sha-256"],
+    ]

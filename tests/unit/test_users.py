@@ -1,0 +1,259 @@
+"""People are added, changed and removed in the parameter the server reads; nobody's change is lost, and the last admin
+stays. The parameter store is moto's."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import users
+from connect import Stack
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from mlflow_host import credentials
+from moto import mock_aws
+
+NAME = "/mlflow-ami/dev/credentials"
+PASSPHRASE = "a passphrase that nobody knows"
+ADMIN = {"admin": {"password": "Generated-by-Pulumi", "role": "admin"}}
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    with mock_aws():
+        made = Stack("dev", boto3.client("ssm", region_name="eu-central-1"), {"credentials_parameter": NAME}, Path("-"))
+        monkeypatch.setattr(users, "choose", lambda arguments: made)
+        put(made, ADMIN)
+        yield made
+
+
+def put(stack: Stack, people: Any, **more: Any) -> None:
+    document = {"format": 1, "kek_passphrase": PASSPHRASE, "users": people, **more}
+    stack.ssm.put_parameter(Name=NAME, Type="SecureString", Value=json.dumps(document), Overwrite=True)
+
+
+def kept(stack: Stack) -> credentials.Credentials:
+    """What the server would read."""
+    return credentials.parse(stack.ssm.get_parameter(Name=NAME, WithDecryption=True)["Parameter"]["Value"])
+
+
+def roles(stack: Stack) -> dict[str, str]:
+    return {user.name: user.role for user in kept(stack).users}
+
+
+def test_whoever_is_added_gets_a_generated_password_that_is_shown_once_and_kept_as_a_hash(
+    stack: Stack, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert users.main(["add", "ada"]) == 0
+    out, err = capsys.readouterr()
+    password = out.strip()
+    assert len(password) == users.LENGTH and password not in err
+    assert roles(stack) == {"admin": "admin", "ada": "writer"}
+    assert kept(stack).kek_passphrase == PASSPHRASE
+    (ada,) = [user for user in kept(stack).users if user.name == "ada"]
+    assert ada.password.startswith("{SSHA}") and password not in ada.password
+    assert credentials.hashed(ada.password) == ada.password, "the server would hash the hash"
+    parameter = stack.ssm.get_parameter(Name=NAME)["Parameter"]
+    assert parameter["Type"] == "SecureString"
+
+
+def test_password_may_come_from_standard_input_and_is_not_shown(
+    stack: Stack, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("correct-horse-battery\n"))
+    assert users.main(["add", "bob", "--role", "reader", "--stdin"]) == 0
+    assert "correct-horse" not in "".join(capsys.readouterr())
+    assert roles(stack)["bob"] == "reader"
+
+
+@pytest.mark.parametrize("password", ["short", "", "with spaces in it", "é" * 12, "{SSHA}c29tZXRoaW5n", "x" * 129])
+def test_bad_password_is_refused_without_showing_it(
+    password: str, stack: Stack, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{password}\n"))
+    assert users.main(["add", "bob", "--stdin"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("users: a password must") and (not password or password not in err)
+    assert roles(stack) == {"admin": "admin"}
+
+
+def test_asked_for_twice(stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = iter(["correct-horse-battery", "correct-horse-bttery"])
+    monkeypatch.setattr("getpass.getpass", lambda question: next(answers))
+    assert users.main(["add", "bob", "--prompt"]) == 2
+    assert capsys.readouterr().err == "users: the two are not the same\n"
+
+
+def test_no_command_takes_a_password_as_an_argument(stack: Stack) -> None:
+    for argv in (["add", "bob", "--password", "correct-horse-battery"], ["rotate", "admin", "correct-horse-battery"]):
+        with pytest.raises(SystemExit) as ended:
+            users.main(argv)
+        assert ended.value.code == 2
+
+
+def test_rotation_changes_the_password_and_nothing_else(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
+    users.main(["add", "ada", "--role", "reader"])
+    before = {user.name: user for user in kept(stack).users}
+    users.main(["rotate", "ada"])
+    after = {user.name: user for user in kept(stack).users}
+    assert after["admin"] == before["admin"]
+    assert after["ada"].role == "reader" and after["ada"].password != before["ada"].password
+
+
+def test_password_of_the_stacks_admin_stays_readable_to_connect(
+    stack: Stack, capsys: pytest.CaptureFixture[str]
+) -> None:
+    users.main(["rotate", "admin"])
+    assert kept(stack).users[0].password == capsys.readouterr().out.strip() != "Generated-by-Pulumi"
+
+
+@pytest.mark.parametrize("argv", [["remove", "admin"], ["role", "admin", "reader"]])
+def test_last_admin_stays(argv: list[str], stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
+    users.main(["add", "ada"])
+    assert users.main(argv) == 2
+    assert "nobody would be admin then" in capsys.readouterr().err
+    assert roles(stack) == {"admin": "admin", "ada": "writer"}
+    users.main(["role", "ada", "admin"])
+    assert users.main(argv) == 0
+    assert roles(stack) | {"admin": ""} == {"admin": "", "ada": "admin"}
+
+
+def test_order_decides_nothing_once_somebody_was_changed(stack: Stack) -> None:
+    """In the short form the first is the admin; removing the first must not make the second one."""
+    put(stack, {"ada": "Password-of-ada", "bob": "Password-of-bob"})
+    users.main(["add", "eve"])
+    assert roles(stack) == {"ada": "admin", "bob": "writer", "eve": "writer"}
+    assert users.main(["remove", "ada"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["add", "admin"], "admin is there already: `rotate` gives a new password, `role` another role"),
+        (["remove", "nobody"], "there is no user nobody: `users.py list` shows who there is"),
+        (["rotate", "nobody"], "there is no user nobody"),
+        (["role", "nobody", "admin"], "there is no user nobody"),
+        (["add", "a:b"], 'the user name "a:b" must be 1 to 64 letters'),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(
+    argv: list[str], sentence: str, stack: Stack, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert users.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and sentence in err and err.count("\n") == 1
+    assert roles(stack) == {"admin": "admin"}
+
+
+def test_list_tells_roles_and_no_password(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
+    users.main(["add", "ada"])
+    capsys.readouterr()
+    users.main(["list"])
+    assert capsys.readouterr().out == "admin  admin\nada    writer\n"
+    users.main(["list", "--json"])
+    assert json.loads(capsys.readouterr().out) == {"admin": "admin", "ada": "writer"}
+
+
+def test_parameter_that_is_not_there_or_cannot_be_used_is_told(
+    stack: Stack, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stack.ssm.put_parameter(Name=NAME, Type="SecureString", Value='{"format": 1, "kek_passphrase": 7}', Overwrite=True)
+    assert users.main(["list"]) == 2
+    assert "kek_passphrase must be a string" in capsys.readouterr().err
+    stack.ssm.put_parameter(Name=NAME, Type="SecureString", Value="nonsense", Overwrite=True)
+    assert users.main(["add", "ada"]) == 2
+    assert "it is not JSON" in capsys.readouterr().err
+    stack.ssm.delete_parameter(Name=NAME)
+    assert users.main(["list"]) == 2
+    assert "ParameterNotFound" in capsys.readouterr().err
+
+
+# ── Two at the same time ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def others_first(stack: Stack, monkeypatch: pytest.MonkeyPatch, *others: Callable[[], object]) -> None:
+    """Between reading and writing of the next change, each of `others` does its own."""
+    waiting = list(others)
+    write = users.write
+
+    def overtaken(stack: Stack, document: dict[str, Any], wanted: users.Users) -> int:
+        while waiting:
+            waiting.pop(0)()
+        return write(stack, document, wanted)
+
+    monkeypatch.setattr(users, "write", overtaken)
+
+
+def test_change_made_meanwhile_is_kept(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    users.main(["add", "bob"])
+    bob, eve = ({"password": f"Password-of-{name}", "role": "reader"} for name in ("bob", "eve"))
+    others_first(
+        stack,
+        monkeypatch,
+        lambda: put(stack, {**ADMIN, "bob": bob, "eve": eve}),
+        lambda: put(stack, {**ADMIN, "eve": {**eve, "role": "writer"}}),
+    )
+    assert users.main(["add", "ada"]) == 0
+    assert roles(stack) == {"admin": "admin", "ada": "writer", "eve": "writer"}, "bob was removed, eve added"
+
+
+def test_two_admins_cannot_remove_each_other(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    users.main(["add", "ada", "--role", "admin"])
+    ada = kept(stack).users[1]
+    others_first(stack, monkeypatch, lambda: put(stack, {"ada": {"password": ada.password, "role": "admin"}}))
+    assert users.main(["remove", "ada"]) == 2
+    assert "nobody would be admin then" in capsys.readouterr().err
+    assert roles(stack) == {"ada": "admin"}
+
+
+@hypothesis_settings(max_examples=150, deadline=None)
+@given(*[st.dictionaries(st.sampled_from("abc"), st.sampled_from("xyz").map(lambda p: {"password": p}))] * 3)
+def test_what_both_changed_at_the_same_time_is_in_the_outcome(
+    before: users.Users, ours: users.Users, theirs: users.Users
+) -> None:
+    found = users.merged(before, ours, theirs)
+    for name in "abc":
+        was, mine, other = before.get(name), ours.get(name), theirs.get(name)
+        assert found.get(name) == (other if mine == was else mine)
+
+
+@hypothesis_settings(max_examples=300, deadline=None)
+@given(
+    st.one_of(
+        st.text(max_size=40),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.text(max_size=20),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(
+                    st.sampled_from(["format", "users", "password", "role", "kek_passphrase", "a"]), inner
+                )
+            ),
+            max_leaves=12,
+        ).map(json.dumps),
+        st.dictionaries(
+            st.text(max_size=8), st.text(max_size=8) | st.dictionaries(st.text(max_size=8), st.text(max_size=8))
+        ).map(lambda people: json.dumps({"format": 1, "kek_passphrase": "k" * 20, "users": people})),
+    )
+)
+def test_whatever_the_parameter_holds_is_users_or_sentences(text: str) -> None:
+    """As the machine reads it, which must neither fail in another way nor let a line of its own into nginx's files."""
+    try:
+        found = credentials.parse(text)
+    except credentials.CredentialsError as error:
+        assert error.problems and all(problem.isprintable() for problem in error.problems)
+        return
+    assert any(user.role == "admin" for user in found.users)
+    lines = credentials.password_file(found.users).splitlines()
+    assert [line.split(":")[0] for line in lines] == [user.name for user in found.users]
