@@ -6,13 +6,15 @@ import base64
 import gzip
 import http.client
 import json
+import os
 import shutil
+import signal
 import socket
 import socketserver
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler
@@ -116,6 +118,15 @@ class Site:
     upstreams: list[Upstream]
     run: Path
     folder: Path
+    nginx: int = 0
+
+    def reload(self, until: Callable[[], bool]) -> None:
+        """Have nginx read its configuration again, and wait for what that changes."""
+        os.kill(self.nginx, signal.SIGHUP)
+        ends = time.monotonic() + 20
+        while not until():
+            assert time.monotonic() < ends, "nginx goes on as before"
+            time.sleep(0.05)
 
     def connection(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
@@ -236,8 +247,8 @@ def site(folder: Path) -> Iterator[Site]:
     for upstream in upstreams:
         threading.Thread(target=upstream.serve_forever, args=(0.02,), daemon=True).start()
     try:
-        with nginx(configuration, port):
-            yield Site(port, upstreams, run, folder)
+        with nginx(configuration, port) as process:
+            yield Site(port, upstreams, run, folder, process.pid)
     finally:
         for upstream in upstreams:
             upstream.go_on.set()
@@ -310,6 +321,24 @@ def test_password_opens_and_goes_no_further(site: Site) -> None:
     ((_, path, headers, _),) = site.asked()
     assert path == "/api/2.0/mlflow/runs/get?run_id=1"
     assert "Authorization" not in headers
+
+
+def test_a_full_volume_is_read_and_not_written_to(site: Site) -> None:
+    def writes(user: str | None = "ada:correct horse") -> int:
+        return site.ask("/api/2.0/mlflow/runs/create", method="POST", user=user)[0]
+
+    assert writes() == 200
+    room = site.run / "nginx/room.map"
+    room.write_text("default 1;\n")
+    site.reload(lambda: writes() == 507)
+    code, _, body = site.ask("/api/2.0/mlflow/runs/log-metric", method="POST")
+    assert (code, json.loads(body)["error_code"]) == (507, "RESOURCE_EXHAUSTED")
+    assert "dataVolumeGib" in json.loads(body)["message"]
+    assert site.ask("/api/2.0/mlflow/runs/get?run_id=1")[0] == 200
+    assert site.ask("/api/2.0/mlflow/runs/search", method="POST")[0] == 200
+    assert writes(user=None) == writes(user="ada:wrong") == 401
+    room.write_text("default 0;\n")
+    site.reload(lambda: writes() == 200)
 
 
 @pytest.mark.parametrize("host", ["evil.example.com", "localhost", "169.254.169.254", f"{HOST}.evil.com", "_", ""])
