@@ -10,9 +10,10 @@ import re
 import socket
 import ssl
 import urllib.parse
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -142,14 +143,19 @@ def spellings(path: str) -> Iterator[str]:
     yield "http://localhost" + path
 
 
+def first(found: Iterable[Any], count: int = 10) -> list[Any]:
+    """Enough of them to see what is wrong; all would take long, with each answer a page of MLflow's."""
+    return list(islice(found, count))
+
+
 def test_no_route_answers_without_a_login(server: Server, wire: Wire, paths: list[str]) -> None:
-    answered = Counter(
+    answered = first(
         (method, path, status)
         for path in paths
         for method in METHODS
         if (status := wire.ask(request(server, method, path, UNUSUAL))) not in REFUSALS
     )
-    assert not answered
+    assert answered == []
 
 
 def test_no_route_answers_to_a_wrong_login(server: Server, wire: Wire, paths: list[str]) -> None:
@@ -163,24 +169,24 @@ def test_no_route_answers_to_a_wrong_login(server: Server, wire: Wire, paths: li
         lambda n: {"Authorization": "Negotiate YII="},
         lambda n: {"Cookie": f"session={n}; user=admin"},
     ]
-    answered = Counter()
-    for number, path in enumerate(paths):
-        for how, made in enumerate(wrong):
-            status = wire.ask(request(server, "GET", path, {**UNUSUAL, **made(number)}))
-            if status not in REFUSALS:
-                answered[(how, path, status)] += 1
-    assert not answered
+    answered = first(
+        (how, path, status)
+        for number, path in enumerate(paths)
+        for how, made in enumerate(wrong)
+        if (status := wire.ask(request(server, "GET", path, {**UNUSUAL, **made(number)}))) not in REFUSALS
+    )
+    assert answered == []
 
 
 def test_no_spelling_of_a_path_goes_around_the_login(server: Server, wire: Wire, paths: list[str]) -> None:
-    answered = Counter(
+    answered = first(
         (target, status)
         for path in paths
         for target in spellings(path)
         # A path that resolves to the health check is the health check, which is open.
         if (status := wire.ask(request(server, "GET", target, UNUSUAL))) not in REFUSALS
     )
-    assert not answered
+    assert answered == []
 
 
 HEADERS = {
@@ -212,17 +218,17 @@ HEADERS = {
 
 
 def test_no_header_goes_around_the_login(server: Server, wire: Wire, paths: list[str]) -> None:
-    answered = Counter(
+    answered = first(
         (name, path, status)
         for path in paths[:: max(1, len(paths) // 40)]
         for name, value in HEADERS.items()
         if (status := wire.ask(request(server, "GET", path, {name: value}))) not in REFUSALS
     )
-    assert not answered
-    answered = Counter(
+    assert answered == []
+    answered = first(
         (path, status) for path in paths if (status := wire.ask(request(server, "GET", path, HEADERS))) not in REFUSALS
     )
-    assert not answered
+    assert answered == []
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "evil.example", "169.254.169.254", "", "[::1]", "a b", "_"])
@@ -301,7 +307,7 @@ def test_what_is_too_large_is_refused(server: Server, wire: Wire) -> None:
         request(server, "GET", "/version", {"Authorization": "Basic " + "A" * 60_000}),
         request(server, "G" * 5000, "/version"),
     ):
-        assert wire.ask(made) in {0, 400, 405, 414, 431}
+        assert wire.ask(made) in {0, 400, 401, 405, 414, 431}
     assert wire.ask(request(server, "GET", "/version", right)) == 200
 
 
