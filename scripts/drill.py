@@ -87,10 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, interrupt)
     os.environ[stack.NAMED_BY] = STACK
     try:
-        with alone():
+        with alone(), local_cloud(keep=arguments.keep) as cloud:
             images = [find_image(each, arguments.base) for each in (arguments.older, arguments.newer)]
-            with local_cloud(keep=arguments.keep) as cloud:
-                stops = drill(cloud, [*images, *images])
+            stops = drill(cloud, [*images, *images])
     except DrillFailed as failed:
         say(str(failed))
         return failed.status
@@ -98,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         say(str(error))
         return 2
     except KeyboardInterrupt:
-        say("interrupted; the drill's server is gone" if not arguments.keep else "interrupted")
+        say("interrupted" if arguments.keep else "interrupted; nothing of the drill is left but images")
         return 130
     lost = sum(stop.missing + stop.changed for stop in stops)
     for loss in [loss for stop in stops for loss in stop.losses][:SHOWN]:

@@ -52,7 +52,7 @@ def test_files_and_make_targets_it_names_exist() -> None:
     assert targets and targets <= known
 
 
-@pytest.mark.parametrize("program", ["bake.py", "rehearse.py", "connect.py", "demo.py"])
+@pytest.mark.parametrize("program", ["bake.py", "rehearse.py", "connect.py", "demo.py", "drill.py"])
 def test_options_it_names_exist(program: str) -> None:
     help_text = subprocess.run(
         [sys.executable, str(REPOSITORY / "scripts" / program), "--help"], capture_output=True, text=True, check=True
