@@ -37,6 +37,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -196,28 +197,30 @@ def what_the_database_step_did(cloud: LocalCloud, instance: str) -> str:
 @contextlib.contextmanager
 def watching(server: dict[str, Any]) -> Iterator[Any]:
     """Asks the server ten times a second while the block runs; yields a function that tells, after it, how long nobody
-    was answered: from the last 200 before the first failure to the first 200 after the last."""
+    was answered: from the last 200 of the old machine to the first of the new one."""
     over = threading.Event()
     answers: list[tuple[float, bool]] = []
+    certificate = Path(server["server_certificate"]).read_text() if server["server_certificate"] else None
 
     def ask() -> None:
         while not over.wait(0.1):
-            answer = boot.ask(server["url"], server["username"], server["password"], timeout=2)
+            answer = boot.ask(server["url"], server["username"], server["password"], certificate, timeout=2)
             answers.append((time.monotonic(), answer.status == 200))
 
     def outage() -> float:
-        failures = [place for place, (_, good) in enumerate(answers) if not good]
-        if not failures:
-            return 0.0
-        before = max(failures[0] - 1, 0)
-        after = min(failures[-1] + 1, len(answers) - 1)
-        return answers[after][0] - answers[before][0]
+        good = [place for place, (_, answered) in enumerate(answers) if answered]
+        if not good:
+            raise DrillFailed(f"{server['url']} never answered while the machine was replaced, neither old nor new")
+        gaps = [answers[after][0] - answers[before][0] for before, after in pairwise(good) if after > before + 1]
+        return max(gaps, default=0.0)
 
     asking = threading.Thread(target=ask, daemon=True, name="outage")
     asking.start()
     try:
         yield outage
-        time.sleep(0.5)  # one answer of the new server at least
+        ends = time.monotonic() + 10
+        while time.monotonic() < ends and not (answers and answers[-1][1]):
+            time.sleep(0.1)
     finally:
         over.set()
         asking.join()

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import drill
@@ -108,6 +113,41 @@ def test_the_exit_status_and_the_table_tell_of_losses(
     worse = replace(STOP, missing=1, changed=2, losses=("at stop 2: runs b of stop 0 is missing",))
     assert exit_status([first, worse], monkeypatch, tmp_path) == 1
     assert "runs b of stop 0 is missing" in capsys.readouterr().err
+
+
+def test_an_outage_lasts_from_the_last_answer_to_the_next() -> None:
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.headers["Authorization"] else 401)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    @contextmanager
+    def up(port: int) -> Iterator[int]:
+        server = ThreadingHTTPServer(("127.0.0.1", port), Answers)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+        server.server_close()
+
+    with up(0) as port:
+        there = {
+            "url": f"http://127.0.0.1:{port}",
+            "username": "admin",
+            "password": "secret",
+            "server_certificate": None,
+        }
+        watched = drill.watching(there)
+        outage = watched.__enter__()
+        time.sleep(1)
+    down = time.monotonic()
+    time.sleep(1.5)
+    with up(port):
+        lasted = time.monotonic() - down
+        watched.__exit__(None, None, None)
+    assert lasted - 0.2 < outage() < lasted + 3
 
 
 @pytest.mark.parametrize("wrong", ["newest", "3.12", "ami-", "i-0123456789abcdef0"])
