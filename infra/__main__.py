@@ -20,6 +20,8 @@ if wrong:
 for caution in settings.cautions(config):
     pulumi.log.warn(caution)
 pulumi.log.info(survey.outlook(found))
+if config.restore_from:
+    pulumi.log.info(survey.restoring(config))
 
 here = pulumi.ResourceOptions(provider=aws)
 net = network.build(config, found.zones, here)

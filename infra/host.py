@@ -7,3 +7,4 @@ sys.path.append(str(Path(__file__).parents[1] / "provisioning/rootfs/usr/lib/mlf
 
 from mlflow_host import launch as launch
 from mlflow_host import sizing as sizing
+from mlflow_host.backups import naming as naming

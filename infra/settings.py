@@ -19,7 +19,7 @@ from typing import Any
 import pulumi
 import pulumi.runtime.config
 import yaml
-from host import launch
+from host import launch, naming
 
 PROJECT = Path(__file__).with_name("Pulumi.yaml")
 
@@ -56,6 +56,10 @@ class Settings:
     artifact_transfer: str
     job_execution: bool
     backup_retention_days: int
+    restore_from: str
+    """What is restored at the next boot; the machine does so once per value."""
+    backups_endpoint: str
+    backups_authority: str
     s3_endpoint: str
     ssm_endpoint: str
 
@@ -131,6 +135,9 @@ def read() -> tuple[Settings, list[str]]:
         artifact_transfer=take("artifactTransfer", _matches("direct|proxied", "must be direct or proxied")),
         job_execution=take("jobExecution"),
         backup_retention_days=take("backupRetentionDays", _between(1, 3650, "days")),
+        restore_from=take("restoreFrom", naming.wrong),
+        backups_endpoint=take("backupsEndpoint", launch.endpoint_url),
+        backups_authority=take("backupsAuthority", launch.certificates),
         s3_endpoint=take("s3Endpoint", launch.endpoint_url),
         ssm_endpoint=take("ssmEndpoint", launch.endpoint_url),
     )
@@ -213,6 +220,13 @@ def _contradictions(found: Settings) -> list[str]:
         mistakes.append("hostedZoneId is set but domainName is not: set the name to write into the zone, or neither.")
     if found.ssh_cidrs and not found.key_name:
         mistakes.append("sshCidrs is set but keyName is not: nobody could log in, so set a key pair, or neither.")
+    if (found.backups_endpoint or found.s3_endpoint).startswith("http://"):
+        mistakes.append(
+            "backupsEndpoint must be an https:// address where s3Endpoint is http://: pgBackRest, which archives the "
+            "write-ahead log, takes HTTPS only."
+        )
+    elif found.backups_authority and not (found.backups_endpoint or found.s3_endpoint):
+        mistakes.append("backupsAuthority is set but backupsEndpoint is not: set the address that it vouches for.")
     if found.tls == "acme" and not found.domain_name:
         mistakes.append("tls is acme but domainName is not set: name the domain to certify, or set tls to private.")
     if found.acme_email and found.tls != "acme":

@@ -97,6 +97,14 @@ def outlook(found: Survey) -> str:
     )
 
 
+def restoring(config: Settings) -> str:
+    """One line on what restoreFrom will do."""
+    return (
+        f"Restore of {config.restore_from}, unless this data volume has it already: what is there now is kept aside, "
+        "and the schema is brought to the image's afterwards."
+    )
+
+
 def record(image: Facts) -> dict[str, str]:
     """The tags that remember an image on the data volume; `_facts` reads them back."""
     return {
@@ -293,12 +301,13 @@ def _misfits(config: Settings, image: Facts, volume: DataVolume) -> list[str]:
             f"availabilityZone: {config.availability_zone} is not where the data volume {volume.id} is, and volumes "
             f"do not move: set it to {volume.zone}, or launch a second stack there."
         )
-    if volume.last and image.postgresql_major and image.postgresql_major != volume.last.postgresql_major:
+    other_major = volume.last and image.postgresql_major not in (0, volume.last.postgresql_major)
+    if volume.last and other_major and not config.restore_from:
         refusals.append(
             f"amiId: {image.image_id} has PostgreSQL {image.postgresql_major}, but the data volume {volume.id} holds "
             f"a cluster of PostgreSQL {volume.last.postgresql_major}, which it cannot read: pin an image with "
-            f"PostgreSQL {volume.last.postgresql_major}, or launch a second stack from this image and move the data "
-            "by dump and restore."
+            f"PostgreSQL {volume.last.postgresql_major}, or move by dump and restore: take a dump with "
+            "`mlflow-host-dump` on the machine, and set restoreFrom to the name it prints together with this image."
         )
     return refusals
 

@@ -59,6 +59,11 @@ def problems(config: Settings) -> list[str]:
 def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
     """The launch document's content from the settings and the names that AWS gave."""
     endpoints = {"s3": config.s3_endpoint, "ssm": config.ssm_endpoint}
+    backups = {
+        "restore_from": config.restore_from,
+        "endpoint": config.backups_endpoint,
+        "authority": config.backups_authority,
+    }
     return {
         "stack": {"name": config.stack, "region": config.region},
         "buckets": {bucket: names[bucket] for bucket in ("artifacts", "models", "backups")},
@@ -72,7 +77,10 @@ def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
         },
         "postgres": {"cidrs": list(config.postgres_cidrs), "parameter": names["reader"]},
         "mlflow": {"job_execution": config.job_execution, "artifact_transfer": config.artifact_transfer},
-        "backups": {"retention_days": config.backup_retention_days},
+        "backups": {
+            "retention_days": config.backup_retention_days,
+            **{key: value for key, value in backups.items() if value},
+        },
         "endpoints": {service: address for service, address in endpoints.items() if address},
     }
 

@@ -241,6 +241,12 @@ def read_step_statuses(cloud: LocalCloud, instance: str) -> list[dict[str, Any]]
     return [json.loads(line) for line in lines if line.strip()]
 
 
+def read_backups(cloud: LocalCloud, instance: str) -> dict[str, Any] | None:
+    """What the machine last found of its backups; None until it has looked for the first time."""
+    found = cloud.exec(instance, ["cat", "/run/mlflow-host/web/backups.json"])
+    return dict(json.loads(found.stdout)) if found.returncode == 0 else None
+
+
 def way_in(client: Client, parameter: str) -> tuple[str, str | None]:
     """User and password, from the credentials parameter, which is where people are managed."""
     value = client("ssm").get_parameter(Name=parameter, WithDecryption=True)["Parameter"]["Value"]
@@ -267,6 +273,7 @@ def inspect(cloud: LocalCloud, client: Client, current: state.State) -> dict[str
     if certificate:
         found["server_certificate"] = str(status.keep_certificate(stack.certificate_path(), certificate))
     answer = boot.ask(found["url"], found["username"], found["password"] or "", certificate)
+    found["backups"] = read_backups(cloud, found["instance_id"])
     if answer.status == 200:
         return found | {"state": "ready"}
     if answer.status == 0 and found["url"].startswith("https:"):

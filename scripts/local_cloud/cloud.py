@@ -19,7 +19,7 @@ from typing import Any
 import boto3
 from botocore.config import Config
 
-from local_cloud import base_images, file_systems, machines, object_store, volumes
+from local_cloud import authority, base_images, file_systems, machines, object_store, volumes
 from local_cloud.state import (
     Allotment,
     LocalCloudError,
@@ -68,6 +68,16 @@ class LocalCloud:
         return self.allotment.s3_endpoint
 
     @property
+    def s3_tls_endpoint(self) -> str:
+        """The same by HTTPS, with a certificate of `s3_authority`."""
+        return self.allotment.s3_tls_endpoint
+
+    @property
+    def s3_authority(self) -> str:
+        """Certificate, in PEM, of the authority that signed the object store's."""
+        return authority.authority_file(self.places).read_text()
+
+    @property
     def region(self) -> str:
         return self.allotment.region
 
@@ -111,7 +121,8 @@ class LocalCloud:
             allotment = allot(self.places)
             allotment.run_dir.mkdir(parents=True, exist_ok=True)
             knows_sessions = object_store.sessions_file(self.places).exists()
-            if not knows_sessions or not object_store.answers(allotment):
+            speaks_tls = authority.certificate_file(self.places).exists()
+            if not knows_sessions or not speaks_tls or not object_store.answers(allotment):
                 object_store.stop(self.places)
                 object_store.write_identities(self.places, allotment)
                 self.tell("starting the object store")

@@ -358,7 +358,7 @@ class Daemon:
             self._open_inner_routes(instance_id, namespace)
 
     def _open_inner_routes(self, instance_id: str, namespace: int) -> None:
-        for port in (self.allotment.s3_port, self.allotment.api_port):
+        for port in (self.allotment.s3_port, self.allotment.s3_tls_port, self.allotment.api_port):
             name = f"{instance_id}-inner-{port}"
             listening = namespaces.listener("127.0.0.1", port, namespace)
             self._open_route(name, listening, None, ("127.0.0.1", port), None)

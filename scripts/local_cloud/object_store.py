@@ -16,6 +16,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from local_cloud import authority
 from local_cloud.state import ACCOUNT, Allotment, LocalCloudError, Places, object_store_ports, write_json
 
 START_SECONDS = 60
@@ -88,10 +89,13 @@ def start(places: Places, allotment: Allotment) -> int:
     """Starts weed detached and returns its process id once S3 answers; raises LocalCloudError with the log's end."""
     data = places.object_store / "data"
     data.mkdir(exist_ok=True)
+    authority.ensure(places)
     inner = allotment.inner_address
     argv = [program(), "-logtostderr=true", "server", f"-dir={data}", f"-ip={inner}", f"-ip.bind={inner}"]
     argv += ["-volume.max=0", "-volume.preStopSeconds=0", "-master.volumeSizeLimitMB=1024", "-master.telemetry=false"]
     argv += ["-filer", "-s3", f"-s3.port={allotment.s3_port}", "-s3.ip.bind=127.0.0.1"]
+    argv += [f"-s3.port.https={allotment.s3_tls_port}", f"-s3.cert.file={authority.certificate_file(places)}"]
+    argv += [f"-s3.key.file={authority.key_file(places)}"]
     argv += [f"-s3.config={identities_file(places)}", f"-s3.iam.config={sessions_file(places)}", "-s3.iam=false"]
     argv += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     numbered = zip(PARTS, object_store_ports(allotment.number), strict=True)

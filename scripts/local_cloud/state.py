@@ -132,6 +132,15 @@ class Allotment:
         return f"http://127.0.0.1:{self.s3_port}"
 
     @property
+    def s3_tls_port(self) -> int:
+        """The object store again, by HTTPS; a number that follows from the cloud's, as its inner ports do."""
+        return object_store_ports(self.number)[-1] + 1
+
+    @property
+    def s3_tls_endpoint(self) -> str:
+        return f"https://127.0.0.1:{self.s3_tls_port}"
+
+    @property
     def inner_address(self) -> str:
         """Where the object store's own parts talk to each other: not reachable from machines."""
         return f"127.10.{self.number}.1"

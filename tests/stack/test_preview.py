@@ -138,8 +138,8 @@ def account(**changes: Any) -> Account:
             account(volumes=data_volume(postgresql_major="17")),
             {},
             f"amiId: {NEW} has PostgreSQL 15, but the data volume {VOLUME} holds a cluster of PostgreSQL 17, which it "
-            "cannot read: pin an image with PostgreSQL 17, or launch a second stack from this image and move the data "
-            "by dump and restore.",
+            "cannot read: pin an image with PostgreSQL 17, or move by dump and restore: take a dump with "
+            "`mlflow-host-dump` on the machine, and set restoreFrom to the name it prints together with this image.",
             id="another PostgreSQL major",
         ),
         pytest.param(
@@ -306,3 +306,14 @@ def test_other_stacks_volumes_are_left_alone() -> None:
 def test_an_image_of_another_account_with_the_right_id_does_not_pass_for_ours() -> None:
     refused = run(account(images={OTHER: Image(tags={})}), amiId=OTHER)
     assert "is not an image that scripts/bake.py made" in refused.stated[0]
+
+
+def test_another_postgresql_major_is_taken_with_a_dump_to_restore() -> None:
+    moved = run(account(volumes=data_volume(postgresql_major="17")), restoreFrom="latest")
+    assert moved.refusal == ""
+
+
+def test_preview_says_what_is_restored() -> None:
+    (said,) = [line for _, line in run(restoreFrom="latest").log if line.startswith("Restore of latest")]
+    assert "what is there now is kept aside" in said
+    assert not [line for _, line in run().log if line.startswith("Restore")]

@@ -28,6 +28,8 @@ CONTENT: dict[str, Any] = {
     "endpoints": {},
 }
 
+AUTHORITY = "-----BEGIN CERTIFICATE-----\nMIIBszCCAVmgAwIBAgIUQ==\n-----END CERTIFICATE-----"
+
 
 def read(text: str) -> launch.LaunchDocument:
     """What cloud-init would write and the machine would read."""
@@ -71,7 +73,13 @@ def test_the_machine_is_told_what_the_stack_made() -> None:
         ),
         ({"artifactTransfer": "proxied"}, {"mlflow": {"artifact_transfer": "proxied"}}),
         ({"backupRetentionDays": "7"}, {"backups": {"retention_days": 7}}),
-        ({"s3Endpoint": "http://127.0.0.1:8333"}, {"endpoints": {"s3": "http://127.0.0.1:8333", "ssm": ""}}),
+        ({"s3Endpoint": "https://127.0.0.1:8333"}, {"endpoints": {"s3": "https://127.0.0.1:8333", "ssm": ""}}),
+        (
+            {"s3Endpoint": "http://10.0.0.1:80", "backupsEndpoint": "https://10.0.0.1", "backupsAuthority": AUTHORITY},
+            {"backups": {"endpoint": "https://10.0.0.1", "authority": AUTHORITY}},
+        ),
+        ({"restoreFrom": "latest"}, {"backups": {"restore_from": "latest"}}),
+        ({"restoreFrom": "2026-11-22T14:15:00Z"}, {"backups": {"restore_from": "2026-11-22T14:15:00Z"}}),
         ({"ssmEndpoint": "https://vpce-1.example.com"}, {"endpoints": {"s3": "", "ssm": "https://vpce-1.example.com"}}),
         ({"stack_name": "Prod_2.eu-x"}, {"stack": {"name": "Prod_2.eu-x"}}),
     ],

@@ -154,6 +154,8 @@ REFUSED = [
     ("backups", "retention_days", True, "true: it must be a whole number"),
     ("backups", "retention_days", 1.5, "1.5: it must be a whole number"),
     ("backups", "restore_from", "a\nb", 'it must be a backup\'s name, a point in time or "latest"'),
+    ("backups", "endpoint", "store", '"store": it must be an http:// or https:// address without a path'),
+    ("backups", "authority", "/etc/ca.pem", '"/etc/ca.pem": it must be certificates in PEM'),
     ("endpoints", "s3", "s3.local", '"s3.local": it must be an http:// or https:// address without a path'),
     ("endpoints", "ssm", "https://a/b", '"https://a/b": it must be an http:// or https:// address without a path'),
     ("endpoints", "logs", 3, "3: it must be a string"),

@@ -71,6 +71,7 @@ def rendered(machine: sizing.Machine) -> str:
         ROOTFS / "usr/share/mlflow-host/templates",
         sizing=sizing.size(machine),
         postgres=launch.Postgres(),
+        archives=False,
     )
 
 
@@ -181,8 +182,8 @@ def test_another_major_is_refused_with_the_way_out(tmp_path: Path) -> None:
         postgresql.prepare(tmp_path, 15, Path("/nonexistent"), Step("postgresql", tmp_path))
     assert str(refused.value) == (
         "the data volume holds a PostgreSQL 16 cluster and this image runs PostgreSQL 15: nothing was changed; "
-        "pin an image with PostgreSQL 16, or move by dump and restore: give the stack a new data volume and set "
-        "restoreFrom to latest"
+        "pin an image with PostgreSQL 16, or move by dump and restore: take a dump there with `mlflow-host-dump`, and "
+        "set restoreFrom to its name with this image"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["16"]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 
 from mlflow_host import config, credentials, reader, server, sizing, web
+from mlflow_host.backups import repository
 from mlflow_host.config import HostConfig
 from mlflow_host.status import StepFailed, step
 
@@ -18,6 +19,7 @@ def main() -> None:
         s.say(f"{machine.memory_mb} MiB and {machine.cores} cores: {host.sizing.server_processes} server processes")
         web.write_private(config.CONFIG, config.dump(host), mode=0o644)
         web.write_private(config.RUN / "postgresql.conf", postgresql_settings(host), mode=0o644)
+        put_backups(host)
 
         s.say(f"fetching the credentials from {document.credentials.parameter}")
         found = credentials.fetch(document, s.say)
@@ -32,7 +34,25 @@ def main() -> None:
 
 
 def postgresql_settings(host: HostConfig) -> str:
-    return web.render("postgresql.conf.j2", web.TEMPLATES, sizing=host.sizing, postgres=host.launch.postgres)
+    return web.render(
+        "postgresql.conf.j2",
+        web.TEMPLATES,
+        sizing=host.sizing,
+        postgres=host.launch.postgres,
+        archives=repository.archives(host.launch),
+    )
+
+
+def put_backups(host: HostConfig) -> None:
+    """Where backups go to, by which authority that address is verified, and whether one is to be restored."""
+    authority = host.launch.backups.authority
+    if authority:
+        web.write_private(repository.AUTHORITY, authority, mode=0o644)
+    web.write_private(repository.SETTINGS, repository.settings(host), mode=0o644)
+    if host.launch.backups.restore_from:
+        web.write_private(repository.RESTORE_ASKED, host.launch.backups.restore_from, mode=0o644)
+    else:
+        repository.RESTORE_ASKED.unlink(missing_ok=True)
 
 
 def environment_file(variables: dict[str, str]) -> str:

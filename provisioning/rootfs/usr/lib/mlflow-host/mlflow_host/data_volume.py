@@ -28,6 +28,7 @@ PATIENCE_SECONDS = 600
 LAYOUT = {
     "postgresql": ("postgres", 0o700),
     "reports": ("postgres", 0o755),
+    "backups": ("postgres", 0o755),
     "certificates": ("root", 0o700),
     "tmp": ("mlflow", 0o700),
 }

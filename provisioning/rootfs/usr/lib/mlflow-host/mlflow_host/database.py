@@ -41,6 +41,7 @@ from mlflow_host.schema.cluster import (
     database_bytes,
     databases,
     drop,
+    major,
     rows,
     run,
     value,
@@ -110,6 +111,7 @@ def main() -> None:
 def from_machine() -> Settings:
     """From the host's configuration and the image's facts. Raises StepFailed where they are not there."""
     from mlflow_host import config
+    from mlflow_host.backups import repository
 
     try:
         host, facts = config.load(), json.loads(config.IMAGE_FACTS.read_text())
@@ -125,9 +127,7 @@ def from_machine() -> Settings:
         mlflow_version=facts["mlflow_version"],
         image_version=facts["image_version"],
     )
-    launch = host.launch
-    bucket = dumping.Bucket(launch.buckets.backups, launch.stack.region, launch.endpoints.s3)
-    return Settings(cluster, image, config.DATA / "reports", dumping.into(cluster, bucket))
+    return Settings(cluster, image, config.DATA / "reports", dumping.into(cluster, repository.bucket(host.launch)))
 
 
 class BrokeOff(StepFailed):
@@ -507,13 +507,7 @@ def take_dump(settings: Settings, state: State, now: datetime) -> str | None:
         return None
     old = state.record
     key = f"{dumping.FOLDER}/{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-before-change-{state.head}.dump"
-    metadata = {
-        "head": state.head or "",
-        "count": str(old.count if old else ""),
-        "mlflow-version": old.mlflow_version if old else "",
-        "image-version": old.image_version if old else "",
-    }
-    return settings.dump(settings.cluster.database, key, metadata)
+    return settings.dump(settings.cluster.database, key, dumping.description(state.head, old, major(settings.cluster)))
 
 
 def finished(dumps: list[Future[str | None]]) -> str | None:

@@ -94,6 +94,11 @@ endpoint_url = matches(
     r"https?://([A-Za-z0-9.-]+|\[[0-9a-f:]+\])(:\d{1,5})?/?", "an http:// or https:// address without a path"
 )
 
+certificates = matches(
+    r"|\s*(-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]{1,8000}-----END CERTIFICATE-----\s*){1,4}",
+    "certificates in PEM (-----BEGIN CERTIFICATE-----…)",
+)
+
 
 def key(check: Check | None = None, default: Any = MISSING) -> Any:
     """A key of a table: required unless it has a default."""
@@ -163,6 +168,10 @@ class Postgres:
 class Backups:
     restore_from: str = key(matches(r"|\S[ -~]{0,198}\S|\S", 'a backup\'s name, a point in time or "latest"'), "")
     retention_days: int = key(between(1, 3650), 30)
+    endpoint: str = key(lambda value: endpoint_url(value) if value else None, "")
+    """Address of the store that holds the backups bucket; empty: endpoints.s3, and where that is empty AWS's."""
+    authority: str = key(certificates, "")
+    """Certificate, in PEM, of the authority that vouches for that address; empty: the public ones do."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +254,10 @@ def _contradictions(document: LaunchDocument) -> list[str]:
         problems.append(
             'postgres.cidrs is set but web.tls is "off": its clients verify PostgreSQL by the stack\'s authority, so '
             'set web.tls to "private"'
+        )
+    if document.backups.authority and not (document.backups.endpoint or document.endpoints.s3).startswith("https://"):
+        problems.append(
+            "backups.authority is set but backups.endpoint is no https:// address: set that too, or neither"
         )
     buckets = dataclasses.astuple(document.buckets)
     if len(set(buckets)) < len(buckets):

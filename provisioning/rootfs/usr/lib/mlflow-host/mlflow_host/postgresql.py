@@ -11,9 +11,11 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 from mlflow_host import config, reader
+from mlflow_host.backups.repository import begin_history, stanza_of
 from mlflow_host.status import Step, StepFailed, finish
 
 CLUSTERS = config.DATA / "postgresql"
@@ -44,18 +46,26 @@ def prepare(clusters: Path, major: int, programs: Path, s: Step) -> Path:
     if others and not cluster.exists():
         raise StepFailed(
             f"the data volume holds a PostgreSQL {others[-1]} cluster and this image runs PostgreSQL {major}: nothing "
-            f"was changed; pin an image with PostgreSQL {others[-1]}, or move by dump and restore: give the stack a "
-            "new data volume and set restoreFrom to latest"
+            f"was changed; pin an image with PostgreSQL {others[-1]}, or move by dump and restore: take a dump there "
+            "with `mlflow-host-dump`, and set restoreFrom to its name with this image"
         )
     if not cluster.exists():
         s.say(f"creating a PostgreSQL {major} cluster")
-        unfinished = clusters / f".{major}.new"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        create(unfinished, programs)
-        add_role(unfinished, programs)
-        unfinished.rename(cluster)
-        _sync(clusters)
+        make(cluster, programs)
+    if stanza_of(cluster) is None:
+        begin_history(cluster, datetime.now(UTC))
     return cluster
+
+
+def make(cluster: Path, programs: Path) -> None:
+    """An empty cluster, whole before it has its name."""
+    unfinished = cluster.with_name(f".{cluster.name}.new")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    create(unfinished, programs)
+    add_role(unfinished, programs)
+    begin_history(unfinished, datetime.now(UTC))
+    unfinished.rename(cluster)
+    _sync(cluster.parent)
 
 
 def create(cluster: Path, programs: Path) -> None:

@@ -30,6 +30,7 @@ PAGE = Path("/usr/share/mlflow-host/page.html")
 STEPS = {
     "configure": "Reading the launch document and the credentials",
     "data-volume": "Mounting the data volume",
+    "restore": "Restoring a backup",
     "postgresql": "Starting PostgreSQL",
     "certificates": "Preparing the certificate",
     "database": "Bringing the database to this image's schema",
@@ -37,7 +38,7 @@ STEPS = {
 }
 """In the order of the boot, with what the page says a step does while it has said nothing itself."""
 
-OPTIONAL = {"certificates"}
+OPTIONAL = {"certificates", "restore"}
 """Steps that not every machine has: nothing is said of them before they begin."""
 
 
@@ -154,6 +155,8 @@ def publish(run: Path = RUN, page: Path = PAGE) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         status = read(run)
+        with suppress(OSError, ValueError):
+            status["backups"] = json.loads((web / "backups.json").read_text())
         _write(web / "status.json", json.dumps({"error_code": "TEMPORARILY_UNAVAILABLE", **status}) + "\n")
         if page.exists():
             _write(web / "status.html", render(status, page.read_text()))
@@ -184,7 +187,15 @@ def render(status: dict[str, Any], page: str) -> str:
         heading=headings[status["state"]],
         message=html.escape(status["message"]),
         steps="\n".join(rows),
+        backups="".join(f"{html.escape(line)}<br>" for line in last_backups(status.get("backups", {}))),
     )
+
+
+def last_backups(found: dict[str, Any]) -> list[str]:
+    """What `mlflow_host.backups.check` found, as lines; none before it has looked."""
+    names = {"archive": "last segment archived", "base": "last base backup", "dump": "last dump"}
+    known = [f"{name} {found[what]['at']}" for what, name in names.items() if what in found]
+    return [f"Backups: {', '.join(known)}"] * bool(known) + list(found.get("problems", []))
 
 
 def _write(path: Path, content: str) -> None:

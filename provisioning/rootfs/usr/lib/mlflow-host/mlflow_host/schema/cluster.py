@@ -101,6 +101,12 @@ def database_bytes(cluster: Cluster, database: str) -> int:
         return int(value(opened, "SELECT pg_database_size(%s)", (database,)))
 
 
+def major(cluster: Cluster) -> int:
+    """PostgreSQL's, such as 15."""
+    with connection(cluster) as opened:
+        return int(opened.server_version) // 10000
+
+
 def create_empty(cluster: Cluster, database: str) -> None:
     drop(cluster, database)
     command(cluster, "CREATE DATABASE {} OWNER {} TEMPLATE template0 ENCODING 'UTF8'", database, cluster.owner)

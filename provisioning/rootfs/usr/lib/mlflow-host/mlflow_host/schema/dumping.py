@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from mlflow_host.schema.cluster import Cluster
+from mlflow_host.schema.record import Record
+from mlflow_host.schema.record import dump as dump_record
 
 FOLDER = "dumps"
 
@@ -19,11 +21,13 @@ class DumpError(Exception):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Where dumps go; `endpoint` is for an S3-compatible store, "" for AWS itself."""
+    """Where dumps go; `endpoint` is for an S3-compatible store, "" for AWS itself, and `authority` a file with the
+    certificate it is verified by, "" for the public ones."""
 
     name: str
     region: str
     endpoint: str = ""
+    authority: str = ""
 
 
 class _Output:
@@ -88,7 +92,27 @@ def client(bucket: Bucket) -> Any:
         connect_timeout=5,
         read_timeout=60,
     )
-    return boto3.client("s3", region_name=bucket.region or None, endpoint_url=bucket.endpoint or None, config=config)
+    return boto3.client(
+        "s3",
+        region_name=bucket.region or None,
+        endpoint_url=bucket.endpoint or None,
+        verify=bucket.authority or None,
+        config=config,
+    )
+
+
+def description(head: str | None, owner: Record | None, postgresql_major: int) -> dict[str, str]:
+    """The metadata of a dump: whose schema it holds, which a restore gives the database back as its record."""
+    said = {
+        "head": head or "",
+        "count": str(owner.count if owner else ""),
+        "mlflow-version": owner.mlflow_version if owner else "",
+        "image-version": owner.image_version if owner else "",
+        "postgresql-major": str(postgresql_major),
+    }
+    whole = dump_record(owner) if owner else ""
+    # S3 takes 2 KB of metadata in all.
+    return {**said, "record": whole} if whole and len(whole) < 1500 and whole.isascii() else said
 
 
 Dumper = Callable[[str, str, dict[str, str]], str]

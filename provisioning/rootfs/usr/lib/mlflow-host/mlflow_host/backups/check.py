@@ -1,0 +1,125 @@
+"""Tells what is backed up, and fails when something is older than it should be.
+
+The unit that runs this every few minutes is then a failed one (`systemctl --failed`) until all is well again. What it
+finds is served to users of the server as /mlflow-host/backups.json and stands on the status page.
+
+    python -m mlflow_host.backups.check
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from mlflow_host import config
+from mlflow_host.backups.history import History, time_of
+from mlflow_host.backups.repository import Stanza, archives, stanza_of
+
+ARCHIVE_PATIENCE = timedelta(minutes=10)
+"""How long a finished segment may wait for the bucket."""
+DAILY_PATIENCE = timedelta(hours=36)
+FIRST_PATIENCE = timedelta(hours=1)
+"""For the first base backup and the first dump of a history."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Segments that PostgreSQL has finished and not seen archived."""
+
+    count: int = 0
+    since: datetime | None = None
+
+
+def main() -> int:
+    cluster = config.DATA / "postgresql" / str(config.postgresql_major())
+    found = summary(History(), stanza_of(cluster), waiting(cluster), datetime.now(UTC), archives(config.load().launch))
+    publish(found)
+    for problem in found["problems"]:
+        print(f"mlflow-host: {problem}", file=sys.stderr)
+    return 2 if found["problems"] else 0
+
+
+def waiting(cluster: Path) -> Waiting:
+    times = []
+    for ready in (cluster / "pg_wal" / "archive_status").glob("*.ready"):
+        try:
+            times.append(ready.stat().st_mtime)
+        except FileNotFoundError:
+            continue
+    return Waiting(len(times), datetime.fromtimestamp(min(times), UTC)) if times else Waiting()
+
+
+def summary(history: History, stanza: Stanza | None, queue: Waiting, now: datetime, archiving: bool) -> dict[str, Any]:
+    """{"state": "good" | "late", "problems": [sentence, …], "archive": {…}, "base": {…}, "dump": {…}, …}"""
+    kept = {what: history.read(what) for what in ("archive", "base", "dump", "gap", "restored")}
+    problems = [*_archiving(kept, stanza, queue, now, archiving), *_daily(kept, stanza, now, archiving)]
+    return {
+        "state": "late" if problems else "good",
+        "problems": problems,
+        "segments_waiting": queue.count,
+        **{what: content for what, content in kept.items() if content},
+    }
+
+
+def _archiving(
+    kept: dict[str, dict[str, Any]], stanza: Stanza | None, queue: Waiting, now: datetime, archiving: bool
+) -> list[str]:
+    if not archiving:
+        return [
+            "the write-ahead log is not archived, because the store of the backups bucket is asked by plain HTTP and "
+            "pgBackRest takes HTTPS only: set backupsEndpoint to an https:// address of it"
+        ]
+    problems = []
+    if queue.since and now - queue.since > ARCHIVE_PATIENCE:
+        last = kept["archive"].get("at", "none yet")
+        problems.append(
+            f"{queue.count} segments of the write-ahead log wait to be archived, for up to {_age(now, queue.since)} "
+            f"(last archived: {last}): see `journalctl -u mlflow-host-archive`; check the backups bucket, and the "
+            "role's access to it"
+        )
+    gap, base = time_of(kept["gap"]), time_of(kept["base"])
+    ours = stanza is not None and kept["gap"].get("stanza") == stanza.name
+    if gap and ours and (base is None or base <= gap):
+        problems.append(
+            f"the archived write-ahead log has a gap at {kept['gap']['at']}, for the bucket was out of reach too long: "
+            "a restore ends there until the next base backup, which begins by itself"
+        )
+    return problems
+
+
+def _daily(kept: dict[str, dict[str, Any]], stanza: Stanza | None, now: datetime, archiving: bool) -> list[str]:
+    problems = []
+    kinds = [("dump", "dump", "mlflow-host-dump"), ("base", "base backup", "mlflow-host-base-backup")]
+    for what, name, unit in kinds if archiving else kinds[:1]:
+        last = time_of(kept[what])
+        if what == "base" and stanza and kept[what].get("stanza") != stanza.name:
+            last = None
+        see = f"see `journalctl -u {unit}`, and start it with `systemctl start {unit}`"
+        if last and now - last > DAILY_PATIENCE:
+            problems.append(f"the last {name} is {_age(now, last)} old, of {kept[what]['at']}: {see}")
+        elif last is None and stanza and now - stanza.began > FIRST_PATIENCE:
+            problems.append(f"there is no {name} yet: {see}")
+    return problems
+
+
+def _age(now: datetime, then: datetime) -> str:
+    minutes = int((now - then).total_seconds() // 60)
+    return f"{minutes} minutes" if minutes < 120 else f"{minutes // 60} hours"
+
+
+def publish(found: dict[str, Any], web: Path = config.RUN / "web") -> None:
+    """For nginx to serve."""
+    path = web / "backups.json"
+    new = path.with_name(f".{path.name}.{time.monotonic_ns()}")
+    new.write_text(json.dumps(found) + "\n")
+    new.chmod(0o644)
+    new.replace(path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

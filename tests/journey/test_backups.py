@@ -1,0 +1,209 @@
+"""What is backed up comes back: after the loss of the data volume, to any moment, and from a dump.
+
+On a stack of its own, for the volume is lost for good.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from local_cloud import LocalCloud
+from mlflow import MlflowClient
+from rehearsal import stack
+from servers import Server, client_of, describe_server, destroy_server, launch_server, script
+
+pytestmark = pytest.mark.machine
+
+PATIENCE_SECONDS = 240
+LOST_AT_MOST_SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def backed_up(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
+    """A machine that has taken its first base backup, by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(stack.NAMED_BY, "backups")
+        destroy_server(cloud)
+        try:
+            server = launch_server("--ami", image["ami_id"])
+            wait_until(lambda: history(cloud, server, "base"), "first base backup")
+            yield server
+        finally:
+            destroy_server(cloud)
+
+
+def shell(cloud: LocalCloud, server: Server, line: str) -> str:
+    """What a line of shell prints on the machine, whatever its exit status."""
+    done = cloud.exec(server.instance_id, ["sh", "-c", line], timeout=PATIENCE_SECONDS)
+    return done.stdout + done.stderr
+
+
+def history(cloud: LocalCloud, server: Server, what: str) -> dict[str, Any]:
+    """What the machine notes of its backups on the data volume."""
+    found = cloud.exec(server.instance_id, ["cat", f"/srv/mlflow/backups/{what}.json"])
+    return dict(json.loads(found.stdout)) if found.returncode == 0 else {}
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} within {seconds} s"
+        time.sleep(1)
+
+
+def log(client: MlflowClient, name: str) -> None:
+    """A run with metrics and a registered model, all named `name`."""
+    run = client.create_run("0", run_name=name)
+    for number in range(20):
+        client.log_metric(run.info.run_id, "loss", 1 / (number + 1), step=number)
+    client.set_terminated(run.info.run_id)
+    client.create_registered_model(name)
+    client.create_model_version(name, f"runs:/{run.info.run_id}/model", run.info.run_id)
+
+
+def logged(client: MlflowClient) -> dict[str, Any]:
+    """All that `log` wrote, as the client reads it."""
+    runs = {run.info.run_name: run for run in client.search_runs(["0"])}
+    return {
+        "losses": {
+            name: [(each.step, each.value) for each in client.get_metric_history(run.info.run_id, "loss")]
+            for name, run in runs.items()
+        },
+        "models": sorted((each.name, each.version) for each in client.search_model_versions()),
+    }
+
+
+def archived_since(cloud: LocalCloud, server: Server, moment: datetime) -> bool:
+    """Whether a segment was archived that was finished after `moment`."""
+    at = history(cloud, server, "archive").get("at")
+    return at is not None and datetime.fromisoformat(at) > moment
+
+
+def test_a_lost_volume_loses_at_most_a_minute(backed_up: Server, cloud: LocalCloud) -> None:
+    with client_of(backed_up) as client:
+        log(client, "before-the-loss")
+        written = datetime.now(UTC)
+        wait_until(lambda: archived_since(cloud, backed_up, written), "archived segment", LOST_AT_MOST_SECONDS)
+        before = logged(client)
+    assert before["losses"]["before-the-loss"] and before["models"]
+    assert json.loads(shell(cloud, backed_up, CHECK)) | {"base": 0, "dump": 0, "archive": 0} == {
+        "state": "good", "problems": [], "segments_waiting": 0, "base": 0, "dump": 0, "archive": 0
+    }  # fmt: skip
+
+    ec2 = cloud.client("ec2")
+    ec2.stop_instances(InstanceIds=[backed_up.instance_id], Force=True)
+    ec2.terminate_instances(InstanceIds=[backed_up.instance_id])
+    volume = json.loads(script("rehearse.py", "status", "--json").stdout)["data_volume_id"]
+    wait_until(lambda: ec2.describe_volumes(VolumeIds=[volume])["Volumes"][0]["State"] == "available", "free volume")
+    ec2.delete_volume(VolumeId=volume)
+
+    restored = launch_server("--ami", backed_up.ami_id, "--set", "restoreFrom=latest")
+    with client_of(restored) as client:
+        assert logged(client) == before
+        log(client, "after-the-restore")
+        after = logged(client)
+        assert after["losses"]["after-the-restore"]
+        # The setting stays as it is; what was restored is not restored again.
+        again = shell(cloud, restored, f"{AS_POSTGRES} -m mlflow_host.backups.restore --step")
+        assert "nothing is to be restored that was not restored before" in again
+        assert logged(client) == after
+    assert history(cloud, restored, "restored")["value"] == "latest"
+
+
+AS_POSTGRES = "cd /; runuser -u postgres -G mlflow-host -- /opt/mlflow/bin/python"
+CHECK = "systemctl start mlflow-host-dump mlflow-host-backups-check && cat /run/mlflow-host/web/backups.json"
+
+
+def restore(cloud: LocalCloud, server: Server, what: str) -> dict[str, Any]:
+    """`mlflow-host-restore` by hand, and what it notes."""
+    said = shell(cloud, server, f"mlflow-host-restore {shlex.quote(what)} --yes")
+    noted = history(cloud, server, "restored")
+    assert noted.get("asked") == what, said
+    wait_until(lambda: json.loads(script("rehearse.py", "status", "--json").stdout)["state"] == "ready", "answer")
+    return noted
+
+
+@pytest.fixture
+def running(backed_up: Server) -> Server:
+    """The machine there is now: an earlier test has lost its volume and launched another."""
+    return describe_server()
+
+
+@pytest.mark.slow
+def test_any_moment_can_be_had_again(running: Server, cloud: LocalCloud) -> None:
+    with client_of(running) as client:
+        wait_until(lambda: "nothing" not in shell(cloud, running, "systemctl start mlflow-host-base-backup"), "backup")
+        log(client, "right")
+        before = logged(client)
+        time.sleep(2)
+        moment = datetime.now(UTC).isoformat(timespec="milliseconds")
+        time.sleep(2)
+        log(client, "wrong")
+        everything = logged(client)
+        noted = restore(cloud, running, moment)
+        assert logged(client) == before
+        kept = f"/srv/mlflow/postgresql/{noted['kept']}"
+        assert "PG_VERSION" in shell(cloud, running, f"ls {kept}"), "what was replaced is kept"
+        assert everything != before
+
+
+@pytest.mark.slow
+def test_a_dump_comes_back_by_its_name(running: Server, cloud: LocalCloud) -> None:
+    with client_of(running) as client:
+        log(client, "in-the-dump")
+        before = logged(client)
+        address = shell(cloud, running, "mlflow-host-dump").split()[-1]
+        log(client, "not-in-the-dump")
+        noted = restore(cloud, running, address)
+        assert logged(client) == before
+    databases = shell(cloud, running, "cd /; runuser -u postgres -- psql -Atc 'SELECT datname FROM pg_database'")
+    assert noted["kept"] in databases.split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["yesterday", "2020-01-01T00:00:00Z", "20200101-000000F", "dumps/none.dump"])
+def test_what_is_not_there_is_refused_with_what_is(running: Server, cloud: LocalCloud, name: str) -> None:
+    with client_of(running) as client:
+        before = logged(client)
+        said = shell(cloud, running, f"mlflow-host-restore {name} --yes")
+        assert said.count("\n") == 1 and "there is any moment from" in said, said
+        assert logged(client) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0.5, 2.0, 4.0, 6.0, 8.0])
+def test_a_restore_that_is_killed_loses_nothing(running: Server, cloud: LocalCloud, after: float) -> None:
+    """The machine loses its power in the middle; the next boot finishes, or starts over."""
+    with client_of(running) as client:
+        log(client, f"before-the-kill-{after}")
+        before = logged(client)
+        shell(cloud, running, "systemctl start mlflow-host-base-backup")
+        command = "setsid mlflow-host-restore latest --yes >/dev/null 2>&1 &"
+        shell(cloud, running, command)
+        wait_until(lambda: "activ" in shell(cloud, running, "systemctl is-active mlflow-host-restore"), "restore", 60)
+        time.sleep(after)
+        ec2 = cloud.client("ec2")
+        ec2.stop_instances(InstanceIds=[running.instance_id], Force=True)
+        ec2.get_waiter("instance_stopped").wait(InstanceIds=[running.instance_id], WaiterConfig={"Delay": 1})
+        ec2.start_instances(InstanceIds=[running.instance_id])
+        wait_until(lambda: json.loads(script("rehearse.py", "status", "--json").stdout)["state"] == "ready", "answer")
+        assert logged(client) == before
+    left = shell(cloud, running, "ls /srv/mlflow/postgresql /srv/mlflow/backups")
+    assert "restoring" not in left and "restore-" not in left
+
+
+@pytest.mark.slow
+def test_a_name_that_is_not_there_fails_the_boot_and_touches_nothing(running: Server, cloud: LocalCloud) -> None:
+    with client_of(running) as client:
+        before = logged(client)
+    refused = script("rehearse.py", "up", "--set", "restoreFrom=20200101-000000F", expect=2)
+    assert "there is no base backup 20200101-000000F in the backups bucket; there is" in refused.stderr
+    answering = launch_server("--set", "restoreFrom=")
+    with client_of(answering) as client:
+        assert logged(client) == before
