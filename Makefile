@@ -30,7 +30,7 @@ demo-purge: ## stop the demo and delete everything it kept
 SECURITY := $(addprefix tests/journey/test_,access.py every_route.py leaks.py role.py sandbox.py database_readers.py) \
 	$(addprefix tests/unit/test_,site.py users.py credentials.py launch.py units.py reader.py certificates.py acme.py) \
 	tests/stack/test_permissions.py tests/stack/test_secrets.py tests/stack/test_settings.py
-.PHONY: test test-all test-schema test-chaos test-security
+.PHONY: test test-all test-schema test-chaos test-restore test-security
 test: prepare-test ## lint and all tests that CI runs
 	@$(MAKE) --no-print-directory lint
 	@$(ROOT) $(PYTEST) -m "not slow"
@@ -42,6 +42,9 @@ test-security: prepare-test ## who gets in and what leaks: route walk, sandboxes
 	@$(ROOT) $(PYTEST) $(SECURITY)
 test-chaos: prepare-test ## kill the database step, PostgreSQL and the machine at random moments
 	@$(ROOT) $(PYTEST) tests/chaos
+
+test-restore: prepare-test ## restore on a machine: after a lost volume, to any moment, from dumps, killed half-way
+	@$(ROOT) $(PYTEST) tests/journey/test_backups.py
 
 .PHONY: lint lock bench
 lint: prepare-test ## ruff, mypy, shellcheck, packer fmt

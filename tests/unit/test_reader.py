@@ -23,7 +23,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
 
 def settings(*cidrs: str) -> str:
     sized, access = sizing.size(sizing.Machine(2048, 2)), launch.Postgres(cidrs, "/x")
-    return web.render("postgresql.conf.j2", TEMPLATES, sizing=sized, postgres=access)
+    return web.render("postgresql.conf.j2", TEMPLATES, sizing=sized, postgres=access, archives=False)
 
 
 def test_password_is_kept_in_the_form_that_postgresql_checks(cluster: PostgreSQL) -> None:
