@@ -316,6 +316,13 @@ def test_nothing_without_the_password(user: str | None, site: Site) -> None:
     assert not site.asked()
 
 
+def test_every_answer_tells_browsers_to_be_careful(site: Site) -> None:
+    for path, user in (("/", None), ("/", "ada:correct horse"), ("/static-files/favicon.ico", "ada:correct horse")):
+        headers = site.ask(path, user=user)[1]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers.get("x-frame-options") == ("SAMEORIGIN" if path == "/" else None)
+
+
 def test_password_opens_and_goes_no_further(site: Site) -> None:
     assert site.ask("/api/2.0/mlflow/runs/get?run_id=1")[0] == 200
     ((_, path, headers, _),) = site.asked()
