@@ -112,10 +112,11 @@ def create_empty(cluster: Cluster, database: str) -> None:
     command(cluster, "CREATE DATABASE {} OWNER {} TEMPLATE template0 ENCODING 'UTF8'", database, cluster.owner)
 
 
-def copy_whole(cluster: Cluster, source: str, target: str, large: int = 1 << 30) -> None:
+def copy_whole(cluster: Cluster, source: str, target: str, large: int = 64 << 20) -> None:
     """File by file, so that `target` has every index and statistic of `source`. Nobody may be connected to `source`.
 
-    From `large` bytes up the files are copied without passing through the write-ahead log."""
+    From `large` bytes up the files are copied without passing through the write-ahead log: 450 MB take 0.6 s instead of
+    1 to 2.4 (PostgreSQL 15, 2 cores), and are not archived a second time."""
     drop(cluster, target)
     disconnect(cluster, source)
     strategy = "FILE_COPY" if database_bytes(cluster, source) >= large else "WAL_LOG"
