@@ -186,7 +186,9 @@ def test_a_restore_that_is_killed_loses_nothing(running: Server, cloud: LocalClo
         shell(cloud, running, "systemctl start mlflow-host-base-backup")
         command = "setsid mlflow-host-restore latest --yes >/dev/null 2>&1 &"
         shell(cloud, running, command)
-        wait_until(lambda: "activ" in shell(cloud, running, "systemctl is-active mlflow-host-restore"), "restore", 60)
+        wait_until(
+            lambda: "activating" in shell(cloud, running, "systemctl is-active mlflow-host-restore"), "restore", 60
+        )
         time.sleep(after)
         ec2 = cloud.client("ec2")
         ec2.stop_instances(InstanceIds=[running.instance_id], Force=True)

@@ -233,6 +233,44 @@ def test_nothing_but_segments_is_archived(tmp_path: Path, segment: str) -> None:
     assert "is no segment" in archive.push(Repository(tmp_path), History(tmp_path), segment, 1)
 
 
+def waits(cluster: Path, segments: int) -> None:
+    """Finished segments of 1 KiB, as PostgreSQL leaves them for the archive."""
+    (cluster / "pg_wal/archive_status").mkdir(parents=True)
+    (cluster / repository.STANZA_FILE).write_text(f"{OURS.name}\n")
+    for number in range(1, segments + 1):
+        (cluster / f"pg_wal/{number:024X}").write_bytes(bytes(1024))
+        (cluster / f"pg_wal/archive_status/{number:024X}.ready").touch()
+    (cluster / f"pg_wal/archive_status/{1:024X}.backup.done").touch()
+
+
+def test_a_dead_bucket_never_fills_the_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments wait up to a limit; beyond it they are given up, which is noted, and tried again once a minute."""
+    tried: list[str] = []
+
+    def dead(where: Repository, stanza: Stanza, segment: str) -> str:
+        tried.append(segment)
+        return "the bucket is out of reach"
+
+    monkeypatch.setattr(archive, "pushed", dead)
+    waits(tmp_path, 3)
+    (tmp_path / "history").mkdir()
+    here, history = Repository(tmp_path), History(tmp_path / "history")
+    assert archive.waiting_bytes(tmp_path) == 3072
+    first, second, third = (f"pg_wal/{number:024X}" for number in (1, 2, 3))
+    assert archive.push(here, history, first, 4096, NOW) == "the bucket is out of reach"
+    assert history.read("gap") == {}, "there is room for more to wait"
+    assert archive.push(here, history, first, 2048, NOW) == ""
+    assert history.read("gap") == {"at": stamp(NOW), "segment": f"{1:024X}", "stanza": OURS.name}
+    assert archive.push(here, history, second, 2048, NOW + timedelta(seconds=2)) == ""
+    assert tried == [first, first], "the next ones are not waited for"
+    assert archive.push(here, history, third, 2048, NOW + timedelta(seconds=70)) == ""
+    assert tried == [first, first, third]
+    assert history.read("archive") == {}
+    monkeypatch.setattr(archive, "pushed", lambda *given: "")
+    assert archive.push(here, history, third, 4096, NOW + timedelta(seconds=80)) == ""
+    assert history.read("archive")["segment"] == f"{3:024X}"
+
+
 # What a name means
 
 
@@ -392,6 +430,15 @@ def test_on_an_empty_volume_there_is_nothing_to_exchange_with(tmp_path: Path) ->
     assert restore.finish(here) == "w"
     assert repository.stanza_of(here.live) == new
     assert [path.name for path in here.clusters.iterdir()] == ["15"]
+
+
+def test_a_gap_in_the_log_is_not_taken_for_its_end() -> None:
+    whole = Line(OURS, FIRST.bases, FIRST.until, f"{7:024X}")
+    asked = listing.Chosen(whole, whole.bases[0], NOW)
+    restored = [f'LOG:  restored log file "{number:024X}" from archive' for number in range(8)]
+    assert restore.gap_in(asked, restored) == ""
+    assert restore.gap_in(asked, restored[:-1]) == f"the archived write-ahead log has a gap after {6:024X}"
+    assert restore.gap_in(asked, []) == "the archived write-ahead log has a gap at its beginning"
 
 
 def test_what_the_stack_asks_for_is_restored_once(tmp_path: Path) -> None:

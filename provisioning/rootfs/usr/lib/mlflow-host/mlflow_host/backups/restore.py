@@ -20,6 +20,7 @@ import argparse
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -238,7 +239,9 @@ def restore_cluster(
         if done.returncode:
             raise BackupError(f"base backup {chosen.base.label} could not be fetched: {last_line(done.stdout)}")
         say("replaying the archived log")
-        recover(place, chosen, fetch.command(stanza, f"--pg1-path={place.work}"))
+        if remark := recover(place, chosen, fetch.command(stanza, f"--pg1-path={place.work}")):
+            say(remark)
+            note = note | {"remark": remark}
         begin_history(place.work, now)
     except BaseException:
         shutil.rmtree(place.work, ignore_errors=True)
@@ -252,8 +255,10 @@ def restore_cluster(
     return kept
 
 
-def recover(place: Place, chosen: Chosen, fetch: list[str]) -> None:
-    """Replay, and verify that the cluster opens and holds a database that can be read. Raises BackupError."""
+def recover(place: Place, chosen: Chosen, fetch: list[str]) -> str:
+    """Replay, and verify that the cluster opens and holds a database that can be read; what is to be said of it, or "".
+
+    Raises BackupError."""
     signal_file = place.work / "recovery.signal"
     signal_file.touch()
     options = {
@@ -267,22 +272,38 @@ def recover(place: Place, chosen: Chosen, fetch: list[str]) -> None:
         options["recovery_target_time"] = chosen.target.isoformat()
     elif not chosen.whole:
         options["recovery_target"] = "immediate"
+    said: list[str] = []
     try:
-        look_at(place, options)
+        look_at(place, options, said)
     except BackupError as error:
         if not chosen.target or TOO_EARLY not in str(error):
             raise
+        if gap := gap_in(chosen, said):
+            raise BackupError(
+                f"{gap}, so the state at {stamp(chosen.target)} cannot be had: name an earlier moment, or a later base "
+                "backup"
+            ) from None
         # Nothing was committed after that moment, so all that there is is the state at it.
         del options["recovery_target_time"]
-        look_at(place, options)
+        look_at(place, options, said)
+    return gap_in(chosen, said) if chosen.whole else ""
 
 
-def look_at(place: Place, options: dict[str, str]) -> None:
-    with running(place, place.work, options) as cluster:
+def look_at(place: Place, options: dict[str, str], said: list[str]) -> None:
+    with running(place, place.work, options, said) as cluster:
         names = databases(cluster)
         if cluster.database in names:
             with connection(cluster, cluster.database) as opened:
                 head(opened)
+
+
+def gap_in(chosen: Chosen, said: list[str]) -> str:
+    """That replaying ended before the last archived segment, for one between is missing; "" where it did not."""
+    assert chosen.line
+    replayed = [found[1] for line in said if (found := re.search(r'restored log file "([0-9A-F]{24})"', line))]
+    if replayed and max(replayed) >= chosen.line.last_segment:
+        return ""
+    return "the archived write-ahead log has a gap " + (f"after {max(replayed)}" if replayed else "at its beginning")
 
 
 def finish(place: Place) -> str | None:
@@ -421,8 +442,9 @@ def put_in_service(cluster: Cluster, work: str, successor: Record, now: datetime
 
 
 @contextmanager
-def running(place: Place, folder: Path, options: dict[str, str]) -> Iterator[Cluster]:
+def running(place: Place, folder: Path, options: dict[str, str], said: list[str] | None = None) -> Iterator[Cluster]:
     """A cluster that only this step reaches, once it accepts connections; stopped in order when the block ends.
+    What it printed is added to `said`.
 
     Raises BackupError, with PostgreSQL's own last words, when it does not get that far."""
     private = {"listen_addresses": "", "unix_socket_directories": str(place.sockets), "ssl": "off", **options}
@@ -444,6 +466,9 @@ def running(place: Place, folder: Path, options: dict[str, str]) -> Iterator[Clu
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
                 process.wait()
+            if said is not None:
+                log.seek(0)
+                said += log.read().splitlines()
 
 
 def accepts(cluster: Cluster) -> bool:
