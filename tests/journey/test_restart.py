@@ -14,6 +14,8 @@ from servers import Server
 pytestmark = pytest.mark.machine
 
 PATIENCE_SECONDS = 300
+QUESTION = "/api/2.0/mlflow/experiments/get?experiment_id=0"
+"""Answered from the database."""
 
 
 def everything(client: MlflowClient) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def test_reboot_loses_nothing_and_tells_what_it_does(
 
     waiting = [each for each in answers if each.status_code == 503]
     assert waiting, f"no 503 between reboot and ready, only {sorted({each.status_code for each in answers})}"
-    assert all(each.status_code in {200, 401, 503} for each in answers)
+    assert {each.status_code for each in answers} <= {200, 401, 503}
     for each in waiting:
         assert int(each.headers["Retry-After"]) >= 1
         assert each.headers["Content-Type"].startswith("application/json")
@@ -99,8 +101,7 @@ def test_postgresql_killed_while_a_query_runs_is_back_in_seconds(
 
 def answers(server: Server) -> bool:
     try:
-        question = server.url + "/api/2.0/mlflow/experiments/get?experiment_id=0"
-        return requests.get(question, auth=server.login, timeout=5).status_code == 200
+        return server.ask(QUESTION, auth=server.login, timeout=5).status_code == 200
     except requests.RequestException:
         return False
 
@@ -121,7 +122,7 @@ def answers_until_ready(server: Server, booted_at: str, cloud: LocalCloud) -> li
     while time.monotonic() < deadline:
         try:
             answer = server.ask(
-                "/api/2.0/mlflow/experiments/get?experiment_id=0",
+                QUESTION,
                 auth=server.login,
                 headers={"Accept": "application/json"},
                 timeout=5,
