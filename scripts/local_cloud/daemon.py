@@ -271,7 +271,8 @@ class Daemon:
             elif state == "stopping":
                 self._stop(instance_id, force=False)
                 with self.api:
-                    record.ec2_backend.finish_stop(record)
+                    if record.state == "stopping":  # and was not terminated meanwhile
+                        record.ec2_backend.finish_stop(record)
                     self._sync_disks(instance_id)
                     records.save(self.places)
             elif state in ("shutting-down", "terminated") and record is not None:

@@ -118,6 +118,13 @@ def test_machine_with_an_unknown_image_or_type_is_refused(account: Account) -> N
         account.launch(InstanceType="t3.gigantic", wait=False)
 
 
+def test_machine_that_stops_can_be_terminated(account: Account) -> None:
+    instance = account.launch()
+    account.ec2.stop_instances(InstanceIds=[instance])
+    account.ec2.terminate_instances(InstanceIds=[instance])
+    account.wait_state(instance, "terminated")
+
+
 def test_retried_launch_starts_nothing_twice(account: Account) -> None:
     first = account.launch(wait=False, ClientToken="the same call")
     again = account.launch(wait=False, ClientToken="the same call")
