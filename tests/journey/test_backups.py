@@ -92,12 +92,12 @@ def test_a_lost_volume_loses_at_most_a_minute(backed_up: Server, cloud: LocalClo
         wait_until(lambda: archived_since(cloud, backed_up, written), "archived segment", LOST_AT_MOST_SECONDS)
         before = logged(client)
     assert before["losses"]["before-the-loss"] and before["models"]
-    assert json.loads(shell(cloud, backed_up, CHECK)) | {"base": 0, "dump": 0, "archive": 0} == {
-        "state": "good", "problems": [], "segments_waiting": 0, "base": 0, "dump": 0, "archive": 0
-    }  # fmt: skip
+    found = json.loads(shell(cloud, backed_up, CHECK))
+    assert (found["state"], found["problems"]) == ("good", [])
+    assert {"archive", "base", "dump"} <= found.keys()
 
     ec2 = cloud.client("ec2")
-    ec2.stop_instances(InstanceIds=[backed_up.instance_id], Force=True)
+    lose_power(cloud, backed_up)
     ec2.terminate_instances(InstanceIds=[backed_up.instance_id])
     volume = json.loads(script("rehearse.py", "status", "--json").stdout)["data_volume_id"]
     wait_until(lambda: ec2.describe_volumes(VolumeIds=[volume])["Volumes"][0]["State"] == "available", "free volume")
@@ -114,6 +114,13 @@ def test_a_lost_volume_loses_at_most_a_minute(backed_up: Server, cloud: LocalClo
         assert "nothing is to be restored that was not restored before" in again
         assert logged(client) == after
     assert history(cloud, restored, "restored")["value"] == "latest"
+
+
+def lose_power(cloud: LocalCloud, server: Server) -> None:
+    """Stop the machine without a chance for it to end anything."""
+    ec2 = cloud.client("ec2")
+    ec2.stop_instances(InstanceIds=[server.instance_id], Force=True)
+    ec2.get_waiter("instance_stopped").wait(InstanceIds=[server.instance_id], WaiterConfig={"Delay": 1})
 
 
 AS_POSTGRES = "cd /; runuser -u postgres -G mlflow-host -- /opt/mlflow/bin/python"
@@ -138,7 +145,7 @@ def running(backed_up: Server) -> Server:
 @pytest.mark.slow
 def test_any_moment_can_be_had_again(running: Server, cloud: LocalCloud) -> None:
     with client_of(running) as client:
-        wait_until(lambda: "nothing" not in shell(cloud, running, "systemctl start mlflow-host-base-backup"), "backup")
+        shell(cloud, running, "systemctl start mlflow-host-base-backup")
         log(client, "right")
         before = logged(client)
         time.sleep(2)
@@ -190,10 +197,8 @@ def test_a_restore_that_is_killed_loses_nothing(running: Server, cloud: LocalClo
             lambda: "activating" in shell(cloud, running, "systemctl is-active mlflow-host-restore"), "restore", 60
         )
         time.sleep(after)
-        ec2 = cloud.client("ec2")
-        ec2.stop_instances(InstanceIds=[running.instance_id], Force=True)
-        ec2.get_waiter("instance_stopped").wait(InstanceIds=[running.instance_id], WaiterConfig={"Delay": 1})
-        ec2.start_instances(InstanceIds=[running.instance_id])
+        lose_power(cloud, running)
+        cloud.client("ec2").start_instances(InstanceIds=[running.instance_id])
         wait_until(lambda: json.loads(script("rehearse.py", "status", "--json").stdout)["state"] == "ready", "answer")
         assert logged(client) == before
     left = shell(cloud, running, "ls /srv/mlflow/postgresql /srv/mlflow/backups")
