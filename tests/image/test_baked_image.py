@@ -141,6 +141,9 @@ def test_facts_are_those_of_the_installed_system(machine: Machine, image: Mappin
     every = machine.shell("dpkg-query -W -f '${binary:Package}\\n' | cut -d: -f1 | sort -u").stdout.split()
     assert sorted(facts["packages"]["deb"]) == every
     assert image["facts"]["migration_head"] == facts["migration_head"]
+    bill = json.loads(machine.shell("cat /usr/share/mlflow-host/sbom.cdx.json").stdout)
+    wanted = [(name, each) for packages in facts["packages"].values() for name, each in packages.items()]
+    assert [(each["name"], each["version"]) for each in bill["components"]] == wanted
 
 
 def test_migration_is_the_one_that_mlflow_itself_expects(machine: Machine, image: Mapping[str, Any]) -> None:
