@@ -9,6 +9,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 from mlflow_host import launch, reader, sizing, web
+from mlflow_host.schema.cluster import Cluster
 from services import PostgreSQL, postgresql
 
 TEMPLATES = Path(__file__).parents[2] / "provisioning/rootfs/usr/share/mlflow-host/templates"
@@ -40,6 +41,49 @@ def test_password_is_kept_in_the_form_that_postgresql_checks(cluster: PostgreSQL
     log_in(PASSWORD)
     with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
         log_in(PASSWORD + "x")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO kept VALUES (2)",
+        "UPDATE kept SET a = 3",
+        "DELETE FROM kept",
+        "TRUNCATE kept",
+        "DROP TABLE kept",
+        "CREATE TABLE mine (a int)",
+        "CREATE ROLE more LOGIN",
+        "ALTER ROLE mlflow_reader SUPERUSER",
+        "ALTER ROLE postgres PASSWORD 'x'",
+        "SET ROLE postgres",
+        "COPY kept TO '/tmp/stolen'",
+        "COPY kept FROM PROGRAM 'id'",
+        "SELECT pg_read_file('/etc/passwd')",
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'postgres'",
+        "SET temp_file_limit = -1",
+    ],
+)
+def test_role_changes_nothing_though_it_may_ask_to_write(cluster: PostgreSQL, statement: str) -> None:
+    if not cluster.execute("SELECT 1 FROM pg_tables WHERE tablename = 'kept'"):
+        cluster.execute("CREATE TABLE kept (a int); INSERT INTO kept VALUES (1)")
+    superuser = Cluster(host=str(cluster.sockets), port=cluster.port, user=cluster.user)
+    for _ in range(2):  # each start of PostgreSQL makes it again
+        reader.make_role(superuser, reader.verifier(PASSWORD, os.urandom(16)))
+    with (
+        psycopg2.connect(
+            host="127.0.0.1", port=cluster.port, user=reader.ROLE, dbname="postgres", password=PASSWORD
+        ) as session,
+        session.cursor() as cursor,
+    ):
+        cursor.execute("SELECT a FROM kept")
+        assert cursor.fetchall() == [(1,)]
+        cursor.execute("SELECT rolname FROM pg_authid WHERE rolpassword IS NOT NULL")
+        assert set(cursor.fetchall()) <= {(reader.ROLE,), ("checked",), ("postgres",)}
+        session.commit()
+        cursor.execute("SET default_transaction_read_only = off")
+        session.commit()
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+            cursor.execute(statement)
 
 
 def test_without_networks_postgresql_listens_on_no_address() -> None:

@@ -20,10 +20,14 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlflow_host import credentials, web
 from mlflow_host.config import RUN, HostConfig
 from mlflow_host.status import StepFailed
+
+if TYPE_CHECKING:
+    from mlflow_host.schema.cluster import Cluster
 
 ROLE = "mlflow_reader"
 FOLDER = RUN / "postgresql"
@@ -76,15 +80,25 @@ def started(main_process: int, folder: Path = FOLDER) -> None:
     """Make the role as it is to be. Called by PostgreSQL's user once PostgreSQL accepts connections."""
     if not (folder / "verifier").exists():
         return
-    from mlflow_host.schema.cluster import Cluster, connection, run, value
+    from mlflow_host.schema.cluster import Cluster
 
-    with connection(Cluster()) as opened:
+    make_role(Cluster(), (folder / "verifier").read_text())
+    # A certificate that came while PostgreSQL was starting.
+    os.kill(main_process, signal.SIGHUP)
+
+
+def make_role(cluster: Cluster, password: str) -> None:
+    """The role that reads all and changes nothing, whichever database is in service; `password` as a verifier.
+
+    All is the catalogs as well, so it sees its own verifier there. No other role has one.
+    """
+    from mlflow_host.schema.cluster import connection, run, value
+
+    with connection(cluster) as opened:
         if not value(opened, "SELECT 1 FROM pg_roles WHERE rolname = %s", (ROLE,)):
             run(opened, f"CREATE ROLE {ROLE}")
         run(opened, f"ALTER ROLE {ROLE} LOGIN INHERIT CONNECTION LIMIT {CONNECTIONS}")
-        run(opened, f"ALTER ROLE {ROLE} PASSWORD %s", ((folder / "verifier").read_text(),))
+        run(opened, f"ALTER ROLE {ROLE} PASSWORD %s", (password,))
         run(opened, f"GRANT pg_read_all_data TO {ROLE}")
         for setting in ("default_transaction_read_only = on", "statement_timeout = '10min'", "temp_file_limit = '1GB'"):
             run(opened, f"ALTER ROLE {ROLE} SET {setting}")
-    # A certificate that came while PostgreSQL was starting.
-    os.kill(main_process, signal.SIGHUP)
