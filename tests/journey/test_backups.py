@@ -124,7 +124,9 @@ def lose_power(cloud: LocalCloud, server: Server) -> None:
 
 
 AS_POSTGRES = "cd /; runuser -u postgres -G mlflow-host -- /opt/mlflow/bin/python"
-CHECK = "systemctl start mlflow-host-dump mlflow-host-backups-check && cat /run/mlflow-host/web/backups.json"
+CHECK = (
+    "systemctl start mlflow-host-dump; systemctl start mlflow-host-backups-check; cat /run/mlflow-host/web/backups.json"
+)
 
 
 def restore(cloud: LocalCloud, server: Server, what: str) -> dict[str, Any]:
