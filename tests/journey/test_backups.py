@@ -20,7 +20,7 @@ from servers import Server, client_of, describe_server, destroy_server, launch_s
 
 pytestmark = pytest.mark.machine
 
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 420
 LOST_AT_MOST_SECONDS = 60
 
 
