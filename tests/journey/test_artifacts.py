@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import mlflow
 import pytest
 from local_cloud import LocalCloud
 from mlflow import MlflowClient
@@ -36,9 +35,9 @@ def write_noise(path: Path, mebibytes: int) -> str:
 )
 def test_big_file_comes_back_unchanged(server: Server, client: MlflowClient, tmp_path: Path, mebibytes: int) -> None:
     sent = write_noise(tmp_path / "weights.bin", mebibytes)
-    mlflow.set_experiment("big-files")
-    with mlflow.start_run() as run:
-        mlflow.log_artifact(str(tmp_path / "weights.bin"), "checkpoint")
+    run = client.create_run(client.create_experiment(f"big-files-{mebibytes}"))
+    client.log_artifact(run.info.run_id, str(tmp_path / "weights.bin"), "checkpoint")
+    client.set_terminated(run.info.run_id)
     (tmp_path / "weights.bin").unlink()
     [listed] = client.list_artifacts(run.info.run_id, "checkpoint")
     assert (listed.path, listed.file_size) == ("checkpoint/weights.bin", mebibytes * MEBIBYTE)
