@@ -113,7 +113,7 @@ def example_runs(server: Server) -> Mapping[str, str]:
             run([sys.executable, str(example)], env=environment)
     with client_of(server):
         found = mlflow.search_runs(search_all_experiments=True, output_format="list")
-    sources = {each.info.run_id: Path(each.data.tags["mlflow.source.name"]).name for each in found}
+    sources = {each.info.run_id: Path(each.data.tags.get("mlflow.source.name", "")).name for each in found}
     names = {example.name for example in EXAMPLES}
     return {name: run_id for run_id, name in sources.items() if name in names}
 
