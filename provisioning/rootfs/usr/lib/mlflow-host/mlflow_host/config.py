@@ -18,6 +18,8 @@ from mlflow_host.status import StepFailed
 LAUNCH_DOCUMENT = Path("/etc/mlflow-host/launch.toml")
 IMAGE_FACTS = Path("/usr/share/mlflow-host/image.json")
 DATA = Path("/srv/mlflow")
+CLUSTERS = DATA / "postgresql"
+"""PostgreSQL's clusters, one for each major, in a folder of that name."""
 RUN = Path("/run/mlflow-host")
 CONFIG = RUN / "config.json"
 SERVER_SOCKETS = Path("/run/mlflow")
@@ -30,6 +32,11 @@ class HostConfig:
     sizing: Sizing
     url: str
     """What people open and clients set as MLFLOW_TRACKING_URI; no slash at the end."""
+
+    @property
+    def server_units(self) -> list[str]:
+        """One for each of MLflow's processes; the first has what there is only one of."""
+        return [f"mlflow-server@{n}.service" for n in range(1, self.sizing.server_processes + 1)]
 
 
 def host_config(document: LaunchDocument, sizing: Sizing) -> HostConfig:
@@ -68,3 +75,8 @@ def dump(config: HostConfig) -> str:
 def postgresql_major(image_facts: Path = IMAGE_FACTS) -> int:
     """The PostgreSQL major of this image, as recorded when it was baked."""
     return int(json.loads(image_facts.read_text())["postgresql_major"])
+
+
+def cluster() -> Path:
+    """The cluster that this image's PostgreSQL serves."""
+    return CLUSTERS / str(postgresql_major())

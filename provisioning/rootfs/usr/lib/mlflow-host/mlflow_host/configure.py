@@ -70,8 +70,7 @@ def _escaped(value: str) -> str:
 def units_of(host: HostConfig) -> list[str]:
     """What not every machine runs: as many server processes as it is big enough for, and the certificate's units."""
     encrypted = ["mlflow-host-certificates.service", "mlflow-host-certificates.timer"]
-    servers = [f"mlflow-server@{n}.service" for n in range(1, host.sizing.server_processes + 1)]
-    return servers if host.launch.web.tls == "off" else [*encrypted, *servers]
+    return host.server_units if host.launch.web.tls == "off" else [*encrypted, *host.server_units]
 
 
 def start(*units: str) -> None:

@@ -506,7 +506,7 @@ def take_dump(settings: Settings, state: State, now: datetime) -> str | None:
     if settings.dump is None:
         return None
     old = state.record
-    key = f"{dumping.FOLDER}/{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-before-change-{state.head}.dump"
+    key = dumping.key(now, "before-change", state.head)
     return settings.dump(settings.cluster.database, key, dumping.description(state.head, old, major(settings.cluster)))
 
 

@@ -14,22 +14,21 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mlflow_host import config, reader
+from mlflow_host import config, durable, reader
 from mlflow_host.backups.repository import begin_history, stanza_of
 from mlflow_host.status import Step, StepFailed, finish
 
-CLUSTERS = config.DATA / "postgresql"
 SETTINGS = config.RUN / "postgresql.conf"
 
 
 def main(arguments: list[str]) -> None:
     major = config.postgresql_major()
     if arguments == ["--started"]:
-        reader.started(int(os.environ["MAINPID"]))
+        reader.started()
         return finish("postgresql", f"PostgreSQL {major} accepts connections")
     s = Step("postgresql", config.RUN)
     with s.reporting():
-        cluster = prepare(CLUSTERS, major, binaries(major), s)
+        cluster = prepare(config.CLUSTERS, major, binaries(major), s)
         s.say(f"starting PostgreSQL {major}")
     program = binaries(major) / "postgres"
     os.execv(program, [str(program), "-D", str(cluster), "-c", f"config_file={SETTINGS}"])
@@ -65,7 +64,7 @@ def make(cluster: Path, programs: Path) -> None:
     add_role(unfinished, programs)
     begin_history(unfinished, datetime.now(UTC))
     unfinished.rename(cluster)
-    _sync(cluster.parent)
+    durable.sync(cluster.parent)
 
 
 def create(cluster: Path, programs: Path) -> None:
@@ -99,12 +98,6 @@ def add_role(cluster: Path, programs: Path) -> None:
     )
     if made.returncode or "ERROR" in made.stdout:
         raise StepFailed(f"the role mlflow could not be made in {cluster}: {made.stdout.strip().splitlines()[-1]}")
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import hashlib
 import hmac
 import os
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,19 +71,17 @@ def put_certificate(certificate: Path, key: Path, folder: Path = FOLDER) -> None
     web.write_private(folder / "server.key", key.read_text(), mode=0o640, group=group)
     web.write_private(folder / "server.crt", certificate.read_text(), mode=0o640, group=group)
     web.write_private(folder / "tls.conf", TLS.format(folder=folder), mode=0o640, group=group)
-    # One that is just starting reads it by itself (`started`).
+    # One that is just starting is told by its unit to read it once it has started.
     subprocess.run(["systemctl", "reload", "--no-block", "mlflow-host-postgresql.service"], capture_output=True)
 
 
-def started(main_process: int, folder: Path = FOLDER) -> None:
+def started(folder: Path = FOLDER) -> None:
     """Make the role as it is to be. Called by PostgreSQL's user once PostgreSQL accepts connections."""
     if not (folder / "verifier").exists():
         return
     from mlflow_host.schema.cluster import Cluster
 
     make_role(Cluster(), (folder / "verifier").read_text())
-    # A certificate that came while PostgreSQL was starting.
-    os.kill(main_process, signal.SIGHUP)
 
 
 def make_role(cluster: Cluster, password: str) -> None:

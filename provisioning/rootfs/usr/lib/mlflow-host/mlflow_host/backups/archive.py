@@ -33,7 +33,7 @@ ASKING_SECONDS = 10
 
 
 def main() -> None:
-    cluster = config.DATA / "postgresql" / str(config.postgresql_major())
+    cluster = config.cluster()
     repository, history = Repository(cluster), History()
     limit = max(LEAST_WAITING, int(shutil.disk_usage(config.DATA).total * WAITING_SHARE))
     with listening(SOCKET) as listener:

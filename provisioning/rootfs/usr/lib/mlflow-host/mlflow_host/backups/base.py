@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--now", action="store_true", help="take one whether one is due or not")
     arguments = parser.parse_args()
     document = config.load().launch
-    cluster = config.DATA / "postgresql" / str(config.postgresql_major())
+    cluster = config.cluster()
     try:
         if not archives(document):
             raise BackupError("there are no base backups: the store of the backups bucket is asked by plain HTTP")

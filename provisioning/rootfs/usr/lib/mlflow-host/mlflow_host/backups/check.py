@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from mlflow_host import config
+from mlflow_host import config, web
 from mlflow_host.backups.history import History, time_of
 from mlflow_host.backups.repository import Stanza, archives, stanza_of
 
@@ -36,9 +35,9 @@ class Waiting:
 
 
 def main() -> int:
-    cluster = config.DATA / "postgresql" / str(config.postgresql_major())
+    cluster = config.cluster()
     found = summary(History(), stanza_of(cluster), waiting(cluster), datetime.now(UTC), archives(config.load().launch))
-    publish(found)
+    web.write_private(config.RUN / "web" / "backups.json", json.dumps(found) + "\n", mode=0o644)
     for problem in found["problems"]:
         print(f"mlflow-host: {problem}", file=sys.stderr)
     return 2 if found["problems"] else 0
@@ -110,15 +109,6 @@ def _daily(kept: dict[str, dict[str, Any]], stanza: Stanza | None, now: datetime
 def _age(now: datetime, then: datetime) -> str:
     minutes = int((now - then).total_seconds() // 60)
     return f"{minutes} minutes" if minutes < 120 else f"{minutes // 60} hours"
-
-
-def publish(found: dict[str, Any], web: Path = config.RUN / "web") -> None:
-    """For nginx to serve."""
-    path = web / "backups.json"
-    new = path.with_name(f".{path.name}.{time.monotonic_ns()}")
-    new.write_text(json.dumps(found) + "\n")
-    new.chmod(0o644)
-    new.replace(path)
 
 
 if __name__ == "__main__":

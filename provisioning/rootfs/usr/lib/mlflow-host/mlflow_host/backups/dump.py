@@ -17,6 +17,7 @@ from typing import Any
 from mlflow_host import config
 from mlflow_host.backups import repository
 from mlflow_host.backups.history import History, is_due, stamp, time_of
+from mlflow_host.backups.naming import DUMPS
 from mlflow_host.schema import dumping, record
 from mlflow_host.schema.catalog import head
 from mlflow_host.schema.cluster import Cluster, connection, major
@@ -47,7 +48,7 @@ def take(cluster: Cluster, bucket: dumping.Bucket, history: History, now: dateti
     """Where the dump is. Raises DumpError."""
     with connection(cluster, cluster.database) as opened:
         owner, revision = record.read(opened, cluster.database), head(opened)
-    key = f"{dumping.FOLDER}/{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-nightly-{revision}.dump"
+    key = dumping.key(now, "nightly", revision)
     address = dumping.dump(cluster, cluster.database, bucket, key, dumping.description(revision, owner, major(cluster)))
     history.write("dump", {"at": stamp(now), "address": address})
     return address
@@ -56,7 +57,7 @@ def take(cluster: Cluster, bucket: dumping.Bucket, history: History, now: dateti
 def expire(bucket: dumping.Bucket, retention: timedelta, now: datetime) -> list[str]:
     """Hide dumps that are older than `retention`; the bucket keeps their versions for as long again."""
     client = dumping.client(bucket)
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket.name, Prefix=f"{dumping.FOLDER}/")
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket.name, Prefix=DUMPS)
     found = [(each["LastModified"], each["Key"]) for page in pages for each in page.get("Contents", ())]
     outdated = beyond(found, retention, now)
     for key in outdated:

@@ -10,13 +10,12 @@ restored   what was last restored, and for which value of the stack's restoreFro
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from mlflow_host import config
+from mlflow_host import config, durable
 
 FOLDER = config.DATA / "backups"
 
@@ -38,17 +37,7 @@ class History:
 
     def write(self, what: str, content: dict[str, Any]) -> None:
         """Whole and on disk, or not at all."""
-        path = self.folder / f"{what}.json"
-        new = path.with_name(f".{path.name}.new")
-        with new.open("w") as file:
-            json.dump(content, file)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-        handle = os.open(self.folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        durable.write(self.folder / f"{what}.json", f"{json.dumps(content)}\n")
 
     def forget(self, what: str) -> None:
         (self.folder / f"{what}.json").unlink(missing_ok=True)

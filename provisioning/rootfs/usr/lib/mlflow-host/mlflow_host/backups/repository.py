@@ -7,7 +7,6 @@ that what a restored cluster writes never meets what was written after the momen
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from mlflow_host import config
+from mlflow_host import config, durable
 from mlflow_host.config import HostConfig
 from mlflow_host.launch import LaunchDocument
 
@@ -78,12 +77,7 @@ def stanza_of(cluster: Path) -> Stanza | None:
 def begin_history(cluster: Path, now: datetime) -> Stanza:
     """Give a cluster that is not running a history of its own from now on."""
     stanza = Stanza(int((cluster / "PG_VERSION").read_text()), system_identifier(cluster), now.replace(microsecond=0))
-    new = cluster / f".{STANZA_FILE}.new"
-    with new.open("w") as file:
-        file.write(f"{stanza.name}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(cluster / STANZA_FILE)
+    durable.write(cluster / STANZA_FILE, f"{stanza.name}\n")
     return stanza
 
 

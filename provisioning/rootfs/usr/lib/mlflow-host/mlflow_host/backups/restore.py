@@ -36,7 +36,7 @@ from typing import Any
 
 import psycopg2
 
-from mlflow_host import config, postgresql
+from mlflow_host import config, durable, postgresql
 from mlflow_host.backups import listing, repository
 from mlflow_host.backups.history import History, stamp
 from mlflow_host.backups.listing import Available, Chosen
@@ -117,7 +117,7 @@ def main() -> None:
 def this_machine() -> Place:
     major = config.postgresql_major()
     return Place(
-        clusters=postgresql.CLUSTERS,
+        clusters=config.CLUSTERS,
         major=major,
         programs=postgresql.binaries(major),
         sockets=config.RUN / "backups",
@@ -143,14 +143,13 @@ def command(what: str, *, sure: bool) -> int:
     print(f"This restores {chosen.described()}. {aside}", file=sys.stderr)
     if not sure and not confirmed():
         raise BackupError("nothing was done; --yes skips the question")
-    servers = [f"mlflow-server@{n}.service" for n in range(1, host.sizing.server_processes + 1)]
-    systemctl("stop", "mlflow-host-postgresql.service", *servers)
+    systemctl("stop", "mlflow-host-postgresql.service", *host.server_units)
     place.history.write(REQUEST, {"value": what, "at": stamp(datetime.now(UTC))})
     status = systemctl("restart", "mlflow-host-restore.service")
     place.history.forget(REQUEST)
     if status:
         (config.RUN / "status" / "restore.json").unlink(missing_ok=True)
-    started = systemctl("start", "mlflow-host-ready.service", *servers)
+    started = systemctl("start", "mlflow-host-ready.service", *host.server_units)
     if status:
         print("mlflow-host: the restore failed, and what was there is in service again", file=sys.stderr)
         return 2
@@ -318,7 +317,7 @@ def finish(place: Place) -> str | None:
         exchange(place.work, place.live)
     if place.work.exists() and decided["kept"]:
         place.work.rename(place.clusters / decided["kept"])
-        _sync(place.clusters)
+        durable.sync(place.clusters)
     place.history.write(RESTORED, decided["note"])
     place.history.forget(REQUEST)
     place.history.forget(FLIP)
@@ -335,7 +334,7 @@ def exchange(new: Path, live: Path) -> None:
         names = ctypes.c_char_p(os.fsencode(new)), ctypes.c_char_p(os.fsencode(live))
         if library.renameat2(here, names[0], here, names[1], ctypes.c_uint(RENAME_EXCHANGE)):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(live))
-    _sync(live.parent)
+    durable.sync(live.parent)
 
 
 # A dump
@@ -375,11 +374,10 @@ def restore_dump(
 
 def fill(cluster: Cluster, work: str, body: Any) -> None:
     """Stream a dump into an empty database; everything in it belongs to MLflow's role. Raises BackupError."""
-    place = ["--host", cluster.host, "--port", str(cluster.port), "--username", cluster.user, "--no-password"]
     what = ["--no-owner", "--no-privileges", f"--role={cluster.owner}", "--exit-on-error", f"--dbname={work}"]
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
-            [cluster.program("pg_restore"), *place, *what],
+            [cluster.program("pg_restore"), *cluster.arguments, *what],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=complaints,
@@ -497,12 +495,6 @@ def require_room(folder: Path, needed: int) -> None:
             f"the data volume has {free / (1 << 30):.1f} GiB free and the restore needs {needed / (1 << 30):.1f} GiB "
             "beside what is there: make the volume larger (the setting dataVolumeGib)"
         )
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 if __name__ == "__main__":

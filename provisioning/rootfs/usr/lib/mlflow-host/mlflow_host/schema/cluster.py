@@ -36,6 +36,11 @@ class Cluster:
     def program(self, name: str) -> str:
         return str(self.programs / name) if self.programs else name
 
+    @property
+    def arguments(self) -> list[str]:
+        """What PostgreSQL's own clients are told of it."""
+        return ["--host", self.host, "--port", str(self.port), "--username", self.user, "--no-password"]
+
     def uri(self, database: str) -> str:
         """For SQLAlchemy; what is created through it belongs to the owner."""
         return (

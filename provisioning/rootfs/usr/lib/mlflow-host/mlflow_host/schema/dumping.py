@@ -6,13 +6,13 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import IO, Any
 
+from mlflow_host.backups.naming import DUMPS
 from mlflow_host.schema.cluster import Cluster
 from mlflow_host.schema.record import Record
 from mlflow_host.schema.record import dump as dump_record
-
-FOLDER = "dumps"
 
 
 class DumpError(Exception):
@@ -55,8 +55,12 @@ def dump_command(cluster: Cluster, database: str) -> list[str]:
     version = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout
     major = int(version.split()[2].split(".")[0])
     compress = "--compress=zstd:3" if major >= 16 else "--compress=1"
-    place = ["--host", cluster.host, "--port", str(cluster.port), "--username", cluster.user, "--no-password"]
-    return [program, "--format=custom", compress, *place, database]
+    return [program, "--format=custom", compress, *cluster.arguments, database]
+
+
+def key(now: datetime, occasion: str, head: str | None) -> str:
+    """What a dump is called in the bucket; `head` is that of the schema it holds."""
+    return f"{DUMPS}{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{occasion}-{head}.dump"
 
 
 def dump(cluster: Cluster, database: str, bucket: Bucket, key: str, metadata: dict[str, str]) -> str:
