@@ -14,10 +14,10 @@ import user_data
 config, mistakes = settings.read()
 aws = access.provider(config)
 found, refusals = survey.look(config, aws)
-wrong = mistakes + refusals or user_data.problems(config)
+wrong = mistakes + refusals or user_data.problems(config, found.image)
 if wrong:
     raise pulumi.RunError(settings.as_sentences(wrong))
-for caution in settings.cautions(config):
+for caution in settings.cautions(config) + user_data.cautions(config, found.image):
     pulumi.log.warn(caution)
 pulumi.log.info(survey.outlook(found))
 if config.restore_from:

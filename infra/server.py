@@ -49,7 +49,7 @@ def launch(
         vpc_security_group_ids=[net.group.id],
         iam_instance_profile=role.profile.name,
         key_name=config.key_name or None,
-        user_data=user_data.written(config, hostnames, kept, parameters),
+        user_data=user_data.written(config, found.image, hostnames, kept, parameters),
         user_data_replace_on_change=True,
         metadata_options={
             "http_endpoint": "enabled",

@@ -7,7 +7,7 @@ that failed half way they name the newer schema, which errs on the safe side.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pulumi
@@ -31,6 +31,8 @@ class Facts:
     migration_count: int
     """Number of migrations up to and including the head: two images compare by it."""
     postgresql_major: int
+    launch_revision: int = field(default=1, compare=False)
+    """Revision of the launch document that it reads."""
 
     @property
     def described(self) -> str:
@@ -322,6 +324,7 @@ def _facts(image_id: str, tags: Mapping[str, str]) -> Facts | None:
             migration_head=tags["mlflow-ami:migration-head"],
             migration_count=int(tags["mlflow-ami:migration-count"]),
             postgresql_major=int(tags["mlflow-ami:postgresql-major"]),
+            launch_revision=int(tags.get("mlflow-ami:launch-revision", "1")),
         )
     except (KeyError, ValueError):
         return None

@@ -14,6 +14,7 @@ from credentials import Parameters
 from host import launch
 from settings import Settings
 from storage import Storage
+from survey import Facts
 
 TEMPLATE = Path(__file__).with_name("user_data.yaml.j2")
 LIMIT_BYTES = 16384
@@ -32,9 +33,9 @@ SAMPLE: dict[str, Any] = {
 
 
 def written(
-    config: Settings, hostnames: pulumi.Output[list[str]], kept: Storage, parameters: Parameters
+    config: Settings, image: Facts, hostnames: pulumi.Output[list[str]], kept: Storage, parameters: Parameters
 ) -> pulumi.Output[str]:
-    """The stack's user-data, once AWS has named what it refers to."""
+    """The stack's user-data for a machine of that image, once AWS has named what it refers to."""
     named = pulumi.Output.all(
         hostnames=hostnames,
         **{name: bucket.bucket for name, bucket in kept.buckets.items()},
@@ -43,27 +44,36 @@ def written(
         reader=parameters.reader.name if parameters.reader else "",
         parameter=parameters.credentials.name,
     )
-    return named.apply(lambda names: render(document(config, names)))
+    return named.apply(lambda names: render(document(config, names), image.launch_revision))
 
 
-def problems(config: Settings) -> list[str]:
+def problems(config: Settings, image: Facts) -> list[str]:
     """What would be wrong with the user-data, whatever the names turn out to be."""
-    hostnames = [name for name in (config.domain_name, *SAMPLE["hostnames"]) if name]
     try:
-        render(document(config, {**SAMPLE, "hostnames": hostnames}))
+        render(_sample(config), image.launch_revision)
     except pulumi.RunError as error:
         return [str(error)]
     return []
 
 
+def cautions(config: Settings, image: Facts) -> list[str]:
+    """What is set and means nothing to an image that is older than the setting."""
+    _, left_out = launch.known_to(image.launch_revision, _sample(config))
+    if not left_out:
+        return []
+    return [
+        f"{image.described} is older than {' and '.join(left_out)} of the launch document: it is not told, and does "
+        "without until a newer image is pinned again."
+    ]
+
+
+def _sample(config: Settings) -> dict[str, Any]:
+    hostnames = [name for name in (config.domain_name, *SAMPLE["hostnames"]) if name]
+    return document(config, {**SAMPLE, "hostnames": hostnames})
+
+
 def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
-    """The launch document's content from the settings and the names that AWS gave."""
-    endpoints = {"s3": config.s3_endpoint, "ssm": config.ssm_endpoint}
-    backups = {
-        "restore_from": config.restore_from,
-        "endpoint": config.backups_endpoint,
-        "authority": config.backups_authority,
-    }
+    """The launch document's content from the settings and the names that AWS gave; what is not set is empty."""
     return {
         "stack": {"name": config.stack, "region": config.region},
         "buckets": {bucket: names[bucket] for bucket in ("artifacts", "models", "backups")},
@@ -79,20 +89,24 @@ def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
         "mlflow": {"job_execution": config.job_execution, "artifact_transfer": config.artifact_transfer},
         "backups": {
             "retention_days": config.backup_retention_days,
-            **{key: value for key, value in backups.items() if value},
+            "restore_from": config.restore_from,
+            "endpoint": config.backups_endpoint,
+            "authority": config.backups_authority,
         },
-        "endpoints": {service: address for service, address in endpoints.items() if address},
+        "endpoints": {"s3": config.s3_endpoint, "ssm": config.ssm_endpoint},
     }
 
 
-def render(content: Mapping[str, Any]) -> str:
-    """The cloud-config as text. Raises pulumi.RunError if the machine would refuse it or EC2 would not take it."""
+def render(content: Mapping[str, Any], revision: int = launch.REVISION) -> str:
+    """The cloud-config as text, for an image of that revision of the launch document. Raises pulumi.RunError if the
+    machine would refuse it or EC2 would not take it."""
+    tables, _ = launch.known_to(revision, content)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False
     )
     # JSON's strings, booleans and lists of strings are TOML's too, all but one control character.
     environment.filters["toml"] = lambda value: json.dumps(value).replace("\x7f", "\\u007f")
-    text = environment.from_string(TEMPLATE.read_text()).render(content)
+    text = environment.from_string(TEMPLATE.read_text()).render(format=launch.FORMAT, tables=tables)
     size = len(text.encode())
     if size > LIMIT_BYTES:
         raise pulumi.RunError(f"The user-data has {size} bytes, more than the {LIMIT_BYTES} that EC2 takes.")

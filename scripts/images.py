@@ -47,7 +47,7 @@ def fact_tags(facts: dict[str, Any]) -> dict[str, str]:
     """The part of image.json that is known without starting the image, as tags. The format's own tag is given last."""
     named = (
         "image_version", "git_commit", "git_dirty", "source_ami", "os", "mlflow_version",
-        "migration_head", "migration_count", "postgresql_major", "python_version",
+        "migration_head", "migration_count", "postgresql_major", "python_version", "launch_revision",
     )  # fmt: skip
     return {f"mlflow-ami:{name.replace('_', '-')}": tag_value(facts[name]) for name in named}
 

@@ -34,6 +34,7 @@ FACTS = {
     "migration_head": str,
     "migration_count": int,
     "postgresql_major": int,
+    "launch_revision": int,
     "python_version": str,
     "nginx_version": str,
     "packages": dict,

@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from mlflow_host import launch
 
 DESTINATION = Path("/usr/share/mlflow-host/image.json")
 BILL = DESTINATION.with_name("sbom.cdx.json")
@@ -92,6 +93,7 @@ def facts() -> dict[str, Any]:
         "migration_head": head,
         "migration_count": count,
         "postgresql_major": postgresql_major(packages),
+        "launch_revision": launch.REVISION,
         "python_version": platform.python_version(),
         "nginx_version": nginx.strip().partition("/")[2].split(" ")[0],
         "packages": {"deb": packages, "python": python_packages()},

@@ -19,6 +19,7 @@ from typing import Any
 import pulumi
 import pulumi_aws as aws
 from google.protobuf import empty_pb2, json_format, struct_pb2
+from mlflow_host import launch
 from pulumi.runtime import mocks, settings, stack
 from pulumi.runtime.proto import provider_pb2, resource_pb2
 
@@ -47,6 +48,7 @@ def image_tags(**changes: str) -> dict[str, str]:
         "migration-head": "dc11669786a5",
         "migration-count": "67",
         "postgresql-major": "15",
+        "launch-revision": str(launch.REVISION),
         **{name.replace("_", "-"): value for name, value in changes.items()},
     }
     return {f"mlflow-ami:{name}": value for name, value in tags.items() if value}

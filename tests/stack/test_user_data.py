@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import jinja2
 import pulumi
 import pytest
 import user_data
@@ -14,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from mlflow_host import launch
-from stack.program import ADDRESS, VOLUME, Run, run
+from stack.program import ADDRESS, NEW, VOLUME, Account, Image, Run, image_tags, run
 
 CONTENT: dict[str, Any] = {
     "stack": {"name": "dev", "region": "eu-central-1"},
@@ -141,7 +140,7 @@ def test_what_the_machine_would_refuse_is_refused_here(table: str, key: str, val
 def test_a_name_the_template_was_not_given_is_no_empty_string() -> None:
     content = copy.deepcopy(CONTENT)
     del content["stack"]["region"]
-    with pytest.raises((TypeError, jinja2.UndefinedError), match="ndefined"):
+    with pytest.raises(pulumi.RunError, match=r"stack\.region is missing"):
         user_data.render(content)
 
 
@@ -157,3 +156,21 @@ def test_no_text_breaks_out_of_its_quotes(text: str) -> None:
         assert "endpoints.s3" in str(refused) or "launch document is not TOML" in str(refused)
         return
     assert launch.to_mapping(found)["endpoints"]["s3"] == text
+
+
+def test_an_older_image_is_not_told_what_it_would_refuse() -> None:
+    config = {"backupsEndpoint": "https://10.0.0.1", "backupsAuthority": AUTHORITY, "backupRetentionDays": "7"}
+    older = run(Account(images={NEW: Image(tags=image_tags(launch_revision=""))}), **config)
+    assert document(older).backups == launch.Backups(retention_days=7)
+    assert [line for _, line in older.log if "older" in line] == [
+        f"{NEW} (MLflow 3.17.2, image 20261122T101500Z) is older than backups.endpoint and backups.authority of the "
+        "launch document: it is not told, and does without until a newer image is pinned again."
+    ]
+    newer = run(**config)
+    assert document(newer).backups.endpoint == "https://10.0.0.1"
+    assert not [line for _, line in newer.log if "older" in line]
+
+
+def test_an_older_image_without_newer_settings_is_launched_in_silence() -> None:
+    older = run(Account(images={NEW: Image(tags=image_tags(launch_revision="1"))}))
+    assert not [line for _, line in older.log if "older" in line]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +275,28 @@ def test_schema_needs_the_standard_library_alone() -> None:
     code = f"import sys; sys.path.insert(0, {str(folder)!r}); import mlflow_host.launch; print(len(sys.path))"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_key_is_of_a_revision_there_is_and_newer_ones_can_be_left_out() -> None:
+    tables = typing.get_type_hints(launch.LaunchDocument)
+    keys = [key for name, table in tables.items() if name != "format" for key in dataclasses.fields(table)]
+    assert max(key.metadata["since"] for key in keys) == launch.REVISION
+    assert all(key.metadata["since"] == 1 for key in keys if key.default is dataclasses.MISSING)
+
+
+def test_what_an_image_of_a_revision_reads() -> None:
+    raw = {
+        "format": 1,
+        "backups": {"retention_days": 7, "endpoint": "https://10.0.0.1", "authority": ""},
+        "mlflow": {"job_execution": True},
+    }
+    known, left_out = launch.known_to(1, raw)
+    assert known == {"format": 1, "backups": {"retention_days": 7}, "mlflow": {"job_execution": True}}
+    assert left_out == ["backups.endpoint"]
+    raw["backups"].pop("authority")
+    assert launch.known_to(launch.REVISION, raw) == (raw, [])
+
+
+def test_what_is_required_is_sent_even_when_it_is_empty() -> None:
+    raw = {"web": {"hostnames": [], "acme_email": ""}, "endpoints": {"s3": ""}}
+    assert launch.known_to(launch.REVISION, raw) == ({"web": {"hostnames": []}}, [])

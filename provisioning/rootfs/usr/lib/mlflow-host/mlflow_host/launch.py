@@ -2,10 +2,12 @@
 
 The stack renders it into user-data, cloud-init writes it to `/etc/mlflow-host/launch.toml`, and the boot reads it.
 Both sides use this module, so it needs nothing but the standard library. The format outlives a release: images and
-stacks of other ages read it too, so tables and keys are only ever added, each with a default. It never holds a secret,
-only the name of the parameter that does.
+stacks of other ages read it too, so tables and keys are only ever added, each with a default and the revision it came
+with. An image says which revision it knows (`launch_revision` in image.json and in its tags), so that a stack leaves
+out what an older image would refuse. It never holds a secret, only the name of the parameter that does.
 
     document = launch.parse(text)      # raises LaunchError naming every mistake at once
+    known, left_out = launch.known_to(revision, raw)
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 FORMAT = 1
+REVISION = 2
+"""The newest `since` of all keys; images that tell none are of revision 1."""
 
 Check = Callable[[Any], str | None]
 """Says what is wrong with a value of the right type ("must be …"), or None."""
@@ -100,9 +104,9 @@ certificates = matches(
 )
 
 
-def key(check: Check | None = None, default: Any = MISSING) -> Any:
-    """A key of a table: required unless it has a default."""
-    return field(default=default, metadata={"check": check})
+def key(check: Check | None = None, default: Any = MISSING, since: int = 1) -> Any:
+    """A key of a table: required unless it has a default. `since`: the revision that it came with."""
+    return field(default=default, metadata={"check": check, "since": since})
 
 
 @dataclass(frozen=True)
@@ -168,9 +172,9 @@ class Postgres:
 class Backups:
     restore_from: str = key(matches(r"|\S[ -~]{0,198}\S|\S", 'a backup\'s name, a point in time or "latest"'), "")
     retention_days: int = key(between(1, 3650), 30)
-    endpoint: str = key(lambda value: endpoint_url(value) if value else None, "")
+    endpoint: str = key(lambda value: endpoint_url(value) if value else None, "", since=2)
     """Address of the store that holds the backups bucket; empty: endpoints.s3, and where that is empty AWS's."""
-    authority: str = key(certificates, "")
+    authority: str = key(certificates, "", since=2)
     """Certificate, in PEM, of the authority that vouches for that address; empty: the public ones do."""
 
 
@@ -231,6 +235,25 @@ def from_mapping(raw: Mapping[str, Any]) -> LaunchDocument:
     if problems:
         raise LaunchError(sorted(problems))
     return document
+
+
+def known_to(revision: int, raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The part of a document's parsed form that is to be sent to an image of `revision`, without keys that are newer or
+    empty by default anyway; and the newer ones that say something else than their default, as "backups.endpoint"."""
+    known: dict[str, Any] = {}
+    left_out: list[str] = []
+    tables = _types_of(LaunchDocument)
+    for name, table in raw.items():
+        if not isinstance(table, Mapping):
+            known[name] = table
+            continue
+        keys = {each.name: each for each in dataclasses.fields(tables[name])}
+        said = {each: value for each, value in table.items() if value not in ("", []) or keys[each].default is MISSING}
+        newer = [each for each in said if keys[each].metadata["since"] > revision]
+        left_out += [f"{name}.{each}" for each in newer if said[each] != keys[each].default]
+        if read := {each: value for each, value in said.items() if each not in newer}:
+            known[name] = read
+    return known, left_out
 
 
 def to_mapping(document: LaunchDocument) -> dict[str, Any]:

@@ -1,0 +1,139 @@
+"""How long nobody is answered while an image is replaced under a large database: rolled back, and upgraded again.
+
+    .venv/bin/python -m tests.bench.outage                     newest release to 3.12.0 and back, 10,000 runs and
+                                                               1,000,000 metric rows, on machines of the local cloud
+    .venv/bin/python -m tests.bench.outage --newer ami-… --older ami-… --runs 1000 --metrics 100000
+
+Outage: from the last 200 of the old machine to the first of the new one, asked ten times a second with a password, over
+HTTPS. The baseline is timed on the newer machine just before: `pg_dump | pg_restore` of the same database, custom
+format without compression, through a pipe into an empty database. Both rates are of all rows of all tables. Prints
+JSON; the story is on stderr. The server goes with its data at the end; images that were baked for it are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[2] / "scripts")]
+
+import drill  # noqa: E402
+import lock  # noqa: E402
+from local_cloud import LocalCloud  # noqa: E402
+from rehearsal import stack  # noqa: E402
+
+from tests.bench.carry_rate import FILL  # noqa: E402
+
+AS_POSTGRES = ("runuser", "-u", "postgres", "--")
+PSQL = (*AS_POSTGRES, "psql", "--host=/run/postgresql", "--no-psqlrc", "--quiet", "--tuples-only", "--no-align")
+COUNTED = ("runs", "metrics", "latest_metrics", "params", "tags")
+DUMP_AND_RESTORE = (
+    "set -eo pipefail; cd /; as='runuser -u postgres --'; at=--host=/run/postgresql; "
+    "$as createdb $at restored; "
+    "$as pg_dump $at --format=custom --compress=0 mlflow | $as pg_restore $at --dbname=restored; "
+    "$as dropdb $at restored"
+)
+
+
+def main() -> int:
+    options = arguments()
+    os.environ[stack.NAMED_BY] = drill.STACK
+    try:
+        with drill.alone(), drill.local_cloud(keep=False) as cloud:
+            newer, older = (drill.find_image(each, options.base) for each in (options.newer, options.older))
+            print(json.dumps(measure(cloud, newer, older, options), indent=2))
+    except drill.DrillFailed as failed:
+        drill.say(str(failed))
+        return failed.status
+    return 0
+
+
+def measure(cloud: LocalCloud, newer: str, older: str, options: argparse.Namespace) -> dict[str, Any]:
+    server, _ = drill.launch(newer, {})
+    instance = server["instance_id"]
+    drill.say(f"writing {options.runs:,} runs and {options.metrics:,} metric rows")
+    fill = FILL % {"runs": options.runs, "metrics": options.metrics}
+    query(cloud, instance, f"{fill}; VACUUM ANALYZE; CHECKPOINT")
+    before = counts(cloud, instance)
+    started = time.monotonic()
+    run(cloud, instance, ["bash", "-c", DUMP_AND_RESTORE])
+    baseline = time.monotonic() - started
+    query(cloud, instance, "CHECKPOINT")
+    drill.say(f"pg_dump | pg_restore: {baseline:.1f} s")
+    moves = []
+    for ami in (older, newer):
+        server, outage = drill.launch(ami, server)
+        instance = server["instance_id"]
+        after = counts(cloud, instance)
+        if after != before:
+            raise drill.DrillFailed(f"rows before {before}, after {after}: some were lost")
+        moves.append(
+            {
+                "to": server["mlflow_version"],
+                "outage_seconds": outage,
+                "database": drill.what_the_database_step_did(cloud, instance),
+                "step_seconds": step_seconds(cloud, instance),
+            }
+        )
+        drill.say(f"{moves[-1]['database']}: nobody was answered for {outage} s")
+    rows = sum(before.values())
+    return {
+        "rows": rows,
+        "dump_restore_seconds": round(baseline, 1),
+        "dump_restore_rows_per_second": round(rows / baseline),
+        "moves": moves,
+        "rollback_rate_ratio": round(baseline / moves[0]["step_seconds"], 2),
+    }
+
+
+def counts(cloud: LocalCloud, instance: str) -> dict[str, int]:
+    columns = ", ".join(f"(SELECT count(*) FROM {table})" for table in COUNTED)
+    found = query(cloud, instance, f"SELECT {columns}").strip().split("|")
+    return dict(zip(COUNTED, map(int, found), strict=True))
+
+
+def step_seconds(cloud: LocalCloud, instance: str) -> float:
+    """Of the whole database step: MLflow's start, the schema, the copy, verification and the flip."""
+    shown = ["systemctl", "show", "mlflow-host-database", "--property=ExecMainStartTimestampMonotonic"]
+    began = int(run(cloud, instance, shown).strip().split("=")[1])
+    shown[-1] = "--property=ExecMainExitTimestampMonotonic"
+    ended = int(run(cloud, instance, shown).strip().split("=")[1])
+    return round((ended - began) / 1e6, 1)
+
+
+def query(cloud: LocalCloud, instance: str, text: str) -> str:
+    return run(cloud, instance, [*PSQL, "--set=ON_ERROR_STOP=1", "--dbname=mlflow"], input=text)
+
+
+def run(cloud: LocalCloud, instance: str, command: Sequence[str], input: str | None = None) -> str:
+    done = cloud.exec(instance, command, input=input, timeout=600)
+    if done.returncode:
+        raise drill.DrillFailed(f"{command[0]} failed on the machine: {done.stderr.strip()}")
+    return str(done.stdout)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.outage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    newest = lock.locked_version(drill.LOCKED, "mlflow")
+    parser.add_argument("--newer", type=drill.image_argument, default=newest, help="an image or a release (newest)")
+    parser.add_argument("--older", type=drill.image_argument, default="3.12.0", help="an image or a release (3.12.0)")
+    parser.add_argument("--runs", type=int, default=10_000)
+    parser.add_argument("--metrics", type=int, default=1_000_000)
+    parser.add_argument("--base", default="debian12", help="source image for what is baked (%(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        drill.say("interrupted; nothing of it is left but images")
+        sys.exit(130)
