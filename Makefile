@@ -44,7 +44,7 @@ test-chaos: prepare-test ## kill the database step, PostgreSQL and the machine a
 	@$(ROOT) $(PYTEST) tests/chaos
 
 test-restore: prepare-test ## restore on a machine: after a lost volume, to any moment, from dumps, killed half-way
-	@$(ROOT) $(PYTEST) tests/journey/test_backups.py
+	@$(ROOT) $(PYTEST) tests/journey/test_backups.py tests/journey/test_postgresql_major.py
 
 .PHONY: lint lock bench
 lint: prepare-test ## ruff, mypy, shellcheck, packer fmt

@@ -432,6 +432,18 @@ def test_on_an_empty_volume_there_is_nothing_to_exchange_with(tmp_path: Path) ->
     assert [path.name for path in here.clusters.iterdir()] == ["15"]
 
 
+def test_the_cluster_of_another_major_is_kept_aside_once_data_has_moved(tmp_path: Path) -> None:
+    """An image of that major would otherwise start it again, and with it the data of before the move."""
+    here = place(tmp_path)
+    old, new = cluster(here.clusters / "13", OURS.began), cluster(here.work, NOW)
+    here.history.write(restore.FLIP, {"history": new.name, "kept": None, "note": {"value": "latest", "what": "w"}})
+    assert restore.finish(here) == "w"
+    aside = here.history.read(restore.RESTORED)["kept"]
+    assert aside.startswith("13.kept-")
+    assert repository.stanza_of(here.clusters / aside) == old
+    assert sorted(path.name for path in here.clusters.iterdir()) == [aside, "15"]
+
+
 def test_a_gap_in_the_log_is_not_taken_for_its_end() -> None:
     whole = Line(OURS, FIRST.bases, FIRST.until, f"{7:024X}")
     asked = listing.Chosen(whole, whole.bases[0], NOW)

@@ -189,7 +189,7 @@ def perform(place: Place, document: LaunchDocument, s: Step) -> str:
         s.say(f"restoring {chosen.described()}")
         note = {"value": document.backups.restore_from, "asked": value, "at": stamp(now), "what": chosen.described()}
         if chosen.dump:
-            kept = restore_dump(place, document, chosen, now, s.say)
+            kept = restore_dump(place, document, chosen, now, s.say) or set_aside_other_majors(place)
             history.write(RESTORED, {**note, "kept": kept})
         else:
             kept = restore_cluster(place, chosen, note, now, s.say)
@@ -251,7 +251,7 @@ def restore_cluster(
     assert stanza_now
     place.history.write(FLIP, {"history": stanza_now.name, "kept": kept, "note": {**note, "kept": kept}})
     finish(place)
-    return kept
+    return place.history.read(RESTORED).get("kept")
 
 
 def recover(place: Place, chosen: Chosen, fetch: list[str]) -> str:
@@ -318,10 +318,23 @@ def finish(place: Place) -> str | None:
     if place.work.exists() and decided["kept"]:
         place.work.rename(place.clusters / decided["kept"])
         durable.sync(place.clusters)
-    place.history.write(RESTORED, decided["note"])
+    note = decided["note"]
+    place.history.write(RESTORED, {**note, "kept": note.get("kept") or set_aside_other_majors(place)})
     place.history.forget(REQUEST)
     place.history.forget(FLIP)
     return str(decided["note"]["what"])
+
+
+def set_aside_other_majors(place: Place) -> str | None:
+    """After a move to this image's major the other one's cluster must not be taken for the data in service by an image
+    that could read it; what it is called then."""
+    kept = None
+    for path in place.clusters.iterdir():
+        if path.name.isdigit() and path != place.live:
+            kept = f"{path.name}.kept-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+            path.rename(place.clusters / kept)
+    durable.sync(place.clusters)
+    return kept
 
 
 def exchange(new: Path, live: Path) -> None:

@@ -1,0 +1,67 @@
+"""From one PostgreSQL major to the next: refused before anything is touched, then moved by dump and restore."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+from journey.test_backups import log, logged, shell
+from local_cloud import LocalCloud
+from rehearsal import stack
+from servers import client_of, destroy_server, launch_server, script
+
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def newer(cloud: LocalCloud) -> Mapping[str, Any]:
+    """An image of Debian 13, whose PostgreSQL is a major that Debian 12's is not."""
+    baked = script("bake.py", "--local", "--if-changed", "--base", "debian13", "--json")
+    return dict(json.loads(baked.stdout))
+
+
+@pytest.fixture(scope="module")
+def older(cloud: LocalCloud) -> Mapping[str, Any]:
+    return dict(json.loads(script("bake.py", "--local", "--if-changed", "--base", "debian12", "--json").stdout))
+
+
+@pytest.fixture
+def stack_of_our_own(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(stack.NAMED_BY, "major")
+    destroy_server(cloud)
+    yield
+    destroy_server(cloud)
+
+
+def test_a_move_to_another_major(
+    cloud: LocalCloud, older: Mapping[str, Any], newer: Mapping[str, Any], stack_of_our_own: None
+) -> None:
+    was, becomes = older["facts"]["postgresql_major"], newer["facts"]["postgresql_major"]
+    assert was != becomes
+    server = launch_server("--ami", older["ami_id"])
+    with client_of(server) as client:
+        log(client, "before-the-move")
+        before = logged(client)
+
+    refused = script("rehearse.py", "up", "--ami", newer["ami_id"], expect=2)
+    assert f"holds a cluster of PostgreSQL {was}, which it cannot read" in refused.stderr
+    with client_of(server) as client:
+        assert logged(client) == before
+    dump = shell(cloud, server, "mlflow-host-dump").split()[-1]
+
+    moved = launch_server("--ami", newer["ami_id"], "--set", f"restoreFrom={dump}")
+    with client_of(moved) as client:
+        assert logged(client) == before
+        log(client, "after-the-move")
+        after = logged(client)
+    clusters = shell(cloud, moved, "ls /srv/mlflow/postgresql").split()
+    assert str(becomes) in clusters and str(was) not in clusters
+    assert [name for name in clusters if name.startswith(f"{was}.kept-")]
+
+    # The older image does not serve what was kept aside as if nothing had been written since.
+    refused = script("rehearse.py", "up", "--ami", older["ami_id"], "--set", "restoreFrom=", expect=2)
+    assert f"holds a cluster of PostgreSQL {becomes}, which it cannot read" in refused.stderr
+    with client_of(launch_server("--ami", newer["ami_id"])) as client:
+        assert logged(client) == after
