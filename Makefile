@@ -42,7 +42,6 @@ test-security: prepare-test ## who gets in and what leaks: route walk, sandboxes
 	@$(ROOT) $(PYTEST) $(SECURITY)
 test-chaos: prepare-test ## kill the database step, PostgreSQL and the machine at random moments
 	@$(ROOT) $(PYTEST) tests/chaos
-
 test-restore: prepare-test ## restore on a machine: after a lost volume, to any moment, from dumps, killed half-way
 	@$(ROOT) $(PYTEST) tests/journey/test_backups.py tests/journey/test_postgresql_major.py
 

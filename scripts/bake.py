@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 import boto3
 import images
@@ -29,6 +29,7 @@ import lock
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from botocore.parsers import ResponseParserError
+from interrupts import end_like_ctrl_c, uninterrupted
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BUILDS = REPOSITORY / "build" / "bake"
@@ -642,19 +643,6 @@ def result(
     }
 
 
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done: it removes what would cost money."""
-    handlers = {
-        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def validate(arguments: argparse.Namespace) -> None:
     """Checks the template with Packer, offline; raises BakeRefused or BakeFailed."""
     packer = find_packer()
@@ -724,14 +712,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def interrupt(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    end_like_ctrl_c()
     clock = Clock()
     try:
         if arguments.validate:

@@ -39,11 +39,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lock
 from drilling.ledger import Ledger, leaves
 from drilling.reader import Reader, ReaderError
+from interrupts import end_like_ctrl_c, uninterrupted
 from local_cloud import LocalCloud, LocalCloudError
 from rehearsal import boot, stack, state
 from rehearsal.errors import RehearsalError
@@ -84,8 +85,7 @@ class Stop:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = read_arguments(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    end_like_ctrl_c()
     os.environ[stack.NAMED_BY] = STACK
     try:
         with alone(), local_cloud(keep=arguments.keep) as cloud:
@@ -317,22 +317,6 @@ def run_script(name: str, *arguments: str) -> dict[str, Any]:
         message = f"scripts/{name} failed (exit status {running.returncode}); the reason stands above"
         raise DrillFailed(message, running.returncode)
     return dict(json.loads(printed))
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def interrupt(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -89,6 +89,15 @@ def image(cloud: LocalCloud, base: str) -> Mapping[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def older_image(cloud: LocalCloud, base: str) -> str:
+    """The AMI with MLflow OLDER, baked again only if what goes into it changed."""
+    from servers import OLDER, script
+
+    baked = script("bake.py", "--local", "--if-changed", "--base", base, "--mlflow-version", OLDER, "--json")
+    return str(json.loads(baked.stdout)["ami_id"])
+
+
+@pytest.fixture(scope="session")
 def server(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
     """A server launched from `image` with the stack's defaults; its data is deleted at the end."""
     from servers import destroy_server, launch_server

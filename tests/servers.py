@@ -21,6 +21,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = REPOSITORY / "scripts"
 BUILD = REPOSITORY / "build"
 EXAMPLES = sorted((SCRIPTS / "examples").glob("*.py"))
+OLDER = "3.12.0"
+"""The release of MLflow that is upgraded from and rolled back to."""
 
 
 @dataclass(frozen=True)

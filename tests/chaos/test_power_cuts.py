@@ -24,39 +24,29 @@ from drilling.reader import Reader
 from local_cloud import LocalCloud, LocalCloudError
 from rehearsal import stack, state
 from rehearsal.status import client_environment
-from servers import SCRIPTS, script
+from servers import SCRIPTS, destroy_server, script
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 SEED = int(os.environ.get("MLFLOW_AMI_SEED") or random.randrange(1 << 32))
 CUTS = int(os.environ.get("MLFLOW_AMI_CUTS") or 6)
-OLDER = "3.12.0"
 STEP_SECONDS = 20
 """About what the database step takes here: a cut comes that long after its begin at the latest."""
-
-
-@pytest.fixture(scope="module")
-def images(cloud: LocalCloud, image: Mapping[str, Any], base: str) -> tuple[str, str]:
-    baked = script("bake.py", "--local", "--if-changed", "--base", base, "--mlflow-version", OLDER, "--json")
-    return str(json.loads(baked.stdout)["ami_id"]), str(image["ami_id"])
 
 
 @pytest.fixture
 def stack_of_our_own(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(stack.NAMED_BY, "power-cuts")
-    try:
-        yield
-    finally:
-        with stack.exclusive():
-            current = state.load(stack.state_path())
-            stack.destroy(cloud, stack.clients(cloud), current, say=print, done=lambda step: None)
+    destroy_server(cloud)
+    yield
+    destroy_server(cloud)
 
 
 def test_power_cuts_while_the_schema_changes_lose_nothing(
-    cloud: LocalCloud, images: tuple[str, str], stack_of_our_own: None
+    cloud: LocalCloud, image: Mapping[str, Any], older_image: str, stack_of_our_own: None
 ) -> None:
     chosen, ledger = random.Random(SEED), Ledger()
-    older, newer = images
+    older, newer = older_image, image["ami_id"]
     server = json.loads(script("rehearse.py", "up", "--ami", older, "--json").stdout)
     reader = Reader(Path(sys.executable), "", client_environment(server))
     try:

@@ -7,18 +7,9 @@ from typing import Any
 
 import pytest
 from local_cloud import LocalCloud
-from servers import script
+from servers import OLDER, script
 
 pytestmark = pytest.mark.machine
-
-OLDER = "3.12.0"
-
-
-@pytest.fixture(scope="session")
-def older_image(cloud: LocalCloud, base: str) -> str:
-    """The AMI with MLflow OLDER, baked again only if what goes into it changed."""
-    baked = script("bake.py", "--local", "--if-changed", "--base", base, "--mlflow-version", OLDER, "--json")
-    return str(json.loads(baked.stdout)["ami_id"])
 
 
 def test_a_drill_from_3_12_and_back_twice_loses_nothing(
