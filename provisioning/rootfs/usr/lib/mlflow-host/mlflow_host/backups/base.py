@@ -15,9 +15,12 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import psycopg2
+
 from mlflow_host import config
 from mlflow_host.backups.history import History, is_due, stamp, time_of
 from mlflow_host.backups.repository import EMPTY, BackupError, Repository, Stanza, archives, last_line, stanza_of
+from mlflow_host.schema.cluster import Cluster, connection, value
 
 FULL_EVERY = timedelta(days=7)
 
@@ -69,15 +72,18 @@ def take(
 
 
 def holds_nothing() -> bool:
-    """Whether the database in service is as it was made: then its backups are not what somebody means by the latest."""
-    from mlflow_host.schema.cluster import Cluster, connection, value
+    """Whether the database in service is as it was made: then its backups are not what somebody means by the latest.
 
+    Raises BackupError when PostgreSQL does not answer."""
     cluster = Cluster(host=str(config.POSTGRESQL_SOCKETS))
-    with connection(cluster, cluster.database) as opened:
-        for table, limit in (("runs", 0), ("registered_models", 0), ("trace_info", 0), ("experiments", 1)):
-            there = value(opened, "SELECT to_regclass(%s)::text", (f"public.{table}",))
-            if there and value(opened, f"SELECT count(*) FROM (SELECT 1 FROM {table} LIMIT 2) few") > limit:
-                return False
+    try:
+        with connection(cluster, cluster.database) as opened:
+            for table, limit in (("runs", 0), ("registered_models", 0), ("trace_info", 0), ("experiments", 1)):
+                there = value(opened, "SELECT to_regclass(%s)::text", (f"public.{table}",))
+                if there and value(opened, f"SELECT count(*) FROM (SELECT 1 FROM {table} LIMIT 2) few") > limit:
+                    return False
+    except psycopg2.Error as error:
+        raise BackupError(f"the database could not be looked at: {str(error).strip()}") from None
     return True
 
 
