@@ -12,6 +12,9 @@ while IFS= read -r -d '' file; do
   install -D -o root -g root -m "$mode" "$file" "/${file#./}"
 done < <(find . -type f -print0)
 
+# What nginx shows before a boot has begun is the page of a boot, with nothing done.
+/opt/mlflow/bin/python -m mlflow_host.status
+
 shipped() { find "$1" -maxdepth 1 -type f -name "$2" -printf '%f\n' 2>/dev/null | sort; }
 
 mapfile -t names < <(shipped usr/lib/sysusers.d '*.conf')

@@ -157,11 +157,14 @@ def publish(run: Path = RUN, page: Path = PAGE) -> None:
         status = read(run)
         with suppress(OSError, ValueError):
             status["backups"] = json.loads((web / "backups.json").read_text())
-        _write(web / "status.json", json.dumps({"error_code": "TEMPORARILY_UNAVAILABLE", **status}) + "\n")
-        if page.exists():
-            _write(web / "status.html", render(status, page.read_text()))
+        _write_pages(web / "status", status, page)
     finally:
         os.close(lock)
+
+
+def publish_first(share: Path) -> None:
+    """At bake: booting.json and booting.html beside the page, what nginx serves until a step of a boot has begun."""
+    _write_pages(share / "booting", read(share), share / PAGE.name)
 
 
 def render(status: dict[str, Any], page: str) -> str:
@@ -198,6 +201,12 @@ def last_backups(found: dict[str, Any]) -> list[str]:
     return [f"Backups: {', '.join(known)}"] * bool(known) + list(found.get("problems", []))
 
 
+def _write_pages(path: Path, status: dict[str, Any], page: Path) -> None:
+    _write(path.with_suffix(".json"), json.dumps({"error_code": "TEMPORARILY_UNAVAILABLE", **status}) + "\n")
+    if page.exists():
+        _write(path.with_suffix(".html"), render(status, page.read_text()))
+
+
 def _write(path: Path, content: str) -> None:
     """Replace a file whole, so that no reader sees half of it; readable by all."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -209,3 +218,7 @@ def _write(path: Path, content: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+if __name__ == "__main__":
+    publish_first(PAGE.parent)
