@@ -45,7 +45,7 @@ test-chaos: prepare-test ## kill the database step, PostgreSQL and the machine a
 test-restore: prepare-test ## restore on a machine: after a lost volume, to any moment, from dumps, killed half-way
 	@$(ROOT) $(PYTEST) tests/journey/test_backups.py tests/journey/test_postgresql_major.py
 
-.PHONY: lint lock bench
+.PHONY: lint lock bench audit
 lint: prepare-test ## ruff, mypy, shellcheck, packer fmt
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	@.venv/bin/mypy scripts infra provisioning/rootfs/usr/lib/mlflow-host
@@ -53,5 +53,7 @@ lint: prepare-test ## ruff, mypy, shellcheck, packer fmt
 	@packer fmt -check packer
 lock: prepare ## renew provisioning/requirements.lock
 	@$(PYTHON) scripts/lock.py
+audit: prepare ## packages of the newest image with known vulnerabilities, as far as the network allows
+	@$(PYTHON) scripts/audit.py
 bench: prepare-test ## speed and memory against a default mlflow server, as ratios
 	@$(PYTHON) -m tests.bench

@@ -245,7 +245,10 @@ def read(stack: Stack, version: int | None = None) -> tuple[dict[str, Any], int]
     with refusals(f"the parameter {name} cannot be read"):
         wanted = name if version is None else f"{name}:{version}"
         found = stack.ssm.get_parameter(Name=wanted, WithDecryption=True)["Parameter"]
-        return dict(json.loads(found["Value"])), int(found["Version"])
+        document = json.loads(found["Value"])
+    if not isinstance(document, dict):
+        raise Refused(f"the parameter {name} cannot be read: it is no JSON object")
+    return document, int(found["Version"])
 
 
 def write(stack: Stack, document: dict[str, Any], users: Users) -> int:

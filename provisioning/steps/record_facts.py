@@ -39,6 +39,13 @@ def deb_packages() -> dict[str, str]:
     return {name: version for status, name, version in rows if status.strip() in ("ii", "hi")}
 
 
+def deb_sources() -> dict[str, tuple[str, str]]:
+    """The source that each installed distribution package is built from, and its version; trackers know no other."""
+    form = "${db:Status-Abbrev}\t${Package}\t${source:Package}\t${source:Version}\n"
+    rows = [line.split("\t") for line in output("dpkg-query", "--show", "--showformat", form).splitlines()]
+    return {name: (source, version) for status, name, source, version in rows if status.strip() in ("ii", "hi")}
+
+
 def python_packages() -> dict[str, str]:
     """Name and version of every distribution in the server's environment, the boot package included."""
     found = metadata.distributions()
@@ -100,12 +107,18 @@ def facts() -> dict[str, Any]:
     }
 
 
-def bill_of_materials(image: dict[str, Any]) -> dict[str, Any]:
+def bill_of_materials(image: dict[str, Any], sources: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """The packages of image.json as CycloneDX has them, named by package URLs."""
     distribution, _, release = image["os"].partition(" ")
-    suffix = f"?distro={distribution}-{release}"
+
+    def suffix(name: str, version: str) -> str:
+        source, its = sources.get(name, (name, version))
+        # As other makers of bills write it: the version only where it is another.
+        upstream = "" if (source, its) == (name, version) else "&upstream=" + quote(source)
+        return f"?distro={distribution}-{release}{upstream}{'%40' + quote(its) if its != version else ''}"
+
     packages = [
-        *((name, version, f"pkg:deb/{distribution}/{quote(name)}@{quote(version)}{suffix}")
+        *((name, version, f"pkg:deb/{distribution}/{quote(name)}@{quote(version)}{suffix(name, version)}")
           for name, version in image["packages"]["deb"].items()),
         *((name, version, f"pkg:pypi/{quote(name)}@{quote(version)}")
           for name, version in image["packages"]["python"].items()),
@@ -129,7 +142,7 @@ def bill_of_materials(image: dict[str, Any]) -> dict[str, Any]:
 def main() -> int:
     DESTINATION.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     image = facts()
-    for path, content in ((DESTINATION, image), (BILL, bill_of_materials(image))):
+    for path, content in ((DESTINATION, image), (BILL, bill_of_materials(image, deb_sources()))):
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         path.chmod(0o644)
         print(f"record_facts: {path}, {path.stat().st_size} bytes")

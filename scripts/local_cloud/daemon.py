@@ -36,7 +36,7 @@ from moto.ec2.models import ec2_backends
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import BaseWSGIServer, make_server
 
-from local_cloud import ec2, file_systems, machines, namespaces, records, volumes
+from local_cloud import ec2, file_systems, machines, namespaces, permissions, records, volumes
 from local_cloud.ec2 import EmbodiedEC2
 from local_cloud.forward import raise_file_limit
 from local_cloud.instance_facts import describe
@@ -82,6 +82,10 @@ class Daemon:
         environ["wsgi.input"] = io.BytesIO(body)
         action, parameters = _parse(environ, body)
         with self.api:
+            if refused := self.roles.refusal(environ, permissions.read(environ, body, action, parameters)):
+                status, headers, text = permissions.answer(environ, refused)
+                start_response(status, [*headers, ("Content-Length", str(len(text)))])
+                return [text]
             ec2.call.parameters = parameters
             try:
                 answer = list(self.app(environ, start_response))

@@ -2,12 +2,14 @@
 
 A session is a token in the form SeaweedFS's own STS issues (a signed JWT; the keys follow from the session's id and
 the signing key), so the object store accepts it without being told, and holds its bearer to the role's policies, which
-the token carries. The same session is recorded in moto's STS, so that the APIs know who is asking.
+the token carries. The same session is recorded in moto's STS, so that the APIs know who is asking; what they may ask
+for is held to the role's policies before moto hears of it (permissions.py).
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import json
@@ -22,7 +24,7 @@ from moto.core.responses import BaseResponse
 from moto.iam.models import iam_backends
 from moto.sts.models import sts_backends
 
-from local_cloud import object_store
+from local_cloud import object_store, permissions
 from local_cloud.state import ACCOUNT, Allotment, Places
 
 VALID_SECONDS = 6 * 3600
@@ -68,6 +70,28 @@ class Roles:
             "Expiration": _timestamp(session.issued + VALID_SECONDS),
         }
 
+    def refusal(self, environ: Mapping[str, Any], request: permissions.Request) -> permissions.Denial | None:
+        """Why a request made with a role's credentials is not answered; None for what the role's policies, as they
+        are now, allow, and for requests with keys that do not expire, which are the account owner's."""
+        access_key, token = permissions.credential_scope(environ)[0], str(environ.get("HTTP_X_AMZ_SECURITY_TOKEN", ""))
+        if not token and not access_key.startswith("ASIA"):
+            return None
+        caller = self._caller(access_key, token)
+        role = None if caller is None else _role_named(caller.split("/")[-2])
+        if caller is None or role is None:
+            return permissions.unknown_caller(request.service)
+        return permissions.denial(request, caller, policy_documents(role))
+
+    def _caller(self, access_key: str, token: str) -> str | None:
+        """The assumed role behind credentials that are good now: a session of an instance, or one by AssumeRole."""
+        with contextlib.suppress(ValueError, KeyError):
+            claims = _verified(token, self.signing_key)
+            good = claims["nbf"] <= time.time() < claims["exp"] and access_key == _access_key(claims["sid"])
+            return str(claims["assumed"]) if good else None
+        sts: Any = sts_backends[ACCOUNT]["aws"]
+        record = sts.get_assumed_role_from_access_key(access_key)
+        return str(record.arn) if record is not None and record.session_token == token else None
+
     def _open(self, instance: str, role: Any, policies: str) -> Session:
         session = mint(self.signing_key, instance, role.arn, policies)
         sts: Any = sts_backends[ACCOUNT]["aws"]
@@ -103,10 +127,10 @@ def mint(signing_key: bytes, name: str, role_arn: str, policy: str) -> Session:
         "max_dur": VALID_SECONDS,
     }
     signed = _encode({"alg": "HS256", "typ": "JWT"}) + b"." + _encode(claims)
-    signature = hmac.new(signing_key, signed, hashlib.sha256).digest()
+    signature = _signature(signed, signing_key)
     secret = hmac.new(signing_key, f"secret-key:{identifier}".encode(), hashlib.sha256).digest()
     return Session(
-        access_key="ASIA" + hashlib.sha256(f"access-key:{identifier}".encode()).hexdigest()[:16],
+        access_key=_access_key(identifier),
         secret_key=base64.b64encode(secret).decode(),
         token=(signed + b"." + _unpadded(signature)).decode(),
         issued=now,
@@ -139,6 +163,28 @@ def s3_policy(documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     if not statements:
         statements = [{"Effect": "Deny", "Action": ["s3:*"], "Resource": ["*"]}]
     return {"Version": "2012-10-17", "Statement": statements}
+
+
+def _access_key(session: str) -> str:
+    return "ASIA" + hashlib.sha256(f"access-key:{session}".encode()).hexdigest()[:16]
+
+
+def _role_named(name: str) -> Any:
+    iam: Any = iam_backends[ACCOUNT]["aws"]
+    return next((role for role in iam.roles.values() if role.name == name), None)
+
+
+def _verified(token: str, signing_key: bytes) -> dict[str, Any]:
+    """What a token of ours claims. Raises ValueError for any other."""
+    signed, _, signature = token.encode().rpartition(b".")
+    if not hmac.compare_digest(_unpadded(_signature(signed, signing_key)), signature):
+        raise ValueError("not signed here")
+    claims: dict[str, Any] = json.loads(base64.urlsafe_b64decode(signed.partition(b".")[2] + b"=="))
+    return claims
+
+
+def _signature(signed: bytes, signing_key: bytes) -> bytes:
+    return hmac.new(signing_key, signed, hashlib.sha256).digest()
 
 
 def _encode(value: Mapping[str, Any]) -> bytes:

@@ -76,7 +76,7 @@ def test_interrupted_bake_leaves_nothing(cloud: LocalCloud, line: str, number: s
 
 @pytest.mark.slow
 def test_killed_bake_leaves_nothing(cloud: LocalCloud) -> None:
-    """Then nobody but Packer can clean up: the kernel interrupts it for us, and it goes on writing its log."""
+    """Then nobody but Packer can clean up: a watcher that outlives us interrupts it, and it goes on writing its log."""
     cloud.source_ami("debian12")
     ec2 = cloud.client("ec2")
     before = traces(ec2)

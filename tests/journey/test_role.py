@@ -1,7 +1,7 @@
-"""What the machine's role may do with the buckets, by the very credentials that the machine is given.
+"""What the machine's role may do, by the very credentials that the machine is given.
 
-The object store holds each session to the policy that the stack wrote. What Systems Manager and the other services
-would allow is tested against the same policy in tests/stack/test_permissions.py.
+The object store and the local cloud's APIs hold each session to the policy that the stack wrote, as it is at that
+moment; tests/stack/test_permissions.py looks at the policy itself.
 """
 
 from __future__ import annotations
@@ -31,19 +31,24 @@ print(ask("meta-data/iam/security-credentials/" + role, **known))
 
 
 @pytest.fixture(scope="module")
-def role(server: Server, cloud: LocalCloud) -> Any:
-    """An S3 client that signs with the machine's role."""
+def given(server: Server, cloud: LocalCloud) -> dict[str, str]:
+    """What the machine's metadata service gives it to sign with."""
     done = cloud.exec(server.instance_id, ["python3", "-c", ASK])
     assert done.returncode == 0, done.stderr
-    given = json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    names = {"aws_access_key_id": "AccessKeyId", "aws_secret_access_key": "SecretAccessKey"}
+    return {ours: found[theirs] for ours, theirs in {**names, "aws_session_token": "Token"}.items()}
+
+
+@pytest.fixture(scope="module")
+def role(cloud: LocalCloud, given: dict[str, str]) -> Any:
+    """An S3 client that signs with the machine's role."""
     return boto3.client(
         "s3",
         endpoint_url=cloud.s3_endpoint,
         region_name=cloud.region,
-        aws_access_key_id=given["AccessKeyId"],
-        aws_secret_access_key=given["SecretAccessKey"],
-        aws_session_token=given["Token"],
         config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 1}),
+        **given,
     )
 
 
@@ -93,11 +98,132 @@ def test_role_does_nothing_else(server: Server, cloud: LocalCloud, role: Any, el
         "delete elsewhere": lambda: role.delete_object(**there, Key="secret"),
         "copy from elsewhere": lambda: role.copy_object(**bucket, Key="a", CopySource=f"{elsewhere}/secret"),
     }
-    answers = {what: refusal(call) for what, call in denied.items()}
-    assert {what: answer for what, answer in answers.items() if answer != "AccessDenied"} == {}
+    assert allowed_of(denied) == {}
     assert owner.get_object(Bucket=backups, Key="a-backup", VersionId=version)["Body"].read() == b"kept"
     assert owner.get_bucket_versioning(Bucket=backups)["Status"] == "Enabled"
     owner.delete_object(Bucket=backups, Key="a-backup", VersionId=version)
+
+
+@pytest.fixture
+def secret_of_another_stack(cloud: LocalCloud) -> Any:
+    """A parameter that lies beside the stack's own."""
+    ssm, name = cloud.client("ssm"), "/mlflow-ami/of-another/credentials"
+    ssm.put_parameter(Name=name, Value="secret", Type="SecureString")
+    yield name
+    ssm.delete_parameter(Name=name)
+
+
+def test_role_reads_its_credentials_and_no_other_parameter(
+    server: Server, cloud: LocalCloud, given: dict[str, str], secret_of_another_stack: str
+) -> None:
+    ssm, own = cloud.client("ssm", **given), parameter_of(cloud, "credentials")
+    assert json.loads(ssm.get_parameter(Name=own, WithDecryption=True)["Parameter"]["Value"])["users"]
+    other = secret_of_another_stack
+    document = {"DocumentName": "AWS-RunShellScript", "InstanceIds": [server.instance_id]}
+    denied = {
+        "read another": lambda: ssm.get_parameter(Name=other, WithDecryption=True),
+        "read another by its ARN": lambda: ssm.get_parameter(Name=arn_of(cloud, other), WithDecryption=True),
+        "read both": lambda: ssm.get_parameters(Names=[own, other]),
+        "read what is below": lambda: ssm.get_parameters_by_path(Path="/mlflow-ami", Recursive=True),
+        "read what was": lambda: ssm.get_parameter_history(Name=own),
+        "list": lambda: ssm.describe_parameters(),
+        "write its own": lambda: ssm.put_parameter(Name=own, Value="{}", Overwrite=True),
+        "write another": lambda: ssm.put_parameter(Name=other, Value="mine", Overwrite=True),
+        "make one": lambda: ssm.put_parameter(Name=f"{own}-new", Value="mine", Type="String"),
+        "delete its own": lambda: ssm.delete_parameter(Name=own),
+        "delete both": lambda: ssm.delete_parameters(Names=[own, other]),
+        "tag it": lambda: ssm.add_tags_to_resource(
+            ResourceType="Parameter", ResourceId=own, Tags=[{"Key": "a", "Value": "b"}]
+        ),
+        "run a command": lambda: ssm.send_command(**document),
+    }
+    assert allowed_of(denied) == {}
+    owner = cloud.client("ssm")
+    assert owner.get_parameter(Name=other, WithDecryption=True)["Parameter"]["Value"] == "secret"
+    assert owner.get_parameter(Name=own, WithDecryption=True)["Parameter"]["Value"] != "{}"
+
+
+def test_role_publishes_the_authority_and_does_not_delete_it(cloud: LocalCloud, given: dict[str, str]) -> None:
+    ssm, name = cloud.client("ssm", **given), parameter_of(cloud, "certificate-authority")
+    published = cloud.client("ssm").get_parameter(Name=name)["Parameter"]["Value"]
+    ssm.put_parameter(Name=name, Value=published, Overwrite=True)
+    assert refusal(lambda: ssm.delete_parameter(Name=name)) in DENIED
+
+
+def test_role_reaches_no_machine_no_role_and_no_other_service(
+    server: Server, cloud: LocalCloud, given: dict[str, str]
+) -> None:
+    ec2, iam, sts = (cloud.client(each, **given) for each in ("ec2", "iam", "sts"))
+    caller = sts.get_caller_identity()["Arn"]
+    role = caller.split("/")[1]
+    machine, anything = {"InstanceId": server.instance_id}, {"Version": "2012-10-17", "Statement": []}
+    open_policy = json.dumps({**anything, "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]})
+    denied = {
+        "see machines": lambda: ec2.describe_instances(),
+        "see volumes": lambda: ec2.describe_volumes(),
+        "read user-data": lambda: ec2.describe_instance_attribute(**machine, Attribute="userData"),
+        "change user-data": lambda: ec2.modify_instance_attribute(**machine, UserData={"Value": b"x"}),
+        "allow IMDSv1": lambda: ec2.modify_instance_metadata_options(**machine, HttpTokens="optional"),
+        "end itself": lambda: ec2.terminate_instances(InstanceIds=[server.instance_id]),
+        "launch": lambda: ec2.run_instances(ImageId=server.ami_id, MinCount=1, MaxCount=1),
+        "make an image": lambda: ec2.create_image(**machine, Name="mine"),
+        "open the network": lambda: ec2.authorize_security_group_ingress(
+            GroupId="sg-0", IpProtocol="tcp", FromPort=22, ToPort=22, CidrIp="0.0.0.0/0"
+        ),
+        "delete the volume": lambda: ec2.delete_volume(VolumeId="vol-0"),
+        "copy the volume": lambda: ec2.create_snapshot(VolumeId="vol-0"),
+        "see who there is": lambda: iam.list_users(),
+        "make a user": lambda: iam.create_user(UserName="mine"),
+        "see its own rights": lambda: iam.list_role_policies(RoleName=role),
+        "widen its own rights": lambda: iam.put_role_policy(
+            RoleName=role, PolicyName="mine", PolicyDocument=open_policy
+        ),
+        "take a managed policy": lambda: iam.attach_role_policy(
+            RoleName=role, PolicyArn="arn:aws:iam::aws:policy/AdministratorAccess"
+        ),
+        "take a role": lambda: sts.assume_role(RoleArn=f"arn:aws:iam::123456789012:role/{role}", RoleSessionName="x"),
+        "federate": lambda: sts.get_federation_token(Name="mine"),
+    }
+    others = {
+        "cloudwatch": ["list_metrics", "describe_alarms"],
+        "kms": ["list_keys"],
+        "logs": ["describe_log_groups"],
+        "route53": ["list_hosted_zones"],
+        "secretsmanager": ["list_secrets"],
+    }
+    for service, operations in others.items():
+        client = cloud.client(service, **given)
+        denied |= {f"{service} {operation}": getattr(client, operation) for operation in operations}
+    assert allowed_of(denied) == {}
+    assert role in caller and server.instance_id in caller
+    assert cloud.client("iam").list_role_policies(RoleName=role)["PolicyNames"] != []
+
+
+def test_credentials_that_were_tampered_with_are_nobodys(cloud: LocalCloud, given: dict[str, str]) -> None:
+    token = given["aws_session_token"]
+    for wrong in ({"aws_session_token": token[:-8] + "AAAAAAAA"}, {"aws_session_token": "x"}):
+        ssm = cloud.client("ssm", **{**given, **wrong})
+        assert refusal(lambda ssm=ssm: ssm.describe_parameters()) == "UnrecognizedClientException"
+
+
+def parameter_of(cloud: LocalCloud, kind: str) -> str:
+    """The name of one of the stack's parameters."""
+    found = cloud.client("ssm").describe_parameters()["Parameters"]
+    [name] = [str(each["Name"]) for each in found if str(each["Name"]).endswith(f"/rehearsal/{kind}")]
+    return name
+
+
+def arn_of(cloud: LocalCloud, name: str) -> str:
+    return f"arn:aws:ssm:{cloud.region}:123456789012:parameter{name}"
+
+
+DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
+
+
+def allowed_of(calls: dict[str, Any]) -> dict[str, str]:
+    """Which of these calls are not refused for want of permission, and what they say."""
+    answers = {what: refusal(call) for what, call in calls.items()}
+    return {what: answer for what, answer in answers.items() if answer not in DENIED}
 
 
 def refusal(call: Any) -> str:

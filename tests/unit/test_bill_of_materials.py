@@ -15,9 +15,14 @@ IMAGE = {
     "git_commit": "0" * 40,
     "os": "debian 12",
     "packages": {
-        "deb": {"nginx-light": "1.22.1-9+deb12u3", "libstdc++6": "1:12.2.0-14"},
+        "deb": {"nginx-light": "1.22.1-9+deb12u3", "libstdc++6": "1:12.2.0-14", "zstd": "1.5.4"},
         "python": {"mlflow": "3.17.2"},
     },
+}
+SOURCES = {
+    "nginx-light": ("nginx", "1.22.1-9+deb12u3"),
+    "libstdc++6": ("gcc-12", "12.2.0-14"),
+    "zstd": ("zstd", "1.5.4"),
 }
 
 
@@ -27,18 +32,19 @@ def bill() -> dict[str, Any]:
     assert spec and spec.loader
     step = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(step)
-    made: dict[str, Any] = step.bill_of_materials(IMAGE)
+    made: dict[str, Any] = step.bill_of_materials(IMAGE, SOURCES)
     return made
 
 
 def test_packages_have_the_urls_that_databases_know_them_by(bill: dict[str, Any]) -> None:
-    """Package URL specification: epoch and plus sign are percent-encoded."""
+    """Package URL specification: epoch and plus sign are percent-encoded; a package's source where it is another."""
     assert [each["purl"] for each in bill["components"]] == [
-        "pkg:deb/debian/nginx-light@1.22.1-9%2Bdeb12u3?distro=debian-12",
-        "pkg:deb/debian/libstdc%2B%2B6@1%3A12.2.0-14?distro=debian-12",
+        "pkg:deb/debian/nginx-light@1.22.1-9%2Bdeb12u3?distro=debian-12&upstream=nginx",
+        "pkg:deb/debian/libstdc%2B%2B6@1%3A12.2.0-14?distro=debian-12&upstream=gcc-12%4012.2.0-14",
+        "pkg:deb/debian/zstd@1.5.4?distro=debian-12",
         "pkg:pypi/mlflow@3.17.2",
     ]
-    assert len({each["bom-ref"] for each in bill["components"]}) == 3
+    assert len({each["bom-ref"] for each in bill["components"]}) == 4
 
 
 def test_document_is_cyclonedx(bill: dict[str, Any]) -> None:

@@ -172,6 +172,10 @@ def test_parameter_that_is_not_there_or_cannot_be_used_is_told(
     stack.ssm.put_parameter(Name=NAME, Type="SecureString", Value="nonsense", Overwrite=True)
     assert users.main(["add", "ada"]) == 2
     assert "it is not JSON" in capsys.readouterr().err
+    for value in ("5", "null", '["users"]', '"text"'):
+        stack.ssm.put_parameter(Name=NAME, Type="SecureString", Value=value, Overwrite=True)
+        assert users.main(["list"]) == 2
+        assert capsys.readouterr().err == f"users: the parameter {NAME} cannot be read: it is no JSON object\n"
     stack.ssm.delete_parameter(Name=NAME)
     assert users.main(["list"]) == 2
     assert "ParameterNotFound" in capsys.readouterr().err
