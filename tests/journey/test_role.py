@@ -181,7 +181,9 @@ def test_role_reaches_no_machine_no_role_and_no_other_service(
         "take a managed policy": lambda: iam.attach_role_policy(
             RoleName=role, PolicyArn="arn:aws:iam::aws:policy/AdministratorAccess"
         ),
-        "take a role": lambda: sts.assume_role(RoleArn=f"arn:aws:iam::123456789012:role/{role}", RoleSessionName="x"),
+        "take a role": lambda: sts.assume_role(
+            RoleArn=f"arn:aws:iam::123456789012:role/{role}", RoleSessionName="mine"
+        ),
         "federate": lambda: sts.get_federation_token(Name="mine"),
     }
     others = {

@@ -128,8 +128,9 @@ class Site:
             assert time.monotonic() < ends, "nginx goes on as before"
             time.sleep(0.05)
 
-    def connection(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+    def connection(self, source: str | None = None) -> http.client.HTTPConnection:
+        where = None if source is None else (source, 0)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=20, source_address=where)
 
     def ask(
         self,
@@ -138,13 +139,14 @@ class Site:
         method: str = "GET",
         user: str | None = "ada:correct horse",
         host: str = HOST,
+        source: str | None = None,
         **headers: str,
     ) -> tuple[int, dict[str, str], bytes]:
         """Status, headers (names in lower case) and body. Underscores in header names stand for hyphens."""
         sent = {"Host": host} | {name.replace("_", "-"): value for name, value in headers.items()}
         if user:
             sent["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
-        connection = self.connection()
+        connection = self.connection(source)
         connection.request(method, path, headers=sent)
         answer = connection.getresponse()
         return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
@@ -179,9 +181,10 @@ def shipped(folder: Path, port: int) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(moved(source.read_text()))
     shutil.copy("/etc/nginx/mime.types", folder / "etc/nginx/mime.types")
-    for name in ("run/mlflow-host/nginx", "run/mlflow-host/web", "run/mlflow-host/status", "run/mlflow", "run/nginx",
-                 "var/log/nginx"):  # fmt: skip
+    for name in ("run/mlflow-host/nginx", "run/mlflow-host/web", "run/mlflow-host/status", "run/mlflow-host/logins",
+                 "run/mlflow", "run/nginx", "var/log/nginx"):  # fmt: skip
         (folder / name).mkdir(parents=True)
+    shutil.chown(folder / "run/mlflow-host/logins", "www-data", "www-data")
     run = folder / "run/mlflow-host"
     status.publish(run, folder / "usr/share/mlflow-host/page.html")
     starting = folder / "usr/share/mlflow-host/starting.conf"
@@ -428,6 +431,29 @@ def test_guessing_is_slowed_down_for_the_one_name_and_address(site: Site) -> Non
         assert site.ask("/", user=user)[0] == 200
     time.sleep(2.1)
     assert site.ask("/", user="ada:correct horse")[0] == 200
+
+
+def test_guessing_through_many_names_ends_and_who_logged_in_before_does_not_notice(site: Site) -> None:
+    assert site.ask("/", user="will:writes")[0] == 200
+    codes = [site.ask("/", user=f"guess-{n}:password")[0] for n in range(110)]
+    assert codes[:100] == [401] * 100 and codes[103:] == [429] * 7
+    code, headers, body = site.ask("/", user="ada:correct horse")
+    assert (code, headers["retry-after"]) == (429, "30"), "a right guess would give itself away"
+    assert b"from this address" in body
+    assert [request[1] for request in site.asked()] == ["/"]
+    assert {site.ask("/", user="will:writes")[0] for _ in range(50)} == {200}
+    assert site.ask("/", user="will:wrong")[0] == 401, "a known name is held to its own limit"
+    assert site.ask("/", user="ada:correct horse", source="127.0.0.2")[0] == 200
+
+
+@pytest.mark.parametrize("name", ["../nginx", "..", "?", "", "a/b", "will wrong", "will\x00", "wi\nll", "é"])
+def test_no_name_makes_a_stranger_known(name: str, site: Site) -> None:
+    """A name becomes part of a path, below which a file says that it has logged in before."""
+    assert site.ask("/", user="will:writes")[0] == 200
+    codes = {site.ask("/", user=f"{name}:writes")[0] for _ in range(102)}
+    assert codes == {401, 429}
+    assert site.ask("/", user="ada:correct horse")[0] == 429
+    assert [path.name for path in (site.run / "logins").iterdir()] == ["127.0.0.1 will"]
 
 
 def test_right_logins_and_missing_ones_are_never_too_many(site: Site) -> None:
