@@ -253,6 +253,14 @@ def facts_true() -> Iterator[str]:
         yield f"image.json says PostgreSQL {facts.get('postgresql_major')}, but there is no {server}"
 
 
+def blank_true() -> Iterator[str]:
+    """The empty database that a first boot and a rollback start from is of the schema that image.json names."""
+    command = ("pg_restore", "--data-only", "--table=alembic_version", "--file=-", str(SHARE / "blank.dump"))
+    said, wanted = output(*command), json.loads((SHARE / "image.json").read_text(encoding="utf-8"))["migration_head"]
+    if wanted not in said.split():
+        yield f"{SHARE / 'blank.dump'} is not an empty database at migration {wanted}"
+
+
 CHECKS: tuple[Callable[[], Iterator[str]], ...] = (
     no_cluster,
     no_identity,
@@ -264,6 +272,7 @@ CHECKS: tuple[Callable[[], Iterator[str]], ...] = (
     environment_as_locked,
     owned_by_root,
     facts_true,
+    blank_true,
 )
 
 

@@ -32,5 +32,10 @@ systemd-analyze verify --recursive-errors=no "${names[@]/#//usr/lib/systemd/syst
 # MLflow's application is started as the boot will start it, once, on a database of its own.
 /opt/mlflow/bin/python -m mlflow_host.server --check
 
+# The schema that this release builds, so that no boot runs its migrations for an empty database.
+(cd / && runuser -u postgres -- /opt/mlflow/bin/python -m mlflow_host.schema.blank /tmp/mlflow-host-blank.dump)
+install -o root -g root -m 0644 /tmp/mlflow-host-blank.dump /usr/share/mlflow-host/blank.dump
+rm /tmp/mlflow-host-blank.dump
+
 # What a reader may POST follows from this release's own routes; one that nobody has classified ends the bake here.
 /opt/mlflow/bin/python -W ignore -m mlflow_host.routes --write /usr/share/mlflow-host/reader-posts.map

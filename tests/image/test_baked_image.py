@@ -186,7 +186,7 @@ def test_without_a_launch_document_the_reason_is_told(machine: Machine) -> None:
 def test_cleaned_machine_passes_every_check(cleaned: Machine) -> None:
     done = cleaned.run_step("assert_image.py")
     assert done.returncode == 0, done.stderr
-    assert "10 checks, 0 found wrong" in done.stdout
+    assert "11 checks, 0 found wrong" in done.stdout
 
 
 @dataclass(frozen=True)
@@ -456,6 +456,13 @@ DEFECTS = (
         "sed -i.kept '/migration_count/d' /usr/share/mlflow-host/image.json",
         "cd /usr/share/mlflow-host && mv image.json.kept image.json",
         "image.json says migration_count = None",
+    ),
+    Defect(
+        "an empty database of no schema",
+        "blank_true",
+        "cd /usr/share/mlflow-host && mv blank.dump /var/tmp/ && echo nothing >blank.dump",
+        "mv /var/tmp/blank.dump /usr/share/mlflow-host/",
+        "blank.dump is not an empty database at migration",
     ),
 )
 

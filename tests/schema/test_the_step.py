@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from mlflow_host import database
-from mlflow_host.schema import dumping, flipping, record
+from mlflow_host.schema import blank, dumping, flipping, record
 from mlflow_host.schema.cluster import (
     Cluster,
     command,
@@ -248,6 +249,49 @@ def test_a_half_dropped_database_and_a_report_that_never_came_true_are_cleared(a
     assert not list(settings.reports.glob("*.pending"))
 
 
+@pytest.fixture(scope="module")
+def empty(made: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What the bake of an image with the older release writes."""
+    file = tmp_path_factory.mktemp("bake") / "blank.dump"
+    cluster = replace(made.cluster, database="blank")
+    assert blank.make(cluster, image(OLDER), file) == image(OLDER).head
+    yield file
+    drop(made.cluster, "blank")
+
+
+def test_a_first_database_comes_from_the_bake_and_is_what_mlflow_builds(
+    made: PrivateCluster, at: At, empty: Path, tmp_path: Path
+) -> None:
+    cluster, began = made.cluster, time.time() * 1000
+    nowhere = replace(image(OLDER), python=Path("/nowhere/python"))
+    assert "create" in database.bring(database.Settings(cluster, nowhere, tmp_path, None, empty), print)
+    assert _schema(cluster, cluster.database) == _schema(cluster, OLDER)
+    query = "SELECT experiment_id, name, artifact_location, lifecycle_stage FROM experiments"
+    assert _answer(cluster, cluster.database, query) == _answer(cluster, OLDER, query)
+    ((created,),) = _answer(cluster, cluster.database, "SELECT creation_time FROM experiments")
+    assert created >= int(began)
+
+
+def test_a_rollback_fills_the_schema_of_the_bake(at: At, empty: Path) -> None:
+    settings = replace(at(NEWER, OLDER), blank=empty)
+    cluster = settings.cluster
+    query = "SELECT count(*), max(value) FROM experiment_tags"
+    with connection(cluster, cluster.database) as opened:
+        run(opened, FILL)
+    before = _answer(cluster, cluster.database, query)
+    assert "carry back" in database.bring(settings, print)
+    assert _schema(cluster, cluster.database) == _schema(cluster, OLDER)
+    assert _answer(cluster, cluster.database, query) == before != [(0, None)]
+
+
+def test_a_bake_that_built_another_schema_is_refused(at: At, empty: Path) -> None:
+    settings = replace(at(NEWER, OLDER), blank=empty)
+    drop(settings.cluster, settings.cluster.database)
+    wrong = replace(settings, image=replace(settings.image, head="0123456789ab"))
+    with pytest.raises(StepFailed, match="the image is not what it says"):
+        database.bring(wrong, print)
+
+
 @pytest.mark.slow
 def test_a_chain_of_rollbacks_comes_back_link_by_link(on_the_way: Journey) -> None:
     """Newest, back twice, forward to the middle, back again, forward to the newest: writes at every stop."""
@@ -257,6 +301,15 @@ def test_a_chain_of_rollbacks_comes_back_link_by_link(on_the_way: Journey) -> No
     with connection(on_the_way.cluster) as opened:
         found = record.read(opened, on_the_way.cluster.database)
     assert found and found.waiting == () and found.mlflow_version == newest
+
+
+def _schema(cluster: Cluster, name: str) -> list[str]:
+    """As pg_dump words it, owners included, but for casts: PostgreSQL words those of a list anew once it was dumped."""
+    command = [cluster.program("pg_dump"), "--schema-only", *cluster.arguments, name]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = [re.sub(r"::(text|character varying)|\[\]|[()]", "", line) for line in said.splitlines()]
+    # Each dump has a random word of its own in these.
+    return [line for line in lines if not line.startswith(("\\restrict", "\\unrestrict"))]
 
 
 def _objects(bucket: dumping.Bucket) -> list[str]:

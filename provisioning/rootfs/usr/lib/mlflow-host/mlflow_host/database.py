@@ -30,11 +30,12 @@ from typing import Any
 import psycopg2
 from psycopg2 import errors, sql
 
-from mlflow_host.schema import dumping, flipping, record, reporting
+from mlflow_host.schema import blank, dumping, flipping, record, reporting
 from mlflow_host.schema.catalog import BOOKKEEPING, head, read_catalog
 from mlflow_host.schema.cluster import (
     WORK,
     Cluster,
+    accepts,
     connection,
     copy_whole,
     create_empty,
@@ -75,6 +76,8 @@ class Settings:
     reports: Path
     dump: dumping.Dumper | None
     """None where there is no bucket to dump to (tests only)."""
+    blank: Path | None = None
+    """An empty database of the image's schema, as a dump; None has MLflow build one (tests only)."""
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
 
 
@@ -127,7 +130,8 @@ def from_machine() -> Settings:
         mlflow_version=facts["mlflow_version"],
         image_version=facts["image_version"],
     )
-    return Settings(cluster, image, config.DATA / "reports", dumping.into(cluster, repository.bucket(host.launch)))
+    dumper = dumping.into(cluster, repository.bucket(host.launch))
+    return Settings(cluster, image, config.DATA / "reports", dumper, blank.FILE)
 
 
 class BrokeOff(StepFailed):
@@ -157,7 +161,7 @@ def returns(cluster: Cluster, seconds: float) -> bool:
     """Whether PostgreSQL accepts connections within that time."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
-        with suppress(psycopg2.OperationalError), connection(cluster):
+        if accepts(cluster):
             return True
         time.sleep(0.2)
     return False
@@ -179,7 +183,7 @@ def bring(settings: Settings, say: Say) -> str:
         ) from error
     except psycopg2.OperationalError as error:
         raise broke_off(error) from error
-    except (psycopg2.Error, CarryError, ReleaseError, ValueError) as error:
+    except (psycopg2.Error, CarryError, ReleaseError, dumping.DumpError, ValueError) as error:
         raise StepFailed(
             f"the database could not be brought to MLflow {settings.image.mlflow_version}: {sentence(error)}; it is "
             "untouched: pin the image that served it last, and report this with the journal of this machine"
@@ -198,6 +202,8 @@ def bring_alone(settings: Settings, say: Say) -> str:
         keep_record(settings, state)
         return f"the database is at this image's schema ({state.head}, MLflow {settings.image.mlflow_version})"
     try:
+        if action == "create" and settings.blank:
+            return create(settings, state, settings.blank, say)
         return change(settings, state, action, say)
     except BaseException:
         with suppress(psycopg2.Error):
@@ -308,6 +314,19 @@ def own_record(settings: Settings, waiting: tuple[Waiting, ...]) -> Record:
     return Record(image.head, image.count, image.mlflow_version, image.image_version, at, waiting)
 
 
+def create(settings: Settings, state: State, empty: Path, say: Say) -> str:
+    """The first database of a stack, which MLflow built and opened when the image was baked."""
+    say(f"creating the database of MLflow {settings.image.mlflow_version}")
+    clock, work = Clock(), f"{WORK}successor"
+    blank.load(settings.cluster, work, empty, settings.now())
+    with connection(settings.cluster, work) as opened:
+        check_head(head(opened), settings.image)
+    clock.lap("create")
+    report = describe(settings, state, "create", Built(work), None, {}, clock, settings.now())
+    put_in_service(settings, state, work, own_record(settings, ()), "", report, say)
+    return report.summary()
+
+
 def change(settings: Settings, state: State, action: str, say: Say) -> str:
     """Dump, build the successor, verify it, flip, tidy. The work of `bring` when heads differ."""
     cluster, now = settings.cluster, settings.now()
@@ -341,23 +360,7 @@ def change(settings: Settings, state: State, action: str, say: Say) -> str:
         answers = verify(cluster, built.database, mlflow, settings.image.head)
         clock.lap("verify")
     replaced = flipping.kept_name(cluster, state.head, now)
-    report = Report(
-        action=action,
-        at=now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        from_head=state.head,
-        to_head=settings.image.head,
-        from_version=state.record.mlflow_version if state.record else "",
-        to_version=settings.image.mlflow_version,
-        kept_database=replaced if state.head else None,
-        dump=address,
-        carried=built.outcome.carried,
-        left=built.outcome.left,
-        returned=built.returned,
-        conversions=built.outcome.conversions,
-        notes=built.notes,
-        answers=answers,
-        seconds=clock.laps,
-    )
+    report = describe(settings, state, action, built, address, answers, clock, now, replaced)
     if action == "carry back" and state.head:
         old = state.record or Record(state.head, 0)
         into = settings.image.head
@@ -367,6 +370,36 @@ def change(settings: Settings, state: State, action: str, say: Say) -> str:
         successor = own_record(settings, built.waiting)
     put_in_service(settings, state, built.database, successor, replaced, report, say)
     return report.summary()
+
+
+def describe(
+    settings: Settings,
+    state: State,
+    action: str,
+    built: Built,
+    dump: str | None,
+    answers: dict[str, int],
+    clock: Clock,
+    now: datetime,
+    replaced: str | None = None,
+) -> Report:
+    return Report(
+        action=action,
+        at=now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        from_head=state.head,
+        to_head=settings.image.head,
+        from_version=state.record.mlflow_version if state.record else "",
+        to_version=settings.image.mlflow_version,
+        kept_database=replaced if state.head else None,
+        dump=dump,
+        carried=built.outcome.carried,
+        left=built.outcome.left,
+        returned=built.returned,
+        conversions=built.outcome.conversions,
+        notes=built.notes,
+        answers=answers,
+        seconds=clock.laps,
+    )
 
 
 NOTHING_CARRIED = Outcome((), ())
@@ -401,22 +434,24 @@ def build(
         copy_whole(cluster, cluster.database, work)
         freeze()
         clock.lap("copy")
-        check_head(mlflow, image)
+        check_head(mlflow.head(), image)
         return upgrade(settings, state, waiting, mlflow, work, say)
     freeze()
-    say(f"building an empty database by MLflow {image.mlflow_version}")
-    create_empty(cluster, work)
-    check_head(mlflow, image)
-    mlflow.create(work, image.head)
+    if settings.blank:
+        blank.load(cluster, work, settings.blank, None)
+    else:
+        say(f"building an empty database by MLflow {image.mlflow_version}")
+        create_empty(cluster, work)
+        mlflow.create(work, image.head)
     clock.lap("create")
     if action == "create":
         return Built(work)
     outcome = carry(cluster, cluster.database, work, say)
+    check_head(mlflow.head(), image)
     return Built(work, waiting, outcome)
 
 
-def check_head(mlflow: Release, image: Image) -> None:
-    found = mlflow.head()
+def check_head(found: str | None, image: Image) -> None:
     if found != image.head:
         raise StepFailed(
             f"the image's facts name migration head {image.head} and its MLflow has {found}: the image is not what it "

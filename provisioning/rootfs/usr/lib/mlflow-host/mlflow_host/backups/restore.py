@@ -44,7 +44,7 @@ from mlflow_host.backups.repository import BackupError, Repository, begin_histor
 from mlflow_host.launch import LaunchDocument
 from mlflow_host.schema import dumping, flipping, record
 from mlflow_host.schema.catalog import head
-from mlflow_host.schema.cluster import WORK, Cluster, connection, create_empty, databases, drop
+from mlflow_host.schema.cluster import WORK, Cluster, accepts, connection, create_empty, databases, drop
 from mlflow_host.schema.record import Record
 from mlflow_host.status import Step, StepFailed, step
 
@@ -372,7 +372,7 @@ def restore_dump(
         try:
             create_empty(cluster, work)
             say(f"restoring {chosen.dump.key}, {chosen.dump.bytes >> 20} MiB")
-            fill(cluster, work, found["Body"])
+            dumping.load(cluster, work, found["Body"])
             with connection(cluster, work, autocommit=True) as opened:
                 revision = head(opened)
                 with opened.cursor() as cursor:
@@ -383,32 +383,6 @@ def restore_dump(
         except BaseException:
             flipping.drop_orphans(cluster)
             raise
-
-
-def fill(cluster: Cluster, work: str, body: Any) -> None:
-    """Stream a dump into an empty database; everything in it belongs to MLflow's role. Raises BackupError."""
-    what = ["--no-owner", "--no-privileges", f"--role={cluster.owner}", "--exit-on-error", f"--dbname={work}"]
-    with tempfile.TemporaryFile() as complaints:
-        process = subprocess.Popen(
-            [cluster.program("pg_restore"), *cluster.arguments, *what],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=complaints,
-        )
-        try:
-            assert process.stdin
-            try:
-                shutil.copyfileobj(body, process.stdin, 1 << 20)
-                process.stdin.close()
-            except BrokenPipeError:
-                pass  # its complaint says more
-            if process.wait():
-                complaints.seek(0)
-                said = complaints.read().decode(errors="replace").strip().splitlines()
-                raise BackupError(f"pg_restore does not take the dump: {said[0] if said else 'no reason given'}")
-        finally:
-            process.kill()
-            process.wait()
 
 
 def of_dump(metadata: dict[str, str], revision: str, cluster: Cluster) -> Record:
@@ -480,14 +454,6 @@ def running(place: Place, folder: Path, options: dict[str, str], said: list[str]
             if said is not None:
                 log.seek(0)
                 said += log.read().splitlines()
-
-
-def accepts(cluster: Cluster) -> bool:
-    try:
-        with connection(cluster):
-            return True
-    except psycopg2.OperationalError:
-        return False
 
 
 def reason(log: Any) -> str:

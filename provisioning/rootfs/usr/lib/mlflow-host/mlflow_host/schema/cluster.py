@@ -71,6 +71,15 @@ def connection(cluster: Cluster, database: str = "postgres", *, autocommit: bool
         opened.close()
 
 
+def accepts(cluster: Cluster) -> bool:
+    """Whether PostgreSQL accepts connections by now."""
+    try:
+        with connection(cluster):
+            return True
+    except psycopg2.OperationalError:
+        return False
+
+
 def rows(opened: Any, query: str | sql.Composable, parameters: Any = None) -> list[tuple[Any, ...]]:
     with opened.cursor() as cursor:
         cursor.execute(query, parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -84,6 +85,32 @@ def dump(cluster: Cluster, database: str, bucket: Bucket, key: str, metadata: di
             if process.stdout:
                 process.stdout.close()
     return address
+
+
+def load(cluster: Cluster, database: str, dump: IO[bytes]) -> None:
+    """Restore a dump into an empty database; everything in it belongs to MLflow's role. Raises DumpError."""
+    what = ["--no-owner", "--no-privileges", f"--role={cluster.owner}", "--single-transaction", f"--dbname={database}"]
+    with tempfile.TemporaryFile() as complaints:
+        process = subprocess.Popen(
+            [cluster.program("pg_restore"), *cluster.arguments, *what],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=complaints,
+        )
+        try:
+            assert process.stdin
+            try:
+                shutil.copyfileobj(dump, process.stdin, 1 << 20)
+                process.stdin.close()
+            except BrokenPipeError:
+                pass  # its complaint says more
+            if process.wait():
+                complaints.seek(0)
+                said = complaints.read().decode(errors="replace").strip().splitlines()
+                raise DumpError(f"pg_restore does not take the dump: {said[0] if said else 'no reason given'}")
+        finally:
+            process.kill()
+            process.wait()
 
 
 def client(bucket: Bucket) -> Any:
