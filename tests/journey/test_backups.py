@@ -211,8 +211,8 @@ def test_a_restore_that_is_killed_loses_nothing(running: Server, cloud: LocalClo
 def test_a_name_that_is_not_there_fails_the_boot_and_touches_nothing(running: Server, cloud: LocalCloud) -> None:
     with client_of(running) as client:
         before = logged(client)
-    refused = script("rehearse.py", "up", "--set", "restoreFrom=20200101-000000F", expect=2)
+    refused = script("rehearse.py", "up", "--ami", running.ami_id, "--set", "restoreFrom=20200101-000000F", expect=2)
     assert "there is no base backup 20200101-000000F in the backups bucket; there is" in refused.stderr
-    answering = launch_server("--set", "restoreFrom=")
+    answering = launch_server("--ami", running.ami_id, "--set", "restoreFrom=")
     with client_of(answering) as client:
         assert logged(client) == before

@@ -19,6 +19,7 @@ from mlflow_host.backups.check import Waiting
 from mlflow_host.backups.history import History, is_due, stamp
 from mlflow_host.backups.listing import Available, Base, Dump, Line
 from mlflow_host.backups.repository import BackupError, Repository, Stanza
+from mlflow_host.status import step
 
 ROOTFS = Path(__file__).parents[2] / "provisioning" / "rootfs"
 NOW = datetime(2026, 11, 22, 14, 15, tzinfo=UTC)
@@ -442,6 +443,28 @@ def test_the_cluster_of_another_major_is_kept_aside_once_data_has_moved(tmp_path
     assert aside.startswith("13.kept-")
     assert repository.stanza_of(here.clusters / aside) == old
     assert sorted(path.name for path in here.clusters.iterdir()) == [aside, "15"]
+
+
+def test_what_an_interrupted_restore_left_goes_when_nobody_asks_for_it_any_more(tmp_path: Path) -> None:
+    here = place(tmp_path)
+    live = cluster(here.live, OURS.began)
+    cluster(here.work, NOW)
+    (tmp_path / "status").mkdir()
+    with step("restore", tmp_path) as s:
+        assert restore.perform(here, document(), s).startswith("nothing is to be restored")
+    assert [path.name for path in here.clusters.iterdir()] == ["15"]
+    assert repository.stanza_of(here.live) == live
+
+
+@pytest.mark.parametrize(("said", "down"), [("running", False), ("degraded", False), ("stopping", True), ("", True)])
+def test_a_machine_that_goes_down_still_restores_what_was_asked_for(
+    said: str, down: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd cancels the step then, which is no failure of it."""
+    (tmp_path / "systemctl").write_text(f"#!/bin/sh\necho {said}\n")
+    (tmp_path / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert restore.going_down() is down
 
 
 def test_a_gap_in_the_log_is_not_taken_for_its_end() -> None:

@@ -146,6 +146,8 @@ def command(what: str, *, sure: bool) -> int:
     systemctl("stop", "mlflow-host-postgresql.service", *host.server_units)
     place.history.write(REQUEST, {"value": what, "at": stamp(datetime.now(UTC))})
     status = systemctl("restart", "mlflow-host-restore.service")
+    if status and going_down():
+        raise BackupError("the machine is going down: it restores that at its next start")
     place.history.forget(REQUEST)
     if status:
         (config.RUN / "status" / "restore.json").unlink(missing_ok=True)
@@ -170,6 +172,13 @@ def systemctl(*arguments: str) -> int:
     return subprocess.run(["systemctl", *arguments], stdin=subprocess.DEVNULL).returncode
 
 
+def going_down() -> bool:
+    """Whether the machine is shutting down; then systemd cancels what it was asked for, or answers no more."""
+    asked = ["systemctl", "is-system-running"]
+    said = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout.strip()
+    return said not in ("running", "degraded", "starting", "initializing", "maintenance")
+
+
 # The step
 
 
@@ -181,6 +190,7 @@ def perform(place: Place, document: LaunchDocument, s: Step) -> str:
     request = history.read(REQUEST)
     value = request.get("value") or pending(history, document.backups.restore_from)
     if not value:
+        shutil.rmtree(place.work, ignore_errors=True)  # of one that was interrupted, and that nobody asks for any more
         return "nothing is to be restored that was not restored before"
     try:
         there = available(place, document)
