@@ -53,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (Interrupted, KeyboardInterrupt):
         return 130
+    except BrokenPipeError:
+        # Whoever reads the output has seen enough, as `| head` has; Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
