@@ -21,6 +21,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = REPOSITORY / "scripts"
 BUILD = REPOSITORY / "build"
 EXAMPLES = sorted((SCRIPTS / "examples").glob("*.py"))
+QUESTION = "/api/2.0/mlflow/experiments/get?experiment_id=0"
+"""Answered from the database."""
 OLDER = "3.12.0"
 """The release of MLflow that is upgraded from and rolled back to."""
 
@@ -48,6 +50,13 @@ class Server:
         verify = self.server_certificate or True
         options = {"timeout": 10, "verify": verify, "allow_redirects": False} | options
         return requests.request(method, self.url + path, **options)
+
+    def answers(self) -> bool:
+        """Whether MLflow does, to somebody who is logged in."""
+        try:
+            return self.ask(QUESTION, auth=self.login).status_code == 200
+        except requests.RequestException:
+            return False
 
     @property
     def login(self) -> tuple[str, str]:

@@ -134,7 +134,7 @@ def restore(cloud: LocalCloud, server: Server, what: str) -> dict[str, Any]:
     said = shell(cloud, server, f"mlflow-host-restore {shlex.quote(what)} --yes")
     noted = history(cloud, server, "restored")
     assert noted.get("asked") == what, said
-    wait_until(lambda: json.loads(script("rehearse.py", "status", "--json").stdout)["state"] == "ready", "answer")
+    wait_until(server.answers, "answer")
     return noted
 
 
@@ -201,7 +201,7 @@ def test_a_restore_that_is_killed_loses_nothing(running: Server, cloud: LocalClo
         time.sleep(after)
         lose_power(cloud, running)
         cloud.client("ec2").start_instances(InstanceIds=[running.instance_id])
-        wait_until(lambda: json.loads(script("rehearse.py", "status", "--json").stdout)["state"] == "ready", "answer")
+        wait_until(running.answers, "answer")
         assert logged(client) == before
     left = shell(cloud, running, "ls /srv/mlflow/postgresql /srv/mlflow/backups")
     assert "restoring" not in left and "restore-" not in left

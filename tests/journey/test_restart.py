@@ -9,13 +9,11 @@ import pytest
 import requests
 from local_cloud import LocalCloud, LocalCloudError
 from mlflow import MlflowClient
-from servers import Server
+from servers import QUESTION, Server
 
 pytestmark = pytest.mark.machine
 
 PATIENCE_SECONDS = 300
-QUESTION = "/api/2.0/mlflow/experiments/get?experiment_id=0"
-"""Answered from the database."""
 
 
 def everything(client: MlflowClient) -> dict[str, Any]:
@@ -89,7 +87,7 @@ def test_postgresql_killed_while_a_query_runs_is_back_in_seconds(
 
     assert cloud.exec(server.instance_id, ["kill", "-KILL", killed]).returncode == 0
     deadline = time.monotonic() + 60
-    while show("MainPID") in (killed, "0") or not answers(server):
+    while show("MainPID") in (killed, "0") or not server.answers():
         assert time.monotonic() < deadline, "PostgreSQL was killed and MLflow does not answer after 60 s"
         time.sleep(0.2)
 
@@ -97,13 +95,6 @@ def test_postgresql_killed_while_a_query_runs_is_back_in_seconds(
     assert int(show("NRestarts")) == restarts + 1
     assert everything(client) == before
     client.set_tag(example_runs["regression_diabetes.py"], "after-the-kill", "writable")
-
-
-def answers(server: Server) -> bool:
-    try:
-        return server.ask(QUESTION, auth=server.login, timeout=5).status_code == 200
-    except requests.RequestException:
-        return False
 
 
 def first_process_start(cloud: LocalCloud, server: Server) -> str | None:
