@@ -2,6 +2,7 @@
 
 import access
 import credentials
+import monitoring
 import network
 import outputs
 import pulumi
@@ -27,6 +28,7 @@ here = pulumi.ResourceOptions(provider=aws)
 net = network.build(config, found.zones, here)
 kept = storage.build(config, found, here)
 parameters = credentials.build(config, here)
-role = access.role(kept, parameters, here)
+role = access.role(config, kept, parameters, here)
 machine = server.launch(config, found, net, kept, parameters, role, here)
+monitoring.alarms(config, kept, here)
 outputs.export(config, found, net, kept, parameters, machine)

@@ -12,6 +12,7 @@ import pulumi
 import pulumi_aws as aws
 import survey
 from credentials import Parameters
+from host import metrics
 from settings import Settings
 from storage import Storage
 
@@ -47,8 +48,8 @@ class Role:
     """What must be allowed before the machine boots."""
 
 
-def role(kept: Storage, parameters: Parameters, opts: pulumi.ResourceOptions) -> Role:
-    """The machine's role: its three buckets, its parameters, Session Manager."""
+def role(config: Settings, kept: Storage, parameters: Parameters, opts: pulumi.ResourceOptions) -> Role:
+    """The machine's role: its three buckets, its parameters, its metrics, Session Manager."""
     machine = aws.iam.Role(
         "server",
         description="MLflow server: its own buckets and parameters, Session Manager",
@@ -65,14 +66,14 @@ def role(kept: Storage, parameters: Parameters, opts: pulumi.ResourceOptions) ->
     policy = aws.iam.RolePolicy(
         "server",
         role=machine.name,
-        policy=pulumi.Output.json_dumps(machine_policy(kept, parameters)),
+        policy=pulumi.Output.json_dumps(machine_policy(config, kept, parameters)),
         opts=opts,
     )
     profile = aws.iam.InstanceProfile("server", role=machine.name, opts=opts)
     return Role(profile, [policy])
 
 
-def machine_policy(kept: Storage, parameters: Parameters) -> dict[str, Any]:
+def machine_policy(config: Settings, kept: Storage, parameters: Parameters) -> dict[str, Any]:
     """What the machine may do. In the backups bucket a delete only hides an object: its versions stay out of reach."""
     buckets = [bucket.arn for bucket in kept.buckets.values()]
     read = [each.arn for each in (parameters.credentials, parameters.reader) if each]
@@ -98,6 +99,14 @@ def machine_policy(kept: Storage, parameters: Parameters) -> dict[str, Any]:
                 "Resource": read,
             },
             *publish,
+            {
+                "Sid": "Metrics",
+                "Effect": "Allow",
+                "Action": "cloudwatch:PutMetricData",
+                # It knows no resources.
+                "Resource": "*",
+                "Condition": {"StringEquals": {"cloudwatch:namespace": metrics.namespace(config.stack)}},
+            },
             {"Sid": "SessionManager", "Effect": "Allow", "Action": list(SESSION_MANAGER), "Resource": "*"},
         ],
     }

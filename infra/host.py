@@ -6,5 +6,6 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "provisioning/rootfs/usr/lib/mlflow-host"))
 
 from mlflow_host import launch as launch
+from mlflow_host import metrics as metrics
 from mlflow_host import sizing as sizing
 from mlflow_host.backups import naming as naming

@@ -55,13 +55,17 @@ class Settings:
     key_name: str
     artifact_transfer: str
     job_execution: bool
+    deleted_retention_days: int
+    """How long what users deleted through MLflow can be restored; 0 for ever."""
     backup_retention_days: int
+    alarm_topic_arn: str
     restore_from: str
     """What is restored at the next boot; the machine does so once per value."""
     backups_endpoint: str
     backups_authority: str
     s3_endpoint: str
     ssm_endpoint: str
+    monitoring_endpoint: str
 
     @property
     def title(self) -> str:
@@ -134,12 +138,18 @@ def read() -> tuple[Settings, list[str]]:
         key_name=take("keyName", _matches(r"[!-~]([ -~]{0,253}[!-~])?", "is not the name of a key pair")),
         artifact_transfer=take("artifactTransfer", _matches("direct|proxied", "must be direct or proxied")),
         job_execution=take("jobExecution"),
+        deleted_retention_days=take("deletedRetentionDays", _between(0, 3650, "days")),
+        alarm_topic_arn=take(
+            "alarmTopicArn",
+            _matches(r"arn:aws[a-z-]*:sns:[a-z0-9-]+:\d{12}:[A-Za-z0-9_-]{1,256}", "is not the ARN of an SNS topic"),
+        ),
         backup_retention_days=take("backupRetentionDays", _between(1, 3650, "days")),
         restore_from=take("restoreFrom", naming.wrong),
         backups_endpoint=take("backupsEndpoint", launch.endpoint_url),
         backups_authority=take("backupsAuthority", launch.certificates),
         s3_endpoint=take("s3Endpoint", launch.endpoint_url),
         ssm_endpoint=take("ssmEndpoint", launch.endpoint_url),
+        monitoring_endpoint=take("monitoringEndpoint", launch.endpoint_url),
     )
     given = functools.partial(pulumi.Config(project).get, default="")
     if not given("amiId"):
@@ -235,6 +245,12 @@ def _contradictions(found: Settings) -> list[str]:
         mistakes.append(
             f"postgresCidrs is set but tls is {found.tls}: PostgreSQL's clients verify it by the stack's own "
             "authority, so set tls to private, or no networks."
+        )
+    topic_region = found.alarm_topic_arn.split(":")[3] if found.alarm_topic_arn else ""
+    if topic_region and found.region and topic_region != found.region:
+        mistakes.append(
+            f"alarmTopicArn is of the region {topic_region}, not of {found.region}: an alarm tells topics of its own "
+            "region only."
         )
     rules = sum(len(networks) for _, _, networks in found.doors)
     if rules > RULES_PER_GROUP:

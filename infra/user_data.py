@@ -86,14 +86,18 @@ def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
             "acme_email": config.acme_email,
         },
         "postgres": {"cidrs": list(config.postgres_cidrs), "parameter": names["reader"]},
-        "mlflow": {"job_execution": config.job_execution, "artifact_transfer": config.artifact_transfer},
+        "mlflow": {
+            "job_execution": config.job_execution,
+            "artifact_transfer": config.artifact_transfer,
+            "deleted_retention_days": config.deleted_retention_days,
+        },
         "backups": {
             "retention_days": config.backup_retention_days,
             "restore_from": config.restore_from,
             "endpoint": config.backups_endpoint,
             "authority": config.backups_authority,
         },
-        "endpoints": {"s3": config.s3_endpoint, "ssm": config.ssm_endpoint},
+        "endpoints": {"s3": config.s3_endpoint, "ssm": config.ssm_endpoint, "monitoring": config.monitoring_endpoint},
     }
 
 

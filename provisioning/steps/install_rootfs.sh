@@ -31,6 +31,7 @@ systemd-analyze verify --recursive-errors=no "${names[@]/#//usr/lib/systemd/syst
 
 # MLflow's application is started as the boot will start it, once, on a database of its own.
 /opt/mlflow/bin/python -m mlflow_host.server --check
+/opt/mlflow/bin/python -W ignore -c "from mlflow_host.garbage.removal import check_release; check_release()"
 
 # The schema that this release builds, so that no boot runs its migrations for an empty database.
 (cd / && runuser -u postgres -- /opt/mlflow/bin/python -m mlflow_host.schema.blank /tmp/mlflow-host-blank.dump)

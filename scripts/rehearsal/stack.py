@@ -155,6 +155,7 @@ def configuration(cloud: LocalCloud, ami: str, settings: Props) -> tuple[dict[st
         f"{prefix}:allowedCidrs": json.dumps([LOOPBACK]),
         f"{prefix}:s3Endpoint": cloud.s3_endpoint,
         f"{prefix}:ssmEndpoint": cloud.endpoint,
+        f"{prefix}:monitoringEndpoint": cloud.endpoint,
         f"{prefix}:backupsEndpoint": cloud.s3_tls_endpoint,
         f"{prefix}:backupsAuthority": cloud.s3_authority,
     }

@@ -87,6 +87,8 @@ def test_the_machine_may_read_its_parameter_and_register_with_session_manager(po
         ("kms:Decrypt", "*"),
         ("secretsmanager:GetSecretValue", "*"),
         ("logs:PutLogEvents", "*"),
+        ("cloudwatch:GetMetricData", "*"),
+        ("cloudwatch:DeleteAlarms", "*"),
         ("route53:ChangeResourceRecordSets", "*"),
     ],
 )  # fmt: skip
@@ -111,13 +113,20 @@ def test_the_machine_may_read_the_readers_password_only_where_there_are_readers(
     assert not allowed(found, "ssm:PutParameter", reader)
 
 
+def test_the_machine_may_tell_metrics_in_its_own_namespace_only(policy: dict[str, Any]) -> None:
+    """moto evaluates no conditions, so what is asserted is the statement."""
+    (metrics,) = [each for each in policy["Statement"] if "cloudwatch" in str(each["Action"])]
+    assert (metrics["Action"], metrics["Resource"]) == ("cloudwatch:PutMetricData", "*")
+    assert metrics["Condition"] == {"StringEquals": {"cloudwatch:namespace": "mlflow-ami/dev"}}
+
+
 def test_no_statement_is_wider_than_it_looks(policy: dict[str, Any]) -> None:
     for statement in policy["Statement"]:
         actions = [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]
-        assert set(statement) == {"Sid", "Effect", "Action", "Resource"}
+        assert set(statement) - {"Condition"} == {"Sid", "Effect", "Action", "Resource"}
         assert not [action for action in actions if "*" in action]
         if "*" in statement["Resource"]:
-            assert {action.split(":")[0] for action in actions} <= {"ssm", "ssmmessages"}
+            assert {action.split(":")[0] for action in actions} <= {"ssm", "ssmmessages"} or "Condition" in statement
             assert not [action for action in actions if "Parameter" in action]
 
 

@@ -195,6 +195,16 @@ def test_old_versions_are_kept_as_long_as_was_asked_for() -> None:
     assert kept == {90}
 
 
+def test_cloudwatch_watches_how_full_the_data_volume_is() -> None:
+    topic = "arn:aws:sns:eu-central-1:123456789012:ops"
+    alarm = run(alarmTopicArn=topic).one("cloudwatch.MetricAlarm").inputs
+    watched = {"namespace": "mlflow-ami/dev", "metricName": "DiskUsedPercent", "dimensions": {"VolumeId": VOLUME}}
+    assert {name: alarm[name] for name in watched} == watched
+    assert (alarm["comparisonOperator"], alarm["threshold"]) == ("GreaterThanOrEqualToThreshold", 90)
+    assert alarm["alarmActions"] == alarm["okActions"] == [topic]
+    assert run().one("cloudwatch.MetricAlarm").inputs["alarmActions"] == []
+
+
 def test_the_data_volume(stack: Run) -> None:
     inputs = stack.one("ebs.Volume").inputs
     assert (inputs["type"], inputs["size"], inputs["encrypted"]) == ("gp3", 20, True)

@@ -77,6 +77,13 @@ def test_an_empty_list_of_networks_is_none() -> None:
         ({"dataVolumeGib": "16385"}, "must be from 1 to 16384 GiB."),
         ({"dataVolumeGib": "16384"}, None),
         ({"rootVolumeGib": "3"}, "rootVolumeGib: '3' must be from 4 to 16384 GiB."),
+        ({"deletedRetentionDays": "3651"}, "deletedRetentionDays: '3651' must be from 0 to 3650 days."),
+        ({"deletedRetentionDays": "0"}, None),
+        ({"alarmTopicArn": "ops"}, "alarmTopicArn: 'ops' is not the ARN of an SNS topic."),
+        (
+            {"alarmTopicArn": "arn:aws:sns:us-east-1:123456789012:ops"},
+            "alarmTopicArn is of the region us-east-1, not of eu-central-1",
+        ),
         ({"backupRetentionDays": "0"}, "backupRetentionDays: '0' must be from 1 to 3650 days."),
         ({"backupRetentionDays": "3651"}, "must be from 1 to 3650 days."),
         ({"availabilityZone": "Frankfurt"}, "availabilityZone: 'Frankfurt' is not a zone such as eu-central-1a."),

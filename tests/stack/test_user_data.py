@@ -70,6 +70,8 @@ def test_the_machine_is_told_what_the_stack_made() -> None:
             {"postgresCidrs": '["192.0.2.0/24"]'},
             {"postgres": {"cidrs": ("192.0.2.0/24",), "parameter": "/mlflow-ami/dev/postgres-reader"}},
         ),
+        ({"deletedRetentionDays": "0"}, {"mlflow": {"deleted_retention_days": 0}}),
+        ({"monitoringEndpoint": "https://cw.example.com"}, {"endpoints": {"monitoring": "https://cw.example.com"}}),
         ({"artifactTransfer": "proxied"}, {"mlflow": {"artifact_transfer": "proxied"}}),
         ({"backupRetentionDays": "7"}, {"backups": {"retention_days": 7}}),
         ({"s3Endpoint": "https://127.0.0.1:8333"}, {"endpoints": {"s3": "https://127.0.0.1:8333", "ssm": ""}}),

@@ -143,6 +143,7 @@ REFUSED = [
     ("web", "acme_directory", "http://a", '"http://a": it must be the https:// address of an ACME directory'),
     ("web", "authority_parameter", "x", '"x": it must be the full name of an SSM parameter'),
     ("mlflow", "job_execution", "no", '"no": it must be true or false'),
+    ("mlflow", "deleted_retention_days", -1, "-1: it must be from 0 to 3650"),
     ("mlflow", "artifact_transfer", "magic", '"magic": it must be "direct" or "proxied"'),
     ("database", "location", "moon", '"moon": it must be "local"'),
     (

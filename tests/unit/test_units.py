@@ -24,10 +24,13 @@ NEED_THE_ROLE = {
     "mlflow-host-archive",
     "mlflow-host-base-backup",
     "mlflow-host-dump",
+    "mlflow-host-gc",
+    "mlflow-host-metrics",
     "mlflow-host-restore",
 }
-"""Read the credentials parameter, write the dump, move artifacts, publish the authority, follow the users, back up and
-restore."""
+"""Read the credentials parameter, write the dump, move and remove artifacts, publish the authority, follow the users,
+back up and restore,
+feed CloudWatch."""
 
 NO_STEP_OF_THE_BOOT = {
     "mlflow-host-failure@",
@@ -37,6 +40,8 @@ NO_STEP_OF_THE_BOOT = {
     "mlflow-host-archive",
     "mlflow-host-base-backup",
     "mlflow-host-dump",
+    "mlflow-host-gc",
+    "mlflow-host-metrics",
     "mlflow-host-backups-check",
 }
 """Whether they fail or not, MLflow starts, so the page must not say that it could not."""

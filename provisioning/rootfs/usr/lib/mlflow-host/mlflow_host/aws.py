@@ -1,4 +1,4 @@
-"""The calls of AWS that the boot makes itself: Systems Manager parameters, by the instance's role.
+"""The calls of AWS that the machine makes itself: Systems Manager parameters and metrics, by the instance's role.
 
 With the standard library alone. botocore would do the same for 0.5 s of processor time per process, which the launch
 waits for and the users' timer would spend every minute. Signing is AWS Signature Version 4, compared with botocore's in
@@ -72,10 +72,21 @@ def put_parameter(document: LaunchDocument, name: str, value: str, keys: Keys) -
     _ssm(document, "PutParameter", {"Name": name, "Value": value, "Type": "String", "Overwrite": True}, keys)
 
 
+def query(document: LaunchDocument, service: str, endpoint: str, body: bytes, keys: Keys, now: datetime) -> None:
+    """A call of a service with the Query protocol, whose answer tells nothing. Raises Unreachable or Refused."""
+    address = endpoint or regional_address(document.stack.region, service)
+    headers = {"Content-Type": "application/x-www-form-urlencoded; charset=utf-8", "Accept": "application/json"}
+    headers |= signature(address, headers, body, document.stack.region, service, keys, now)
+    _ask(address, "POST", "/", headers, body)
+
+
 def ssm_address(document: LaunchDocument) -> str:
-    region = document.stack.region
-    suffix = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
-    return document.endpoints.ssm or f"https://ssm.{region}.{suffix}"
+    return document.endpoints.ssm or regional_address(document.stack.region, "ssm")
+
+
+def regional_address(region: str, service: str) -> str:
+    """AWS's own."""
+    return f"https://{service}.{region}.{'amazonaws.com.cn' if region.startswith('cn-') else 'amazonaws.com'}"
 
 
 def _ssm(document: LaunchDocument, action: str, arguments: dict[str, Any], keys: Keys) -> dict[str, Any]:

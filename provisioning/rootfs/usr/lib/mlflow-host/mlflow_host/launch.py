@@ -23,7 +23,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 FORMAT = 1
-REVISION = 2
+REVISION = 3
 """The newest `since` of all keys; images that tell none are of revision 1."""
 
 Check = Callable[[Any], str | None]
@@ -153,6 +153,8 @@ class Mlflow:
     job_execution: bool = key(default=False)
     artifact_transfer: str = key(one_of("direct", "proxied"), "direct")
     """direct: large files move between client and S3 by presigned URLs; proxied: all through the server."""
+    deleted_retention_days: int = key(between(0, 3650), 30, since=3)
+    """How long what users deleted through MLflow stays restorable; 0: for ever."""
 
 
 @dataclass(frozen=True)

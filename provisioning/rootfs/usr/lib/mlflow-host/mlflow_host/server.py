@@ -42,6 +42,7 @@ from mlflow_host import jobs
 from mlflow_host.bridge import Application, Message, Receive, Scope, Send, short_cut
 from mlflow_host.config import CONFIG, DATA, POSTGRESQL_SOCKETS, SERVER_SOCKETS, HostConfig
 from mlflow_host.files import streamed
+from mlflow_host.launch import LaunchDocument
 from mlflow_host.status import wait_until_done
 
 APPLICATION = "mlflow.server.fastapi_app:app"
@@ -71,11 +72,9 @@ def environment(config: HostConfig, kek_passphrase: str) -> dict[str, str]:
     the machine, or those secrets are lost.
     """
     launch, sizing = config.launch, config.sizing
-    variables = {
+    return {
         "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2:///mlflow?host={POSTGRESQL_SOCKETS}",
-        "MLFLOW_ARTIFACTS_DESTINATION": artifacts_destination(
-            launch.buckets.artifacts, launch.buckets.models, launch.mlflow.artifact_transfer
-        ),
+        **artifact_environment(launch),
         "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(
             allowed_hosts(launch.web.hostnames, launch.web.tls)
             + ([jobs.LOCAL_HOSTS] if launch.mlflow.job_execution else [])
@@ -87,15 +86,26 @@ def environment(config: HostConfig, kek_passphrase: str) -> dict[str, str]:
         "MLFLOW_CRYPTO_KEK_PASSPHRASE": kek_passphrase,
         "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": webhook_key(kek_passphrase),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "true" if launch.mlflow.job_execution else "false",
+        # Two processes beside the server's in place of eight; releases before 3.17 do not know it.
+        "MLFLOW_SERVER_JOB_EXECUTION_ENGINE": "executor",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         # One address for a whole download: clients fetch a large file in many ranges with it.
         "MLFLOW_PRESIGNED_DOWNLOAD_URL_TTL_SECONDS": "3600",
-        "AWS_REGION": launch.stack.region,
-        "AWS_DEFAULT_REGION": launch.stack.region,
         "TMPDIR": str(DATA / "tmp"),
         # Threads that come and go would otherwise leave one malloc arena each behind.
         "MALLOC_ARENA_MAX": "2",
+    }
+
+
+def artifact_environment(launch: LaunchDocument) -> dict[str, str]:
+    """The part of it that says where artifacts are; nothing secret."""
+    variables = {
+        "MLFLOW_ARTIFACTS_DESTINATION": artifacts_destination(
+            launch.buckets.artifacts, launch.buckets.models, launch.mlflow.artifact_transfer
+        ),
+        "AWS_REGION": launch.stack.region,
+        "AWS_DEFAULT_REGION": launch.stack.region,
     }
     if launch.endpoints.s3:
         variables |= {

@@ -26,6 +26,8 @@ from typing import Any
 
 RUN = Path("/run/mlflow-host")
 PAGE = Path("/usr/share/mlflow-host/page.html")
+REMOVAL = Path("/srv/mlflow/reports/garbage.json")
+"""What was last removed for good (mlflow_host.garbage)."""
 
 STEPS = {
     "configure": "Reading the launch document and the credentials",
@@ -157,6 +159,8 @@ def publish(run: Path = RUN, page: Path = PAGE) -> None:
         status = read(run)
         with suppress(OSError, ValueError):
             status["backups"] = json.loads((web / "backups.json").read_text())
+        with suppress(OSError, ValueError):
+            status["removal"] = {key: json.loads(REMOVAL.read_text())[key] for key in ("at", "summary")}
         _write_pages(web / "status", status, page)
     finally:
         os.close(lock)
@@ -185,12 +189,13 @@ def render(status: dict[str, Any], page: str) -> str:
             f'<li class="{html.escape(current["state"])}"><span class="name">{html.escape(name)}</span>'
             f'<span class="message">{html.escape(message)}</span><span class="seconds">{seconds}</span></li>'
         )
+    housekeeping = [*last_backups(status.get("backups", {})), *last_removal(status.get("removal", {}))]
     return Template(page).substitute(
         state=html.escape(status["state"]),
         heading=headings[status["state"]],
         message=html.escape(status["message"]),
         steps="\n".join(rows),
-        backups="".join(f"{html.escape(line)}<br>" for line in last_backups(status.get("backups", {}))),
+        backups="".join(f"{html.escape(line)}<br>" for line in housekeeping),
     )
 
 
@@ -199,6 +204,11 @@ def last_backups(found: dict[str, Any]) -> list[str]:
     names = {"archive": "last segment archived", "base": "last base backup", "dump": "last dump"}
     known = [f"{name} {found[what]['at']}" for what, name in names.items() if what in found]
     return [f"Backups: {', '.join(known)}"] * bool(known) + list(found.get("problems", []))
+
+
+def last_removal(found: dict[str, str]) -> list[str]:
+    """What `mlflow_host.garbage` did last, as a line."""
+    return [f"Deleted by users: {found['summary']}, {found['at']}"] if found else []
 
 
 def _write_pages(path: Path, status: dict[str, Any], page: Path) -> None:

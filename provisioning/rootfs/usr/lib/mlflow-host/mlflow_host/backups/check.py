@@ -24,6 +24,8 @@ ARCHIVE_PATIENCE = timedelta(minutes=10)
 DAILY_PATIENCE = timedelta(hours=36)
 FIRST_PATIENCE = timedelta(hours=1)
 """For the first base backup and the first dump of a history."""
+BOOT_PATIENCE = timedelta(minutes=10)
+"""What was due while the machine was off is done by then."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Waiting:
 
 def main() -> int:
     cluster = config.cluster()
-    found = summary(History(), stanza_of(cluster), waiting(cluster), datetime.now(UTC), archives(config.load().launch))
+    now, began = datetime.now(UTC), datetime.fromtimestamp(config.CONFIG.stat().st_mtime, UTC)
+    archiving = archives(config.load().launch)
+    found = summary(History(), stanza_of(cluster), waiting(cluster), now, archiving, just_booted=now - began < BOOT_PATIENCE)
     web.write_private(config.RUN / "web" / "backups.json", json.dumps(found) + "\n", mode=0o644)
     for problem in found["problems"]:
         print(f"mlflow-host: {problem}", file=sys.stderr)
@@ -53,10 +57,21 @@ def waiting(cluster: Path) -> Waiting:
     return Waiting(len(times), datetime.fromtimestamp(min(times), UTC)) if times else Waiting()
 
 
-def summary(history: History, stanza: Stanza | None, queue: Waiting, now: datetime, archiving: bool) -> dict[str, Any]:
-    """{"state": "good" | "late", "problems": [sentence, …], "archive": {…}, "base": {…}, "dump": {…}, …}"""
+def summary(
+    history: History,
+    stanza: Stanza | None,
+    queue: Waiting,
+    now: datetime,
+    archiving: bool,
+    *,
+    just_booted: bool = False,
+) -> dict[str, Any]:
+    """{"state": "good" | "late", "problems": [sentence, …], "archive": {…}, "base": {…}, "dump": {…}, …}
+
+    What is `just_booted` only tells what there is: it may have been off for days."""
     kept = {what: history.read(what) for what in ("archive", "base", "dump", "gap", "restored")}
     problems = [*_archiving(kept, stanza, queue, now, archiving), *_daily(kept, stanza, now, archiving)]
+    problems = [] if just_booted else problems
     return {
         "state": "late" if problems else "good",
         "problems": problems,
