@@ -30,7 +30,7 @@ demo-purge: ## stop the demo and delete everything it kept
 SECURITY := $(addprefix tests/journey/test_,access.py every_route.py leaks.py role.py sandbox.py database_readers.py) \
 	$(addprefix tests/unit/test_,site.py users.py credentials.py launch.py units.py reader.py certificates.py acme.py audit.py bill_of_materials.py) \
 	tests/local_cloud/test_permissions.py tests/stack/test_permissions.py tests/stack/test_secrets.py tests/stack/test_settings.py
-.PHONY: test test-all test-schema test-chaos test-restore test-security
+.PHONY: test test-all test-schema test-chaos test-restore test-security test-housekeeping
 test: prepare-test ## lint and all tests that CI runs
 	@$(MAKE) --no-print-directory lint
 	@$(ROOT) $(PYTEST) -m "not slow"
@@ -44,6 +44,9 @@ test-chaos: prepare-test ## kill the database step, PostgreSQL and the machine a
 	@$(ROOT) $(PYTEST) tests/chaos
 test-restore: prepare-test ## restore on a machine: after a lost volume, to any moment, from dumps, killed half-way
 	@$(ROOT) $(PYTEST) tests/journey/test_backups.py tests/journey/test_postgresql_major.py
+test-housekeeping: prepare-test ## what is removed for good, in eight releases; jobs; files of 1 GiB either way
+	@$(ROOT) $(PYTEST) tests/unit/test_garbage.py tests/schema/test_removal_of_what_was_deleted.py \
+		tests/journey/test_housekeeping.py tests/journey/test_jobs_and_big_files.py
 
 .PHONY: lint lock bench audit
 lint: prepare-test ## ruff, mypy, shellcheck, packer fmt

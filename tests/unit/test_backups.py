@@ -170,6 +170,14 @@ def test_nothing_is_wrong_while_all_is_young_and_nothing_waits(tmp_path: Path) -
     assert problems(good(tmp_path), Waiting(1, NOW - timedelta(minutes=9))) == []
 
 
+def test_a_machine_that_has_just_booted_tells_what_there_is_and_that_nothing_is_late(tmp_path: Path) -> None:
+    old = good(tmp_path)
+    old.write("dump", {"at": stamp(NOW - timedelta(days=9))})
+    found = check.summary(old, OURS, Waiting(3, NOW - timedelta(days=9)), NOW, True, just_booted=True)
+    assert (found["state"], found["problems"], found["segments_waiting"]) == ("good", [], 3)
+    assert found["dump"] == {"at": stamp(NOW - timedelta(days=9))}
+
+
 def test_each_thing_that_is_late_is_a_sentence(tmp_path: Path) -> None:
     (late,) = problems(good(tmp_path), Waiting(3, NOW - timedelta(minutes=50)))
     assert late.startswith("3 segments of the write-ahead log wait to be archived, for up to 50 minutes")

@@ -54,6 +54,7 @@ def test_the_environment_names_what_this_machine_serves() -> None:
     # Images of other ages must read what was encrypted with it.
     assert told["MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"] == "H5cLYl4QxnRBy9sItGFej_tAEoYB3prCinG4_4DamEI="
     assert told["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    assert told["MLFLOW_SERVER_JOB_EXECUTION_ENGINE"] == "executor"
     assert told["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert told["AWS_DEFAULT_REGION"] == "eu-central-1"
     assert told["TMPDIR"] == "/srv/mlflow/tmp"

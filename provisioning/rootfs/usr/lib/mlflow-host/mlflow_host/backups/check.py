@@ -40,7 +40,9 @@ def main() -> int:
     cluster = config.cluster()
     now, began = datetime.now(UTC), datetime.fromtimestamp(config.CONFIG.stat().st_mtime, UTC)
     archiving = archives(config.load().launch)
-    found = summary(History(), stanza_of(cluster), waiting(cluster), now, archiving, just_booted=now - began < BOOT_PATIENCE)
+    found = summary(
+        History(), stanza_of(cluster), waiting(cluster), now, archiving, just_booted=now - began < BOOT_PATIENCE
+    )
     web.write_private(config.RUN / "web" / "backups.json", json.dumps(found) + "\n", mode=0o644)
     for problem in found["problems"]:
         print(f"mlflow-host: {problem}", file=sys.stderr)

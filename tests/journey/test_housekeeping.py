@@ -1,0 +1,108 @@
+"""What users deleted long ago goes for good, and nothing a registered version stands on; what fills up is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_cloud import LocalCloud
+from mlflow import MlflowClient
+from servers import Server
+
+pytestmark = pytest.mark.machine
+
+
+def on_machine(cloud: LocalCloud, server: Server, *command: str) -> str:
+    done = cloud.exec(server.instance_id, list(command), timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def keys(cloud: LocalCloud, server: Server) -> Callable[[str, str], set[str]]:
+    """Keys in both buckets that hold a text: of present objects, or of versions."""
+
+    def keys(holding: str, kind: str = "Contents") -> set[str]:
+        client, operation = cloud.client("s3"), "list_objects_v2" if kind == "Contents" else "list_object_versions"
+        pages = [
+            page
+            for bucket in (server.buckets["artifacts"], server.buckets["models"])
+            for page in client.get_paginator(operation).paginate(Bucket=bucket)
+        ]
+        return {each["Key"] for page in pages for each in page.get(kind, []) if holding in each["Key"]}
+
+    return keys
+
+
+def test_the_weekly_unit_removes_what_was_deleted_long_ago_and_nothing_that_is_registered(
+    cloud: LocalCloud, server: Server, client: MlflowClient, tmp_path: Path, keys: Callable[..., set[str]]
+) -> None:
+    experiment = client.create_experiment("deleted long ago")
+    (tmp_path / "MLmodel").write_text("flavors: {}")
+
+    def run(name: str) -> str:
+        made: str = client.create_run(experiment, run_name=name).info.run_id
+        client.log_text(made, name, "model/MLmodel")
+        return made
+
+    def model(name: str) -> str:
+        made: str = client.create_logged_model(experiment, name).model_id
+        client.log_model_artifacts(made, str(tmp_path))
+        return made
+
+    going, staying = {run("going"), model("going")}, {run("staying"), model("staying")}
+    client.create_registered_model("stays")
+    for each in staying:
+        of_model = each.startswith("m-")
+        source, model_id = (f"models:/{each}", each) if of_model else (f"runs:/{each}/model", None)
+        client.create_model_version("stays", source, run_id=None if of_model else each, model_id=model_id)
+    for each in going | staying:
+        (client.delete_logged_model if each.startswith("m-") else client.delete_run)(each)
+
+    first_look = on_machine(cloud, server, "mlflow-host-gc")
+    assert "nothing would be removed" in first_look, "all of it can still be restored"
+    earlier = 40 * 24 * 3600 * 1000
+    for table, column in (("runs", "deleted_time"), ("logged_models", "last_updated_timestamp_ms")):
+        statement = f"UPDATE {table} SET {column} = {column} - {earlier} WHERE experiment_id = {experiment}"
+        on_machine(cloud, server, "runuser", "-u", "postgres", "--", "psql", "-qd", "mlflow", "-c", statement)
+
+    on_machine(cloud, server, "systemctl", "start", "mlflow-host-gc.service")
+    told: dict[str, Any] = server.ask("/mlflow-host/garbage.json", auth=server.login).json()
+    assert {each["id"] for each in told["removed"]} == going
+    assert {each["id"] for each in told["kept"]} == staying
+    assert told["failed"] == [] and f"s3://{server.buckets['backups']}/dumps/" in told["dump"]
+    for each in going:
+        assert keys(each) == set()
+        assert keys(each, "Versions"), "an object that was removed can be had back for the buckets' retention"
+    for each in staying:
+        assert keys(each)
+    assert client.get_model_version("stays", "1").name == "stays"
+    assert client.search_runs([experiment], run_view_type=2)[0].info.run_id in staying
+
+
+def test_artifacts_under_another_layout_stay_readable(cloud: LocalCloud, server: Server, client: MlflowClient) -> None:
+    """As a server left them that kept its artifacts elsewhere in the bucket, without a plug-in."""
+    bucket = server.buckets["artifacts"]
+    experiment = client.create_experiment("another layout", artifact_location=f"s3://{bucket}/old/layout")
+    run = client.create_run(experiment).info
+    assert run.artifact_uri == f"s3://{bucket}/old/layout/{run.run_id}/artifacts"
+    key = f"old/layout/{run.run_id}/artifacts/plots/curve.txt"
+    cloud.client("s3").put_object(Bucket=bucket, Key=key, Body=b"up and to the right")
+    assert [each.path for each in client.list_artifacts(run.run_id, "plots")] == ["plots/curve.txt"]
+    asked = f"/get-artifact?path=plots/curve.txt&run_uuid={run.run_id}"
+    assert server.ask(asked, auth=server.login).content == b"up and to the right"
+
+
+def test_cloudwatch_is_told_how_full_the_data_volume_is_and_watches_it(cloud: LocalCloud, server: Server) -> None:
+    on_machine(cloud, server, "systemctl", "start", "mlflow-host-metrics.service")
+    client = cloud.client("cloudwatch")
+    (alarm,) = client.describe_alarms(AlarmNamePrefix="data-volume-full")["MetricAlarms"]
+    assert (alarm["Threshold"], alarm["ComparisonOperator"]) == (90, "GreaterThanOrEqualToThreshold")
+    watched = {"Namespace": alarm["Namespace"], "MetricName": alarm["MetricName"], "Dimensions": alarm["Dimensions"]}
+    assert client.list_metrics(**watched)["Metrics"] == [watched], "what the machine tells is what the alarm watches"
+
+
+def test_backups_are_told_from_the_first_minute(cloud: LocalCloud, server: Server) -> None:
+    assert server.ask("/mlflow-host/backups.json", auth=server.login).json()["problems"] == []

@@ -1,0 +1,124 @@
+"""What registered versions stand on, whose artifacts are ours to remove, and what a removal tells."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow_host.garbage import collect, report
+from mlflow_host.garbage.plan import EXPERIMENT, MODEL, RUN, Item, Places
+from mlflow_host.garbage.references import Version, overlap, path_of, references
+from mlflow_host.garbage.report import Report
+
+ONE, OTHER = "0123456789abcdef" * 2, "fedcba9876543210" * 2
+NOW = datetime(2026, 11, 22, 3, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("text", "runs", "models"),
+    [
+        (ONE, {ONE}, set()),
+        (f"runs:/{ONE}/model", {ONE}, set()),
+        (f"models:/m-{ONE}", set(), {f"m-{ONE}"}),
+        (f"mlflow-artifacts:/7/models/m-{ONE}/artifacts", set(), {f"m-{ONE}"}),
+        (f"mlflow-artifacts:/7/{ONE}/artifacts/model", {ONE}, set()),
+        (f"s3://bucket/7/{ONE}/artifacts/m-{OTHER}", {ONE}, {f"m-{OTHER}"}),
+        (f"https://mlflow.example.com/#/experiments/7/runs/{ONE}", {ONE}, set()),
+        (f"{ONE}0", set(), set()),
+        ("models:/another/3", set(), set()),
+    ],
+)
+def test_whatever_looks_like_the_id_of_a_run_or_a_model_counts(text: str, runs: set[str], models: set[str]) -> None:
+    found = references([Version("v", 1, (text,))], {})
+    assert (set(found.runs), set(found.models)) == (runs, models)
+
+
+def test_a_run_stands_for_its_models_and_a_model_for_its_run() -> None:
+    sources = {f"m-{ONE}": ONE, f"m-{OTHER}": OTHER, "m-alone": None}
+    by_run = references([Version("v", 1, (f"runs:/{ONE}/model",))], sources)
+    assert by_run.models == {f"m-{ONE}": "v version 1"} and set(by_run.runs) == {ONE}
+    by_model = references([Version("v", 2, (f"models:/m-{OTHER}",))], sources)
+    assert by_model.runs == {OTHER: "v version 2"} and set(by_model.models) == {f"m-{OTHER}"}
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("mlflow-artifacts:/7/a/b/", "7/a/b"),
+        ("mlflow-artifacts://host:443/7/a", "7/a"),
+        ("s3://bucket/7/a%20b", "7/a b"),
+        ("https://host/api/2.0/mlflow-artifacts/artifacts/7/a", "7/a"),
+        ("http://host/prefix/ajax-api/2.0/mlflow-artifacts/artifacts/7/a", "7/a"),
+        ("https://host/#/runs/7", None),
+        ("runs:/7/a", None),
+        ("models:/name/7", None),
+        ("REDACTED-SOURCE-PATH", None),
+        ("mlflow-artifacts:/", ""),
+    ],
+)
+def test_paths_are_read_from_any_address_of_files(text: str, path: str | None) -> None:
+    assert path_of(text) == path
+
+
+def test_paths_overlap_by_whole_names() -> None:
+    assert overlap("7/a", "7/a") and overlap("7/a", "7/a/b") and overlap("7/a/b", "7") and overlap("", "7")
+    assert not overlap("7/a", "7/ab") and not overlap("7/a", "8/a")
+
+
+@pytest.mark.parametrize(
+    ("location", "path"),
+    [
+        ("mlflow-artifacts:/7/run/artifacts", "7/run/artifacts"),
+        ("s3://ours/7/run/artifacts", "7/run/artifacts"),
+        ("s3://somebodys/7/run/artifacts", None),
+        ("mlflow-artifacts://another.server/7/run/artifacts", None),
+        ("file:///srv/mlflow/postgresql", None),
+        ("mlflow-artifacts:/", None),
+        ("mlflow-artifacts:/7/../8", None),
+        ("", None),
+    ],
+)
+def test_only_what_is_in_our_buckets_is_ours_to_remove(location: str, path: str | None) -> None:
+    assert Places(frozenset({"ours"})).path(location) == path
+
+
+def item(kind: str, id: str, kept: str = "") -> Item:
+    return Item(kind, id, "", "7", NOW - timedelta(days=40), (f"7/{id}",), kept)
+
+
+def test_the_report_says_what_was_and_what_would_be() -> None:
+    made = Report(NOW, True, 30, (item(RUN, "1"), item(RUN, "2"), item(EXPERIMENT, "7")), (item(MODEL, "m", "v"),))
+    assert made.summary() == "2 runs, 1 experiment would be removed for good; 1 logged model kept"
+    assert "  logged model m, deleted 2026-10-13T03:00:00Z: v" in report.as_text(made)
+    assert Report(NOW, False, 30, (), ()).summary() == "nothing removed for good"
+
+
+def test_the_newest_reports_are_kept(tmp_path: Path) -> None:
+    for number in range(report.KEPT_REPORTS + 2):
+        report.write(tmp_path, Report(NOW + timedelta(days=7 * number), False, 30, (item(RUN, "1"),), ()))
+    for kind in ("json", "txt"):
+        assert len(list(tmp_path.glob(f"*{report.SUFFIX}.{kind}"))) == report.KEPT_REPORTS
+    newest = json.loads((tmp_path / report.NEWEST).read_text())
+    assert newest["at"] == report.stamp(NOW + timedelta(days=7 * (report.KEPT_REPORTS + 1)))
+
+
+def test_after_failures_in_a_row_the_rest_is_left_for_the_next_time() -> None:
+    tried: list[str] = []
+
+    class Failing:
+        def remove(self, each: Item) -> str:
+            tried.append(each.id)
+            if each.id == "0":
+                return ""
+            raise ConnectionError("S3 is out of reach")
+
+    failing: Any = Failing()
+    planned = Report(NOW, False, 30, tuple(item(RUN, str(number)) for number in range(20)), ())
+    done = collect.carried_out(planned, failing)
+    assert [each.id for each in done.removed] == ["0"]
+    assert len(tried) == 1 + collect.FAILURES and len(done.failed) == 19
+    assert done.failed[0].kept == "ConnectionError: S3 is out of reach"
+    assert done.failed[-1].kept.startswith("not tried after")
