@@ -16,7 +16,6 @@ import contextlib
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import services
-from tests.bench import floor, load, report, transfers
+from tests.bench import environments, floor, load, report, transfers
 from tests.bench.contenders import CONTENDERS, Contender, alone, memory_mb
 
 BASELINE, OURS, FLOOR = "tutorial", "ours", "floor"
@@ -48,8 +47,8 @@ class Turn:
 def main() -> int:
     options = arguments()
     sys.path.insert(0, str(services.HOST_PACKAGE))
-    say(f"compiling MLflow for {sys.executable}, as an installed one is")
-    compile_packages()
+    say("making the environments of the contenders")
+    environments.image(), environments.tutorial()
     with tempfile.TemporaryDirectory(prefix="mlflow-bench-", dir=options.folder) as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -253,15 +252,6 @@ def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
         growth = large[OURS]["growth_mb"]
         goal("server memory meanwhile: grows by < 64 MB", growth, growth < 64)
     return kept
-
-
-def compile_packages() -> None:
-    """Byte-compile what both servers import, once: pip does so when it installs, and an image has it."""
-    import mlflow
-
-    site = Path(mlflow.__file__).parents[1]
-    command = [sys.executable, "-m", "compileall", "-q", "-j", "0", *map(str, (site / "mlflow", site / "sqlalchemy"))]
-    subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
 
 
 def arguments() -> argparse.Namespace:

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import services
+from tests.bench import environments
 from tests.bench.load import Dataset, Target
 from tests.bench.seed import seed
 from tests.services import family
@@ -45,10 +45,12 @@ class Contender:
 
     @property
     def client_environment(self) -> dict[str, str]:
+        verified = {"MLFLOW_TRACKING_SERVER_CERT_PATH": self.target.authority} if self.target.authority else {}
         return {
             "MLFLOW_TRACKING_URI": self.url,
             "MLFLOW_TRACKING_USERNAME": USER,
             "MLFLOW_TRACKING_PASSWORD": PASSWORD,
+            **verified,
         }
 
 
@@ -108,7 +110,7 @@ http {{
 @contextlib.contextmanager
 def basic_auth(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
     """MLflow's own login: `mlflow server --app-name basic-auth`, nothing in front."""
-    packages = auth_packages()
+    packages = environments.auth_packages()
     with contextlib.ExitStack() as stack:
         cluster, data = stack.enter_context(seeded_cluster(folder / "postgresql", {}))
         cluster.execute("create database login")
@@ -136,19 +138,6 @@ def basic_auth(folder: Path, store: services.ObjectStore) -> Iterator[Contender]
         )
 
 
-def auth_packages() -> Path:
-    """A folder with what the extra mlflow[auth] adds; kept between runs, beside and not among our packages, since
-    MLflow searches more slowly when they are there."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlflow-ami" / "bench-auth"
-    if not (folder / "flask_wtf").is_dir():
-        installer = [sys.executable, "-m", "pip"]
-        if shutil.which("uv"):
-            installer = ["uv", "pip"]
-        command = [*installer, "install", "-q", "--target", str(folder), "--no-deps", "Flask-WTF<2", "WTForms"]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-    return folder
-
-
 @contextlib.contextmanager
 def mlflow_server(
     folder: Path,
@@ -161,7 +150,7 @@ def mlflow_server(
     """`mlflow server` on loopback; its children are gone too at the end."""
     bucket = f"{folder.name}-one"
     store.client().create_bucket(Bucket=bucket)
-    command = [services.program("mlflow"), "server", "--host", HOST, "--port", str(port)]
+    command = [str(environments.tutorial().with_name("mlflow")), "server", "--host", HOST, "--port", str(port)]
     command += ["--backend-store-uri", cluster.uri(tcp=True), "--artifacts-destination", f"s3://{bucket}"]
     command += ["--allowed-hosts", f"{HOST},{HOST}:*", *arguments]
     (folder / "tmp").mkdir()
@@ -187,7 +176,7 @@ def answers(port: int) -> bool:
 @contextlib.contextmanager
 def ours(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
     """The server, the settings of PostgreSQL and the nginx that the image ships, sized for a 2 GiB machine."""
-    from mlflow_host import config, credentials, launch, server, sizing, web
+    from mlflow_host import certificates, config, credentials, launch, server, sizing, web
 
     buckets = {kind: f"{folder.name}-{kind}" for kind in ("artifacts", "models", "backups")}
     for bucket in buckets.values():
@@ -197,13 +186,15 @@ def ours(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
         buckets=launch.Buckets(**buckets),
         credentials=launch.Credentials("/bench"),
         data_volume=launch.DataVolume("vol-01234567"),
-        web=launch.Web((HOST,)),
+        web=launch.Web((HOST,), tls="private"),
         endpoints=launch.Endpoints(s3=store.endpoint),
     )
     machine = sizing.Machine(MACHINE_MEMORY_MB, sizing.this_machine().cores)
     host = config.host_config(document, sizing.size(machine))
     templates = ROOTFS / "usr/share/mlflow-host/templates"
-    shipped = web.render("postgresql.conf.j2", templates, sizing=host.sizing, postgres=document.postgres)
+    shipped = web.render(
+        "postgresql.conf.j2", templates, sizing=host.sizing, postgres=document.postgres, archives=False
+    )
     with contextlib.ExitStack() as stack:
         cluster, data = stack.enter_context(seeded_cluster(folder / "postgresql", postgresql_settings(shipped)))
         (folder / "tmp").mkdir()
@@ -215,12 +206,16 @@ def ours(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
         }
         sockets_folder = folder / "run/mlflow"
         processes = stack.enter_context(
-            services.server_processes(sockets_folder, environment, host.sizing.server_processes)
+            services.server_processes(
+                sockets_folder, environment, host.sizing.server_processes, str(environments.image())
+            )
         )
         port = services.free_port()
         configuration = move_nginx(folder, port)
         run = folder / "run/mlflow-host"
-        site = web.render_site(host, web.ui_files(), templates=templates, run=run)
+        authority = certificates.ensure((HOST,), folder / "certificates")
+        certificate = web.Certificate(authority.certificate, authority.key, trusted=False)
+        site = web.render_site(host, web.ui_files(), certificate, templates=templates, run=run)
         (run / "nginx/site.conf").write_text(moved(site, folder, port))
         users = (credentials.User(USER, PASSWORD, "admin"),)
         (run / "nginx/users").write_text(credentials.password_file(users))
@@ -229,9 +224,9 @@ def ours(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
         yield Contender(
             "ours",
             f"what the image ships: {len(processes)} processes on Unix sockets, sized for {MACHINE_MEMORY_MB} MiB, "
-            "its settings of PostgreSQL and nginx",
-            Target((HOST, port), HOST, (authorization(),)),
-            f"http://{HOST}:{port}",
+            "its settings of PostgreSQL and nginx, HTTPS and login",
+            Target((HOST, port), HOST, (authorization(),), authority=str(authority.ca)),
+            f"https://{HOST}:{port}",
             data,
             cluster,
             tuple(running.pid for running in processes),
@@ -261,7 +256,8 @@ def move_nginx(folder: Path, port: int) -> Path:
 def moved(text: str, folder: Path, port: int) -> str:
     for path in ("/run/mlflow-host", "/run/nginx", "/run/mlflow/", "/var/log/nginx", "/usr/share/mlflow-host"):
         text = text.replace(f" {path}", f" {folder}{path}").replace(f"unix:{path}", f"unix:{folder}{path}")
-    return text.replace("/etc/nginx/", f"{folder}/etc/nginx/").replace("listen 80", f"listen {HOST}:{port}")
+    text = text.replace("/etc/nginx/", f"{folder}/etc/nginx/").replace("listen 443", f"listen {HOST}:{port}")
+    return text.replace("listen 80", f"listen unix:{folder}/plain.sock")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import random
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ class Target:
     address: tuple[str, int] | str
     host: str = "localhost"
     headers: tuple[str, ...] = ()
+    authority: str = ""
+    """File of the certificate that HTTPS is verified by; plain HTTP without one."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ class Connection:
 
     def __init__(self, target: Target):
         self.target = target
+        self.tls = ssl.create_default_context(cafile=target.authority) if target.authority else None
         self.socket: socket.socket | None = None
         self.buffer = b""
         self.head = "".join(f"{line}\r\n" for line in (f"Host: {target.host}", *target.headers))
@@ -168,6 +172,8 @@ class Connection:
         self.socket.connect(self.target.address)
         if family == socket.AF_INET:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.tls:
+            self.socket = self.tls.wrap_socket(self.socket, server_hostname=self.target.host)
         self.buffer = b""
 
     def close(self) -> None:

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from mlflow_host import jobs
+from mlflow_host import answers, jobs, sessions
 from mlflow_host.bridge import Application, Message, Receive, Scope, Send, short_cut
 from mlflow_host.config import CONFIG, DATA, POSTGRESQL_SOCKETS, SERVER_SOCKETS, HostConfig
 from mlflow_host.files import streamed
@@ -187,11 +187,15 @@ def serve(uds: Path, *, first: bool = True) -> int:
     public = {name: os.environ.get(name, "") for name in ("MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION")}
     if missing := [name for name, value in public.items() if not value]:
         raise Refusal(f"{' and '.join(missing)} not set: start the unit mlflow-server@, or load mlflow.env first")
-    os.environ.update(private_environment(public))
+    # The plug-in makes the way to PostgreSQL shorter.
+    uri = public["MLFLOW_BACKEND_STORE_URI"]
+    os.environ.update(private_environment(public | {"MLFLOW_BACKEND_STORE_URI": sessions.through_plugin(uri)}))
     if jobs.asked_for():
         os.environ.update(jobs.queues(uds.parent))
     gc.set_threshold(*COLLECT_AFTER)
     answer_searches_without_auth()
+    answers.install()
+    sessions.keep_what_was_read()
     application, flask = load(APPLICATION), load(FLASK_APPLICATION)
     forbid_migrations()
     if CONFIG.exists():  # on a machine that boots: loading takes seconds in which the database step can do its work
