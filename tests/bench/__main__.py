@@ -79,9 +79,10 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         turns = take_turns(contenders, options)
         for contender in contenders:
             memory[contender.name]["under load"] = memory_mb(contender.processes())
+        login = login_cost(contenders, options)
         moved = move_files(contenders, store, folder, options) if options.artifacts else []
         growth = grow(contenders, options) if options.growth else []
-        return summary(contenders, turns, memory, moved, growth, options)
+        return summary(contenders, turns, memory, moved, growth, login, options)
 
 
 def take_turns(contenders: list[Contender], options: argparse.Namespace) -> list[Turn]:
@@ -125,6 +126,31 @@ def turn(operation: str, clients: int, contender: str, rounds: list[load.Measure
         len(errors),
         errors[0] if errors else "",
     )
+
+
+def login_cost(contenders: list[Contender], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """p50 of reading a run with a login, and by the same server without one, in turns."""
+    rows = []
+    for contender in contenders:
+        if contender.unguarded is None:
+            continue
+        for clients in (1, 8):
+            found: dict[str, list[float]] = {"with": [], "without": []}
+            with alone(contender, contenders):
+                for _ in range(1 if options.quick else 7):
+                    for way, target in (("with", contender.target), ("without", contender.unguarded)):
+                        measured = load.run(target, "get run", contender.data, clients, min(options.seconds, 2.0))
+                        found[way].append(measured.percentile(0.5))
+            row = {way: statistics.median(values) for way, values in found.items()}
+            rows.append({"clients": clients, **row})
+            say(f"login, {clients} clients: p50 {row['with']:.2f} ms, without {row['without']:.2f} ms")
+    return rows
+
+
+def launches(folder: Path) -> dict[str, Any]:
+    """What `python -m tests.bench.launches` measured last, where it did."""
+    measured = folder / "launches.json"
+    return {"launches": json.loads(measured.read_text())} if measured.exists() else {}
 
 
 def move_files(
@@ -189,17 +215,17 @@ def summary(
     memory: dict[str, dict[str, float]],
     moved: list[dict[str, Any]],
     growth: list[dict[str, Any]],
+    login: list[dict[str, Any]],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    import mlflow
     from mlflow_host.sizing import this_machine
 
     results: dict[str, Any] = {
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": "python -m tests.bench " + " ".join(sys.argv[1:]),
         "machine": asdict(this_machine()),
-        "mlflow": mlflow.__version__,
-        "python": ".".join(map(str, sys.version_info[:3])),
+        "mlflow": environments.mlflow_version(),
+        "python": environments.python_version(),
         "rounds": options.rounds,
         "seconds": options.seconds,
         "contenders": {contender.name: contender.what for contender in contenders},
@@ -207,7 +233,9 @@ def summary(
         "memory_mb": memory,
         "artifacts": moved,
         "growth": growth,
+        "login": login,
     }
+    results |= launches(options.out)
     results["goals"] = goals(results)
     return results
 
@@ -245,12 +273,20 @@ def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
     if {BASELINE, OURS} <= memory.keys():
         share = memory[OURS]["at rest"] / memory[BASELINE]["at rest"]
         goal("memory at rest: ≤ 0.3×", share, share <= 0.3)
+    for row in results["login"]:
+        cost = row["with"] / row["without"]
+        goal(f"login at {row['clients']} client(s), p50 against a request without: ≤ 1.05×", cost, cost <= 1.05)
     large = {row["contender"]: row for row in results["artifacts"] if row["load"] == "1 GB"}
     if {OURS, FLOOR} <= large.keys():
         slower = min(large[OURS][way] / large[FLOOR][way] for way in ("up", "down"))
         goal("1 GB up and down: ≥ 0.8× a direct S3 client", slower, slower >= 0.8)
         growth = large[OURS]["growth_mb"]
         goal("server memory meanwhile: grows by < 64 MB", growth, growth < 64)
+    for what, seconds in (("launch", 10), ("swap", 15)):
+        if took := results.get("launches", {}).get(what):
+            goal(
+                f"{what} on the local cloud: ≤ {seconds} s", statistics.median(took), statistics.median(took) <= seconds
+            )
     return kept
 
 

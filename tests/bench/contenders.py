@@ -39,6 +39,8 @@ class Contender:
     cluster: services.PostgreSQL
     servers: tuple[int, ...]
     """Process ids; their children belong to them."""
+    unguarded: Target | None = None
+    """The same server by an nginx that asks for no login, where one is there to compare with."""
 
     def processes(self) -> list[int]:
         return [pid for server in self.servers for pid in family(server)]
@@ -216,7 +218,8 @@ def ours(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
         authority = certificates.ensure((HOST,), folder / "certificates")
         certificate = web.Certificate(authority.certificate, authority.key, trusted=False)
         site = web.render_site(host, web.ui_files(), certificate, templates=templates, run=run)
-        (run / "nginx/site.conf").write_text(moved(site, folder, port))
+        site, open_port = moved(site, folder, port), services.free_port()
+        (run / "nginx/site.conf").write_text(site + without_login(site, port, open_port))
         users = (credentials.User(USER, PASSWORD, "admin"),)
         (run / "nginx/users").write_text(credentials.password_file(users))
         (run / "nginx/roles.map").write_text(f'"{USER}" admin;\n')
@@ -230,6 +233,7 @@ def ours(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
             data,
             cluster,
             tuple(running.pid for running in processes),
+            Target((HOST, open_port), HOST, (authorization(),), authority=str(authority.ca)),
         )
 
 
@@ -258,6 +262,14 @@ def moved(text: str, folder: Path, port: int) -> str:
         text = text.replace(f" {path}", f" {folder}{path}").replace(f"unix:{path}", f"unix:{folder}{path}")
     text = text.replace("/etc/nginx/", f"{folder}/etc/nginx/").replace("listen 443", f"listen {HOST}:{port}")
     return text.replace("listen 80", f"listen unix:{folder}/plain.sock")
+
+
+def without_login(site: str, port: int, open_port: int) -> str:
+    """The site's last server, MLflow's, once more on another port, with no question for a password."""
+    server = site[site.rindex("\nserver {") :]
+    guarded = "auth_request /mlflow-host-login;"
+    assert guarded in server and f":{port} " in server
+    return server.replace(guarded, "auth_request off;").replace(f":{port} ", f":{open_port} ")
 
 
 @contextlib.contextmanager

@@ -27,6 +27,11 @@ def mlflow_version() -> str:
     return found[1]
 
 
+def python_version() -> str:
+    """Of the Python that all contenders run on."""
+    return subprocess.run([SYSTEM_PYTHON, "-V"], check=True, capture_output=True, text=True).stdout.split()[1]
+
+
 def image() -> Path:
     """The interpreter of an environment installed as the image's is."""
     wanted = ["sync", "--require-hashes", "--only-binary", ":all:", str(LOCK)]

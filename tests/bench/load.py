@@ -140,6 +140,15 @@ OPERATIONS: dict[str, Operation] = {
     "history of 10,000 steps": history,
 }
 
+IN_TURN = "every operation in turn"
+
+
+def in_turn(data: Dataset, client: int) -> Requests:
+    """All operations by turns, each client beginning with another."""
+    kinds = [operation(data, client) for operation in OPERATIONS.values()]
+    for number in itertools.count(client):
+        yield next(kinds[number % len(kinds)])
+
 
 class Connection:
     """One client's connection, kept alive as MLflow's client does, opened again when the other side closes it."""
@@ -245,7 +254,7 @@ def _clients(sender: Any, target: Target, operation: str, data: Dataset, clients
     deadline = [0.0]
 
     def client(number: int) -> None:
-        connection, requests = Connection(target), OPERATIONS[operation](data, number)
+        connection, requests = Connection(target), (OPERATIONS | {IN_TURN: in_turn})[operation](data, number)
         begin.wait()
         while (started := time.monotonic()) < deadline[0]:
             try:

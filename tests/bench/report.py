@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def markdown(results: dict[str, Any]) -> str:
         *memory(results["memory_mb"]),
         *artifacts(results["artifacts"]),
         *growth(results["growth"]),
+        *launches(results.get("launches")),
     ]
     return "\n".join(lines) + "\n"
 
@@ -84,6 +86,22 @@ def growth(rows: list[dict[str, Any]]) -> list[str]:
         return []
     shown = [[f"{row['rows']:,}", row["operation"], row["contender"], f"{row['p50']:.1f}"] for row in rows]
     return ["## Growth", "", *table(["rows in metrics", "operation", "", "p50, ms"], shown), ""]
+
+
+def launches(found: dict[str, Any] | None) -> list[str]:
+    if not found:
+        return []
+    named = {
+        "bake": "bake",
+        "launch": "launch: RunInstances to the first authenticated 200",
+        "swap": "another image of the same schema: outage",
+    }
+    rows = [
+        [what, f"{statistics.median(found[key]):.1f}", str(len(found[key]))]
+        for key, what in named.items()
+        if found[key]
+    ]
+    return ["## On the local cloud", "", *table(["", "median, s", "of"], rows), ""]
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
