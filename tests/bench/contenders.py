@@ -252,8 +252,16 @@ def move_nginx(folder: Path, port: int) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(moved(source.read_text(), folder, port))
     shutil.copy("/etc/nginx/mime.types", folder / "etc/nginx/mime.types")
-    for name in ("run/mlflow-host/nginx", "run/mlflow-host/web", "run/nginx", "var/log/nginx", "var/lib/nginx"):
+    for name in (
+        "run/mlflow-host/logins",
+        "run/mlflow-host/nginx",
+        "run/mlflow-host/web",
+        "run/nginx",
+        "var/log/nginx",
+        "var/lib/nginx",
+    ):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    shutil.chown(folder / "run/mlflow-host/logins", "www-data")
     return folder / "etc/nginx/nginx.conf"
 
 

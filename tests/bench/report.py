@@ -31,6 +31,24 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def brief(results: dict[str, Any]) -> str:
+    """What the README shows: requests per second, the tutorials' and ours, with their ratio, and the promises."""
+    found = {(one["operation"], one["clients"], one["contender"]): one["per_second"] for one in results["turns"]}
+    operations = list(dict.fromkeys(operation for operation, _, _ in found))
+    counts = sorted({clients for _, clients, _ in found})
+
+    def compared(operation: str, clients: int) -> str:
+        theirs, ours = (found.get((operation, clients, name)) for name in (BASELINE, "ours"))
+        if not theirs or not ours:
+            return ""
+        digits = 0 if ours >= 100 else 1
+        return f"{theirs:.{digits}f} → {ours:.{digits}f} **×{ours / theirs:.1f}**"
+
+    header = ["requests/s", *(f"{clients} client{'s' if clients > 1 else ''}" for clients in counts)]
+    rows = [[operation, *(compared(operation, clients) for clients in counts)] for operation in operations]
+    return "\n".join([*table(header, rows), "", *promises(results["goals"])[2:]]) + "\n"
+
+
 def promises(goals: list[dict[str, Any]]) -> list[str]:
     rows = [[goal["promise"], f"{goal['measured']:g}", "yes" if goal["met"] else "**no**"] for goal in goals]
     return ["## Promises", "", *table(["promise", "measured", "kept"], rows), ""] if rows else []
