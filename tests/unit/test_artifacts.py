@@ -288,6 +288,17 @@ def test_a_file_that_does_not_fit_is_refused_with_507(tmp_path: Path) -> None:
     assert refused.value.get_http_status_code() == 507
 
 
+def test_a_download_that_does_not_fit_is_refused_as_such(
+    two: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow itself would make an internal error of it."""
+    two.log_artifacts(str(folder))
+    monkeypatch.setattr(artifacts, "RESERVE_SHARE", 1)
+    monkeypatch.setattr(artifacts, "RESERVE_BYTES", 2**60)
+    with pytest.raises(InsufficientStorage):
+        two.download_artifacts(f"{MODEL}/MLmodel", str(tmp_path))
+
+
 def unfinished_uploads(store: ObjectStore, buckets: dict[str, str]) -> list[str]:
     return [
         upload["Key"]

@@ -124,6 +124,14 @@ class TwoBucketRepository(ArtifactRepository, StreamUploadMixin):  # type: ignor
             found.setdefault((info.path, info.is_dir), info)
         return sorted(found.values(), key=lambda info: str(info.path))
 
+    def download_artifacts(self, artifact_path: str, dst_path: str | None = None) -> str:
+        """Raises InsufficientStorage beforehand for a file that does not fit: of what fails in `_download_file` MLflow
+        keeps the text only, and answers 500."""
+        if (size := self.size(artifact_path)) is not None:
+            require_space(size, Path(dst_path or tempfile.gettempdir()))
+        untyped: Any = super()
+        return str(untyped.download_artifacts(artifact_path, dst_path))
+
     def _download_file(self, remote_file_path: str, local_path: str) -> None:
         response = self.open(remote_file_path)
         size = response["ContentLength"]
@@ -150,6 +158,20 @@ class TwoBucketRepository(ArtifactRepository, StreamUploadMixin):  # type: ignor
             return {**client().get_object(Bucket=bucket, Key=key, **owner()), "Location": (bucket, key)}
 
         return either(self.home_and_other(path), read, unless=is_missing_object)
+
+    def size(self, path: str) -> int | None:
+        """Of a file, in bytes; None for what is none."""
+
+        def ask(repository: Repository) -> int:
+            bucket, key = location(repository, path)
+            return int(client().head_object(Bucket=bucket, Key=key, **owner())["ContentLength"])
+
+        try:
+            return either(self.home_and_other(path), ask, unless=is_missing_object) if path else None
+        except ClientError as error:
+            if is_missing_object(error):
+                return None
+            raise
 
     def log_artifact_from_stream(
         self, stream: BinaryIO, artifact_file_name: str, artifact_path: str | None = None
