@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 demo_packages=(podman runc slirp4netns uidmap packer mmdebstrap debian-archive-keyring openssh-client e2fsprogs iproute2 git)
-test_packages=(postgresql nginx-light certbot pebble chromium chromium-driver shellcheck)
+test_packages=(postgresql nginx-light certbot pebble chromium chromium-driver shellcheck testssl.sh lynis)
 
 case "${1:-}" in
   demo) wanted=("${demo_packages[@]}") extras= ;;

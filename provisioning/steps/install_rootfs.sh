@@ -24,6 +24,8 @@ if [ ${#names[@]} -gt 0 ]; then systemd-tmpfiles --create "${names[@]}"; fi
 
 /opt/mlflow/bin/python -m compileall -q -j 0 /usr/lib/mlflow-host
 
+sshd -t
+
 systemctl daemon-reload
 systemctl enable --quiet mlflow-host.target
 mapfile -t names < <(shipped usr/lib/systemd/system 'mlflow-*')

@@ -122,3 +122,18 @@ def test_units_without_need_of_the_role_cannot_reach_the_metadata_service(server
         assert found["privileges"][3] == "2", f"{unit} runs without a system-call filter"
         if unit == "mlflow-host-postgresql":
             assert found["passwords"] == found["environment"] == found["shadow"] == "PermissionError"
+
+
+def test_crash_leaves_no_memory_on_disk(server: Server, cloud: LocalCloud) -> None:
+    """A core dump would hold passwords and keys."""
+    for unit in ("mlflow-server@1", "mlflow-host-postgresql", "nginx", "ssh"):
+        read = f"cat /proc/$(systemctl show --value --property MainPID {unit})/limits"
+        limits = cloud.exec(server.instance_id, ["sh", "-c", read]).stdout
+        assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE), f"{unit}: {limits}"
+
+
+def test_ssh_takes_keys_only_and_forwards_nothing(server: Server, cloud: LocalCloud) -> None:
+    effective = cloud.exec(server.instance_id, ["/usr/sbin/sshd", "-T"]).stdout.splitlines()
+    off = ("passwordauthentication", "kbdinteractiveauthentication", "permitrootlogin", "permitemptypasswords")
+    forwarding = ("allowtcpforwarding", "allowagentforwarding", "x11forwarding", "permittunnel")
+    assert {f"{option} no" for option in (*off, *forwarding)} <= set(effective)

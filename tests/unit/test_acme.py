@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from authority import answer_every_name_with_loopback
 from cryptography import x509
 from mlflow_host import acme, certificates, certify, config, launch, sizing, web
 
@@ -39,20 +40,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def answer_every_name_with_loopback(server: socket.socket) -> None:
-    """A name server: 127.0.0.1 for type A, nothing for any other."""
-    while True:
-        try:
-            query, client = server.recvfrom(512)
-        except OSError:
-            return
-        end = query.index(b"\0", 12) + 5
-        is_a = query[end - 4 : end - 2] == b"\0\1"
-        head = query[:2] + b"\x81\x80\0\1" + (b"\0\1" if is_a else b"\0\0") + b"\0\0\0\0"
-        record = b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4" + socket.inet_aton("127.0.0.1") if is_a else b""
-        server.sendto(head + query[12:end] + record, client)
 
 
 @pytest.fixture

@@ -577,6 +577,26 @@ def test_upload_streams_to_mlflow_as_it_comes(path: str, site: Site) -> None:
     assert site.asked()[0][3] == 40 << 20
 
 
+@pytest.mark.parametrize("user", [None, "ada:wrong", "ada:correct horse"])
+def test_body_that_no_request_of_mlflows_has_is_refused_before_it_comes(user: str | None, site: Site) -> None:
+    """It would be kept on the root volume. An artifact is not, and may have any size."""
+    for path, wanted in (("/api/2.0/mlflow/runs/log-batch", 413), ("/graphql", 413)):
+        assert (path, site.ask(path, method="POST", user=user, Content_Length=str(1 << 40))[0]) == (path, wanted)
+    assert not site.asked()
+    artifact = "/api/2.0/mlflow-artifacts/artifacts/0/abc/artifacts/model.bin"
+    connection = site.connection()
+    sent = {"Host": HOST, "Content-Length": str(1 << 40)}
+    if user:
+        sent["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
+    connection.request("PUT", artifact, headers=sent)
+    if user == "ada:correct horse":
+        connection.send(b"x" * 65536)
+        assert any(upstream.first_byte.wait(0.1) for _ in range(100) for upstream in site.upstreams)
+    else:
+        assert connection.getresponse().status == 401
+    connection.close()
+
+
 @pytest.mark.parametrize("path", ["/get-artifact?path=x", "/gateway/chat/invocations"])
 def test_answer_streams_to_the_client_as_it_comes(path: str, site: Site) -> None:
     connection = site.connection()

@@ -1,0 +1,68 @@
+"""What two well-known scanners say of a server as it comes: testssl of its HTTPS, Lynis of the machine itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import urllib.parse
+from pathlib import Path
+
+import pytest
+from local_cloud import LocalCloud
+from servers import BUILD, Server
+
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
+
+OF_A_PRIVATE_AUTHORITY = {"cert_chain_of_trust", "cert_revocation"}
+"""Nobody's list of authorities has the stack's own, and it publishes no list of what it has revoked."""
+
+LEAST_INDEX = 75
+LYNIS = ("usr/share/lynis", "usr/sbin/lynis", "etc/lynis")
+
+
+def test_testssl_finds_nothing_but_the_private_authority(server: Server, tmp_path: Path) -> None:
+    if not shutil.which("testssl"):
+        pytest.fail("testssl is not installed: make prepare-test does", pytrace=False)
+    found, said = tmp_path / "testssl.json", BUILD / "testssl.txt"
+    said.parent.mkdir(exist_ok=True)
+    command = ["testssl", "--quiet", "--color", "0", "--warnings", "off", "--jsonfile", str(found)]
+    done = subprocess.run(
+        [*command, urllib.parse.urlsplit(server.url).netloc + ":443"], capture_output=True, text=True, timeout=600
+    )
+    said.write_text(done.stdout)
+    findings = json.loads(found.read_text())
+    # That it has looked: by these it tells the protocols and the header it was after.
+    assert {"TLS1_2", "TLS1_3", "cipher_order", "heartbleed", "X-Frame-Options"} <= {each["id"] for each in findings}
+    bad = {each["id"]: each["finding"] for each in findings if each["severity"] in ("MEDIUM", "HIGH", "CRITICAL")}
+    assert {name: finding for name, finding in bad.items() if name not in OF_A_PRIVATE_AUTHORITY} == {}
+    assert set(bad) == OF_A_PRIVATE_AUTHORITY, "the private authority is what testssl knows nothing of"
+
+
+def test_lynis_finds_the_machine_hardened(server: Server, cloud: LocalCloud) -> None:
+    """It runs from a folder of its own that is gone afterwards: the image has no scanner."""
+    if not Path("/usr/share/lynis").exists():
+        pytest.fail("lynis is not installed: make prepare-test does", pytrace=False)
+    packed = f"tar -C / -cz {' '.join(LYNIS)} | base64 --wrap=0"
+    tree = subprocess.run(["sh", "-c", packed], capture_output=True, text=True, check=True).stdout
+    scan = """
+        set -e
+        cd "$(mktemp -d -p /run lynis.XXXXXX)"
+        trap 'rm -rf "$PWD"' EXIT
+        base64 -d | tar -xz
+        mv usr/share/lynis there
+        cp -r etc/lynis/default.prf etc/lynis/plugins usr/sbin/lynis there
+        here=$PWD
+        cd there
+        bash lynis audit system --quick --no-colors --profile "$PWD/default.prf" \\
+          --logfile "$here/log" --report-file "$here/report" </dev/null >"$here/said" 2>&1
+        cat "$here/report"
+    """
+    done = cloud.exec(server.instance_id, ["sh", "-c", scan], input=tree, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (BUILD / "lynis-report.txt").write_text(done.stdout)
+    report = dict(re.findall(r"^(\w+)=(.*)$", done.stdout, re.MULTILINE))
+    assert int(report["lynis_tests_done"]) > 150
+    assert re.findall(r"^warning\[\]=(.*)$", done.stdout, re.MULTILINE) == []
+    assert int(report["hardening_index"]) >= LEAST_INDEX
