@@ -153,7 +153,7 @@ def test_role_publishes_the_authority_and_does_not_delete_it(cloud: LocalCloud, 
 def test_role_reaches_no_machine_no_role_and_no_other_service(
     server: Server, cloud: LocalCloud, given: dict[str, str]
 ) -> None:
-    ec2, iam, sts = (cloud.client(each, **given) for each in ("ec2", "iam", "sts"))
+    ec2, iam, sts, cloudwatch = (cloud.client(each, **given) for each in ("ec2", "iam", "sts", "cloudwatch"))
     caller = sts.get_caller_identity()["Arn"]
     role = caller.split("/")[1]
     machine, anything = {"InstanceId": server.instance_id}, {"Version": "2012-10-17", "Statement": []}
@@ -186,6 +186,8 @@ def test_role_reaches_no_machine_no_role_and_no_other_service(
         ),
         "federate": lambda: sts.get_federation_token(Name="mine"),
     }
+    metric = [{"MetricName": "mine", "Value": 1}]
+    denied["metrics of AWS"] = lambda: cloudwatch.put_metric_data(Namespace="AWS/EC2", MetricData=metric)
     others = {
         "cloudwatch": ["list_metrics", "describe_alarms"],
         "kms": ["list_keys"],

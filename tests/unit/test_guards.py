@@ -27,7 +27,7 @@ GUARDS = [
     ("origin", SITE, "if ($foreign_origin) {", "if ($no_such) {", OF_SITE + "pages_of_other_origins_are_refused"),
     ("host", SITE, "listen {{ listen }};", "listen {{ listen }} default_server;", OF_SITE + "only_names_served"),
     ("role", SITE, "proxy_set_header X-May-Not $may_not;", "", OF_SITE + "reader_changes_nothing"),
-    ("role of raw paths", SITE, "map $request_uri $only", "map $uri $only", OF_SITE + "reader_changes_nothing"),
+    ("role of raw paths", SITE, "map $request_uri $only", "map $uri $only", OF_SITE + "reader"),
     ("limit by name", SITE, "limit_req zone=failures burst=10 nodelay;", "", OF_SITE + "guessing_is_slowed_down"),
     ("limit by address", SITE, "limit_req zone=strangers burst=100 nodelay;", "", OF_SITE + "guessing_through_many"),
     ("known to an address", SITE, 'set $stranger "";', "", OF_SITE + "guessing_through_many"),
