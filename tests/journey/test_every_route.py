@@ -6,6 +6,7 @@ The requests are written by hand, byte by byte: a client library would mend what
 from __future__ import annotations
 
 import base64
+import contextlib
 import re
 import socket
 import ssl
@@ -324,6 +325,12 @@ def test_the_health_check_is_all_that_is_open(server: Server, wire: Wire) -> Non
     assert wire.ask(request(server, "GET", "/version", login(*server.login))) == 200
 
 
+def test_right_logins_are_never_too_many(server: Server, wire: Wire) -> None:
+    """nginx must be able to note who has logged in: it takes a hundred logins at once from names it does not know."""
+    right = request(server, "GET", "/static-files/favicon.ico", login(*server.login))
+    assert {wire.ask(right) for _ in range(150)} == {200}
+
+
 def test_port_80_sends_on_and_answers_nothing_else(server: Server) -> None:
     host = host_of(server)
     for target, wanted in (("/", 308), ("/version", 308), ("/healthz", 308), ("/.well-known/acme-challenge/x", 404)):
@@ -336,9 +343,10 @@ def test_port_80_sends_on_and_answers_nothing_else(server: Server) -> None:
 
 @pytest.mark.slow
 def test_thousand_idle_and_slow_clients_keep_nobody_out(server: Server, wire: Wire) -> None:
-    """Some say nothing, some stop within TLS, within the header, within the body."""
+    """Some say nothing, some stop within TLS, within the header, within the body. All but these are shown out."""
     host, right = host_of(server), login(*server.login)
     held: list[socket.socket] = []
+    silent = 1025
     try:
         for number in range(1000):
             held.append(socket.create_connection((host, 443), timeout=15))
@@ -350,6 +358,12 @@ def test_thousand_idle_and_slow_clients_keep_nobody_out(server: Server, wire: Wi
                 held[-1].sendall(begun)
         for _ in range(20):
             assert wire.ask(request(server, "GET", "/version", right)) == 200
+            assert wire.ask(request(server, "GET", "/graphql", {**right, "Content-Length": str(1 << 40)})) == 413
+            assert wire.ask(request(server, "GET", "/version", {"X-Large": "x" * 70_000})) in {400, 414, 431}
+        for connection in held[:silent]:
+            connection.settimeout(40)
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(1) == b"", "it is still let say something"
     finally:
         for connection in held:
             connection.close()
