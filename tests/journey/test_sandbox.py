@@ -48,6 +48,7 @@ print(json.dumps({
     "devices": sorted(name for name in os.listdir("/dev") if name.startswith(("nvme", "sd", "loop", "mem", "kmsg"))),
     "processes": sorted({os.stat(f"/proc/{p}").st_uid for p in os.listdir("/proc") if p.isdigit()}),
     **{f"write {path}": written(path) for path in sys.argv[1:]},
+    "mounted to be written": [path for path in sys.argv[1:] if not os.statvfs(path).f_flag & os.ST_RDONLY],
     "privileges": [line.split(":")[1].strip() for line in open("/proc/self/status")
                    if line.startswith(("CapEff", "CapBnd", "NoNewPrivs", "Seccomp:"))],
 }))
@@ -111,6 +112,7 @@ def test_server_sees_nothing_that_is_not_its_own(server: Server, cloud: LocalClo
     assert found["processes"] == [found["uid"]], "it sees the processes of other users"
     writable = [path for path in PLACES if found[f"write {path}"] is True]
     assert writable == ["/srv/mlflow/tmp"]
+    assert found["mounted to be written"] == writable, "only the modes of files keep it from writing elsewhere"
     assert found["privileges"][:2] == ["0" * 16] * 2 and found["privileges"][2:] == ["1", "2"]
 
 
