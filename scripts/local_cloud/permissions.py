@@ -50,8 +50,8 @@ def read(environ: Mapping[str, Any], body: bytes, action: str, parameters: Mappi
     asked: Mapping[str, Any] = parameters
     if environ.get("HTTP_X_AMZ_TARGET"):
         try:
-            asked = json.loads(body or b"{}")
-        except ValueError:
+            asked = dict(json.loads(body or b"{}"))
+        except (ValueError, TypeError):
             asked = {}
     prefix = PREFIXES.get(service, service)
     name = action or f"{environ['REQUEST_METHOD']}:{environ.get('PATH_INFO', '')}"
