@@ -23,9 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests import services
-from tests.bench import environments, floor, load, report, transfers
-from tests.bench.contenders import CONTENDERS, Contender, alone, memory_mb
+sys.path[:0] = [str(Path(__file__).parents[2] / "scripts")]
+
+from interrupts import end_like_ctrl_c  # noqa: E402
+
+from tests import services  # noqa: E402
+from tests.bench import environments, floor, load, report, transfers  # noqa: E402
+from tests.bench.contenders import CONTENDERS, Contender, alone, memory_mb  # noqa: E402
 
 BASELINE, OURS, FLOOR = "tutorial", "ours", "floor"
 
@@ -327,6 +331,7 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    end_like_ctrl_c()
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -25,6 +25,7 @@ sys.path[:0] = [str(Path(__file__).parents[2] / "scripts")]
 
 import drill  # noqa: E402
 import lock  # noqa: E402
+from interrupts import end_like_ctrl_c  # noqa: E402
 from local_cloud import LocalCloud  # noqa: E402
 from rehearsal import stack  # noqa: E402
 
@@ -132,6 +133,7 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    end_like_ctrl_c()
     try:
         sys.exit(main())
     except KeyboardInterrupt:
