@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,15 +101,39 @@ print(json.dumps({"found": found, "journal": len(journal), "swap": open("/proc/s
 """
 
 
-def test_nothing_on_the_machine_holds_a_secret_but_what_has_to(
-    server: Server, cloud: LocalCloud, secrets: Mapping[str, str]
-) -> None:
-    """MLflow takes the passphrase from its environment: a file that root alone can read, and its own processes."""
+def search(server: Server, cloud: LocalCloud, secrets: Mapping[str, str]) -> set[tuple[str, ...]]:
+    """(secret's name, file or what of a process or "journal", owner and mode or unit) for each place that holds one."""
     done = cloud.exec(server.instance_id, ["python3", "-c", SEARCH], input=json.dumps(dict(secrets)), timeout=300)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["journal"] > 10_000
-    found = {tuple(each) for each in answer["found"]}
+    return {tuple(each) for each in answer["found"]}
+
+
+PLANT = """
+echo {canary} >/var/lib/{name}; echo "a line of {canary}" | systemd-cat; journalctl --sync
+systemd-run --quiet --unit={name} --setenv=SECRET={canary} sh -c 'sleep 300; : {canary}'
+"""
+
+
+def test_a_secret_that_is_anywhere_on_the_machine_is_found(server: Server, cloud: LocalCloud) -> None:
+    """Or what the next test does not find would mean nothing."""
+    name, canary = "leak-canary", uuid.uuid4().hex
+    try:
+        planted = cloud.exec(server.instance_id, ["sh", "-ec", PLANT.format(name=name, canary=canary)])
+        assert planted.returncode == 0, planted.stderr
+        found = search(server, cloud, {"canary": canary})
+    finally:
+        cloud.exec(server.instance_id, ["sh", "-c", f"systemctl stop {name}; rm /var/lib/{name}"])
+    assert {("canary", "journal", ""), ("canary", f"/var/lib/{name}", "0 644")} <= found
+    assert {("canary", what, f"{name}.service") for what in ("cmdline", "environ")} <= found
+
+
+def test_nothing_on_the_machine_holds_a_secret_but_what_has_to(
+    server: Server, cloud: LocalCloud, secrets: Mapping[str, str]
+) -> None:
+    """MLflow takes the passphrase from its environment: a file that root alone can read, and its own processes."""
+    found = search(server, cloud, secrets)
     assert ("passphrase", "/run/mlflow-host/mlflow.env", "0 600") in found, "the search finds nothing at all"
     allowed = {("passphrase", "/run/mlflow-host/mlflow.env", "0 600")} | {
         each for each in found if each[:2] == ("passphrase", "environ") and each[2].startswith("mlflow-server@")
