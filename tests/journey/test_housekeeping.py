@@ -83,10 +83,13 @@ def test_the_weekly_unit_removes_what_was_deleted_long_ago_and_nothing_that_is_r
     assert client.search_runs([experiment], run_view_type=2)[0].info.run_id in staying
 
 
-def test_artifacts_under_another_layout_stay_readable(cloud: LocalCloud, server: Server, client: MlflowClient) -> None:
+def test_artifacts_under_another_layout_stay_readable(
+    cloud: LocalCloud, server: Server, client: MlflowClient, request: pytest.FixtureRequest
+) -> None:
     """As a server left them that kept its artifacts elsewhere in the bucket, without a plug-in."""
     bucket = server.buckets["artifacts"]
     experiment = client.create_experiment("another layout", artifact_location=f"s3://{bucket}/old/layout")
+    request.addfinalizer(lambda: client.delete_experiment(experiment))  # a client here cannot list its artifacts
     run = client.create_run(experiment).info
     assert run.artifact_uri == f"s3://{bucket}/old/layout/{run.run_id}/artifacts"
     key = f"old/layout/{run.run_id}/artifacts/plots/curve.txt"
