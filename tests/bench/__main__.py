@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import math
-import signal
 import statistics
 import sys
 import tempfile
