@@ -319,6 +319,17 @@ def _principals(who: list[Props]) -> Props | str:
     return {kind: ids[0] if len(ids) == 1 else ids for kind, ids in made.items()}
 
 
+def _get_hosted_zone(aws: Aws, args: Props) -> Props:
+    zone = args.get("zoneId", "")
+    try:
+        found = aws.client("route53").get_hosted_zone(Id=zone)["HostedZone"]
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "NoSuchHostedZone":
+            raise
+        raise ValueError(NO_RESULTS) from None
+    return {"id": zone, "zoneId": zone, "name": found["Name"].rstrip(".")}
+
+
 LOOKUPS: dict[str, Callable[[Aws, Props], Props]] = {
     "aws:ec2/getAmi:getAmi": _get_ami,
     "aws:ec2/getAmiIds:getAmiIds": _get_ami_ids,
@@ -334,6 +345,7 @@ LOOKUPS: dict[str, Callable[[Aws, Props], Props]] = {
     "aws:index/getCallerIdentity:getCallerIdentity": _get_identity,
     "aws:index/getPartition:getPartition": _get_partition,
     "aws:index/getRegion:getRegion": _get_region,
+    "aws:route53/getZone:getZone": _get_hosted_zone,
     "aws:ssm/getParameter:getParameter": _get_parameter,
     "aws:ssm/getParametersByPath:getParametersByPath": _get_parameters,
 }

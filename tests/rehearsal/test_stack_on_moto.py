@@ -170,3 +170,25 @@ def test_mistakes_come_out_together_in_the_programs_words(aws: Aws) -> None:
     for part in ("everybody", "ami-00000000000000000"):
         assert part in text
     assert state.resources == []
+
+
+def test_the_address_of_a_domain_is_written_to_its_zone_and_goes_with_the_stack(
+    aws: Aws, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # moto's IDs begin with an F, Route 53's with a Z.
+    monkeypatch.setattr("moto.route53.models.create_route53_zone_id", lambda **_: "Z0123456789ABCDEFGHIJ")
+    state, route53 = State(), aws.client("route53")
+    ami = image(aws, "20261124T101500Z")
+    zone = route53.create_hosted_zone(Name="example.com", CallerReference="test")["HostedZone"]["Id"].split("/")[-1]
+    domain = {"domainName": "mlflow.example.com", "hostedZoneId": zone}
+
+    def addresses() -> dict[str, list[str]]:
+        found = route53.list_resource_record_sets(HostedZoneId=zone)["ResourceRecordSets"]
+        return {each["Name"]: [r["Value"] for r in each["ResourceRecords"]] for each in found if each["Type"] == "A"}
+
+    outputs = reveal(up(aws, state, ami, **domain).outputs)
+    assert outputs["url"] == "https://mlflow.example.com"
+    assert addresses() == {"mlflow.example.com.": [outputs["publicIp"]]}
+    assert done(up(aws, state, ami, **domain)) == []
+    assert "delete Record" in done(up(aws, state, ami, domainName="mlflow.example.com"))
+    assert addresses() == {}
