@@ -60,5 +60,5 @@ lock: prepare ## renew provisioning/requirements.lock
 	@$(PYTHON) scripts/lock.py
 audit: prepare ## packages of the newest image with known vulnerabilities, as far as the network allows
 	@$(PYTHON) scripts/audit.py
-bench: prepare-test ## speed and memory beside a default mlflow server, as ratios: half an hour
+bench: prepare-test ## speed and memory beside a default mlflow server, as ratios
 	@$(ROOT) $(PYTHON) -m tests.bench

@@ -7,5 +7,6 @@ sys.path.append(str(Path(__file__).parents[1] / "provisioning/rootfs/usr/lib/mlf
 
 from mlflow_host import launch as launch
 from mlflow_host import metrics as metrics
+from mlflow_host import room as room
 from mlflow_host import sizing as sizing
 from mlflow_host.backups import naming as naming

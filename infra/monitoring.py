@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pulumi
 import pulumi_aws as aws
-from host import metrics
+from host import metrics, room
 from settings import Settings
 from storage import Storage
-
-FULL_PERCENT = 90
 
 
 def alarms(config: Settings, kept: Storage, opts: pulumi.ResourceOptions) -> None:
@@ -17,8 +15,8 @@ def alarms(config: Settings, kept: Storage, opts: pulumi.ResourceOptions) -> Non
     aws.cloudwatch.MetricAlarm(
         "data-volume-full",
         alarm_description=(
-            f"The data volume of {config.title} is {FULL_PERCENT} % full or more; from 97 % on nothing can be written. "
-            "Enlarge it (the setting dataVolumeGib)."
+            f"The data volume of {config.title} is {room.WARN_PERCENT} % full or more; from {room.REFUSE_PERCENT} % on "
+            "nothing can be written. Enlarge it (the setting dataVolumeGib)."
         ),
         namespace=metrics.namespace(config.stack),
         metric_name=metrics.DISK_USED,
@@ -27,7 +25,7 @@ def alarms(config: Settings, kept: Storage, opts: pulumi.ResourceOptions) -> Non
         period=metrics.PERIOD_SECONDS,
         evaluation_periods=1,
         comparison_operator="GreaterThanOrEqualToThreshold",
-        threshold=FULL_PERCENT,
+        threshold=room.WARN_PERCENT,
         treat_missing_data="missing",
         alarm_actions=told,
         ok_actions=told,

@@ -162,8 +162,8 @@ def query(package: Package) -> dict[str, Any]:
 def ask(url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """One request. Raises NotLookedUp."""
     content = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, content, {"Content-Type": "application/json"})
     try:
+        request = urllib.request.Request(url, content, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             return dict(json.load(answer))
     except (OSError, http.client.HTTPException) as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
@@ -26,6 +27,21 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def exit_with(
+    main: Callable[[], int], say: Callable[[str], None], refusals: tuple[type[BaseException], ...] = ()
+) -> NoReturn:
+    """End this process with what `main` returns; with 2 and the sentence of a refusal; with 130 when interrupted."""
+    end_like_ctrl_c()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(130)
+    except refusals as refusal:
+        say(str(refusal))
+        sys.exit(2)
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -77,6 +77,25 @@ def destroy_server(cloud: LocalCloud) -> None:
             stack.destroy(cloud, stack.clients(cloud), current, say=print, done=lambda step: None)
 
 
+@contextmanager
+def own_stack(cloud: LocalCloud, name: str) -> Iterator[None]:
+    """What is launched while the block runs is a stack of that name, without a server before and after."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(stack.NAMED_BY, name)
+        destroy_server(cloud)
+        try:
+            yield
+        finally:
+            destroy_server(cloud)
+
+
+def on_machine(cloud: LocalCloud, server: Server, *command: str) -> str:
+    """What a command prints on the machine; the test fails with what it said unless it succeeds."""
+    done = cloud.exec(server.instance_id, list(command), timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def describe_server() -> Server:
     status = json.loads(script("rehearse.py", "status", "--json").stdout)
     words = shlex.split(script("connect.py").stdout, comments=True)

@@ -32,18 +32,22 @@ def output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def installed(*fields: str) -> list[list[str]]:
+    """Those fields of every installed distribution package, as dpkg-query names them."""
+    form = "\t".join(f"${{{field}}}" for field in ("db:Status-Abbrev", *fields)) + "\n"
+    rows = [line.split("\t") for line in output("dpkg-query", "--show", "--showformat", form).splitlines()]
+    return [values for status, *values in rows if status.strip() in ("ii", "hi")]
+
+
 def deb_packages() -> dict[str, str]:
     """Name and version of every installed distribution package."""
-    lines = output("dpkg-query", "--show", "--showformat", "${db:Status-Abbrev}\t${Package}\t${Version}\n").splitlines()
-    rows = [line.split("\t") for line in lines]
-    return {name: version for status, name, version in rows if status.strip() in ("ii", "hi")}
+    return {row[0]: row[1] for row in installed("Package", "Version")}
 
 
 def deb_sources() -> dict[str, tuple[str, str]]:
     """The source that each installed distribution package is built from, and its version; trackers know no other."""
-    form = "${db:Status-Abbrev}\t${Package}\t${source:Package}\t${source:Version}\n"
-    rows = [line.split("\t") for line in output("dpkg-query", "--show", "--showformat", form).splitlines()]
-    return {name: (source, version) for status, name, source, version in rows if status.strip() in ("ii", "hi")}
+    fields = ("Package", "source:Package", "source:Version")
+    return {name: (source, version) for name, source, version in installed(*fields)}
 
 
 def python_packages() -> dict[str, str]:

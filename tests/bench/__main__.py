@@ -1,6 +1,6 @@
 """Measures the server against a default `mlflow server`, side by side on this machine, as ratios.
 
-    make bench                                    everything (about half an hour)
+    make bench                                    everything
     python -m tests.bench --quick                 each operation briefly, three minutes
     python -m tests.bench --only log-metric --clients 1 8 64
 
@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "scripts")]
 
-from interrupts import end_like_ctrl_c  # noqa: E402
+from interrupts import exit_with  # noqa: E402
 
 from tests import services  # noqa: E402
 from tests.bench import environments, floor, load, report, transfers  # noqa: E402
@@ -334,12 +334,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    end_like_ctrl_c()
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        say("interrupted; nothing is left running")
-        sys.exit(130)
-    except RuntimeError as error:
-        say(str(error))
-        sys.exit(2)
+    exit_with(main, say, (RuntimeError,))

@@ -3,9 +3,9 @@
     python -m tests.bench.launches             two bakes, three launches, four swaps: the medians
     python -m tests.bench.launches --rounds 1
 
-A launch counts from RunInstances to the first authenticated 200. An outage counts from the first request that is not
-answered to the first one that is again, asked for twenty times a second by a client that knows the password. JSON on
-standard output and in build/bench/launches.json, where the report of `python -m tests.bench` finds it.
+A launch counts from RunInstances to the first authenticated 200. An outage counts as the drill's does, from the last
+200 of the old machine to the first of the new one. JSON on standard output and in build/bench/launches.json, where the
+report of `python -m tests.bench` finds it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import json
 import os
 import statistics
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "scripts"), str(Path(__file__).parents[1])]
 
-from interrupts import end_like_ctrl_c  # noqa: E402
+import drill  # noqa: E402
+import pytest  # noqa: E402
+from interrupts import exit_with  # noqa: E402
+from local_cloud import LocalCloud, LocalCloudError  # noqa: E402
+from rehearsal import stack  # noqa: E402
 
 if TYPE_CHECKING:
     from servers import Server
@@ -32,8 +35,7 @@ STACK = "bench"
 
 def main() -> int:
     options = arguments()
-    os.environ["MLFLOW_AMI_REHEARSAL"] = STACK
-    from local_cloud import LocalCloud
+    os.environ[stack.NAMED_BY] = STACK
     from servers import destroy_server, launch_server
 
     cloud = LocalCloud()
@@ -50,10 +52,10 @@ def main() -> int:
                 destroy_server(cloud)
         outages = []
         for number in range(options.rounds + 1):
-            with Watch(server) as watch:
+            with drill.watching(vars(server)) as outage:
                 launch_server("--ami", images[(options.rounds + number) % 2])
-            outages.append(watch.outage)
-            say(f"away for {watch.outage:.1f} s")
+            outages.append(outage())
+            say(f"away for {outages[-1]:.1f} s")
     finally:
         destroy_server(cloud)
         cloud.down()
@@ -72,7 +74,6 @@ def main() -> int:
 def two_images(cloud: Any, bakes: int) -> tuple[list[float], list[str]]:
     """Seconds of each bake, and two images of this working copy; the newest there are, as far as none is baked."""
     from images import find
-    from rehearsal import stack
     from servers import script
 
     seconds = []
@@ -96,41 +97,6 @@ def boot_steps(cloud: Any, server: Server) -> dict[str, float]:
     return {each["step"]: each["seconds"] for each in map(json.loads, told.stdout.splitlines())}
 
 
-class Watch:
-    """Asks a server again and again while its `with` block runs; `outage` is the longest time without an answer."""
-
-    def __init__(self, server: Server):
-        self.server, self.outage = server, 0.0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._ask, daemon=True)
-
-    def _ask(self) -> None:
-        answered = time.monotonic()
-        while not self._done.wait(0.05):
-            if self._answers():
-                now = time.monotonic()
-                self.outage = max(self.outage, now - answered)
-                answered = now
-
-    def _answers(self) -> bool:
-        import requests
-
-        path = "/api/2.0/mlflow/experiments/get?experiment_id=0"
-        try:
-            return self.server.ask(path, auth=self.server.login, timeout=2).status_code == 200
-        except requests.RequestException:
-            return False
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        time.sleep(0.5)
-        self._done.set()
-        self._thread.join()
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench.launches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,9 +112,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    end_like_ctrl_c()
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        say("interrupted")
-        sys.exit(130)
+    exit_with(main, say, (drill.DrillFailed, LocalCloudError, pytest.fail.Exception))

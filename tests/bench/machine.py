@@ -26,7 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "scripts"), str(Path(__file__).parents[1])]
 
-from interrupts import end_like_ctrl_c  # noqa: E402
+import pytest  # noqa: E402
+from interrupts import exit_with  # noqa: E402
+from local_cloud import LocalCloud, LocalCloudError  # noqa: E402
+from rehearsal import stack  # noqa: E402
 
 from tests.bench import load  # noqa: E402
 from tests.bench.load import Dataset, Target  # noqa: E402
@@ -54,15 +57,15 @@ WRONG = re.compile(
 
 def main() -> int:
     options = arguments()
-    os.environ["MLFLOW_AMI_REHEARSAL"] = STACK
-    from local_cloud import LocalCloud
+    os.environ[stack.NAMED_BY] = STACK
     from servers import destroy_server, launch_server
 
     say("launching")
     changes = [word for change in options.set for word in ("--set", change)]
-    server = launch_server("--set", "instanceType=t3.small", "--set", "allowedCidrs=0.0.0.0/0", *changes)
     cloud = LocalCloud()
+    cloud.up()
     try:
+        server = launch_server("--set", "instanceType=t3.small", "--set", "allowedCidrs=0.0.0.0/0", *changes)
         before = machine_facts(cloud, server)
         if options.connections:
             seen = many_connections(server, options.connections, options.seconds)
@@ -267,9 +270,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    end_like_ctrl_c()
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        say("interrupted")
-        sys.exit(130)
+    exit_with(main, say, (LocalCloudError, pytest.fail.Exception))

@@ -25,9 +25,10 @@ sys.path[:0] = [str(Path(__file__).parents[2] / "scripts")]
 
 import drill  # noqa: E402
 import lock  # noqa: E402
-from interrupts import end_like_ctrl_c  # noqa: E402
-from local_cloud import LocalCloud  # noqa: E402
+from interrupts import exit_with  # noqa: E402
+from local_cloud import LocalCloud, LocalCloudError  # noqa: E402
 from rehearsal import stack  # noqa: E402
+from rehearsal.errors import RehearsalError  # noqa: E402
 
 from tests.bench.carry_rate import FILL  # noqa: E402
 
@@ -133,9 +134,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    end_like_ctrl_c()
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        drill.say("interrupted; nothing of it is left but images")
-        sys.exit(130)
+    exit_with(main, drill.say, (RehearsalError, LocalCloudError))

@@ -24,7 +24,7 @@ from drilling.reader import Reader
 from local_cloud import LocalCloud, LocalCloudError
 from rehearsal import stack, state
 from rehearsal.status import client_environment
-from servers import SCRIPTS, destroy_server, script
+from servers import SCRIPTS, own_stack, script
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
@@ -35,11 +35,9 @@ STEP_SECONDS = 20
 
 
 @pytest.fixture
-def stack_of_our_own(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(stack.NAMED_BY, "power-cuts")
-    destroy_server(cloud)
-    yield
-    destroy_server(cloud)
+def stack_of_our_own(cloud: LocalCloud) -> Iterator[None]:
+    with own_stack(cloud, "power-cuts"):
+        yield
 
 
 def test_power_cuts_while_the_schema_changes_lose_nothing(

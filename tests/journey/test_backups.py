@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 from local_cloud import LocalCloud
 from mlflow import MlflowClient
-from rehearsal import stack
-from servers import Server, client_of, describe_server, destroy_server, launch_server, script
+from servers import Server, client_of, describe_server, launch_server, own_stack, script
 
 pytestmark = pytest.mark.machine
 
@@ -27,15 +26,10 @@ LOST_AT_MOST_SECONDS = 60
 @pytest.fixture(scope="module")
 def backed_up(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
     """A machine that has taken its first base backup, by itself."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(stack.NAMED_BY, "backups")
-        destroy_server(cloud)
-        try:
-            server = launch_server("--ami", image["ami_id"])
-            wait_until(lambda: history(cloud, server, "base"), "first base backup")
-            yield server
-        finally:
-            destroy_server(cloud)
+    with own_stack(cloud, "backups"):
+        server = launch_server("--ami", image["ami_id"])
+        wait_until(lambda: history(cloud, server, "base"), "first base backup")
+        yield server
 
 
 def shell(cloud: LocalCloud, server: Server, line: str) -> str:

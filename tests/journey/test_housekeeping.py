@@ -10,15 +10,9 @@ from typing import Any
 import pytest
 from local_cloud import LocalCloud
 from mlflow import MlflowClient
-from servers import Server
+from servers import Server, on_machine
 
 pytestmark = pytest.mark.machine
-
-
-def on_machine(cloud: LocalCloud, server: Server, *command: str) -> str:
-    done = cloud.exec(server.instance_id, list(command), timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture

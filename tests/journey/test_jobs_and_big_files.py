@@ -13,8 +13,7 @@ import mlflow
 import pytest
 from journey.test_artifacts import MEBIBYTE, write_noise
 from local_cloud import LocalCloud
-from rehearsal import stack
-from servers import Server, client_of, destroy_server, launch_server
+from servers import Server, client_of, launch_server, on_machine, own_stack
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
@@ -26,20 +25,13 @@ MEMORY_BYTES = 64 * MEBIBYTE
 @pytest.fixture(scope="module", params=["direct", "proxied"])
 def own(request: pytest.FixtureRequest, cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
     """A machine that runs jobs, of a stack of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(stack.NAMED_BY, "transfers")
-        destroy_server(cloud)
-        settings = ["jobExecution=true", f"artifactTransfer={request.param}", "instanceType=t3.medium"]
-        try:
-            yield launch_server("--ami", image["ami_id"], *(word for each in settings for word in ("--set", each)))
-        finally:
-            destroy_server(cloud)
+    settings = ["jobExecution=true", f"artifactTransfer={request.param}", "instanceType=t3.medium"]
+    with own_stack(cloud, "transfers"):
+        yield launch_server("--ami", image["ami_id"], *(word for each in settings for word in ("--set", each)))
 
 
-def on_machine(cloud: LocalCloud, server: Server, line: str) -> str:
-    done = cloud.exec(server.instance_id, ["sh", "-c", line], timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def shell(cloud: LocalCloud, server: Server, line: str) -> str:
+    return on_machine(cloud, server, "sh", "-c", line)
 
 
 def test_a_job_is_done(cloud: LocalCloud, own: Server) -> None:
@@ -72,7 +64,7 @@ def test_a_job_is_done(cloud: LocalCloud, own: Server) -> None:
         assert job["status"] == "SUCCEEDED"
         (assessment,) = client.get_trace(trace.info.trace_id).info.assessments
         assert (assessment.name, assessment.value) == ("response_length", "yes")
-    processes = on_machine(cloud, own, "pgrep -fc 'mlflow[.]server[.]jobs|[h]uey'")
+    processes = shell(cloud, own, "pgrep -fc 'mlflow[.]server[.]jobs|[h]uey'")
     assert int(processes) == 2, "a runner and its scheduler, and no process for each kind of job"
 
 
@@ -88,18 +80,18 @@ def test_a_file_of_a_gibibyte_goes_up_and_comes_down(cloud: LocalCloud, own: Ser
         assert hashlib.file_digest(file, "sha256").hexdigest() == sent
     received.unlink()
     assert memory(cloud, own) - before < MEMORY_BYTES
-    assert int(on_machine(cloud, own, "du -sb /srv/mlflow/tmp | cut -f1")) < MEBIBYTE, "nothing is left behind"
+    assert int(shell(cloud, own, "du -sb /srv/mlflow/tmp | cut -f1")) < MEBIBYTE, "nothing is left behind"
 
     # What the user interface shows a file by is put on the server's disk first.
     asked = f"/get-artifact?path=checkpoint/weights.bin&run_uuid={run}"
-    free = int(on_machine(cloud, own, "df --output=avail -B1 /srv/mlflow | tail -1"))
-    on_machine(cloud, own, f"fallocate -l {free - 2 * GIBIBYTE - 512 * MEBIBYTE} /srv/mlflow/ballast")
+    free = int(shell(cloud, own, "df --output=avail -B1 /srv/mlflow | tail -1"))
+    shell(cloud, own, f"fallocate -l {free - 2 * GIBIBYTE - 512 * MEBIBYTE} /srv/mlflow/ballast")
     try:
         refused = own.ask(asked, auth=own.login, timeout=120)
         assert refused.status_code == 507
         assert "1,024 MiB do not fit into the server's temporary space" in refused.json()["message"]
     finally:
-        on_machine(cloud, own, "rm /srv/mlflow/ballast")
+        shell(cloud, own, "rm /srv/mlflow/ballast")
     with own.ask(asked, auth=own.login, timeout=300, stream=True) as answer:
         digest = hashlib.sha256()
         for piece in answer.iter_content(MEBIBYTE):
@@ -110,4 +102,4 @@ def test_a_file_of_a_gibibyte_goes_up_and_comes_down(cloud: LocalCloud, own: Ser
 def memory(cloud: LocalCloud, server: Server) -> int:
     """Of the server processes, in bytes, with pages they share counted in proportion."""
     line = "for p in $(pgrep -f 'mlflow_host[.]server'); do grep ^Pss: /proc/$p/smaps_rollup; done"
-    return sum(int(found.split()[1]) * 1024 for found in on_machine(cloud, server, line).splitlines())
+    return sum(int(found.split()[1]) * 1024 for found in shell(cloud, server, line).splitlines())

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from journey.test_backups import log, logged, shell
 from local_cloud import LocalCloud
-from rehearsal import stack
-from servers import client_of, destroy_server, launch_server, script
+from servers import client_of, launch_server, own_stack, script
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
@@ -28,11 +27,9 @@ def older(cloud: LocalCloud) -> Mapping[str, Any]:
 
 
 @pytest.fixture
-def stack_of_our_own(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(stack.NAMED_BY, "major")
-    destroy_server(cloud)
-    yield
-    destroy_server(cloud)
+def stack_of_our_own(cloud: LocalCloud) -> Iterator[None]:
+    with own_stack(cloud, "major"):
+        yield
 
 
 def test_a_move_to_another_major(

@@ -255,3 +255,8 @@ def test_image_is_the_one_baked_last(
         (tmp_path / name).mkdir()
         bill_of(tmp_path / name, URLS)
     assert audit.newest_bill().parent.name == "20261122t000000z-1"
+
+
+def test_database_that_is_no_address_is_said_in_a_sentence(bill: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert audit.main([str(bill), "--database", "mirror"]) == 2
+    assert capsys.readouterr().err.startswith("audit: nothing was looked up, for mirror/v1/querybatch ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -122,3 +123,12 @@ def test_after_failures_in_a_row_the_rest_is_left_for_the_next_time() -> None:
     assert len(tried) == 1 + collect.FAILURES and len(done.failed) == 19
     assert done.failed[0].kept == "ConnectionError: S3 is out of reach"
     assert done.failed[-1].kept.startswith("not tried after")
+
+
+@pytest.mark.parametrize("text", ["-1", "3651", "nan", "inf", "1e300", "a month"])
+def test_a_grace_period_that_is_none_is_refused(text: str) -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--older-than", type=collect.days)
+    with pytest.raises(argparse.ArgumentError, match=r"--older-than: (must be 0 to 3650 days|invalid days value)"):
+        parser.parse_args([f"--older-than={text}"])
+    assert parser.parse_args(["--older-than", "0.5"]).older_than == timedelta(hours=12)

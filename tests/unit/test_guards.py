@@ -35,7 +35,7 @@ GUARDS = [
     ("forwarded", SITE, "X-Forwarded-For $remote_addr", "X-A $remote_addr", OF_SITE + "forwarded_headers"),
     ("password goes on", SITE, 'proxy_set_header Authorization "";', "", OF_SITE + "password_opens"),
     ("login spoken for", SITE, "X-Login-Key $login_key", "X-A 1", OF_SITE + "guessing_is_slowed_down"),
-    ("body's size", SITE, "client_max_body_size 200m", "client_max_body_size 0", OF_SITE + "body_that_no"),
+    ("body's size", "provisioning/rootfs/etc/nginx/nginx.conf", "size 200m", "size 0", OF_SITE + "body_that_no"),
     ("last admin", "scripts/users.py", 'entry["role"] == "admin" for', "True for", "tests/unit/test_users.py"),
     ("hash", "scripts/users.py", "credentials.hashed(password), ", "password, ", "tests/unit/test_users.py"),
     ("unknown key", f"{HOST}/launch.py", "for extra in ", "for extra in [] and ", "tests/unit/test_launch.py"),

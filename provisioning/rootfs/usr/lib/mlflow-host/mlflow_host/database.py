@@ -318,11 +318,14 @@ def create(settings: Settings, state: State, empty: Path, say: Say) -> str:
     """The first database of a stack, which MLflow built and opened when the image was baked."""
     say(f"creating the database of MLflow {settings.image.mlflow_version}")
     clock, work = Clock(), f"{WORK}successor"
-    blank.load(settings.cluster, work, empty, settings.now())
+    now = settings.now()
+    blank.load(settings.cluster, work, empty)
     with connection(settings.cluster, work) as opened:
         check_head(head(opened), settings.image)
+        begun = {"now": int(now.timestamp() * 1000)}  # and not when the image was baked
+        run(opened, "UPDATE experiments SET creation_time = %(now)s, last_update_time = %(now)s", begun)
     clock.lap("create")
-    report = describe(settings, state, "create", Built(work), None, {}, clock, settings.now())
+    report = describe(settings, state, "create", Built(work), None, {}, clock, now)
     put_in_service(settings, state, work, own_record(settings, ()), "", report, say)
     return report.summary()
 
@@ -438,7 +441,7 @@ def build(
         return upgrade(settings, state, waiting, mlflow, work, say)
     freeze()
     if settings.blank:
-        blank.load(cluster, work, settings.blank, None)
+        blank.load(cluster, work, settings.blank)
     else:
         say(f"building an empty database by MLflow {image.mlflow_version}")
         create_empty(cluster, work)

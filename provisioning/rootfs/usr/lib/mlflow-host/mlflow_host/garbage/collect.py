@@ -31,6 +31,9 @@ from mlflow_host.schema.cluster import Cluster, connection, major
 
 FAILURES = 5
 
+MOST_DAYS = 3650
+"""As of the setting."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -73,10 +76,10 @@ def main() -> int:
 
 
 def days(text: str) -> timedelta:
-    found = timedelta(days=float(text))
-    if found < timedelta(0):
-        raise argparse.ArgumentTypeError("must be 0 days or more")
-    return found
+    found = float(text)
+    if not 0 <= found <= MOST_DAYS:
+        raise argparse.ArgumentTypeError(f"must be 0 to {MOST_DAYS} days")
+    return timedelta(days=found)
 
 
 def from_machine(document: LaunchDocument, grace: timedelta) -> Settings:

@@ -14,12 +14,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 
 from mlflow_host import postgresql
 from mlflow_host.schema import dumping
-from mlflow_host.schema.cluster import Cluster, accepts, connection, create_empty, run
+from mlflow_host.schema.cluster import Cluster, accepts, create_empty
 from mlflow_host.schema.release import Image, release
 
 FILE = Path("/usr/share/mlflow-host/blank.dump")
@@ -46,19 +45,11 @@ def make(cluster: Cluster, image: Image, file: Path) -> str:
     return found
 
 
-def load(cluster: Cluster, database: str, file: Path, now: datetime | None) -> None:
-    """Make `database` anew from the dump: with a default experiment of the moment `now`, or without one.
-
-    Raises dumping.DumpError, psycopg2.Error."""
+def load(cluster: Cluster, database: str, file: Path) -> None:
+    """Make `database` anew from the dump. Raises dumping.DumpError, psycopg2.Error."""
     create_empty(cluster, database)
     with file.open("rb") as dump:
         dumping.load(cluster, database, dump)
-    with connection(cluster, database) as opened:
-        if now is None:
-            run(opened, "TRUNCATE experiments CASCADE")
-        else:
-            made = {"now": int(now.timestamp() * 1000)}
-            run(opened, "UPDATE experiments SET creation_time = %(now)s, last_update_time = %(now)s", made)
 
 
 @contextmanager
