@@ -28,7 +28,7 @@ demo-purge: ## stop the demo and delete everything it kept
 	@$(ROOT) $(PYTHON) scripts/rehearse.py down --purge --yes
 
 SECURITY := $(addprefix tests/journey/test_,access.py every_route.py leaks.py role.py sandbox.py database_readers.py \
-	  public_certificate.py scans.py) \
+	  public_certificate.py domain.py scans.py) \
 	$(addprefix tests/unit/test_,site.py users.py credentials.py launch.py units.py reader.py certificates.py acme.py audit.py \
 	  bill_of_materials.py guards.py routes.py) \
 	tests/local_cloud/test_permissions.py tests/stack/test_permissions.py tests/stack/test_secrets.py tests/stack/test_settings.py

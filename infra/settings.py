@@ -46,6 +46,7 @@ class Settings:
     tls: str
     """How the machine serves, in the launch document's words: private, acme or off."""
     acme_email: str
+    acme_directory: str
     hosted_zone_id: str
     admin_password: str = field(repr=False)
     """A secret: whoever passes it on to Pulumi marks it as one."""
@@ -131,6 +132,9 @@ def read() -> tuple[Settings, list[str]]:
         domain_name=take("domainName", _domain),
         tls=take("tls", _matches("private|acme|off", "must be private, acme or off")),
         acme_email=take("acmeEmail", _matches(r"[^@\s]{1,64}@[^@\s]{1,255}", "is not an e-mail address")),
+        acme_directory=take(
+            "acmeDirectory", _matches(r"https://[!-~]{1,500}", "is not the https:// address of an ACME directory")
+        ),
         hosted_zone_id=take("hostedZoneId", _matches(r"Z[A-Z0-9]{1,31}", "is not the ID of a hosted zone (Z…)")),
         admin_password=_password(project, mistakes),
         ssh_cidrs=take("sshCidrs", _networks),
@@ -241,6 +245,8 @@ def _contradictions(found: Settings) -> list[str]:
         mistakes.append("tls is acme but domainName is not set: name the domain to certify, or set tls to private.")
     if found.acme_email and found.tls != "acme":
         mistakes.append(f"acmeEmail is set but tls is {found.tls}: set tls to acme, or no address.")
+    if found.acme_directory and found.tls != "acme":
+        mistakes.append(f"acmeDirectory is set but tls is {found.tls}: set tls to acme, or no directory.")
     if found.postgres_cidrs and found.tls != "private":
         mistakes.append(
             f"postgresCidrs is set but tls is {found.tls}: PostgreSQL's clients verify it by the stack's own "

@@ -84,6 +84,7 @@ def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
             "tls": config.tls,
             "authority_parameter": names["authority"],
             "acme_email": config.acme_email,
+            "acme_directory": config.acme_directory,
         },
         "postgres": {"cidrs": list(config.postgres_cidrs), "parameter": names["reader"]},
         "mlflow": {

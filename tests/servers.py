@@ -126,8 +126,11 @@ def script(name: str, *arguments: str, expect: int = 0) -> subprocess.CompletedP
     return run([sys.executable, str(SCRIPTS / name), *arguments], expect=expect)
 
 
-def run(command: list[str], expect: int = 0, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+def run(
+    command: list[str], expect: int = 0, env: Mapping[str, str] | None = None, given: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command with `given` on standard input; the test fails unless it exits with `expect`."""
+    done = subprocess.run(command, capture_output=True, text=True, env=env, input=given)
     if done.returncode != expect:
         pytest.fail(
             f"{shlex.join(command)}\nended with {done.returncode}, not {expect}:\n{done.stdout}{done.stderr}",

@@ -36,7 +36,7 @@ from moto.ec2.models import ec2_backends
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import BaseWSGIServer, make_server
 
-from local_cloud import ec2, file_systems, machines, namespaces, permissions, records, volumes
+from local_cloud import ec2, file_systems, hosted_zones, machines, namespaces, permissions, records, volumes
 from local_cloud.ec2 import EmbodiedEC2
 from local_cloud.forward import raise_file_limit
 from local_cloud.instance_facts import describe
@@ -72,6 +72,7 @@ class Daemon:
         threading.Thread(target=self._mind_forwarder, args=(self._start_forwarder(),), daemon=True).start()
         self.app = DomainDispatcherApplication(create_backend_app)
         ec2.install(self, self.free_address)
+        hosted_zones.install()
 
     # Serving
 

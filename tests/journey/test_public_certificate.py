@@ -18,12 +18,13 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+from authority import pebble
 from cryptography import x509
 from local_cloud import LocalCloud
 from mlflow_host import certificates
+from mlflow_host.certificates import Certificates
 from servers import REPOSITORY, Server
 
 pytestmark = [
@@ -33,7 +34,8 @@ pytestmark = [
 ]
 
 DOMAIN = "mlflow.example.test"
-DIRECTORY, MANAGEMENT, NAMES = 14000, 15000, 8053
+DIRECTORY, NAMES = 14000, 8053
+DAY = 24 * 3600
 DROP_IN = "/run/systemd/system/mlflow-host-certificates.service.d"
 
 
@@ -42,37 +44,35 @@ def test_public_certificate_is_issued_renewed_and_not_missed_while_there_is_none
 ) -> None:
     own = certificates.ensure(("127.0.0.1",), tmp_path / "pebble")
     private = ssl.create_default_context(cafile=server.server_certificate)
+    host = urllib.parse.urlsplit(server.url).netloc
     with domain_set(server, cloud, own.ca.read_text()):
         until(lambda: "no public one was issued" in message(server, cloud), 60, lambda: message(server, cloud))
         assert "127.0.0.1" in message(server, cloud), "it does not say which authority did not answer"
-        status, headers, _ = ask(server, private)
+        status, headers, _ = ask(host, private)
         assert status == 200 and "strict-transport-security" not in headers
 
-        with pebble(server, cloud, own, tmp_path) as roots:
+        with pebble_beside(server, cloud, own, tmp_path) as root:
             machine(cloud, server, "systemctl restart mlflow-host-certificates")
             until(
                 lambda: message(server, cloud).endswith("with a public certificate"), 90, lambda: journal(server, cloud)
             )
-            public = ssl.create_default_context(cadata=roots())
+            public = ssl.create_default_context(cadata=root())
             # nginx is told by a signal, and shows the new one from some moment after it.
-            until(lambda: verifies(server, public), 15, lambda: "the private certificate is still served")
-            status, headers, first = ask(server, public)
+            until(lambda: verifies(host, public), 15, lambda: "the private certificate is still served")
+            status, headers, first = ask(host, public)
             assert status == 200 and headers["strict-transport-security"].startswith("max-age=")
             assert names_of(first) == [DOMAIN]
 
             # It is for ten days, so it is within the month before its end at once.
             machine(cloud, server, "systemctl restart mlflow-host-certificates")
-            until(
-                lambda: ask(server, public)[2].serial_number != first.serial_number, 90, lambda: journal(server, cloud)
-            )
+            until(lambda: ask(host, public)[2].serial_number != first.serial_number, 90, lambda: journal(server, cloud))
             assert "mlflow-host-certificates.timer" in machine(cloud, server, "systemctl list-timers --no-legend")
 
         # The authority is gone; what it issued is on the data volume and serves on.
         machine(cloud, server, "systemctl restart mlflow-host-certificates")
         until(lambda: "no public one was issued" in message(server, cloud), 60, lambda: message(server, cloud))
-        assert ask(server, public)[0] == 200
-    host = urllib.parse.urlsplit(server.url).netloc
-    until(lambda: verifies(server, private, host), 60, lambda: "the private certificate is not back")
+        assert ask(host, public)[0] == 200
+    until(lambda: verifies(host, private, host), 60, lambda: "the private certificate is not back")
 
 
 @contextmanager
@@ -100,50 +100,21 @@ def configure(server: Server, cloud: LocalCloud, document: str) -> None:
 
 
 @contextmanager
-def pebble(server: Server, cloud: LocalCloud, own: Any, folder: Path) -> Iterator[Callable[[], str]]:
-    """Pebble in the machine's network; yields what asks it for its root certificates."""
-    settings = {
-        "listenAddress": f"127.0.0.1:{DIRECTORY}",
-        "managementListenAddress": f"127.0.0.1:{MANAGEMENT}",
-        "certificate": str(own.certificate),
-        "privateKey": str(own.key),
-        "httpPort": 80,
-        "tlsPort": 443,
-        "certificateValidityPeriod": 10 * 24 * 3600,
-    }
-    (folder / "pebble.json").write_text(json.dumps({"pebble": settings}))
+def pebble_beside(server: Server, cloud: LocalCloud, own: Certificates, folder: Path) -> Iterator[Callable[[], str]]:
+    """Pebble in the machine's network; yields what asks it for the certificate of its root."""
     inside = cloud.shell_command(server.instance_id)
     network = ["nsenter", f"--net=/proc/{inside[inside.index('--target') + 1]}/ns/net", "--"]
-    commands = [
-        [sys.executable, str(REPOSITORY / "tests" / "authority.py"), str(NAMES)],
-        ["pebble", "-config", str(folder / "pebble.json"), "-dnsserver", f"127.0.0.1:{NAMES}"],
-    ]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environment = {"PEBBLE_VA_NOSLEEP": "1", "PEBBLE_WFE_NONCEREJECT": "0", "PATH": "/usr/bin:/bin:/usr/sbin"}
-    running = [subprocess.Popen([*network, *command], env=environment, **quiet) for command in commands]  # type: ignore[call-overload]
-
-    def roots() -> str:
-        ask_for = ["curl", "-sSf", "--cacert", str(own.ca), f"https://127.0.0.1:{MANAGEMENT}/roots/0"]
-        return subprocess.run([*network, *ask_for], capture_output=True, text=True, check=True).stdout
-
-    def answers() -> bool:
-        try:
-            return bool(roots())
-        except subprocess.CalledProcessError:
-            return False
-
+    names = subprocess.Popen([*network, sys.executable, str(REPOSITORY / "tests" / "authority.py"), str(NAMES)])
     try:
-        until(answers, 30, lambda: "pebble does not answer")
-        yield roots
+        with pebble(folder, own, ("127.0.0.1", NAMES), network=network, certificateValidityPeriod=10 * DAY) as root:
+            yield root
     finally:
-        for process in running:
-            process.terminate()
-            process.wait(10)
+        names.terminate()
+        names.wait(10)
 
 
-def ask(server: Server, trusted: ssl.SSLContext, name: str = DOMAIN) -> tuple[int, dict[str, str], x509.Certificate]:
+def ask(address: str, trusted: ssl.SSLContext, name: str = DOMAIN) -> tuple[int, dict[str, str], x509.Certificate]:
     """/healthz under a name, verified: status, headers, and the certificate it was served with."""
-    address = urllib.parse.urlsplit(server.url).netloc
     with (
         socket.create_connection((address, 443), timeout=10) as plain,
         trusted.wrap_socket(plain, server_hostname=name) as connection,
@@ -157,9 +128,9 @@ def ask(server: Server, trusted: ssl.SSLContext, name: str = DOMAIN) -> tuple[in
         return answer.status, headers, x509.load_der_x509_certificate(certificate)
 
 
-def verifies(server: Server, trusted: ssl.SSLContext, name: str = DOMAIN) -> bool:
+def verifies(address: str, trusted: ssl.SSLContext, name: str = DOMAIN) -> bool:
     try:
-        return ask(server, trusted, name)[0] == 200
+        return ask(address, trusted, name)[0] == 200
     except (OSError, http.client.HTTPException):
         return False
 

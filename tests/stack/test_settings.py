@@ -102,6 +102,11 @@ def test_an_empty_list_of_networks_is_none() -> None:
         ({"tls": "acme", "domainName": "mlflow.example.com"}, None),
         ({"acmeEmail": "nobody"}, "acmeEmail: 'nobody' is not an e-mail address."),
         ({"acmeEmail": "ops@example.com"}, "acmeEmail is set but tls is private: set tls to acme, or no address."),
+        (
+            {"tls": "acme", "domainName": "mlflow.example.com", "acmeDirectory": "http://a"},
+            "acmeDirectory: 'http://a' is not the https:// address of an ACME directory.",
+        ),
+        ({"acmeDirectory": "https://a/directory"}, "acmeDirectory is set but tls is private: set tls to acme"),
         ({"jobExecution": "yes"}, "jobExecution: 'yes' must be true or false."),
         ({"jobExecution": "True"}, None),
         (

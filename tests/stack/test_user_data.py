@@ -65,6 +65,10 @@ def test_the_machine_is_told_what_the_stack_made() -> None:
             {"tls": "acme", "domainName": "mlflow.example.com", "acmeEmail": "ops@example.com"},
             {"web": {"tls": "acme", "acme_email": "ops@example.com", "authority_parameter": ""}},
         ),
+        (
+            {"tls": "acme", "domainName": "mlflow.example.com", "acmeDirectory": "https://a.example.com/directory"},
+            {"web": {"tls": "acme", "acme_directory": "https://a.example.com/directory"}},
+        ),
         ({"jobExecution": "true"}, {"mlflow": {"job_execution": True}}),
         (
             {"postgresCidrs": '["192.0.2.0/24"]'},

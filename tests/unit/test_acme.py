@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import datetime
 import http.server
-import json
-import os
 import shutil
 import socket
 import ssl
-import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
-from authority import answer_every_name_with_loopback
+from authority import name_server, pebble
 from cryptography import x509
 from mlflow_host import acme, certificates, certify, config, launch, sizing, web
 
@@ -46,46 +42,21 @@ def free_port() -> int:
 def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Authority]:
     """Pebble, a name server for it, and a web server where it looks for the answers to its challenges."""
     own = certificates.ensure(("127.0.0.1",), tmp_path / "pebble")
-    port, challenge_port = free_port(), free_port()
-    settings = {
-        "listenAddress": f"127.0.0.1:{port}",
-        "managementListenAddress": f"127.0.0.1:{free_port()}",
-        "certificate": str(own.certificate),
-        "privateKey": str(own.key),
-        "httpPort": challenge_port,
-        "tlsPort": free_port(),
-    }
-    (tmp_path / "pebble.json").write_text(json.dumps({"pebble": settings}))
-    names = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    names.bind(("127.0.0.1", 0))
-    threading.Thread(target=answer_every_name_with_loopback, args=(names,), daemon=True).start()
+    port, challenge_port, names = free_port(), free_port(), ("127.0.0.1", free_port())
     challenges = tmp_path / "challenges"
     challenges.mkdir()
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(challenges))
     site = http.server.ThreadingHTTPServer(("127.0.0.1", challenge_port), handler)
     threading.Thread(target=site.serve_forever, args=(0.02,), daemon=True).start()
-    command = ["pebble", "-config", str(tmp_path / "pebble.json"), "-dnsserver", f"127.0.0.1:{names.getsockname()[1]}"]
-    pebble = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PEBBLE_VA_NOSLEEP": "1", "PEBBLE_WFE_NONCEREJECT": "0"},
-    )
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(own.ca))
     monkeypatch.setattr(acme, "SECONDS", 120)
+    ports = {"directory": port, "management": free_port(), "httpPort": challenge_port, "tlsPort": free_port()}
     try:
-        for _ in range(500):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.02)
-        yield Authority(f"https://127.0.0.1:{port}/dir", challenges)
+        with name_server(names, lambda name: "127.0.0.1"), pebble(tmp_path, own, names, **ports):
+            yield Authority(f"https://127.0.0.1:{port}/dir", challenges)
     finally:
-        pebble.terminate()
-        pebble.wait(10)
         site.shutdown()
         site.server_close()
-        names.close()
 
 
 def settings_for(authority: Authority, *names: str) -> launch.Web:
