@@ -36,7 +36,7 @@ from moto.ec2.models import ec2_backends
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import BaseWSGIServer, make_server
 
-from local_cloud import ec2, file_systems, hosted_zones, machines, namespaces, permissions, records, volumes
+from local_cloud import alarms, ec2, file_systems, hosted_zones, machines, namespaces, permissions, records, volumes
 from local_cloud.ec2 import EmbodiedEC2
 from local_cloud.forward import raise_file_limit
 from local_cloud.instance_facts import describe
@@ -647,14 +647,20 @@ class Daemon:
             records.save(self.places)
 
     def _tick(self) -> None:
-        """Each second: ports that wide rules allow, volumes waiting to be unmounted, old terminated instances."""
+        """Each second: ports that wide rules allow, volumes to be unmounted, old terminated instances, alarms."""
         while not self.stopping.wait(1):
             try:
                 self.settle_network()
                 self._forget_terminated()
+                self._settle_alarms()
                 self._check_records()
             except Exception:
                 traceback.print_exc()
+
+    def _settle_alarms(self) -> None:
+        with self.api:
+            if alarms.settle():
+                records.save(self.places)
 
     def _check_records(self) -> None:
         """Makes sure that what was saved since the last look can be read again."""
