@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from mlflow_host import answers, jobs, sessions
+from mlflow_host import answers, jobs, received, sessions
 from mlflow_host.bridge import Application, Message, Receive, Scope, Send, short_cut
 from mlflow_host.config import CONFIG, DATA, POSTGRESQL_SOCKETS, SERVER_SOCKETS, HostConfig
 from mlflow_host.files import streamed
@@ -194,6 +194,7 @@ def serve(uds: Path, *, first: bool = True) -> int:
         os.environ.update(jobs.queues(uds.parent))
     gc.set_threshold(*COLLECT_AFTER)
     answer_searches_without_auth()
+    received.install()
     answers.install()
     sessions.keep_what_was_read()
     application, flask = load(APPLICATION), load(FLASK_APPLICATION)

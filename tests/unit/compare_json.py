@@ -1,0 +1,84 @@
+"""What MLflow's requests are read and its answers written with here, beside what the installed release has itself.
+
+python -m tests.unit.compare_json       by any release's Python; the first difference ends it
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+from google.protobuf import json_format, message_factory
+from google.protobuf.message import Message
+from mlflow.utils import proto_json_utils
+from mlflow_host import answers, received
+
+from tests.unit.generated_messages import fill, json_for, messages
+
+EACH = 5
+
+
+def dictionaries(chance: random.Random) -> None:
+    compared = described = 0
+    for descriptor in messages():
+        described += 1
+        for _ in range(EACH):
+            message = fill(message_factory.GetMessageClass(descriptor)(), chance)
+            expected = json_format.MessageToDict(message, preserving_proto_field_name=True)
+            found = answers.message_to_dict(message, preserving_proto_field_name=True)
+            assert json.dumps(found) == json.dumps(expected), descriptor.full_name
+            compared += can(answers.plain, message)
+    assert compared > 2 * described, "most messages should take the short way"
+
+
+def written(chance: random.Random) -> None:
+    theirs = proto_json_utils.message_to_json
+    assert answers.says_the_same(theirs)
+    for descriptor in messages():
+        for _ in range(EACH):
+            message = fill(message_factory.GetMessageClass(descriptor)(), chance)
+            found = answers.message_to_json(theirs, message)
+            # Parsed and written again: white space goes, the order and all the rest stays.
+            assert json.dumps(json.loads(found)) == json.dumps(json.loads(theirs(message))), descriptor.full_name
+
+
+def read(chance: random.Random) -> None:
+    plain = described = 0
+    for descriptor in messages():
+        kind = message_factory.GetMessageClass(descriptor)
+        described += 1
+        for unusual in (0.0, 0.0, 0.05, 0.2, 0.5):
+            for _ in range(EACH):
+                given = json_for(descriptor, chance, unusual)
+                for options in ({"ignore_unknown_fields": True}, {}):
+                    expected = outcome(received.thorough, given, kind(), options)
+                    assert outcome(received.parse_dict, given, kind(), options) == expected, (descriptor, given)
+                plain += bool(given) and can(lambda _, given=given, kind=kind: received.plain(given, kind), None)
+    assert plain > EACH * described, "most of what clients send should take the short way"
+
+
+def outcome(parse: Callable[..., Any], given: Any, message: Message, options: dict[str, Any]) -> tuple[str, bytes]:
+    """The error, if any, and what the message holds afterwards: MLflow goes on with that."""
+    error = ""
+    try:
+        assert parse(js_dict=given, message=message, **options) is message
+    except Exception as raised:
+        error = repr(raised)
+    return error, message.SerializeToString(deterministic=True)
+
+
+def can(way: Callable[[Any], Any], what: Any) -> bool:
+    try:
+        way(what)
+    except (answers.NotPlain, KeyError, TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+COMPARISONS = {compare.__name__: compare for compare in (dictionaries, written, read)}
+
+if __name__ == "__main__":
+    for comparison in COMPARISONS.values():
+        comparison(random.Random(5))
