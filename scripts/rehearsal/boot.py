@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import socket
 import ssl
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +45,16 @@ def ask(url: str, username: str, password: str, certificate: str | None = None, 
         return _get(url, {}, context, timeout)
     credentials = base64.b64encode(f"{username}:{password}".encode()).decode()
     return _get(url, {"Authorization": f"Basic {credentials}"}, context, timeout)
+
+
+def unresolved(url: str) -> str:
+    """The host name in `url` when this machine knows no address of it, else empty."""
+    name = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        return name
+    return ""
 
 
 def ask_port_80(url: str, timeout: float = 10) -> Answer:
@@ -114,6 +126,12 @@ def wait(
             if unverified:
                 # On a new data volume the machine makes another authority than the one published before.
                 trusted = certificate()
+            if answer.status == 0 and not told and (name := unresolved(url)):
+                told = (
+                    f"{name} cannot be resolved here: write it into /etc/hosts, beside the address that "
+                    "`rehearse.py status --json` gives as public_ip"
+                )
+                say(told)
             if (state := alive()) not in ("pending", "running"):
                 raise BootFailed(f"the machine is {state} instead of running; `rehearse.py logs` shows its console")
         if now - began > seconds:
