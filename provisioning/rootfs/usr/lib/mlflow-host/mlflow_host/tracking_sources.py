@@ -1,0 +1,126 @@
+"""What of MLflow's own tracking store `mlflow_host.tracking` repeats or relies on, in the wordings compared with it.
+
+Told apart by hashes of the sources' text, read as text: that takes a few milliseconds and no import, and says the same
+under every Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+ABSENT = ""
+
+SOURCES: dict[str, tuple[str, ...]] = {
+    "store/tracking/sqlalchemy_store.py": (
+        *("create_run", "get_run", "_get_run", "log_metric", "log_batch", "_log_metrics", "_log_metrics_once"),
+        *("_log_model_metrics", "_update_latest_metrics_if_necessary", "sanitize_metric_value"),
+        *("_run_with_deadlock_retry", "get_metric_history", "_search_runs", "_get_run_inputs", "_get_model_inputs"),
+        *("_get_model_outputs", "_get_model_outputs_bulk", "_check_run_is_active", "_check_experiment_is_active"),
+        *("_get_query", "_get_experiment", "get_experiment", "_filter_experiment_ids", "_validate_run_accessible"),
+        *("_get_orderby_clauses", "_get_sqlalchemy_filter_clauses"),
+    ),
+    "store/tracking/dbmodels/models.py": ("SqlRun", "SqlMetric", "SqlLatestMetric", "SqlParam", "SqlTag", "SqlInput"),
+    "store/db/utils.py": ("_get_managed_session_maker",),
+    "utils/validation.py": ("_validate_batch_log_data", "_validate_batch_log_limits", "_validate_run_id"),
+    "utils/uri.py": ("append_to_uri_path",),
+    "entities/run.py": ("Run",),
+    "entities/run_info.py": ("RunInfo",),
+    "entities/run_data.py": ("RunData",),
+    "entities/run_inputs.py": ("RunInputs",),
+    "entities/run_outputs.py": ("RunOutputs",),
+    "entities/metric.py": ("Metric",),
+    "entities/param.py": ("Param",),
+    "entities/run_tag.py": ("RunTag",),
+    "entities/logged_model_input.py": ("LoggedModelInput",),
+    "entities/logged_model_output.py": ("LoggedModelOutput",),
+}
+"""Functions, methods and classes by the file of the package `mlflow` that has them."""
+
+
+COMPARED: dict[str, tuple[str, ...]] = {
+    "create_run": ("c2f2a3a382", "39ef387ac4", "fffde889d9"),
+    "get_run": ("b8d90f08da",),
+    "_get_run": ("8753266d90",),
+    "log_metric": ("5df74fb0e4",),
+    "log_batch": ("f6b078cb01", "11e1db48e4"),
+    "_log_metrics": ("0f6d8fe268", "7affae7cda", "a3f7d70ce5"),
+    "_log_metrics_once": ("", "f2582fee23"),
+    "_log_model_metrics": ("8a35c5bd99", "e8efc9d1af"),
+    "_update_latest_metrics_if_necessary": ("62934cfbbe", "4f6354d3e9"),
+    "sanitize_metric_value": ("fc477c0381",),
+    "_run_with_deadlock_retry": ("", "43eab09448", "4a2bf98ace"),
+    "get_metric_history": ("b55bf89efb",),
+    "_search_runs": ("f98c85d03d", "64cd048576"),
+    "_get_run_inputs": ("f3eca1459d",),
+    "_get_model_inputs": ("4b494e6be2",),
+    "_get_model_outputs": ("a5e9291262",),
+    "_get_model_outputs_bulk": ("3a78bc3a60",),
+    "_check_run_is_active": ("f0b7858817",),
+    "_check_experiment_is_active": ("022bf58a16",),
+    "_get_query": ("c8e1128b63", "2f05c9b259"),
+    "_get_experiment": ("560a47478f", "efb04814c1"),
+    "get_experiment": ("32e4344e10", "d5c64e692a"),
+    "_filter_experiment_ids": ("3575c4a45c", "18f43a1243"),
+    "_validate_run_accessible": ("bacb6b1c68",),
+    "_get_orderby_clauses": ("7f45f9ffa3",),
+    "_get_sqlalchemy_filter_clauses": ("0f619a157b", "5ccb7a4071"),
+    "SqlRun": ("017f2731ad", "13e69e09ca"),
+    "SqlMetric": ("9daf571110", "5df062f340"),
+    "SqlLatestMetric": ("c91dd89af9",),
+    "SqlParam": ("e38830eb12",),
+    "SqlTag": ("6c226b02a6",),
+    "SqlInput": ("54ef8b72e2",),
+    "_get_managed_session_maker": ("582296a36d", "6cfa7c17d4"),
+    "_validate_batch_log_data": ("11901bf9eb",),
+    "_validate_batch_log_limits": ("8d5bd0dac8",),
+    "_validate_run_id": ("b6fa238738", "1e346f6ce0"),
+    "append_to_uri_path": ("725db17664",),
+    "Run": ("4a41098ab7", "473171e235"),
+    "RunInfo": ("76861775af", "c7b13a2f3d"),
+    "RunData": ("175b119e3e", "4bb873aee5"),
+    "RunInputs": ("ccbf63d680", "a959fc687d"),
+    "RunOutputs": ("302b2204ca", "68030b8c5e"),
+    "Metric": ("285ba6440c", "6db2e7f386"),
+    "Param": ("b897fee585", "a53fd29ded"),
+    "RunTag": ("29d65acd94", "c59a8da40e"),
+    "LoggedModelInput": ("628cf49d1c", "cff088eaa9"),
+    "LoggedModelOutput": ("ec56dfef35", "8254271a6c"),
+}
+"""The wordings that were compared: MLflow 3.11.1 to 3.18.0, every release on PyPI."""
+
+
+def not_compared(package: Path) -> list[str]:
+    """What the MLflow in the folder `package` words otherwise than every release that was compared."""
+    return sorted(name for name, found in hashes(package).items() if found not in COMPARED.get(name, ()))
+
+
+def hashes(package: Path) -> dict[str, str]:
+    """The hash of everything in `SOURCES`, as the MLflow in the folder `package` has it."""
+    found = {}
+    for file, names in SOURCES.items():
+        path = package / file
+        lines = path.read_text().splitlines() if path.exists() else []
+        for name in names:
+            text = definition(lines, name)
+            found[name] = hashlib.sha256(text.encode()).hexdigest()[:10] if text else ABSENT
+    return found
+
+
+def definition(lines: list[str], name: str) -> str:
+    """The text of the first function, method or class of this name; empty where there is none."""
+    openings = (f"def {name}(", f"class {name}(", f"class {name}:")
+    start = next((number for number, line in enumerate(lines) if line.lstrip().startswith(openings)), None)
+    if start is None:
+        return ""
+    indent = len(lines[start]) - len(lines[start].lstrip())
+    end = start + 1
+    while end < len(lines) and not ends(lines[end], indent):
+        end += 1
+    return "\n".join(lines[start:end]).rstrip()
+
+
+def ends(line: str, indent: int) -> bool:
+    """Whether a line begins what comes after a definition that is indented so far."""
+    text = line.lstrip()
+    return bool(text) and len(line) - len(text) <= indent and not text.startswith(")")
