@@ -33,8 +33,6 @@ def streamed(application: Application, repository: Any, executor: Executor) -> A
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
 
-    from mlflow_host.artifacts import UPLOADS_ARE_STREAMED
-
     if any(os.environ.get(name, "").lower() in ("true", "1") for name in OTHER_RULES):
         return application
 
@@ -71,9 +69,7 @@ def streamed(application: Application, repository: Any, executor: Executor) -> A
 
     ours = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     init_fastapi_security(ours)
-    methods = {"GET": download}
-    if not UPLOADS_ARE_STREAMED:
-        methods["PUT"] = upload
+    methods = {"GET": download, "PUT": upload}
     for prefix in ("/api", "/ajax-api"):
         for method, handler in methods.items():
             ours.add_route(prefix + "/2.0/mlflow-artifacts/artifacts/{path:path}", handler, methods=[method])
