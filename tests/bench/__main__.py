@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -29,14 +30,14 @@ from interrupts import exit_with  # noqa: E402
 
 from tests import services  # noqa: E402
 from tests.bench import environments, floor, load, report, transfers  # noqa: E402
-from tests.bench.contenders import CONTENDERS, Contender, alone, memory_mb  # noqa: E402
+from tests.bench.contenders import BY_DEFAULT, CONTENDERS, Contender, alone, memory_mb  # noqa: E402
 
 BASELINE, OURS, FLOOR = "tutorial", "ours", "floor"
 
 MOST_FOR_BASIC_AUTH = 8
 """Clients at once: with more of them a turn would take minutes, and tell nothing new. One round will do, too."""
 
-MOST_ROUNDS_OF_FILES = 2
+MOST_ROUNDS_OF_FILES = 5
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         turns = take_turns(contenders, options)
         for contender in contenders:
             memory[contender.name]["under load"] = memory_mb(contender.processes())
-        login = login_cost(contenders, options)
+        login = login_cost(contenders, options) if turns else []
         moved = move_files(contenders, store, folder, options) if options.artifacts else []
         growth = grow(contenders, options) if options.growth else []
         return summary(contenders, turns, memory, moved, growth, login, options)
@@ -170,26 +171,27 @@ def launches(folder: Path) -> dict[str, Any]:
 def move_files(
     contenders: list[Contender], store: services.ObjectStore, folder: Path, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    rows, contenders = [], [each for each in contenders if each.name != "basic-auth"]
+    rows: list[dict[str, Any]] = []
+    contenders = [each for each in contenders if each.name != "basic-auth"]
+    named = {each.name: each for each in contenders}
     (folder / "files").mkdir()
-    for wanted in transfers.QUICK_LOADS if options.quick else transfers.LOADS:
+    loads = transfers.QUICK_LOADS if options.quick else transfers.LOADS
+    for wanted in [each for each in loads if any(text in each.name for text in options.files)]:
         files = transfers.make_files(wanted, folder / "files")
-        megabytes = wanted.count * wanted.size / 10**6
-        rounds: dict[str, list[transfers.Moved]] = {}
-        for _ in range(min(options.rounds, MOST_ROUNDS_OF_FILES)):
-            for contender in contenders:
-                with alone(contender, contenders):
-                    rounds.setdefault(contender.name, []).append(transfers.move(contender, wanted, files))
-            with tempfile.TemporaryDirectory(dir=folder) as target, alone(contenders[-1], contenders):
-                up, down = floor.transfer(store, files, Path(target))
-            rounds.setdefault(FLOOR, []).append(transfers.Moved(megabytes / up, megabytes / down, 0.0))
-        for name, moved in rounds.items():
-            row = {key: statistics.median(asdict(one)[key] for one in moved) for key in ("up", "down", "growth_mb")}
+        rounds: dict[str, list[transfers.Moved]] = {name: [] for name in (*named, FLOOR)}
+        for number in range(min(options.rounds, MOST_ROUNDS_OF_FILES)):
+            for name in list(rounds)[:: 1 if number % 2 else -1]:
+                os.sync()  # what one has yet to write must not burden the next
+                with alone(named.get(name, contenders[-1]), contenders):
+                    if name == FLOOR:
+                        moved = transfers.move_directly(store, wanted, files, folder)
+                    else:
+                        moved = transfers.move(named[name], wanted, files, folder)
+                rounds[name].append(moved)
+                say(f"{wanted.name}: {name} {moved.up:.1f}↑ {moved.down:.1f}↓ MB/s")
+        for name, turns in rounds.items():
+            row = {key: statistics.median(asdict(one)[key] for one in turns) for key in ("up", "down", "growth_mb")}
             rows.append({"load": wanted.name, "contender": name, **row})
-        shown = ", ".join(
-            f"{row['contender']} {row['up']:.0f}↑ {row['down']:.0f}↓" for row in rows if row["load"] == wanted.name
-        )
-        say(f"{wanted.name}: MB/s {shown}")
     return rows
 
 
@@ -312,7 +314,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.5, help="length of a turn (2.5)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16, 64], help="clients at once (1 8 16 64)")
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="operations whose name has this text")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(BY_DEFAULT))
+    parser.add_argument(
+        "--files", nargs="+", default=[""], metavar="TEXT", help="file transfers whose name has this text"
+    )
     parser.add_argument("--no-artifacts", dest="artifacts", action="store_false", help="leave out the file transfers")
     parser.add_argument(
         "--no-growth", dest="growth", action="store_false", help="leave out the growing table of metrics"

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tests import services
@@ -176,8 +177,9 @@ def answers(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def ours(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
-    """The server, the settings of PostgreSQL and the nginx that the image ships, sized for a 2 GiB machine."""
+def ours(folder: Path, store: services.ObjectStore, transfer: str = "direct") -> Iterator[Contender]:
+    """The server, the settings of PostgreSQL and the nginx that the image ships, sized for a 2 GiB machine.
+    `transfer` is the launch document's artifactTransfer."""
     from mlflow_host import certificates, config, credentials, launch, server, sizing, web
 
     buckets = {kind: f"{folder.name}-{kind}" for kind in ("artifacts", "models", "backups")}
@@ -189,6 +191,7 @@ def ours(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
         credentials=launch.Credentials("/bench"),
         data_volume=launch.DataVolume("vol-01234567"),
         web=launch.Web((HOST,), tls="private"),
+        mlflow=launch.Mlflow(artifact_transfer=transfer),
         endpoints=launch.Endpoints(s3=store.endpoint),
     )
     machine = sizing.Machine(MACHINE_MEMORY_MB, sizing.this_machine().cores)
@@ -225,9 +228,9 @@ def ours(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
         (run / "nginx/roles.map").write_text(f'"{USER}" admin;\n')
         stack.enter_context(nginx(configuration, port, folder / "nginx.log"))
         yield Contender(
-            "ours",
+            folder.name,
             f"what the image ships: {len(processes)} processes on Unix sockets, sized for {MACHINE_MEMORY_MB} MiB, "
-            "its settings of PostgreSQL and nginx, HTTPS and login",
+            f"its settings of PostgreSQL and nginx, HTTPS and login, files {transfer}",
             Target((HOST, port), HOST, (authorization(),), authority=str(authority.ca)),
             f"https://{HOST}:{port}",
             data,
@@ -359,4 +362,10 @@ class PeakMemory:
         self._thread.join()
 
 
-CONTENDERS: dict[str, Start] = {"tutorial": tutorial, "basic-auth": basic_auth, "ours": ours}
+CONTENDERS: dict[str, Start] = {
+    "tutorial": tutorial,
+    "basic-auth": basic_auth,
+    "ours": ours,
+    "ours-proxied": partial(ours, transfer="proxied"),
+}
+BY_DEFAULT = ("tutorial", "basic-auth", "ours")

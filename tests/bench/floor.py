@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import threading
 import time
@@ -95,6 +96,8 @@ def transfer(store: ObjectStore, files: list[Path], folder: Path) -> tuple[float
     for file in files:
         client.upload_file(str(file), bucket, file.name)
     uploaded = time.monotonic()
+    os.sync()
+    begun = time.monotonic()
     for file in files:
         client.download_file(bucket, file.name, str(folder / file.name))
-    return uploaded - started, time.monotonic() - uploaded
+    return uploaded - started, time.monotonic() - begun

@@ -6,20 +6,24 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench import floor
 from tests.bench.contenders import Contender, PeakMemory, memory_mb
+from tests.services import ObjectStore
 
 CLIENT = """
-import json, sys, tempfile, time
+import json, os, sys, tempfile, time
 import mlflow
-folder, kind = sys.argv[1:]
+folder, kind, below = sys.argv[1:]
 with mlflow.start_run() as run:
     started = time.monotonic()
     mlflow.log_artifacts(folder, kind)
     uploaded = time.monotonic()
-with tempfile.TemporaryDirectory() as target:
+os.sync()
+with tempfile.TemporaryDirectory(dir=below) as target:
     begun = time.monotonic()
     mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/{kind}", dst_path=target)
     print(json.dumps([uploaded - started, time.monotonic() - begun]))
@@ -59,13 +63,21 @@ def make_files(load: Load, folder: Path) -> list[Path]:
     return sorted(target.iterdir())
 
 
-def move(contender: Contender, load: Load, files: list[Path]) -> Moved:
-    """Have a client upload and download the files. Raises CalledProcessError when it fails."""
+def move(contender: Contender, load: Load, files: list[Path], folder: Path) -> Moved:
+    """Have a client upload the files and download them below `folder`. Raises CalledProcessError when it fails."""
     before = memory_mb(contender.processes())
     environment = {**os.environ, **contender.client_environment, "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
-    command = [sys.executable, "-W", "ignore", "-c", CLIENT, str(files[0].parent), "files"]
+    command = [sys.executable, "-W", "ignore", "-c", CLIENT, str(files[0].parent), "files", str(folder)]
     with PeakMemory(contender) as peak:
         ended = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     up, down = json.loads(ended.stdout.splitlines()[-1])
     megabytes = load.count * load.size / 10**6
     return Moved(megabytes / up, megabytes / down, peak.mb - before)
+
+
+def move_directly(store: ObjectStore, load: Load, files: list[Path], folder: Path) -> Moved:
+    """The same by boto3 alone."""
+    with tempfile.TemporaryDirectory(dir=folder) as target:
+        up, down = floor.transfer(store, files, Path(target))
+    megabytes = load.count * load.size / 10**6
+    return Moved(megabytes / up, megabytes / down, 0.0)

@@ -1,8 +1,9 @@
 """Artifacts that pass the server as they come, without a copy on its disk or the whole of them in its memory.
 
 MLflow downloads an artifact into its temporary folder before it sends the first byte, and before 3.15 it held an upload
-in memory first. Here these two requests are answered from the store itself, behind MLflow's own checks of host, origin
-and path. Every other request goes on to the application.
+in memory first; since then it passes an upload on as it comes, but through layers for other requests that cost more
+than the rest of it. Here these two requests are answered from the store itself, an upload since 3.15 by MLflow's own
+handler, behind MLflow's own checks of host, origin and path. Every other request goes on to the application.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def streamed(application: Application, repository: Any, executor: Executor) -> A
     from mlflow.server.fastapi_security import init_fastapi_security
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
+
+    from mlflow_host.artifacts import UPLOADS_ARE_STREAMED
 
     if any(os.environ.get(name, "").lower() in ("true", "1") for name in OTHER_RULES):
         return application
@@ -69,13 +72,17 @@ def streamed(application: Application, repository: Any, executor: Executor) -> A
 
     ours = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     init_fastapi_security(ours)
-    methods = {"GET": download, "PUT": upload}
+    methods = {"GET": download} if UPLOADS_ARE_STREAMED else {"GET": download, "PUT": upload}
     for prefix in ("/api", "/ajax-api"):
         for method, handler in methods.items():
             ours.add_route(prefix + "/2.0/mlflow-artifacts/artifacts/{path:path}", handler, methods=[method])
+    if UPLOADS_ARE_STREAMED:
+        from mlflow.server.artifact_router import artifact_router
+
+        ours.include_router(artifact_router)
 
     async def answered(scope: Scope, receive: Receive, send: Send) -> None:
-        mine = scope["type"] == "http" and scope["method"] in methods and ARTIFACT.fullmatch(scope["path"])
+        mine = scope["type"] == "http" and scope["method"] in ("GET", "PUT") and ARTIFACT.fullmatch(scope["path"])
         await (ours if mine else application)(scope, receive, send)
 
     return answered
