@@ -1,5 +1,6 @@
 """What MLflow's requests are read and its answers written with says the same as what it replaces."""
 
+import json
 import math
 import random
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import json_format
+from mlflow.protos import service_pb2
 from mlflow.protos.service_pb2 import LogBatch, Metric, SearchRuns
 from mlflow.utils import proto_json_utils
 from mlflow_host import answers, received
@@ -65,6 +67,26 @@ def test_a_message_that_holds_something_is_not_filled_by_the_short_way():
     message = LogBatch(run_id="a", metrics=[Metric(key="a", value=1)])
     received.parse_dict({"metrics": [{"key": "b", "value": 2.0}]}, message, ignore_unknown_fields=True)
     assert message == LogBatch(run_id="a", metrics=[Metric(key="b", value=2)])
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        service_pb2.LogMetric(run_id="a", run_uuid="a", key="loss", value=0.5, timestamp=1_700_000_000_000, step=3),
+        service_pb2.LogBatch(
+            run_id="a",
+            metrics=[Metric(key="loss", value=2, timestamp=3, step=0)],
+            params=[service_pb2.Param(key="depth", value="3")],
+            tags=[service_pb2.RunTag(key="mlflow.user", value="ada")],
+        ),
+        service_pb2.CreateRun(experiment_id="1", start_time=3, tags=[service_pb2.RunTag(key="k", value="")]),
+        service_pb2.UpdateRun(run_id="a", status=service_pb2.FINISHED, end_time=3),
+        service_pb2.SearchRuns(experiment_ids=["1"], run_view_type=service_pb2.ACTIVE_ONLY, max_results=100),
+    ],
+    ids=lambda sent: type(sent).__name__,
+)
+def test_what_mlflow_s_client_sends_is_read_the_short_way(sent):
+    assert received.plain(json.loads(proto_json_utils.message_to_json(sent)), type(sent)) == sent
 
 
 def test_one_number_that_json_has_not_does_not_make_an_answer_slow():
