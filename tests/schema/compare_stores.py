@@ -17,6 +17,7 @@ from typing import Any
 
 warnings.filterwarnings("ignore")
 
+import mlflow  # noqa: E402
 from mlflow.entities import (  # noqa: E402
     Dataset,
     DatasetInput,
@@ -30,7 +31,8 @@ from mlflow.entities import (  # noqa: E402
 )
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: E402
-from mlflow_host.tracking import DirectStore  # noqa: E402
+from mlflow_host.direct_store import DirectStore  # noqa: E402
+from packaging.version import Version  # noqa: E402
 from sqlalchemy import text  # noqa: E402
 
 Call = tuple[str, Callable[[SqlAlchemyStore, list[str]], Any]]
@@ -76,10 +78,15 @@ ORDERS = (
 )
 
 
-def metric(chance: random.Random, **more: Any) -> Metric:
-    return Metric(
-        chance.choice(KEYS), chance.choice(VALUES), TIME + chance.randrange(4), chance.choice([-2, 0, 1, 2, 3]), **more
-    )
+REFUSES_SECOND_NAN = Version(mlflow.__version__) < Version("3.16")
+"""MLflow refused the whole of a batch with 400 when one of its NaNs was there already. Ours never does."""
+
+
+def metric(chance: random.Random) -> Metric:
+    value, step = chance.choice(VALUES), chance.choice([-2, 0, 1, 2, 3])
+    if math.isnan(value) and REFUSES_SECOND_NAN:
+        step = chance.randrange(10, 10**9)
+    return Metric(chance.choice(KEYS), value, TIME + chance.randrange(4), step)
 
 
 def calls(chance: random.Random) -> Iterator[Call]:

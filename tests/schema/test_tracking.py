@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow_host import tracking_sources
+from mlflow_host import tracking
 from schema.environments import environment, releases
 from services import HOST_PACKAGE, PostgreSQL, create_schema, postgresql
 
@@ -56,9 +56,9 @@ def compared(cluster: PostgreSQL, version: str, seed: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("version", RELEASES)
 def test_all_of_these_releases_word_what_it_repeats_as_it_was_compared(version: str) -> None:
-    """When a new release fails here: read what it words otherwise, follow it in mlflow_host.tracking where that says
-    something else, see the test above pass with it, and add the hash to mlflow_host.tracking_sources."""
+    """When a new release fails here: read what it words otherwise, follow it in mlflow_host.direct_store where that
+    says something else, see the test above pass with it, and add the hash to mlflow_host.tracking."""
     code = "import mlflow, pathlib; print(pathlib.Path(mlflow.__file__).parent)"
     python = str(environment(version))
     package = Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
-    assert tracking_sources.not_compared(package) == []
+    assert tracking.not_compared(package) == []

@@ -44,6 +44,7 @@ from mlflow_host.config import CONFIG, DATA, POSTGRESQL_SOCKETS, SERVER_SOCKETS,
 from mlflow_host.files import streamed
 from mlflow_host.launch import LaunchDocument
 from mlflow_host.status import wait_until_done
+from mlflow_host.tracking import not_compared
 
 APPLICATION = "mlflow.server.fastapi_app:app"
 FLASK_APPLICATION = "mlflow.server:app"
@@ -398,7 +399,8 @@ def notify(state: str) -> None:
 def check() -> dict[str, Any]:
     """Assert that this launcher fits the installed MLflow, with a database and a socket of its own.
 
-    Returns what was seen: the release, seconds from start to a first answer, and memory (PSS, MB) by then.
+    Returns what was seen: the release, seconds from start to a first answer, memory (PSS, MB) by then, and what of it
+    keeps `mlflow_host.direct_store` from standing in.
     Raises Refusal.
     """
     import mlflow
@@ -414,7 +416,19 @@ def check() -> dict[str, Any]:
         with mock.patch.dict(os.environ, public):
             compare_with_cli(*what_cli_starts(), private_environment(public))
             seconds, memory = start_once(folder / "server.sock")
-    return {"mlflow": mlflow.__version__, "application": APPLICATION, "start_seconds": seconds, "memory_mb": memory}
+    if unknown := not_compared(Path(mlflow.__file__).parent):
+        print(
+            f"mlflow-server: MLflow {mlflow.__version__} words {', '.join(unknown)} otherwise than any release compared, "
+            "so it is served by its own tracking store, which is slower: see mlflow_host/tracking.py",
+            file=sys.stderr,
+        )
+    return {
+        "mlflow": mlflow.__version__,
+        "application": APPLICATION,
+        "start_seconds": seconds,
+        "memory_mb": memory,
+        "not_compared": unknown,
+    }
 
 
 def what_cli_starts() -> tuple[list[str], dict[str, str]]:

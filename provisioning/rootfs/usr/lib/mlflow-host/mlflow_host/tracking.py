@@ -1,71 +1,104 @@
-"""MLflow's tracking store for PostgreSQL, with the statements that clients wait for most written out.
+"""Which tracking store serves: ours (`mlflow_host.direct_store`) where the installed MLflow words what that repeats or
+relies on as it was compared, and MLflow's own otherwise, until somebody has compared the new wording as well.
 
-MLflow's own makes an object that a session watches of every metric, parameter and tag it reads or writes, and asks for
-them table by table; that is nine tenths of what such a request costs. `DirectStore` does the same with one statement
-or two. It is MLflow's store in all else, and whatever is out of the ordinary is left to MLflow's own method: an id that
-is not there, a run that was deleted, any refusal of PostgreSQL's. A statement that failed has changed nothing.
+Wordings are told apart by hashes of the sources' text, read as text: that takes a few milliseconds and no import, and
+says the same under every Python.
 
-It stands in only for methods it was compared with (tests/schema/test_tracking.py). A release in which one of them, or
-a table they use, is written differently is served by MLflow's own store, until somebody has compared that as well.
-
-Entry point `mlflow.tracking_store`: `postgresql`.
+Entry point `mlflow.tracking_store`: `postgresql`. MLflow loads it while it is being imported itself.
 """
 
-# mypy: disable-error-code="no-untyped-call, no-any-return"
+# mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
-import contextlib
-import math
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
 from pathlib import Path
 from typing import Any
 
-import mlflow
-import psycopg2
-from mlflow.entities import (
-    LifecycleStage,
-    LoggedModelInput,
-    LoggedModelOutput,
-    Metric,
-    Param,
-    Run,
-    RunData,
-    RunInfo,
-    RunInputs,
-    RunOutputs,
-    RunTag,
-)
-from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
-from mlflow.store.entities.paged_list import PagedList
-from mlflow.store.tracking import sqlalchemy_store
-from mlflow.store.tracking.dbmodels import models
-from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
-from mlflow.utils.name_utils import _generate_random_name
-from mlflow.utils.search_utils import SearchUtils
-from mlflow.utils.uri import append_to_uri_path
-from mlflow.utils.validation import (
-    _validate_batch_log_data,
-    _validate_batch_log_limits,
-    _validate_metric,
-    _validate_run_id,
-)
-from sqlalchemy import select
-from sqlalchemy.exc import SQLAlchemyError
+ABSENT = ""
 
-from mlflow_host.tracking_sources import not_compared
-
-Row = tuple[Any, ...]
-
-LARGEST = 1.7976931348623157e308
-"""What MLflow stores for infinity."""
+SOURCES: dict[str, tuple[str, ...]] = {
+    "store/tracking/sqlalchemy_store.py": (
+        *("create_run", "get_run", "_get_run", "log_metric", "log_batch", "_log_metrics", "_log_metrics_once"),
+        *("_log_model_metrics", "_update_latest_metrics_if_necessary", "sanitize_metric_value"),
+        *("_run_with_deadlock_retry", "get_metric_history", "_search_runs", "_get_run_inputs", "_get_model_inputs"),
+        *("_get_model_outputs", "_get_model_outputs_bulk", "_check_run_is_active", "_check_experiment_is_active"),
+        *("_get_query", "_get_experiment", "get_experiment", "_filter_experiment_ids", "_validate_run_accessible"),
+        *("_get_orderby_clauses", "_get_sqlalchemy_filter_clauses"),
+    ),
+    "store/tracking/dbmodels/models.py": ("SqlRun", "SqlMetric", "SqlLatestMetric", "SqlParam", "SqlTag", "SqlInput"),
+    "store/db/utils.py": ("_get_managed_session_maker",),
+    "utils/validation.py": ("_validate_batch_log_data", "_validate_batch_log_limits", "_validate_run_id"),
+    "utils/uri.py": ("append_to_uri_path",),
+    "entities/run.py": ("Run",),
+    "entities/run_info.py": ("RunInfo",),
+    "entities/run_data.py": ("RunData",),
+    "entities/run_inputs.py": ("RunInputs",),
+    "entities/run_outputs.py": ("RunOutputs",),
+    "entities/metric.py": ("Metric",),
+    "entities/param.py": ("Param",),
+    "entities/run_tag.py": ("RunTag",),
+    "entities/logged_model_input.py": ("LoggedModelInput",),
+    "entities/logged_model_output.py": ("LoggedModelOutput",),
+}
+"""Functions, methods and classes by the file of the package `mlflow` that has them."""
 
 
-def tracking_store(store_uri: str, artifact_uri: str | None = None) -> SqlAlchemyStore:
-    """The entry point: `DirectStore` where it may stand in, else what MLflow would have taken itself."""
+COMPARED: dict[str, tuple[str, ...]] = {
+    "create_run": ("c2f2a3a382", "39ef387ac4", "fffde889d9"),
+    "get_run": ("b8d90f08da",),
+    "_get_run": ("8753266d90",),
+    "log_metric": ("5df74fb0e4",),
+    "log_batch": ("f6b078cb01", "11e1db48e4"),
+    "_log_metrics": ("0f6d8fe268", "7affae7cda", "a3f7d70ce5"),
+    "_log_metrics_once": ("", "f2582fee23"),
+    "_log_model_metrics": ("8a35c5bd99", "e8efc9d1af"),
+    "_update_latest_metrics_if_necessary": ("62934cfbbe", "4f6354d3e9"),
+    "sanitize_metric_value": ("fc477c0381",),
+    "_run_with_deadlock_retry": ("", "43eab09448", "4a2bf98ace"),
+    "get_metric_history": ("b55bf89efb",),
+    "_search_runs": ("f98c85d03d", "64cd048576"),
+    "_get_run_inputs": ("f3eca1459d",),
+    "_get_model_inputs": ("4b494e6be2",),
+    "_get_model_outputs": ("a5e9291262",),
+    "_get_model_outputs_bulk": ("3a78bc3a60",),
+    "_check_run_is_active": ("f0b7858817",),
+    "_check_experiment_is_active": ("022bf58a16",),
+    "_get_query": ("c8e1128b63", "2f05c9b259"),
+    "_get_experiment": ("560a47478f", "efb04814c1"),
+    "get_experiment": ("32e4344e10", "d5c64e692a"),
+    "_filter_experiment_ids": ("3575c4a45c", "18f43a1243"),
+    "_validate_run_accessible": ("bacb6b1c68",),
+    "_get_orderby_clauses": ("7f45f9ffa3",),
+    "_get_sqlalchemy_filter_clauses": ("0f619a157b", "5ccb7a4071"),
+    "SqlRun": ("017f2731ad", "13e69e09ca"),
+    "SqlMetric": ("9daf571110", "5df062f340"),
+    "SqlLatestMetric": ("c91dd89af9",),
+    "SqlParam": ("e38830eb12",),
+    "SqlTag": ("6c226b02a6",),
+    "SqlInput": ("54ef8b72e2",),
+    "_get_managed_session_maker": ("582296a36d", "6cfa7c17d4"),
+    "_validate_batch_log_data": ("11901bf9eb",),
+    "_validate_batch_log_limits": ("8d5bd0dac8",),
+    "_validate_run_id": ("b6fa238738", "1e346f6ce0"),
+    "append_to_uri_path": ("725db17664",),
+    "Run": ("4a41098ab7", "473171e235"),
+    "RunInfo": ("76861775af", "c7b13a2f3d"),
+    "RunData": ("175b119e3e", "4bb873aee5"),
+    "RunInputs": ("ccbf63d680", "a959fc687d"),
+    "RunOutputs": ("302b2204ca", "68030b8c5e"),
+    "Metric": ("285ba6440c", "6db2e7f386"),
+    "Param": ("b897fee585", "a53fd29ded"),
+    "RunTag": ("29d65acd94", "c59a8da40e"),
+    "LoggedModelInput": ("628cf49d1c", "cff088eaa9"),
+    "LoggedModelOutput": ("ec56dfef35", "8254271a6c"),
+}
+"""The wordings that were compared: MLflow 3.11.1 to 3.18.0, every release on PyPI."""
+
+
+def tracking_store(store_uri: str, artifact_uri: str | None = None) -> Any:
+    """The store for a URI of PostgreSQL's; the server tells where artifacts are, programs that log do not."""
+    import mlflow
     from mlflow.environment_variables import MLFLOW_ENABLE_WORKSPACES
     from mlflow.server.handlers import TrackingStoreRegistryWrapper
     from mlflow.tracking._tracking_service import utils as client
@@ -74,363 +107,42 @@ def tracking_store(store_uri: str, artifact_uri: str | None = None) -> SqlAlchem
         return client._get_sqlalchemy_store(store_uri, artifact_uri)
     if MLFLOW_ENABLE_WORKSPACES.get() or not_compared(Path(mlflow.__file__).parent):
         return TrackingStoreRegistryWrapper._get_sqlalchemy_store(store_uri, artifact_uri)
+    from mlflow_host.direct_store import DirectStore
+
     return DirectStore(store_uri, artifact_uri)
 
 
-# The store
-
-RUNS = """
-select r.run_uuid, r.name, r.experiment_id, r.user_id, r.status, r.start_time, r.end_time, r.lifecycle_stage,
-       r.artifact_uri, m.*, p.*, t.*, d.*, i.*, o.*
-from runs r,
-lateral (select array_agg(key), array_agg(value), array_agg(timestamp), array_agg(step), array_agg(is_nan)
-         from latest_metrics where run_uuid = r.run_uuid) m,
-lateral (select array_agg(key), array_agg(value) from params where run_uuid = r.run_uuid) p,
-lateral (select array_agg(key), array_agg(value) from tags where run_uuid = r.run_uuid) t,
-lateral (select exists (select from inputs where destination_type = 'RUN' and destination_id = r.run_uuid)) d,
-lateral (select array_agg(destination_id) from inputs
-         where source_type = 'RUN_INPUT' and source_id = r.run_uuid and destination_type = 'MODEL_INPUT') i,
-lateral (select array_agg(destination_id), array_agg(step) from inputs
-         where source_type = 'RUN_OUTPUT' and source_id = r.run_uuid and destination_type = 'MODEL_OUTPUT') o
-where r.run_uuid = any(%s)
-"""
-"""Runs with all that is shown of them, a row each."""
-
-HISTORY = """
-select value, timestamp, step, is_nan from metrics where run_uuid = %s and key = %s
-order by timestamp, step, value offset %s limit %s
-"""
-
-LOG_METRICS = """
-with run as (select lifecycle_stage from runs where run_uuid = %(run)s),
-logged as (
-    insert into metrics (run_uuid, key, value, timestamp, step, is_nan)
-    select %(run)s, m.*
-    from run, unnest(%(keys)s::varchar[], %(values)s::float8[], %(times)s::bigint[],
-                     %(steps)s::bigint[], %(nans)s::bool[]) m
-    where lifecycle_stage = 'active'
-    on conflict do nothing
-),
-latest as (
-    insert into latest_metrics as present (run_uuid, key, value, timestamp, step, is_nan)
-    select %(run)s, m.*
-    from run, unnest(%(last_keys)s::varchar[], %(last_values)s::float8[], %(last_times)s::bigint[],
-                     %(last_steps)s::bigint[], %(last_nans)s::bool[]) m
-    where lifecycle_stage = 'active'
-    on conflict (key, run_uuid) do update
-    set value = excluded.value, timestamp = excluded.timestamp, step = excluded.step, is_nan = excluded.is_nan
-    where (excluded.step, excluded.timestamp, excluded.value) > (present.step, present.timestamp, present.value)
-)
-select lifecycle_stage from run
-"""
-
-EXPERIMENT = "select artifact_location from experiments where experiment_id = %s and lifecycle_stage = 'active'"
-
-CREATE_RUN = """
-with run as (
-    insert into runs (run_uuid, name, source_type, source_name, entry_point_name, user_id, status, start_time,
-                      source_version, lifecycle_stage, artifact_uri, experiment_id)
-    values (%(run)s, %(name)s, 'UNKNOWN', '', '', %(user)s, 'RUNNING', %(start)s, '', 'active', %(uri)s, %(experiment)s)
-)
-insert into tags (run_uuid, key, value) select %(run)s, * from unnest(%(keys)s::varchar[], %(values)s::varchar[])
-"""
+def not_compared(package: Path) -> list[str]:
+    """What the MLflow in the folder `package` words otherwise than every release that was compared."""
+    return sorted(name for name, found in hashes(package).items() if found not in COMPARED.get(name, ()))
 
 
-class Unusual(Exception):
-    """MLflow's own method has to answer; nothing was changed."""
+def hashes(package: Path) -> dict[str, str]:
+    """The hash of everything in `SOURCES`, as the MLflow in the folder `package` has it."""
+    found = {}
+    for file, names in SOURCES.items():
+        path = package / file
+        lines = path.read_text().splitlines() if path.exists() else []
+        for name in names:
+            text = definition(lines, name)
+            found[name] = hashlib.sha256(text.encode()).hexdigest()[:10] if text else ABSENT
+    return found
 
 
-class DirectStore(SqlAlchemyStore):
-    def get_run(self, run_id: str) -> Run:
-        try:
-            with self.cursor() as cursor:
-                cursor.execute(RUNS, ([run_id],))
-                row = only(cursor.fetchall())
-        except Unusual:
-            return super().get_run(run_id)
-        info, data, model_inputs, model_outputs = entities(row)
-        datasets = self.datasets([run_id] if has_datasets(row) else [])
-        inputs = RunInputs(dataset_inputs=datasets.get(run_id, []), model_inputs=model_inputs)
-        return Run(info, data, inputs, RunOutputs(model_outputs))
-
-    def _search_runs(
-        self,
-        experiment_ids: Sequence[str],
-        filter_string: str | None,
-        run_view_type: int,
-        max_results: int | None,
-        order_by: list[str] | None,
-        page_token: str | None,
-    ) -> tuple[list[Run], str | None]:
-        self._validate_max_results_param(max_results, allow_null=True)  # type: ignore[arg-type]
-        start = SearchUtils.parse_start_offset_from_page_token(page_token)
-        try:
-            experiments = [whole_number(text) for text in experiment_ids]
-            most = None if max_results is None else max_results + 1
-            ids = self.found(experiments, filter_string, run_view_type, order_by, start, most)
-            page = ids[:max_results]
-            with self.cursor() as cursor:
-                cursor.execute(RUNS, (page,))
-                rows = {row[0]: row for row in cursor.fetchall()}
-        except Unusual:
-            return super()._search_runs(experiment_ids, filter_string, run_view_type, max_results, order_by, page_token)
-        datasets = self.datasets([run_id for run_id, row in rows.items() if has_datasets(row)])
-        runs = []
-        for run_id in page:
-            if run_id in rows:  # else it went between the two statements
-                info, data, _, model_outputs = entities(rows[run_id])
-                given = RunInputs(dataset_inputs=datasets.get(run_id, []))
-                runs.append(Run(info, data, given, RunOutputs(model_outputs)))
-        return runs, next_token(start, max_results, len(ids))
-
-    def found(
-        self,
-        experiments: list[int],
-        filter_string: str | None,
-        run_view_type: int,
-        order_by: list[str] | None,
-        start: int,
-        most: int | None,
-    ) -> list[str]:
-        """Ids of the runs that a search finds, in its order, by the clauses that MLflow makes. Raises Unusual."""
-        stages = LifecycleStage.view_type_to_stages(run_view_type)
-        filters = SearchUtils.parse_search_filter(filter_string)
-        with self.ManagedSessionMaker() as session:
-            columns, order, sorted_by = sqlalchemy_store._get_orderby_clauses(order_by, session)
-            conditions, having, datasets = sqlalchemy_store._get_sqlalchemy_filter_clauses(
-                filters, session, self._get_dialect()
-            )
-            wanted = select(models.SqlRun.run_uuid, *columns)
-            for one in having:
-                wanted = wanted.join(one)
-            for one in sorted_by:
-                wanted = wanted.outerjoin(one)
-            in_scope = (models.SqlRun.experiment_id.in_(experiments), models.SqlRun.lifecycle_stage.in_(sorted(stages)))
-            wanted = wanted.where(*in_scope, *conditions).order_by(*order).offset(start).limit(most)
-            # Rows are as unique as what is joined: a metric, parameter or tag is there once by key, datasets are not.
-            ids = [] if datasets else [row[0] for row in session.execute(wanted)]
-        if datasets:
-            raise Unusual
-        return ids
-
-    def datasets(self, run_ids: list[str]) -> dict[str, list[Any]]:
-        """The dataset inputs of runs, in MLflow's own way."""
-        if not run_ids:
-            return {}
-        with self.ManagedSessionMaker() as session:
-            return dict(zip(run_ids, self._get_run_inputs(session, run_ids), strict=True))
-
-    def get_metric_history(
-        self, run_id: str, metric_key: str, max_results: int | None = None, page_token: str | None = None
-    ) -> PagedList[Metric]:
-        start = SearchUtils.parse_start_offset_from_page_token(page_token)
-        try:
-            with self.cursor() as cursor:
-                cursor.execute(HISTORY, (run_id, metric_key, start, None if max_results is None else max_results + 1))
-                rows = cursor.fetchall()
-        except Unusual:
-            return super().get_metric_history(run_id, metric_key, max_results, page_token)
-        metrics = [
-            Metric(metric_key, math.nan if is_nan else value, time, step)
-            for value, time, step, is_nan in rows[:max_results]
-        ]
-        return PagedList(metrics, next_token(start, max_results, len(rows)))
-
-    def create_run(
-        self, experiment_id: str, user_id: str, start_time: int, tags: list[RunTag] | None, run_name: str | None
-    ) -> Run:
-        own = list(tags or [])
-        try:
-            named = next((tag.value for tag in own if tag.key == MLFLOW_RUN_NAME), None)
-            if (run_name and named and run_name != named) or not isinstance(start_time, int) or user_id is None:
-                raise Unusual
-            run_id, name = uuid.uuid4().hex, run_name or named or _generate_random_name()
-            if not named:
-                own.append(RunTag(MLFLOW_RUN_NAME, name))
-            with self.cursor() as cursor:
-                cursor.execute(EXPERIMENT, (whole_number(experiment_id),))
-                (location,) = only(cursor.fetchall())
-                uri = append_to_uri_path(location, run_id, self.ARTIFACTS_FOLDER_NAME)
-                values = {
-                    "run": run_id,
-                    "name": name,
-                    "user": user_id,
-                    "start": start_time,
-                    "uri": uri,
-                    "experiment": int(experiment_id),
-                    "keys": [tag.key for tag in own],
-                    "values": [tag.value for tag in own],
-                }
-                cursor.execute(CREATE_RUN, values)
-        except Unusual:
-            return super().create_run(experiment_id, user_id, start_time, tags, run_name)
-        info = RunInfo(
-            run_id=run_id,
-            run_name=name,
-            experiment_id=str(experiment_id),
-            user_id=user_id,
-            status="RUNNING",
-            start_time=start_time,
-            end_time=None,
-            lifecycle_stage=LifecycleStage.ACTIVE,
-            artifact_uri=uri,
-        )
-        return Run(info, RunData(tags=own), RunInputs(dataset_inputs=[]))
-
-    def log_batch(self, run_id: str, metrics: list[Metric], params: list[Param], tags: list[RunTag]) -> None:
-        if not metrics or params or tags or any(metric.model_id for metric in metrics):
-            super().log_batch(run_id, metrics, params, tags)
-            return
-        _validate_run_id(run_id)
-        _validate_batch_log_data(metrics, params, tags)
-        _validate_batch_log_limits(metrics, params, tags)
-        try:
-            self.write_metrics(run_id, metrics)
-        except Unusual:
-            super().log_batch(run_id, metrics, params, tags)
-
-    def _log_metrics(self, run_id: str, metrics: list[Metric]) -> None:
-        """What `log_metric` calls, and a `log_batch` that has more than metrics."""
-        try:
-            for metric in metrics:
-                _validate_metric(metric.key, metric.value, metric.timestamp, metric.step)
-            self.write_metrics(run_id, metrics)
-        except (Unusual, MlflowException):
-            super()._log_metrics(run_id, metrics)
-
-    def write_metrics(self, run_id: str, metrics: list[Metric]) -> None:
-        """Log valid metrics, each once, and keep the last of every key. Raises Unusual."""
-        if not metrics:
-            raise Unusual
-        rows = list(dict.fromkeys(map(stored, metrics)))
-        last: dict[str, Row] = {}
-        for row in rows:
-            key, value, time, step, _ = row
-            if key not in last or (step, time, value) > (last[key][3], last[key][2], last[key][1]):
-                last[key] = row
-        values: dict[str, str] = {"run": run_id}
-        for prefix, some in (("", rows), ("last_", last.values())):
-            keys, *numbers = zip(*sorted(some), strict=True)  # one order of locks for all
-            values |= {f"{prefix}keys": array_of_texts(keys)}
-            for name, column in zip(("values", "times", "steps", "nans"), numbers, strict=True):
-                values[prefix + name] = array(column)
-        with self.cursor() as cursor:
-            cursor.execute(LOG_METRICS, values)
-            if only(cursor.fetchall()) != (LifecycleStage.ACTIVE,):
-                raise Unusual
-
-    @contextlib.contextmanager
-    def cursor(self) -> Iterator[Any]:
-        """A cursor of a pooled connection, each statement of which is a transaction. Raises Unusual when PostgreSQL
-        refuses one, and MlflowException (as MLflow's sessions do) when it cannot be reached."""
-        try:
-            pooled = self.engine.raw_connection()
-        except SQLAlchemyError:
-            raise Unusual from None
-        connection: Any = pooled.driver_connection
-        try:
-            connection.autocommit = True
-            with connection.cursor() as cursor:
-                yield cursor
-        except psycopg2.errors.DeadlockDetected:
-            raise Unusual from None
-        except psycopg2.OperationalError as error:
-            raise MlflowException(str(error), error_code=TEMPORARILY_UNAVAILABLE) from error
-        except (psycopg2.Error, ValueError):  # the latter for what cannot be told to it
-            raise Unusual from None
-        finally:
-            if connection.closed:
-                pooled.invalidate()
-            else:
-                connection.autocommit = False
-                pooled.close()
+def definition(lines: list[str], name: str) -> str:
+    """The text of the first function, method or class of this name; empty where there is none."""
+    openings = (f"def {name}(", f"class {name}(", f"class {name}:")
+    start = next((number for number, line in enumerate(lines) if line.lstrip().startswith(openings)), None)
+    if start is None:
+        return ""
+    indent = len(lines[start]) - len(lines[start].lstrip())
+    end = start + 1
+    while end < len(lines) and not ends(lines[end], indent):
+        end += 1
+    return "\n".join(lines[start:end]).rstrip()
 
 
-def only(rows: list[Row]) -> Row:
-    """The one row. Raises Unusual."""
-    if len(rows) != 1:
-        raise Unusual
-    return rows[0]
-
-
-def whole_number(text: str) -> int:
-    """An experiment's id. Raises Unusual."""
-    if not isinstance(text, str) or not (text.isascii() and text.isdecimal()):
-        raise Unusual
-    return int(text)
-
-
-def next_token(start: int, most: int | None, found: int) -> str | None:
-    """The token of the next page, where one more than `most` was found."""
-    return SearchUtils.create_page_token(start + most) if most is not None and found > most else None
-
-
-# Rows
-
-
-def has_datasets(row: Row) -> bool:
-    return bool(row[18])
-
-
-def entities(row: Row) -> tuple[RunInfo, RunData, list[LoggedModelInput], list[LoggedModelOutput]]:
-    """What a row of `RUNS` says."""
-    run_id, name, experiment, user, status, start, end, stage, uri = row[:9]
-    metrics, params, tags = row[9:14], row[14:16], row[16:18]
-    model_inputs, model_outputs, steps = row[19:22]
-    data = RunData(
-        metrics=[
-            Metric(key, math.nan if is_nan else value, time, step)
-            for key, value, time, step, is_nan in columns(metrics)
-        ],
-        params=[Param(key, value) for key, value in columns(params)],
-        tags=[RunTag(key, value) for key, value in columns(tags)],
-    )
-    info = RunInfo(
-        run_id=run_id,
-        run_name=name or data.tags.get(MLFLOW_RUN_NAME) or name,
-        experiment_id=str(experiment),
-        user_id=user,
-        status=status,
-        start_time=start,
-        end_time=end,
-        lifecycle_stage=stage,
-        artifact_uri=uri,
-    )
-    return (
-        info,
-        data,
-        [LoggedModelInput(model_id=one) for one in model_inputs or ()],
-        [LoggedModelOutput(model_id=one, step=step) for one, step in columns((model_outputs, steps))],
-    )
-
-
-def columns(arrays: Sequence[list[Any] | None]) -> Iterable[Row]:
-    """The rows that were aggregated; none is null."""
-    return zip(*arrays, strict=True) if arrays[0] is not None else ()
-
-
-def stored(metric: Metric) -> tuple[str, float, int, int, bool]:
-    """Key, value, timestamp, step and is_nan as MLflow keeps them: PostgreSQL's double has no place for others.
-    Raises Unusual."""
-    value, time, step = metric.value, metric.timestamp, metric.step
-    if type(time) is not int or type(step) is not int:
-        raise Unusual
-    value = float(value)
-    if math.isfinite(value):
-        return metric.key, value, time, step, False
-    if math.isnan(value):
-        return metric.key, 0.0, time, step, True
-    return metric.key, math.copysign(LARGEST, value), time, step, False
-
-
-def array(values: Iterable[object]) -> str:
-    """PostgreSQL's notation of an array of numbers or booleans."""
-    return "{" + ",".join(map(repr, values)) + "}"
-
-
-def array_of_texts(texts: Iterable[str]) -> str:
-    return "{" + ",".join(map(quoted, texts)) + "}"
-
-
-def quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+def ends(line: str, indent: int) -> bool:
+    """Whether a line begins what comes after a definition that is indented so far."""
+    text = line.lstrip()
+    return bool(text) and len(line) - len(text) <= indent and not text.startswith(")")
