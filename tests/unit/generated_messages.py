@@ -9,6 +9,7 @@ import random
 from typing import Any
 
 import mlflow.protos
+from google.protobuf import any_pb2, duration_pb2, field_mask_pb2, struct_pb2, timestamp_pb2, wrappers_pb2
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Value
@@ -51,19 +52,22 @@ UNUSUAL_NAMES = ["unknown", "Key", "[mlflow.unknown]", ""]
 
 
 def messages() -> list[Descriptor]:
-    """Every message that MLflow defines, those within others included."""
+    """Every message that MLflow defines, those within others included, and what Google's have JSON of their own for."""
 
     def within(descriptor: Descriptor) -> list[Descriptor]:
         return [descriptor, *(each for nested in descriptor.nested_types for each in within(nested))]
 
     names = [module.name for module in pkgutil.iter_modules(mlflow.protos.__path__) if module.name.endswith("_pb2")]
     modules = [importlib.import_module(f"mlflow.protos.{name}") for name in names]
+    modules += [any_pb2, duration_pb2, field_mask_pb2, struct_pb2, timestamp_pb2, wrappers_pb2]
     files = [module.DESCRIPTOR for module in modules if hasattr(module, "DESCRIPTOR")]
     found = [each for file in files for top in file.message_types_by_name.values() for each in within(top)]
     return [each for each in found if not each.GetOptions().map_entry]
 
 
 def fill(message: Message, chance: random.Random, depth: int = 0) -> Message:
+    if message.DESCRIPTOR.full_name.startswith("google.protobuf."):
+        return message  # what is in them by chance has no JSON
     for field in message.DESCRIPTOR.fields:
         if chance.random() < 0.25 or (field.message_type and depth > 3):
             continue
@@ -78,7 +82,7 @@ def fill(message: Message, chance: random.Random, depth: int = 0) -> Message:
                 one = held.add() if is_repeated(field) else held
                 if isinstance(one, Value):
                     one.string_value = "a value"
-                elif not field.message_type.full_name.startswith("google.protobuf."):
+                else:
                     fill(one, chance, depth + 1)
         elif is_repeated(field):
             getattr(message, field.name).extend(value_for(field, chance) for _ in range(count))

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from google.protobuf import json_format
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 Convert = Callable[[Any], Any]
@@ -85,7 +85,7 @@ def says_the_same(theirs: Callable[[Message], str]) -> bool:
 
 def message_to_json(theirs: Callable[..., str], message: Message, **options: Any) -> str:
     """What MLflow's `message_to_json` returns, white space apart; its own where message or options are unusual."""
-    if options:
+    if options or is_googles(message.DESCRIPTOR):
         return theirs(message, **options)
     try:
         try:
@@ -98,7 +98,7 @@ def message_to_json(theirs: Callable[..., str], message: Message, **options: Any
 
 def message_to_dict(message: Message, *unusual: Any, preserving_proto_field_name: bool = False, **options: Any) -> Any:
     """What `json_format.MessageToDict` returns, made by that where message or options are unusual."""
-    if preserving_proto_field_name and not unusual and not options:
+    if preserving_proto_field_name and not unusual and not options and not is_googles(message.DESCRIPTOR):
         try:
             return plain(message)
         except NotPlain:
@@ -116,7 +116,8 @@ def dictionaries(integers: Convert | None, doubles: Convert | None) -> ToDiction
         converted = {}
         for field, value in message.ListFields():
             if field not in conversions:
-                conversions[field], names[field] = conversion(field), field.name
+                names[field] = field.name  # first, for other threads
+                conversions[field] = conversion(field)
             convert = conversions[field]
             converted[names[field]] = convert(value) if convert else value
         return converted
@@ -136,8 +137,7 @@ def dictionaries(integers: Convert | None, doubles: Convert | None) -> ToDiction
         if field.is_extension:
             return refuse
         if field.message_type is not None:
-            googles = field.message_type.full_name.startswith("google.protobuf.")
-            return refuse if googles or field.message_type.GetOptions().map_entry else dictionary
+            return refuse if is_googles(field.message_type) or field.message_type.GetOptions().map_entry else dictionary
         if field.type == FieldDescriptor.TYPE_BYTES:
             return lambda value: base64.b64encode(value).decode()
         if kind in AS_THEY_ARE:
@@ -169,6 +169,11 @@ def each(convert: Convert, values: Any) -> list[Any]:
 def is_repeated(field: FieldDescriptor) -> bool:
     found = field.is_repeated if hasattr(field, "is_repeated") else field.label == FieldDescriptor.LABEL_REPEATED
     return bool(found)
+
+
+def is_googles(descriptor: Descriptor) -> bool:
+    """Whether JSON has a form of its own for it (timestamps, structures, …)."""
+    return bool(descriptor.full_name.startswith("google.protobuf."))
 
 
 def in_words(value: float) -> float | str:

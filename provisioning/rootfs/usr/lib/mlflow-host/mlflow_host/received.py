@@ -16,7 +16,7 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from mlflow_host.answers import NotPlain, is_repeated
+from mlflow_host.answers import NotPlain, is_googles, is_repeated
 
 Check = Callable[[Any], None]
 Fields = dict[str, type | Check]
@@ -87,7 +87,9 @@ def fields_of(descriptor: Descriptor, within: tuple[str, ...] = ()) -> Fields:
     """The fields that plain JSON may name. Those that are left out are left to the thorough way: maps, alternatives
     (oneof), bytes, numbers of 32 bits, Google's own messages, messages within themselves."""
     by_json_name = {field.json_name: field.number for field in descriptor.fields}
-    found = {}
+    found: Fields = {}
+    if is_googles(descriptor):
+        return found
     for field in descriptor.fields:
         if field.containing_oneof is None and by_json_name.get(field.name, field.number) == field.number:
             expected = expected_of(field, (*within, descriptor.full_name))
@@ -98,8 +100,7 @@ def fields_of(descriptor: Descriptor, within: tuple[str, ...] = ()) -> Fields:
 
 def expected_of(field: FieldDescriptor, within: tuple[str, ...]) -> type | Check | None:
     if nested := field.message_type:
-        name = nested.full_name
-        if name.startswith("google.protobuf.") or nested.GetOptions().map_entry or name in within:
+        if is_googles(nested) or nested.GetOptions().map_entry or nested.full_name in within:
             return None
         return partial(check, fields_of(nested, within))
     if field.type == FieldDescriptor.TYPE_BYTES:
