@@ -418,7 +418,7 @@ def check() -> dict[str, Any]:
             seconds, memory = start_once(folder / "server.sock")
     if unknown := not_compared(Path(mlflow.__file__).parent):
         print(
-            f"mlflow-server: MLflow {mlflow.__version__} words {', '.join(unknown)} as no release did that was compared, "
+            f"mlflow-server: MLflow {mlflow.__version__} words {', '.join(unknown)} as no compared release did, "
             "so it is served by its own tracking store, which is slower: see mlflow_host/tracking.py",
             file=sys.stderr,
         )
