@@ -46,7 +46,7 @@ test-chaos: prepare-test ## kill the database step, PostgreSQL and the machine a
 	@$(ROOT) $(PYTEST) tests/chaos
 test-restore: prepare-test ## restore on a machine: after a lost volume, to any moment, from dumps, killed half-way
 	@$(ROOT) $(PYTEST) tests/journey/test_backups.py tests/journey/test_postgresql_major.py
-test-housekeeping: prepare-test ## what is removed for good, in eight releases; jobs; files of 1 GiB either way
+test-housekeeping: prepare-test ## removals in eight releases; a volume that fills up; jobs; files of 1 GiB either way
 	@$(ROOT) $(PYTEST) tests/unit/test_garbage.py tests/schema/test_removal_of_what_was_deleted.py \
 		tests/journey/test_housekeeping.py tests/journey/test_jobs_and_big_files.py
 
