@@ -373,6 +373,14 @@ def test_an_upload_and_its_download_are_the_same_streamed(ours: Path, plain: Pat
     assert found["content-length"] == str(len(content))
 
 
+def test_what_mlflow_refuses_of_an_upload_is_refused_in_its_words(ours: Path, plain: Path) -> None:
+    """By a handler of MLflow's own: rules that a release adds to it hold here too."""
+    for path in (FILE.rpartition("/")[0] + "/", FILE.replace("fedcba98", "..")):
+        refused = ask(ours, "PUT", path, {}, b"content")
+        assert refused[0] == 400
+        assert refused[::2] == ask(plain, "PUT", path, {}, b"content")[::2]
+
+
 def test_a_download_makes_no_copy_on_the_server(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A first byte arrives, and no file is in the server's temporary folder while the rest is held back."""
     assert ask(ours, "PUT", FILE, {}, os.urandom(20 * 2**20))[0] == 200
