@@ -35,6 +35,7 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from mlflow.protos.service_pb2 import Metric as ProtoMetric
 from mlflow.store.entities.paged_list import PagedList
 from mlflow.store.tracking import sqlalchemy_store
 from mlflow.store.tracking.dbmodels import models
@@ -44,7 +45,6 @@ from mlflow.utils.name_utils import _generate_random_name
 from mlflow.utils.search_utils import SearchUtils
 from mlflow.utils.uri import append_to_uri_path
 from mlflow.utils.validation import (
-    _validate_batch_log_data,
     _validate_batch_log_limits,
     _validate_metric,
     _validate_run_id,
@@ -209,8 +209,8 @@ class DirectStore(SqlAlchemyStore):
                 rows = cursor.fetchall()
         except Unusual:
             return super().get_metric_history(run_id, metric_key, max_results, page_token)
-        metrics = [
-            Metric(metric_key, math.nan if is_nan else value, time, step)
+        metrics: list[Metric] = [
+            Reading(metric_key, math.nan if is_nan else value, time, step)
             for value, time, step, is_nan in rows[:max_results]
         ]
         return PagedList(metrics, next_token(start, max_results, len(rows)))
@@ -257,36 +257,35 @@ class DirectStore(SqlAlchemyStore):
         return Run(info, RunData(tags=own), RunInputs(dataset_inputs=[]))
 
     def log_batch(self, run_id: str, metrics: list[Metric], params: list[Param], tags: list[RunTag]) -> None:
-        if not metrics or params or tags or any(metric.model_id for metric in metrics):
-            super().log_batch(run_id, metrics, params, tags)
-            return
-        _validate_run_id(run_id)
-        _validate_batch_log_data(metrics, params, tags)
-        _validate_batch_log_limits(metrics, params, tags)
         try:
+            if params or tags or any(metric.model_id for metric in metrics):
+                raise Unusual
+            _validate_run_id(run_id)
+            _validate_batch_log_limits(metrics, params, tags)
             self.write_metrics(run_id, metrics)
-        except Unusual:
+        except (Unusual, MlflowException):  # whose words are MLflow's own
             super().log_batch(run_id, metrics, params, tags)
 
     def _log_metrics(self, run_id: str, metrics: list[Metric]) -> None:
         """What `log_metric` calls, and a `log_batch` that has more than metrics."""
         try:
-            for metric in metrics:
-                _validate_metric(metric.key, metric.value, metric.timestamp, metric.step)
             self.write_metrics(run_id, metrics)
         except (Unusual, MlflowException):
             super()._log_metrics(run_id, metrics)
 
     def write_metrics(self, run_id: str, metrics: list[Metric]) -> None:
-        """Log valid metrics, each once, and keep the last of every key. Raises Unusual."""
-        if not metrics:
-            raise Unusual
+        """Log metrics, each once, and keep the last of every key. Raises Unusual or MlflowException, also for what is
+        not valid."""
         rows = list(dict.fromkeys(map(stored, metrics)))
         last: dict[str, Row] = {}
         for row in rows:
             key, value, time, step, _ = row
             if key not in last or (step, time, value) > (last[key][3], last[key][2], last[key][1]):
                 last[key] = row
+        for key in last:
+            _validate_metric(key, 0.0, 0, 0)
+        if not last:
+            raise Unusual
         values: dict[str, str] = {"run": run_id}
         for prefix, some in (("", rows), ("last_", last.values())):
             keys, *numbers = zip(*sorted(some), strict=True)  # one order of locks for all
@@ -347,6 +346,13 @@ def next_token(start: int, most: int | None, found: int) -> str | None:
 # Rows
 
 
+class Reading(Metric):
+    """A metric that is on its way to a client, by the thousand in a history."""
+
+    def to_proto(self) -> ProtoMetric:
+        return ProtoMetric(key=self._key, value=self._value, timestamp=self._timestamp, step=self._step)
+
+
 def has_datasets(row: Row) -> bool:
     return bool(row[18])
 
@@ -358,7 +364,7 @@ def entities(row: Row) -> tuple[RunInfo, RunData, list[LoggedModelInput], list[L
     model_inputs, model_outputs, steps = row[19:22]
     data = RunData(
         metrics=[
-            Metric(key, math.nan if is_nan else value, time, step)
+            Reading(key, math.nan if is_nan else value, time, step)
             for key, value, time, step, is_nan in columns(metrics)
         ],
         params=[Param(key, value) for key, value in columns(params)],
@@ -390,11 +396,14 @@ def columns(arrays: Sequence[list[Any] | None]) -> Iterable[Row]:
 
 def stored(metric: Metric) -> tuple[str, float, int, int, bool]:
     """Key, value, timestamp, step and is_nan as MLflow keeps them: PostgreSQL's double has no place for others.
-    Raises Unusual."""
+    Raises Unusual for types and times that MLflow may refuse."""
     value, time, step = metric.value, metric.timestamp, metric.step
-    if type(time) is not int or type(step) is not int:
+    if type(time) is not int or time < 0 or type(step) is not int or type(value) not in (float, int):
         raise Unusual
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:
+        raise Unusual from None
     if math.isfinite(value):
         return metric.key, value, time, step, False
     if math.isnan(value):
