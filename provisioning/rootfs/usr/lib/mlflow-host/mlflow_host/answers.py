@@ -1,17 +1,14 @@
-"""What MLflow writes its answers with, made faster: protobuf's json_format, the standard library's JSON, and the one
-function of MLflow's that puts them together.
+"""What MLflow writes its answers with, made faster: protobuf's json_format and the standard library's JSON.
 
-MLflow turns a message into dictionaries with json_format, walks through both once more to make numbers of what that
-wrote as text, and writes indented JSON: half of what a search or a metric's history costs. `MessageToDict` decides at
-each value what its field is; here it is decided once a field. The standard library indents in Python and writes JSON
-without line breaks in C, so answers have none.
+MLflow turns a message into dictionaries with json_format and writes indented JSON: half of what a search or a metric's
+history costs. `MessageToDict` decides at each value what its field is; here it is decided once a field. The standard
+library indents in Python and writes JSON without line breaks in C, so answers have none. MLflow itself stays as it is.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -43,7 +40,6 @@ def install() -> None:
     """For all that is imported from now on."""
     json_format.MessageToDict = message_to_dict
     json.JSONEncoder.__init__ = never_indenting(json.JSONEncoder.__init__)  # type: ignore[method-assign]
-    write_messages_at_once()
 
 
 def never_indenting(initialize: Callable[..., None]) -> Callable[..., None]:
@@ -56,46 +52,6 @@ def never_indenting(initialize: Callable[..., None]) -> Callable[..., None]:
     return initialize_encoder
 
 
-def write_messages_at_once() -> None:
-    """Have MLflow's `message_to_json` replaced, where it is there and says what ours says."""
-    from mlflow.utils import proto_json_utils
-
-    theirs = getattr(proto_json_utils, "message_to_json", None)
-    if theirs and says_the_same(theirs):
-        proto_json_utils.message_to_json = partial(message_to_json, theirs)
-    else:
-        logging.getLogger(__name__).warning("this release of MLflow writes its answers otherwise, so not made faster")
-
-
-def says_the_same(theirs: Callable[[Message], str]) -> bool:
-    """Whether an answer with numbers of every kind, text, a label and nothing at all is the same by both."""
-    from mlflow.protos import service_pb2
-
-    values = [0.5, -0.0, 1e300, math.nan, math.inf, -math.inf]
-    metrics = [service_pb2.Metric(key="µ", value=value, timestamp=2**53 + 1, step=-1) for value in values]
-    info = service_pb2.RunInfo(run_id="a", run_name="", status=service_pb2.FINISHED, start_time=0)
-    run = service_pb2.Run(info=info, data=service_pb2.RunData(metrics=metrics))
-    answers = [service_pb2.SearchRuns.Response(runs=[run, service_pb2.Run()]), service_pb2.LogBatch.Response()]
-    try:
-        found = [json.dumps(json.loads(theirs(answer))) for answer in answers]
-    except Exception:  # whatever a later release may raise
-        return False
-    return found == [json.dumps(json.loads(message_to_json(theirs, answer))) for answer in answers]
-
-
-def message_to_json(theirs: Callable[..., str], message: Message, **options: Any) -> str:
-    """What MLflow's `message_to_json` returns, white space apart; its own where message or options are unusual."""
-    if options or is_googles(message.DESCRIPTOR):
-        return theirs(message, **options)
-    try:
-        try:
-            return encode_finite(with_numbers(message))
-        except ValueError:  # a number that JSON has not
-            return encode_finite(with_words_for_numbers(message))
-    except NotPlain:
-        return theirs(message)
-
-
 def message_to_dict(message: Message, *unusual: Any, preserving_proto_field_name: bool = False, **options: Any) -> Any:
     """What `json_format.MessageToDict` returns, made by that where message or options are unusual."""
     if preserving_proto_field_name and not unusual and not options and not is_googles(message.DESCRIPTOR):
@@ -106,9 +62,8 @@ def message_to_dict(message: Message, *unusual: Any, preserving_proto_field_name
     return thorough(message, *unusual, preserving_proto_field_name=preserving_proto_field_name, **options)
 
 
-def dictionaries(integers: Convert | None, doubles: Convert | None) -> ToDictionary:
-    """What makes dictionaries of messages, with what is to be made of integers of 64 bits and of doubles in them.
-    Raises NotPlain."""
+def dictionaries() -> ToDictionary:
+    """What makes dictionaries of messages, and remembers how each field is written. Raises NotPlain."""
     names: dict[FieldDescriptor, str] = {}
     conversions: dict[FieldDescriptor, Convert | None] = {}
 
@@ -143,9 +98,9 @@ def dictionaries(integers: Convert | None, doubles: Convert | None) -> ToDiction
         if kind in AS_THEY_ARE:
             return None
         if kind in INTEGERS_AS_TEXT:
-            return integers
+            return str
         if kind == FieldDescriptor.CPPTYPE_DOUBLE:
-            return doubles
+            return in_words
         labels = {value.number: value.name for value in field.enum_type.values} if field.enum_type else {}
         plain_enum = labels and field.enum_type.is_closed and not any(v.has_options for v in field.enum_type.values)
         return labels.__getitem__ if plain_enum else refuse
@@ -186,8 +141,4 @@ def refuse(_: object) -> Any:
     raise NotPlain
 
 
-plain = dictionaries(integers=str, doubles=in_words)
-with_words_for_numbers = dictionaries(integers=None, doubles=in_words)
-with_numbers = dictionaries(integers=None, doubles=None)
-encode_finite = json.JSONEncoder(allow_nan=False, check_circular=False, separators=(",", ": ")).encode
-"""Raises ValueError."""
+plain = dictionaries()

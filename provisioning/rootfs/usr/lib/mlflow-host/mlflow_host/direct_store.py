@@ -17,6 +17,7 @@ import contextlib
 import math
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import psycopg2
@@ -36,6 +37,10 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.protos.service_pb2 import Metric as ProtoMetric
+from mlflow.protos.service_pb2 import Param as ProtoParam
+from mlflow.protos.service_pb2 import Run as ProtoRun
+from mlflow.protos.service_pb2 import RunData as ProtoRunData
+from mlflow.protos.service_pb2 import RunTag as ProtoRunTag
 from mlflow.store.entities.paged_list import PagedList
 from mlflow.store.tracking import sqlalchemy_store
 from mlflow.store.tracking.dbmodels import models
@@ -127,10 +132,9 @@ class DirectStore(SqlAlchemyStore):
                 row = only(cursor.fetchall())
         except Unusual:
             return super().get_run(run_id)
-        info, data, model_inputs, model_outputs = entities(row)
         datasets = self.datasets([run_id] if has_datasets(row) else [])
-        inputs = RunInputs(dataset_inputs=datasets.get(run_id, []), model_inputs=model_inputs)
-        return Run(info, data, inputs, RunOutputs(model_outputs))
+        inputs = RunInputs(dataset_inputs=datasets.get(run_id, []), model_inputs=model_inputs(row))
+        return FoundRun(row, inputs)
 
     def _search_runs(
         self,
@@ -154,12 +158,11 @@ class DirectStore(SqlAlchemyStore):
         except Unusual:
             return super()._search_runs(experiment_ids, filter_string, run_view_type, max_results, order_by, page_token)
         datasets = self.datasets([run_id for run_id, row in rows.items() if has_datasets(row)])
-        runs = []
-        for run_id in page:
-            if run_id in rows:  # else it went between the two statements
-                info, data, _, model_outputs = entities(rows[run_id])
-                given = RunInputs(dataset_inputs=datasets.get(run_id, []))
-                runs.append(Run(info, data, given, RunOutputs(model_outputs)))
+        runs: list[Run] = [
+            FoundRun(rows[run_id], RunInputs(dataset_inputs=datasets.get(run_id, [])))
+            for run_id in page
+            if run_id in rows  # else it went between the two statements
+        ]
         return runs, next_token(start, max_results, len(ids))
 
     def found(
@@ -346,47 +349,71 @@ def next_token(start: int, most: int | None, found: int) -> str | None:
 # Rows
 
 
+def has_datasets(row: Row) -> bool:
+    return bool(row[18])
+
+
+def model_inputs(row: Row) -> list[LoggedModelInput]:
+    return [LoggedModelInput(model_id=one) for one in row[19] or ()]
+
+
+class FoundRun(Run):
+    """A run as a row of `RUNS` tells it. On its way to a client nobody looks at its metrics one by one, so entities of
+    them are made only for who does."""
+
+    def __init__(self, row: Row, inputs: RunInputs) -> None:
+        run_id, name, experiment, user, status, start, end, stage, uri = row[:9]
+        self._metrics, self._params, self._tags = row[9:14], row[14:16], row[16:18]
+        self._info = RunInfo(
+            run_id=run_id,
+            run_name=name or self._tagged(MLFLOW_RUN_NAME) or name,
+            experiment_id=str(experiment),
+            user_id=user,
+            status=status,
+            start_time=start,
+            end_time=end,
+            lifecycle_stage=stage,
+            artifact_uri=uri,
+        )
+        outputs = columns(row[20:22])
+        self._inputs: RunInputs = inputs
+        self._outputs: RunOutputs = RunOutputs([LoggedModelOutput(model_id=one, step=step) for one, step in outputs])
+
+    def _tagged(self, wanted: str) -> str | None:
+        return next((value for key, value in columns(self._tags) if key == wanted), None)
+
+    @cached_property
+    def _data(self) -> RunData:  # type: ignore[override]
+        return RunData(
+            metrics=[Metric(key, value, time, step) for key, value, time, step in readings(self._metrics)],
+            params=[Param(key, value) for key, value in columns(self._params)],
+            tags=[RunTag(key, value) for key, value in columns(self._tags)],
+        )
+
+    def to_proto(self) -> ProtoRun:
+        data = ProtoRunData(
+            metrics=[
+                ProtoMetric(key=key, value=value, timestamp=time, step=step)
+                for key, value, time, step in readings(self._metrics)
+            ],
+            params=[ProtoParam(key=key, value=value) for key, value in columns(self._params)],
+            tags=[ProtoRunTag(key=key, value=value) for key, value in columns(self._tags)],
+        )
+        inputs, outputs = self._inputs.to_proto(), self._outputs.to_proto()
+        return ProtoRun(info=self._info.to_proto(), data=data, inputs=inputs, outputs=outputs)
+
+
 class Reading(Metric):
-    """A metric that is on its way to a client, by the thousand in a history."""
+    """A metric on its way to a client, by the thousand in a history."""
 
     def to_proto(self) -> ProtoMetric:
         return ProtoMetric(key=self._key, value=self._value, timestamp=self._timestamp, step=self._step)
 
 
-def has_datasets(row: Row) -> bool:
-    return bool(row[18])
-
-
-def entities(row: Row) -> tuple[RunInfo, RunData, list[LoggedModelInput], list[LoggedModelOutput]]:
-    """What a row of `RUNS` says."""
-    run_id, name, experiment, user, status, start, end, stage, uri = row[:9]
-    metrics, params, tags = row[9:14], row[14:16], row[16:18]
-    model_inputs, model_outputs, steps = row[19:22]
-    data = RunData(
-        metrics=[
-            Reading(key, math.nan if is_nan else value, time, step)
-            for key, value, time, step, is_nan in columns(metrics)
-        ],
-        params=[Param(key, value) for key, value in columns(params)],
-        tags=[RunTag(key, value) for key, value in columns(tags)],
-    )
-    info = RunInfo(
-        run_id=run_id,
-        run_name=name or data.tags.get(MLFLOW_RUN_NAME) or name,
-        experiment_id=str(experiment),
-        user_id=user,
-        status=status,
-        start_time=start,
-        end_time=end,
-        lifecycle_stage=stage,
-        artifact_uri=uri,
-    )
-    return (
-        info,
-        data,
-        [LoggedModelInput(model_id=one) for one in model_inputs or ()],
-        [LoggedModelOutput(model_id=one, step=step) for one, step in columns((model_outputs, steps))],
-    )
+def readings(arrays: Sequence[list[Any] | None]) -> Iterator[tuple[str, float, int, int]]:
+    """Key, value, timestamp and step of each metric of a run."""
+    for key, value, time, step, is_nan in columns(arrays):
+        yield key, math.nan if is_nan else value, time, step
 
 
 def columns(arrays: Sequence[list[Any] | None]) -> Iterable[Row]:
