@@ -92,8 +92,7 @@ logged as (
     select %(run)s, m.*
     from run, unnest(%(keys)s::varchar[], %(values)s::float8[], %(times)s::bigint[],
                      %(steps)s::bigint[], %(nans)s::bool[]) m
-    where lifecycle_stage = 'active'
-    on conflict do nothing
+    where lifecycle_stage = 'active' /* on conflict */
 ),
 latest as (
     insert into latest_metrics as present (run_uuid, key, value, timestamp, step, is_nan)
@@ -107,6 +106,9 @@ latest as (
 )
 select lifecycle_stage from run
 """
+
+LOG_NEW_METRICS = LOG_METRICS.replace("/* on conflict */", "on conflict do nothing")
+"""The same where some are there already. Having PostgreSQL look for them first costs a batch a quarter of its time."""
 
 EXPERIMENT = "select artifact_location from experiments where experiment_id = %s and lifecycle_stage = 'active'"
 
@@ -296,7 +298,10 @@ class DirectStore(SqlAlchemyStore):
             for name, column in zip(("values", "times", "steps", "nans"), numbers, strict=True):
                 values[prefix + name] = array(column)
         with self.cursor() as cursor:
-            cursor.execute(LOG_METRICS, values)
+            try:
+                cursor.execute(LOG_METRICS, values)
+            except psycopg2.errors.UniqueViolation:
+                cursor.execute(LOG_NEW_METRICS, values)
             if only(cursor.fetchall()) != (LifecycleStage.ACTIVE,):
                 raise Unusual
 
