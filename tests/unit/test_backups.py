@@ -280,6 +280,50 @@ def test_a_dead_bucket_never_fills_the_volume(tmp_path: Path, monkeypatch: pytes
     assert history.read("archive")["segment"] == f"{3:024X}"
 
 
+PGBACKREST = """#!/bin/sh
+echo "$*" >>calls
+case " $* " in
+*" stanza-create "*)
+  [ -e locked ] && rm locked && echo "ERROR: [050]: unable to acquire lock on file 'archive.lock'" && exit 50
+  touch made ;;
+*" info "*)
+  echo '[{"backup": [{"label": "20261122-141500F", "type": "full", "info": {"size": 1048576}}]}]' ;;
+*" backup "*)
+  [ -e made ] && exit 0
+  echo "ERROR: [055]: unable to load info file"
+  echo "HINT: has a stanza-create been performed?"
+  exit 55 ;;
+esac
+"""
+"""As pgBackRest answers; stanza-create is refused while the log is being archived, which on a busy server is mostly."""
+
+
+@pytest.mark.parametrize(
+    ("there", "asked"),
+    [
+        (["made"], ["backup"]),
+        ([], ["backup", "create", "backup"]),
+        (["locked"], ["backup", "create", "create", "backup"]),
+    ],
+)
+def test_a_base_backup_waits_for_no_lock_and_makes_the_stanza_only_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: list[str], asked: list[str]
+) -> None:
+    (tmp_path / "programs").mkdir()
+    program = tmp_path / "programs" / "pgbackrest"
+    program.write_text(PGBACKREST.replace(">>calls", f">>{tmp_path}/calls"))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    (tmp_path / repository.STANZA_FILE).write_text(f"{OURS.name}\n")
+    for name in there:
+        (tmp_path / name).touch()
+    (tmp_path / "history").mkdir()
+    took = base.take(Repository(tmp_path), History(tmp_path / "history"), 30 * DAY, NOW, lambda: False, at_once=False)
+    assert took == "base backup 20261122-141500F of 1 MiB"
+    calls = [line.split()[-1].removeprefix("stanza-") for line in (tmp_path / "calls").read_text().splitlines()]
+    assert calls[: len(asked)] == asked and len(calls) == len(asked) + 1
+
+
 # What a name means
 
 

@@ -58,9 +58,12 @@ def take(
     kind = wanted(history, stanza, retention, now, at_once=at_once)
     if kind is None:
         return "no base backup is due"
-    repository.create_stanza(stanza)
     note = [f"--annotation={EMPTY}=yes"] if is_empty() else []
-    done = repository.run(stanza.name, *repository.running(), f"--type={kind}", *note, "backup")
+    arguments = [*repository.running(), f"--type={kind}", *note, "backup"]
+    done = repository.run(stanza.name, *arguments)
+    if done.returncode and "stanza-create" in done.stdout:
+        repository.create_stanza(stanza)
+        done = repository.run(stanza.name, *arguments)
     if done.returncode:
         raise BackupError(f"the base backup failed: {last_line(done.stdout)}")
     made = repository.info(stanza.name)[0]["backup"][-1]

@@ -10,6 +10,7 @@ import json
 import re
 import struct
 import subprocess
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -155,10 +156,17 @@ class Repository:
         )
 
     def create_stanza(self, stanza: Stanza) -> None:
-        """Idempotent. Raises BackupError."""
-        done = self.run(stanza.name, *self.running(), "stanza-create")
-        if done.returncode:
-            raise BackupError(f"the stanza {stanza.name} could not be made: {last_line(done.stdout)}")
+        """Idempotent, and refused while anything of the stanza is under way, so only for one that is missing.
+
+        Raises BackupError."""
+        for seconds in (0, 1, 2, 4, 8):
+            time.sleep(seconds)
+            done = self.run(stanza.name, *self.running(), "stanza-create")
+            if not done.returncode:
+                return
+            if "unable to acquire lock" not in done.stdout:
+                break
+        raise BackupError(f"the stanza {stanza.name} could not be made: {last_line(done.stdout)}")
 
     def info(self, stanza: str | None = None) -> list[dict[str, Any]]:
         """Stanzas and their backups, as `pgbackrest info` tells. Raises BackupError."""
