@@ -239,18 +239,31 @@ echo "failed_units $(systemctl list-units --state=failed --no-legend | wc -l)"
 echo "restarts $(systemctl show 'mlflow-*' nginx.service --property=NRestarts --value | count 1)"
 """
 
+RESTARTED = r"""
+units=$(systemctl list-units --all --plain --no-legend --type=service 'mlflow-*' nginx.service | awk '{print $1}')
+for unit in $units; do
+  [ "$(systemctl show $unit --property=NRestarts --value)" = 0 ] ||
+    journalctl --unit=$unit --output=cat | grep -B 3 'Scheduled restart job'
+done
+"""
+"""What units that were started again said before."""
+
 
 def machine_facts(cloud: Any, server: Server) -> dict[str, Any]:
     """Memory in MB, what was killed, what failed, and what PostgreSQL complained of, as the machine tells it."""
     told = cloud.exec(server.instance_id, ["bash", "-c", FACTS]).stdout
     facts: dict[str, Any] = {name: int(value) for name, value in (line.split() for line in told.splitlines())}
     journal = cloud.exec(server.instance_id, ["journalctl", "--unit=mlflow-host-postgresql", "--output=cat"]).stdout
-    return facts | {"postgresql": [line for line in journal.splitlines() if WRONG.search(line)]}
+    restarted = cloud.exec(server.instance_id, ["bash", "-c", RESTARTED]).stdout.splitlines()
+    return facts | {"postgresql": [line for line in journal.splitlines() if WRONG.search(line)], "restarted": restarted}
 
 
 def complaints(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     more = {name: after[name] - before[name] for name in ("killed", "failed_units", "restarts", "swapped_mb")}
-    return [f"{name}: {count}" for name, count in more.items() if count > 0] + list(after["postgresql"])
+    return [f"{name}: {count}" for name, count in more.items() if count > 0] + [
+        *after["postgresql"],
+        *after["restarted"],
+    ]
 
 
 def arguments() -> argparse.Namespace:
