@@ -286,6 +286,16 @@ def test_a_file_that_does_not_fit_is_refused_with_507(tmp_path: Path) -> None:
     with pytest.raises(InsufficientStorage, match="do not fit into the server's temporary space") as refused:
         artifacts.require_space(2**60, tmp_path)
     assert refused.value.get_http_status_code() == 507
+    assert refused.value.error_code == "RESOURCE_EXHAUSTED"
+
+
+def test_of_a_file_of_unknown_length_it_is_said_how_much_of_it_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "RESERVE_BYTES", 2**60)
+    monkeypatch.setattr(artifacts, "RESERVE_SHARE", 1)
+    with pytest.raises(InsufficientStorage, match=r"^18 MiB do not fit .* \(0 MiB left after 17\): "):
+        artifacts.require_space(2**16, tmp_path, written=17 * 2**20)
 
 
 def test_a_download_that_does_not_fit_is_refused_as_such(

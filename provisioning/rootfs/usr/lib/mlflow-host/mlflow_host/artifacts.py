@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import mimetypes
 import os
 import posixpath
@@ -31,6 +32,7 @@ import mlflow.store.artifact.artifact_repo as mlflow_repositories
 from botocore.exceptions import ClientError
 from mlflow.entities import FileInfo
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_EXHAUSTED
 from mlflow.store.artifact.artifact_repo import ArtifactRepository, MultipartDownloadMixin, MultipartUploadMixin
 from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
 
@@ -202,7 +204,7 @@ class TwoBucketRepository(ArtifactRepository, StreamUploadMixin):  # type: ignor
             local = Path(spool, name)
             with local.open("wb") as file:
                 async for chunk in chunks:
-                    require_space(len(chunk), local.parent)
+                    require_space(len(chunk), local.parent, written=file.tell())
                     await asyncio.to_thread(file.write, chunk)
             await asyncio.to_thread(self.log_artifact, local, folder or None)
 
@@ -368,13 +370,15 @@ def part_sizes() -> Iterator[int]:
         size *= 2
 
 
-def require_space(size: int, folder: Path) -> None:
-    """Raises InsufficientStorage when `size` more bytes would leave too little on the volume of `folder`."""
+def require_space(size: int, folder: Path, *, written: int = 0) -> None:
+    """Raises InsufficientStorage when `size` more bytes of a file would leave too little on the volume of `folder`;
+    `written` of it are there."""
     volume = shutil.disk_usage(folder)
     available = volume.free - min(int(volume.total * RESERVE_SHARE), RESERVE_BYTES)
     if size > available:
         raise InsufficientStorage(
-            f"{size / 2**20:,.0f} MiB do not fit into the server's temporary space "
-            f"({max(0, available) / 2**20:,.0f} MiB left): let clients move large files directly "
-            "(artifactTransfer = direct), or enlarge the data volume"
+            f"{math.ceil((written + size) / 2**20):,} MiB do not fit into the server's temporary space "
+            f"({max(0, available) // 2**20:,} MiB left{f' after {written // 2**20:,}' if written else ''}): "
+            "let clients move large files directly (artifactTransfer = direct), or enlarge the data volume",
+            error_code=RESOURCE_EXHAUSTED,
         )
