@@ -1,9 +1,9 @@
 """MLflow's tracking store for PostgreSQL, with the statements that clients wait for most written out.
 
 MLflow's own makes an object that a session watches of every metric, parameter and tag it reads or writes, and asks for
-them table by table; that is nine tenths of what such a request costs. `DirectStore` does the same with one statement
-or two. It is MLflow's store in all else, and whatever is out of the ordinary is left to MLflow's own method: an id that
-is not there, a run that was deleted, any refusal of PostgreSQL's. A statement that failed has changed nothing.
+them table by table; that is most of what such a request costs. `DirectStore` does the same with one statement or two.
+It is MLflow's store in all else, and whatever is out of the ordinary is left to MLflow's own method: an id that is not
+there, a run that was deleted, any refusal of PostgreSQL's. A statement that failed has changed nothing.
 
 That it answers, refuses and keeps exactly what MLflow's own does is compared in tests/schema/test_tracking.py; with
 which releases, `mlflow_host.tracking` says.
@@ -108,7 +108,7 @@ select lifecycle_stage from run
 """
 
 LOG_NEW_METRICS = LOG_METRICS.replace("/* on conflict */", "on conflict do nothing")
-"""The same where some are there already. Having PostgreSQL look for them first costs a batch a quarter of its time."""
+"""The same where some are there already. To have PostgreSQL look for them first makes every batch dearer."""
 
 EXPERIMENT = "select artifact_location from experiments where experiment_id = %s and lifecycle_stage = 'active'"
 
@@ -231,8 +231,9 @@ class DirectStore(SqlAlchemyStore):
             run_id, name = uuid.uuid4().hex, run_name or named or _generate_random_name()
             if not named:
                 own.append(RunTag(MLFLOW_RUN_NAME, name))
+            experiment = whole_number(experiment_id)
             with self.cursor() as cursor:
-                cursor.execute(EXPERIMENT, (whole_number(experiment_id),))
+                cursor.execute(EXPERIMENT, (experiment,))
                 (location,) = only(cursor.fetchall())
                 uri = append_to_uri_path(location, run_id, self.ARTIFACTS_FOLDER_NAME)
                 values = {
@@ -241,7 +242,7 @@ class DirectStore(SqlAlchemyStore):
                     "user": user_id,
                     "start": start_time,
                     "uri": uri,
-                    "experiment": int(experiment_id),
+                    "experiment": experiment,
                     "keys": [tag.key for tag in own],
                     "values": [tag.value for tag in own],
                 }
@@ -251,7 +252,7 @@ class DirectStore(SqlAlchemyStore):
         info = RunInfo(
             run_id=run_id,
             run_name=name,
-            experiment_id=str(experiment_id),
+            experiment_id=experiment_id,
             user_id=user_id,
             status="RUNNING",
             start_time=start_time,
