@@ -1,5 +1,6 @@
 """Asks MLflow's own tracking store and `DirectStore` for the same, each with a database of its own, and prints what
-both answered and wrote, as JSON. Runs under an interpreter that has one release of MLflow.
+both answered and wrote, as JSON: writes as the stores are called, reads as clients' requests are answered, by MLflow's
+Flask application and by `mlflow_host.direct_answers`. Runs under an interpreter that has one release of MLflow.
 
     python compare_stores.py URI_FOR_MLFLOWS URI_FOR_OURS SEED
 """
@@ -7,13 +8,16 @@ both answered and wrote, as JSON. Runs under an interpreter that has one release
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlencode
 
 warnings.filterwarnings("ignore")
 
@@ -27,10 +31,11 @@ from mlflow.entities import (  # noqa: E402
     Metric,
     Param,
     RunTag,
-    ViewType,
 )
 from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.server import app, handlers  # noqa: E402
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: E402
+from mlflow_host.direct_answers import ANSWERS, PREFIXES, answer_or_none  # noqa: E402
 from mlflow_host.direct_store import DirectStore  # noqa: E402
 from packaging.version import Version  # noqa: E402
 from sqlalchemy import text  # noqa: E402
@@ -213,52 +218,145 @@ def inputs() -> Iterator[Call]:
 
 
 def readings(chance: random.Random) -> Iterator[Call]:
+    yield from runs_by_id()
+    yield from searches(chance)
+    yield from histories()
+
+
+def runs_by_id() -> Iterator[Call]:
     for number in range(18):
-        yield f"get run {number}", lambda s, runs, n=number: s.get_run(runs[n])
-    for run in ("0" * 32, "", None, "it's"):
-        yield f"get run {run!r}", lambda s, _, r=run: s.get_run(r)
+        yield f"get run {number}", lambda s, runs, n=number: get(s, "runs/get", run_id=runs[n])
+    for run in ("0" * 32, "", "it's", "ü", "\x00"):
+        yield f"get run {run!r}", lambda s, _, r=run: get(s, "runs/get", run_id=r)
+    odd: tuple[dict[str, Any], ...] = (
+        {},
+        {"run_uuid": "<0>"},
+        {"run_id": "<0>", "run_uuid": "<0>"},
+        {"run_id": "<0>", "run_uuid": "<1>"},
+        {"run_id": ["<0>", "<1>"]},
+        {"run_id": "<0>", "more": "x"},
+        {"runId": "<0>"},
+    )
+    for fields in odd:
+        yield f"get run by {fields}", lambda s, runs, f=fields: get(s, "runs/get", **filled(f, runs))
+
+
+def searches(chance: random.Random) -> Iterator[Call]:
     for where in FILTERS:
         for order in ORDERS:
-            scope = chance.choice([["0", "1", "3"], ["1"], ["0", "3"], ["1", "99"]])
-            view = chance.choice([ViewType.ACTIVE_ONLY, ViewType.ALL, ViewType.DELETED_ONLY])
-            most = chance.choice([1, 3, 1000])
-            yield (
-                f"search {scope} {where!r} {order} {view} {most}",
-                lambda s, _, a=(scope, where, view, most, order): pages(s, *a),
-            )
-    for scope in ([], ["abc"], [None], [" 1"], ["-1"]):
-        yield f"search {scope}", lambda s, _, e=scope: pages(s, e, "", ViewType.ALL, 10, None)
-    for most in (0, -1, 50_001, None):
-        yield f"search of {most}", lambda s, _, m=most: s._search_runs(["0"], "", ViewType.ALL, m, None, None)
-    yield "search from nonsense", lambda s, _: s._search_runs(["0"], "", ViewType.ALL, 2, None, "nonsense")
+            fields: dict[str, Any] = {"max_results": chance.choice([1, 3, 1000])}
+            fields["experiment_ids"] = chance.choice([["0", "1", "3"], ["1"], ["0", "3"], ["1", "99"]])
+            fields |= {} if where is None else {"filter": where}
+            fields |= {} if order is None else {"order_by": order}
+            if view := chance.choice([None, "ACTIVE_ONLY", "ALL", "DELETED_ONLY"]):
+                fields["run_view_type"] = view
+            yield f"search {fields}", lambda s, _, f=fields: pages(s, "runs/search", f)
+    every = {"experiment_ids": ["0", "1", "3"], "run_view_type": "ALL"}
+    odd: tuple[Any, ...] = (
+        *({"experiment_ids": scope} for scope in ([], ["abc"], [" 1"], ["-1"], ["99999999999"], "1", [1], None)),
+        *(every | {"max_results": most} for most in (0, -1, 50_000, 50_001, "7", 7.0, True, None, 2**40)),
+        *(every | {"page_token": token} for token in ("nonsense", "", None, 3)),
+        *(every | {"run_view_type": view} for view in (1, 3, 77, "SOME", None)),
+        *(every | {"filter": where} for where in (7, None, "metrics.loss > 0.1 or 1", "metrics.`ü` > 0", "\x00")),
+        *(every | {"order_by": order} for order in ("metrics.loss", [7], [None], ["metrics.`ü` DESC", "tags.team"])),
+        every | {"filter": "metrics.loss > 0", "order_by": ["metrics.loss DESC", "metrics.`val/acc`", "params.p1"]},
+        every | {"filter": "metrics.loss > 0 and metrics.loss < 9", "order_by": ["metrics.loss", "start_time"]},
+        every | {"filter": "params.p1 = 'one' and tags.team = 'red'", "order_by": ["tags.team", "params.p1 DESC"]},
+        every | {"filter": "tags.team != 'red'", "order_by": ["tags.team DESC", "attributes.start_time ASC"]},
+        every | {"filter": "attributes.run_name = 'first'", "order_by": ["tags.`mlflow.runName`", "attributes.status"]},
+        every | {"filter": "params.p1 IS NOT NULL and metrics.loss IS NULL", "order_by": ["metrics.loss"]},
+        every | {"filter": "attributes.run_id IN ('x', 'y')"},
+        every | {"max_results": 4, "order_by": ["metrics.loss DESC"]},
+        every | {"filter": "metrics.loss > " + "0" * 5000},
+        every | {"experimentIds": ["1"]},
+        every | {"more": 1},
+        "text",
+        [1],
+        None,
+    )
+    for fields in odd:
+        yield f"search {str(fields)[:200]}", lambda s, _, f=fields: pages(s, "runs/search", f)
+    for body, kind in (
+        (b"", "application/json"),
+        (b"{", "application/json"),
+        (b'{"experiment_ids": ["1"], "experiment_ids": ["0"]}', "application/json; charset=utf-8"),
+        (b'{"experiment_ids": ["1"]}', "text/plain"),
+        (b'{"experiment_ids": ["1"], "filter": "\xff"}', "application/json"),
+        (json.dumps(json.dumps(every)).encode(), "application/json"),
+    ):
+        yield f"search {body!r} {kind}", lambda s, _, b=body, k=kind: ask(s, "POST", "runs/search", body=b, kind=k)
+    yield "search by GET", lambda s, _: ask(s, "GET", "runs/search", "experiment_ids=1")
+
+
+def histories() -> Iterator[Call]:
+    where = "metrics/get-history"
     for run in range(5):
-        for key in (*KEYS[:3], "none"):
-            yield f"history of {key} in {run}", lambda s, runs, r=run, k=key: s.get_metric_history(runs[r], k)
-    yield "history by page", lambda s, runs: by_page(s, runs[0], "loss", 2)
-    yield "history of none", lambda s, runs: s.get_metric_history(runs[0], "loss", 0)
-    yield "history of no run", lambda s, _: s.get_metric_history("nonsense", "loss")
-    yield "history from nonsense", lambda s, runs: s.get_metric_history(runs[0], "loss", 2, "nonsense")
+        for key in (*KEYS, "none"):
+            fields = {"run_id": f"<{run}>", "run_uuid": f"<{run}>", "metric_key": key, "max_results": "25000"}
+            yield f"history {fields}", lambda s, runs, f=fields: get(s, where, **filled(f, runs))
+    yield (
+        "history by page",
+        lambda s, runs: pages(s, where, {"run_id": runs[0], "metric_key": "loss", "max_results": 2}),
+    )
+    yield "whole pages", lambda s, runs: pages(s, where, {"run_id": runs[1], "metric_key": "loss", "max_results": 1})
+    good = {"run_id": "<0>", "metric_key": "loss", "max_results": "3"}
+    odd: tuple[dict[str, Any], ...] = (
+        *(good | {"max_results": most} for most in ("0", "-1", "", "x", "2147483647", "2147483648", "1.0", " 2")),
+        *(good | {"page_token": token} for token in ("nonsense", "", "Mg==")),
+        *(good | {"metric_key": key} for key in ("", 'quo"te', "a%s", ["loss", "loss"])),
+        good | {"run_id": "nonsense"},
+        good | {"run_id": ""},
+        good | {"more": "1"},
+        {"run_id": "<0>", "max_results": "3"},
+        {"metric_key": "loss", "max_results": "3"},
+    )
+    for fields in odd:
+        yield f"history {fields}", lambda s, runs, f=fields: get(s, where, **filled(f, runs))
+    for query in ("run_id=%ff&metric_key=loss&max_results=3", "metric_key", "run_id=a;metric_key=b", "%", "&"):
+        yield f"history {query}", lambda s, _, q=query: ask(s, "GET", where, q)
 
 
-def pages(store: SqlAlchemyStore, experiments: Any, where: Any, view: Any, most: int, order: Any) -> list[Any]:
-    found, token = [], None
-    for _ in range(3):
-        page = store.search_runs(experiments, where, view, most, order, token)
-        token = page.token
-        found += [*page, f"token {token}"]
-        if not token:
+def filled(fields: dict[str, Any], runs: list[str]) -> dict[str, Any]:
+    """The ids of runs in the places of their numbers."""
+    return json.loads(re.sub("<([0-9]+)>", lambda place: runs[int(place[1])], json.dumps(fields)))
+
+
+def get(store: SqlAlchemyStore, path: str, **fields: Any) -> Any:
+    return ask(store, "GET", path, urlencode(fields, doseq=True))
+
+
+def pages(store: SqlAlchemyStore, path: str, fields: Any) -> list[Any]:
+    """The answer, and those of the next pages."""
+    found: list[Any] = []
+    while len(found) < 12:
+        by_get = path.startswith("metrics/")
+        more = get(store, path, **fields) if by_get else ask(store, "POST", path, body=json.dumps(fields).encode())
+        found.append(more)
+        if not (isinstance(fields, dict) and "next_page_token" in more[1]):
             break
+        fields = fields | {"page_token": more[1]["next_page_token"]}
     return found
 
 
-def by_page(store: SqlAlchemyStore, run: str, key: str, most: int) -> list[Any]:
-    found, token = [], None
-    while True:
-        page = store.get_metric_history(run, key, most, token)
-        token = page.token
-        found += [*page, f"token {token}"]
-        if not token:
-            return found
+answered: Counter[str] = Counter()
+"""Requests that `mlflow_host.direct_answers` answered itself, and those that it left to MLflow, by path."""
+
+
+def ask(
+    store: SqlAlchemyStore, method: str, path: str, query: str = "", body: bytes = b"", kind: str = "application/json"
+) -> tuple[int, Any]:
+    """Status and JSON that a client gets."""
+    if isinstance(store, DirectStore) and (answer := ANSWERS.get((method, f"/{path}"))):
+        headers = [(b"host", b"localhost"), (b"content-type", kind.encode())]
+        scope = {"method": method, "query_string": query.encode(), "headers": headers}
+        found = answer_or_none(answer, store, scope, body)
+        answered[f"{path} {'itself' if found else 'not'}"] += 1
+        if found:
+            return 200, json.loads(found.decode("ascii"))
+    handlers._tracking_store = store
+    address = f"{PREFIXES[0]}/{path}" + (f"?{query}" if query else "")
+    told = app.test_client().open(address, method=method, data=body, content_type=kind)
+    return told.status_code, told.json if told.is_json else told.get_data(as_text=True)
 
 
 def transcript(store: SqlAlchemyStore, seed: int) -> list[str]:
@@ -286,15 +384,17 @@ def transcript(store: SqlAlchemyStore, seed: int) -> list[str]:
 
 def shown(answer: Any) -> str:
     """An answer in words that tell everything clients can see of it, in an order of its own where MLflow has none."""
+    if isinstance(answer, dict):
+        return "{" + ", ".join(f"{key}: {shown(answer[key])}" for key in sorted(answer)) + "}"
     if isinstance(answer, (list, tuple)):
-        token = f" token {answer.token}" if hasattr(answer, "token") else ""
-        return "[" + ", ".join(map(shown, answer)) + "]" + token
+        lines = list(map(shown, answer))
+        by_key = answer and all(isinstance(one, dict) and {"key", "dataset"} & one.keys() for one in answer)
+        return "[" + ", ".join(sorted(lines) if by_key else lines) + "]"
     if hasattr(answer, "info"):
         words = answer.to_proto()
         for field in (words.data.metrics, words.data.params, words.data.tags, words.inputs.dataset_inputs):
             field.sort(key=str)
-        kinds = sorted((key, type(value).__name__) for key, value in answer.data.metrics.items())
-        return f"{words} {dict(answer.info)} {kinds}"
+        return f"{words} {dict(answer.info)}"
     return str(answer.to_proto()) if hasattr(answer, "to_proto") else repr(answer)
 
 
@@ -313,6 +413,7 @@ def tables(store: SqlAlchemyStore) -> dict[str, list[str]]:
 
 
 def main() -> None:
+    logging.disable()  # Flask tells of every 500
     own_uri, direct_uri, seed = sys.argv[1:]
     own = SqlAlchemyStore(own_uri, "mlflow-artifacts:/")
     direct = DirectStore(direct_uri, "mlflow-artifacts:/")
@@ -333,6 +434,7 @@ def main() -> None:
                 "own tables": tables(own),
                 "direct tables": tables(direct),
                 "statements": answered_itself,
+                "answered": answered,
             }
         )
     )

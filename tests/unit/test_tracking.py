@@ -51,7 +51,7 @@ def run_id(store: DirectStore) -> str:
 def test_a_release_that_words_it_otherwise_is_served_by_mlflows_own(
     cluster: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tracking.COMPARED, "get_run", ("another",))
+    monkeypatch.setitem(tracking.COMPARED, "sqlalchemy_store.get_run", ("another",))
     assert type(tracking.tracking_store(cluster.uri(), ROOT)) is SqlAlchemyStore
 
 
@@ -87,7 +87,7 @@ def first(): pass
 
 def test_what_the_installed_mlflow_lacks_counts_as_another_wording(tmp_path: Path) -> None:
     lacking = tracking.not_compared(tmp_path)
-    assert "get_run" in lacking and "_log_metrics_once" not in lacking
+    assert "sqlalchemy_store.get_run" in lacking and "sqlalchemy_store._log_metrics_once" not in lacking
 
 
 # When several write

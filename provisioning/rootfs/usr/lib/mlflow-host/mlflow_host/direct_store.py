@@ -16,45 +16,31 @@ from __future__ import annotations
 import contextlib
 import math
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import psycopg2
 from mlflow.entities import (
     LifecycleStage,
-    LoggedModelInput,
-    LoggedModelOutput,
     Metric,
     Param,
     Run,
     RunData,
     RunInfo,
     RunInputs,
-    RunOutputs,
     RunTag,
 )
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
-from mlflow.protos.service_pb2 import Metric as ProtoMetric
-from mlflow.protos.service_pb2 import Param as ProtoParam
-from mlflow.protos.service_pb2 import Run as ProtoRun
-from mlflow.protos.service_pb2 import RunData as ProtoRunData
-from mlflow.protos.service_pb2 import RunTag as ProtoRunTag
-from mlflow.store.entities.paged_list import PagedList
-from mlflow.store.tracking import sqlalchemy_store
-from mlflow.store.tracking.dbmodels import models
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from mlflow.utils.name_utils import _generate_random_name
-from mlflow.utils.search_utils import SearchUtils
 from mlflow.utils.uri import append_to_uri_path
 from mlflow.utils.validation import (
     _validate_batch_log_limits,
     _validate_metric,
     _validate_run_id,
 )
-from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
 Row = tuple[Any, ...]
@@ -62,28 +48,6 @@ Row = tuple[Any, ...]
 LARGEST = 1.7976931348623157e308
 """What MLflow stores for infinity."""
 
-
-RUNS = """
-select r.run_uuid, r.name, r.experiment_id, r.user_id, r.status, r.start_time, r.end_time, r.lifecycle_stage,
-       r.artifact_uri, m.*, p.*, t.*, d.*, i.*, o.*
-from runs r,
-lateral (select array_agg(key), array_agg(value), array_agg(timestamp), array_agg(step), array_agg(is_nan)
-         from latest_metrics where run_uuid = r.run_uuid) m,
-lateral (select array_agg(key), array_agg(value) from params where run_uuid = r.run_uuid) p,
-lateral (select array_agg(key), array_agg(value) from tags where run_uuid = r.run_uuid) t,
-lateral (select exists (select from inputs where destination_type = 'RUN' and destination_id = r.run_uuid)) d,
-lateral (select array_agg(destination_id) from inputs
-         where source_type = 'RUN_INPUT' and source_id = r.run_uuid and destination_type = 'MODEL_INPUT') i,
-lateral (select array_agg(destination_id), array_agg(step) from inputs
-         where source_type = 'RUN_OUTPUT' and source_id = r.run_uuid and destination_type = 'MODEL_OUTPUT') o
-where r.run_uuid = any(%s)
-"""
-"""Runs with all that is shown of them, a row each."""
-
-HISTORY = """
-select value, timestamp, step, is_nan from metrics where run_uuid = %s and key = %s
-order by timestamp, step, value offset %s limit %s
-"""
 
 LOG_METRICS = """
 with run as (select lifecycle_stage from runs where run_uuid = %(run)s),
@@ -127,99 +91,6 @@ class Unusual(Exception):
 
 
 class DirectStore(SqlAlchemyStore):
-    def get_run(self, run_id: str) -> Run:
-        try:
-            with self.cursor() as cursor:
-                cursor.execute(RUNS, ([run_id],))
-                row = only(cursor.fetchall())
-        except Unusual:
-            return super().get_run(run_id)
-        datasets = self.datasets([run_id] if has_datasets(row) else [])
-        inputs = RunInputs(dataset_inputs=datasets.get(run_id, []), model_inputs=model_inputs(row))
-        return FoundRun(row, inputs)
-
-    def _search_runs(
-        self,
-        experiment_ids: Sequence[str],
-        filter_string: str | None,
-        run_view_type: int,
-        max_results: int | None,
-        order_by: list[str] | None,
-        page_token: str | None,
-    ) -> tuple[list[Run], str | None]:
-        self._validate_max_results_param(max_results, allow_null=True)  # type: ignore[arg-type]
-        start = SearchUtils.parse_start_offset_from_page_token(page_token)
-        try:
-            experiments = [whole_number(text) for text in experiment_ids]
-            most = None if max_results is None else max_results + 1
-            ids = self.found(experiments, filter_string, run_view_type, order_by, start, most)
-            page = ids[:max_results]
-            with self.cursor() as cursor:
-                cursor.execute(RUNS, (page,))
-                rows = {row[0]: row for row in cursor.fetchall()}
-        except Unusual:
-            return super()._search_runs(experiment_ids, filter_string, run_view_type, max_results, order_by, page_token)
-        datasets = self.datasets([run_id for run_id, row in rows.items() if has_datasets(row)])
-        runs: list[Run] = [
-            FoundRun(rows[run_id], RunInputs(dataset_inputs=datasets.get(run_id, [])))
-            for run_id in page
-            if run_id in rows  # else it went between the two statements
-        ]
-        return runs, next_token(start, max_results, len(ids))
-
-    def found(
-        self,
-        experiments: list[int],
-        filter_string: str | None,
-        run_view_type: int,
-        order_by: list[str] | None,
-        start: int,
-        most: int | None,
-    ) -> list[str]:
-        """Ids of the runs that a search finds, in its order, by the clauses that MLflow makes. Raises Unusual."""
-        stages = LifecycleStage.view_type_to_stages(run_view_type)
-        filters = SearchUtils.parse_search_filter(filter_string)
-        with self.ManagedSessionMaker() as session:
-            columns, order, sorted_by = sqlalchemy_store._get_orderby_clauses(order_by, session)
-            conditions, having, datasets = sqlalchemy_store._get_sqlalchemy_filter_clauses(
-                filters, session, self._get_dialect()
-            )
-            wanted = select(models.SqlRun.run_uuid, *columns)
-            for one in having:
-                wanted = wanted.join(one)
-            for one in sorted_by:
-                wanted = wanted.outerjoin(one)
-            in_scope = (models.SqlRun.experiment_id.in_(experiments), models.SqlRun.lifecycle_stage.in_(sorted(stages)))
-            wanted = wanted.where(*in_scope, *conditions).order_by(*order).offset(start).limit(most)
-            # Rows are as unique as what is joined: a metric, parameter or tag is there once by key, datasets are not.
-            ids = [] if datasets else [row[0] for row in session.execute(wanted)]
-        if datasets:
-            raise Unusual
-        return ids
-
-    def datasets(self, run_ids: list[str]) -> dict[str, list[Any]]:
-        """The dataset inputs of runs, in MLflow's own way."""
-        if not run_ids:
-            return {}
-        with self.ManagedSessionMaker() as session:
-            return dict(zip(run_ids, self._get_run_inputs(session, run_ids), strict=True))
-
-    def get_metric_history(
-        self, run_id: str, metric_key: str, max_results: int | None = None, page_token: str | None = None
-    ) -> PagedList[Metric]:
-        start = SearchUtils.parse_start_offset_from_page_token(page_token)
-        try:
-            with self.cursor() as cursor:
-                cursor.execute(HISTORY, (run_id, metric_key, start, None if max_results is None else max_results + 1))
-                rows = cursor.fetchall()
-        except Unusual:
-            return super().get_metric_history(run_id, metric_key, max_results, page_token)
-        metrics: list[Metric] = [
-            Reading(metric_key, math.nan if is_nan else value, time, step)
-            for value, time, step, is_nan in rows[:max_results]
-        ]
-        return PagedList(metrics, next_token(start, max_results, len(rows)))
-
     def create_run(
         self, experiment_id: str, user_id: str, start_time: int, tags: list[RunTag] | None, run_name: str | None
     ) -> Run:
@@ -345,86 +216,6 @@ def whole_number(text: str) -> int:
     if not isinstance(text, str) or not (text.isascii() and text.isdecimal()):
         raise Unusual
     return int(text)
-
-
-def next_token(start: int, most: int | None, found: int) -> str | None:
-    """The token of the next page, where one more than `most` was found."""
-    return SearchUtils.create_page_token(start + most) if most is not None and found > most else None
-
-
-# Rows
-
-
-def has_datasets(row: Row) -> bool:
-    return bool(row[18])
-
-
-def model_inputs(row: Row) -> list[LoggedModelInput]:
-    return [LoggedModelInput(model_id=one) for one in row[19] or ()]
-
-
-class FoundRun(Run):
-    """A run as a row of `RUNS` tells it. On its way to a client nobody looks at its metrics one by one, so entities of
-    them are made only for who does."""
-
-    def __init__(self, row: Row, inputs: RunInputs) -> None:
-        run_id, name, experiment, user, status, start, end, stage, uri = row[:9]
-        self._metrics, self._params, self._tags = row[9:14], row[14:16], row[16:18]
-        self._info = RunInfo(
-            run_id=run_id,
-            run_name=name or self._tagged(MLFLOW_RUN_NAME) or name,
-            experiment_id=str(experiment),
-            user_id=user,
-            status=status,
-            start_time=start,
-            end_time=end,
-            lifecycle_stage=stage,
-            artifact_uri=uri,
-        )
-        outputs = columns(row[20:22])
-        self._inputs: RunInputs = inputs
-        self._outputs: RunOutputs = RunOutputs([LoggedModelOutput(model_id=one, step=step) for one, step in outputs])
-
-    def _tagged(self, wanted: str) -> str | None:
-        return next((value for key, value in columns(self._tags) if key == wanted), None)
-
-    @cached_property
-    def _data(self) -> RunData:  # type: ignore[override]
-        return RunData(
-            metrics=[Metric(key, value, time, step) for key, value, time, step in readings(self._metrics)],
-            params=[Param(key, value) for key, value in columns(self._params)],
-            tags=[RunTag(key, value) for key, value in columns(self._tags)],
-        )
-
-    def to_proto(self) -> ProtoRun:
-        data = ProtoRunData(
-            metrics=[
-                ProtoMetric(key=key, value=value, timestamp=time, step=step)
-                for key, value, time, step in readings(self._metrics)
-            ],
-            params=[ProtoParam(key=key, value=value) for key, value in columns(self._params)],
-            tags=[ProtoRunTag(key=key, value=value) for key, value in columns(self._tags)],
-        )
-        inputs, outputs = self._inputs.to_proto(), self._outputs.to_proto()
-        return ProtoRun(info=self._info.to_proto(), data=data, inputs=inputs, outputs=outputs)
-
-
-class Reading(Metric):
-    """A metric on its way to a client, by the thousand in a history."""
-
-    def to_proto(self) -> ProtoMetric:
-        return ProtoMetric(key=self._key, value=self._value, timestamp=self._timestamp, step=self._step)
-
-
-def readings(arrays: Sequence[list[Any] | None]) -> Iterator[tuple[str, float, int, int]]:
-    """Key, value, timestamp and step of each metric of a run."""
-    for key, value, time, step, is_nan in columns(arrays):
-        yield key, math.nan if is_nan else value, time, step
-
-
-def columns(arrays: Sequence[list[Any] | None]) -> Iterable[Row]:
-    """The rows that were aggregated; none is null."""
-    return zip(*arrays, strict=True) if arrays[0] is not None else ()
 
 
 def stored(metric: Metric) -> tuple[str, float, int, int, bool]:

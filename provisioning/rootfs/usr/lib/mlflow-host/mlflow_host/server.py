@@ -279,11 +279,23 @@ def answer_searches_without_auth() -> None:
 
 
 def shortened(application: Application, flask: Any, repository: Any, threads: Threads) -> Application:
-    """`application`, with Flask's requests handed to it without detours and artifacts passed on as they come."""
+    """`application`, with Flask's requests handed to it without detours, what is asked for most answered from the
+    tracking store, and artifacts passed on as they come."""
+    from mlflow_host.direct_answers import answered_directly
+
     requests = ThreadPoolExecutor(threads.requests, "request")
     files = ThreadPoolExecutor(threads.files, "file")
     short = short_cut(application, flask, requests=requests, files=files)
-    return streamed(short, repository, files) if hasattr(repository, "open") else short
+    direct = answered_directly(short, tracking_store(), requests)
+    return streamed(direct, repository, files) if hasattr(repository, "open") else direct
+
+
+def tracking_store() -> Any:
+    """The store that MLflow asks in this process."""
+    from mlflow.server import handlers
+
+    untyped: Any = handlers
+    return untyped._get_tracking_store()
 
 
 def forbid_migrations() -> None:
