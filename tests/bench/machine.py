@@ -66,6 +66,7 @@ def main() -> int:
     cloud.up()
     try:
         server = launch_server("--set", "instanceType=t3.small", "--set", "allowedCidrs=0.0.0.0/0", *changes)
+        say(f"on {server.ami_id} with MLflow {server.mlflow_version}")
         before = machine_facts(cloud, server)
         if options.connections:
             seen = many_connections(server, options.connections, options.seconds)
@@ -77,7 +78,8 @@ def main() -> int:
             destroy_server(cloud)
             cloud.down()
     wrong = [*seen.pop("wrong"), *complaints(before, after)]
-    result = {**seen, "machine": after, "wrong": wrong[:20], "wrongs": len(wrong)}
+    image = {"ami_id": server.ami_id, "mlflow_version": server.mlflow_version}
+    result = {**image, **seen, "machine": after, "wrong": wrong[:20], "wrongs": len(wrong)}
     print(json.dumps(result, indent=2))
     say("nothing went wrong" if not wrong else f"{len(wrong)} things went wrong, such as: {wrong[0]}")
     return 1 if wrong else 0
