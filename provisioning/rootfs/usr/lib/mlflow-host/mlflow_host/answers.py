@@ -1,8 +1,9 @@
 """What MLflow writes its answers with, made faster: protobuf's json_format and the standard library's JSON.
 
-MLflow turns a message into dictionaries with json_format and writes indented JSON: half of what a search or a metric's
-history costs. `MessageToDict` decides at each value what its field is; here it is decided once a field. The standard
-library indents in Python and writes JSON without line breaks in C, so answers have none. MLflow itself stays as it is.
+MLflow turns a message into dictionaries with json_format and writes indented JSON: half of what a long answer costs
+that is not made by PostgreSQL (`mlflow_host.direct_answers`). `MessageToDict` decides at each value what its field is;
+here it is decided once a field. The standard library indents in Python and writes JSON without line breaks in C, so
+answers have none. MLflow itself stays as it is.
 """
 
 from __future__ import annotations
