@@ -1,9 +1,11 @@
-"""MLflow's tracking store for PostgreSQL, with the statements that clients wait for most written out.
+"""MLflow's tracking store for PostgreSQL, with the statements that training waits for most written out.
 
-MLflow's own makes an object that a session watches of every metric, parameter and tag it reads or writes, and asks for
-them table by table; that is most of what such a request costs. `DirectStore` does the same with one statement or two.
-It is MLflow's store in all else, and whatever is out of the ordinary is left to MLflow's own method: an id that is not
-there, a run that was deleted, any refusal of PostgreSQL's. A statement that failed has changed nothing.
+MLflow's own makes an object that a session watches of every metric and tag it writes, and asks for them one by one;
+that is most of what such a request costs. `DirectStore` does the same with one statement or two. It is MLflow's store
+in all else, and whatever is out of the ordinary is left to MLflow's own method: an id that is not there, a run that was
+deleted, any refusal of PostgreSQL's. A statement that failed has changed nothing.
+
+What clients read most is answered in `mlflow_host.direct_answers`, by way of the same connections.
 
 That it answers, refuses and keeps exactly what MLflow's own does is compared in tests/schema/test_tracking.py; with
 which releases, `mlflow_host.tracking` says.

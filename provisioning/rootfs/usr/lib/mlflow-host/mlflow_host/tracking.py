@@ -1,5 +1,6 @@
-"""Which tracking store serves: ours (`mlflow_host.direct_store`) where the installed MLflow words what that repeats or
-relies on as it was compared, and MLflow's own otherwise, until somebody has compared the new wording as well.
+"""Which tracking store serves: ours (`mlflow_host.direct_store`, with `mlflow_host.direct_answers`) where the installed
+MLflow words what they repeat or rely on as it was compared, and MLflow's own otherwise, until somebody has compared the
+new wording as well.
 
 Wordings are told apart by hashes of the sources' text, read as text: that takes a few milliseconds and no import, and
 says the same under every Python.
