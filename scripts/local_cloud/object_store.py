@@ -93,6 +93,8 @@ def start(places: Places, allotment: Allotment) -> int:
     inner = allotment.inner_address
     argv = [program(), "-logtostderr=true", "server", f"-dir={data}", f"-ip={inner}", f"-ip.bind={inner}"]
     argv += ["-volume.max=0", "-volume.preStopSeconds=0", "-master.volumeSizeLimitMB=1024", "-master.telemetry=false"]
+    # The one master there is waits so long, up to twice, for another to lead before it does so again.
+    argv += ["-master.electionTimeout=1s"]
     argv += ["-filer", "-s3", f"-s3.port={allotment.s3_port}", "-s3.ip.bind=127.0.0.1"]
     argv += [f"-s3.port.https={allotment.s3_tls_port}", f"-s3.cert.file={authority.certificate_file(places)}"]
     argv += [f"-s3.key.file={authority.key_file(places)}"]
