@@ -32,10 +32,22 @@ SECURITY := $(addprefix tests/journey/test_,access.py every_route.py leaks.py ro
 	$(addprefix tests/unit/test_,site.py users.py credentials.py launch.py units.py reader.py certificates.py acme.py audit.py \
 	  bill_of_materials.py guards.py routes.py) \
 	tests/local_cloud/test_permissions.py tests/stack/test_permissions.py tests/stack/test_secrets.py tests/stack/test_settings.py
-.PHONY: test test-all test-schema test-chaos test-restore test-security test-housekeeping
+BESIDE := build/test-without-machines.txt
+.PHONY: test test-on-machines test-without-machines test-all test-schema test-chaos test-restore test-security \
+	test-housekeeping
 test: prepare-test ## lint and all tests that CI runs
 	@$(MAKE) --no-print-directory lint
-	@$(ROOT) $(PYTEST) -m "not slow"
+	@echo "tests: on machines, and beside them those that need none, which are shown when they have ended"
+	@exec $(ROOT) $(MAKE) --no-print-directory --jobs=2 test-on-machines test-without-machines
+# Half of it waits for machines much of the time. Without `exec` a SIGTERM would end the shell and leave pytest running.
+test-on-machines:
+	@exec $(ROOT) $(PYTEST) -m "machine and not slow"
+# The other half writes to a file, or its lines would run into the others'. The cloud's folder is not for it to know:
+# whoever names that is taken for something the cloud left running. SIGTERM, which the shell alone gets, is passed on.
+test-without-machines:
+	@mkdir -p build; env -u MLFLOW_AMI_LOCAL_CLOUD $(ROOT) $(PYTEST) -m "not machine and not slow" >$(BESIDE) 2>&1 & \
+	trap 'kill $$!' TERM; trap : INT; while kill -0 $$! 2>/dev/null; do wait $$!; status=$$?; done; \
+	echo; cat $(BESIDE); exit $$status
 test-all: prepare-test ## every test: Debian 13 and the slow matrices included
 	@$(ROOT) $(PYTEST)
 test-schema: prepare-test ## schema carry-over between the last eight MLflow releases, every pair of neighbours
