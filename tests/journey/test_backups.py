@@ -24,8 +24,8 @@ LOST_AT_MOST_SECONDS = 60
 
 
 @pytest.fixture(scope="module")
-def backed_up(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
-    """A machine that has taken its first base backup, by itself."""
+def backed_up(cloud: LocalCloud, image: Mapping[str, Any], drill_meanwhile: None) -> Iterator[Server]:
+    """A machine that has taken its first base backup, by itself, as it does half a minute after its boot."""
     with own_stack(cloud, "backups"):
         server = launch_server("--ami", image["ami_id"])
         wait_until(lambda: history(cloud, server, "base"), "first base backup")

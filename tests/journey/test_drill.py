@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 from local_cloud import LocalCloud
-from servers import OLDER, script
+from servers import OLDER
+
+from .conftest import Drill
 
 pytestmark = pytest.mark.machine
 
 
 def test_a_drill_from_3_12_and_back_twice_loses_nothing(
-    cloud: LocalCloud, image: Mapping[str, Any], older_image: str
+    cloud: LocalCloud, image: Mapping[str, Any], drill: Drill
 ) -> None:
-    done = script("drill.py", older_image, image["ami_id"], "--json")
-    found = json.loads(done.stdout)
+    assert drill.process.wait() == 0, drill.story.read_text()
+    found = json.loads(drill.result.read_text())
     newer = image["facts"]["mlflow_version"]
     stops = found["stops"]
     assert [stop["mlflow_version"] for stop in stops] == [OLDER, newer, OLDER, newer]

@@ -1,0 +1,51 @@
+"""The drill goes on beside a test that waits much of its time."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from local_cloud import LocalCloud
+
+
+@dataclass(frozen=True)
+class Drill:
+    """A drill that was started; `story` is what it says, to be read when it has ended."""
+
+    process: subprocess.Popen[bytes]
+    result: Path
+    story: Path
+
+
+@pytest.fixture(scope="session")
+def drill(
+    cloud: LocalCloud, image: Mapping[str, Any], older_image: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Drill]:
+    """Between the older image and ours, on a stack of its own; interrupted if it outlives the tests."""
+    from servers import SCRIPTS
+
+    folder = tmp_path_factory.mktemp("drill")
+    result, story = folder / "result.json", folder / "story"
+    command = [sys.executable, str(SCRIPTS / "drill.py"), older_image, image["ami_id"], "--json"]
+    with result.open("wb") as told, story.open("wb") as said:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=told, stderr=said, start_new_session=True)
+    try:
+        yield Drill(process, result, story)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def drill_meanwhile(request: pytest.FixtureRequest, image: Mapping[str, Any]) -> None:
+    """Where its own test is to run as well, the drill begins now: who asks for this has time to wait for."""
+    if any("drill" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("drill")
