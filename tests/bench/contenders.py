@@ -257,6 +257,7 @@ def move_nginx(folder: Path, port: int) -> Path:
     shutil.copy("/etc/nginx/mime.types", folder / "etc/nginx/mime.types")
     for name in (
         "run/mlflow-host/logins",
+        "run/mlflow-host/suspects",
         "run/mlflow-host/nginx",
         "run/mlflow-host/web",
         "run/nginx",
@@ -264,7 +265,8 @@ def move_nginx(folder: Path, port: int) -> Path:
         "var/lib/nginx",
     ):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    shutil.chown(folder / "run/mlflow-host/logins", "www-data")
+    for name in ("logins", "suspects"):
+        shutil.chown(folder / "run/mlflow-host" / name, "www-data")
     return folder / "etc/nginx/nginx.conf"
 
 
@@ -278,9 +280,11 @@ def moved(text: str, folder: Path, port: int) -> str:
 def without_login(site: str, port: int, open_port: int) -> str:
     """The site's last server, MLflow's, once more on another port, with no question for a password."""
     server = site[site.rindex("\nserver {") :]
-    guarded = "auth_request /mlflow-host-login;"
-    assert guarded in server and f":{port} " in server
-    return server.replace(guarded, "auth_request off;").replace(f":{port} ", f":{open_port} ")
+    for guard in ("auth_request /mlflow-host-login;", "auth_basic $known_realm;"):
+        assert guard in server
+        server = server.replace(guard, f"{guard.split()[0]} off;")
+    assert f":{port} " in server
+    return server.replace(f":{port} ", f":{open_port} ")
 
 
 @contextlib.contextmanager

@@ -182,9 +182,10 @@ def shipped(folder: Path, port: int) -> Path:
             target.write_text(moved(source.read_text()))
     shutil.copy("/etc/nginx/mime.types", folder / "etc/nginx/mime.types")
     for name in ("run/mlflow-host/nginx", "run/mlflow-host/web", "run/mlflow-host/status", "run/mlflow-host/logins",
-                 "run/mlflow", "run/nginx", "var/log/nginx"):  # fmt: skip
+                 "run/mlflow-host/suspects", "run/mlflow", "run/nginx", "var/log/nginx"):  # fmt: skip
         (folder / name).mkdir(parents=True)
-    shutil.chown(folder / "run/mlflow-host/logins", "www-data", "www-data")
+    for name in ("logins", "suspects"):
+        shutil.chown(folder / "run/mlflow-host" / name, "www-data", "www-data")
     run = folder / "run/mlflow-host"
     status.publish(run, folder / "usr/share/mlflow-host/page.html")
     starting = folder / "usr/share/mlflow-host/starting.conf"
@@ -431,6 +432,29 @@ def test_guessing_is_slowed_down_for_the_one_name_and_address(site: Site) -> Non
         assert site.ask("/", user=user)[0] == 200
     time.sleep(2.1)
     assert site.ask("/", user="ada:correct horse")[0] == 200
+
+
+def test_guessing_at_who_has_logged_in_before_is_slowed_down_as_well(site: Site) -> None:
+    for user in ("ada:correct horse", "will:writes"):
+        assert {site.ask("/", user=user)[0] for _ in range(3)} == {200}
+    codes = [site.ask("/", user=f"ada:guess-{n}")[0] for n in range(14)]
+    assert codes[:11] == [401] * 11 and codes[11:] == [429] * 3
+    assert site.ask("/", user="ada:correct horse")[0] == 429, "a right guess would give itself away"
+    assert site.ask("/", user="will:writes")[0] == 200
+    assert [path.name for path in (site.run / "suspects").iterdir()] == ["127.0.0.1 ada"]
+    time.sleep(2.1)
+    assert site.ask("/", user="ada:correct horse")[0] == 200
+
+
+def test_who_has_logged_in_before_may_do_no_more_and_no_longer(site: Site) -> None:
+    create = "/api/2.0/mlflow/runs/create"
+    for user in ("rita:reads", "will:writes"):
+        assert site.ask("/", user=user)[0] == 200
+    assert site.ask(create, method="POST", user="rita:reads")[0] == 403
+    assert site.ask(create, method="POST", user="rita:wrong")[0] == 401
+    users = site.run / "nginx/users"
+    users.write_text("".join(line for line in users.open() if not line.startswith("will:")))
+    assert site.ask("/", user="will:writes")[0] == 401
 
 
 def test_guessing_through_many_names_ends_and_who_logged_in_before_does_not_notice(site: Site) -> None:
