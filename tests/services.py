@@ -33,10 +33,13 @@ class ObjectStore:
     endpoint: str
     access_key: str = "test-account"
     secret_key: str = "test-account-secret"
+    authority: str | None = None
+    """File of the certificate that HTTPS is verified by."""
 
     @property
     def environment(self) -> dict[str, str]:
-        return {
+        verified = {"AWS_CA_BUNDLE": self.authority} if self.authority else {}
+        return verified | {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "AWS_ENDPOINT_URL_S3": self.endpoint,
@@ -54,14 +57,22 @@ class ObjectStore:
             region_name="eu-central-1",
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
+            verify=self.authority,
         )
 
 
 @contextlib.contextmanager
-def object_store(folder: Path) -> Iterator[ObjectStore]:
-    """An empty store that keeps its data below `folder`."""
+def object_store(folder: Path, *, https: bool = False) -> Iterator[ObjectStore]:
+    """An empty store that keeps its data below `folder`; by HTTPS as S3 is, or by plain HTTP."""
     folder.mkdir(parents=True, exist_ok=True)
-    store = ObjectStore(f"http://127.0.0.1:{(port := free_port())}")
+    port, encrypted = free_port(), []
+    store = ObjectStore(f"http://127.0.0.1:{port}")
+    if https:
+        from mlflow_host import certificates
+
+        shown = certificates.ensure(("127.0.0.1",), folder / "certificates")
+        store = ObjectStore(f"https://127.0.0.1:{(https_port := free_port())}", authority=str(shown.ca))
+        encrypted = [f"-s3.port.https={https_port}", f"-s3.cert.file={shown.certificate}", f"-s3.key.file={shown.key}"]
     identities = folder / "identities.json"
     account = {"accessKey": store.access_key, "secretKey": store.secret_key}
     rights = ["Admin", "Read", "Write", "List", "Tagging"]
@@ -80,11 +91,11 @@ def object_store(folder: Path) -> Iterator[ObjectStore]:
     command += [f"-{name}.port={port}" for name, port in inner.items()]
     command += [f"-{name}.port.grpc={port}" for name, port in grpc.items()]
     command += ["-filer", "-s3", f"-s3.port={port}", "-s3.ip.bind=127.0.0.1", f"-s3.config={identities}"]
-    command += ["-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    command += ["-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0", *encrypted]
     # Nothing of it is kept, so it need not take its 15 s to stop in order.
     home = {**os.environ, "HOME": str(folder)}
     with process(command, folder / "log", stop=signal.SIGKILL, cwd=folder, env=home) as weed:
-        wait_until(lambda: answers(f"{store.endpoint}/healthz"), weed, folder / "log")
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/healthz"), weed, folder / "log")
         yield store
 
 

@@ -77,7 +77,7 @@ def main() -> int:
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         say("starting the object store")
-        store = stack.enter_context(services.object_store(folder / "object-store"))
+        store = stack.enter_context(services.object_store(folder / "object-store", https=True))
         contenders: list[Contender] = []
         memory: dict[str, dict[str, float]] = {}
         for name in options.contenders:
@@ -186,7 +186,7 @@ def move_files(
                     if name == FLOOR:
                         moved = transfers.move_directly(store, wanted, files, folder)
                     else:
-                        moved = transfers.move(named[name], wanted, files, folder)
+                        moved = transfers.move(named[name], store, wanted, files, folder)
                 rounds[name].append(moved)
                 say(f"{wanted.name}: {name} {moved.up:.1f}↑ {moved.down:.1f}↓ MB/s")
         for name, turns in rounds.items():
