@@ -457,6 +457,15 @@ def test_who_has_logged_in_before_may_do_no_more_and_no_longer(site: Site) -> No
     assert site.ask("/", user="will:writes")[0] == 401
 
 
+@pytest.mark.parametrize("report", ["room", "backups"])
+def test_reports_are_there_for_who_logs_in_and_for_who_has(report: str, site: Site) -> None:
+    (site.run / f"web/{report}.json").write_text('{"problems": []}')
+    for _ in range(3):
+        code, _, body = site.ask(f"/mlflow-host/{report}.json", user="will:writes")
+        assert (code, json.loads(body)) == (200, {"problems": []})
+    assert site.ask(f"/mlflow-host/{report}.json", user="will:wrong")[0] == 401
+
+
 def test_guessing_through_many_names_ends_and_who_logged_in_before_does_not_notice(site: Site) -> None:
     assert site.ask("/", user="will:writes")[0] == 200
     codes = [site.ask("/", user=f"guess-{n}:password")[0] for n in range(110)]
