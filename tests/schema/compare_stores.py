@@ -215,6 +215,7 @@ def inputs() -> Iterator[Call]:
     yield "log model inputs", lambda s, runs: s.log_inputs(runs[0], models=[LoggedModelInput("m-" + "1" * 32)])
     yield "log outputs", lambda s, runs: s.log_outputs(runs[0], [LoggedModelOutput("m-" + "2" * 32, 3)])
     yield "log outputs", lambda s, runs: s.log_outputs(runs[4], [LoggedModelOutput("m-" + "3" * 32, 0)])
+    yield "log outputs", lambda s, runs: s.log_outputs(runs[3], [LoggedModelOutput("of two words", 1)])
 
 
 def readings(chance: random.Random) -> Iterator[Call]:

@@ -347,7 +347,9 @@ def written(row: Row, datasets: dict[str, list[Any]], put_in: list[LoggedModelIn
     if has_datasets or put_in:
         inputs = message_to_json(RunInputs(datasets.get(run_id, []), put_in).to_proto())
     if outcome:
-        came_out = [LoggedModelOutput(model_id, int(step)) for model_id, step in map(str.split, outcome)]
+        came_out = [
+            LoggedModelOutput(model_id, int(step)) for model_id, step in (one.rsplit(" ", 1) for one in outcome)
+        ]
         outputs = message_to_json(RunOutputs(came_out).to_proto())
     data = members(metrics=metrics, params=params, tags=tags)
     told = json.dumps({name: value for name, value in info.items() if value is not None})
