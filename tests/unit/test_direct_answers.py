@@ -17,18 +17,10 @@ from mlflow_host import direct_answers
 from mlflow_host.bridge import Application, Message, Receive, Scope, Send
 from mlflow_host.direct_answers import answered_directly, statement
 from mlflow_host.direct_store import DirectStore
-from services import PostgreSQL, create_schema, postgresql
+from services import PostgreSQL
 
 TIME = 1_700_000_000_000
 HANDED_ON = b"handed on with "
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
-    with postgresql(tmp_path_factory.mktemp("cluster") / "postgresql") as running:
-        running.execute("create database mlflow")
-        create_schema(running.uri())
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ That it answers as MLflow's own does is compared in tests/schema/test_tracking.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,18 +17,10 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow_host import tracking
 from mlflow_host.direct_store import DirectStore
 from mlflow_host.sessions import through_plugin
-from services import PostgreSQL, create_schema, postgresql
+from services import PostgreSQL
 
 ROOT = "mlflow-artifacts:/"
 TIME = 1_700_000_000_000
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
-    with postgresql(tmp_path_factory.mktemp("cluster") / "postgresql") as running:
-        running.execute("create database mlflow")
-        create_schema(running.uri())
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -63,16 +63,9 @@ def short_cut(application: Any, flask: WsgiApplication, *, requests: Executor, f
 
 async def through_flask(flask: WsgiApplication, executor: Executor, scope: Scope, receive: Receive, send: Send) -> None:
     loop = asyncio.get_running_loop()
-    message = await receive()
-    body = message.get("body", b"")
-    if message.get("more_body"):
-        parts = [body]
-        while message.get("more_body"):
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            parts.append(message.get("body", b""))
-        body = b"".join(parts)
+    body = await whole(receive)
+    if body is None:
+        return
     answer = await loop.run_in_executor(executor, call, flask, environ(scope, body))
     try:
         await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
@@ -84,6 +77,18 @@ async def through_flask(flask: WsgiApplication, executor: Executor, scope: Scope
     finally:
         if answer.rest is not None:
             await loop.run_in_executor(executor, answer.close)
+
+
+async def whole(receive: Receive) -> bytes | None:
+    """A request's body; None when the client went meanwhile."""
+    parts, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
 
 
 def call(flask: WsgiApplication, variables: dict[str, Any]) -> Answer:

@@ -35,8 +35,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql import visitors
 
 from mlflow_host import received
-from mlflow_host.answers import NotPlain
-from mlflow_host.bridge import Application, Message, Receive, Scope, Send
+from mlflow_host.bridge import Application, Message, Receive, Scope, Send, whole
 from mlflow_host.direct_store import DirectStore, Row, Unusual, only, whole_number
 
 NUMBER = """
@@ -120,18 +119,6 @@ def answered_directly(application: Application, store: Any, executor: Executor) 
     return answered
 
 
-async def whole(receive: Receive) -> bytes | None:
-    """A request's body; None when the client went meanwhile."""
-    parts, more = [], True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        parts.append(message.get("body", b""))
-        more = message.get("more_body", False)
-    return b"".join(parts)
-
-
 def once(body: bytes) -> Receive:
     """What receives a body that was received before."""
 
@@ -185,7 +172,7 @@ def plain(fields: Any, kind: Any) -> Any:
     """The message of `kind` with these fields. Raises Unusual where MLflow may read them otherwise, or refuse them."""
     try:
         return received.plain(fields, kind)
-    except (NotPlain, KeyError, TypeError, ValueError, OverflowError):
+    except received.NOT_PLAIN:
         raise Unusual from None
 
 

@@ -214,7 +214,7 @@ def only(rows: list[Row]) -> Row:
 
 
 def whole_number(text: str) -> int:
-    """An experiment's id. Raises Unusual."""
+    """What plain digits say: an experiment's id, the size of a page. Raises Unusual."""
     if not isinstance(text, str) or not (text.isascii() and text.isdecimal()):
         raise Unusual
     return int(text)

@@ -34,6 +34,9 @@ TYPES: dict[int, type] = {
 SCALARS = frozenset(TYPES.values())
 GREATEST = sys.float_info.max
 
+NOT_PLAIN = (NotPlain, KeyError, TypeError, ValueError, OverflowError)
+"""What leaves JSON to the thorough way; all but the first come of names or values that a field does not take."""
+
 thorough = json_format.ParseDict
 
 
@@ -47,7 +50,7 @@ def parse_dict(js_dict: Any, message: Message, *unusual: Any, **options: Any) ->
     if not unusual and options.keys() <= {"ignore_unknown_fields"} and type(js_dict) is dict and js_dict:
         try:
             made = plain(js_dict, type(message))
-        except (NotPlain, KeyError, TypeError, ValueError, OverflowError):
+        except NOT_PLAIN:
             made = None
         if made is not None and not message.ByteSize():
             message.MergeFrom(made)
@@ -56,7 +59,7 @@ def parse_dict(js_dict: Any, message: Message, *unusual: Any, **options: Any) ->
 
 
 def plain(js_dict: dict[str, Any], kind: type[Message]) -> Message:
-    """A new message. Raises NotPlain, or what the constructor raises of values out of a field's range."""
+    """A new message. Raises one of `NOT_PLAIN`."""
     fields = known.get(kind)
     if fields is None:
         fields = known[kind] = fields_of(kind.DESCRIPTOR)
