@@ -75,8 +75,13 @@ def keep_certificate(path: Path, certificate: str) -> Path:
     return path
 
 
+PIECES = {"MLFLOW_MULTIPART_DOWNLOAD_CHUNK_SIZE": str(16 * 2**20)}
+"""Bytes a client asks S3 for at a time. MLflow's client holds each piece in memory before it writes it, and several at
+once; with the 100 MiB of its default that is a gigabyte on two cores."""
+
+
 def client_environment(found: dict[str, Any]) -> dict[str, str]:
-    """The variables an MLflow client needs, from a status document (or the like-named facts of a Pulumi stack)."""
+    """What an MLflow client is to export, from a status document (or the like-named facts of a Pulumi stack)."""
     environment = {
         "MLFLOW_TRACKING_URI": found["url"],
         "MLFLOW_TRACKING_USERNAME": found["username"],
@@ -84,4 +89,4 @@ def client_environment(found: dict[str, Any]) -> dict[str, str]:
     }
     if found.get("server_certificate"):
         environment["MLFLOW_TRACKING_SERVER_CERT_PATH"] = str(found["server_certificate"])
-    return environment
+    return environment | PIECES

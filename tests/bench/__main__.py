@@ -33,6 +33,8 @@ from tests.bench import environments, floor, load, report, transfers  # noqa: E4
 from tests.bench.contenders import BY_DEFAULT, CONTENDERS, Contender, alone, memory_mb  # noqa: E402
 
 BASELINE, OURS, FLOOR = "tutorial", "ours", "floor"
+OURS_ONE_ARENA = "ours, MALLOC_ARENA_MAX=1"
+"""The client's files once more with the setting of glibc that the README names for large downloads."""
 
 MOST_FOR_BASIC_AUTH = 8
 """Clients at once: with more of them a turn would take minutes, and tell nothing new. One round will do, too."""
@@ -173,7 +175,9 @@ def move_files(
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     contenders = [each for each in contenders if each.name != "basic-auth"]
-    named = {each.name: each for each in contenders}
+    named: dict[str, tuple[Contender, dict[str, str]]] = {each.name: (each, {}) for each in contenders}
+    if OURS in named:
+        named[OURS_ONE_ARENA] = (named[OURS][0], {"MALLOC_ARENA_MAX": "1"})
     (folder / "files").mkdir()
     loads = transfers.QUICK_LOADS if options.quick else transfers.LOADS
     for wanted in [each for each in loads if any(text in each.name for text in options.files)]:
@@ -182,11 +186,12 @@ def move_files(
         for number in range(min(options.rounds, MOST_ROUNDS_OF_FILES)):
             for name in list(rounds)[:: 1 if number % 2 else -1]:
                 os.sync()  # what one has yet to write must not burden the next
-                with alone(named.get(name, contenders[-1]), contenders):
+                contender, settings = named.get(name, (contenders[-1], {}))
+                with alone(contender, contenders):
                     if name == FLOOR:
                         moved = transfers.move_directly(store, wanted, files, folder)
                     else:
-                        moved = transfers.move(named[name], store, wanted, files, folder)
+                        moved = transfers.move(contender, store, wanted, files, folder, settings)
                 rounds[name].append(moved)
                 say(f"{wanted.name}: {name} {moved.up:.1f}↑ {moved.down:.1f}↓ MB/s")
         for name, turns in rounds.items():
@@ -294,8 +299,9 @@ def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
         goal(f"login at {row['clients']} client(s), p50 against a request without: ≤ 1.05×", cost, cost <= 1.05)
     large = {row["contender"]: row for row in results["artifacts"] if row["load"] == "1 GB"}
     if {OURS, FLOOR} <= large.keys():
-        slower = min(large[OURS][way] / large[FLOOR][way] for way in ("up", "down"))
-        goal("1 GB up and down: ≥ 0.8× a direct S3 client", slower, slower >= 0.8)
+        for name, client in ((OURS, ""), (OURS_ONE_ARENA, ", by a client with MALLOC_ARENA_MAX=1")):
+            slower = min(large[name][way] / large[FLOOR][way] for way in ("up", "down"))
+            goal(f"1 GB up and down{client}: ≥ 0.8× a direct S3 client", slower, slower >= 0.8)
         growth = large[OURS]["growth_mb"]
         goal("server memory meanwhile: grows by < 64 MB", growth, growth < 64)
     for what, seconds in (("launch", 10), ("swap", 15)):

@@ -12,9 +12,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+
+from rehearsal.status import PIECES
 
 from tests import services
 from tests.bench import environments
@@ -42,6 +44,8 @@ class Contender:
     """Process ids; their children belong to them."""
     unguarded: Target | None = None
     """The same server by an nginx that asks for no login, where one is there to compare with."""
+    exports: Mapping[str, str] = field(default_factory=dict)
+    """What its clients export beside address and login."""
 
     def processes(self) -> list[int]:
         return [pid for server in self.servers for pid in family(server)]
@@ -54,6 +58,7 @@ class Contender:
             "MLFLOW_TRACKING_USERNAME": USER,
             "MLFLOW_TRACKING_PASSWORD": PASSWORD,
             **verified,
+            **self.exports,
         }
 
 
@@ -237,6 +242,7 @@ def ours(folder: Path, store: services.ObjectStore, transfer: str = "direct") ->
             cluster,
             tuple(running.pid for running in processes),
             Target((HOST, open_port), HOST, (authorization(),), authority=str(authority.ca)),
+            PIECES,
         )
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,11 +64,17 @@ def make_files(load: Load, folder: Path) -> list[Path]:
     return sorted(target.iterdir())
 
 
-def move(contender: Contender, store: ObjectStore, load: Load, files: list[Path], folder: Path) -> Moved:
-    """Have a client upload the files and download them below `folder`. Raises CalledProcessError when it fails."""
+def move(
+    contender: Contender, store: ObjectStore, load: Load, files: list[Path], folder: Path, settings: Mapping[str, str]
+) -> Moved:
+    """Have a client with these environment variables upload the files and download them below `folder`.
+
+    Raises CalledProcessError when it fails.
+    """
     before = memory_mb(contender.processes())
     environment = {**os.environ, **contender.client_environment, "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
     environment |= {"REQUESTS_CA_BUNDLE": store.authority} if store.authority else {}
+    environment |= settings
     command = [sys.executable, "-W", "ignore", "-c", CLIENT, str(files[0].parent), "files", str(folder)]
     with PeakMemory(contender) as peak:
         ended = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)

@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 from rehearsal import stack, state
 from rehearsal.errors import Refused
 from rehearsal.state import State
-from rehearsal.status import client_environment, first_user, outline
+from rehearsal.status import PIECES, client_environment, first_user, outline
 from rehearsal.values import UNKNOWN, Secret
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -208,6 +208,7 @@ def test_connect_prints_json_when_asked(pulumi: dict[str, str]) -> None:
         "MLFLOW_TRACKING_URI": "http://192.0.2.1",
         "MLFLOW_TRACKING_USERNAME": "admin",
         "MLFLOW_TRACKING_PASSWORD": HARD,
+        **PIECES,
     }
 
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from rehearsal.status import PIECES
 from stack.program import ADDRESS, NEW, VOLUME, run
 
 
@@ -35,7 +36,7 @@ def test_the_outputs() -> None:
         "connect": 'eval "$(scripts/connect.py --stack dev)"',
         "shell": "aws ssm start-session --region eu-central-1 --target i-0123456789abcdef0",
     }
-    assert lines.count("export ") == 4
+    assert lines.count("export ") == 5
 
 
 PASSWORD = "p'a\"s$s`w\\o r*d"
@@ -75,6 +76,7 @@ def test_the_client_lines_do_what_they_say_in_a_shell(aws: Path) -> None:
         "MLFLOW_TRACKING_URI": f"http://{ADDRESS}",
         "MLFLOW_TRACKING_USERNAME": "admin",
         "MLFLOW_TRACKING_PASSWORD": PASSWORD,
+        **PIECES,
     }
 
 
