@@ -6,7 +6,6 @@ import base64
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import threading
@@ -23,9 +22,8 @@ from tests.bench import environments
 from tests.bench.load import Dataset, Target
 from tests.bench.seed import seed
 from tests.services import family
+from tests.shipped_nginx import HOST, ROOTFS, move, moved, nginx
 
-ROOTFS = Path(__file__).parents[2] / "provisioning/rootfs"
-HOST = "127.0.0.1"
 USER, PASSWORD = "ada", "correct horse battery staple"
 MACHINE_MEMORY_MB = 2048
 """What our set-up is sized for: t3.small, whose two cores this machine is taken to have."""
@@ -221,12 +219,13 @@ def ours(folder: Path, store: services.ObjectStore, transfer: str = "direct") ->
             )
         )
         port = services.free_port()
-        configuration = move_nginx(folder, port)
+        listens = {443: f"{HOST}:{port}", 80: f"unix:{folder}/plain.sock"}
+        configuration = move(folder, listens)
         run = folder / "run/mlflow-host"
         authority = certificates.ensure((HOST,), folder / "certificates")
         certificate = web.Certificate(authority.certificate, authority.key, trusted=False)
         site = web.render_site(host, web.ui_files(), certificate, templates=templates, run=run)
-        site, open_port = moved(site, folder, port), services.free_port()
+        site, open_port = moved(site, folder, listens), services.free_port()
         (run / "nginx/site.conf").write_text(site + without_login(site, port, open_port))
         users = (credentials.User(USER, PASSWORD, "admin"),)
         (run / "nginx/users").write_text(credentials.password_file(users))
@@ -253,36 +252,6 @@ def postgresql_settings(shipped: str) -> dict[str, str]:
     return {name: value for name, value in found.items() if name not in places}
 
 
-def move_nginx(folder: Path, port: int) -> Path:
-    """nginx's configuration as it ships, moved below `folder`. Returns nginx.conf."""
-    for source in [*(ROOTFS / "etc/nginx").iterdir(), *(ROOTFS / "usr/share/mlflow-host").glob("*")]:
-        if source.is_file():
-            target = folder / source.relative_to(ROOTFS)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(moved(source.read_text(), folder, port))
-    shutil.copy("/etc/nginx/mime.types", folder / "etc/nginx/mime.types")
-    for name in (
-        "run/mlflow-host/logins",
-        "run/mlflow-host/suspects",
-        "run/mlflow-host/nginx",
-        "run/mlflow-host/web",
-        "run/nginx",
-        "var/log/nginx",
-        "var/lib/nginx",
-    ):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for name in ("logins", "suspects"):
-        shutil.chown(folder / "run/mlflow-host" / name, "www-data")
-    return folder / "etc/nginx/nginx.conf"
-
-
-def moved(text: str, folder: Path, port: int) -> str:
-    for path in ("/run/mlflow-host", "/run/nginx", "/run/mlflow/", "/var/log/nginx", "/usr/share/mlflow-host"):
-        text = text.replace(f" {path}", f" {folder}{path}").replace(f"unix:{path}", f"unix:{folder}{path}")
-    text = text.replace("/etc/nginx/", f"{folder}/etc/nginx/").replace("listen 443", f"listen {HOST}:{port}")
-    return text.replace("listen 80", f"listen unix:{folder}/plain.sock")
-
-
 def without_login(site: str, port: int, open_port: int) -> str:
     """The site's last server, MLflow's, once more on another port, with no question for a password."""
     server = site[site.rindex("\nserver {") :]
@@ -291,21 +260,6 @@ def without_login(site: str, port: int, open_port: int) -> str:
         server = server.replace(guard, f"{guard.split()[0]} off;")
     assert f":{port} " in server
     return server.replace(f":{port} ", f":{open_port} ")
-
-
-@contextlib.contextmanager
-def nginx(configuration: Path, port: int, log: Path) -> Iterator[None]:
-    command = ["nginx", "-c", str(configuration), "-g", "daemon off;"]
-    with services.process(command, log) as running:
-        services.wait_until(lambda: listens(port), running, log)
-        yield
-
-
-def listens(port: int) -> bool:
-    import socket
-
-    with socket.socket() as probe:
-        return probe.connect_ex((HOST, port)) == 0
 
 
 @contextlib.contextmanager

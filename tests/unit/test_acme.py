@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import http.server
 import shutil
-import socket
 import ssl
 import threading
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import pytest
 from authority import name_server, pebble
 from cryptography import x509
 from mlflow_host import acme, certificates, certify, config, launch, sizing, web
+from services import free_port
 
 DOMAIN = "mlflow.example.test"
 
@@ -30,12 +30,6 @@ class Authority:
     directory: str
     challenges: Path
     """What the machine behind every name serves on port 80."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

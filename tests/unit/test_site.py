@@ -9,21 +9,20 @@ import json
 import os
 import shutil
 import signal
-import socket
 import socketserver
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 from mlflow_host import config, credentials, launch, sizing, status, web
+from services import free_port
+from shipped_nginx import HOST as LOOPBACK
+from shipped_nginx import ROOTFS, move, moved, nginx
 
-ROOTFS = Path(__file__).parents[2] / "provisioning" / "rootfs"
 USERS = (
     credentials.User("ada", "correct horse", "admin"),
     credentials.User("bob", "{PLAIN}no", "writer"),
@@ -31,6 +30,7 @@ USERS = (
     credentials.User("will", "writes", "writer"),
 )
 HOST = "mlflow.example.com"
+TEMPLATES = ROOTFS / "usr/share/mlflow-host/templates"
 
 pytestmark = pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed (scripts/prepare.sh does)")
 
@@ -167,56 +167,13 @@ def host_config(processes: int) -> config.HostConfig:
     return config.host_config(document, replace(sized, server_processes=processes))
 
 
-def shipped(folder: Path, port: int) -> Path:
-    """The configuration as it ships, moved: its paths into `folder`, port 80 to `port`. Returns nginx.conf."""
-
-    def moved(text: str) -> str:
-        for path in ("/run/mlflow-host", "/run/nginx", "/run/mlflow/", "/var/log/nginx", "/usr/share/mlflow-host"):
-            text = text.replace(f" {path}", f" {folder}{path}").replace(f"unix:{path}", f"unix:{folder}{path}")
-        return text.replace("/etc/nginx/", f"{folder}/etc/nginx/").replace("listen 80", f"listen 127.0.0.1:{port}")
-
-    for source in [*(ROOTFS / "etc/nginx").iterdir(), *(ROOTFS / "usr/share/mlflow-host").rglob("*")]:
-        if source.is_file():
-            target = folder / source.relative_to(ROOTFS)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(moved(source.read_text()))
-    shutil.copy("/etc/nginx/mime.types", folder / "etc/nginx/mime.types")
-    for name in ("run/mlflow-host/nginx", "run/mlflow-host/web", "run/mlflow-host/status", "run/mlflow-host/logins",
-                 "run/mlflow-host/suspects", "run/mlflow", "run/nginx", "var/log/nginx"):  # fmt: skip
-        (folder / name).mkdir(parents=True)
-    for name in ("logins", "suspects"):
-        shutil.chown(folder / "run/mlflow-host" / name, "www-data", "www-data")
-    run = folder / "run/mlflow-host"
-    status.publish(run, folder / "usr/share/mlflow-host/page.html")
-    starting = folder / "usr/share/mlflow-host/starting.conf"
-    (run / "nginx/site.conf").write_text(starting.read_text())
-    return folder / "etc/nginx/nginx.conf"
-
-
-@contextmanager
-def nginx(configuration: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    command = ["nginx", "-c", str(configuration), "-g", "daemon off;"]
-    checked = subprocess.run([*command[:3], "-t"], capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stderr
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(200):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.02)
-        else:
-            raise AssertionError(f"nginx does not listen on port {port}")
-        yield process
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def unconfigured(folder: Path, port: int) -> Path:
+    """The configuration of a machine that starts, below `folder` and on `port` instead of 80. Returns nginx.conf."""
+    configuration = move(folder, {80: f"{LOOPBACK}:{port}"})
+    shipped = folder / "usr/share/mlflow-host"
+    status.publish(folder / "run/mlflow-host", shipped / "page.html")
+    shutil.copy(shipped / "starting.conf", folder / "run/mlflow-host/nginx/site.conf")
+    return configuration
 
 
 @pytest.fixture
@@ -233,17 +190,17 @@ def folder() -> Iterator[Path]:
 def site(folder: Path) -> Iterator[Site]:
     """The site of a machine with two MLflow processes, which run."""
     port = free_port()
-    configuration = shipped(folder, port)
+    configuration = unconfigured(folder, port)
     run = folder / "run/mlflow-host"
     ui = folder / "ui"
     (ui / "static/js").mkdir(parents=True)
     (ui / "static/js/main.0a1b2c3d.js").write_text("console.log(1);" * 500)
     (ui / "static/js/main.0a1b2c3d.js.gz").write_bytes(gzip.compress(b"from the compressed file"))
     (ui / "favicon.ico").write_text("icon")
-    rendered = web.render_site(host_config(2), ui, templates=folder / "usr/share/mlflow-host/templates", run=run)
-    rendered = rendered.replace("unix:/run/mlflow/", f"unix:{folder}/run/mlflow/")
+    rendered = web.render_site(host_config(2), ui, templates=TEMPLATES, run=run)
+    rendered = moved(rendered, folder, {80: f"{LOOPBACK}:{port}"})
     rendered = rendered.replace("max-age=30 always", "max-age=1 always")  # how long too many failures are held against
-    (run / "nginx/site.conf").write_text(rendered.replace("listen 80", f"listen 127.0.0.1:{port}"))
+    (run / "nginx/site.conf").write_text(rendered)
     (run / "nginx/users").write_text(credentials.password_file(USERS))
     (run / "nginx/roles.map").write_text("".join(f'"{user.name}" {user.role};\n' for user in USERS))
     (folder / "usr/share/mlflow-host/reader-posts.map").write_text('"~^/api/2\\.0/mlflow/runs/search(\\?|$)" 1;\n')
@@ -251,7 +208,7 @@ def site(folder: Path) -> Iterator[Site]:
     for upstream in upstreams:
         threading.Thread(target=upstream.serve_forever, args=(0.02,), daemon=True).start()
     try:
-        with nginx(configuration, port) as process:
+        with nginx(configuration, port, folder / "nginx.log") as process:
             yield Site(port, upstreams, run, folder, process.pid)
     finally:
         for upstream in upstreams:
@@ -283,7 +240,7 @@ def stop(site: Site) -> None:
 )
 def test_starting_page_is_for_people_and_json_for_programs(path: str, accept: str, kind: str, folder: Path) -> None:
     port = free_port()
-    with nginx(shipped(folder, port), port):
+    with nginx(unconfigured(folder, port), port, folder / "nginx.log"):
         site = Site(port, [], folder / "run/mlflow-host", folder)
         code, headers, body = site.ask(path, user=None, host="anything.at.all", Accept=accept)
         assert (code, headers["content-type"].split(";")[0]) == (503, kind)
@@ -295,7 +252,7 @@ def test_starting_page_is_for_people_and_json_for_programs(path: str, accept: st
 
 def test_reason_of_a_failure_is_on_the_page(folder: Path) -> None:
     port = free_port()
-    with nginx(shipped(folder, port), port):
+    with nginx(unconfigured(folder, port), port, folder / "nginx.log"):
         site = Site(port, [], folder / "run/mlflow-host", folder)
         with pytest.raises(SystemExit), status.step("data-volume", site.run):
             raise status.StepFailed("the volume vol-0 was not attached: attach it & reboot <now>")
@@ -671,4 +628,4 @@ def test_path_reaches_mlflow_as_the_client_wrote_it(site: Site) -> None:
 
 def test_name_nobody_gave_is_noticed() -> None:
     with pytest.raises(Exception, match="undefined"):
-        web.render("site.conf.j2", ROOTFS / "usr/share/mlflow-host/templates", names=["a"])
+        web.render("site.conf.j2", TEMPLATES, names=["a"])
