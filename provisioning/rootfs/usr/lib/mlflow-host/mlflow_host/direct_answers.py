@@ -19,7 +19,8 @@ import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from functools import lru_cache
-from typing import Any
+from itertools import starmap
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from mlflow.entities import LifecycleStage, LoggedModelInput, LoggedModelOutput, RunInputs, RunOutputs, ViewType
@@ -36,7 +37,7 @@ from sqlalchemy.sql import visitors
 
 from mlflow_host import received
 from mlflow_host.bridge import Application, Message, Receive, Scope, Send, whole
-from mlflow_host.direct_store import DirectStore, Row, Unusual, only, whole_number
+from mlflow_host.direct_store import DirectStore, Unusual, only, whole_number
 
 NUMBER = """
 case when is_nan or value = 'NaN' then '"NaN"' when value = 'Infinity' then '"Infinity"'
@@ -58,13 +59,17 @@ select r.run_uuid, coalesce(nullif(r.name, ''), (
                                  || coalesce(', "value": ' || to_json(value), '') || '}}', ', ') || ']'
         from tags where run_uuid = r.run_uuid),
        exists (select from inputs where destination_type = 'RUN' and destination_id = r.run_uuid),
-       (select array_agg(destination_id) from inputs
-        where source_type = 'RUN_INPUT' and source_id = r.run_uuid and destination_type = 'MODEL_INPUT'),
        (select array_agg(destination_id || ' ' || step) from inputs
         where source_type = 'RUN_OUTPUT' and source_id = r.run_uuid and destination_type = 'MODEL_OUTPUT')
 from runs r where r.run_uuid = any(%s)
 """
-"""Runs with all that is shown of them, a row each."""
+"""Runs with all that is shown of them in a search, a row each: the fields of `Found`."""
+
+MODELS_PUT_IN = """
+select destination_id from inputs
+where source_type = 'RUN_INPUT' and source_id = %s and destination_type = 'MODEL_INPUT'
+"""
+"""The models a run used, which are shown where one run is asked for."""
 
 HISTORY = f"""
 select count(*), '[' || string_agg(%s || {NUMBER} || ', "timestamp": ' || timestamp
@@ -80,6 +85,27 @@ MOST_RUNS = 50_000
 
 WORTH_KEEPING = 4000
 """Characters of a filter and an order up to which the statement made of them is kept."""
+
+
+class Found(NamedTuple):
+    """A run. Its metrics, parameters and tags are JSON, or None where it has none."""
+
+    run_id: str
+    name: str | None
+    experiment_id: int
+    user: str | None
+    status: str
+    started: int | None
+    ended: int | None
+    artifact_uri: str | None
+    lifecycle_stage: str
+    metrics: str | None
+    params: str | None
+    tags: str | None
+    has_datasets: bool
+    models_made: list[str] | None
+    """The id of each, a space and its step."""
+
 
 POSTGRES = "postgresql"
 DIALECT = psycopg2.dialect()
@@ -192,9 +218,10 @@ def run(store: DirectStore, scope: Scope, _: bytes) -> str:
     run_id = request.run_id or request.run_uuid
     with store.cursor() as cursor:
         cursor.execute(RUNS, ([run_id],))
-        row = only(cursor.fetchall())
-    models_put_in = [LoggedModelInput(model_id=one) for one in row[13] or ()]
-    return f'{{"run": {written(row, datasets(store, [row]), models_put_in)}}}'
+        found = Found(*only(cursor.fetchall()))
+        cursor.execute(MODELS_PUT_IN, (run_id,))
+        models_put_in = [LoggedModelInput(model_id=model_id) for (model_id,) in cursor.fetchall()]
+    return f'{{"run": {written(found, datasets(store, [found]), models_put_in)}}}'
 
 
 def search(store: DirectStore, scope: Scope, body: bytes) -> str:
@@ -210,12 +237,12 @@ def search(store: DirectStore, scope: Scope, body: bytes) -> str:
     made, told = (statement if short else statement.__wrapped__)(request.filter, view, order_by)
     with store.cursor() as cursor:
         cursor.execute(made, told | {"experiments": experiments, "start": start, "most": most + 1})
-        ids = [row[0] for row in cursor.fetchall()]
+        ids = [run_id for run_id, *_ in cursor.fetchall()]
         cursor.execute(RUNS, (ids[:most],))
-        rows = {row[0]: row for row in cursor.fetchall()}
-    inputs = datasets(store, rows.values())
+        found = {one.run_id: one for one in starmap(Found, cursor.fetchall())}
+    inputs = datasets(store, found.values())
     # A run may have gone between the two statements.
-    runs = ", ".join(written(rows[run_id], inputs) for run_id in ids[:most] if run_id in rows)
+    runs = ", ".join(written(found[run_id], inputs) for run_id in ids[:most] if run_id in found)
     return members(runs=f"[{runs}]" if runs else "", next_page_token=next_token(start, most, len(ids) > most))
 
 
@@ -303,42 +330,39 @@ def in_terms_of(same: dict[Any, Any], clause: Any) -> Any:
     return visitors.replacement_traverse(clause, {}, replaced)  # type: ignore[call-overload]
 
 
-def datasets(store: DirectStore, rows: Iterable[Row]) -> dict[str, list[Any]]:
+def datasets(store: DirectStore, runs: Iterable[Found]) -> dict[str, list[Any]]:
     """The dataset inputs of those runs that have any, in MLflow's own way."""
-    run_ids = [row[0] for row in rows if row[12]]
+    run_ids = [one.run_id for one in runs if one.has_datasets]
     if not run_ids:
         return {}
     with store.ManagedSessionMaker() as session:
         return dict(zip(run_ids, store._get_run_inputs(session, run_ids), strict=True))
 
 
-def written(row: Row, datasets: dict[str, list[Any]], put_in: list[LoggedModelInput] | None = None) -> str:
+def written(found: Found, datasets: dict[str, list[Any]], put_in: list[LoggedModelInput] | None = None) -> str:
     """The JSON of a run. Raises Unusual for one that MLflow cannot show."""
-    run_id, name, experiment, user, status, started, ended, artifacts, stage, metrics, params, tags, *linked = row
-    if user is None or started is None:
+    if found.user is None or found.started is None:
         raise Unusual
     info = {
-        "run_uuid": run_id,
-        "experiment_id": str(experiment),
-        "run_name": name,
-        "user_id": user,
-        "status": status,
-        "start_time": started,
-        "end_time": ended or None,
-        "artifact_uri": artifacts or None,
-        "lifecycle_stage": stage,
-        "run_id": run_id,
+        "run_uuid": found.run_id,
+        "experiment_id": str(found.experiment_id),
+        "run_name": found.name,
+        "user_id": found.user,
+        "status": found.status,
+        "start_time": found.started,
+        "end_time": found.ended or None,
+        "artifact_uri": found.artifact_uri or None,
+        "lifecycle_stage": found.lifecycle_stage,
+        "run_id": found.run_id,
     }
-    has_datasets, _, outcome = linked
     inputs = outputs = "{}"
-    if has_datasets or put_in:
-        inputs = message_to_json(RunInputs(datasets.get(run_id, []), put_in).to_proto())
-    if outcome:
-        came_out = [
-            LoggedModelOutput(model_id, int(step)) for model_id, step in (one.rsplit(" ", 1) for one in outcome)
-        ]
+    if found.has_datasets or put_in:
+        inputs = message_to_json(RunInputs(datasets.get(found.run_id, []), put_in).to_proto())
+    if found.models_made:
+        made = (one.rsplit(" ", 1) for one in found.models_made)
+        came_out = [LoggedModelOutput(model_id, int(step)) for model_id, step in made]
         outputs = message_to_json(RunOutputs(came_out).to_proto())
-    data = members(metrics=metrics, params=params, tags=tags)
+    data = members(metrics=found.metrics, params=found.params, tags=found.tags)
     told = json.dumps({name: value for name, value in info.items() if value is not None})
     return members(info=told, data=data, inputs=inputs, outputs=outputs)
 
