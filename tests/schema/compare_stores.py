@@ -1,6 +1,6 @@
 """Asks MLflow's own tracking store and `DirectStore` for the same, each with a database of its own, and prints what
-both answered and wrote, as JSON: writes as the stores are called, reads as clients' requests are answered, by MLflow's
-Flask application and by `mlflow_host.direct_answers`. Runs under an interpreter that has one release of MLflow.
+both answered and wrote, as JSON. Clients' requests go to MLflow's Flask application, with `mlflow_host.direct_answers`
+before it where the store is ours. Runs under an interpreter that has one release of MLflow.
 
     python compare_stores.py URI_FOR_MLFLOWS URI_FOR_OURS SEED
 """
@@ -28,8 +28,6 @@ from mlflow.entities import (  # noqa: E402
     InputTag,
     LoggedModelInput,
     LoggedModelOutput,
-    Metric,
-    Param,
     RunTag,
 )
 from mlflow.exceptions import MlflowException  # noqa: E402
@@ -87,11 +85,13 @@ REFUSES_SECOND_NAN = Version(mlflow.__version__) < Version("3.16")
 """MLflow refused the whole of a batch with 400 when one of its NaNs was there already. Ours never does."""
 
 
-def metric(chance: random.Random) -> Metric:
+def metric(chance: random.Random) -> dict[str, Any]:
+    """As clients write it."""
     value, step = chance.choice(VALUES), chance.choice([-2, 0, 1, 2, 3])
     if math.isnan(value) and REFUSES_SECOND_NAN:
         step = chance.randrange(10, 10**9)
-    return Metric(chance.choice(KEYS), value, TIME + chance.randrange(4), step)
+    told = value if math.isfinite(value) else {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
+    return {"key": chance.choice(KEYS), "value": told, "timestamp": TIME + chance.randrange(4), "step": step}
 
 
 def calls(chance: random.Random) -> Iterator[Call]:
@@ -99,13 +99,15 @@ def calls(chance: random.Random) -> Iterator[Call]:
     yield "create experiment", lambda s, _: s.create_experiment("gone")
     yield "create experiment", lambda s, _: s.create_experiment("two", artifact_location="s3://bucket/a?b=c")
     yield "delete experiment", lambda s, _: s.delete_experiment("2")
+    yield "create experiment", lambda s, _: s.create_experiment("four")
     yield from runs_as_they_are_made(chance)
     yield from metrics_one_by_one(chance)
     yield from batches(chance)
     yield from inputs()
     yield "delete run", lambda s, runs: s.delete_run(runs[5])
-    yield "log to deleted", lambda s, runs: s.log_metric(runs[5], Metric("loss", 1.0, TIME, 1))
-    yield "batch to deleted", lambda s, runs: s.log_batch(runs[5], [Metric("loss", 1.0, TIME, 1)], [], [])
+    one = {"key": "loss", "value": 1.0, "timestamp": TIME, "step": 1}
+    yield logging_of("runs/log-metric", one | {"run_id": "<5>"})
+    yield logging_of("runs/log-batch", {"run_id": "<5>", "metrics": [one]})
     yield "rename", lambda s, runs: s.set_tag(runs[1], RunTag("mlflow.runName", "renamed"))
     yield from readings(chance)
 
@@ -113,96 +115,145 @@ def calls(chance: random.Random) -> Iterator[Call]:
 def runs_as_they_are_made(chance: random.Random) -> Iterator[Call]:
     name = "mlflow.runName"
     tag_lists: list[Any] = [
-        [RunTag("mlflow.user", "ada"), RunTag("team", "red")],
-        [RunTag(name, "first")],
+        tags(**{"mlflow.user": "ada", "team": "red"}),
+        tags(**{name: "first"}),
         [],
-        [RunTag("team", "red fox"), RunTag('a\\b"c,{}', 'it\'s \\ "quoted", {x}\n'), RunTag("empty", "")],
-        [RunTag("team", "blue"), RunTag("nothing", None)],
+        tags(**{"team": "red fox", 'a\\b"c,{}': 'it\'s \\ "quoted", {x}\n', "empty": ""}),
+        tags(team="blue", nothing=None),
+        tags(**{name: "é'\\", "ü": "ö \N{GRINNING FACE} \x7f"}),
         None,
     ]
-    for number, tags in enumerate(tag_lists * 3):
+    for number, some in enumerate(tag_lists * 3):
         experiment, run_name = ("1", "0", "3")[number % 3], (None, "first", "", "é'\\")[number % 4]
         user = ("ada", "", "bob")[number % 3]
-        yield (
-            f"create run {number} {run_name!r} {tags}",
-            lambda s, _, a=(experiment, user, TIME + number, tags, run_name): s.create_run(*a),
-        )
-    odd: list[tuple[Any, ...]] = [
-        ("1", "ada", TIME + 101, [RunTag(name, "x")], "y"),
-        ("1", "ada", TIME + 102, [RunTag("twice", "1"), RunTag("twice", "2")], "n"),
-        ("2", "ada", TIME + 103, [], "in a deleted experiment"),
-        ("77", "ada", TIME + 104, [], "in none"),
-        ("abc", "ada", TIME + 105, [], "in nonsense"),
-        ("01", "ada", TIME + 106, [], "in a padded one"),
-        ("1", None, TIME + 107, [], "of nobody"),
-        ("1", "ada", None, [], "at no time"),
-        ("1", "ada", 0, [], "at zero"),
-        ("1", "ada", 2**70, [], "too late"),
-        ("1", "ada", TIME + 108, [], "n" * 251),
-        ("1", "u" * 300, TIME + 109, [], "user"),
-        ("1", "ada", TIME + 110, [RunTag("k" * 251, "v")], "key"),
-        ("1", "ada", TIME + 111, [RunTag("k", "v" * 9000)], "value"),
-        ("1", "ada", TIME + 112, [RunTag("nul", "\x00")], "nul"),
-        (1, "ada", TIME + 113, [], "by number"),
+        fields = {"experiment_id": experiment, "user_id": user, "start_time": TIME + number, "tags": some}
+        yield creation({key: value for key, value in (fields | {"run_name": run_name}).items() if value is not None})
+    good = {"experiment_id": "1", "user_id": "ada", "start_time": TIME + 100, "run_name": "odd"}
+    odd: list[Any] = [
+        good | {"start_time": TIME + 101, "tags": tags(**{name: "x"})},
+        good | {"start_time": TIME + 102, "tags": [*tags(twice="1"), *tags(twice="2")]},
+        *(good | {"start_time": TIME + 103 + n, "experiment_id": one} for n, one in enumerate(("2", "77", "abc", ""))),
+        good | {"start_time": TIME + 107, "experiment_id": "01"},
+        *(good | {"start_time": time} for time in (0, -1, "1700000000120", 1700000000121.0)),
+        # These begin at 0, too, and of two that do a search may tell either first: none looks there.
+        *(good | {"start_time": time, "experiment_id": "4"} for time in (None, 2**70, 0.5, True)),
+        good | {"start_time": TIME + 130, "run_name": "n" * 251},
+        good | {"start_time": TIME + 131, "user_id": "u" * 300},
+        good | {"start_time": TIME + 132, "user_id": None},
+        good | {"start_time": TIME + 133, "run_name": 7},
+        good | {"start_time": TIME + 134, "experiment_id": 1},
+        *(
+            good | {"start_time": TIME + 140 + number, "tags": some}
+            for number, some in enumerate(
+                (
+                    tags(**{"k" * 251: "v"}),
+                    tags(k="v" * 9000),
+                    tags(nul="\x00"),
+                    tags(half="\ud800"),
+                    [{"key": "no value"}],
+                    [{"value": "no key"}],
+                    tags(number=7),
+                    [{"key": "k", "value": "v", "more": "x"}],
+                    {"key": "k", "value": "v"},
+                )
+            )
+        ),
+        {"experiment_id": "4"},
+        {"start_time": TIME + 150},
+        {"experimentId": "1", "startTime": TIME + 151},
+        good | {"start_time": TIME + 152, "more": 1},
+        good | {"start_time": TIME + 153, "source_name": "x"},
+        [],
+        None,
     ]
-    for arguments in odd:
-        yield f"create run {str(arguments)[:150]}", lambda s, _, a=arguments: s.create_run(*a)
+    yield from map(creation, odd)
+
+
+def tags(**named: Any) -> list[dict[str, Any]]:
+    return [{"key": key, "value": value} for key, value in named.items()]
+
+
+def creation(fields: Any) -> Call:
+    return f"create run {str(fields)[:200]}", lambda s, _: post(s, "runs/create", fields)
 
 
 def metrics_one_by_one(chance: random.Random) -> Iterator[Call]:
-    for _ in range(120):
-        one, run = metric(chance), chance.randrange(5)
-        yield f"log metric {dict(one)} to {run}", lambda s, runs, m=one, r=run: s.log_metric(runs[r], m)
-    odd = [
-        Metric("loss", None, TIME, 0),
-        Metric("loss", "1.5", TIME, 0),
-        Metric("loss", True, TIME, 0),
-        Metric("loss", 2, TIME, 0),
-        Metric("loss", 1.0, -1, 0),
-        Metric("loss", 1.0, TIME + 0.5, 0),
-        Metric("loss", 1.0, TIME, 1.0),
-        Metric("loss", 1.0, TIME, "1"),
-        Metric("loss", 1.0, None, 1),
-        Metric("loss", 1.0, 2**63, 0),
-        Metric("loss", 1.0, TIME, 2**63 - 1),
-        Metric("loss", 10**400, TIME, 5),
-        Metric(None, 1.0, TIME, 0),
-        Metric("", 1.0, TIME, 0),
-        Metric("../up", 1.0, TIME, 0),
-        Metric('bad"key', 1.0, TIME, 0),
-        Metric("k" * 251, 1.0, TIME, 0),
-        Metric("k" * 250, 1.0, TIME, 0),
+    for number in range(120):
+        fields = metric(chance) | {"run_id": f"<{chance.randrange(5)}>"}
+        yield logging_of("runs/log-metric", fields | ({"run_uuid": fields["run_id"]} if number % 2 else {}))
+    good = {"run_id": "<0>", "key": "loss", "value": 1.0, "timestamp": TIME, "step": 7}
+    odd: list[Any] = [
+        *(good | {"value": value} for value in (None, "1.5", "NaN", "nan", "", True, 2, 10**400, [1.0], math.nan)),
+        *(good | {"timestamp": time} for time in (None, -1, 0, TIME + 0.5, float(TIME), str(TIME), "x", 2**63, True)),
+        *(good | {"step": step} for step in (None, 1.0, 1.5, "1", "x", -(2**63), 2**63 - 1, 2**63)),
+        *(good | {"key": key} for key in (None, "", "../up", 'bad"key', "k" * 251, "k" * 250, 7, "nul\x00", "\udfff")),
+        *(good | {"run_id": run} for run in ("0" * 32, "nonsense", "", "x" * 40, None, 3)),
+        *({key: value for key, value in good.items() if key != left_out} for left_out in good),
+        good | {"run_uuid": "<1>"},
+        {"run_uuid": "<0>"} | {key: value for key, value in good.items() if key != "run_id"},
+        good | {"model_id": "m-" + "4" * 32},
+        good | {"model_id": "", "dataset_name": "", "step": 8},
+        good | {"dataset_name": "corpus", "dataset_digest": "d1", "step": 9},
+        good | {"more": 1},
+        {"runId": "<0>", "key": "loss", "value": 1.0, "timestamp": TIME},
+        {},
+        [],
+        "text",
+        None,
     ]
-    for one in odd:
-        yield f"log metric {str(dict(one))[:200]}", lambda s, runs, m=one: s.log_metric(runs[0], m)
-    for run in ("0" * 32, "nonsense", "", "x" * 40):
-        yield f"log metric to {run}", lambda s, _, r=run: s.log_metric(r, Metric("loss", 1.0, TIME, 1))
+    for fields in odd:
+        yield logging_of("runs/log-metric", fields)
 
 
 def batches(chance: random.Random) -> Iterator[Call]:
-    for number in range(40):
-        several, run = [metric(chance) for _ in range(chance.choice([1, 2, 20, 200]))], chance.randrange(5)
-        several += chance.sample(several, len(several) // 2)
-        params = [Param("p1", "one"), Param("p2", "")][: number % 3]
-        tags = [RunTag("team", "red"), RunTag("note", "n")][: number % 2]
-        yield (
-            f"log batch of {len(several)} to {run}, {len(params)} params, {len(tags)} tags",
-            lambda s, runs, a=(several, params, tags), r=run: s.log_batch(runs[r], *a),
-        )
-    good, bad = Metric("loss", 1.0, TIME, 9), Metric("loss", None, TIME, 9)
-    odd: list[tuple[Any, ...]] = [
-        ([], [], []),
-        ([good] * 1001, [], []),
-        ([good, bad], [], []),
-        ([good], [Param("p1", "changed")], []),
-        ([good], [Param("same", "1"), Param("same", "2")], []),
-        ([good], [], [RunTag("mlflow.runName", "by batch")]),
-        ([bad], [Param("kept", "?")], []),
+    for number in range(60):
+        several = [metric(chance) for _ in range(chance.choice([1, 2, 20, 200]))]
+        if number % 3:
+            several = [one for one in several if not isinstance(one["value"], str)]
+        again = [one for one in several if one["value"] != "NaN" or not REFUSES_SECOND_NAN]
+        fields: dict[str, Any] = {"metrics": several + chance.sample(again, len(again) // 2)}
+        fields["run_id"] = f"<{chance.randrange(5)}>"
+        if number % 2:
+            fields["params"] = tags(p1="one", p2="")[: number % 3]
+            fields["tags"] = tags(team="red", note="n")[: number % 2]
+        yield logging_of("runs/log-batch", fields)
+    one, none = {"key": "loss", "value": 1.0, "timestamp": TIME, "step": 9}, {"key": "loss", "timestamp": TIME}
+    good = {"run_id": "<0>", "metrics": [one]}
+    odd: list[Any] = [
+        {"run_id": "<0>"},
+        *(good | {"metrics": some} for some in ([], None, {}, "x", [one] * 1001, [one, none], [none], [[]], [None])),
+        *(good | {"metrics": [one | {"step": 77, key: None}]} for key in one),
+        *(good | {"metrics": [one | {"step": step}]} for step in (2**63, "7", 7.5, True)),
+        *(good | {"metrics": [one | {"value": value, "step": 10}]} for value in ("x", True, 10**400, 3)),
+        *(good | {"metrics": [one | {"key": key}]} for key in ("", "../up", "k" * 251, 7, "n\x00")),
+        good | {"metrics": [{"key": "bare", "value": 1.0, "timestamp": TIME}]},
+        good | {"metrics": [one | {"step": 11, "run_id": "<1>", "dataset_name": "corpus"}]},
+        good | {"metrics": [one | {"step": 12, "model_id": "m-" + "5" * 32}]},
+        good | {"metrics": [one | {"more": 1}]},
+        good | {"params": tags(p1="changed")},
+        good | {"params": [*tags(same="1"), *tags(same="2")]},
+        good | {"tags": tags(**{"mlflow.runName": "by batch"})},
+        good | {"params": None, "tags": None},
+        {"run_id": "<0>", "metrics": [none], "params": tags(kept="?")},
+        *(good | {"run_id": run} for run in ("0" * 32, "nonsense", "", None, 5, "<5>x")),
+        {"metrics": [one]},
+        good | {"run_uuid": "<0>"},
+        good | {"more": 1},
+        [],
+        None,
     ]
-    for arguments in odd:
-        yield f"log batch {str(arguments)[:150]}", lambda s, runs, a=arguments: s.log_batch(runs[0], *a)
-    for run in ("0" * 32, "nonsense", "", None):
-        yield f"log batch to {run}", lambda s, _, r=run: s.log_batch(r, [good], [], [])
+    for fields in odd:
+        yield logging_of("runs/log-batch", fields)
+    where, text = "runs/log-batch", json.dumps(good)
+    for body, kind in ((b"{", "application/json"), (b"", "application/json"), (text.encode(), "text/plain")):
+        yield (
+            f"{where} of {body!r} {kind}",
+            lambda s, runs, b=body, k=kind: ask(s, "POST", where, body=b.replace(b"<0>", runs[0].encode()), kind=k),
+        )
+
+
+def logging_of(path: str, fields: Any) -> Call:
+    return f"{path} {str(fields)[:300]}", lambda s, runs: post(s, path, filled(fields, runs))
 
 
 def inputs() -> Iterator[Call]:
@@ -317,7 +368,7 @@ def histories() -> Iterator[Call]:
         yield f"history {query}", lambda s, _, q=query: ask(s, "GET", where, q)
 
 
-def filled(fields: dict[str, Any], runs: list[str]) -> dict[str, Any]:
+def filled(fields: Any, runs: list[str]) -> Any:
     """The ids of runs in the places of their numbers."""
     return json.loads(re.sub("<([0-9]+)>", lambda place: runs[int(place[1])], json.dumps(fields)))
 
@@ -326,12 +377,16 @@ def get(store: SqlAlchemyStore, path: str, **fields: Any) -> Any:
     return ask(store, "GET", path, urlencode(fields, doseq=True))
 
 
+def post(store: SqlAlchemyStore, path: str, fields: Any) -> tuple[int, Any]:
+    return ask(store, "POST", path, body=json.dumps(fields).encode())
+
+
 def pages(store: SqlAlchemyStore, path: str, fields: Any) -> list[Any]:
     """The answer, and those of the next pages."""
     found: list[Any] = []
     while len(found) < 12:
         by_get = path.startswith("metrics/")
-        more = get(store, path, **fields) if by_get else ask(store, "POST", path, body=json.dumps(fields).encode())
+        more = get(store, path, **fields) if by_get else post(store, path, fields)
         found.append(more)
         if not (isinstance(fields, dict) and "next_page_token" in more[1]):
             break
@@ -353,7 +408,7 @@ def ask(
         found = answer_or_none(answer, store, scope, body)
         answered[f"{path} {'itself' if found else 'not'}"] += 1
         if found:
-            return 200, json.loads(found.decode("ascii"))
+            return found[0], json.loads(found[1].decode("ascii"))
     handlers._tracking_store = store
     address = f"{PREFIXES[0]}/{path}" + (f"?{query}" if query else "")
     told = app.test_client().open(address, method=method, data=body, content_type=kind)
@@ -367,8 +422,8 @@ def transcript(store: SqlAlchemyStore, seed: int) -> list[str]:
         random.seed(number)  # of which MLflow makes names
         try:
             answer = call(store, runs)
-            if what.startswith("create run"):
-                runs.append(answer.info.run_id)
+            if what.startswith("create run") and answer[0] == 200:
+                runs.append(answer[1]["run"]["info"]["run_id"])
             said = shown(answer)
         except MlflowException as error:
             said = f"{error.error_code}: {error.message}"

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psycopg2
 import pytest
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from mlflow_host import direct_answers
+from mlflow_host import direct_reads
 from mlflow_host.bridge import Application, Message, Receive, Scope, Send
-from mlflow_host.direct_answers import answered_directly, statement
+from mlflow_host.direct_answers import answered_directly
+from mlflow_host.direct_reads import statement
 from mlflow_host.direct_store import DirectStore
 from services import PostgreSQL
 
@@ -117,6 +120,36 @@ def test_other_requests_go_on_untouched(application: Application) -> None:
     assert ask(application, "GET", "/api/2.0/mlflow/runs/search", (b"",), host="any")[2] == HANDED_ON
 
 
+def test_a_page_from_elsewhere_logs_nothing(application: Application, store: DirectStore, run_id: str) -> None:
+    body = logging_of(run_id)
+    for headers in ({"origin": "https://evil.test"}, {"host": "evil.test"}):
+        assert ask(application, "POST", "/ajax-api/2.0/mlflow/runs/log-metric", (body,), **headers)[0] == 403
+    assert store.get_run(run_id).data.metrics == {}
+    assert ask(application, "POST", "/ajax-api/2.0/mlflow/runs/log-metric", (body,))[0] == 200
+    assert store.get_run(run_id).data.metrics == {"loss": 0.5}
+
+
+def test_a_write_that_postgresql_leaves_unanswered_is_not_asked_of_mlflow_again(
+    cluster: PostgreSQL, application: Application, run_id: str
+) -> None:
+    """It may have been done: whether to ask again is the client's to say."""
+    waiting = "select pid from pg_stat_activity where wait_event_type = 'Lock' and query like '%latest_metrics%'"
+    with psycopg2.connect(cluster.uri().replace("+psycopg2", "")) as other, ThreadPoolExecutor(1) as pool:
+        other.cursor().execute("lock table latest_metrics in access exclusive mode")
+        asked = pool.submit(ask, application, "POST", "/api/2.0/mlflow/runs/log-metric", (logging_of(run_id),))
+        ends = time.monotonic() + 20
+        while not (found := cluster.execute(waiting)):
+            assert time.monotonic() < ends, "nothing waits for the lock"
+            time.sleep(0.01)
+        cluster.execute(f"select pg_terminate_backend({found[0][0]})")
+        status, _, body = asked.result(20)
+    assert (status, json.loads(body)["error_code"]) == (503, "TEMPORARILY_UNAVAILABLE")
+
+
+def logging_of(run_id: str) -> bytes:
+    return json.dumps({"run_id": run_id, "key": "loss", "value": 0.5, "timestamp": TIME, "step": 1}).encode()
+
+
 def test_mlflows_own_store_is_asked_by_mlflow(cluster: PostgreSQL, application: Application) -> None:
     own = SqlAlchemyStore(cluster.uri(), "mlflow-artifacts:/")
     with ThreadPoolExecutor(1) as executor:
@@ -170,5 +203,5 @@ def test_long_filters_are_not_kept(application: Application, store: DirectStore,
         return json.loads(ask(application, "POST", "/api/2.0/mlflow/runs/search", (body,))[2])
 
     assert search("params.p = 'x'")["runs"][0]["info"]["run_id"] == run_id
-    assert search(f"params.p != '{'y' * direct_answers.WORTH_KEEPING}'")["runs"][0]["info"]["run_id"] == run_id
+    assert search(f"params.p != '{'y' * direct_reads.WORTH_KEEPING}'")["runs"][0]["info"]["run_id"] == run_id
     assert statement.cache_info().currsize == 1

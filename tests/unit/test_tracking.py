@@ -5,8 +5,10 @@ That it answers as MLflow's own does is compared in tests/schema/test_tracking.p
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.entities import Metric, RunTag, ViewType
@@ -15,6 +17,7 @@ from mlflow.server.handlers import TrackingStoreRegistryWrapper
 from mlflow.store.tracking.dbmodels.models import SqlTag
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow_host import tracking
+from mlflow_host.direct_answers import ANSWERS, answer_or_none
 from mlflow_host.direct_store import DirectStore
 from mlflow_host.sessions import through_plugin
 from services import PostgreSQL
@@ -81,6 +84,14 @@ def test_what_the_installed_mlflow_lacks_counts_as_another_wording(tmp_path: Pat
     assert "sqlalchemy_store.get_run" in lacking and "sqlalchemy_store._log_metrics_once" not in lacking
 
 
+def asked(store: DirectStore, path: str, fields: dict[str, Any]) -> Any:
+    """What a client that writes this is answered; None where MLflow has to answer."""
+    scope = {"headers": [(b"content-type", b"application/json")]}
+    found = answer_or_none(ANSWERS["POST", f"/runs/{path}"], store, scope, json.dumps(fields).encode())
+    assert found is None or found[0] == 200
+    return found and json.loads(found[1])
+
+
 # When several write
 
 
@@ -88,10 +99,16 @@ def test_writers_at_once_lose_nothing_and_the_last_value_stands(store: DirectSto
     own = SqlAlchemyStore(store.db_uri, ROOT)
 
     def write(writer: int) -> None:
-        target = own if writer % 4 == 3 else store
         for turn in range(15):
             steps = range(turn * 5, turn * 5 + 10)  # each step twice, in every writer's turn
-            target.log_batch(run_id, [Metric(f"m{step % 3}", writer, TIME + step, step) for step in steps], [], [])
+            if writer % 4 > 1:
+                metrics = [Metric(f"m{step % 3}", writer, TIME + step, step) for step in steps]
+                (own if writer % 4 == 3 else store).log_batch(run_id, metrics, [], [])
+            else:
+                logged = [
+                    {"key": f"m{step % 3}", "value": writer, "timestamp": TIME + step, "step": step} for step in steps
+                ]
+                assert asked(store, "log-batch", {"run_id": run_id, "metrics": logged}) == {}
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(8)))
@@ -104,7 +121,7 @@ def test_writers_at_once_lose_nothing_and_the_last_value_stands(store: DirectSto
 
 def test_what_is_read_after_a_write_has_it(store: DirectStore, run_id: str) -> None:
     for step in range(20):
-        store.log_metric(run_id, Metric("loss", step, TIME, step))
+        asked(store, "log-metric", {"run_id": run_id, "key": "loss", "value": step, "timestamp": TIME, "step": step})
         assert store.get_run(run_id).data.metrics == {"loss": step}
         (found,) = store.search_runs(["0"], f"metrics.loss = {step}", ViewType.ACTIVE_ONLY, 5)
         assert found.info.run_id == run_id
@@ -127,9 +144,10 @@ def test_it_goes_on_when_postgresql_has_closed_its_connections(
 ) -> None:
     for _ in range(3):
         cluster.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = 'mlflow'")
-        store.log_metric(run_id, Metric("loss", 1.0, TIME, 1))
+        asked(store, "log-metric", {"run_id": run_id, "key": "loss", "value": 1.0, "timestamp": TIME})
         assert store.get_run(run_id).data.metrics == {"loss": 1.0}
-        assert store.create_run("0", "ada", TIME, [], "next").info.run_name == "next"
+        made = asked(store, "create", {"experiment_id": "0", "user_id": "ada", "start_time": TIME, "run_name": "next"})
+        assert made["run"]["info"]["run_name"] == "next"
 
 
 def test_a_connection_that_ends_meanwhile_is_said_to_be_temporary(
@@ -144,6 +162,6 @@ def test_a_connection_that_ends_meanwhile_is_said_to_be_temporary(
 
 def test_a_statement_that_fails_has_changed_nothing(cluster: PostgreSQL, store: DirectStore) -> None:
     before = cluster.execute("select count(*) from runs", "mlflow")
-    with pytest.raises(MlflowException, match="twice"):
-        store.create_run("0", "ada", TIME, [RunTag("twice", "1"), RunTag("twice", "2")], "n")
+    twice = [{"key": "twice", "value": value} for value in "12"]
+    assert asked(store, "create", {"experiment_id": "0", "start_time": TIME, "tags": twice}) is None
     assert cluster.execute("select count(*) from runs", "mlflow") == before

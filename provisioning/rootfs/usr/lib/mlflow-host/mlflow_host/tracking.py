@@ -20,6 +20,7 @@ ABSENT = ""
 
 SOURCES: dict[str, tuple[str, ...]] = {
     "server/handlers.py": (
+        *("_create_run", "_log_metric", "_log_batch"),
         *("_get_run", "get_run_impl", "_search_runs", "search_runs_impl", "_get_metric_history"),
         *("_get_request_message", "_get_normalized_request_json", "_get_request_json"),
         *("_disable_if_artifacts_only", "_reject_conflicting_field_aliases"),
@@ -37,7 +38,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "store/tracking/dbmodels/models.py": ("SqlRun", "SqlMetric", "SqlLatestMetric", "SqlParam", "SqlTag", "SqlInput"),
     "store/db/utils.py": ("_get_managed_session_maker",),
     "utils/validation.py": (
-        *("_validate_batch_log_data", "_validate_batch_log_limits", "_validate_run_id"),
+        *("_validate_batch_log_data", "_validate_batch_log_limits", "_validate_batch_log_api_req", "_validate_run_id"),
         *("_validate_metric", "_validate_metric_name", "_is_numeric"),
     ),
     "utils/mlflow_tags.py": ("_get_run_name_from_tags",),
@@ -57,6 +58,9 @@ SOURCES: dict[str, tuple[str, ...]] = {
 
 
 COMPARED: dict[str, tuple[str, ...]] = {
+    "handlers._create_run": ("0eab8e0a53",),
+    "handlers._log_metric": ("6ff7995f60",),
+    "handlers._log_batch": ("c595516da4",),
     "handlers._get_run": ("5264f6dfec",),
     "handlers.get_run_impl": ("02cdfe0f84",),
     "handlers._search_runs": ("a927e61c70",),
@@ -108,6 +112,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "utils._get_managed_session_maker": ("582296a36d", "6cfa7c17d4"),
     "validation._validate_batch_log_data": ("11901bf9eb",),
     "validation._validate_batch_log_limits": ("8d5bd0dac8",),
+    "validation._validate_batch_log_api_req": ("2044f3b818",),
     "validation._validate_run_id": ("b6fa238738", "1e346f6ce0"),
     "validation._validate_metric": ("b61a005e88",),
     "validation._validate_metric_name": ("e25e4232b4",),
