@@ -89,6 +89,8 @@ class Asked(BaseHTTPRequestHandler):
             self.answer(200 if self.server.database_answers else 503, b'{"experiments": []}')
         elif self.path.startswith("/busy"):
             self.answer(503, b'{"error_code": "TEMPORARILY_UNAVAILABLE", "message": "MLflow said this"}')
+        elif self.path.startswith("/broken"):
+            self.answer(500, b'{"error_code": "INTERNAL_ERROR", "message": "MLflow said this"}')
         elif self.path.startswith("/get-artifact"):
             self.send_response(200)
             self.send_header("Content-Length", "11")
@@ -510,6 +512,21 @@ def test_page_is_behind_the_login_once_there_is_one(site: Site) -> None:
     code, headers, body = site.ask("/api/2.0/mlflow/runs/log-batch", method="POST")
     assert (code, headers["content-type"]) == (503, "application/json")
     assert json.loads(body)["error_code"] == "TEMPORARILY_UNAVAILABLE"
+
+
+def test_who_comes_while_nginx_stops_is_told_to_come_again(site: Site) -> None:
+    """By then it listens no more, on its own socket for logins either."""
+    (site.folder / "run/nginx/login.sock").unlink()
+    for user in ("ada:correct horse", "ada:wrong", None):
+        code, headers, body = site.ask("/api/2.0/mlflow/runs/search", method="POST", user=user)
+        assert (code, headers["retry-after"], headers["content-type"]) == (503, "2", "application/json")
+        assert json.loads(body)["error_code"] == "TEMPORARILY_UNAVAILABLE"
+    assert site.asked() == []
+
+
+def test_what_mlflow_itself_says_of_an_error_of_its_own_passes(site: Site) -> None:
+    code, _, body = site.ask("/broken")
+    assert (code, json.loads(body)["error_code"]) == (500, "INTERNAL_ERROR")
 
 
 def test_one_process_restarting_is_not_noticed(site: Site) -> None:
