@@ -38,8 +38,8 @@ insert into tags (run_uuid, key, value) select %(run)s, * from unnest(%(keys)s::
 
 NOTHING = "{}"
 
-REQUIRED = {"key", "value", "timestamp"}
-LINKS = {"model_id", "dataset_name", "dataset_digest"}
+REQUIRED = ("key", "value", "timestamp")
+LINKS = ("model_id", "dataset_name", "dataset_digest")
 
 
 def log_metric(store: DirectStore, scope: Scope, body: bytes) -> str:
@@ -62,8 +62,7 @@ def log_batch(store: DirectStore, scope: Scope, body: bytes) -> str:
 
 def is_plain(metric: Any) -> bool:
     """Whether a metric says all that it must, and nothing of models or datasets."""
-    names = {field.name for field, _ in metric.ListFields()}
-    return names >= REQUIRED and not names & LINKS
+    return all(map(metric.HasField, REQUIRED)) and not any(map(metric.HasField, LINKS))
 
 
 def create_run(store: DirectStore, scope: Scope, body: bytes) -> str:
