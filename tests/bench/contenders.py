@@ -161,7 +161,8 @@ def mlflow_server(
     command += ["--allowed-hosts", f"{HOST},{HOST}:*", *arguments]
     (folder / "tmp").mkdir()
     environment = {**os.environ, **store.environment, "TMPDIR": str(folder / "tmp"), **(settings or {})}
-    with services.process(command, folder / "server.log", env=environment) as running:
+    # In a session of its own: on a terminal's hangup its supervisor would start new workers while it is told to end.
+    with services.process(command, folder / "server.log", env=environment, start_new_session=True) as running:
         services.wait_until(lambda: answers(port), running, folder / "server.log")
         time.sleep(5)  # the job runner and its consumers start after the workers
         children = family(running.pid)
@@ -173,6 +174,8 @@ def mlflow_server(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 running.wait(15)
             signal_all(children[1:], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
 
 
 def answers(port: int) -> bool:
