@@ -55,8 +55,8 @@ def client_environment(config: Settings, url: str, credentials: str, authority: 
         f"export MLFLOW_TRACKING_URI={url}",
         f"export MLFLOW_TRACKING_USERNAME={ADMIN}",
         f'export MLFLOW_TRACKING_PASSWORD="$({fetch} {credentials} --with-decryption | python3 -c "{pick}")"',
+        f"export MLFLOW_MULTIPART_DOWNLOAD_CHUNK_SIZE={16 * 2**20}",
     ]
-    lines.append(f"export MLFLOW_MULTIPART_DOWNLOAD_CHUNK_SIZE={16 * 2**20}")
     if authority:
         certificate = f"${{XDG_CACHE_HOME:-$HOME/.cache}}/mlflow-ami-{config.stack}.pem"
         lines += [

@@ -76,8 +76,8 @@ def keep_certificate(path: Path, certificate: str) -> Path:
 
 
 PIECES = {"MLFLOW_MULTIPART_DOWNLOAD_CHUNK_SIZE": str(16 * 2**20)}
-"""Bytes a client asks S3 for at a time. MLflow's client holds each piece in memory before it writes it, and several at
-once; with the 100 MiB of its default that is a gigabyte on two cores."""
+"""Bytes a client asks S3 for at a time. MLflow's client gathers each piece in memory before it writes it, two for each
+core at once; its default is 100 MiB."""
 
 
 def client_environment(found: dict[str, Any]) -> dict[str, str]:

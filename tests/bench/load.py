@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from interrupts import uninterrupted
+
 TIMEOUT_SECONDS = 120
 
 
@@ -248,6 +250,7 @@ def run(target: Target, operation: str, data: Dataset, clients: int, seconds: fl
     return measured
 
 
+@uninterrupted()  # by what interrupts the bench, which waits for the end of a turn
 def _clients(sender: Any, target: Target, operation: str, data: Dataset, clients: int, seconds: float) -> None:
     measured = Measured(seconds)
     begin = threading.Barrier(clients + 1)

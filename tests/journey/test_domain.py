@@ -26,6 +26,7 @@ from authority import name_server, pebble
 from journey.test_public_certificate import DOMAIN, ask, names_of
 from local_cloud import LocalCloud, namespaces
 from mlflow_host import certificates
+from rehearsal.status import PIECES
 from servers import SCRIPTS, own_stack, run
 
 pytestmark = [
@@ -72,8 +73,8 @@ def test_a_stack_launched_with_a_domain_is_certified_and_its_next_machine_asks_f
         assert headers["strict-transport-security"].startswith("max-age=")
 
         exports = json.loads(person(sys.executable, str(SCRIPTS / "connect.py"), "--json"))
-        tracking = {name.removeprefix("MLFLOW_TRACKING_") for name in exports if "TRACKING" in name}
-        assert tracking == {"URI", "USERNAME", "PASSWORD"}
+        login = {"MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"}
+        assert set(exports) == {*login, *PIECES}
         assert person(sys.executable, "-W", "ignore", "-c", CLIENT, **exports).split("\n")[-2] == "found by its name"
         login = f"{exports['MLFLOW_TRACKING_USERNAME']}:{exports['MLFLOW_TRACKING_PASSWORD']}"
         page = person("curl", "-sSf", "--noproxy", "*", "--config", "-", f"https://{DOMAIN}/", given=f"user = {login}")

@@ -121,7 +121,8 @@ def test_writers_at_once_lose_nothing_and_the_last_value_stands(store: DirectSto
 
 def test_what_is_read_after_a_write_has_it(store: DirectStore, run_id: str) -> None:
     for step in range(20):
-        asked(store, "log-metric", {"run_id": run_id, "key": "loss", "value": step, "timestamp": TIME, "step": step})
+        fields = {"run_id": run_id, "key": "loss", "value": step, "timestamp": TIME, "step": step}
+        assert asked(store, "log-metric", fields) == {}
         assert store.get_run(run_id).data.metrics == {"loss": step}
         (found,) = store.search_runs(["0"], f"metrics.loss = {step}", ViewType.ACTIVE_ONLY, 5)
         assert found.info.run_id == run_id
@@ -144,7 +145,11 @@ def test_it_goes_on_when_postgresql_has_closed_its_connections(
 ) -> None:
     for _ in range(3):
         cluster.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = 'mlflow'")
-        asked(store, "log-metric", {"run_id": run_id, "key": "loss", "value": 1.0, "timestamp": TIME})
+        store.log_metric(run_id, Metric("loss", 1.0, TIME, 1))
+        assert store.get_run(run_id).data.metrics == {"loss": 1.0}
+        assert store.create_run("0", "ada", TIME, [], "next").info.run_name == "next"
+        cluster.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = 'mlflow'")
+        assert asked(store, "log-metric", {"run_id": run_id, "key": "loss", "value": 2.0, "timestamp": TIME}) == {}
         assert store.get_run(run_id).data.metrics == {"loss": 1.0}
         made = asked(store, "create", {"experiment_id": "0", "user_id": "ada", "start_time": TIME, "run_name": "next"})
         assert made["run"]["info"]["run_name"] == "next"
@@ -164,4 +169,6 @@ def test_a_statement_that_fails_has_changed_nothing(cluster: PostgreSQL, store: 
     before = cluster.execute("select count(*) from runs", "mlflow")
     twice = [{"key": "twice", "value": value} for value in "12"]
     assert asked(store, "create", {"experiment_id": "0", "start_time": TIME, "tags": twice}) is None
+    with pytest.raises(MlflowException, match="twice"):
+        store.create_run("0", "ada", TIME, [RunTag(**tag) for tag in twice], "n")
     assert cluster.execute("select count(*) from runs", "mlflow") == before

@@ -19,16 +19,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import psycopg2
-from mlflow.entities import (
-    LifecycleStage,
-    Metric,
-)
+from mlflow.entities import LifecycleStage, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from mlflow.utils.validation import (
-    _validate_metric,
-)
+from mlflow.utils.validation import _validate_metric
 from sqlalchemy.exc import SQLAlchemyError
 
 Row = tuple[Any, ...]
@@ -79,9 +74,9 @@ class DirectStore(SqlAlchemyStore):
         except (Unusual, MlflowException):
             super()._log_metrics(run_id, metrics)
 
-    def write_metrics(self, run_id: str, metrics: list[Metric]) -> None:
-        """Log metrics, each once, and keep the last of every key. Raises Unusual or MlflowException, also for what is
-        not valid."""
+    def write_metrics(self, run_id: str, metrics: Iterable[Any]) -> None:
+        """Log metrics (MLflow's entities or messages), each once, and keep the last of every key. Raises Unusual or
+        MlflowException, also for what is not valid."""
         rows = list(dict.fromkeys(map(stored, metrics)))
         last: dict[str, Row] = {}
         for row in rows:
@@ -147,7 +142,7 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def stored(metric: Metric) -> tuple[str, float, int, int, bool]:
+def stored(metric: Any) -> tuple[str, float, int, int, bool]:
     """Key, value, timestamp, step and is_nan as MLflow keeps them: PostgreSQL's double has no place for others.
     Raises Unusual for types and times that MLflow may refuse."""
     value, time, step = metric.value, metric.timestamp, metric.step

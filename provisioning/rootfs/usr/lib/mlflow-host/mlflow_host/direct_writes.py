@@ -31,9 +31,10 @@ CREATE_RUN = """
 with run as (
     insert into runs (run_uuid, name, source_type, source_name, entry_point_name, user_id, status, start_time,
                       source_version, lifecycle_stage, artifact_uri, experiment_id)
-    values (%(run)s, %(name)s, 'UNKNOWN', '', '', %(user)s, 'RUNNING', %(start)s, '', 'active', %(uri)s, %(experiment)s)
+    values (%(run_id)s, %(name)s, 'UNKNOWN', '', '', %(user)s, %(status)s, %(started)s,
+            '', %(lifecycle_stage)s, %(artifact_uri)s, %(experiment_id)s)
 )
-insert into tags (run_uuid, key, value) select %(run)s, * from unnest(%(keys)s::varchar[], %(values)s::varchar[])
+insert into tags (run_uuid, key, value) select %(run_id)s, * from unnest(%(keys)s::varchar[], %(values)s::varchar[])
 """
 
 NOTHING = "{}"
@@ -96,15 +97,6 @@ def create_run(store: DirectStore, scope: Scope, body: bytes) -> str:
             has_datasets=False,
             models_made=None,
         )
-        values = {
-            "run": run_id,
-            "name": name,
-            "user": run.user,
-            "start": run.started,
-            "uri": run.artifact_uri,
-            "experiment": experiment,
-            "keys": [key for key, _ in tags],
-            "values": [value for _, value in tags],
-        }
-        cursor.execute(CREATE_RUN, values)
+        keys, values = map(list, zip(*tags, strict=True))
+        cursor.execute(CREATE_RUN, run._asdict() | {"keys": keys, "values": values})
     return members(run=members(info=info(run), data=members(tags=run.tags), inputs=NOTHING))
