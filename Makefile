@@ -1,31 +1,47 @@
 # make demo        bake the image, launch it on the embedded cloud, run the examples (no AWS account)
 # make demo-down   stop what `make demo` started; `make demo-purge` also deletes what it kept
 # make test        what CI runs; make test-all adds Debian 13, the local cloud's own machines and slow matrices
-# make help        all targets
+# make help        all targets, and what each one needs
 .DEFAULT_GOAL := help
 PYTHON := .venv/bin/python
-PYTEST := .venv/bin/pytest
-# Baking and launching on the embedded cloud mounts file systems and starts machines: that takes root.
-ROOT := $(if $(filter 0,$(shell id -u)),,sudo -E)
+PYTEST := .venv/bin/pytest --durations=15 --durations-min=10
+# The folders that mypy checks; tests/ is not clean yet.
+TYPED := scripts infra provisioning/steps provisioning/rootfs/usr/lib/mlflow-host
+# Baking and launching on the embedded cloud mounts file systems and starts machines: that takes root. Root's programs
+# keep their files in root's home (-H) and compiled Python outside the checkout, which stays its owner's.
+ELSEWHERE := $(if $(filter 0,$(shell stat -c %u . 2>/dev/null)),,env PYTHONPYCACHEPREFIX=/var/cache/mlflow-ami/bytecode)
+ROOT := $(if $(filter 0,$(shell id -u)),,sudo -E -H) $(ELSEWHERE)
 BASE ?= debian12
 
 .PHONY: help
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
+	@echo "Each target installs what it needs first, by scripts/prepare.sh, and names it: that takes apt, and root or sudo."
+	@echo "What starts machines runs as root, through sudo where need be; audit, lint, lock and prepare do not."
 
-.PHONY: prepare prepare-test
-prepare: ## install what baking and rehearsing need (apt packages, .venv)
+.PHONY: prepare prepare-demo prepare-check prepare-lint prepare-bench prepare-test prepare-tools
+prepare: ## install what AWS and the examples need: Packer, git, Python packages in .venv
+	@scripts/prepare.sh aws
+prepare-demo: ## install what the local cloud needs as well: podman, mmdebstrap and what they use
 	@scripts/prepare.sh demo
-prepare-test: ## install what the tests need as well
+prepare-check:
+	@scripts/prepare.sh check
+prepare-lint:
+	@scripts/prepare.sh lint
+prepare-bench:
+	@scripts/prepare.sh bench
+prepare-test: ## install what the tests need as well: PostgreSQL, nginx, Chromium, scanners
 	@scripts/prepare.sh test
+prepare-tools: prepare-demo ## build Pulumi's CLI and a current Packer below build/tools, unless they are on PATH (needs Go)
+	@$(PYTHON) scripts/prepare_tools.py >/dev/null
 
 .PHONY: demo demo-down demo-purge
-demo: prepare ## bake, launch and fill an MLflow server on this machine
+demo: prepare-demo ## bake, launch and fill an MLflow server on this machine
 	@$(ROOT) $(PYTHON) scripts/demo.py --base $(BASE)
 demo-down: ## stop the demo; its image, data volume and buckets are kept
-	@$(ROOT) $(PYTHON) scripts/rehearse.py down
+	@$(ROOT) scripts/rehearse.py down
 demo-purge: ## stop the demo and delete everything it kept
-	@$(ROOT) $(PYTHON) scripts/rehearse.py down --purge --yes
+	@$(ROOT) scripts/rehearse.py down --purge --yes
 
 SECURITY := $(addprefix tests/journey/test_,access.py every_route.py leaks.py role.py sandbox.py database_readers.py \
 	  public_certificate.py domain.py scans.py) \
@@ -33,19 +49,25 @@ SECURITY := $(addprefix tests/journey/test_,access.py every_route.py leaks.py ro
 	  bill_of_materials.py guards.py routes.py) \
 	tests/local_cloud/test_permissions.py tests/stack/test_permissions.py tests/stack/test_secrets.py tests/stack/test_settings.py
 BESIDE := build/test-without-machines.txt
-.PHONY: test test-on-machines test-without-machines test-all test-schema test-chaos test-restore test-security \
-	test-housekeeping
-test: prepare-test ## lint and all tests that CI runs
+.PHONY: test test-on-machines test-without-machines test-all test-schema test-compare test-chaos test-restore test-security \
+	test-housekeeping test-adopt test-tools
+test: prepare-test ## lint and all tests that CI runs; PART=schema runs those of tests/schema
+ifdef PART
+	@$(ROOT) $(PYTEST) -m "not slow and not tools" tests/$(PART)
+else
 	@$(MAKE) --no-print-directory lint
 	@echo "tests: on machines, and beside them those that need none, which are shown when they have ended"
 	@exec $(ROOT) $(MAKE) --no-print-directory --jobs=2 test-on-machines test-without-machines
+	@if $(PYTHON) scripts/prepare_tools.py --check; then exec $(MAKE) --no-print-directory test-tools-quick; else \
+		echo "tests: those of the real Pulumi and Packer were left out, which are not built here (make test-tools)"; fi
+endif
 # Half of it waits for machines much of the time. Without `exec` a SIGTERM would end the shell and leave pytest running.
 test-on-machines:
-	@exec $(ROOT) $(PYTEST) -m "machine and not slow"
+	@exec $(ROOT) $(PYTEST) -m "machine and not slow and not tools"
 # The other half writes to a file, or its lines would run into the others'. The cloud's folder is not for it to know:
 # whoever names that is taken for something the cloud left running. SIGTERM, which the shell alone gets, is passed on.
 test-without-machines:
-	@mkdir -p build; env -u MLFLOW_AMI_LOCAL_CLOUD $(ROOT) $(PYTEST) -m "not machine and not slow" >$(BESIDE) 2>&1 & \
+	@mkdir -p build; env -u MLFLOW_AMI_LOCAL_CLOUD $(ROOT) $(PYTEST) -m "not machine and not slow and not tools" >$(BESIDE) 2>&1 & \
 	trap 'kill $$!' TERM; trap : INT; while kill -0 $$! 2>/dev/null; do wait $$!; status=$$?; done; \
 	echo; cat $(BESIDE); exit $$status
 test-all: prepare-test ## every test: Debian 13 and the slow matrices included
@@ -54,23 +76,44 @@ test-schema: prepare-test ## schema carry-over between the last eight MLflow rel
 	@$(ROOT) $(PYTEST) tests/schema
 test-security: prepare-test ## who gets in and what leaks: route walk, canaries, fuzzers, scanners, missing guards (Debian 12)
 	@$(ROOT) $(PYTEST) -k "not debian13" $(SECURITY)
+test-compare: prepare-test ## beside plain MLflow: 10,000 generated requests to two releases, 220 hard names of files
+	@$(ROOT) $(PYTEST) tests/compare tests/unit/test_artifact_names.py
 test-chaos: prepare-test ## kill the database step, PostgreSQL and the machine at random moments
 	@$(ROOT) $(PYTEST) tests/chaos
+test-adopt: prepare-test ## move in from other servers: MLflow 1.30 to the newest, PostgreSQL, dumps, mlruns/, kills
+	@$(ROOT) $(PYTEST) tests/adopt
 test-restore: prepare-test ## restore on a machine: after a lost volume, to any moment, from dumps, killed half-way
 	@$(ROOT) $(PYTEST) tests/journey/test_backups.py tests/journey/test_postgresql_major.py
 test-housekeeping: prepare-test ## removals in eight releases; a volume that fills up; jobs; files of 1 GiB either way
-	@$(ROOT) $(PYTEST) tests/unit/test_garbage.py tests/schema/test_removal_of_what_was_deleted.py \
+	@$(ROOT) $(PYTEST) tests/unit/test_garbage.py tests/schema/test_garbage_collection.py \
 		tests/journey/test_housekeeping.py tests/journey/test_jobs_and_big_files.py
 
-.PHONY: lint lock bench audit
-lint: prepare-test ## ruff, mypy, shellcheck, packer fmt
+TOOLS := $(CURDIR)/build/tools
+WITH_TOOLS := env PATH="$(TOOLS)/bin:$$PATH" PACKER_PLUGIN_PATH=$(TOOLS)/packer-plugins
+.PHONY: test-tools-quick
+test-tools: prepare-test prepare-tools ## the real tools: Pulumi's engine against ours, its CLI, a bake by a current Packer
+	@$(ROOT) $(WITH_TOOLS) $(PYTEST) -m tools
+test-tools-quick: # those of them that take under five minutes: nothing is baked, and our engine is not compared
+	@$(ROOT) $(WITH_TOOLS) $(PYTEST) -m "tools and not slow"
+
+.PHONY: check fix lint lock bench audit follow
+# No root and no apt packages: what runs at every change.
+check: prepare-check ## format, lint, types and the tests that need nothing else, in a minute
+	@.venv/bin/ruff format --check -q . && .venv/bin/ruff check -q .
+	@.venv/bin/mypy $(TYPED)
+	@$(PYTEST) -q -m "not machine and not service and not slow and not tools" tests/unit
+fix: prepare-check ## format, and mend what ruff can mend
+	@.venv/bin/ruff check --fix -q .; .venv/bin/ruff format -q .
+lint: prepare-lint ## ruff, mypy, shellcheck, packer fmt
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
-	@.venv/bin/mypy scripts infra provisioning/rootfs/usr/lib/mlflow-host
+	@.venv/bin/mypy $(TYPED)
 	@git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
 	@packer fmt -check packer
 lock: prepare ## renew provisioning/requirements.lock
 	@$(PYTHON) scripts/lock.py
+follow: prepare-test prepare-bench ## try the newest MLflow: lock, compare, bake, drill, bench, and a page to read; MLFLOW=X another one
+	@$(ROOT) $(PYTHON) scripts/follow.py $(if $(MLFLOW),--mlflow-version $(MLFLOW))
 audit: prepare ## packages of the newest image with known vulnerabilities, as far as the network allows
 	@$(PYTHON) scripts/audit.py
-bench: prepare-test ## speed and memory beside a default mlflow server, as ratios
+bench: prepare-bench ## speed and memory beside a default mlflow server, as ratios
 	@$(ROOT) $(PYTHON) -m tests.bench

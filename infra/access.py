@@ -1,4 +1,4 @@
-"""Who acts: the provider the stack is built with, and the role the machine has."""
+"""The AWS provider of the stack, and the IAM roles of its machine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 import pulumi
 import pulumi_aws as aws
-import survey
+
+import preflight
+from contract import alarms
 from credentials import Parameters
-from host import metrics
 from settings import Settings
 from storage import Storage
 
@@ -26,30 +27,33 @@ SESSION_MANAGER = (
     "ssmmessages:OpenControlChannel",
     "ssmmessages:OpenDataChannel",
 )
-"""What the agent needs for Session Manager and no more: the managed policy would let it read every parameter."""
+"""The permissions that Session Manager's agent needs. AWS's managed policy also allows reading every parameter."""
 
 
 def provider(config: Settings) -> aws.Provider:
-    """The provider with the stack's default tags. Whatever the user set in the namespace `aws:` holds for it too."""
+    """The AWS provider with the stack's default tags. All settings in the namespace `aws:` apply to it."""
     given: dict[str, Any] = {}
     for name in inspect.signature(aws.ProviderArgs).parameters:
         key = re.sub(r"_([a-z0-9])", lambda match: match[1].upper(), name)
         text = pulumi.Config("aws").get(key)
         if text is not None:
             given[name] = _parsed(text)
-    tags = {**given.get("default_tags", {}).get("tags", {}), **survey.identity(config)}
+    tags = {**given.get("default_tags", {}).get("tags", {}), **preflight.identity(config)}
     return aws.Provider("aws", **{**given, "region": config.region, "default_tags": {"tags": tags}})
 
 
 @dataclass(frozen=True)
 class Role:
     profile: aws.iam.InstanceProfile
+    mlflow: aws.iam.Role
+    """The role of MLflow's processes."""
     ready: list[pulumi.Resource]
-    """What must be allowed before the machine boots."""
+    """The policies that must exist before the machine boots."""
 
 
 def role(config: Settings, kept: Storage, parameters: Parameters, opts: pulumi.ResourceOptions) -> Role:
-    """The machine's role: its three buckets, its parameters, its metrics, Session Manager."""
+    """The machine's role: the stack's buckets and parameters, CloudWatch metrics, Session Manager. MLflow's processes
+    have a role of their own: objects of two buckets. Only the machine's role may assume it."""
     machine = aws.iam.Role(
         "server",
         description="MLflow server: its own buckets and parameters, Session Manager",
@@ -63,35 +67,63 @@ def role(config: Settings, kept: Storage, parameters: Parameters, opts: pulumi.R
         ),
         opts=opts,
     )
+    mlflow = aws.iam.Role(
+        "mlflow",
+        description="MLflow's processes on the server: objects of the artifacts and models buckets",
+        assume_role_policy=pulumi.Output.json_dumps(
+            {
+                "Version": "2012-10-17",
+                "Statement": [{"Effect": "Allow", "Principal": {"AWS": machine.arn}, "Action": "sts:AssumeRole"}],
+            }
+        ),
+        opts=opts,
+    )
     policy = aws.iam.RolePolicy(
         "server",
         role=machine.name,
-        policy=pulumi.Output.json_dumps(machine_policy(config, kept, parameters)),
+        policy=pulumi.Output.json_dumps(machine_policy(config, kept, parameters, mlflow)),
+        opts=opts,
+    )
+    mlflow_policy = aws.iam.RolePolicy(
+        "mlflow",
+        role=mlflow.name,
+        policy=pulumi.Output.json_dumps(
+            {"Version": "2012-10-17", "Statement": objects_of(kept.buckets["artifacts"], kept.buckets["models"])}
+        ),
         opts=opts,
     )
     profile = aws.iam.InstanceProfile("server", role=machine.name, opts=opts)
-    return Role(profile, [policy])
+    return Role(profile, mlflow, [policy, mlflow_policy])
 
 
-def machine_policy(config: Settings, kept: Storage, parameters: Parameters) -> dict[str, Any]:
-    """What the machine may do. In the backups bucket a delete only hides an object: its versions stay out of reach."""
-    buckets = [bucket.arn for bucket in kept.buckets.values()]
+def objects_of(*buckets: aws.s3.Bucket) -> list[dict[str, Any]]:
+    """Read and write objects in these buckets, without access to old versions."""
+    arns = [bucket.arn for bucket in buckets]
+    return [
+        {"Sid": "Buckets", "Effect": "Allow", "Action": list(OF_A_BUCKET), "Resource": arns},
+        {
+            "Sid": "Objects",
+            "Effect": "Allow",
+            "Action": [*READ_AND_WRITE, *MULTIPART],
+            "Resource": [pulumi.Output.concat(arn, "/*") for arn in arns],
+        },
+    ]
+
+
+def machine_policy(config: Settings, kept: Storage, parameters: Parameters, mlflow: aws.iam.Role) -> dict[str, Any]:
+    """The machine's permissions. In the backups bucket a delete only hides an object; the role cannot delete
+    versions."""
     read = [each.arn for each in (parameters.credentials, parameters.reader) if each]
     publish = [
-        {"Sid": "Authority", "Effect": "Allow", "Action": "ssm:PutParameter", "Resource": authority.arn}
-        for authority in [parameters.authority]
-        if authority
+        {"Sid": sid, "Effect": "Allow", "Action": "ssm:PutParameter", "Resource": parameter.arn}
+        for sid, parameter in {"Authority": parameters.authority, "InService": parameters.in_service}.items()
+        if parameter
     ]
     return {
         "Version": "2012-10-17",
         "Statement": [
-            {"Sid": "Buckets", "Effect": "Allow", "Action": list(OF_A_BUCKET), "Resource": buckets},
-            {
-                "Sid": "Objects",
-                "Effect": "Allow",
-                "Action": [*READ_AND_WRITE, *MULTIPART],
-                "Resource": [pulumi.Output.concat(arn, "/*") for arn in buckets],
-            },
+            *objects_of(*kept.buckets.values()),
+            {"Sid": "ActAsMlflow", "Effect": "Allow", "Action": "sts:AssumeRole", "Resource": mlflow.arn},
             {
                 "Sid": "Credentials",
                 "Effect": "Allow",
@@ -103,9 +135,9 @@ def machine_policy(config: Settings, kept: Storage, parameters: Parameters) -> d
                 "Sid": "Metrics",
                 "Effect": "Allow",
                 "Action": "cloudwatch:PutMetricData",
-                # It knows no resources.
+                # PutMetricData supports no resource-level permissions.
                 "Resource": "*",
-                "Condition": {"StringEquals": {"cloudwatch:namespace": metrics.namespace(config.stack)}},
+                "Condition": {"StringEquals": {"cloudwatch:namespace": alarms.namespace(config.stack)}},
             },
             {"Sid": "SessionManager", "Effect": "Allow", "Action": list(SESSION_MANAGER), "Resource": "*"},
         ],
@@ -113,7 +145,7 @@ def machine_policy(config: Settings, kept: Storage, parameters: Parameters) -> d
 
 
 def _parsed(text: str) -> Any:
-    """Lists, objects, numbers and truth values arrive from Pulumi as JSON, text as it was set."""
+    """Pulumi returns lists, objects, numbers and booleans as JSON, text unchanged."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -1,21 +1,25 @@
-"""The stack's parameters: what the machine must be told in secret, and what clients verify it by.
+"""The stack's parameters in Systems Manager: credentials and their passphrase, and what the machine publishes.
 
-The credentials are generated once, kept encrypted in Pulumi's state and as an SSM SecureString, nowhere else. They
-are written when the stack is made. From then on the people in them are managed in the parameter itself, so Pulumi
-does not write it again: an `up` would otherwise bring removed users back.
+The credentials are generated once and stored in two places: encrypted in Pulumi's state, and in an SSM SecureString.
+Pulumi writes the parameter only when it creates the stack. Later the users are managed in the parameter itself
+(scripts/users.py); if Pulumi wrote it again, an `up` would bring removed users back.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pulumi
 import pulumi_aws as aws
 import pulumi_random as random
+
+import lost_state
+from preflight import Existing
 from settings import ADMIN, Settings
 
 WRITTEN_ONCE = ["value", "description", "tier", "keyId"]
-"""Not the value alone: to change any of the others, the provider writes the value it knows along with it."""
+"""All of them, not the value alone: to change any other property, the provider also writes the value in its state."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +27,21 @@ class Parameters:
     credentials: aws.ssm.Parameter
     """SecureString, JSON, format 1: users, and the passphrase MLflow encrypts the secrets in its database with."""
     authority: aws.ssm.Parameter | None
-    """String: certificate of the private authority, published by the machine. None without one."""
+    """String: certificate of the private authority, published by the machine. None if tls is not private."""
     reader: aws.ssm.Parameter | None
-    """SecureString: password of the role that reads the database over the network. None while nobody may."""
+    """SecureString: password of the role that reads the database over the network. None if postgresCidrs is empty."""
+    in_service: aws.ssm.Parameter
+    """String: the image whose schema is in service, reported by the machine."""
 
     @property
     def ready(self) -> list[pulumi.Resource]:
-        """What must be there before the machine boots."""
-        return [parameter for parameter in (self.credentials, self.authority, self.reader) if parameter]
+        """The parameters that must exist before the machine boots."""
+        every = (self.credentials, self.authority, self.reader, self.in_service)
+        return [parameter for parameter in every if parameter]
 
 
-def build(config: Settings, opts: pulumi.ResourceOptions) -> Parameters:
-    # Whoever loses the passphrase loses what it encrypts, so it is protected like the data volume.
+def build(config: Settings, found: Existing, volume: pulumi.Resource, opts: pulumi.ResourceOptions) -> Parameters:
+    # Losing the passphrase makes the secrets in the database unreadable, so it is protected like the data volume.
     passphrase = random.RandomPassword(
         "kek-passphrase", length=48, special=False, opts=pulumi.ResourceOptions(protect=True)
     )
@@ -44,45 +51,60 @@ def build(config: Settings, opts: pulumi.ResourceOptions) -> Parameters:
         "kek_passphrase": passphrase.result,
         "users": {ADMIN: {"password": password, "role": "admin"}},
     }
-    credentials = aws.ssm.Parameter(
+
+    def parameter(
+        name: str, description: str, type: str, value: Any, after: pulumi.Resource, **options: Any
+    ) -> aws.ssm.Parameter:
+        # A standard parameter holds 4 KiB, about 40 users; Intelligent-Tiering makes a larger one advanced.
+        tier = "Intelligent-Tiering" if name == "credentials" else None
+        hooks = lost_state.refuse_second_parameter(config, found, name)
+        more = pulumi.ResourceOptions(hooks=hooks, depends_on=[after], **options)
+        return aws.ssm.Parameter(
+            name,
+            name=config.parameter(name),
+            description=f"MLflow server: {description}",
+            type=type,
+            value=value,
+            tier=tier,
+            opts=pulumi.ResourceOptions.merge(opts, more),
+        )
+
+    def published(name: str, description: str, value: str) -> aws.ssm.Parameter:
+        """Created empty, so that destroying the stack deletes it and the machine needs write access to this parameter
+        only."""
+        return parameter(name, description, "String", value, credentials, ignore_changes=WRITTEN_ONCE)
+
+    # One after the other, so that only the first one is refused when the state was lost.
+    credentials = parameter(
         "credentials",
-        name=config.parameter("credentials"),
-        description="MLflow server: its users, and the passphrase of its key encryption key",
-        type="SecureString",
-        # A standard parameter holds 4 KiB, some 40 users; with more it becomes an advanced one.
-        tier="Intelligent-Tiering",
-        value=pulumi.Output.json_dumps(content),
-        opts=pulumi.ResourceOptions.merge(opts, pulumi.ResourceOptions(protect=True, ignore_changes=WRITTEN_ONCE)),
+        "its users, and the passphrase of its key encryption key",
+        "SecureString",
+        pulumi.Output.json_dumps(content),
+        after=volume,
+        protect=True,
+        ignore_changes=WRITTEN_ONCE,
     )
     return Parameters(
-        credentials,
-        _authority(config, opts) if config.tls == "private" else None,
-        _reader(config, opts) if config.postgres_cidrs else None,
+        credentials=credentials,
+        authority=published(
+            "certificate-authority",
+            "certificate of its private authority, which clients verify it by",
+            "not published yet",
+        )
+        if config.tls == "private"
+        else None,
+        reader=parameter(
+            "postgres-reader",
+            "password of PostgreSQL's role mlflow_reader",
+            "SecureString",
+            random.RandomPassword("postgres-reader", length=32, special=False).result,
+            after=credentials,
+        )
+        if config.postgres_cidrs
+        else None,
+        in_service=published("in-service", "which image's schema its data volume has", "not reported yet"),
     )
 
 
 def _given(config: Settings) -> pulumi.Output[str] | None:
     return pulumi.Output.secret(config.admin_password) if config.admin_password else None
-
-
-def _reader(config: Settings, opts: pulumi.ResourceOptions) -> aws.ssm.Parameter:
-    return aws.ssm.Parameter(
-        "postgres-reader",
-        name=config.parameter("postgres-reader"),
-        description="MLflow server: password of PostgreSQL's role mlflow_reader",
-        type="SecureString",
-        value=random.RandomPassword("postgres-reader", length=32, special=False).result,
-        opts=opts,
-    )
-
-
-def _authority(config: Settings, opts: pulumi.ResourceOptions) -> aws.ssm.Parameter:
-    """Made empty, so that it goes with the stack and the machine needs to write to this one only."""
-    return aws.ssm.Parameter(
-        "certificate-authority",
-        name=config.parameter("certificate-authority"),
-        description="MLflow server: certificate of its private authority, which clients verify it by",
-        type="String",
-        value="not published yet",
-        opts=pulumi.ResourceOptions.merge(opts, pulumi.ResourceOptions(ignore_changes=WRITTEN_ONCE)),
-    )

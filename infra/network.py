@@ -1,4 +1,4 @@
-"""Where the server is: a network of its own with two public subnets, and who may reach it."""
+"""The stack's network: a VPC with two public subnets, a security group, and the server's Elastic IP."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pulumi
 import pulumi_aws as aws
+
 from settings import ANYWHERE, Settings
 
 NETWORK = "10.20.0.0/16"
@@ -14,12 +15,12 @@ NETWORK = "10.20.0.0/16"
 @dataclass(frozen=True)
 class Network:
     subnet: aws.ec2.Subnet
-    """The one in the data volume's zone."""
+    """The subnet in the data volume's zone."""
     group: aws.ec2.SecurityGroup
     address: aws.ec2.Eip
-    """The server's address, which outlives every machine: clients and DNS records know it."""
+    """The server's Elastic IP. It is kept when the machine is replaced, because clients and DNS records contain it."""
     ready: list[pulumi.Resource]
-    """What must be there before the machine's first call to AWS."""
+    """The resources that the machine's first call to AWS needs."""
 
 
 def build(config: Settings, zones: tuple[str, str], opts: pulumi.ResourceOptions) -> Network:
@@ -72,7 +73,8 @@ def build(config: Settings, zones: tuple[str, str], opts: pulumi.ResourceOptions
 
 
 def _block(zone: str) -> str:
-    """A zone's subnet by the zone's letter, so that no subnet moves when the region's list of zones changes."""
+    """A zone's subnet CIDR, derived from the zone's letter, so that no subnet moves when the region's list of zones
+    changes."""
     return f"10.20.{ord(zone[-1]) - ord('a')}.0/24"
 
 

@@ -1,19 +1,20 @@
-"""What the stack tells: where the server is, what it runs, and the lines a client exports."""
+"""The stack's outputs: URL, versions, IDs, and the shell lines that configure an MLflow client."""
 
 from __future__ import annotations
 
 import pulumi
+
 from credentials import Parameters
 from network import Network
+from preflight import Existing
 from server import Server
 from settings import ADMIN, Settings
 from storage import Storage
-from survey import Survey
 
 
 def export(
     config: Settings,
-    found: Survey,
+    found: Existing,
     net: Network,
     kept: Storage,
     parameters: Parameters,
@@ -25,6 +26,7 @@ def export(
     pulumi.export("instanceId", machine.instance.id)
     pulumi.export("publicIp", net.address.public_ip)
     pulumi.export("amiId", found.image.image_id)
+    pulumi.export("channel", config.channel)
     pulumi.export("imageVersion", found.image.image_version)
     pulumi.export("mlflowVersion", found.image.mlflow_version)
     pulumi.export("migrationHead", found.image.migration_head)
@@ -48,7 +50,7 @@ def export(
 
 
 def client_environment(config: Settings, url: str, credentials: str, authority: str) -> str:
-    """The shell lines that point an MLflow client at the server; they fetch the password instead of holding it."""
+    """Shell lines that configure an MLflow client. They fetch the password; they do not contain it."""
     fetch = f"aws ssm get-parameter --region {config.region} --query Parameter.Value --output text --name"
     pick = f"import json, sys; print(json.load(sys.stdin)['users']['{ADMIN}']['password'])"
     lines = [

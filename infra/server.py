@@ -1,4 +1,4 @@
-"""The machine: replaced whenever its image or its user-data changes, and nothing of value is lost with it."""
+"""The machine. A new image or new user-data replaces it; it holds no data."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from dataclasses import dataclass
 
 import pulumi
 import pulumi_aws as aws
+
 import user_data
 from access import Role
 from credentials import Parameters
 from network import Network
+from preflight import Existing
 from settings import Settings
 from storage import Storage
-from survey import Survey
 
 DATA_DEVICE = "/dev/sdf"
-"""Where EC2 attaches the data volume; the machine finds it by the volume's ID, whatever the kernel calls it."""
+"""Device name of the attachment. The machine finds the volume by its ID, because the kernel chooses another name."""
 RECORD_SECONDS = 300
 
 
@@ -23,22 +24,23 @@ RECORD_SECONDS = 300
 class Server:
     instance: aws.ec2.Instance
     hostnames: pulumi.Output[list[str]]
-    """What the server answers to; the first is the one in its URL."""
+    """The server's host names; the first is used in its URL."""
 
 
 def launch(
     config: Settings,
-    found: Survey,
+    found: Existing,
     net: Network,
     kept: Storage,
     parameters: Parameters,
     role: Role,
     opts: pulumi.ResourceOptions,
 ) -> Server:
-    """Instance, data volume, address and, in a hosted zone, the name.
+    """Instance, data volume attachment, address and, in a hosted zone, the DNS record.
 
-    The old instance goes first, because the volume can be attached to one only; the attachment stops it before that,
-    so that PostgreSQL shuts down.
+    The old instance is deleted before the new one is created, because the volume can be attached to one instance only.
+    The attachment stops the instance before that, while it still has its address: the server answers the requests that
+    it has accepted, then PostgreSQL shuts down.
     """
     hostnames = net.address.public_ip.apply(lambda ip: [name for name in (config.domain_name, ip) if name])
     instance = aws.ec2.Instance(
@@ -49,7 +51,7 @@ def launch(
         vpc_security_group_ids=[net.group.id],
         iam_instance_profile=role.profile.name,
         key_name=config.key_name or None,
-        user_data=user_data.written(config, found.image, hostnames, kept, parameters),
+        user_data=user_data.written(config, found.image, hostnames, kept, parameters, role.mlflow.arn),
         user_data_replace_on_change=True,
         metadata_options={
             "http_endpoint": "enabled",
@@ -70,15 +72,23 @@ def launch(
             depends_on=[*net.ready, *kept.ready, *role.ready, *parameters.ready],
         ),
     )
+    association = aws.ec2.EipAssociation("server", instance_id=instance.id, allocation_id=net.address.id, opts=opts)
     aws.ec2.VolumeAttachment(
         "data",
         instance_id=instance.id,
         volume_id=kept.volume.id,
         device_name=DATA_DEVICE,
         stop_instance_before_detaching=True,
-        opts=_with(opts, delete_before_replace=True),
+        opts=_with(opts, delete_before_replace=True, depends_on=[association]),
     )
-    aws.ec2.EipAssociation("server", instance_id=instance.id, allocation_id=net.address.id, opts=opts)
+    # The tag stays when the stack launches another image: scripts/images.py keeps the last image to roll back to.
+    aws.ec2.Tag(
+        "image",
+        resource_id=found.image.image_id,
+        key=f"mlflow-ami:stack:{config.stack}",
+        value=kept.volume.id,
+        opts=_with(opts, retain_on_delete=True, depends_on=[instance]),
+    )
     if config.hosted_zone_id:
         aws.route53.Record(
             "server",

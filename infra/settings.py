@@ -1,6 +1,6 @@
-"""What the stack is asked to be: the Pulumi configuration, read once into one frozen dataclass.
+"""The stack's settings: the Pulumi configuration, read once into one frozen dataclass.
 
-Names, types, defaults and descriptions come from Pulumi.yaml. Nothing here asks AWS; `survey` does that.
+Names, types, defaults and descriptions come from Pulumi.yaml. This module makes no AWS calls; `preflight` does.
 """
 
 from __future__ import annotations
@@ -19,24 +19,29 @@ from typing import Any
 import pulumi
 import pulumi.runtime.config
 import yaml
-from host import launch, naming
+
+from contract import alarms, launch, restore_request
 
 PROJECT = Path(__file__).with_name("Pulumi.yaml")
 
 ADMIN = "admin"
 ANYWHERE = "0.0.0.0/0"
+RESERVED = ("facts", "images")
+"""Names below /mlflow-ami/ in Systems Manager that scripts/images.py uses."""
 RULES_PER_GROUP = 60
 """Inbound rules EC2 allows in a security group by default (Amazon VPC quotas)."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The stack's settings. Text that was left empty is "", as in the launch document."""
+    """The stack's settings. Empty text is "", as in the launch document."""
 
     project: str
     stack: str
     region: str
     ami_id: str
+    """Empty when `channel` chooses the image."""
+    channel: str
     allowed_cidrs: tuple[str, ...]
     instance_type: str
     data_volume_gib: int
@@ -44,33 +49,36 @@ class Settings:
     availability_zone: str
     domain_name: str
     tls: str
-    """How the machine serves, in the launch document's words: private, acme or off."""
+    """As in the launch document: private, acme or off."""
     acme_email: str
     acme_directory: str
     hosted_zone_id: str
     admin_password: str = field(repr=False)
-    """A secret: whoever passes it on to Pulumi marks it as one."""
+    """Secret: wrap it in pulumi.Output.secret before passing it to a resource."""
     ssh_cidrs: tuple[str, ...]
     postgres_cidrs: tuple[str, ...]
-    """Who may read the database; the first to name one turns PostgreSQL's listening on."""
+    """Networks that may read the database. With any, PostgreSQL listens on the network."""
     key_name: str
     artifact_transfer: str
     job_execution: bool
     deleted_retention_days: int
-    """How long what users deleted through MLflow can be restored; 0 for ever."""
+    """Days until objects deleted in MLflow are removed; 0: never."""
     backup_retention_days: int
+    alarms: tuple[str, ...]
+    """Names in `contract.alarms`."""
     alarm_topic_arn: str
     restore_from: str
-    """What is restored at the next boot; the machine does so once per value."""
+    """The backup to restore at the next boot; each value is restored once."""
     backups_endpoint: str
     backups_authority: str
     s3_endpoint: str
     ssm_endpoint: str
+    sts_endpoint: str
     monitoring_endpoint: str
 
     @property
     def title(self) -> str:
-        """How the stack's resources are called in the AWS console."""
+        """Name of the stack's resources in the AWS console."""
         return f"mlflow-{self.stack}"
 
     @property
@@ -79,8 +87,8 @@ class Settings:
 
     @property
     def doors(self) -> list[tuple[str, int, tuple[str, ...]]]:
-        """What can be reached from outside: name, port, networks. With TLS, port 80 redirects and answers a public
-        authority, whose addresses nobody is told beforehand."""
+        """The inbound rules: name, port, networks. With TLS, port 80 redirects. With acme it is open to everybody,
+        because the addresses of the public authority are not published."""
         encrypted = [("https", 443, self.allowed_cidrs)] if self.tls != "off" else []
         plain = ("http", 80, (ANYWHERE,) if self.tls == "acme" else self.allowed_cidrs)
         return [plain, *encrypted, ("ssh", 22, self.ssh_cidrs), ("postgresql", 5432, self.postgres_cidrs)]
@@ -97,9 +105,9 @@ def schema() -> Mapping[str, Mapping[str, Any]]:
 
 
 def read() -> tuple[Settings, list[str]]:
-    """The settings of the stack being run, and a sentence for every mistake in them.
+    """The settings of the selected stack, and a sentence for every mistake in them.
 
-    A setting with a mistake has its default, so that the rest can still be looked at.
+    A setting with a mistake gets its default, so that the other settings are still checked.
     """
     project, stack = pulumi.get_project(), pulumi.get_stack()
     mistakes = _unknown(project) + _stack_name(stack)
@@ -122,6 +130,9 @@ def read() -> tuple[Settings, list[str]]:
         stack=stack,
         region=_region(mistakes),
         ami_id=take("amiId", _matches(r"ami-([0-9a-f]{8}|[0-9a-f]{17})", "is not the ID of an image (ami-…)")),
+        channel=take(
+            "channel", _matches(r"(?!ami-)[a-z][a-z0-9-]{0,39}", "is not the name of a channel such as staging")
+        ),
         allowed_cidrs=take("allowedCidrs", _networks),
         instance_type=take(
             "instanceType", _matches(r"[a-z0-9-]+\.[a-z0-9-]+", "is not an instance type such as t3.small")
@@ -143,22 +154,25 @@ def read() -> tuple[Settings, list[str]]:
         artifact_transfer=take("artifactTransfer", _matches("direct|proxied", "must be direct or proxied")),
         job_execution=take("jobExecution"),
         deleted_retention_days=take("deletedRetentionDays", _between(0, 3650, "days")),
+        alarms=take("alarms", _names_of_alarms),
         alarm_topic_arn=take(
             "alarmTopicArn",
             _matches(r"arn:aws[a-z-]*:sns:[a-z0-9-]+:\d{12}:[A-Za-z0-9_-]{1,256}", "is not the ARN of an SNS topic"),
         ),
         backup_retention_days=take("backupRetentionDays", _between(1, 3650, "days")),
-        restore_from=take("restoreFrom", naming.wrong),
+        restore_from=take("restoreFrom", restore_request.wrong),
         backups_endpoint=take("backupsEndpoint", launch.endpoint_url),
         backups_authority=take("backupsAuthority", launch.certificates),
         s3_endpoint=take("s3Endpoint", launch.endpoint_url),
         ssm_endpoint=take("ssmEndpoint", launch.endpoint_url),
+        sts_endpoint=take("stsEndpoint", launch.endpoint_url),
         monitoring_endpoint=take("monitoringEndpoint", launch.endpoint_url),
     )
     given = functools.partial(pulumi.Config(project).get, default="")
-    if not given("amiId"):
+    if not given("amiId") and not given("channel"):
         mistakes.append(
-            "amiId is missing: bake an image with scripts/bake.py and `pulumi config set amiId` to the ID it prints."
+            "amiId is missing: bake an image with scripts/bake.py and `pulumi config set amiId` to the ID it prints, "
+            "or name a channel with `pulumi config set channel`."
         )
     if given("allowedCidrs") in ("", "[]"):
         mistakes.append(
@@ -175,12 +189,12 @@ def as_sentences(mistakes: list[str]) -> str:
 
 
 def cautions(config: Settings) -> list[str]:
-    """What is allowed and still worth a warning."""
+    """Warnings about settings that are allowed but risky."""
     found = []
     if ANYWHERE in config.allowed_cidrs:
-        found.append(f"allowedCidrs has {ANYWHERE}: everybody on the internet reaches the login.")
+        found.append(f"allowedCidrs has {ANYWHERE}: the login is open to the whole internet.")
     if ANYWHERE in config.postgres_cidrs:
-        found.append(f"postgresCidrs has {ANYWHERE}: everybody on the internet reaches PostgreSQL.")
+        found.append(f"postgresCidrs has {ANYWHERE}: PostgreSQL is open to the whole internet.")
     if config.tls == "off":
         found.append("tls is off: passwords and data cross the network in clear.")
     return found
@@ -193,12 +207,16 @@ def _unknown(project: str) -> list[str]:
     for name in names:
         if name not in schema():
             meant = difflib.get_close_matches(name, schema(), n=1)
-            remedy = f"did you mean {meant[0]}?" if meant else "remove it with `pulumi config rm`."
+            remedy = f"did you mean {meant[0]}?" if meant else f"remove it with `pulumi config rm {name}`."
             mistakes.append(f"{name} is not a setting of this stack: {remedy}")
     return mistakes
 
 
 def _stack_name(stack: str) -> list[str]:
+    if stack in RESERVED:
+        return [
+            f"The stack's name {stack!r} is taken: /mlflow-ami/{stack}/ holds parameters of images. Choose another."
+        ]
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,49}", stack):
         return []
     return [f"The stack's name {stack!r} must be 1 to 50 letters, digits, dots, hyphens or underscores."]
@@ -230,17 +248,22 @@ def _password(project: str, mistakes: list[str]) -> str:
 
 def _contradictions(found: Settings) -> list[str]:
     mistakes = []
+    if found.ami_id and found.channel:
+        mistakes.append(
+            f"amiId and channel are both set: remove one, with `pulumi config rm channel` to pin {found.ami_id}, or "
+            f"with `pulumi config rm amiId` to follow {found.channel}."
+        )
     if found.hosted_zone_id and not found.domain_name:
-        mistakes.append("hostedZoneId is set but domainName is not: set the name to write into the zone, or neither.")
+        mistakes.append("hostedZoneId is set but domainName is not: set domainName too, or remove hostedZoneId.")
     if found.ssh_cidrs and not found.key_name:
-        mistakes.append("sshCidrs is set but keyName is not: nobody could log in, so set a key pair, or neither.")
+        mistakes.append("sshCidrs is set but keyName is not: nobody could log in. Set a key pair, or remove sshCidrs.")
     if (found.backups_endpoint or found.s3_endpoint).startswith("http://"):
         mistakes.append(
             "backupsEndpoint must be an https:// address where s3Endpoint is http://: pgBackRest, which archives the "
             "write-ahead log, takes HTTPS only."
         )
     elif found.backups_authority and not (found.backups_endpoint or found.s3_endpoint):
-        mistakes.append("backupsAuthority is set but backupsEndpoint is not: set the address that it vouches for.")
+        mistakes.append("backupsAuthority is set but backupsEndpoint is not: set the endpoint that it certifies.")
     if found.tls == "acme" and not found.domain_name:
         mistakes.append("tls is acme but domainName is not set: name the domain to certify, or set tls to private.")
     if found.acme_email and found.tls != "acme":
@@ -249,20 +272,20 @@ def _contradictions(found: Settings) -> list[str]:
         mistakes.append(f"acmeDirectory is set but tls is {found.tls}: set tls to acme, or no directory.")
     if found.postgres_cidrs and found.tls != "private":
         mistakes.append(
-            f"postgresCidrs is set but tls is {found.tls}: PostgreSQL's clients verify it by the stack's own "
-            "authority, so set tls to private, or no networks."
+            f"postgresCidrs is set but tls is {found.tls}: PostgreSQL's certificate comes from the stack's "
+            "private authority, so set tls to private, or no networks."
         )
     topic_region = found.alarm_topic_arn.split(":")[3] if found.alarm_topic_arn else ""
     if topic_region and found.region and topic_region != found.region:
         mistakes.append(
-            f"alarmTopicArn is of the region {topic_region}, not of {found.region}: an alarm tells topics of its own "
-            "region only."
+            f"alarmTopicArn is of the region {topic_region}, not of {found.region}: an alarm can only "
+            "use a topic in its own region."
         )
     rules = sum(len(networks) for _, _, networks in found.doors)
     if rules > RULES_PER_GROUP:
         mistakes.append(
             f"allowedCidrs, sshCidrs and postgresCidrs make {rules} inbound rules, more than the {RULES_PER_GROUP} a "
-            "security group holds: sum networks up."
+            "security group allows: combine adjacent networks."
         )
     if found.availability_zone and found.region and not found.availability_zone.startswith(found.region):
         mistakes.append(f"availabilityZone: {found.availability_zone!r} is not in the region {found.region}.")
@@ -281,6 +304,13 @@ def _domain(value: str) -> str | None:
     if launch.host(value) is None and launch.host_is_public_name(value):
         return None
     return "is not a domain name in lower case such as mlflow.example.com"
+
+
+def _names_of_alarms(values: tuple[str, ...]) -> str | None:
+    known = (*alarms.NAMES, alarms.STATUS_CHECK)
+    if wrong := [value for value in values if value not in known]:
+        return f"has {wrong[0]!r}, which is no alarm: there are {', '.join(known)}"
+    return "names an alarm twice" if len(set(values)) < len(values) else None
 
 
 def _networks(values: tuple[str, ...]) -> str | None:
@@ -314,7 +344,7 @@ def _boolean(text: str) -> bool | None:
 
 
 def _list(text: str) -> tuple[str, ...] | None:
-    """A JSON list, as Pulumi hands it over, or names separated by commas. Doubles are dropped."""
+    """A JSON list, as Pulumi passes it, or names separated by commas. Duplicates are dropped."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError:

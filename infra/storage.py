@@ -1,4 +1,4 @@
-"""What outlives every machine: three buckets and the data volume. All of it is protected."""
+"""The three buckets and the data volume. They outlive machines, and all of them are protected."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ from typing import Any
 
 import pulumi
 import pulumi_aws as aws
-import survey
+
+import backups
+import lost_state
+import preflight
 from settings import Settings
 
 UPLOAD_DAYS = 7
-"""Days after which S3 drops the parts of an upload nobody finished."""
+"""Days after which S3 deletes the parts of an unfinished upload."""
+ELSEWHERE = ["lifecycleRules", "policy", "serverSideEncryptionConfiguration", "versioning"]
+"""Properties of a bucket that resources of their own manage. A refresh reads them into the bucket's state, and the next
+`up` would remove them from the bucket again (pulumi/pulumi-aws#6244)."""
+NAME_ONCE_GIVEN = ["bucket"]
+"""A bucket that was imported keeps its name; Pulumi would otherwise choose another one and replace it."""
 
 
 @dataclass(frozen=True)
@@ -20,22 +28,23 @@ class Storage:
     models: aws.s3.Bucket
     backups: aws.s3.Bucket
     volume: aws.ebs.Volume
-    """PostgreSQL's cluster, and in the tags the record of the image that owns it from now on."""
+    """Holds PostgreSQL's cluster. Its tags name the image of the last `up`."""
     ready: list[pulumi.Resource]
-    """What must hold before the machine writes its first object."""
+    """The bucket settings that must be in effect before the machine writes its first object."""
+    restore_from: pulumi.Output[str]
+    """The backup to restore at the next boot, checked against the backups bucket."""
 
     @property
     def buckets(self) -> dict[str, aws.s3.Bucket]:
         return {"artifacts": self.artifacts, "models": self.models, "backups": self.backups}
 
 
-def build(config: Settings, found: survey.Survey, opts: pulumi.ResourceOptions) -> Storage:
+def build(config: Settings, found: preflight.Existing, opts: pulumi.ResourceOptions) -> Storage:
     """Buckets that are versioned, encrypted, private and TLS only, and the data volume."""
     ready: list[pulumi.Resource] = []
-    artifacts, models, backups = (
-        _bucket(f"mlflow-{name}", config.backup_retention_days, ready, opts)
-        for name in ("artifacts", "models", "backups")
-    )
+    buckets = {name: _bucket(f"mlflow-{name}", config.backup_retention_days, ready, opts) for name in preflight.BUCKETS}
+    restore_from = backups.restore_from(config, found, buckets["backups"].bucket, opts)
+    restored = {"mlflow-ami:restore-from": restore_from} if config.restore_from else {}
     volume = aws.ebs.Volume(
         "data",
         availability_zone=found.zones[0],
@@ -44,18 +53,20 @@ def build(config: Settings, found: survey.Survey, opts: pulumi.ResourceOptions) 
         encrypted=True,
         tags={
             "Name": f"{config.title}-data",
-            "mlflow-ami:role": survey.ROLE_OF_DATA_VOLUME,
-            **survey.record(found.image),
+            "mlflow-ami:role": preflight.ROLE_OF_DATA_VOLUME,
+            **preflight.record(found.image),
+            **{f"mlflow-ami:bucket-{name}": bucket.bucket for name, bucket in buckets.items()},
+            **restored,
         },
-        opts=_protected(opts),
+        opts=_protected(opts, hooks=lost_state.refuse_second_volume(config, found)),
     )
-    return Storage(artifacts, models, backups, volume, ready)
+    return Storage(**buckets, volume=volume, ready=ready, restore_from=restore_from)
 
 
 def _bucket(
     name: str, retention_days: int, ready: list[pulumi.Resource], opts: pulumi.ResourceOptions
 ) -> aws.s3.Bucket:
-    bucket = aws.s3.Bucket(name, opts=_protected(opts))
+    bucket = aws.s3.Bucket(name, opts=_protected(opts, ignore_changes=[*ELSEWHERE, *NAME_ONCE_GIVEN]))
     ownership = aws.s3.BucketOwnershipControls(
         name, bucket=bucket.id, rule={"object_ownership": "BucketOwnerEnforced"}, opts=opts
     )
@@ -81,7 +92,7 @@ def _bucket(
         name,
         bucket=bucket.id,
         policy=pulumi.Output.json_dumps(tls_only(bucket)),
-        # S3 refuses two changes of a bucket's access at the same time.
+        # S3 refuses two concurrent changes to a bucket's access settings.
         opts=_after(opts, private),
     )
     lifecycle = aws.s3.BucketLifecycleConfiguration(
@@ -109,7 +120,7 @@ def _bucket(
 
 
 def tls_only(bucket: aws.s3.Bucket) -> dict[str, Any]:
-    """The bucket policy that refuses every request without TLS 1.2 or newer, whoever makes it."""
+    """Bucket policy that denies every request without TLS 1.2 or newer, for all principals."""
     resources = [bucket.arn, pulumi.Output.concat(bucket.arn, "/*")]
     denied = {"Effect": "Deny", "Principal": "*", "Action": "s3:*", "Resource": resources}
     return {
@@ -121,8 +132,8 @@ def tls_only(bucket: aws.s3.Bucket) -> dict[str, Any]:
     }
 
 
-def _protected(opts: pulumi.ResourceOptions) -> pulumi.ResourceOptions:
-    return pulumi.ResourceOptions.merge(opts, pulumi.ResourceOptions(protect=True))
+def _protected(opts: pulumi.ResourceOptions, **more: Any) -> pulumi.ResourceOptions:
+    return pulumi.ResourceOptions.merge(opts, pulumi.ResourceOptions(protect=True, **more))
 
 
 def _after(opts: pulumi.ResourceOptions, *resources: pulumi.Resource) -> pulumi.ResourceOptions:

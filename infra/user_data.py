@@ -1,4 +1,4 @@
-"""User-data: the launch document in a cloud-config, checked by the rules of the machine that will read it."""
+"""User-data: the launch document in a cloud-config, checked by the code that reads it on the machine."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import jinja2
 import pulumi
 import yaml
+
+from contract import alarms, launch
 from credentials import Parameters
-from host import launch
+from preflight import Facts
 from settings import Settings
 from storage import Storage
-from survey import Facts
 
 TEMPLATE = Path(__file__).with_name("user_data.yaml.j2")
 LIMIT_BYTES = 16384
@@ -25,30 +26,40 @@ SAMPLE: dict[str, Any] = {
     "models": "mlflow-models-0000000",
     "backups": "mlflow-backups-0000000",
     "volume": "vol-0123456789abcdef0",
+    "report": "",
     "parameter": "/mlflow-ami/stack/credentials",
     "authority": "/mlflow-ami/stack/certificate-authority",
     "reader": "/mlflow-ami/stack/postgres-reader",
+    "role": "",
 }
-"""Names of the form that AWS gives, for a look at the user-data before there are any."""
+"""Sample names in AWS's format, to check the user-data before the resources exist."""
 
 
 def written(
-    config: Settings, image: Facts, hostnames: pulumi.Output[list[str]], kept: Storage, parameters: Parameters
+    config: Settings,
+    image: Facts,
+    hostnames: pulumi.Output[list[str]],
+    kept: Storage,
+    parameters: Parameters,
+    role: pulumi.Output[str],
 ) -> pulumi.Output[str]:
-    """The stack's user-data for a machine of that image, once AWS has named what it refers to."""
+    """The stack's user-data for a machine of that image, once AWS has returned the names in it."""
     named = pulumi.Output.all(
         hostnames=hostnames,
         **{name: bucket.bucket for name, bucket in kept.buckets.items()},
         volume=kept.volume.id,
+        restore_from=kept.restore_from,
+        report=parameters.in_service.name,
         authority=parameters.authority.name if parameters.authority else "",
         reader=parameters.reader.name if parameters.reader else "",
         parameter=parameters.credentials.name,
+        role=role,
     )
     return named.apply(lambda names: render(document(config, names), image.launch_revision))
 
 
 def problems(config: Settings, image: Facts) -> list[str]:
-    """What would be wrong with the user-data, whatever the names turn out to be."""
+    """Mistakes in the user-data that do not depend on the names from AWS."""
     try:
         render(_sample(config), image.launch_revision)
     except pulumi.RunError as error:
@@ -57,28 +68,36 @@ def problems(config: Settings, image: Facts) -> list[str]:
 
 
 def cautions(config: Settings, image: Facts) -> list[str]:
-    """What is set and means nothing to an image that is older than the setting."""
+    """Settings that an older image ignores, and alarms that it does not feed."""
     _, left_out = launch.known_to(image.launch_revision, _sample(config))
-    if not left_out:
-        return []
-    return [
-        f"{image.described} is older than {' and '.join(left_out)} of the launch document: it is not told, and does "
-        "without until a newer image is pinned again."
-    ]
+    ignored = [key for key in left_out if key != "monitoring.alarms"]
+    found = []
+    if ignored:
+        found.append(
+            f"{image.described} is older than {' and '.join(ignored)} of the launch document: it ignores them until a "
+            "newer image is pinned."
+        )
+    fed = (*alarms.fed_by(image.launch_revision), alarms.STATUS_CHECK)
+    if unfed := [name for name in config.alarms if name not in fed]:
+        found.append(
+            f"{image.described} does not send what these alarms watch: {', '.join(unfed)}. They are left out until an "
+            "image that does is pinned."
+        )
+    return found
 
 
 def _sample(config: Settings) -> dict[str, Any]:
     hostnames = [name for name in (config.domain_name, *SAMPLE["hostnames"]) if name]
-    return document(config, {**SAMPLE, "hostnames": hostnames})
+    return document(config, {**SAMPLE, "hostnames": hostnames, "restore_from": config.restore_from})
 
 
 def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
-    """The launch document's content from the settings and the names that AWS gave; what is not set is empty."""
+    """The launch document's content from the settings and the names that AWS returned; unset keys are empty."""
     return {
         "stack": {"name": config.stack, "region": config.region},
         "buckets": {bucket: names[bucket] for bucket in ("artifacts", "models", "backups")},
         "credentials": {"parameter": names["parameter"]},
-        "data_volume": {"id": names["volume"]},
+        "data_volume": {"id": names["volume"], "report_parameter": names["report"]},
         "web": {
             "hostnames": names["hostnames"],
             "tls": config.tls,
@@ -91,25 +110,32 @@ def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
             "job_execution": config.job_execution,
             "artifact_transfer": config.artifact_transfer,
             "deleted_retention_days": config.deleted_retention_days,
+            "role": names["role"],
         },
         "backups": {
             "retention_days": config.backup_retention_days,
-            "restore_from": config.restore_from,
+            "restore_from": names["restore_from"],
             "endpoint": config.backups_endpoint,
             "authority": config.backups_authority,
         },
-        "endpoints": {"s3": config.s3_endpoint, "ssm": config.ssm_endpoint, "monitoring": config.monitoring_endpoint},
+        "monitoring": {"alarms": [name for name in config.alarms if name in alarms.NAMES]},
+        "endpoints": {
+            "s3": config.s3_endpoint,
+            "ssm": config.ssm_endpoint,
+            "sts": config.sts_endpoint,
+            "monitoring": config.monitoring_endpoint,
+        },
     }
 
 
 def render(content: Mapping[str, Any], revision: int = launch.REVISION) -> str:
-    """The cloud-config as text, for an image of that revision of the launch document. Raises pulumi.RunError if the
-    machine would refuse it or EC2 would not take it."""
+    """The cloud-config as text, for an image of that launch document revision. Raises pulumi.RunError if the machine
+    would refuse it or it exceeds EC2's size limit."""
     tables, _ = launch.known_to(revision, content)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False
     )
-    # JSON's strings, booleans and lists of strings are TOML's too, all but one control character.
+    # JSON's strings, booleans and lists of strings are valid TOML, except for one control character.
     environment.filters["toml"] = lambda value: json.dumps(value).replace("\x7f", "\\u007f")
     text = environment.from_string(TEMPLATE.read_text()).render(format=launch.FORMAT, tables=tables)
     size = len(text.encode())

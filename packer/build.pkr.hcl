@@ -65,7 +65,7 @@ build {
     destination = "${var.output_directory}/sbom.cdx.json"
   }
 
-  # ── Clean, then prove it: nothing is changed after assert_image ─────────────────────────────────────────────────────
+  # ── Clean, then check: no step after assert_image changes the image ─────────────────────────────────────────────────
 
   provisioner "shell" {
     execute_command = "sudo env {{ .Vars }} {{ .Path }}"

@@ -1,4 +1,4 @@
-# Packer 1.6 has amazon-ebs built in and refuses this block; scripts/bake.py leaves this file out for it.
+# Packer 1.6 has amazon-ebs built in and rejects this block, so scripts/bake.py omits this file for it.
 packer {
   required_version = ">= 1.7.0"
 

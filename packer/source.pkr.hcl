@@ -23,10 +23,18 @@ source "amazon-ebs" "mlflow" {
   run_tags                    = merge(local.tags, { "Name" = "mlflow-ami builder" })
   run_volume_tags             = merge(local.tags, { "Name" = "mlflow-ami builder" })
 
-  # IMDSv2 only, on the builder and in the image, is set by scripts/bake.py: Packer 1.6 knows neither metadata_options
-  # nor imds_support. The builder has no instance profile, so its metadata service has no credentials to give.
+  # IMDSv2 only, on the builder and in the image. Packer 1.6 has neither argument, so scripts/bake.py removes the lines
+  # for it and sets both itself. The builder has no instance profile, so its metadata service returns no credentials.
+  # From 1.7:
+  imds_support = "v2.0"
+  metadata_options {
+    http_endpoint               = "enabled"
+    http_tokens                 = "required"
+    http_put_response_hop_limit = 1
+  }
+  # End of what needs 1.7.
 
-  # Encrypted from the start: encrypt_boot would build in clear and copy the image.
+  # Encrypted from the start: encrypt_boot would build unencrypted and then copy the image.
   launch_block_device_mappings {
     device_name           = "/dev/sda1"
     volume_type           = "gp3"

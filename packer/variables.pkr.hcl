@@ -1,41 +1,41 @@
-# ── What goes in ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Source image ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 variable "source_ami_name" {
   type        = string
   default     = "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-amd64-server-*"
-  description = "Name of the image to build on: a pattern, of which the newest match is taken, or an exact name."
+  description = "Name of the source image: an exact name, or a pattern whose newest match is used."
 }
 
 variable "source_ami_owners" {
   type        = list(string)
   default     = ["099720109477"]
-  description = "Account ids or aliases that may own the source image. The default is Canonical."
+  description = "Account IDs or aliases of the allowed owners of the source image. The default is Canonical."
 }
 
 variable "ssh_username" {
   type        = string
   default     = "ubuntu"
-  description = "User of the source image that may use sudo without a password."
+  description = "User of the source image with passwordless sudo."
 }
 
-# ── What comes out ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Resulting image ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 variable "image_version" {
   type        = string
   default     = ""
-  description = "Version of the image, as 20261122T101500Z. Empty: the time of the build, in UTC."
+  description = "Version of the image, such as 20261122T101500Z. Empty: the time of the build, in UTC."
 }
 
 variable "git_commit" {
   type        = string
   default     = "unknown"
-  description = "Commit the image is built from, recorded in it."
+  description = "Commit that the image is built from. Recorded in the image."
 }
 
 variable "git_dirty" {
   type        = bool
   default     = true
-  description = "Whether the checkout differed from git_commit, recorded in the image."
+  description = "Whether the checkout differs from git_commit. Recorded in the image."
 }
 
 variable "root_volume_gib" {
@@ -53,20 +53,20 @@ variable "encrypted" {
 variable "kms_key_id" {
   type        = string
   default     = ""
-  description = "KMS key of the encrypted snapshot. Empty: the account's default key for EBS, which no other account can use."
+  description = "KMS key of the encrypted snapshot. Empty: the account's default key for EBS; other accounts cannot use such an image."
 }
 
-# ── Where and how it is built ───────────────────────────────────────────────────────────────────────────────────────
+# ── Builder ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 variable "region" {
   type        = string
-  description = "Region the image is built and registered in."
+  description = "Region in which the image is built and registered."
 }
 
 variable "instance_type" {
   type        = string
   default     = "t3.medium"
-  description = "Instance type of the builder. It has no influence on where the image can run, architecture apart."
+  description = "Instance type of the builder. It determines only the architecture of the image."
 }
 
 variable "subnet_id" {
@@ -78,19 +78,19 @@ variable "subnet_id" {
 variable "ssh_cidrs" {
   type        = list(string)
   default     = ["0.0.0.0/0"]
-  description = "Networks from which the builder's SSH port is reached, with a key pair that exists for the build only."
+  description = "Networks that can reach the builder's SSH port. The key pair exists only during the build."
 }
 
 variable "bake_id" {
   type        = string
   default     = "unnamed"
-  description = "Names this build: everything temporary carries it in the tag mlflow-ami:bake, so that it can be found and removed."
+  description = "ID of this build. All temporary resources have it in the tag mlflow-ami:bake, so that they can be found and removed."
 }
 
 variable "ca_bundle" {
   type        = string
   default     = ""
-  description = "File of PEM certificates that Python packages are downloaded with, for networks that re-sign TLS. It does not stay in the image."
+  description = "File of PEM certificates for downloading Python packages, for networks that re-sign TLS. It is not part of the image."
 }
 
 variable "ec2_endpoint" {
@@ -102,19 +102,19 @@ variable "ec2_endpoint" {
 variable "output_directory" {
   type        = string
   default     = "."
-  description = "Directory on this machine that receives manifest.json and image.json."
+  description = "Local directory for manifest.json, image.json and sbom.cdx.json."
 }
 
 locals {
   image_version = var.image_version == "" ? formatdate("YYYYMMDD'T'hhmmss'Z'", timestamp()) : var.image_version
 
-  # The lock file is the one place that says which MLflow this is. (Packer 1.6 has no regex().)
+  # The lock file defines the MLflow release. (Packer 1.6 has no regex().)
   requirements   = "${path.root}/../provisioning/requirements.lock"
   mlflow_version = split(" ", split("\nmlflow==", file(local.requirements))[1])[0]
 
   ami_name = "mlflow-ami-${local.mlflow_version}-${local.image_version}"
 
-  # What stays carries these; scripts/bake.py adds the facts it reads back from the image.
+  # Tags of the image and its snapshots; scripts/bake.py adds facts from image.json.
   tags = {
     "Name"                      = local.ami_name
     "mlflow-ami:bake"           = var.bake_id

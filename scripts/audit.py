@@ -1,18 +1,22 @@
 #!/usr/bin/env python3
-"""Lists the packages of a baked image that have known vulnerabilities, and in which version each is fixed.
+"""List the packages of a baked image with known vulnerabilities, and the versions that fix them.
 
-  audit.py                               the image that was baked here last
-  audit.py build/bake/…/sbom.cdx.json    another one's bill of materials
-  audit.py --fixed                       only what baking anew can mend
+  audit.py                               the newest image baked on this machine
+  audit.py build/bake/…/sbom.cdx.json    another image's bill of materials
+  audit.py --fixed                       only vulnerabilities that a new bake can fix
 
-Asked is OSV (https://osv.dev), which holds Debian's and Ubuntu's security trackers and PyPI's advisories; it is told
-names and versions of packages, and nothing else. What Debian calls unimportant is left out.
+Queries OSV (https://osv.dev) with package names and versions. OSV contains Debian's and Ubuntu's security trackers and
+PyPI's advisories. Vulnerabilities that Debian classifies as unimportant are left out.
 
-Exit status: 0 nothing is known, 1 something is, 2 it could not be looked up, said in a sentence.
+Exit status: 0 no known vulnerability, 1 known vulnerabilities, 2 the query failed (one sentence on stderr).
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+
+# isort: split
 import argparse
 import http.client
 import json
@@ -29,20 +33,20 @@ from typing import Any
 BUILDS = Path(__file__).resolve().parent.parent / "build" / "bake"
 DATABASE = "https://api.osv.dev"
 QUERIES = 1000
-"""As many as one request may hold."""
+"""OSV's limit of queries per request."""
 AT_ONCE = 8
 SECONDS = 30
 OURS = "mlflow-host"
-"""The boot package, which no index has; one of that name would be a stranger's."""
+"""This project's package in the image. No index has it, so a package of that name there would be another one."""
 
 
 class NotLookedUp(Exception):
-    """Whether anything is known about the image could not be found out; says why in a sentence."""
+    """The query failed; one sentence with the reason."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package as the database knows it: a distribution's by its source."""
+    """A package by OSV's name: for a distribution, the source package."""
 
     name: str
     version: str
@@ -50,7 +54,7 @@ class Package:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Vulnerability:
     package: str
     version: str
     vulnerability: str
@@ -87,10 +91,10 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="audit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("bill", nargs="?", type=Path, help="a bill of materials; default: the newest in build/bake")
-    parser.add_argument("--fixed", action="store_true", help="only vulnerabilities that a newer version has not")
+    parser.add_argument("bill", nargs="?", type=Path, help="bill of materials (default: the newest in build/bake)")
+    parser.add_argument("--fixed", action="store_true", help="only vulnerabilities that a newer version fixes")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    parser.add_argument("--database", default=DATABASE, metavar="URL", help="a mirror of OSV's API")
+    parser.add_argument("--database", default=DATABASE, metavar="URL", help="base URL of OSV's API or a mirror")
     return parser.parse_args(argv)
 
 
@@ -100,24 +104,24 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 def newest_bill() -> Path:
     bills = sorted(BUILDS.glob("*/sbom.cdx.json"), key=lambda path: path.stat().st_mtime)
     if not bills:
-        raise NotLookedUp(f"no image was baked here yet, so {BUILDS} has no bill of materials: name one")
+        raise NotLookedUp(f"{BUILDS} has no bill of materials, because no image was baked here yet: name a file")
     return bills[-1]
 
 
 def read_bill(path: Path) -> list[Package]:
-    """The packages in a bill of ours. Raises NotLookedUp."""
+    """The packages in an image's bill of materials. Raises NotLookedUp."""
     try:
         components = json.loads(path.read_text(encoding="utf-8"))["components"]
         packages = {package_of(each["purl"]) for each in components if each["name"] != OURS}
     except OSError as error:
         raise NotLookedUp(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise NotLookedUp(f"{path} is not a bill of materials of an image of ours") from None
+        raise NotLookedUp(f"{path} is not a bill of materials of an image of this project") from None
     return sorted(packages, key=lambda package: (package.ecosystem, package.name))
 
 
 def package_of(url: str) -> Package:
-    """What a package URL names. Raises ValueError for one of another kind than our bills hold."""
+    """The package that a package URL names. Raises ValueError for other types than pypi and deb."""
     found = re.fullmatch(r"pkg:(?:pypi|deb/(debian|ubuntu))/([^@?]+)@([^?]+)(?:\?(.*))?", url)
     if not found:
         raise ValueError(url)
@@ -127,23 +131,28 @@ def package_of(url: str) -> Package:
     qualifiers = dict(urllib.parse.parse_qsl((found[4] or "").replace("+", "%2B")))
     release = qualifiers.get("distro", "").partition("-")[2]
     source, _, source_version = qualifiers.get("upstream", name).partition("@")
-    # Every second year's first release of Ubuntu.
+    return Package(source, source_version or version, ecosystem(distribution, release))
+
+
+def ecosystem(distribution: str, release: str) -> str:
+    """OSV's name of a distribution, such as Debian:12 or Ubuntu:24.04:LTS."""
+    # The April releases of even years are Ubuntu's LTS releases.
     long_term = ":LTS" if distribution == "ubuntu" and re.fullmatch(r"\d[02468]\.04", release) else ""
-    return Package(source, source_version or version, f"{distribution.title()}:{release}{long_term}")
+    return f"{distribution.title()}:{release}{long_term}"
 
 
 # The database
 
 
 def look_up(packages: list[Package], database: str) -> dict[Package, list[dict[str, Any]]]:
-    """What is known about each package, as OSV's records. Raises NotLookedUp."""
+    """OSV's records by package. Raises NotLookedUp."""
     known: dict[Package, list[str]] = {}
     waiting: list[tuple[Package, dict[str, Any]]] = [(package, query(package)) for package in packages]
     while waiting:
         asked, waiting = waiting[:QUERIES], waiting[QUERIES:]
         results = ask(f"{database}/v1/querybatch", {"queries": [wanted for _, wanted in asked]}).get("results", [])
         if len(results) != len(asked):
-            raise NotLookedUp(f"nothing was looked up, for {database} does not answer as OSV does")
+            raise NotLookedUp(f"nothing was looked up: the response of {database} is not OSV's format")
         for (package, wanted), result in zip(asked, results, strict=True):
             known.setdefault(package, []).extend(each["id"] for each in result.get("vulns", []))
             if page := result.get("next_page_token"):
@@ -169,33 +178,33 @@ def ask(url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         where = urllib.parse.urlsplit(url).netloc
-        raise NotLookedUp(f"nothing was looked up, for {where} cannot be asked from here ({reason})") from None
+        raise NotLookedUp(f"nothing was looked up: {where} is unreachable ({reason})") from None
     except (ValueError, TypeError):
-        raise NotLookedUp(f"nothing was looked up, for {url} does not answer as OSV does") from None
+        raise NotLookedUp(f"nothing was looked up: the response of {url} is not OSV's format") from None
 
 
-# What it means
+# Evaluation
 
 
-def findings(package: Package, records: Iterable[dict[str, Any]]) -> list[Finding]:
-    """A finding for each vulnerability of a package, also where several advisories tell of it."""
-    told: set[str] = set()
+def findings(package: Package, records: Iterable[dict[str, Any]]) -> list[Vulnerability]:
+    """One finding per vulnerability of a package, even if several advisories describe it."""
+    seen: set[str] = set()
     found = []
-    # An advisory for several vulnerabilities adds nothing where each has a record of its own.
+    # Records with fewer CVEs come first, so that an advisory for several CVEs is skipped if each has its own record.
     for record in sorted(records, key=lambda record: (len(names_of(record)), record["id"])):
         names = names_of(record)
-        if record.get("withdrawn") or unimportant(package, record) or names <= told:
+        if record.get("withdrawn") or unimportant(package, record) or names <= seen:
             continue
-        told |= names
+        seen |= names
         summary = record.get("summary") or record.get("details") or ""
         text = " ".join(summary.split())
         name = ", ".join(sorted(names))
-        found.append(Finding(package.name, package.version, name, fixed_in(package, record), text[:200]))
+        found.append(Vulnerability(package.name, package.version, name, fixed_in(package, record), text[:200]))
     return found
 
 
 def names_of(record: Mapping[str, Any]) -> set[str]:
-    """The CVEs that a record is about; its own name where it is about none."""
+    """The CVEs of a record; its own ID if it has none."""
     names = [record["id"], *record.get("aliases", []), *record.get("upstream", [])]
     return {name for name in names if name.startswith("CVE-")} or {record["id"]}
 
@@ -212,12 +221,12 @@ def unimportant(package: Package, record: Mapping[str, Any]) -> bool:
 
 
 def fixed_in(package: Package, record: Mapping[str, Any]) -> list[str]:
-    """The versions that end each range of affected ones."""
+    """The first fixed version of each range of affected versions."""
     ranges = [each for part in affected(package, record) for each in part.get("ranges", []) if each["type"] != "GIT"]
     return [event["fixed"] for each in ranges for event in each["events"] if "fixed" in event]
 
 
-def show(found: list[Finding]) -> None:
+def show(found: list[Vulnerability]) -> None:
     rows = [(f"{each.package} {each.version}", each.vulnerability, ", ".join(each.fixed_in) or "-") for each in found]
     widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else []
     for row, each in zip(rows, found, strict=True):

@@ -1,44 +1,46 @@
 #!/usr/bin/env python3
-"""Print what an MLflow client must export to reach the server: `eval "$(scripts/connect.py)"`.
+"""Print the variables that point an MLflow client at the server: `eval "$(scripts/connect.py)"`.
 
-Where the server is comes from a Pulumi stack's outputs (--stack), or from the rehearsal on this machine (--rehearsal).
-With neither it is the rehearsal if there is one, else the Pulumi stack selected in infra/. The password is read from
-the stack's credentials parameter with your AWS credentials; it is in no stack output.
+The server is that of a Pulumi stack (--stack) or of the rehearsal on this machine (--rehearsal). Without either option
+it is the rehearsal if there is one, else the Pulumi stack selected in infra/. The password is read from the stack's
+credentials parameter with your AWS credentials; it is in no stack output.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+
+# isort: split
 import argparse
+import importlib.util
 import json
 import os
 import shlex
-import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rehearsal.errors import RehearsalError
-from rehearsal.status import authority, client_environment, first_user, keep_certificate
-
-PROGRAM = Path(__file__).resolve().parent.parent / "infra"
+from scripts import invoker
+from scripts.rehearsal.errors import RehearsalError
+from scripts.rehearsal.status import authority, client_environment, first_user, keep_certificate
 
 
 class NotConnected(Exception):
-    """There is no server to tell of, or no way in; the message says what to do."""
+    """There is no server, or no usable password; the message contains the remedy."""
 
 
 @dataclass(frozen=True)
-class Stack:
-    """A launched stack: its name, a client of the Systems Manager that holds its parameters, and facts of it."""
+class ConnectedStack:
+    """A launched stack: its name, a client for the Systems Manager with its parameters, and its outputs."""
 
     name: str
     ssm: Any
     facts: dict[str, Any]
     """url, credentials_parameter, authority_parameter, named as in `rehearse.py status --json`."""
     certificate: Path
-    """Where the certificate of its private authority is kept for clients."""
+    """File for the certificate of its private authority, for clients."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,15 +72,15 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--rehearsal", action="store_true", help="the server that rehearse.py launched here")
 
 
-def choose(arguments: argparse.Namespace) -> Stack:
-    """The stack the arguments mean. Raises NotConnected."""
+def choose(arguments: argparse.Namespace) -> ConnectedStack:
+    """The stack that the arguments name. Raises NotConnected."""
     if arguments.stack is None and (arguments.rehearsal or rehearsal_exists()):
         return from_rehearsal()
     return from_pulumi(arguments.stack)
 
 
 def export_lines(environment: dict[str, str]) -> str:
-    """`export` lines that any POSIX shell takes, whatever is in the values."""
+    """`export` lines for any POSIX shell; values are quoted."""
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment.items())
 
 
@@ -86,21 +88,29 @@ def export_lines(environment: dict[str, str]) -> str:
 
 
 def rehearsal_exists() -> bool:
-    from rehearsal import stack
+    if importlib.util.find_spec("moto") is None:
+        return False
+    from scripts.rehearsal import stack
 
-    return stack.state_path().exists()
+    try:
+        return stack.state_path().exists()
+    except PermissionError:
+        raise NotConnected(invoker.not_readable(stack.state_path())) from None
+    except RehearsalError as error:
+        raise NotConnected(str(error)) from None
 
 
-def from_rehearsal() -> Stack:
-    from local_cloud import LocalCloud, LocalCloudError
-    from rehearsal import stack, state, status
+def from_rehearsal() -> ConnectedStack:
+    from scripts.local_cloud import LocalCloud, LocalCloudError
+    from scripts.rehearsal import stack, state, status
 
     try:
         current = state.load(stack.state_path())
         cloud = LocalCloud()
         if not current.outputs or not cloud.is_up():
             raise NotConnected("no rehearsal is running here: launch one with `scripts/rehearse.py up`")
-        return Stack(stack.name(), cloud.client("ssm"), status.outline(current), stack.certificate_path())
+        facts = status.outline(current) | {"s3_trust": stack.keep_trust(cloud)}
+        return ConnectedStack(stack.name(), cloud.client("ssm"), facts, stack.certificate_path())
     except (LocalCloudError, RehearsalError) as error:
         raise NotConnected(str(error)) from None
 
@@ -108,56 +118,37 @@ def from_rehearsal() -> Stack:
 # A Pulumi stack
 
 
-def from_pulumi(name: str | None) -> Stack:
-    outputs = pulumi("stack", "output", "--json", *selected(name))
-    missing = [each for each in ("url", "credentialsParameter") if each not in outputs]
-    if missing:
-        raise NotConnected(f"the stack {name or 'selected in infra/'} has no outputs yet: run `pulumi up` first")
-    import boto3
+def from_pulumi(name: str | None) -> ConnectedStack:
+    """The parameters are read with the configuration of the stack's provider: aws:profile, aws:assumeRoles and the
+    rest."""
+    from scripts import aws_session, pulumi_stack
 
-    region = region_of(name)
-    client = boto3.client("ssm", region_name=region)
+    try:
+        outputs = pulumi_stack.run("stack", "output", "--json", stack=name)
+        if not {"url", "credentialsParameter"} <= outputs.keys():
+            raise NotConnected(f"the stack {name or 'selected in infra/'} has no outputs yet: run `pulumi up` first")
+        client = pulumi_stack.client("ssm", pulumi_stack.provider_settings(name))
+    except (pulumi_stack.PulumiError, OSError) as error:
+        raise NotConnected(str(error)) from None
+    except aws_session.ERRORS as error:
+        raise NotConnected(aws_session.explain(error)) from None
     found = {
         "url": outputs["url"],
         "credentials_parameter": outputs["credentialsParameter"],
         "authority_parameter": outputs.get("authorityParameter"),
     }
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Stack(name or "selected", client, found, cache / f"mlflow-ami-{name or 'selected'}.pem")
+    # The stack's name may begin with an organization and a project: org/project/stack.
+    file = f"mlflow-ami-{(name or 'selected').replace('/', '.')}.pem"
+    return ConnectedStack(name or "selected", client, found, cache / file)
 
 
-def region_of(name: str | None) -> str | None:
-    """The stack's aws:region, None when the environment decides."""
-    try:
-        config = pulumi("config", "--json", *selected(name))
-    except NotConnected:
-        return None
-    return dict(config.get("aws:region", {})).get("value")
+def way_in(stack: ConnectedStack) -> dict[str, Any]:
+    """The stack's outputs with user, password and, for a private authority, the file of its certificate.
 
-
-def selected(name: str | None) -> list[str]:
-    return ["--stack", name] if name else []
-
-
-def pulumi(*arguments: str) -> dict[str, Any]:
-    """What a Pulumi command prints as JSON. Raises NotConnected with Pulumi's own words when it fails."""
-    if shutil.which("pulumi") is None:
-        raise NotConnected(
-            "there is no rehearsal here and no pulumi on PATH: launch a server with `scripts/rehearse.py up`, or "
-            "install Pulumi (https://www.pulumi.com/docs/install/) to read a stack's outputs"
-        )
-    done = subprocess.run(["pulumi", *arguments], cwd=PROGRAM, capture_output=True, text=True)
-    if done.returncode:
-        raise NotConnected(f"pulumi {' '.join(arguments)} failed: {done.stderr.strip() or done.stdout.strip()}")
-    return dict(json.loads(done.stdout or "{}"))
-
-
-def way_in(stack: Stack) -> dict[str, Any]:
-    """The stack's facts with user, password and, for a private authority, the file of its certificate.
-
-    Raises NotConnected when they cannot be read or the password is kept as a hash.
+    Raises NotConnected if the parameters cannot be read or contain only a hash of the password.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
+    from scripts import aws_session
 
     client, found = stack.ssm, stack.facts
     parameter = found["credentials_parameter"]
@@ -165,7 +156,10 @@ def way_in(stack: Stack) -> dict[str, Any]:
         value = client.get_parameter(Name=parameter, WithDecryption=True)["Parameter"]["Value"]
         username, password = first_user(value)
         certificate = authority(client, found["authority_parameter"])
-    except (BotoCoreError, ClientError, ValueError) as error:
+    except aws_session.ERRORS as error:
+        reason = aws_session.explain(error, client.meta.region_name)
+        raise NotConnected(f"the stack's parameters ({parameter}) cannot be read: {reason}") from None
+    except ValueError as error:
         raise NotConnected(f"the stack's parameters ({parameter}) cannot be read: {error}") from None
     if password is None:
         raise NotConnected(
@@ -173,7 +167,10 @@ def way_in(stack: Stack) -> dict[str, Any]:
         )
     if found["authority_parameter"] and certificate is None:
         raise NotConnected("the machine has not published its certificate yet: try again when it has booted")
-    file = keep_certificate(stack.certificate, certificate) if certificate else None
+    try:
+        file = keep_certificate(stack.certificate, certificate) if certificate else None
+    except OSError as error:
+        raise NotConnected(f"the certificate cannot be written to {stack.certificate}: {error.strerror}") from None
     return found | {"username": username, "password": password, "server_certificate": file}
 
 

@@ -1,14 +1,18 @@
 #!/usr/bin/env python3
 """Bake the image, launch it and log the example experiments, all on this machine: what `make demo` runs.
 
-Nothing is done twice: the image is baked again only when packer/ or provisioning/ changed, the server is left
-alone when it already is what the stack declares, and an example that this server holds a finished run of is
-not run again. The server stays up until `scripts/rehearse.py down`.
+Work that is already done is skipped: the image is baked again only if packer/ or provisioning/ changed, the server is
+changed only if it differs from the stack, and an example runs only if the server has no finished run of it. The server
+stays up until `scripts/rehearse.py down`.
 
-The question-answering example asks the endpoint that OPENAI_API_KEY (and OPENAI_BASE_URL, OPENAI_MODEL) name;
-with none of them set it asks a stand-in on loopback (scripts/stand_ins/chat_completions.py).
+The question-answering example uses the endpoint of OPENAI_API_KEY (and OPENAI_BASE_URL, OPENAI_MODEL). If none of them
+is set, it uses scripts/stand_ins/chat_completions.py, a substitute on loopback.
 """
 
+if __name__ == "__main__":
+    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+
+# isort: split
 import argparse
 import base64
 import json
@@ -22,7 +26,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stand_ins import chat_completions
+from scripts import invoker
+from scripts.stand_ins import chat_completions
 
 SCRIPTS = Path(__file__).resolve().parent
 EXAMPLES = sorted((SCRIPTS / "examples").glob("*.py"))
@@ -50,20 +55,20 @@ def read_arguments() -> argparse.Namespace:
 
 
 def run_script(name: str, *arguments: str) -> Any:
-    """What a script of ours printed as JSON; its story goes to the terminal. Exits with its status if it fails."""
+    """Run one of our scripts and return its JSON; its log goes to the terminal. Exits with its status if it fails."""
     say(f"scripts/{name} {shlex.join(arguments)}")
     done = subprocess.run([sys.executable, SCRIPTS / name, *arguments], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        say(f"scripts/{name} failed (exit status {done.returncode}); the reason stands above")
+        say(f"scripts/{name} failed (exit status {done.returncode}); its error is above")
         sys.exit(done.returncode)
     return json.loads(done.stdout)
 
 
 def client_environment() -> dict[str, str]:
-    """What `scripts/connect.py` tells a client of the rehearsal to export."""
-    exports = subprocess.run(
-        [sys.executable, SCRIPTS / "connect.py"], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
+    """The variables that `scripts/connect.py` prints for the rehearsal."""
+    connect = [sys.executable, str(SCRIPTS / "connect.py")]
+    person = invoker.as_person(dict(os.environ))
+    exports = subprocess.run(connect, stdout=subprocess.PIPE, text=True, check=True, **person).stdout
     words = shlex.split(exports, comments=True)
     return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -76,14 +81,15 @@ def model_environment(stand_in_url: str) -> dict[str, str]:
 
 def run_example(example: Path, environment: Mapping[str, str]) -> None:
     say(f"scripts/examples/{example.name}")
-    done = subprocess.run([sys.executable, example], env={**os.environ, **environment}, stdout=sys.stderr)
+    person = invoker.as_person({**os.environ, **environment})
+    done = subprocess.run([sys.executable, example], stdout=sys.stderr, **person)
     if done.returncode:
-        say(f"scripts/examples/{example.name} failed (exit status {done.returncode}); the reason stands above")
+        say(f"scripts/examples/{example.name} failed (exit status {done.returncode}); its error is above")
         sys.exit(done.returncode)
 
 
 def finished_runs(server: Mapping[str, Any]) -> dict[str, str]:
-    """The page of the newest finished run of each program that logged to the server, by the program's file name."""
+    """URL of the newest finished run of each example, by the example's file name."""
     experiments = post(server, "experiments/search", {"max_results": 1000}).get("experiments", [])
     found = post(
         server,
@@ -119,8 +125,8 @@ def post(server: Mapping[str, Any], call: str, document: Mapping[str, Any]) -> d
 
 def summary(server: Mapping[str, Any], pages: Mapping[str, str]) -> str:
     trust = f"""
-The certificate is by an authority of this server's own, so the browser asks whether to go on. It asks no more once it
-knows the authority: {server["server_certificate"]}
+The certificate is signed by this server's own authority, so the browser shows a warning. To avoid it, import the
+authority into the browser: {server["server_certificate"]}
 """
     trust = trust if server["server_certificate"] else ""
     runs = "\n".join(f"  {example.stem:<24} {pages[example.name]}" for example in EXAMPLES)

@@ -1,27 +1,34 @@
 #!/usr/bin/env python3
-"""Rehearse an upgrade and the way back, twice, and count what was lost: FROM, TO, FROM, TO.
+"""Rehearse an upgrade and a rollback, twice, and count lost data: FROM, TO, FROM, TO.
 
-A server of its own is launched on the local cloud from FROM and filled, by an ordinary MLflow client, with every kind
-of thing MLflow stores: runs with long histories, nested and deleted runs, datasets, logged and registered models with
-aliases and tags, traces with spans and assessments, prompts, webhooks, artifacts and what else the release knows. Then
-the image is replaced, three times. At each stop everything that was ever written is read back and compared with what
-it was, before more is written, changed and deleted.
+The drill launches a server of its own on the local cloud from FROM. An ordinary MLflow client writes every kind of
+object that MLflow stores: runs with long metric histories, nested and deleted runs, datasets, logged and registered
+models with aliases and tags, traces with spans and assessments, prompts, webhooks, artifacts, and whatever else the
+release supports. Then the image is replaced three times. At each stop, everything written before is read back and
+compared; then more is written, changed and deleted.
 
-  drill.py 3.12.0 3.17.2                    bakes an image with each release of MLflow, if there is none yet
-  drill.py 3.12.0 ami-0123456789abcdef0     takes an image that is there
-  drill.py ami-… ami-… --json               the table as JSON on standard output
+  drill.py 3.12.0 3.17.2                    bake an image with each release of MLflow, if there is none yet
+  drill.py 3.12.0 ami-0123456789abcdef0     use an existing image
+  drill.py ami-… ami-… --json               print the table as JSON
 
-What the columns say: `written` things that are new at this stop; `compared` things of earlier stops that were read
-back, and in how many `values`; `missing` of them, `changed` in some value though nobody changed it; `waiting` in the
-database that was replaced, as this release knows no such thing; `outage` seconds from the last answer of the old
-machine to the first of the new one.
+Columns: `written`: new objects at this stop; `compared`: objects of earlier stops that were read back, with their
+number of `values`; `missing` and `changed`: lost objects; `waiting`: objects in the kept database, of kinds that this
+release does not support; `outage`: seconds from the old machine's last response to the new machine's first.
 
-Exit status 0: nothing is missing, nothing changed; 1: something is, or a stop failed; 2: something you can put right,
-said in a sentence; 130: interrupted. The drill's server goes with all its data, however it ends; images are kept.
+A passed drill is recorded on the second image (tag mlflow-ami:drill:<version of the first>), where scripts/images.py
+promote looks for it. For images on AWS of the same releases: images.py promote --drill FILE, with the JSON.
+
+Exit status 0: nothing missing or changed; 1: something missing or changed, or a stop failed; 2: an error with one
+sentence on stderr; 130: interrupted. The drill's server and its data are always removed, unless --keep is given; images
+are kept.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+
+# isort: split
 import argparse
 import contextlib
 import dataclasses
@@ -37,28 +44,31 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import lock
-from drilling.ledger import Ledger, leaves
-from drilling.reader import Reader, ReaderError
-from interrupts import end_like_ctrl_c, uninterrupted
-from local_cloud import LocalCloud, LocalCloudError
-from rehearsal import boot, stack, state
-from rehearsal.errors import RehearsalError
-from rehearsal.status import client_environment
+from scripts import invoker, lock
+from scripts.drilling.expected_writes import ExpectedWrites, leaves
+from scripts.drilling.worker_client import WorkerClient, WorkerError
+from scripts.imaging import catalog, comparing, promoting
+from scripts.imaging.catalog import Place
+from scripts.interrupts import end_like_ctrl_c, uninterrupted
+from scripts.local_cloud import LocalCloud, LocalCloudError
+from scripts.rehearsal import boot_wait, stack, state
+from scripts.rehearsal.errors import RehearsalError
+from scripts.rehearsal.status import client_environment
 
 SCRIPTS = Path(__file__).resolve().parent
 LOCKED = SCRIPTS.parent / "provisioning" / "requirements.lock"
 STACK = "drill"
 SHOWN = 20
-"""Losses that are told one by one."""
+"""Most losses that are printed one by one."""
 
 
 class DrillFailed(Exception):
-    """The drill cannot go on; the text says why, and `status` is the exit status."""
+    """The drill cannot continue; the text is the reason, and `status` the exit status."""
 
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
@@ -67,12 +77,12 @@ class DrillFailed(Exception):
 
 @dataclass(frozen=True)
 class Stop:
-    """What one stop of the drill saw; `outage_seconds` is None at the first, where nothing was replaced."""
+    """The result of one stop. `outage_seconds` is None at the first stop, which replaces nothing."""
 
     ami_id: str
     mlflow_version: str
     database: str
-    """What the database step of the boot said it did."""
+    """The message of the boot's database step."""
     compared: int
     values: int
     missing: int
@@ -89,8 +99,15 @@ def main(argv: list[str] | None = None) -> int:
     os.environ[stack.NAMED_BY] = STACK
     try:
         with alone(), local_cloud(keep=arguments.keep) as cloud:
-            images = [find_image(each, arguments.base) for each in (arguments.older, arguments.newer)]
-            stops = drill(cloud, [*images, *images])
+            wanted = (arguments.older, arguments.newer)
+            require_images(cloud.client("ec2"), [each for each in wanted if each.startswith("ami-")])
+            ids = [find_image(each, arguments.base) for each in wanted]
+            stops = drill(cloud, [*ids, *ids])
+            older, newer = (image_of(cloud, each) for each in ids)
+            lost = sum(stop.missing + stop.changed for stop in stops)
+            at = datetime.now(UTC)
+            if not lost:
+                promoting.record_drill(Place(cloud.region, cloud.client), older, newer, at)
     except DrillFailed as failed:
         say(str(failed))
         return failed.status
@@ -98,15 +115,16 @@ def main(argv: list[str] | None = None) -> int:
         say(str(error))
         return 2
     except KeyboardInterrupt:
-        say("interrupted" if arguments.keep else "interrupted; nothing of the drill is left but images")
+        say("interrupted" if arguments.keep else "interrupted; the server is removed, images are kept")
         return 130
-    lost = sum(stop.missing + stop.changed for stop in stops)
     for loss in [loss for stop in stops for loss in stop.losses][:SHOWN]:
         say(loss)
     print(table(stops), file=sys.stderr if arguments.json else sys.stdout)
-    say(f"{lost} things lost" if lost else "nothing is lost")
+    say(f"{lost} objects are lost" if lost else "nothing is lost")
     if arguments.json:
-        print(json.dumps({"lost": lost, "stops": [dataclasses.asdict(stop) for stop in stops]}, indent=2))
+        ends = {"older": comparing.about(older), "newer": comparing.about(newer)}
+        found = {"at": f"{at:%Y-%m-%dT%H:%M:%SZ}", **ends, "stops": [dataclasses.asdict(stop) for stop in stops]}
+        print(json.dumps({"lost": lost, **found}, indent=2))
     return 1 if lost else 0
 
 
@@ -115,47 +133,63 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="drill.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, metavar in (("older", "FROM"), ("newer", "TO")):
-        parser.add_argument(name, metavar=metavar, type=image_argument, help="id of an image, or a release of MLflow")
-    parser.add_argument("--base", default="debian12", help="source image for what is baked (default: %(default)s)")
-    parser.add_argument("--keep", action="store_true", help="leave the drill's server up to be looked at")
+        parser.add_argument(name, metavar=metavar, type=image_argument, help="an image ID or a release of MLflow")
+    parser.add_argument("--base", default="debian12", help="source image of baked images (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="do not remove the drill's server at the end")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     return parser.parse_args(argv)
 
 
 def image_argument(text: str) -> str:
     if not re.fullmatch(r"ami-[0-9a-f]{8,17}|\d+(\.\d+){2}\w*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither an image's id nor a release of MLflow, such as 3.12.0")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an image ID nor a release of MLflow such as 3.12.0")
     return text
 
 
 # The drill
 
 
+def require_images(ec2: Any, ids: list[str]) -> None:
+    """Raises DrillFailed unless all IDs are finished images of the local cloud."""
+    there = {image.id for image in catalog.find(ec2) if image.finished and image.state == "available"}
+    if missing := [each for each in ids if each not in there]:
+        raise DrillFailed(
+            f"the local cloud has no finished image {', '.join(missing)}: `scripts/images.py list --local` shows those "
+            "it has; name a release of MLflow to have one baked",
+            2,
+        )
+
+
+def image_of(cloud: LocalCloud, wanted: str) -> catalog.Image:
+    """The image with this ID."""
+    return next(image for image in catalog.find(cloud.client("ec2")) if image.id == wanted)
+
+
 def find_image(wanted: str, base: str) -> str:
-    """The id of the image that `wanted` names, baked first where it names a release that none is there of."""
+    """The image ID that `wanted` names. For a release of MLflow, bakes an image if there is none yet."""
     if wanted.startswith("ami-"):
         return wanted
     release = () if wanted == lock.locked_version(LOCKED, "mlflow") else ("--mlflow-version", wanted)
     return str(run_script("bake.py", "--local", "--if-changed", "--base", base, *release, "--json")["ami_id"])
 
 
-def drill(cloud: LocalCloud, images: list[str]) -> list[Stop]:
-    ledger, stops = Ledger(), list[Stop]()
+def drill(cloud: LocalCloud, ids: list[str]) -> list[Stop]:
+    expected, stops = ExpectedWrites(), list[Stop]()
     server: dict[str, Any] = {}
     with contextlib.ExitStack() as opened:
-        for number, ami in enumerate(images, start=1):
-            say(f"stop {number} of {len(images)}: {ami}")
+        for number, ami in enumerate(ids, start=1):
+            say(f"stop {number} of {len(ids)}: {ami}")
             server, outage = launch(ami, server)
             if number == 1:
-                reader = Reader(Path(sys.executable), "", client_environment(server))
-                opened.callback(reader.end)
-            did = what_the_database_step_did(cloud, server["instance_id"])
-            stops.append(visit(ledger, reader, server, number, did, outage))
+                worker = WorkerClient(Path(sys.executable), "", client_environment(server))
+                opened.callback(worker.end)
+            did = database_step_message(cloud, server["instance_id"])
+            stops.append(visit(expected, worker, server, number, did, outage))
     return stops
 
 
 def launch(ami: str, replaced: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
-    """What `rehearse.py up` says of the new server, and the seconds during which there was none."""
+    """(the JSON that `rehearse.py up` prints, the outage in seconds)."""
     if not replaced:
         return run_script("rehearse.py", "up", "--ami", ami, "--json"), None
     with watching(replaced) as outage:
@@ -163,17 +197,19 @@ def launch(ami: str, replaced: dict[str, Any]) -> tuple[dict[str, Any], float | 
     return server, round(outage(), 1)
 
 
-def visit(ledger: Ledger, reader: Reader, server: dict[str, Any], number: int, did: str, outage: float | None) -> Stop:
-    """Read everything back and compare it, then write more."""
+def visit(
+    expected: ExpectedWrites, worker: WorkerClient, server: dict[str, Any], number: int, did: str, outage: float | None
+) -> Stop:
+    """Read everything back, compare, and write more."""
     release, url = server["mlflow_version"], server["url"]
     try:
         say("reading back what was written" if number > 1 else "writing")
-        now = reader.read(url)
-        losses, compared, waiting = ledger.compare(release, now), ledger.known(now), ledger.waiting(now)
-        touched = reader.write(url, f"{number}-{release.replace('.', '-')}")
-        written = ledger.enter(release, touched, reader.read(url))
-    except ReaderError as error:
-        raise DrillFailed(f"at stop {number} MLflow {release} could not be written to or read from:\n{error}") from None
+        now = worker.read(url)
+        losses, compared, waiting = expected.compare(release, now), expected.supported(now), expected.unsupported(now)
+        touched = worker.write(url, f"{number}-{release.replace('.', '-')}")
+        written = expected.add(release, touched, worker.read(url))
+    except WorkerError as error:
+        raise DrillFailed(f"writing to or reading from MLflow {release} failed at stop {number}:\n{error}") from None
     return Stop(
         ami_id=server["ami_id"],
         mlflow_version=release,
@@ -189,28 +225,28 @@ def visit(ledger: Ledger, reader: Reader, server: dict[str, Any], number: int, d
     )
 
 
-def what_the_database_step_did(cloud: LocalCloud, instance: str) -> str:
-    said = cloud.exec(instance, ["cat", "/run/mlflow-host/status/database.json"]).stdout
-    return str(json.loads(said)["message"])
+def database_step_message(cloud: LocalCloud, instance: str) -> str:
+    status = cloud.exec(instance, ["cat", "/run/mlflow-host/status/database.json"]).stdout
+    return str(json.loads(status)["message"])
 
 
 @contextlib.contextmanager
 def watching(server: dict[str, Any]) -> Iterator[Any]:
-    """Asks the server ten times a second while the block runs; yields a function that tells, after it, how long nobody
-    was answered: from the last 200 of the old machine to the first of the new one."""
+    """Send the server ten requests per second while the block runs. Yields a function that returns the outage after
+    the block: the seconds from the old machine's last response with status 200 to the new machine's first."""
     over = threading.Event()
     answers: list[tuple[float, bool]] = []
     certificate = Path(server["server_certificate"]).read_text() if server["server_certificate"] else None
 
     def ask() -> None:
         while not over.wait(0.1):
-            answer = boot.ask(server["url"], server["username"], server["password"], certificate, timeout=2)
+            answer = boot_wait.ask(server["url"], server["username"], server["password"], certificate, timeout=2)
             answers.append((time.monotonic(), answer.status == 200))
 
     def outage() -> float:
         good = [place for place, (_, answered) in enumerate(answers) if answered]
         if not good:
-            raise DrillFailed(f"{server['url']} never answered while the machine was replaced, neither old nor new")
+            raise DrillFailed(f"{server['url']} did not answer once while the machine was replaced")
         gaps = [answers[after][0] - answers[before][0] for before, after in pairwise(good) if after > before + 1]
         return max(gaps, default=0.0)
 
@@ -226,7 +262,7 @@ def watching(server: dict[str, Any]) -> Iterator[Any]:
         asking.join()
 
 
-# What is said
+# Output
 
 
 def table(stops: list[Stop]) -> str:
@@ -255,26 +291,26 @@ def say(text: str) -> None:
         print(f"drill: {line}", file=sys.stderr, flush=True)
 
 
-# Coming and going
+# Setup and removal
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """One drill at a time on a local cloud."""
+    """Hold the lock of the drill: one drill at a time per local cloud."""
     path = stack.state_path().with_name("drill.lock")
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    invoker.make_private_folder(path.parent)
     with path.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DrillFailed(f"another drill is at work on {path.parent}; wait for it to end, or end it", 2) from None
+            raise DrillFailed(f"another drill is running on {path.parent}; wait for its end, or end it", 2) from None
         yield
 
 
 @contextlib.contextmanager
 def local_cloud(*, keep: bool) -> Iterator[LocalCloud]:
-    """The local cloud, up and without a stack of an earlier drill. Afterwards this drill's is gone as well, and the
-    cloud is down unless someone else's machine runs on it."""
+    """Start the local cloud and remove the stack of an earlier drill. At the end, remove this drill's stack, and stop
+    the cloud if this drill started it and no other stack has a machine."""
     cloud = LocalCloud()
     was_up = cloud.is_up()
     try:
@@ -300,9 +336,9 @@ def remove_server(cloud: LocalCloud) -> None:
 
 
 def run_script(name: str, *arguments: str) -> dict[str, Any]:
-    """What a script of ours printed as JSON; its story goes to the terminal. Raises DrillFailed.
+    """Run one of the scripts and return its JSON from stdout; its stderr goes to the terminal. Raises DrillFailed.
 
-    It has a session of its own, so that an interrupt reaches it once, through us, and is waited for."""
+    The script runs in its own session, so that it gets Ctrl-C only once, from this process, which then waits for it."""
     command = [sys.executable, str(SCRIPTS / name), *arguments]
     say(f"scripts/{name} {shlex.join(arguments)}")
     running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
@@ -314,7 +350,7 @@ def run_script(name: str, *arguments: str) -> dict[str, Any]:
             running.communicate()
         raise
     if running.returncode:
-        message = f"scripts/{name} failed (exit status {running.returncode}); the reason stands above"
+        message = f"scripts/{name} failed (exit status {running.returncode}); its error is above"
         raise DrillFailed(message, running.returncode)
     return dict(json.loads(printed))
 

@@ -1,263 +1,273 @@
 #!/usr/bin/env python3
-"""Lists our images, and deletes the ones nobody needs any more together with their snapshots."""
+"""List and compare machine images, promote one to a channel, deprecate, retire, sweep, copy and share them.
 
+An IMAGE is an ID, a name, an image version such as 20261129T123147Z, or a channel, which stands for the image that it
+names. A channel is an SSM parameter, /mlflow-ami/images/<channel>; a stack with `pulumi config set channel staging`
+launches the image that it names at each `pulumi up`, and at no other moment.
+
+  images.py list                                     what there is, where it runs, what it costs
+  images.py diff production ami-0123456789abcdef0    what changes for the data, the packages and the settings
+  images.py promote ami-… staging --drill drill.json let a channel name an image that passed a drill
+  images.py retire ami-…                             no stack can launch it; --undo takes that back, --delete ends it
+  images.py sweep --keep 5 --older-than 90           delete old images that nobody needs
+  images.py copy ami-… --to us-east-1 eu-west-1      the same image in other regions
+
+Every verb can be run twice: the second time changes nothing. --dry-run changes nothing at all and says what would be
+done; --json prints a document. With several --region the verb runs in each; name the image by its version then, for IDs
+differ. Exit status 2: refused, with the reason and the remedy in one sentence.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+
+# isort: split
 import argparse
+import functools
 import json
-import os
+import re
 import sys
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-import boto3
-from botocore.exceptions import BotoCoreError, ClientError
-
-OURS = "mlflow-ami:image-version"
-STALE = timedelta(hours=6)
-"""A builder or an unfinished image older than this belongs to no bake that still runs."""
+from scripts import audit, aws_session
+from scripts.imaging import channels, comparing, copying, listing, promoting, record, retiring, sharing
+from scripts.imaging.catalog import Image, ImageRefused, Place, find, named
 
 
 class CloudDown(Exception):
-    """The embedded cloud does not start; the text says why."""
+    """The embedded cloud does not start; the text is the reason."""
 
 
-@dataclass(frozen=True)
-class Image:
-    """One of our images, as EC2 describes it."""
-
-    id: str
-    name: str
-    created: str
-    state: str
-    tags: dict[str, str]
-    snapshots: tuple[str, ...]
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has its facts: the tag mlflow-ami:format is given last."""
-        return "mlflow-ami:format" in self.tags
-
-    @property
-    def kept(self) -> bool:
-        """Whether somebody asked for it to stay, with a tag mlflow-ami:keep."""
-        return "mlflow-ami:keep" in self.tags
-
-
-def fact_tags(facts: dict[str, Any]) -> dict[str, str]:
-    """The part of image.json that is known without starting the image, as tags. The format's own tag is given last."""
-    named = (
-        "image_version", "git_commit", "git_dirty", "source_ami", "os", "mlflow_version",
-        "migration_head", "migration_count", "postgresql_major", "python_version", "launch_revision",
-    )  # fmt: skip
-    return {f"mlflow-ami:{name.replace('_', '-')}": tag_value(facts[name]) for name in named}
-
-
-def tag_value(fact: Any) -> str:
-    return str(fact).lower() if isinstance(fact, bool) else str(fact)
-
-
-def tags_of(resource: dict[str, Any]) -> dict[str, str]:
-    """A resource's tags as a dict."""
-    return {tag["Key"]: tag["Value"] for tag in resource.get("Tags", [])}
-
-
-def find(ec2: Any, tags: dict[str, str] | None = None) -> list[Image]:
-    """This account's images made by bake.py that carry `tags`, newest first; unfinished and deprecated ones too."""
-    filters = [{"Name": f"tag:{key}", "Values": [value]} for key, value in (tags or {}).items()]
-    filters.append({"Name": "tag-key", "Values": [OURS]})
-    found = ec2.describe_images(Owners=["self"], Filters=filters, IncludeDeprecated=True)["Images"]
-    return sorted((read(image) for image in found), key=lambda image: (image.created, image.id), reverse=True)
-
-
-def read(image: dict[str, Any]) -> Image:
-    """An Image from what DescribeImages returns."""
-    mappings = image.get("BlockDeviceMappings", [])
-    return Image(
-        id=image["ImageId"],
-        name=image.get("Name", ""),
-        created=image.get("CreationDate", ""),
-        state=image.get("State", ""),
-        tags=tags_of(image),
-        snapshots=tuple(m["Ebs"]["SnapshotId"] for m in mappings if m.get("Ebs", {}).get("SnapshotId")),
-    )
-
-
-def delete(ec2: Any, image: Image) -> list[str]:
-    """Deregisters an image, then deletes its snapshots; returns what went. Idempotent: what is gone is no error."""
-    deleted = []
-    if accepted(ec2.deregister_image, "InvalidAMIID", ImageId=image.id):
-        deleted.append(f"image {image.id}")
-    for snapshot in image.snapshots:
-        if accepted(ec2.delete_snapshot, "InvalidSnapshot", SnapshotId=snapshot):
-            deleted.append(f"snapshot {snapshot}")
-    return deleted
-
-
-def accepted(call: Any, gone: str, **arguments: Any) -> bool:
-    """Calls EC2; False when it answers that the thing does not exist (an error code that starts with `gone`)."""
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
     try:
-        call(**arguments)
-    except ClientError as error:
-        if error.response["Error"]["Code"].startswith(gone):
-            return False
-        raise
-    return True
+        places = open_places(arguments)
+        done = [arguments.run(arguments, place) for place in places]
+    except (CloudDown, ImageRefused) as error:
+        return refuse(str(error))
+    except aws_session.ERRORS as error:
+        return refuse(aws_session.explain(error, (arguments.region or [None])[-1]))
+    except KeyboardInterrupt:
+        return 130
+    documents, texts = [document for document, _ in done], [text for _, text in done]
+    if arguments.json:
+        print(json.dumps(documents if len(places) > 1 else documents[0], indent=1))
+    else:
+        print("\n".join(texts))
+    return 0
 
 
-def in_use(ec2: Any) -> set[str]:
-    """Ids of the images of every instance that is not terminated."""
-    pages = ec2.get_paginator("describe_instances").paginate()
-    instances = (
-        instance for page in pages for reservation in page["Reservations"] for instance in reservation["Instances"]
+def refuse(reason: str) -> int:
+    print(f"images: {reason}", file=sys.stderr)
+    return 2
+
+
+# The verbs: each returns the document of --json and the text
+
+
+def list_(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
+    found = listing.overview(place)
+    text = "\n".join(map(listing.line, found)) or f"no image in {place.region} yet: scripts/bake.py makes one"
+    return found, text
+
+
+def show(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
+    found = listing.details(place, resolve(place, arguments.image))
+    return found, listing.describe(found)
+
+
+def diff(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
+    a, b = resolve(place, arguments.image), resolve(place, arguments.other)
+    old, new = record.read(place.ssm, a.version), record.read(place.ssm, b.version)
+    database = None if arguments.no_vulnerabilities else arguments.database.rstrip("/")
+    found = comparing.diff(a, b, old, new, database)
+    return found, comparing.describe(found)
+
+
+def promote(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
+    done = promoting.promote(
+        place,
+        resolve(place, arguments.image),
+        arguments.channel,
+        without_drill=arguments.without_drill,
+        drill=promoting.read_drill(arguments.drill) if arguments.drill else None,
+        dry_run=arguments.dry_run,
     )
-    return {instance["ImageId"] for instance in instances if instance["State"]["Name"] != "terminated"}
+    was = f" instead of {done['before']}" if done["before"] else ""
+    verb = "would name" if arguments.dry_run else "names"
+    changed = f"the channel {done['channel']} of {place.region} {verb} {done['image']}{was}"
+    return done, changed if done["changed"] else f"{changed.partition(' instead')[0]}, as before"
 
 
-def superfluous(found: list[Image], used: set[str], keep: int, now: datetime) -> list[Image]:
-    """What may go: all but the newest `keep` finished images, and unfinished ones nobody works on any more.
+def deprecate(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
+    image = resolve(place, arguments.image)
+    return told(arguments, image, retiring.deprecate(place, image, undo=arguments.undo, dry_run=arguments.dry_run))
 
-    An image that an instance runs on, or that is tagged mlflow-ami:keep, always stays.
-    """
-    newest = {image.id for image in [image for image in found if image.finished][:keep]}
-    old = now - STALE
-    return [
-        image
-        for image in found
-        if image.id not in used | newest and not image.kept and (image.finished or created(image.created) < old)
+
+def retire(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
+    image = named(find(place.ec2), arguments.image) if arguments.delete else resolve(place, arguments.image)
+    if image is None:
+        return {"image": arguments.image, "done": []}, f"{arguments.image} is deleted already, or never was"
+    done = retiring.retire(place, image, undo=arguments.undo, for_good=arguments.delete, dry_run=arguments.dry_run)
+    return told(arguments, image, done)
+
+
+def told(arguments: argparse.Namespace, image: Image, done: list[str]) -> tuple[Any, str]:
+    head = "would be done: " if arguments.dry_run else ""
+    return {"image": image.id, "done": done}, "\n".join(head + each for each in done) or "nothing to do"
+
+
+def sweep(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
+    swept = retiring.sweep(place, arguments.keep, timedelta(days=arguments.older_than), arguments.dry_run)
+    verb = "would delete" if arguments.dry_run else "deleted"
+    text = "\n".join(f"{verb} {each}" for each in swept) or "nothing to delete"
+    return {"deleted": [] if arguments.dry_run else swept, "planned": swept}, text
+
+
+def copy(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
+    image = resolve(place, arguments.image)
+    done = [
+        copying.copy(
+            place, image, open_place(arguments, to), kms_key=arguments.kms_key, dry_run=arguments.dry_run, say=say
+        )
+        for to in arguments.to
     ]
+    lines = []
+    for each in done:
+        state = ("would be copied" if arguments.dry_run else "copied") if each["changed"] else "there already"
+        lines.append(f"{each['region']}: {each['image'] or image.name} {state}")
+    return done, "\n".join(lines)
 
 
-def created(text: str) -> datetime:
-    """EC2's time of creation; the beginning of time where there is none."""
-    return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else datetime.min.replace(tzinfo=UTC)
+def share(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
+    undo = arguments.verb == "unshare"
+    image = resolve(place, arguments.image)
+    done = sharing.share(place, image, arguments.accounts, undo=undo, dry_run=arguments.dry_run)
+    return done, sharing.describe(done, undo)
 
 
-def orphans(ec2: Any, found: list[Image]) -> list[str]:
-    """Ids of snapshots that were made for images of ours which are gone."""
-    kept = {snapshot for image in found for snapshot in image.snapshots}
-    pages = ec2.get_paginator("describe_snapshots").paginate(
-        OwnerIds=["self"], Filters=[{"Name": "tag-key", "Values": [OURS]}]
+def resolve(place: Place, wanted: str) -> Image:
+    """The image that a user names, also by a channel. Raises ImageRefused."""
+    known = channels.read(place.ssm) if re.fullmatch(channels.NAME, wanted) else {}
+    found = named(find(place.ec2), known.get(wanted, wanted))
+    if found:
+        return found
+    if wanted in known:
+        raise ImageRefused(
+            f"the channel {wanted} of {place.region} names {known[wanted]}, which is deleted: promote another image"
+        )
+    kind = "no image and no channel" if re.fullmatch(channels.NAME, wanted) else "no image"
+    raise ImageRefused(
+        f"{wanted!r} is {kind} of this project in {place.region}: scripts/images.py list shows them; an ID is of one "
+        "region only, a name or version of all"
     )
-    snapshots = [snapshot for page in pages for snapshot in page["Snapshots"]]
-    return sorted(each["SnapshotId"] for each in snapshots if each["SnapshotId"] not in kept)
 
 
-def stale_builders(ec2: Any, now: datetime) -> list[str]:
-    """Ids of builders whose bake cannot be running any more, because its machine was switched off for instance."""
-    pages = ec2.get_paginator("describe_instances").paginate(
-        Filters=[{"Name": "tag-key", "Values": ["mlflow-ami:bake"]}]
-    )
-    instances = (
-        instance for page in pages for reservation in page["Reservations"] for instance in reservation["Instances"]
-    )
-    return [
-        instance["InstanceId"]
-        for instance in instances
-        if instance["State"]["Name"] not in ("terminated", "shutting-down") and instance["LaunchTime"] < now - STALE
-    ]
+def say(text: str) -> None:
+    print(f"images: {text}", file=sys.stderr, flush=True)
 
 
-def sweep(ec2: Any, keep: int, dry_run: bool) -> list[str]:
-    """Deletes what is superfluous and returns what that was, or would be with `dry_run`. Idempotent."""
-    now = datetime.now(UTC)
-    found = find(ec2)
-    going = superfluous(found, in_use(ec2), keep, now)
-    stale, lost = stale_builders(ec2, now), orphans(ec2, found)
-    planned = [f"builder {instance}" for instance in stale]
-    for image in going:
-        planned += [f"image {image.id}", *(f"snapshot {snapshot}" for snapshot in image.snapshots)]
-    planned += [f"snapshot {snapshot}" for snapshot in lost]
-    if not dry_run:
-        if stale:
-            ec2.terminate_instances(InstanceIds=stale)
-        for image in going:
-            delete(ec2, image)
-        for snapshot in lost:
-            accepted(ec2.delete_snapshot, "InvalidSnapshot", SnapshotId=snapshot)
-    return planned
+# Regions and the command line
 
 
-def line(image: Image, used: set[str]) -> str:
-    """An image on one line: id, time, what is in it, why it stays."""
-    tags = image.tags
-    marks = [
-        "in use" if image.id in used else "",
-        "kept" if image.kept else "",
-        "" if image.finished else "unfinished",
-        "uncommitted changes" if tags.get("mlflow-ami:git-dirty") == "true" else "",
-    ]
-    return "  ".join(
-        [
-            f"{image.id:<21}  {image.created[:16]:<16}",
-            f"MLflow {tags.get('mlflow-ami:mlflow-version', '?'):<8}",
-            f"PostgreSQL {tags.get('mlflow-ami:postgresql-major', '?'):<2}",
-            f"{tags.get('mlflow-ami:git-commit', '?')[:12]:<12}",
-            ", ".join(mark for mark in marks if mark),
-        ]
-    ).rstrip()
-
-
-def client(region: str | None, local: bool) -> Any:
-    """An EC2 client, of the local cloud with `local`."""
-    if local:
-        from local_cloud import LocalCloud, LocalCloudError
+def open_places(arguments: argparse.Namespace) -> list[Place]:
+    """The regions to work in. Raises CloudDown, or one of aws_session.ERRORS."""
+    if arguments.local:
+        from scripts.local_cloud import LocalCloud, LocalCloudError
 
         try:
             cloud = LocalCloud()
             cloud.up()
-            return cloud.client("ec2")
         except LocalCloudError as error:
             raise CloudDown(str(error)) from None
-    return boto3.client("ec2", region_name=region)
+        return [Place(cloud.region, functools.cache(cloud.client))]
+    places = [open_place(arguments, region) for region in arguments.region or [None]]
+    if arguments.region is None:
+        say(f"in region {places[0].region}")
+        arguments.region = [places[0].region]  # for the sentence of an error
+    return places
 
 
-def main() -> int:
+def open_place(arguments: argparse.Namespace, region: str | None) -> Place:
+    """A region of AWS; None for the profile's."""
+    if arguments.local:
+        raise ImageRefused("the local cloud has one region only: copy works on AWS")
+    session: Any = aws_session.choose(region)
+    return Place(session.region_name, functools.cache(lambda service: session.client(service)))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     where = argparse.ArgumentParser(add_help=False)
-    where.add_argument(
-        "--region", default=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"), help="AWS region"
-    )
+    where.add_argument("--region", action="append", help=f"AWS region, repeatable (default: {aws_session.WHERE})")
     where.add_argument("--local", action="store_true", help="the embedded cloud's images")
-    where.add_argument("--json", action="store_true", help="JSON on stdout")
-    parser = argparse.ArgumentParser(description=__doc__)
+    where.add_argument("--json", action="store_true", help="JSON on stdout; with several regions, a list")
+    where.add_argument("--dry-run", action="store_true", help="change nothing, only say what would be done")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("list", parents=[where], help="our images, newest first, and why each one stays")
-    sweeping = verbs.add_parser(
+
+    def verb(name: str, run: Any, help: str, more: str = "", image: bool = True) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, parents=[where], help=help, description=f"{help[0].upper()}{help[1:]}. {more}")
+        made.set_defaults(run=run)
+        if image:
+            made.add_argument("image", metavar="IMAGE", help="ID, name, image version or channel")
+        return made
+
+    verb("list", list_, "our images, newest first, and why each one stays", image=False)
+    verb("show", show, "facts, packages, bake log, drills and channels of one image")
+    comparing_ = verb(
+        "diff",
+        diff,
+        "what changes from one image to another",
+        "Migrations, tables and columns; packages; known vulnerabilities, by OSV; launch keys and settings; size.",
+    )
+    comparing_.add_argument("other", metavar="OTHER", help="the image to go to")
+    comparing_.add_argument("--no-vulnerabilities", action="store_true", help="ask no vulnerability database")
+    comparing_.add_argument("--database", default=audit.DATABASE, metavar="URL", help="OSV's API or a mirror")
+    promoting_ = verb(
+        "promote",
+        promote,
+        "let a channel name an image",
+        "Refused without a passed drill between the image and the one that the channel names.",
+    )
+    promoting_.add_argument("channel", metavar="CHANNEL", help="such as staging or production")
+    promoting_.add_argument("--drill", type=Path, metavar="FILE", help="what scripts/drill.py --json printed")
+    promoting_.add_argument("--without-drill", action="store_true", help="promote an image that was not drilled")
+    protected = "Refused for an image that runs, that a channel names, that is the last one a stack can roll back to, "
+    protected += "or the only one of its PostgreSQL major."
+    deprecating = verb("deprecate", deprecate, "mark an image as deprecated", protected)
+    deprecating.add_argument("--undo", action="store_true", help="take it back")
+    retiring_ = verb("retire", retire, "deprecate and disable an image, so that no stack can launch it", protected)
+    end = retiring_.add_mutually_exclusive_group()
+    end.add_argument("--undo", action="store_true", help="take it back")
+    end.add_argument("--delete", action="store_true", help="delete a disabled image with its snapshots: not reversible")
+    sweeping = verb(
         "sweep",
-        parents=[where],
-        help="delete old images and their snapshots",
-        description="Deletes all but the newest images with their snapshots, unfinished images, snapshots whose image "
-        "is gone, and forgotten builders. An image that an instance runs on, or tagged mlflow-ami:keep stays.",
+        sweep,
+        "delete old images and their snapshots",
+        f"Also unfinished images, snapshots whose image is gone, and forgotten builders. {protected}",
+        image=False,
     )
     sweeping.add_argument("--keep", type=int, default=5, metavar="N", help="finished images to keep (default 5)")
-    sweeping.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
-    arguments = parser.parse_args()
+    sweeping.add_argument(
+        "--older-than", type=int, default=0, metavar="DAYS", help="delete older ones only (default 0)"
+    )
+    copying_ = verb("copy", copy, "the same image in other regions, with tags, record and encryption; waits for it")
+    copying_.add_argument("--to", nargs="+", required=True, metavar="REGION")
+    copying_.add_argument("--kms-key", metavar="ARN", help="encrypt the copy with this key of the other region")
+    for name, help in (("share", "let other accounts launch an image"), ("unshare", "end that")):
+        sharing_ = verb(name, share, help, "The key of an encrypted image must be a customer's and be shared as well.")
+        sharing_.add_argument("--with", dest="accounts", nargs="+", required=True, metavar="ACCOUNT")
+    arguments = parser.parse_args(argv)
     if arguments.verb == "sweep" and arguments.keep < 1:
         parser.error(f"--keep {arguments.keep}: at least one image has to stay, or a stack has none to launch")
-    try:
-        ec2 = client(arguments.region, arguments.local)
-        if arguments.verb == "list":
-            found, used = find(ec2), in_use(ec2)
-            if arguments.json:
-                print(
-                    json.dumps(
-                        [asdict(image) | {"in_use": image.id in used, "finished": image.finished} for image in found]
-                    )
-                )
-            else:
-                print("\n".join(line(image, used) for image in found) or "no image yet: scripts/bake.py makes one")
-        else:
-            swept = sweep(ec2, arguments.keep, arguments.dry_run)
-            if arguments.json:
-                print(json.dumps({"deleted": [] if arguments.dry_run else swept, "planned": swept}))
-            else:
-                verb = "would delete" if arguments.dry_run else "deleted"
-                print("\n".join(f"{verb} {each}" for each in swept) or "nothing to delete")
-    except (BotoCoreError, ClientError, CloudDown) as error:
-        print(f"images: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if arguments.verb == "sweep" and arguments.older_than < 0:
+        parser.error(f"--older-than {arguments.older_than}: give a number of days")
+    if arguments.local and arguments.region:
+        parser.error("--region is for AWS: the embedded cloud has one region of its own")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ctrl-C and its relatives: what a script must finish it finishes, and whatever ends it lets it clean up first."""
+"""Ctrl-C, SIGTERM and SIGHUP: let a script clean up, and finish the steps that must not be interrupted."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
+from scripts import invoker
+
 ENDING = (signal.SIGTERM, signal.SIGHUP)
-"""What ends a script beside Ctrl-C: a service manager, a closed terminal."""
+"""Signals that end a script besides Ctrl-C: from a service manager, from a closed terminal."""
 
 
 def end_like_ctrl_c() -> None:
-    """From now on whatever ends this process raises KeyboardInterrupt in it, as Ctrl-C does."""
+    """Make these signals raise KeyboardInterrupt in this process, like Ctrl-C."""
     for number in ENDING:
         signal.signal(number, _interrupt)
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Nothing interrupts the block: it removes what would cost money or stay behind."""
+    """Ignore interrupts during the block, which removes resources that would cost money or be left behind."""
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *ENDING)}
     try:
         yield
@@ -32,7 +35,7 @@ def uninterrupted() -> Iterator[None]:
 def exit_with(
     main: Callable[[], int], say: Callable[[str], None], refusals: tuple[type[BaseException], ...] = ()
 ) -> NoReturn:
-    """End this process with what `main` returns; with 2 and the sentence of a refusal; with 130 when interrupted."""
+    """End this process with the result of `main`; with 2 and the sentence of a refusal; with 130 when interrupted."""
     end_like_ctrl_c()
     try:
         sys.exit(main())
@@ -42,6 +45,8 @@ def exit_with(
     except refusals as refusal:
         say(str(refusal))
         sys.exit(2)
+    finally:
+        invoker.give_back(Path(__file__).parents[1])
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -1,35 +1,63 @@
 #!/usr/bin/env bash
-# Prepares a Debian 12 or Ubuntu 24.04 machine: installs the missing apt packages and fills .venv. Safe to run again.
-#   scripts/prepare.sh demo   what baking and rehearsing need
-#   scripts/prepare.sh test   that, and what the tests need
+# Installs what a group of commands needs: Debian packages that are missing, and Python packages in .venv. Safe to run
+# again. On a system without apt only `aws` works, and installs Python packages only.
+#   scripts/prepare.sh aws     bake and launch on AWS, run the examples
+#   scripts/prepare.sh demo    and the local cloud
+#   scripts/prepare.sh check   Python packages for `make check`, nothing from apt
+#   scripts/prepare.sh lint    and what `make lint` runs
+#   scripts/prepare.sh bench   and what `make bench` compares with
+#   scripts/prepare.sh test    and what the tests need
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-demo_packages=(podman runc slirp4netns uidmap packer mmdebstrap debian-archive-keyring openssh-client e2fsprogs iproute2 git)
-test_packages=(postgresql nginx-light certbot pebble chromium chromium-driver shellcheck testssl.sh lynis)
-
+cloud=(podman runc slirp4netns uidmap mmdebstrap debian-archive-keyring openssh-client e2fsprogs iproute2 util-linux
+  nginx-light)
+contenders=(postgresql apache2-utils)
 case "${1:-}" in
-  demo) wanted=("${demo_packages[@]}") extras= ;;
-  test) wanted=("${demo_packages[@]}" "${test_packages[@]}") extras='[test]' ;;
-  *) echo "usage: scripts/prepare.sh demo|test" >&2; exit 2 ;;
+  aws) wanted=(packer git) extras=examples ;;
+  demo) wanted=(packer git "${cloud[@]}") extras=examples,local-cloud ;;
+  check) wanted=() extras=examples,local-cloud,test ;;
+  lint) wanted=(packer git shellcheck) extras=examples,local-cloud,test ;;
+  bench) wanted=(packer git "${cloud[@]}" "${contenders[@]}" chromium chromium-driver) extras=examples,local-cloud,test ;;
+  test) wanted=(packer git "${cloud[@]}" "${contenders[@]}" certbot pebble chromium chromium-driver shellcheck testssl.sh
+    lynis curl systemd) extras=examples,local-cloud,test ;;
+  *) echo "usage: scripts/prepare.sh aws|check|demo|lint|bench|test" >&2; exit 2 ;;
 esac
 
+say() { echo "prepare: $*" >&2; }
 as_root() {
   if [ "$(id -u)" = 0 ]; then "$@"
   elif command -v sudo >/dev/null; then sudo "$@"
-  else echo "prepare: installing packages needs root: install sudo or run as root" >&2; exit 2; fi
+  else say "installing packages needs root: install sudo, or run this as root"; exit 2; fi
+}
+# Through sudo the checkout stays its owner's: .venv is made by them.
+as_owner() {
+  local owner group
+  owner=$(stat -c %u . 2>/dev/null || stat -f %u .) group=$(stat -c %g . 2>/dev/null || stat -f %g .)
+  if [ "$(id -u)" = 0 ] && [ "$owner" != 0 ] && command -v setpriv >/dev/null; then
+    setpriv --reuid="$owner" --regid="$group" --init-groups \
+      env HOME="$(getent passwd "$owner" | cut -d: -f6)" PYTHONDONTWRITEBYTECODE= "$@"
+  else "$@"; fi
 }
 installed() { dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null | grep -qx installed; }
-
-python=$(command -v python3 || true)
-if [ -z "$python" ] || ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then wanted+=(python3 python3-venv); fi
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+makes_venvs() { new_enough "$1" && "$1" -c 'import ensurepip, venv' 2>/dev/null; }
 
 missing=()
-for package in "${wanted[@]}"; do installed "$package" || missing+=("$package"); done
+if command -v apt-get >/dev/null; then
+  makes_venvs python3 || wanted+=(python3 python3-venv)
+  for package in "${wanted[@]}"; do
+    if [ "$package" = packer ] && command -v packer >/dev/null; then continue; fi
+    installed "$package" || missing+=("$package")
+  done
+elif [ "$1" != aws ] && [ "$1" != check ]; then
+  say "the local cloud and the tests run on Debian 12 or Ubuntu 24.04, and here is no apt: \`make prepare\` does for AWS"
+  exit 2
+fi
 if [ ${#missing[@]} -gt 0 ]; then
-  echo "prepare: installing with apt: ${missing[*]}" >&2
+  say "installing with apt: ${missing[*]}"
   log=$(mktemp -t mlflow-ami-apt.XXXXXX)
-  # Services that a test only wants the programs of (PostgreSQL, nginx) are neither started now nor at the next boot.
+  # Services of which only the programs are wanted (PostgreSQL, nginx) are neither started now nor at the next boot.
   held=
   if [ ! -e /usr/sbin/policy-rc.d ]; then
     held=1
@@ -39,7 +67,7 @@ if [ ${#missing[@]} -gt 0 ]; then
   fi
   as_root apt-get update -qq >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >"$log" 2>&1 \
-    || { cat "$log" >&2; echo "prepare: apt could not install: ${missing[*]}" >&2; exit 1; }
+    || { cat "$log" >&2; say "apt could not install: ${missing[*]}"; exit 1; }
   if [ -d /run/systemd/system ]; then
     for package in "${missing[@]}"; do
       case $package in
@@ -51,15 +79,31 @@ if [ ${#missing[@]} -gt 0 ]; then
   rm -f "$log"
 fi
 
-stamp=.venv/prepared-$(sha256sum pyproject.toml provisioning/requirements.lock | sha256sum | cut -c1-16)-${1}
-if [ ! -e "$stamp" ]; then
-  echo "prepare: installing Python packages into .venv" >&2
-  [ -x .venv/bin/python ] || python3 -m venv .venv
-  .venv/bin/python -m pip install -q --disable-pip-version-check uv
-  # The client in .venv is the release that the server's lock file names.
-  mlflow=$(sed -n 's/^mlflow==\([^ ;]*\).*/mlflow==\1/p' provisioning/requirements.lock)
-  .venv/bin/uv pip install -q --python .venv/bin/python -e ".$extras" ${mlflow:+"$mlflow"}
-  rm -f .venv/prepared-*
-  touch "$stamp"
+python=
+for each in python3 python3.13 python3.12 python3.11; do
+  if makes_venvs "$each"; then python=$each; break; fi
+done
+if [ -z "$python" ]; then
+  say "Python 3.11 or newer with its module venv is needed, and python3 here is $(python3 -V 2>&1): install one"
+  exit 2
 fi
-echo "prepare: ready" >&2
+inputs=$(cat pyproject.toml provisioning/requirements.lock | cksum | tr ' ' -)
+if ! new_enough .venv/bin/python || { [ ! -e ".venv/prepared-$inputs-$1" ] && [ ! -e ".venv/prepared-$inputs-test" ]; }; then
+  say "installing Python packages into .venv"
+  new_enough .venv/bin/python || as_owner "$python" -m venv --clear .venv
+  as_owner .venv/bin/python -m pip install -q --disable-pip-version-check uv
+  # The client in .venv is the release that the server's lock file names, or the newest before it if the index lacks that
+  # release's companions, without which the lock file does (scripts/lock.py).
+  same='=='
+  grep -q '^mlflow-skinny==' provisioning/requirements.lock || same='<='
+  mlflow=$(sed -n "s/^mlflow==\([^ ;]*\).*/mlflow$same\1/p" provisioning/requirements.lock)
+  as_owner .venv/bin/uv pip install -q --python .venv/bin/python -e ".[$extras]" ${mlflow:+"$mlflow"}
+  for stamp in .venv/prepared-*; do case $stamp in *"-$inputs-"*) ;; *) rm -f "$stamp" ;; esac; done
+  as_owner touch ".venv/prepared-$inputs-$1"
+fi
+if [ "$1" = aws ]; then
+  for each in packer pulumi; do
+    command -v "$each" >/dev/null || say "$each is not on PATH: README says where to get it"
+  done
+fi
+say "ready"

@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
 """Launch an image on the local cloud exactly as `pulumi up` would on AWS, without an AWS account.
 
-`up` runs the Pulumi program in infra/ in process and applies what it declares to the embedded cloud: creates what is
-missing, changes what changed, replaces the machine when the image did, and waits until MLflow answers. It is
-idempotent; run it again with another --ami to upgrade or roll back. Settings given with --set are remembered, as
-`pulumi config set` does; `--set key=` takes one back to its default.
+`up` runs the Pulumi program in infra/ in process and applies what it declares to the embedded cloud: creates and
+changes resources, replaces the machine when the image changed, and waits until MLflow answers. It is idempotent; run it
+again with --newest or another --ami to upgrade or roll back. Settings given with --set are stored, as by
+`pulumi config set`; `--set key=` resets one to its default. If Pulumi's CLI is on PATH or was built with
+`make prepare-tools`, Pulumi's engine is used (--engine).
 
-  rehearse.py up                                newest image of ours, default settings
+  rehearse.py up                                launch or update; a new stack gets the newest image
+  rehearse.py up --newest                       change to the newest image
   rehearse.py up --ami ami-0123456789abcdef0    pin an image: newer ones upgrade, older ones roll back
   rehearse.py up --set instanceType=t3.large --set backupRetentionDays=7
-  rehearse.py preview --ami ami-…               what `up` would do, and nothing done
+  rehearse.py preview --ami ami-…               show what `up` would do
+  rehearse.py refresh                           read changes made by hand; outputs: print the stack's outputs
+  eval "$(rehearse.py environment)"             then `cd infra` and any `pulumi` command
   rehearse.py status --json                     url, username, password, versions, state
   rehearse.py ssh                               a shell on the machine
   rehearse.py logs -f                           its journal, followed
@@ -17,28 +21,37 @@ idempotent; run it again with another --ami to upgrade or roll back. Settings gi
   rehearse.py down --data                       delete the data as well; images are kept
   rehearse.py down --purge                      delete all of it
 
-The story goes to standard error, JSON to standard output. Exit status 2: something you can put right, said in a
-sentence; 130: interrupted, and the next `up` goes on from there.
+The log goes to standard error, JSON to standard output. Exit status 2: an error that you can correct, in one sentence;
+130: interrupted; the next `up` continues.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+
+# isort: split
 import argparse
 import json
 import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from local_cloud import LocalCloud, LocalCloudError
-from rehearsal import boot, stack, state, status
-from rehearsal.errors import Interrupted, Refused, RehearsalError
-from rehearsal.values import reveal
+from scripts import prompts
+from scripts.enter_venv import ROOT_BYTECODE
+from scripts.local_cloud import LocalCloud, LocalCloudError
+from scripts.rehearsal import boot_wait, stack, state, status
+from scripts.rehearsal.errors import Interrupted, Refused, RehearsalError
+from scripts.rehearsal.wire import reveal
 
 if TYPE_CHECKING:
-    from rehearsal.engine import Step
+    from scripts.rehearsal.engine import Step
 
+DELETE = "rehearse: type yes to delete it: "
 BASES = ("debian12", "debian13")
 SIGNS = {"create": "+", "update": "~", "replace": "±", "delete": "-", "retain": "·"}
 Client = Callable[[str], Any]
@@ -54,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt):
         return 130
     except BrokenPipeError:
-        # Whoever reads the output has seen enough, as `| head` has; Python would complain once more at its end.
+        # The reader closed the pipe, like `| head`. Without this, Python prints a second error when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -66,13 +79,28 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--stack",
         metavar="NAME",
-        help=f"which of several stacks on the local cloud (default: ${stack.NAMED_BY}, else {stack.STACK})",
+        help=f"name of a stack on the local cloud (default: ${stack.NAMED_BY}, else {stack.STACK})",
     )
-    commands = parser.add_subparsers(required=True, metavar="up | preview | status | down | ssh | logs")
+    commands = parser.add_subparsers(
+        required=True, metavar="up | preview | refresh | outputs | environment | status | down | destroy | ssh | logs"
+    )
 
-    wanted = argparse.ArgumentParser(add_help=False)
-    wanted.add_argument("--ami", metavar="ID", help="image to run (default: the newest of ours)")
-    wanted.add_argument("--base", choices=BASES, help="without --ami: the newest that was baked on this")
+    engine = argparse.ArgumentParser(add_help=False)
+    engine.add_argument(
+        "--engine",
+        choices=("auto", "own", "pulumi"),
+        default="auto",
+        help="the engine; auto: the one that created the stack, "
+        f"for a new stack ${stack.ENGINE_NAMED_BY}, else Pulumi's if its CLI is there",
+    )
+
+    wanted = argparse.ArgumentParser(add_help=False, parents=[engine])
+    which = wanted.add_mutually_exclusive_group()
+    which.add_argument(
+        "--ami", metavar="ID", help="image to run (default: the current one; for a new stack the newest)"
+    )
+    which.add_argument("--newest", action="store_true", help="the newest image")
+    which.add_argument("--base", choices=BASES, help="the newest image with this source image")
     wanted.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of infra/Pulumi.yaml; lists as a,b"
     )
@@ -81,30 +109,43 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     wanted.add_argument("--json", action="store_true", help="print the result as JSON")
 
-    up = commands.add_parser("up", parents=[wanted], help="bring the stack about and wait for the first answer")
-    up.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="patience with a boot (default: 300)")
+    up = commands.add_parser("up", parents=[wanted], help="create or update the stack and wait until MLflow answers")
+    up.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="limit for the boot (default: 300)")
     up.set_defaults(run=run_up)
 
     preview = commands.add_parser("preview", parents=[wanted], help="show what `up` would do")
     preview.set_defaults(run=run_preview)
 
-    show = commands.add_parser("status", help="what there is and how to get in")
+    refresh = commands.add_parser("refresh", parents=[engine], help="read changes made by hand, like `pulumi refresh`")
+    refresh.set_defaults(run=run_refresh)
+
+    outputs = commands.add_parser("outputs", help="print the stack's outputs as JSON")
+    outputs.set_defaults(run=run_outputs)
+
+    environment = commands.add_parser("environment", help="the export lines for `pulumi` and AWS clients")
+    environment.set_defaults(run=run_environment)
+
+    show = commands.add_parser("status", help="print URL, credentials, versions and state")
     show.add_argument("--json", action="store_true", help="print it as JSON")
     show.set_defaults(run=run_status)
 
-    down = commands.add_parser("down", help="stop the machine and the local cloud; what holds data is kept")
+    down = commands.add_parser("down", help="stop the machine and the local cloud; keep all data")
     more = down.add_mutually_exclusive_group()
-    more.add_argument("--data", action="store_true", help="delete data volume, buckets and parameters, too")
-    more.add_argument("--purge", action="store_true", help="delete those, the images, and the local cloud itself")
+    more.add_argument("--data", action="store_true", help="also delete data volume, buckets and parameters")
+    more.add_argument("--purge", action="store_true", help="delete those, the images, and the local cloud")
     down.add_argument("--yes", action="store_true", help="do not ask before --data or --purge")
     down.set_defaults(run=run_down)
+
+    destroy = commands.add_parser("destroy", help="delete the stack with its data; the local cloud stays up")
+    destroy.add_argument("--yes", action="store_true", help="do not ask")
+    destroy.set_defaults(run=run_destroy)
 
     ssh = commands.add_parser("ssh", help="a root shell on the machine, or one command")
     ssh.add_argument("command", nargs=argparse.REMAINDER, help="command to run instead of a shell")
     ssh.set_defaults(run=run_ssh)
 
     logs = commands.add_parser("logs", help="the machine's console and journal")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on showing new entries")
+    logs.add_argument("-f", "--follow", action="store_true", help="follow new entries")
     logs.set_defaults(run=run_logs)
     arguments = parser.parse_args(argv)
     if arguments.stack:
@@ -118,13 +159,17 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 def run_up(arguments: argparse.Namespace) -> None:
     with stack.exclusive():
         current = state.load(stack.state_path())
-        settings = stack.with_changes(current.settings, arguments.set, arguments.secret)
+        by = stack.engine_for(arguments.engine, current)
+        say(f"engine: {by.described()}")
+        settings, mistakes = stack.with_changes(current.settings, arguments.set, arguments.secret)
         cloud = LocalCloud()
         cloud.up()
         client = stack.clients(cloud)
-        ami = arguments.ami or stack.choose_image(client, arguments.base)
+        ami = stack.image_to_run(client, arguments, current, settings)
+        if mistakes:
+            stack.refuse(cloud, client, ami, settings, current, mistakes)
         say(f"applying infra/ with {ami}")
-        engine = stack.bring_about(cloud, client, ami, settings, current, say=say, done=show_step)
+        engine = by.bring_about(cloud, client, ami, settings, current, say=say, done=show_step)
         summarize(engine.steps)
         timing = await_server(cloud, client, engine, arguments.timeout)
         found = inspect(cloud, client, engine.state)
@@ -135,15 +180,55 @@ def run_up(arguments: argparse.Namespace) -> None:
 def run_preview(arguments: argparse.Namespace) -> None:
     with stack.exclusive():
         current = state.load(stack.state_path())
-        settings = stack.with_changes(current.settings, arguments.set, arguments.secret)
+        by = stack.engine_for(arguments.engine, current)
+        say(f"engine: {by.described()}")
+        settings, mistakes = stack.with_changes(current.settings, arguments.set, arguments.secret)
         cloud = LocalCloud()
         cloud.up()
         client = stack.clients(cloud)
-        ami = arguments.ami or stack.choose_image(client, arguments.base)
-        engine = stack.preview(cloud, client, ami, settings, current, say=say, done=show_step)
+        ami = stack.image_to_run(client, arguments, current, settings)
+        if mistakes:
+            stack.refuse(cloud, client, ami, settings, current, mistakes)
+        engine = by.preview(cloud, client, ami, settings, current, say=say, done=show_step)
     summarize(engine.steps)
     if arguments.json:
         print(json.dumps({"ami_id": ami, "changes": changes(engine.steps)}, indent=2))
+
+
+def run_refresh(arguments: argparse.Namespace) -> None:
+    with stack.exclusive():
+        current = state.load(stack.state_path())
+        cloud = LocalCloud()
+        cloud.up()
+        by = stack.engine_for(arguments.engine, current)
+        say(f"engine: {by.described()}")
+        by.refresh(cloud, stack.clients(cloud), current, say=say, done=show_step)
+
+
+def run_outputs(arguments: argparse.Namespace) -> None:
+    print(json.dumps(reveal(state.load(stack.state_path()).outputs), indent=2))
+
+
+def run_environment(arguments: argparse.Namespace) -> None:
+    from scripts.rehearsal import pulumi_cli
+
+    cloud = LocalCloud()
+    cloud.up()
+    pulumi_cli.link_settings()
+    for name, value in pulumi_cli.environment(cloud).items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+def run_destroy(arguments: argparse.Namespace) -> None:
+    say("deletes the stack with its data volume, buckets and parameters; images are kept")
+    if not arguments.yes and not prompts.confirmed(DELETE):
+        raise Refused("nothing was deleted; --yes skips the question")
+    with stack.exclusive():
+        current = state.load(stack.state_path())
+        cloud = LocalCloud()
+        cloud.up()
+        by = stack.engine_for("auto", current)
+        by.destroy(cloud, stack.clients(cloud), current, say=say, done=show_step)
 
 
 def run_status(arguments: argparse.Namespace) -> None:
@@ -161,24 +246,31 @@ def run_down(arguments: argparse.Namespace) -> None:
     cloud = LocalCloud()
     if arguments.purge:
         say(f"deletes the stack, its data and the images: all of {stack.state_path().parent}")
+        for refusal in stack.refused_elsewhere():
+            say(refusal)
     elif arguments.data:
         say(
             "deletes the stack with its data volume, buckets and parameters, and stops the local cloud; images are kept"
         )
     else:
         say("removes the machine and stops the local cloud; images, data volume, buckets and parameters are kept")
-    if (arguments.purge or arguments.data) and not arguments.yes and not confirmed():
+    if (arguments.purge or arguments.data) and not arguments.yes and not prompts.confirmed(DELETE):
         raise Refused("nothing was deleted; --yes skips the question")
     with stack.exclusive():
         if arguments.purge:
+            for certificate in stack.certificates():
+                certificate.unlink()
+            shutil.rmtree(ROOT_BYTECODE, ignore_errors=True)
             cloud.purge()
+            stack.unlink_settings()
             return
         current = state.load(stack.state_path())
+        by = stack.engine_for("auto", current)
         if arguments.data and current.resources:
             cloud.up()
-            stack.destroy(cloud, stack.clients(cloud), current, say=say, done=show_step)
+            by.destroy(cloud, stack.clients(cloud), current, say=say, done=show_step)
         elif cloud.is_up():
-            stack.remove_machine(cloud, stack.clients(cloud), current, say=say, done=show_step)
+            by.remove_machine(cloud, stack.clients(cloud), current, say=say, done=show_step)
         if others := stack.others_with_a_machine():
             say(f"the local cloud stays up for {', '.join(others)}")
         else:
@@ -199,12 +291,13 @@ def run_logs(arguments: argparse.Namespace) -> int:
     return replace_process(cloud.shell_command(instance, journal))
 
 
-# Parts of them
+# Parts of commands
 
 
 def await_server(cloud: LocalCloud, client: Client, engine: Any, seconds: float) -> dict[str, Any]:
-    """Waits for the first authenticated 200; says, and answers with, the time since RunInstances and each step's."""
-    from rehearsal.resources import ec2
+    """Wait for the first authenticated 200. Logs and returns the time since RunInstances and the time of each boot
+    step."""
+    from scripts.rehearsal.resources import ec2
 
     outputs = reveal(engine.outputs)
     instance = outputs["instanceId"]
@@ -216,7 +309,7 @@ def await_server(cloud: LocalCloud, client: Client, engine: Any, seconds: float)
         launched = time.time()
         ec2.start_instance(engine.aws, instance)
     username, password = way_in(client, outputs["credentialsParameter"])
-    answered = boot.wait(
+    answered = boot_wait.wait(
         outputs["url"],
         username,
         password or "",
@@ -228,8 +321,8 @@ def await_server(cloud: LocalCloud, client: Client, engine: Any, seconds: float)
     if launched is None:
         say(f"{outputs['url']} answers")
         return {"seconds_to_first_answer": None, "boot": []}
-    steps = boot.step_times(read_step_statuses(cloud, instance), launched)
-    say(f"first authenticated answer {answered - launched:.1f} s after RunInstances")
+    steps = boot_wait.step_times(read_step_statuses(cloud, instance), launched)
+    say(f"first authenticated response {answered - launched:.1f} s after RunInstances")
     for each in steps:
         say(f"  {each.step:<14} began at {each.after:5.1f} s, took {each.seconds:5.1f} s")
     return {"seconds_to_first_answer": round(answered - launched, 2), "boot": [vars(each) for each in steps]}
@@ -239,33 +332,38 @@ BOOTING = ("create", "replace")
 
 
 def read_step_statuses(cloud: LocalCloud, instance: str) -> list[dict[str, Any]]:
-    """The machine's own record of its boot, one document a step."""
+    """The machine's record of its boot: one JSON document per step."""
     shell = "for each in /run/mlflow-host/status/*.json; do cat $each; echo; done"
     lines = cloud.exec(instance, ["sh", "-c", shell]).stdout.splitlines()
     return [json.loads(line) for line in lines if line.strip()]
 
 
-def read_backups(cloud: LocalCloud, instance: str) -> dict[str, Any] | None:
-    """What the machine last found of its backups; None until it has looked for the first time."""
-    found = cloud.exec(instance, ["cat", "/run/mlflow-host/web/backups.json"])
-    return dict(json.loads(found.stdout)) if found.returncode == 0 else None
+def read_backups(cloud: LocalCloud, found: dict[str, Any], certificate: str | None) -> dict[str, Any] | None:
+    """The machine's last report on its backups; None before the first. In the machine only root can read it."""
+    if os.geteuid():
+        path = "/mlflow-host/backups.json"
+        answer = boot_wait.ask(found["url"], found["username"], found["password"] or "", certificate, path=path)
+        return answer.document if answer.status == 200 else None
+    report = cloud.exec(found["instance_id"], ["cat", "/run/mlflow-host/web/backups.json"])
+    return dict(json.loads(report.stdout)) if report.returncode == 0 else None
 
 
 def way_in(client: Client, parameter: str) -> tuple[str, str | None]:
-    """User and password, from the credentials parameter, which is where people are managed."""
+    """User and password, from the credentials parameter."""
     value = client("ssm").get_parameter(Name=parameter, WithDecryption=True)["Parameter"]["Value"]
     return status.first_user(value)
 
 
 def inspect(cloud: LocalCloud, client: Client, current: state.State) -> dict[str, Any]:
-    """The status document of a local cloud that is up."""
-    from rehearsal.kinds import Aws
-    from rehearsal.resources import ec2
+    """The status document while the local cloud is up."""
+    from scripts.rehearsal.resource_types import Aws
+    from scripts.rehearsal.resources import ec2
 
     found = status.outline(current) | {
         "region": cloud.region,
         "endpoint": cloud.endpoint,
         "s3_endpoint": cloud.s3_endpoint,
+        "s3_trust": str(stack.keep_trust(cloud)),
     }
     if not current.outputs:
         return found
@@ -276,12 +374,12 @@ def inspect(cloud: LocalCloud, client: Client, current: state.State) -> dict[str
     certificate = status.authority(client("ssm"), found["authority_parameter"])
     if certificate:
         found["server_certificate"] = str(status.keep_certificate(stack.certificate_path(), certificate))
-    answer = boot.ask(found["url"], found["username"], found["password"] or "", certificate)
-    found["backups"] = read_backups(cloud, found["instance_id"])
+    answer = boot_wait.ask(found["url"], found["username"], found["password"] or "", certificate)
+    found["backups"] = read_backups(cloud, found, certificate)
     if answer.status == 200:
         return found | {"state": "ready"}
     if answer.status == 0 and found["url"].startswith("https:"):
-        answer = boot.ask_port_80(found["url"])
+        answer = boot_wait.ask_port_80(found["url"])
     message = answer.document.get("message") or (
         f"HTTP status {answer.status}" if answer.status else "nothing answers yet"
     )
@@ -301,14 +399,7 @@ def replace_process(argv: list[str]) -> int:
     os.execvp(argv[0], argv)
 
 
-def confirmed() -> bool:
-    if not sys.stdin.isatty():
-        return False
-    print("rehearse: type yes to delete it: ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip() == "yes"
-
-
-# What is said
+# Output
 
 
 def say(text: str) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The people who may log in: add, remove and list them, give them a role or a new password.
+"""Manage the users who can log in: add, remove and list them, set their role or a new password.
 
   users.py add ada                       a writer, with a generated password that is printed once
   users.py add bob --role reader --prompt
@@ -8,54 +8,54 @@
   users.py remove bob
   users.py list [--json]
 
-An admin and a writer may do the same in MLflow; a reader changes nothing. Of whom there is no admin left, nobody can be
-let in any more, so the last one cannot be removed.
+Admins and writers have the same rights in MLflow; a reader changes nothing. A stack keeps at least one admin, so the
+last one cannot be removed.
 
-People are in the stack's credentials parameter, which is read and written with your AWS credentials; which stack, is
-chosen as connect.py does. The server follows within a minute, without a restart. Passwords are generated, asked for
-(--prompt) or read from standard input (--stdin), never arguments, and kept as hashes. The password of the admin that
-came with the stack stays readable in the parameter, for connect.py.
+Users are stored in the stack's credentials parameter, which is read and written with your AWS credentials; the stack is
+chosen as in connect.py. Changes take effect on the server within a minute, without a restart. Passwords are generated,
+prompted for (--prompt) or read from standard input (--stdin); they are never arguments. They are stored as hashes,
+except that of the stack's first admin, which connect.py reads.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+
+# isort: split
 import argparse
 import contextlib
-import getpass
 import json
 import re
 import secrets
 import string
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from connect import NotConnected, Stack, add_choice, choose
-
-with contextlib.suppress(ValueError):
-    sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "provisioning/rootfs/usr/lib/mlflow-host"))
-from mlflow_host import credentials
+from mlflow_host.contract import credentials
+from scripts import prompts
+from scripts.connect import ConnectedStack, NotConnected, add_choice, choose
 
 LENGTH = 24
-"""Characters of a generated password: letters and digits, so 142 bits, and no shell, URL or header minds them."""
+"""Characters of a generated password: letters and digits (142 bits), which no shell, URL or header quotes."""
 OVERTAKEN = 20
-"""How often a change may find that somebody else was quicker before it is given up."""
+"""Attempts at a change while other clients write the parameter at the same time."""
 
 Users = dict[str, dict[str, str]]
-"""Name → {"password": clear or hashed, "role": …}, as the parameter has them."""
+"""Name → {"password": clear or hashed, "role": …}, as in the parameter."""
 Change = Callable[[Users], Users]
 
 
-class Refused(Exception):
-    """What was asked for cannot be done; says why in a sentence, without any secret."""
+class ChangeRefused(Exception):
+    """The change is not possible; the message contains the reason and no secret."""
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = read_arguments(argv)
     try:
         arguments.run(choose(arguments), arguments)
-    except (NotConnected, Refused) as error:
+    except (NotConnected, ChangeRefused) as error:
         print(f"users: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -69,7 +69,9 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(required=True, metavar="add | role | rotate | remove | list")
 
-    def command(name: str, run: Callable[[Stack, argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[ConnectedStack, argparse.Namespace], None], help: str
+    ) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help)
         made.set_defaults(run=run)
         add_choice(made)
@@ -79,37 +81,37 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     def takes_password(made: argparse.ArgumentParser) -> None:
         how = made.add_mutually_exclusive_group()
-        how.add_argument("--prompt", action="store_true", help="ask for the password instead of generating one")
+        how.add_argument("--prompt", action="store_true", help="prompt for the password instead of generating one")
         how.add_argument("--stdin", action="store_true", help="read it from standard input, one line")
 
     add = command("add", run_add, "let somebody in")
     add.add_argument("--role", choices=credentials.ROLES, default="writer", help="default: writer")
     takes_password(add)
-    role = command("role", run_role, "say what somebody may do")
+    role = command("role", run_role, "set a user's role")
     role.add_argument("role", choices=credentials.ROLES)
-    takes_password(command("rotate", run_rotate, "give somebody a new password"))
-    command("remove", run_remove, "let somebody in no more")
-    command("list", run_list, "who may log in").add_argument("--json", action="store_true", help="print it as JSON")
+    takes_password(command("rotate", run_rotate, "set a new password"))
+    command("remove", run_remove, "remove a user")
+    command("list", run_list, "list the users").add_argument("--json", action="store_true", help="print it as JSON")
     return parser.parse_args(argv)
 
 
 # Commands
 
 
-def run_add(stack: Stack, arguments: argparse.Namespace) -> None:
+def run_add(stack: ConnectedStack, arguments: argparse.Namespace) -> None:
     name, password = arguments.name, new_password(arguments)
 
     def add(users: Users) -> Users:
         if name in users:
-            raise Refused(f"{name} is there already: `rotate` gives a new password, `role` another role")
+            raise ChangeRefused(f"{name} exists already: `rotate` gives a new password, `role` another role")
         return {**users, name: {"password": credentials.hashed(password), "role": arguments.role}}
 
     change(stack, add)
-    say(f"{name} may log in as {arguments.role} within a minute")
+    say(f"{name} can log in as {arguments.role} within a minute")
     show(password, arguments)
 
 
-def run_rotate(stack: Stack, arguments: argparse.Namespace) -> None:
+def run_rotate(stack: ConnectedStack, arguments: argparse.Namespace) -> None:
     name, password = arguments.name, new_password(arguments)
 
     def rotate(users: Users) -> Users:
@@ -118,17 +120,17 @@ def run_rotate(stack: Stack, arguments: argparse.Namespace) -> None:
         return {**users, name: {**here, "password": kept}}
 
     change(stack, rotate)
-    say(f"{name} has a new password within a minute")
+    say(f"the new password of {name} takes effect within a minute")
     show(password, arguments)
 
 
-def run_role(stack: Stack, arguments: argparse.Namespace) -> None:
+def run_role(stack: ConnectedStack, arguments: argparse.Namespace) -> None:
     name = arguments.name
     change(stack, lambda users: {**users, name: {**known(users, name), "role": arguments.role}})
-    say(f"{name} is {arguments.role} within a minute")
+    say(f"the role {arguments.role} of {name} takes effect within a minute")
 
 
-def run_remove(stack: Stack, arguments: argparse.Namespace) -> None:
+def run_remove(stack: ConnectedStack, arguments: argparse.Namespace) -> None:
     gone = arguments.name
 
     def remove(users: Users) -> Users:
@@ -136,10 +138,10 @@ def run_remove(stack: Stack, arguments: argparse.Namespace) -> None:
         return {name: entry for name, entry in users.items() if name != gone}
 
     change(stack, remove)
-    say(f"{gone} is let in no more within a minute")
+    say(f"{gone} is removed; open sessions end within a minute")
 
 
-def run_list(stack: Stack, arguments: argparse.Namespace) -> None:
+def run_list(stack: ConnectedStack, arguments: argparse.Namespace) -> None:
     roles = {name: entry["role"] for name, entry in users_of(read(stack)[0]).items()}
     if arguments.json:
         print(json.dumps(roles, indent=2))
@@ -153,37 +155,42 @@ def run_list(stack: Stack, arguments: argparse.Namespace) -> None:
 
 
 def new_password(arguments: argparse.Namespace) -> str:
-    """Generated, unless it is to be asked for or read. Raises Refused."""
-    if arguments.prompt:
-        password = getpass.getpass(f"Password for {arguments.name}: ")
-        if getpass.getpass("The same again: ") != password:
-            raise Refused("the two are not the same")
-    elif arguments.stdin:
-        password = sys.stdin.readline().rstrip("\n")
-    else:
+    """A generated password, or one from the prompt or standard input. Raises ChangeRefused."""
+    try:
+        if arguments.prompt:
+            instead = "use --stdin, or have one generated"
+            password = prompts.ask_secret(f"Password for {arguments.name}", instead)
+            if prompts.ask_secret("The same again", instead) != password:
+                raise ChangeRefused("the two passwords differ")
+        elif arguments.stdin:
+            password = prompts.read_line(f"the password for {arguments.name}")
+    except prompts.NoAnswer as error:
+        raise ChangeRefused(str(error)) from None
+    if not (arguments.prompt or arguments.stdin):
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(LENGTH))
     if not re.fullmatch(r"[!-~]{12,128}", password):
-        raise Refused("a password must be 12 to 128 visible ASCII characters without spaces")
+        raise ChangeRefused("a password must be 12 to 128 visible ASCII characters without spaces")
     if credentials.HASHED.fullmatch(password):
-        raise Refused("a password must not have the form of a hash, such as {SSHA}…")
+        raise ChangeRefused("a password must not have the form of a hash, such as {SSHA}…")
     return password
 
 
 def show(password: str, arguments: argparse.Namespace) -> None:
-    """On standard output, where it can be piped somewhere safe; whoever has given it knows it."""
+    """Print a generated password to standard output, which can be piped. A password that the user entered is not
+    printed."""
     if not (arguments.prompt or arguments.stdin):
-        say("the password, which is shown this once:")
+        say("the password (it is not shown again):")
         print(password)
 
 
 # The parameter
 
 
-def change(stack: Stack, made: Change) -> None:
-    """Write the parameter with `made` applied to its users. Raises Refused, with nothing changed.
+def change(stack: ConnectedStack, made: Change) -> None:
+    """Write the parameter with `made` applied to its users. Raises ChangeRefused, with nothing changed.
 
-    Systems Manager writes without asking what it replaces, but numbers every version. One that is not the successor of
-    the version read has replaced what others wrote meanwhile; the last of theirs is then taken up from the history.
+    Systems Manager has no conditional write, but it numbers versions. If the new version does not follow the version
+    that was read, it has replaced another client's version; that version is then read from the history and merged.
     """
     document, version = read(stack)
     before = users_of(document)
@@ -197,15 +204,15 @@ def change(stack: Stack, made: Change) -> None:
         wanted = merged(before, wanted, users_of(document))
         try:
             check(document, wanted)
-        except Refused:
+        except ChangeRefused:
             write(stack, document, users_of(document))
             raise
         version = written
-    raise Refused("too many others change the users at the same time: look at `users.py list` and try again")
+    raise ChangeRefused("too many concurrent changes of the users: check `users.py list` and try again")
 
 
 def merged(before: Users, ours: Users, theirs: Users) -> Users:
-    """Our users with everything taken over that they changed since `before` and we did not."""
+    """Our users, with all changes that the other client made since `before` to users that we did not change."""
     names = [*ours, *(name for name in theirs if name not in ours)]
     entries = {
         name: theirs.get(name) if ours.get(name) == before.get(name) != theirs.get(name) else ours.get(name)
@@ -216,43 +223,44 @@ def merged(before: Users, ours: Users, theirs: Users) -> Users:
 
 def known(users: Users, name: str) -> dict[str, str]:
     if name not in users:
-        raise Refused(f"there is no user {name}: `users.py list` shows who there is")
+        raise ChangeRefused(f"there is no user {name}: `users.py list` shows the users")
     return users[name]
 
 
 def check(document: dict[str, Any], users: Users) -> None:
-    """Raises Refused for what the server would not take."""
+    """Raises ChangeRefused for users that the server would reject."""
     if not any(entry["role"] == "admin" for entry in users.values()):
-        raise Refused("nobody would be admin then: make somebody else admin first")
+        raise ChangeRefused("this is the last admin: make another user admin first")
     try:
         credentials.parse(json.dumps({**document, "users": users}))
     except credentials.CredentialsError as error:
-        raise Refused(str(error)) from None
+        raise ChangeRefused(str(error)) from None
 
 
 def users_of(document: dict[str, Any]) -> Users:
-    """The users of a document with every role written out. Raises Refused when the server could not read it either."""
+    """The users of a document, with every role filled in. Raises ChangeRefused for a document that the server could not
+    read."""
     try:
         found = credentials.parse(json.dumps(document))
     except credentials.CredentialsError as error:
-        raise Refused(f"the credentials parameter cannot be used: {error}") from None
+        raise ChangeRefused(f"the credentials parameter cannot be used: {error}") from None
     return {user.name: {"password": user.password, "role": user.role} for user in found.users}
 
 
-def read(stack: Stack, version: int | None = None) -> tuple[dict[str, Any], int]:
-    """The document and the number of its version. Raises Refused."""
+def read(stack: ConnectedStack, version: int | None = None) -> tuple[dict[str, Any], int]:
+    """The document and its version number. Raises ChangeRefused."""
     name = stack.facts["credentials_parameter"]
     with refusals(f"the parameter {name} cannot be read"):
         wanted = name if version is None else f"{name}:{version}"
         found = stack.ssm.get_parameter(Name=wanted, WithDecryption=True)["Parameter"]
         document = json.loads(found["Value"])
     if not isinstance(document, dict):
-        raise Refused(f"the parameter {name} cannot be read: it is no JSON object")
+        raise ChangeRefused(f"the parameter {name} cannot be read: it is not a JSON object")
     return document, int(found["Version"])
 
 
-def write(stack: Stack, document: dict[str, Any], users: Users) -> int:
-    """The number of the version made. Raises Refused."""
+def write(stack: ConnectedStack, document: dict[str, Any], users: Users) -> int:
+    """The number of the new version. Raises ChangeRefused."""
     name = stack.facts["credentials_parameter"]
     with refusals(f"the parameter {name} cannot be written"):
         made = stack.ssm.put_parameter(
@@ -268,14 +276,14 @@ def write(stack: Stack, document: dict[str, Any], users: Users) -> int:
 
 @contextlib.contextmanager
 def refusals(what: str) -> Any:
-    from botocore.exceptions import BotoCoreError, ClientError
+    from scripts import aws_session
 
     try:
         yield
-    except (BotoCoreError, ClientError) as error:
-        raise Refused(f"{what}: {error}") from None
+    except aws_session.ERRORS as error:
+        raise ChangeRefused(f"{what}: {aws_session.explain(error)}") from None
     except ValueError:
-        raise Refused(f"{what}: it is not JSON") from None
+        raise ChangeRefused(f"{what}: it is not JSON") from None
 
 
 def say(text: str) -> None:

@@ -1,10 +1,10 @@
-"""What the tests share: one local cloud, one baked image per base, one launched server, all real.
+"""Shared fixtures: one local cloud, one baked image per base, one launched server, all real.
 
-The local cloud keeps its images between test runs in a folder of its own (`state_dir`), so a second run bakes
-nothing as long as packer/ and provisioning/ stay as they are. Machines, daemons, mounts and loop devices are all
-gone when the tests end, whether they passed, failed or were interrupted; `cloud` fails if anything is left.
+The local cloud keeps its images between test runs in a folder of its own (`state_dir`), so a second run bakes nothing
+while packer/ and provisioning/ are unchanged. Machines, daemons, mounts and loop devices are removed when the tests
+end, even if they failed or were interrupted; `cloud` fails if anything is left.
 
-The imports inside the fixtures are what keeps the unit tests quick: MLflow alone takes seconds to import.
+Imports inside the fixtures keep the unit tests fast: MLflow alone takes seconds to import.
 """
 
 from __future__ import annotations
@@ -19,30 +19,38 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from leftovers import leftovers, orphaned_network_namespaces, running_processes
+
+from scripts import invoker
+from tests.support.leftovers import leftovers, orphaned_network_namespaces, running_processes
 
 if TYPE_CHECKING:
-    from local_cloud import LocalCloud
     from mlflow import MlflowClient
-    from servers import Server
+
+    from scripts.local_cloud import LocalCloud
+    from tests.support.servers import Server
 
 BASES = [pytest.param("debian12"), pytest.param("debian13", marks=pytest.mark.slow)]
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Let SIGTERM end the tests as Ctrl-C does, so that fixtures tear down what they started."""
+    """Make SIGTERM end the tests like Ctrl-C, so that fixtures remove what they started."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
-    # Who starts the tests in the background of a script has them, and all that they start, ignore Ctrl-C.
+    # Programs that a shell starts in the background ignore Ctrl-C, and so do their children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Root's tests leave no file of root's in the checkout of the sudo user."""
+    invoker.give_back(Path(__file__).parents[1])
 
 
 @pytest.fixture(autouse=True)
 def no_session_is_left() -> Iterator[None]:
-    """The next test's boto3 looks for its credentials itself: the default session keeps what it once found."""
+    """Reset boto3's default session, which keeps the credentials that it found first."""
     yield
     if boto3 := sys.modules.get("boto3"):
         boto3.DEFAULT_SESSION = None
@@ -50,24 +58,28 @@ def no_session_is_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def state_dir() -> Path:
-    """Where the tests' local cloud keeps its state: $MLFLOW_AMI_LOCAL_CLOUD, or a folder beside the demo's."""
+    """Folder of the tests' local cloud: $MLFLOW_AMI_LOCAL_CLOUD, or a folder beside the demo's."""
     state_home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     return Path(os.environ.get("MLFLOW_AMI_LOCAL_CLOUD") or state_home / "mlflow-ami" / "tests").resolve()
 
 
 @pytest.fixture(scope="session")
 def cloud(state_dir: Path) -> Iterator[LocalCloud]:
-    """The tests' local cloud, up; down again at the end, with nothing of it left on the machine."""
+    """The tests' local cloud, started; stopped at the end, with nothing left on the machine."""
     if os.geteuid() != 0:
         pytest.fail("the tests that bake and boot machines need root: run them with `make test` or sudo", pytrace=False)
-    from local_cloud import LocalCloud
+    from scripts.local_cloud import LocalCloud
+    from tests.support.servers import destroy_stacks_of_killed_runs
 
     os.environ["MLFLOW_AMI_LOCAL_CLOUD"] = str(state_dir)
+    # Other tests compare our engine with Pulumi's.
+    os.environ.setdefault("MLFLOW_AMI_ENGINE", "own")
     processes_before = running_processes()
     namespaces_before = orphaned_network_namespaces()
     cloud = LocalCloud(state_dir)
     try:
         cloud.up()
+        destroy_stacks_of_killed_runs(cloud)
         yield cloud
     finally:
         cloud.down()
@@ -77,14 +89,14 @@ def cloud(state_dir: Path) -> Iterator[LocalCloud]:
 
 @pytest.fixture(scope="session", params=BASES)
 def base(request: pytest.FixtureRequest) -> str:
-    """The distribution the image is made of; Debian 13 runs behind `make test-all`."""
+    """The distribution of the image; Debian 13 runs only in `make test-all`."""
     return str(request.param)
 
 
 @pytest.fixture(scope="session")
 def image(cloud: LocalCloud, base: str) -> Mapping[str, Any]:
-    """The image baked on `base` by scripts/bake.py, baked again only if what goes into it changed."""
-    from servers import script
+    """The image baked on `base` by scripts/bake.py, baked again only if its inputs changed."""
+    from tests.support.servers import script
 
     baked: dict[str, Any] = json.loads(script("bake.py", "--local", "--if-changed", "--base", base, "--json").stdout)
     return baked
@@ -92,17 +104,29 @@ def image(cloud: LocalCloud, base: str) -> Mapping[str, Any]:
 
 @pytest.fixture(scope="session")
 def older_image(cloud: LocalCloud, base: str) -> str:
-    """The AMI with MLflow OLDER, baked again only if what goes into it changed."""
-    from servers import OLDER, script
+    """The AMI with MLflow OLDER, baked again only if its inputs changed."""
+    from tests.support.servers import OLDER, script
 
     baked = script("bake.py", "--local", "--if-changed", "--base", base, "--mlflow-version", OLDER, "--json")
     return str(json.loads(baked.stdout)["ami_id"])
 
 
 @pytest.fixture(scope="session")
+def images_by_packer(cloud: LocalCloud) -> Mapping[str, Mapping[str, Any]]:
+    """What bake.py prints of one image by the current Packer and one by Debian's, of the generation before plug-ins."""
+    from scripts.rehearsal import tools
+    from tests.support.servers import bake_with
+
+    current, debians = tools.BIN / "packer", Path("/usr/bin/packer")
+    if not current.exists() or not debians.exists():
+        pytest.skip("a current Packer and Debian's are needed: run `make prepare-tools`")
+    return {"current": bake_with(current), "1.6": bake_with(debians)}
+
+
+@pytest.fixture(scope="session")
 def server(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
     """A server launched from `image` with the stack's defaults; its data is deleted at the end."""
-    from servers import destroy_server, launch_server
+    from tests.support.servers import destroy_server, launch_server
 
     destroy_server(cloud)
     try:
@@ -113,10 +137,11 @@ def server(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def example_runs(server: Server) -> Mapping[str, str]:
-    """The id of the run that each example logged to `server`, by the example's file name."""
+    """ID of the run that each example logged to `server`, by the example's file name."""
     import mlflow
-    from servers import EXAMPLES, client_of, run
-    from stand_ins import chat_completions
+
+    from scripts.stand_ins import chat_completions
+    from tests.support.servers import EXAMPLES, client_of, run
 
     with chat_completions.serve() as model_url:
         environment = {**os.environ, **chat_completions.client_environment(model_url), **server.exports}
@@ -132,7 +157,7 @@ def example_runs(server: Server) -> Mapping[str, str]:
 @pytest.fixture
 def client(server: Server) -> Iterator[MlflowClient]:
     """The real MLflow client of `server`."""
-    from servers import client_of
+    from tests.support.servers import client_of
 
     with client_of(server) as client:
         yield client

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Asserts the finished image: the last thing that runs at a bake, and it changes nothing.
+"""Bake step: check the finished image. It is the last step and changes nothing.
 
-Every check yields a sentence for each thing it finds wrong. All of them are reported together, and the bake fails if
-there is one. Runs as root in the machine whose disk becomes the image, after clean.sh, with the distribution's own
-Python. Given names of checks, runs only those.
+Every check yields one sentence per fault. All faults are reported together, and the bake fails if there is one. Runs as
+root on the builder, whose disk becomes the image, after clean.sh, with the distribution's Python. With names of checks
+as arguments, runs only those checks.
 """
 
 import json
@@ -35,6 +35,7 @@ FACTS = {
     "migration_count": int,
     "postgresql_major": int,
     "launch_revision": int,
+    "fallbacks": list,
     "python_version": str,
     "nginx_version": str,
     "packages": dict,
@@ -46,12 +47,12 @@ HISTORIES = (".bash_history", ".python_history", ".psql_history", ".lesshst", ".
 
 
 def output(*command: str) -> str:
-    """What a command says on stdout, whatever its exit status."""
+    """The stdout of a command, whatever its exit status."""
     return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
 
 
 def files_below(*roots: Path) -> Iterator[Path]:
-    """Every file and link below the roots, without following links."""
+    """All files and links below the roots. Does not follow links."""
     for root in roots:
         for folder, _, names in os.walk(root):
             for name in names:
@@ -59,40 +60,40 @@ def files_below(*roots: Path) -> Iterator[Path]:
 
 
 def homes() -> list[Path]:
-    """Home directories that exist, of people and of services."""
+    """The existing home directories of all users, service users included."""
     found = {Path(user.pw_dir) for user in pwd.getpwall()}
     return sorted(home for home in found - {Path("/"), Path("/bin")} if home.is_dir())
 
 
-# ── Nothing that belongs to one machine ─────────────────────────────────────────────────────────────────────────────
+# ── The image contains nothing of one machine ───────────────────────────────────────────────────────────────────────
 
 
 def no_cluster() -> Iterator[str]:
-    """The cluster lives on the data volume; one in the image would be started, or found in the way, at boot."""
+    """The cluster belongs on the data volume. One in the image would start at boot, or block the boot."""
     for folder in (Path("/var/lib/postgresql"), Path("/etc/postgresql"), Path("/srv/mlflow")):
         for version_file in (p for p in files_below(folder) if p.name in ("PG_VERSION", "postgresql.conf")):
             yield f"a PostgreSQL cluster is baked in: {version_file}"
 
 
 def no_identity() -> Iterator[str]:
-    """Host keys, machine id and seeds are made by each machine for itself."""
+    """Each machine creates its own host keys, machine ID and random seeds."""
     for key in sorted(Path("/etc/ssh").glob("ssh_host_*")):
         yield f"an SSH host key is baked in: {key}"
     machine_id = Path("/etc/machine-id")
     if not machine_id.is_file() or machine_id.stat().st_size:
-        yield "/etc/machine-id is to exist and be empty, so that each machine gets its own"
+        yield "/etc/machine-id must exist and be empty, so that each machine gets its own"
     dbus_id = Path("/var/lib/dbus/machine-id")
     if dbus_id.exists() and not dbus_id.is_symlink():
-        yield f"{dbus_id} holds a machine id of its own"
+        yield f"{dbus_id} contains a machine ID of its own"
     for seed in (Path("/var/lib/systemd/random-seed"), Path("/var/lib/systemd/credential.secret")):
         if seed.exists():
             yield f"every machine of this image would share {seed}"
     if Path("/var/lib/cloud/instance").exists() or any(Path("/var/lib/cloud").glob("instances/*")):
-        yield "cloud-init remembers the builder in /var/lib/cloud, so a launched machine would be taken for it"
+        yield "/var/lib/cloud has cloud-init's state of the builder, so a launched machine would not be configured"
 
 
 def no_access() -> Iterator[str]:
-    """Nobody who could enter the builder can enter the image."""
+    """No SSH key or password of the builder gives access to a machine of the image."""
     for home in homes():
         for keys in (home / ".ssh").glob("*"):
             yield f"SSH access or keys are baked in: {keys}"
@@ -103,7 +104,7 @@ def no_access() -> Iterator[str]:
 
 
 def no_secrets() -> Iterator[str]:
-    """No credentials, private keys or histories of the people and programs that built the image."""
+    """The image contains no credentials, private keys or shell histories."""
     for home in homes():
         for name in (*CREDENTIALS, *HISTORIES):
             if (home / name).exists():
@@ -122,7 +123,7 @@ def no_secrets() -> Iterator[str]:
 
 
 def no_leftovers() -> Iterator[str]:
-    """No logs, caches or temporary files of the bake."""
+    """The image contains no logs, caches or temporary files of the bake."""
     own_script = Path(__file__).resolve()
     for folder in (Path("/tmp"), Path("/var/tmp")):
         for path in sorted(folder.iterdir()):
@@ -141,13 +142,13 @@ def no_leftovers() -> Iterator[str]:
             yield f"a cache is baked in: {home / '.cache'}"
 
 
-# ── Everything that every machine needs ─────────────────────────────────────────────────────────────────────────────
+# ── The image contains everything that a machine needs ──────────────────────────────────────────────────────────────
 
 
 def units_in_order() -> Iterator[str]:
-    """Our target starts at boot, nothing updates the machine by itself, and nothing failed on the way here."""
+    """mlflow-host.target is enabled, automatic updates are off, no unit failed during the bake, all units are valid."""
     if (state := output("systemctl", "is-enabled", "mlflow-host.target")) != "enabled":
-        yield f"mlflow-host.target is {state or 'absent'}, so nothing of ours would start"
+        yield f"mlflow-host.target is {state or 'absent'}, so MLflow would not start"
     for unit in MUST_BE_OFF:
         if (state := output("systemctl", "is-enabled", unit)) in ("enabled", "enabled-runtime", "static"):
             yield f"{unit} is {state}: it would change a running image"
@@ -155,7 +156,7 @@ def units_in_order() -> Iterator[str]:
         yield f"a unit failed during the bake: {line.split(' ')[0]}"
     shipped = sorted(str(path) for path in UNITS.glob("mlflow-*.*") if path.is_file())
     if not shipped:
-        yield f"no unit of ours is installed in {UNITS}"
+        yield f"{UNITS} has no mlflow unit"
     else:
         command = ["systemd-analyze", "verify", "--recursive-errors=no", *shipped]
         verified = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -171,18 +172,18 @@ def packages_held() -> Iterator[str]:
 
 
 def canonical(name: str) -> str:
-    """A Python package's name as indexes compare it."""
+    """The normalized name of a Python package (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def ask_environment(program: str, *arguments: str) -> dict[str, str]:
-    """Package names and versions that a program prints as JSON pairs, run by the server's own Python."""
+    """Run a program with the server's Python; the package names and versions that it prints as JSON pairs."""
     pairs = json.loads(output(f"{ENVIRONMENT}/bin/python", "-B", "-c", program, *arguments) or "[]")
     return {canonical(name): version for name, version in pairs}
 
 
 def installed_python_packages() -> dict[str, str]:
-    """Name and version of what the server's environment holds."""
+    """Versions by name of the packages in the server's environment."""
     return ask_environment(
         "import json; from importlib.metadata import distributions\n"
         "print(json.dumps([(found.name, found.version) for found in distributions()]))"
@@ -190,7 +191,7 @@ def installed_python_packages() -> dict[str, str]:
 
 
 def locked_python_packages() -> dict[str, str]:
-    """Name and version of what requirements.lock names for this Python."""
+    """Versions by name of the packages in requirements.lock that apply to this Python."""
     return ask_environment(
         "import json, sys; from packaging.requirements import Requirement\n"
         "named = [Requirement(line.split(' \\\\')[0]) for line in open(sys.argv[1]) if line[0].isalnum()]\n"
@@ -200,7 +201,7 @@ def locked_python_packages() -> dict[str, str]:
 
 
 def environment_as_locked() -> Iterator[str]:
-    """The server's environment holds what the lock file names, compiled, and the server can be imported."""
+    """The server's environment equals the lock file, is byte-compiled, and the server can be imported."""
     locked, installed = locked_python_packages(), installed_python_packages()
     if not locked:
         yield f"{SHARE / 'requirements.lock'} names no package"
@@ -223,7 +224,7 @@ def environment_as_locked() -> Iterator[str]:
 
 
 def owned_by_root() -> Iterator[str]:
-    """What runs as root or as the server cannot be changed by anybody but root."""
+    """Only root can change the files that root or the server executes."""
     for path in files_below(ENVIRONMENT, BOOT_PACKAGE, SHARE):
         status = path.lstat()
         if status.st_uid or status.st_gid:
@@ -235,7 +236,7 @@ def owned_by_root() -> Iterator[str]:
 
 
 def facts_true() -> Iterator[str]:
-    """image.json is complete and agrees with what is installed."""
+    """image.json is complete and equals the installed versions."""
     try:
         facts = json.loads((SHARE / "image.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -243,7 +244,7 @@ def facts_true() -> Iterator[str]:
         return
     for key, kind in FACTS.items():
         if not isinstance(facts.get(key), kind) or (facts[key] in ("", 0) and kind is not bool):
-            yield f"image.json says {key} = {facts.get(key)!r}, which is no {kind.__name__} that tells something"
+            yield f"image.json says {key} = {facts.get(key)!r}; expected a non-empty {kind.__name__}"
     if facts.get("format") != 1:
         yield f"image.json is of format {facts.get('format')!r}, not 1"
     if (installed := installed_python_packages().get("mlflow")) != facts.get("mlflow_version"):
@@ -254,10 +255,10 @@ def facts_true() -> Iterator[str]:
 
 
 def blank_true() -> Iterator[str]:
-    """The empty database that a first boot and a rollback start from is of the schema that image.json names."""
+    """blank.dump, which first boots and rollbacks load, has the migration head in image.json."""
     command = ("pg_restore", "--data-only", "--table=alembic_version", "--file=-", str(SHARE / "blank.dump"))
-    said, wanted = output(*command), json.loads((SHARE / "image.json").read_text(encoding="utf-8"))["migration_head"]
-    if wanted not in said.split():
+    dumped, wanted = output(*command), json.loads((SHARE / "image.json").read_text(encoding="utf-8"))["migration_head"]
+    if wanted not in dumped.split():
         yield f"{SHARE / 'blank.dump'} is not an empty database at migration {wanted}"
 
 

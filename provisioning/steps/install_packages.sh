@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Installs what the distribution provides: PostgreSQL without a cluster, nginx, Python, backup and certificate tools.
+# Bake step: install distribution packages: PostgreSQL without a cluster, nginx, Python, backup and certificate tools.
 set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
 
-# The cluster lives on the data volume, which no image has. Written before PostgreSQL's own scripts look for it.
+# The cluster belongs on the data volume. PostgreSQL's package scripts read this setting during installation.
 install -D -m 0644 /dev/stdin /etc/postgresql-common/createcluster.d/mlflow-host.conf <<'EOF'
 create_main_cluster = false
 EOF
@@ -14,6 +14,7 @@ packages=(
   logrotate
   nftables
   nginx
+  openssl
   pgbackrest
   postgresql
   python3
@@ -22,7 +23,7 @@ packages=(
 )
 
 apt-get update --quiet=2
-# A machine that will be stopped and imaged has no use for an fsync per unpacked file.
+# Skip the fsync per unpacked file; the sync below is enough.
 apt-get install --yes --quiet=2 --no-install-recommends -o DPkg::Lock::Timeout=300 -o DPkg::Options::=--force-unsafe-io \
   "${packages[@]}" </dev/null
 sync
@@ -30,7 +31,7 @@ sync
 nginx -v
 psql --version
 if [ -n "$(pg_lsclusters --no-header)" ]; then
-  echo "install_packages: a PostgreSQL cluster was made at installation:" >&2
+  echo "install_packages: the installation created a PostgreSQL cluster:" >&2
   pg_lsclusters >&2
   exit 1
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs rootfs/ as it is over /, owned by root: programs (files that start with #!) 0755, everything else 0644.
+# Bake step: copy rootfs/ to /, owned by root: files that start with #! get mode 0755, all others 0644.
 set -euo pipefail
 
 cd /tmp/mlflow-host-bake/rootfs
@@ -8,12 +8,12 @@ find . -name __pycache__ -prune -exec rm -rf {} +
 while IFS= read -r -d '' file; do
   mode=0644
   if [ "$(head -c 2 "$file" | tr -d '\0')" = '#!' ]; then mode=0755; fi
-  # -D makes missing directories and leaves the mode of existing ones alone.
+  # -D creates missing directories and does not change the mode of existing ones.
   install -D -o root -g root -m "$mode" "$file" "/${file#./}"
 done < <(find . -type f -print0)
 
-# What nginx shows before a boot has begun is the page of a boot, with nothing done.
-/opt/mlflow/bin/python -m mlflow_host.status
+# Write the status page that nginx serves before the first boot step begins.
+/opt/mlflow/bin/python -m mlflow_host.machine.status
 
 shipped() { find "$1" -maxdepth 1 -type f -name "$2" -printf '%f\n' 2>/dev/null | sort; }
 
@@ -31,14 +31,14 @@ systemctl enable --quiet mlflow-host.target
 mapfile -t names < <(shipped usr/lib/systemd/system 'mlflow-*')
 systemd-analyze verify --recursive-errors=no "${names[@]/#//usr/lib/systemd/system/}"
 
-# MLflow's application is started as the boot will start it, once, on a database of its own.
-/opt/mlflow/bin/python -m mlflow_host.server --check
-/opt/mlflow/bin/python -W ignore -c "from mlflow_host.garbage.removal import check_release; check_release()"
+# Start the server process once, as the boot does, on a temporary database. Only a server that cannot serve fails the
+# bake: what else this release of MLflow lacks is recorded in fallbacks.json, and from there in image.json.
+/opt/mlflow/bin/python -W ignore -m mlflow_host.bake.check_release
 
-# The schema that this release builds, so that no boot runs its migrations for an empty database.
-(cd / && runuser -u postgres -- /opt/mlflow/bin/python -m mlflow_host.schema.blank /tmp/mlflow-host-blank.dump)
+# Dump an empty database of this release's schema, so that no boot needs to run the migrations for one.
+(cd / && runuser -u postgres -- /opt/mlflow/bin/python -m mlflow_host.bake.empty_database /tmp/mlflow-host-blank.dump)
 install -o root -g root -m 0644 /tmp/mlflow-host-blank.dump /usr/share/mlflow-host/blank.dump
 rm /tmp/mlflow-host-blank.dump
 
-# What a reader may POST follows from this release's own routes; one that nobody has classified ends the bake here.
-/opt/mlflow/bin/python -W ignore -m mlflow_host.routes --write /usr/share/mlflow-host/reader-posts.map
+# Write the list of POST routes that readers may use. A route that nobody sorted is closed to them.
+/opt/mlflow/bin/python -W ignore -m mlflow_host.bake.reader_routes --write /usr/share/mlflow-host/reader-posts.map

@@ -1,10 +1,9 @@
 #!/opt/mlflow/bin/python
-"""Writes /usr/share/mlflow-host/image.json: what this image is, read back from what is installed in it. Beside it the
-same packages as a bill of materials (sbom.cdx.json, CycloneDX 1.5), for programs that look for vulnerabilities.
+"""Bake step: write /usr/share/mlflow-host/image.json, the facts of this image, read from the installed packages. Also
+write the packages as a bill of materials (sbom.cdx.json, CycloneDX 1.5), for vulnerability scanners.
 
-Only what the image cannot know about itself comes from the environment: IMAGE_VERSION, GIT_COMMIT, GIT_DIRTY,
-SOURCE_AMI and SOURCE_AMI_NAME. The keys are a contract with images and stacks of other ages (format 1): they are added
-to, never renamed.
+Facts that cannot be read from the image come from the environment: IMAGE_VERSION, GIT_COMMIT, GIT_DIRTY, SOURCE_AMI and
+SOURCE_AMI_NAME. Older and newer images and stacks read the keys (format 1): only ever add keys, never rename one.
 """
 
 import json
@@ -19,77 +18,111 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from alembic.config import Config
-from alembic.script import ScriptDirectory
-from mlflow_host import launch
+from packaging.requirements import Requirement
+
+from mlflow_host.bake import fallbacks, mlflow_migrations
+from mlflow_host.bake.fallbacks import Fallback
+from mlflow_host.contract import launch
 
 DESTINATION = Path("/usr/share/mlflow-host/image.json")
 BILL = DESTINATION.with_name("sbom.cdx.json")
 
 
 def output(*command: str) -> str:
-    """What a command says on stdout; CalledProcessError when it fails."""
+    """The stdout of a command. Raises CalledProcessError when it fails."""
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def installed(*fields: str) -> list[list[str]]:
-    """Those fields of every installed distribution package, as dpkg-query names them."""
+    """The values of some dpkg-query fields for every installed distribution package."""
     form = "\t".join(f"${{{field}}}" for field in ("db:Status-Abbrev", *fields)) + "\n"
     rows = [line.split("\t") for line in output("dpkg-query", "--show", "--showformat", form).splitlines()]
     return [values for status, *values in rows if status.strip() in ("ii", "hi")]
 
 
 def deb_packages() -> dict[str, str]:
-    """Name and version of every installed distribution package."""
+    """Versions by name of the installed distribution packages."""
     return {row[0]: row[1] for row in installed("Package", "Version")}
 
 
 def deb_sources() -> dict[str, tuple[str, str]]:
-    """The source that each installed distribution package is built from, and its version; trackers know no other."""
+    """(source package, its version) by installed package. Security trackers list source packages only."""
     fields = ("Package", "source:Package", "source:Version")
     return {name: (source, version) for name, source, version in installed(*fields)}
 
 
 def python_packages() -> dict[str, str]:
-    """Name and version of every distribution in the server's environment, the boot package included."""
+    """Versions by name of the Python packages in the server's environment, mlflow-host included."""
     found = metadata.distributions()
     return dict(sorted((re.sub(r"[-_.]+", "-", each.name).lower(), each.version) for each in found))
 
 
 def operating_system() -> str:
-    """As "debian 12" or "ubuntu 24.04"."""
+    """The distribution, such as "debian 12" or "ubuntu 24.04"."""
     release = platform.freedesktop_os_release()
     return f"{release['ID']} {release.get('VERSION_ID', 'testing')}"
 
 
-def migrations() -> tuple[str, int]:
-    """Head of MLflow's chain of migrations, and how many there are up to it.
+def companions() -> list[Fallback]:
+    """The packages that MLflow requires in its own version and the image lacks, because the index did not have them."""
+    named = [Requirement(line) for line in metadata.requires("mlflow") or () if "extra ==" not in line]
+    own = [each for each in named if str(each.specifier) == f"=={metadata.version('mlflow')}"]
+    present = python_packages()
+    lacking = [f"{each.name} {metadata.version('mlflow')}" for each in own if each.name not in present]
+    what = f"{' and '.join(lacking)}: the package mlflow contains the same modules"
+    why = "the package index did not have them; what their newest release requires is installed (requirements.lock)"
+    return [Fallback(what, why)] if lacking else []
 
-    The count orders two images only while the chain is one line, so a fork of it ends the bake.
+
+def migrations() -> tuple[str, int]:
+    """The head of MLflow's migrations, and their number.
+
+    The number orders images as long as there is one head: a newer release has all migrations of an older one. Branches
+    that were merged again are counted like the others. Two heads fail the bake.
     """
-    location = metadata.distribution("mlflow").locate_file("mlflow/store/db_migrations")
-    config = Config()
-    config.set_main_option("script_location", str(location))
-    chain = ScriptDirectory.from_config(config)
-    head = chain.get_current_head()
-    revisions = list(chain.walk_revisions())
-    if head is None or any(isinstance(r.down_revision, tuple) or len(r.nextrev) > 1 for r in revisions):
-        raise SystemExit("record_facts: MLflow's migrations have forked, so images cannot be ordered by their number")
-    return head, len(revisions)
+    chain = mlflow_migrations.directory()
+    heads = chain.get_heads()
+    if len(heads) != 1:
+        raise SystemExit(
+            f"record_facts: MLflow's migrations have {len(heads)} heads ({', '.join(heads)}); one is needed"
+        )
+    return heads[0], len(list(chain.walk_revisions()))
+
+
+def tables(sql: str) -> dict[str, list[str]]:
+    """The columns by table in a schema that pg_dump or pg_restore printed."""
+    found = {}
+    for name, body in re.findall(r"^CREATE TABLE (?:\w+\.)?(\S+) \(\n(.*?)^\)", sql, re.MULTILINE | re.DOTALL):
+        lines = (re.match(r'    ("[^"]+"|\w+) ', line) for line in body.splitlines())
+        found[name.strip('"')] = [line[1].strip('"') for line in lines if line and line[1] != "CONSTRAINT"]
+    return dict(sorted(found.items()))
+
+
+def empty_database() -> str:
+    """The SQL of the schema at this image's head, from the dump that install_rootfs.sh made."""
+    (program,) = Path("/usr/lib/postgresql").glob("*/bin/pg_restore")
+    return output(str(program), "--schema-only", "--file=-", str(DESTINATION.with_name("blank.dump")))
+
+
+def disk_used_mib() -> int:
+    """MiB in use on the root file system, about the size of the image's snapshot."""
+    space = os.statvfs("/")
+    return (space.f_blocks - space.f_bfree) * space.f_frsize // 2**20
 
 
 def postgresql_major(packages: dict[str, str]) -> int:
-    """The one server version that is installed; two would leave open which of them runs the cluster."""
+    """The major version of the installed PostgreSQL server. There must be exactly one."""
     majors = [int(m[1]) for name in packages if (m := re.fullmatch(r"postgresql-(\d+)", name))]
     if len(majors) != 1:
-        raise SystemExit(f"record_facts: exactly one PostgreSQL server belongs in the image, found {majors or 'none'}")
+        raise SystemExit(f"record_facts: the image must have exactly one PostgreSQL server; found {majors or 'none'}")
     return majors[0]
 
 
 def facts() -> dict[str, Any]:
-    """Everything image.json says."""
+    """The content of image.json."""
     packages = deb_packages()
     head, count = migrations()
+    fallbacks.record("record_facts", companions())
     nginx = subprocess.run(["nginx", "-v"], check=True, capture_output=True, text=True).stderr
     return {
         "format": 1,
@@ -105,19 +138,29 @@ def facts() -> dict[str, Any]:
         "migration_count": count,
         "postgresql_major": postgresql_major(packages),
         "launch_revision": launch.REVISION,
+        "fallbacks": fallbacks.recorded(),
         "python_version": platform.python_version(),
         "nginx_version": nginx.strip().partition("/")[2].split(" ")[0],
+        "disk_used_mib": disk_used_mib(),
         "packages": {"deb": packages, "python": python_packages()},
+        # Of a package whose source has another name or version, both: vulnerabilities are listed by source.
+        "sources": {
+            name: [source, version]
+            for name, (source, version) in deb_sources().items()
+            if (source, version) != (name, packages.get(name))
+        },
+        "migrations": mlflow_migrations.titles(),
+        "tables": tables(empty_database()),
     }
 
 
 def bill_of_materials(image: dict[str, Any], sources: dict[str, tuple[str, str]]) -> dict[str, Any]:
-    """The packages of image.json as CycloneDX has them, named by package URLs."""
+    """The packages of image.json in CycloneDX format, with package URLs."""
     distribution, _, release = image["os"].partition(" ")
 
     def suffix(name: str, version: str) -> str:
         source, its = sources.get(name, (name, version))
-        # As other makers of bills write it: the version only where it is another.
+        # By convention, the source version is given only if it differs from the package version.
         upstream = "" if (source, its) == (name, version) else "&upstream=" + quote(source)
         return f"?distro={distribution}-{release}{upstream}{'%40' + quote(its) if its != version else ''}"
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Lets the first boot end and keeps everything off apt's lock, then makes room for what the bake uploads.
+# Bake step: wait for the first boot to end, stop everything that locks apt, create the folder for uploads.
 set -euo pipefail
 
-# Where cloud-init found nothing wrong this is 0; 2 is "done, with a recoverable warning".
+# Exit status 0: no error; 2: finished with recoverable warnings.
 cloud-init status --wait >/dev/null || [ $? = 2 ]
 
 systemctl stop --quiet apt-daily.timer apt-daily-upgrade.timer
 systemctl stop --quiet apt-daily.service apt-daily-upgrade.service unattended-upgrades.service 2>/dev/null || true
 
-# Services that packages bring are started by the first boot of the image, not by their installation.
+# Do not start services when their packages are installed.
 install -m 0755 /dev/stdin /usr/sbin/policy-rc.d <<'EOF'
 #!/bin/sh
 exit 101

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Nothing in a running image changes by itself: an update is another image.
+# Bake step: turn off automatic updates. An update is a new image.
 set -euo pipefail
 
 systemctl mask --quiet apt-daily.timer apt-daily-upgrade.timer apt-daily.service apt-daily-upgrade.service
@@ -11,12 +11,12 @@ APT::Periodic::Enable "0";
 EOF
 if command -v snap >/dev/null; then snap refresh --hold; fi
 
-# Debian's own services for what the image runs in its own way.
+# Distribution services that this project's units replace.
 for unit in postgresql.service certbot.timer; do
   if systemctl is-enabled --quiet "$unit" 2>/dev/null; then systemctl disable --quiet "$unit"; fi
 done
 
-# What the server's behaviour hangs on stays as it is even where somebody runs apt upgrade.
+# Hold the packages that the server depends on, so that `apt upgrade` does not change them.
 dpkg-query --show --showformat '${db:Status-Abbrev} ${Package}\n' |
   awk '$1 == "ii" && $2 ~ /^(postgresql|libpq5|nginx|libnginx|python3|libpython3|pgbackrest|certbot)/ { print $2 }' |
   xargs apt-mark hold >/dev/null

@@ -1,5 +1,6 @@
-"""What a journey through several images writes, reads back and compares.
+"""Write data at each stop of a journey through several images, read it back at later stops, and compare.
 
-`stored` writes and reads everything MLflow stores, in a process of its own that `reader` owns; `ledger` remembers what
-was written at each stop and finds what is missing or not as it was.
+mlflow_worker     process that writes and reads every kind of data that MLflow stores
+worker_client     starts that process and sends it requests
+expected_writes   the data of each stop, and the differences to what a later stop reads
 """

@@ -1,9 +1,9 @@
-"""Tell three species of iris apart with a random forest; log the data set used and the confusion matrix.
+"""Classify three species of iris with a random forest; log the dataset and the confusion matrix.
 
-Run it with the lines that `scripts/connect.py` prints in the environment:
+Run it with the environment variables that `scripts/connect.py` prints:
 
     eval "$(scripts/connect.py)"
-    python scripts/examples/classification_iris.py
+    .venv/bin/python scripts/examples/classification_iris.py
 
 The data (150 flowers, four measurements each) ships with scikit-learn; nothing is downloaded.
 """

@@ -1,15 +1,15 @@
-"""Ask a language model questions whose answers are known, score it against them, and keep every answer.
+"""Ask a language model questions with known answers, score its answers, and log all of them.
 
-Run it with the lines that `scripts/connect.py` prints in the environment, and an endpoint that speaks
-OpenAI's chat-completions API (OpenAI, vLLM, Ollama, LiteLLM, …):
+Run it with the environment variables that `scripts/connect.py` prints, and an endpoint with OpenAI's
+chat-completions API (OpenAI, vLLM, Ollama, LiteLLM, …):
 
     eval "$(scripts/connect.py)"
-    export OPENAI_API_KEY=…                             # as the endpoint wants it
-    export OPENAI_BASE_URL=http://localhost:11434/v1    # left out: OpenAI's own
-    export OPENAI_MODEL=llama3.2                        # left out: gpt-4o-mini
-    python scripts/examples/llm_question_answering.py
+    export OPENAI_API_KEY=…                             # the endpoint's key
+    export OPENAI_BASE_URL=http://localhost:11434/v1    # default: OpenAI's endpoint
+    export OPENAI_MODEL=llama3.2                        # default: gpt-4o-mini
+    .venv/bin/python scripts/examples/llm_question_answering.py
 
-Both scores compare with the ground truth by themselves, so no second model is needed to judge the first.
+Both scorers compare an answer with the expected one in Python, so no second model is needed as a judge.
 """
 
 import os
@@ -67,14 +67,14 @@ def main() -> None:
 
 @scorer
 def contains_ground_truth(outputs: str, expectations: dict[str, str]) -> bool:
-    """Whether the true answer stands in the model's answer, word for word."""
+    """Whether the model's answer contains the expected words in order."""
     given, truth = words(outputs), words(expectations["expected_response"])
     return any(given[start : start + len(truth)] == truth for start in range(len(given)))
 
 
 @scorer
 def word_overlap(outputs: str, expectations: dict[str, str]) -> float:
-    """F1 of the words the answer and the ground truth share (0 to 1), as SQuAD scores answers."""
+    """F1 score of the shared words (0 to 1), as in the SQuAD benchmark."""
     given, truth = words(outputs), words(expectations["expected_response"])
     shared = (Counter(given) & Counter(truth)).total()
     return 2 * shared / (len(given) + len(truth)) if shared else 0.0
@@ -85,7 +85,7 @@ def words(text: str) -> list[str]:
 
 
 def results_table(evaluated: pd.DataFrame) -> pd.DataFrame:
-    """One row per question: what was asked, the truth, what the model said and how that scored."""
+    """One row per question: question, expected answer, the model's answer, scores."""
     questions = evaluated["request"].map(lambda request: request["question"])
     return pd.DataFrame(
         {

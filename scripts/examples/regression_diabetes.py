@@ -1,9 +1,9 @@
-"""Predict how far diabetes has progressed after a year, with a random forest, and register the model.
+"""Predict the progression of diabetes after a year with a random forest, and register the model.
 
-Run it with the lines that `scripts/connect.py` prints in the environment:
+Run it with the environment variables that `scripts/connect.py` prints:
 
     eval "$(scripts/connect.py)"
-    python scripts/examples/regression_diabetes.py
+    .venv/bin/python scripts/examples/regression_diabetes.py
 
 The data (442 patients, ten measurements each) ships with scikit-learn; nothing is downloaded.
 """
@@ -30,7 +30,7 @@ def main() -> None:
     with mlflow.start_run(run_name="random-forest"):
         mlflow.log_params(PARAMS)
 
-        # warm_start keeps the trees it has, so each step adds twenty and the metric becomes a curve.
+        # With warm_start, each step adds twenty trees to the forest, so the metric has a value per step.
         forest = RandomForestRegressor(**PARAMS, warm_start=True)
         for trees in range(TREES_PER_STEP, PARAMS["n_estimators"] + 1, TREES_PER_STEP):
             forest.set_params(n_estimators=trees).fit(train_x, train_y)

@@ -1,15 +1,15 @@
 """The embedded cloud: EC2, S3 and the rest of AWS that this project touches, on one machine.
 
-moto answers the AWS APIs; behind EC2 stand real systemd machines, behind S3 a real object store. Nothing outside this
-package knows it exists: to Packer, Pulumi, boto3 and the machines it is an AWS endpoint like any other.
+moto implements the AWS APIs; EC2 instances are real systemd machines, S3 is a real object store. No code outside this
+package depends on it: Packer, Pulumi, boto3 and the machines use it like any other AWS endpoint.
 
-    from local_cloud import LocalCloud
+    from scripts.local_cloud import LocalCloud
     cloud = LocalCloud()
     cloud.up()
     cloud.client("ec2").run_instances(ImageId=cloud.source_ami(), …)
 """
 
-from local_cloud.cloud import LocalCloud
-from local_cloud.state import LocalCloudError
+from scripts.local_cloud.cloud import LocalCloud
+from scripts.local_cloud.layout import LocalCloudError
 
 __all__ = ["LocalCloud", "LocalCloudError"]

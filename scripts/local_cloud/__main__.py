@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 
-from local_cloud.base_images import BASES
-from local_cloud.cloud import LocalCloud
-from local_cloud.state import LocalCloudError
+from scripts.local_cloud.base_images import BASES
+from scripts.local_cloud.cloud import LocalCloud
+from scripts.local_cloud.layout import LocalCloudError
 
 DESCRIPTION = """\
 An AWS of your own on this machine: EC2 with real machines, S3 with a real object store, and the other services a stack
@@ -17,14 +17,14 @@ needs, all on loopback addresses. Other programs use it by setting the variables
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="local_cloud", description=DESCRIPTION)
-    parser.add_argument("--state-dir", help="where it keeps everything (default: $MLFLOW_AMI_LOCAL_CLOUD)")
+    parser.add_argument("--state-dir", help="state folder (default: $MLFLOW_AMI_LOCAL_CLOUD)")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    up = verbs.add_parser("up", help="start it; machines that ran when it went down start again")
-    up.add_argument("--base", choices=sorted(BASES), help="also make this source image and print its AMI")
+    up = verbs.add_parser("up", help="start it, with the machines that were running before `down`")
+    up.add_argument("--base", choices=sorted(BASES), help="also make this source image and print its AMI ID")
     verbs.add_parser("down", help="stop it; images, volumes, buckets, parameters and addresses stay")
-    verbs.add_parser("status", help="what runs and what is kept, as JSON")
-    verbs.add_parser("env", help="the export lines that make AWS clients use it")
-    verbs.add_parser("purge", help="stop it and delete everything it keeps")
+    verbs.add_parser("status", help="print the state as JSON")
+    verbs.add_parser("env", help="print the export lines for AWS clients")
+    verbs.add_parser("purge", help="stop it and delete its state folder")
     arguments = parser.parse_args()
     cloud = LocalCloud(arguments.state_dir)
     try:

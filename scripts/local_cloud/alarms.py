@@ -1,8 +1,8 @@
-"""CloudWatch's alarms, evaluated: moto keeps their definitions, and leaves every one of them in the state it began in.
+"""CloudWatch alarms: evaluate them. moto stores alarms but never changes their state.
 
-As CloudWatch does it: a statistic over each of the last periods, compared with the threshold. A period without data
-counts as the alarm says, and whoever the alarm names is told by SNS when its state changes. Alarms on anomalies, on
-percentiles, on expressions and on other alarms stay as moto has them.
+As in CloudWatch, a statistic over each of the last periods is compared with the threshold. A period without data is
+treated as the alarm defines. A change of state is published to the alarm's SNS topics. Alarms on anomalies,
+percentiles, expressions and other alarms are not evaluated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moto.cloudwatch.models import Alarm, CloudWatchBackend, cloudwatch_backends
 from moto.core.utils import utcnow
 from moto.sns.models import sns_backends
 
-from local_cloud.state import ACCOUNT
+from scripts.local_cloud.layout import ACCOUNT
 
 COMPARISONS = {
     "GreaterThanOrEqualToThreshold": operator.ge,
@@ -28,7 +28,7 @@ STATISTICS = ("SampleCount", "Average", "Sum", "Minimum", "Maximum")
 
 
 def settle() -> bool:
-    """Brings the state of every alarm in line with its metric; True when one changed. Call with the API lock held."""
+    """Update the state of every alarm from its metric; True if one changed. Call with the API lock held."""
     regions: Any = cloudwatch_backends[ACCOUNT]
     changed = False
     for backend in list(regions.values()):
@@ -43,12 +43,12 @@ def settle() -> bool:
 
 
 def recent(backend: CloudWatchBackend, alarm: Alarm, now: datetime) -> list[float | None]:
-    """The alarm's statistic over each period it looks at, the newest first; None for one without data."""
+    """The alarm's statistic over each evaluated period, newest first; None for a period without data."""
     period = timedelta(seconds=int(alarm.period))
     dimensions: Any = [{"Name": each.name, "Value": each.value} for each in alarm.dimensions]
     found: list[float | None] = []
     for index in range(int(alarm.evaluation_periods)):
-        end = now - index * period + timedelta(seconds=1)  # what was told this second counts
+        end = now - index * period + timedelta(seconds=1)  # includes data of the current second
         start = end - period
         points = backend.get_metric_statistics(
             alarm.namespace, alarm.metric_name, start, end, 2 * int(alarm.period), [alarm.statistic], dimensions
@@ -59,7 +59,7 @@ def recent(backend: CloudWatchBackend, alarm: Alarm, now: datetime) -> list[floa
 
 
 def state_of(alarm: Alarm, values: list[float | None]) -> str:
-    """What the values of the last periods make of an alarm."""
+    """The alarm's state for the values of the last periods."""
     missing = alarm.treat_missing_data or "missing"
     known = [value for value in values if value is not None]
     if not known and missing in ("missing", "ignore"):
@@ -74,7 +74,7 @@ def state_of(alarm: Alarm, values: list[float | None]) -> str:
 
 
 def turn(alarm: Alarm, state: str, values: list[float | None]) -> None:
-    """Puts the alarm into another state and tells the topics it names for that."""
+    """Change the alarm's state and notify the topics for that state."""
     before = alarm.state_value
     reason = f"{alarm.metric_name}: {', '.join(map(str, values))}; the threshold is {alarm.threshold}"
     alarm.update_state(reason, "{}", state)

@@ -1,7 +1,7 @@
-"""Source images: what Canonical's Ubuntu server image is on AWS, made here with mmdebstrap.
+"""Source images: the equivalent of Canonical's Ubuntu server image on AWS, made here with mmdebstrap.
 
 A base is a minimal server system with cloud-init, SSH and sudo. Its login user is `ubuntu`, by cloud-init's own
-`default_user`, so that a template written for Ubuntu finds it.
+`default_user`, so that a template written for Ubuntu works.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from local_cloud.file_systems import delete_tree
-from local_cloud.state import LocalCloudError, Places
+from scripts.local_cloud import object_store_ca
+from scripts.local_cloud.file_systems import delete_tree
+from scripts.local_cloud.layout import LocalCloudError, Places
 
 PACKAGES = (
     *("apt-utils", "bash-completion", "ca-certificates", "cloud-guest-utils", "cloud-init", "cron", "curl", "dbus"),
@@ -37,7 +38,10 @@ PACKAGES = (
     *("psmisc", "python3", "rsync", "sudo", "systemd", "systemd-sysv", "tzdata", "udev", "unattended-upgrades", "wget"),
     "xz-utils",
 )
-"""What a cloud server image has that bake and boot may rely on."""
+"""Packages of a cloud server image that bake and boot require."""
+
+
+TELL_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,13 @@ class Base:
     components: str
     mirror: str
     keyring: str
-    ami_name: str
+    series: str
+    """The AMI's name without its end."""
     description: str
+
+    @property
+    def ami_name(self) -> str:
+        return f"{self.series}-{RECIPE}"
 
 
 BASES = {
@@ -87,13 +96,13 @@ BASES = {
 }
 
 CLOUD_CONFIG = """\
-# The only place this machine finds out who it is: the EC2 instance metadata service.
+# Use the EC2 instance metadata service as the only data source.
 datasource_list: [Ec2]
 datasource:
   Ec2:
     strict_id: false
-    timeout: 5
-    max_wait: 30
+    timeout: 10
+    max_wait: 120
 network: {config: disabled}
 ssh_deletekeys: true
 ssh_genkeytypes: [ed25519, ecdsa]
@@ -110,30 +119,65 @@ system_info:
 """
 
 
-def build(places: Places, base: Base, tell: Callable[[str], None]) -> Path:
-    """Makes the base's file system, ready to become a layer, and returns its folder.
+AUTHORITY = "local-cloud/authority.crt"
+TRUSTED = "/etc/ssl/certs/ca-certificates.crt"
+TRUST = f"""\
+# The local cloud has a certificate authority of its own. The system trusts it; botocore uses its own list without this.
+[Manager]
+DefaultEnvironment=AWS_CA_BUNDLE={TRUSTED}
+"""
 
-    Raises LocalCloudError with mmdebstrap's last words; nothing stays behind then.
+RECIPE = 2
+"""Revision of the source images, part of their names: increase it when their content changes."""
+
+
+def build(places: Places, base: Base, tell: Callable[[str], None]) -> Path:
+    """Make the base's file system, ready to become a layer, and return its folder.
+
+    Raises LocalCloudError with the end of mmdebstrap's output; the folder is then removed.
     """
     if shutil.which("mmdebstrap") is None:
         raise LocalCloudError("mmdebstrap is not installed: apt-get install mmdebstrap")
     target = places.making / f"{base.name}-{uuid.uuid4().hex[:8]}"
     log_path = places.root / f"mmdebstrap-{base.name}.log"
-    tell(f"making the {base.name} source image with mmdebstrap (about a minute; log in {log_path})")
+    tell(f"making the {base.name} source image with mmdebstrap (some minutes; log in {log_path})")
     started = time.monotonic()
     try:
-        with log_path.open("wb") as log:
-            done = subprocess.run(_command(base, target), stdout=log, stderr=subprocess.STDOUT)
-        if done.returncode != 0:
+        if _mmdebstrap(_command(base, target), log_path, tell) != 0:
             tail = " | ".join(log_path.read_text(errors="replace").splitlines()[-4:])
             raise LocalCloudError(f"mmdebstrap could not make {base.name}: {tail} (see {log_path})")
         finish(target)
+        trust(target, object_store_ca.ensure(places).read_text())
         target.chmod(0o755)
     except BaseException:
         delete_tree(target)
         raise
     tell(f"made the {base.name} source image in {time.monotonic() - started:.0f} s")
     return target
+
+
+def _mmdebstrap(command: list[str], log_path: Path, tell: Callable[[str], None]) -> int:
+    """Run mmdebstrap and return its exit status. Logs each stage, and every minute that it still runs."""
+    started = told = time.monotonic()
+    with log_path.open("wb") as log, log_path.open(encoding="utf-8", errors="replace") as reader:
+        running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            while True:
+                ended = running.poll() is not None
+                now = time.monotonic()
+                for stage in re.findall(r"(?m)^I: (.+?)(?:\.\.\.)?$", reader.read()):
+                    tell(f"  {now - started:4.0f} s  {stage}")
+                    told = now
+                if ended:
+                    return running.returncode
+                if now - told > TELL_SECONDS:
+                    tell(f"  {now - started:4.0f} s  still running")
+                    told = now
+                time.sleep(0.5)
+        except BaseException:
+            running.terminate()
+            running.wait()
+            raise
 
 
 def _command(base: Base, target: Path) -> list[str]:
@@ -156,9 +200,9 @@ def _sources(base: Base) -> list[str]:
 
 
 def finish(root: Path) -> None:
-    """What a cloud image's maker does after installing: no identity, cloud-init told where to look."""
+    """What an image's maker does after the installation: remove the identity, configure cloud-init."""
     (root / "etc/cloud/cloud.cfg.d/90_ec2.cfg").write_text(CLOUD_CONFIG)
-    # Debian 13's has udev told of network cards to come, and here no udev runs.
+    # Debian 13's unit waits for udev events of network cards; udev does not run here.
     modules = root / "etc/cloud/cloud.cfg"
     modules.write_text(re.sub(r"(?m)^ *- install[-_]hotplug\n", "", modules.read_text()))
     (root / "etc/machine-id").write_text("")
@@ -176,8 +220,25 @@ def finish(root: Path) -> None:
                 path.unlink()
 
 
+def trust(root: Path, certificate: str) -> None:
+    """Add a certificate authority to those of the system and botocore. Raises LocalCloudError."""
+    shipped = root / "usr/share/ca-certificates" / AUTHORITY
+    shipped.parent.mkdir(parents=True, exist_ok=True)
+    shipped.write_text(certificate)
+    with (root / "etc/ca-certificates.conf").open("a") as listed:
+        listed.write(f"{AUTHORITY}\n")
+    done = subprocess.run(["chroot", str(root), "update-ca-certificates"], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise LocalCloudError(f"update-ca-certificates failed in the source image: {done.stderr.strip()[-300:]}")
+    drop_in = root / "etc/systemd/system.conf.d/local-cloud.conf"
+    drop_in.parent.mkdir(parents=True, exist_ok=True)
+    drop_in.write_text(TRUST)
+    with (root / "etc/environment").open("a") as environment:
+        environment.write(f"AWS_CA_BUNDLE={TRUSTED}\n")
+
+
 def choose(name: str) -> Base:
-    """Raises LocalCloudError for a base that is not known."""
+    """The base of that name. Raises LocalCloudError for an unknown one."""
     if name not in BASES:
         raise LocalCloudError(f"no base named {name!r}: choose one of {', '.join(BASES)}")
     return BASES[name]

@@ -1,4 +1,4 @@
-"""LocalCloud: starts, stops and speaks to one embedded cloud."""
+"""LocalCloud: start, stop and use one embedded cloud."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import boto3
 from botocore.config import Config
 
-from local_cloud import authority, base_images, file_systems, machines, object_store, volumes
-from local_cloud.state import (
+from scripts import aws_session, invoker
+from scripts.local_cloud import base_images, file_systems, machines, object_store, object_store_ca, volumes
+from scripts.local_cloud.layout import (
     Allotment,
     LocalCloudError,
     Places,
@@ -37,23 +37,24 @@ TOOLS = {
     "ip": "iproute2",
     "nsenter": "util-linux",
     "losetup": "mount",
+    "nginx": "nginx-light",
 }
 """Programs the cloud runs, and the Debian package of each."""
 
 
 class LocalCloud:
-    """One embedded cloud, by its state folder. Holds nothing but paths: the cloud itself runs on its own."""
+    """One embedded cloud, identified by its state folder. Contains paths only: the cloud's processes are separate."""
 
     def __init__(self, state_dir: Path | str | None = None, tell: Callable[[str], None] | None = None) -> None:
-        """`tell` is given lines of progress; by default they go to stderr."""
+        """`tell` is called with lines of progress; default: print to stderr."""
         self.places = Places(Path(state_dir).absolute() if state_dir else default_state_dir())
         self.tell = tell or base_images.tell_on_stderr
 
-    # What it is to its clients
+    # Endpoints and clients
 
     @property
     def allotment(self) -> Allotment:
-        """Raises LocalCloudError when the cloud never was up."""
+        """Raises LocalCloudError if the cloud was never started."""
         allotment = read_allotment(self.places)
         if allotment is None:
             raise LocalCloudError(f"there is no local cloud in {self.places.root}: start one with `local_cloud up`")
@@ -65,28 +66,30 @@ class LocalCloud:
 
     @property
     def s3_endpoint(self) -> str:
+        """S3's HTTPS endpoint; its certificate is signed by `s3_authority`."""
         return self.allotment.s3_endpoint
 
     @property
-    def s3_tls_endpoint(self) -> str:
-        """The same by HTTPS, with a certificate of `s3_authority`."""
-        return self.allotment.s3_tls_endpoint
+    def s3_plain_endpoint(self) -> str:
+        """S3's HTTP endpoint."""
+        return self.allotment.s3_plain_endpoint
 
     @property
     def s3_authority(self) -> str:
         """Certificate, in PEM, of the authority that signed the object store's."""
-        return authority.authority_file(self.places).read_text()
+        return object_store_ca.authority_file(self.places).read_text()
 
     @property
     def region(self) -> str:
         return self.allotment.region
 
     def environment(self) -> dict[str, str]:
-        """Variables that make any AWS client talk to this cloud."""
+        """Variables that make any AWS client use this cloud."""
         allotment = self.allotment
         return {
             "AWS_ENDPOINT_URL": allotment.endpoint,
             "AWS_ENDPOINT_URL_S3": allotment.s3_endpoint,
+            "AWS_CA_BUNDLE": str(object_store_ca.authority_file(self.places)),
             "AWS_ACCESS_KEY_ID": allotment.access_key,
             "AWS_SECRET_ACCESS_KEY": allotment.secret_key,
             "AWS_REGION": allotment.region,
@@ -99,29 +102,31 @@ class LocalCloud:
         allotment = self.allotment
         settings: dict[str, Any] = {
             "endpoint_url": allotment.s3_endpoint if service == "s3" else allotment.endpoint,
+            "verify": str(object_store_ca.authority_file(self.places)),
             "region_name": allotment.region,
             "aws_access_key_id": allotment.access_key,
             "aws_secret_access_key": allotment.secret_key,
             "config": Config(s3={"addressing_style": "path"}, retries={"max_attempts": 3, "mode": "standard"}),
         }
-        connect: Any = boto3.client
+        connect: Any = aws_session.isolated().client
         return connect(service, **(settings | options))
 
-    # Coming and going
+    # Starting and stopping
 
     def up(self) -> None:
-        """Starts what is not running: the object store, then the daemon, which brings its machines back.
+        """Start what is not running: the object store, then the daemon, which starts the machines again.
 
-        Idempotent. Raises LocalCloudError with what to do about it.
+        Idempotent. Raises LocalCloudError with the remedy.
         """
         _require_tools()
         machines.allow_many()
         self.places.make()
         with self._locked():
             allotment = allot(self.places)
+            self._hand_over()
             allotment.run_dir.mkdir(parents=True, exist_ok=True)
             knows_sessions = object_store.sessions_file(self.places).exists()
-            speaks_tls = authority.certificate_file(self.places).exists()
+            speaks_tls = object_store_ca.certificate_file(self.places).exists()
             if not knows_sessions or not speaks_tls or not object_store.answers(allotment):
                 object_store.stop(self.places)
                 object_store.write_identities(self.places, allotment)
@@ -135,11 +140,17 @@ class LocalCloud:
             f"the local cloud is up: {allotment.endpoint} (S3 {allotment.s3_endpoint}), state in {self.places.root}"
         )
 
+    def _hand_over(self) -> None:
+        """Make the sudo user the owner of the files that clients read: the keys and the certificate of the
+        authority."""
+        for path in (self.places.allotment, object_store_ca.ensure(self.places)):
+            invoker.hand_over(path)
+
     def is_up(self) -> bool:
         return read_allotment(self.places) is not None and self._answers()
 
     def source_ami(self, base: str = "debian12") -> str:
-        """The AMI of a source image, made first when absent; its owner is Canonical's account, 099720109477."""
+        """The AMI ID of a source image, which is made if absent; its owner is Canonical's account, 099720109477."""
         chosen = base_images.choose(base)
         for image in self.client("ec2").describe_images(Owners=["099720109477"])["Images"]:
             if image["Name"] == chosen.ami_name:
@@ -149,11 +160,11 @@ class LocalCloud:
             return self.register_source_image(chosen.ami_name, chosen.description, made)
 
     def register_source_image(self, name: str, description: str, made: Path) -> str:
-        """Turns a folder in `places.making` into a public image of Canonical's account; returns its AMI."""
+        """Turn a folder in `places.making` into a public image of Canonical's account; returns its AMI ID."""
         return str(self._order("register", name=name, description=description, made=str(made)))
 
     def down(self) -> None:
-        """Stops machines, daemon and object store; what they hold stays, and `up` brings it back. Idempotent."""
+        """Stop machines, daemon and object store. All data stays, and `up` starts them again. Idempotent."""
         allotment = read_allotment(self.places)
         if allotment is None:
             return
@@ -170,7 +181,7 @@ class LocalCloud:
         object_store.stop(self.places)
 
     def purge(self) -> None:
-        """`down`, then deletes everything the cloud ever kept. Idempotent."""
+        """`down`, then delete the state folder. Idempotent."""
         allotment = read_allotment(self.places)
         if allotment is not None:
             with self._locked():
@@ -183,7 +194,7 @@ class LocalCloud:
             file_systems.delete_tree(self.places.root)
 
     def status(self) -> dict[str, Any]:
-        """What runs and what is kept."""
+        """The running processes, and the stored images, volumes and buckets."""
         allotment = read_allotment(self.places)
         if allotment is None:
             return {"state": "absent", "state_dir": str(self.places.root)}
@@ -200,16 +211,16 @@ class LocalCloud:
             status |= self._order("status")
         return status
 
-    # Reaching into machines
+    # Access to machines
 
     def console_output(self, instance_id: str) -> str:
-        """All the machine printed on its console since it was last started."""
+        """The machine's console output since its last start."""
         return machines.console_text(self.places.machines / instance_id / "console.log")
 
     def exec(
         self, instance_id: str, argv: Sequence[str], *, input: str | None = None, timeout: float = 120
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a program as root in a machine. Raises LocalCloudError when the machine does not run."""
+        """Run a program as root in a machine. Raises LocalCloudError if the machine does not run."""
         return subprocess.run(
             machines.enter_command(self._pid(instance_id), argv),
             input=input,
@@ -226,10 +237,12 @@ class LocalCloud:
         return None
 
     def shell_command(self, instance_id: str, argv: Sequence[str] = ("/bin/bash", "-l")) -> list[str]:
-        """The command line that opens a terminal in a machine as root. Raises LocalCloudError as `exec` does."""
+        """The command that opens a terminal in a machine as root. Raises LocalCloudError like `exec`."""
         return machines.enter_command(self._pid(instance_id), argv)
 
     def _pid(self, instance_id: str) -> int:
+        if os.geteuid() != 0:
+            raise LocalCloudError("only root can enter a machine: use sudo")
         pid = machines.running_pid(self.places.machines / instance_id / "pid")
         if pid is None:
             raise LocalCloudError(f"{instance_id} is not running")
@@ -240,19 +253,20 @@ class LocalCloud:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """One up, down or purge at a time."""
-        self.places.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        invoker.make_private_folder(self.places.root)
         with (self.places.root / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _start_daemon(self, allotment: Allotment) -> None:
+        self.places.log.touch(mode=0o600)
         with self.places.log.open("ab") as log:
             daemon = subprocess.Popen(
-                [sys.executable, "-m", "local_cloud.daemon", str(self.places.root)],
+                [sys.executable, "-m", "scripts.local_cloud.daemon", str(self.places.root)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd=Path(__file__).parent.parent,
+                cwd=Path(__file__).parents[2],
                 start_new_session=True,
                 env={name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
             )
@@ -270,7 +284,10 @@ class LocalCloud:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
         except (OSError, ValueError):
             return None
-        return pid if b"local_cloud.daemon" in arguments and os.fsencode(self.places.root) in arguments else None
+        # One that an earlier checkout started calls its module `local_cloud.daemon`.
+        words = arguments.split(b"\0")
+        ours = os.fsencode(self.places.root) in words and any(word.endswith(b"local_cloud.daemon") for word in words)
+        return pid if ours else None
 
     def _end_daemon(self) -> None:
         if pid := self._daemon_pid():
@@ -287,9 +304,17 @@ class LocalCloud:
     def _answers(self) -> bool:
         try:
             self._order("ping", timeout=5)
+        except PermissionError:
+            # The control socket belongs to root, but the file with the keys may be readable for this user.
+            return self._listens()
         except (OSError, ValueError, LocalCloudError):
             return False
         return True
+
+    def _listens(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.allotment.api_port), timeout=5):
+            return True
+        return False
 
     def _order(self, op: str, timeout: float = 60, **arguments: Any) -> Any:
         with socket.socket(socket.AF_UNIX) as connection:
@@ -304,7 +329,7 @@ class LocalCloud:
         return answer["result"]
 
     def _sweep(self, allotment: Allotment) -> None:
-        """Removes what a daemon that did not end by itself left running or mounted."""
+        """Remove the processes and mounts of a daemon that was killed."""
         podman = machines.Podman(self.places, allotment)
         for name in podman.names():
             podman.remove(name)

@@ -1,8 +1,8 @@
-"""EC2 with bodies: moto's records of instances, images and volumes, and the calls that make something happen.
+"""EC2 with real machines: moto's records of instances, images and volumes, and the calls that change machines.
 
-moto answers every request and keeps every record. This module changes just what a real EC2 would do otherwise: states
-pass through pending, stopping and shutting-down while something works on them, addresses are ones this host has, sizes
-and snapshots of images are the real ones, and what AWS refuses is refused. Whatever has to be done is told to `Bodies`.
+moto handles every request and keeps every record. This module overrides where a real EC2 behaves differently: states
+pass through pending, stopping and shutting-down, addresses exist on this host, sizes and snapshots of images are real,
+and requests that AWS refuses are refused. The work on machines and volumes is done by `Bodies`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moto.core.types import Base64EncodedString
 from moto.core.utils import utcnow
 from moto.ec2 import urls as ec2_urls
 from moto.ec2.exceptions import EC2ClientError, InvalidAMIIdError
-from moto.ec2.models import EC2Backend, ec2_backends
+from moto.ec2.models import ec2_backends
 from moto.ec2.models import elastic_ip_addresses as eip_module
 from moto.ec2.models import elastic_network_interfaces as eni_module
 from moto.ec2.models.amis import Ami
@@ -26,6 +26,8 @@ from moto.ec2.models.instance_types import INSTANCE_TYPES
 from moto.ec2.models.instances import Instance, InstanceState
 from moto.ec2.responses.amis import AmisResponse
 from moto.ec2.responses.general import General
+
+from scripts.local_cloud.moto_corrections import CorrectedEC2
 
 CANONICAL = "099720109477"
 """The account that owns Ubuntu's images on AWS."""
@@ -42,11 +44,11 @@ PENDING, RUNNING, SHUTTING_DOWN, TERMINATED, STOPPING, STOPPED = (
 DETACHING = "detaching"
 
 ROOT_GIB = 8
-"""Size of an image's root volume when nobody said, as of Ubuntu's images."""
+"""Default size of an image's root volume, as for Ubuntu's images."""
 
 
 class Bodies(Protocol):
-    """What stands behind the records."""
+    """The machines, volumes and images behind the records."""
 
     def has_image(self, snapshot: str) -> bool: ...
     def make_root(self, instance: str, snapshot: str) -> None: ...
@@ -63,7 +65,7 @@ class Bodies(Protocol):
 
 
 call = threading.local()
-"""`call.parameters`: the request being answered, {name: value}, for what moto does not hand on."""
+"""`call.parameters`: parameters of the current request that moto does not pass on, {name: value}."""
 
 _bodies: list[Bodies] = []
 
@@ -84,8 +86,8 @@ def set_state(instance: Instance, state: tuple[str, int]) -> None:
     instance._state = InstanceState(*state)
 
 
-class EmbodiedEC2(EC2Backend):
-    """moto's EC2 of one region. Its state is records only, so that it can be pickled."""
+class EmbodiedEC2(CorrectedEC2):
+    """moto's EC2 of one region. Its state consists of records only, so that it can be pickled."""
 
     @property
     def _url_module(self) -> ModuleType:
@@ -94,7 +96,7 @@ class EmbodiedEC2(EC2Backend):
     # Instances
 
     def run_instances(self, image_id: str, count: int, *args: Any, **kwargs: Any) -> Any:
-        """The same reservation again for a ClientToken seen before: a caller that retries starts nothing twice."""
+        """Returns the same reservation again for a known ClientToken, so that a retry starts nothing twice."""
         token = parameter("ClientToken")
         answered: dict[str, str] = self.__dict__.setdefault("answered_tokens", {})
         if token in answered:
@@ -116,6 +118,7 @@ class EmbodiedEC2(EC2Backend):
         for instance in reservation.instances:
             set_state(instance, PENDING)
             instance.nics[0].delete_on_termination = True
+            instance.cpu_credits = parameter("CreditSpecification.CpuCredits")  # type: ignore[attr-defined]
             for device, block in instance.get_block_device_mapping:
                 if device != instance.root_device_name:
                     volume = self.volumes[block.volume_id]
@@ -184,18 +187,18 @@ class EmbodiedEC2(EC2Backend):
         return instances
 
     def finish_stop(self, instance: Instance) -> None:
-        """Records that the machine is off."""
+        """Record that the machine is off."""
         instance.stop()
         self._restore_elastic_addresses(instance)
 
     def _restore_elastic_addresses(self, instance: Instance) -> None:
-        """An Elastic IP stays with a stopped instance, where moto drops every address."""
+        """Keep Elastic IPs on a stopped instance; moto drops every address."""
         for address in self.addresses:
             if address.eni and address.eni.instance is instance:
                 address.eni.public_ip = address.public_ip
 
     def finish_termination(self, instance: Instance) -> None:
-        """Records that the machine is gone, with the volumes that go with it and the addresses it held."""
+        """Record that the machine is gone, and delete its volumes and addresses that end with it."""
         for address in list(self.addresses):
             if address.instance is instance or (address.eni and address.eni.instance is instance):
                 self.disassociate_address(address=address.public_ip)
@@ -206,7 +209,7 @@ class EmbodiedEC2(EC2Backend):
 
     def modify_instance_security_groups(self, instance_id: str, new_group_id_list: list[str]) -> Instance:
         instance = super().modify_instance_security_groups(instance_id, new_group_id_list)
-        instance.nics[0]._group_set = list(instance.security_groups)  # moto would go on counting the old ones
+        instance.nics[0]._group_set = list(instance.security_groups)  # otherwise moto counts the old ones too
         return instance
 
     def modify_network_interface_attribute(self, eni_id: str, group_ids: list[str], *args: Any, **kwargs: Any) -> None:
@@ -230,7 +233,7 @@ class EmbodiedEC2(EC2Backend):
         return image
 
     def register_source_image(self, name: str, description: str, gib: int = ROOT_GIB) -> Ami:
-        """A public image of Canonical's; the body is recorded under the image's snapshot by the caller."""
+        """A public image of Canonical's account; the caller records the body under the image's snapshot."""
         image = self.register_image(name, description)
         image.owner_id, image.owner_alias = CANONICAL, "amazon"
         image.architecture, image.virtualization_type, image.hypervisor = "x86_64", "hvm", "xen"
@@ -302,7 +305,7 @@ class EmbodiedEC2(EC2Backend):
             )
 
     def detach_volume(self, volume_id: str, instance_id: str, device_path: str) -> Any:
-        """A volume that is mounted stays, detaching, until it is unmounted or its machine stops."""
+        """A mounted volume stays in state detaching until it is unmounted or its machine stops."""
         attachment = self.get_volume(volume_id).attachment
         if attachment is None:
             raise EC2ClientError("IncorrectState", f"Volume '{volume_id}' is in the 'available' state.")
@@ -323,7 +326,7 @@ class EmbodiedEC2(EC2Backend):
         snapshot = super().create_snapshot(volume_id, *args, **kwargs)
         if snapshot.from_ami is None:
             bodies().snapshot_volume(volume_id, snapshot.id)
-            snapshot.volume = copy.copy(volume)  # a snapshot's size is that of the moment it was taken
+            snapshot.volume = copy.copy(volume)  # a snapshot keeps the volume's size at its creation
         return snapshot
 
     def delete_snapshot(self, snapshot_id: str) -> Any:
@@ -337,7 +340,7 @@ class EmbodiedEC2(EC2Backend):
 
 
 def image_asks_for_tokens(image: Ami) -> bool:
-    """Whether machines of an image are IMDSv2-only unless their launch says otherwise."""
+    """Whether machines of an image accept IMDSv2 only, unless their launch says otherwise."""
     return getattr(image, "imds_support", None) == "v2.0"
 
 
@@ -351,13 +354,13 @@ def _require_state(instances: Iterable[Instance], allowed: set[str], participle:
 
 
 def size_of(instance_type: str) -> tuple[int, int]:
-    """Cores and MiB of memory of an instance type; raises KeyError for one AWS does not have."""
+    """Cores and MiB of memory of an instance type. Raises KeyError for an unknown type."""
     facts = INSTANCE_TYPES[instance_type]
     return int(facts["VCpuInfo"]["DefaultVCpus"]), int(facts["MemoryInfo"]["SizeInMiB"])
 
 
 def install(behind: Bodies, free_address: Callable[[], str]) -> None:
-    """Puts the bodies behind moto's EC2; call once, before any region is used."""
+    """Connect moto's EC2 to the bodies; call once, before any region is used."""
     _bodies[:] = [behind]
     ec2_backends.backend = EmbodiedEC2
     eni_module.random_public_ip = free_address  # type: ignore[attr-defined]
@@ -368,7 +371,7 @@ def install(behind: Bodies, free_address: Callable[[], str]) -> None:
 
 
 def _image_block_devices(image: Ami) -> list[dict[str, Any]]:
-    """moto says 15 GiB of magnetic disk of every image."""
+    """moto returns 15 GiB of magnetic disk for every image."""
     snapshot = image.ebs_snapshot
     body = {"SnapshotId": snapshot.id, "VolumeSize": snapshot.volume.size, "VolumeType": "gp3"}
     body |= {"DeleteOnTermination": True, "Encrypted": snapshot.encrypted}
@@ -383,7 +386,7 @@ def _get_console_output(self: General) -> ActionResult:
 
 
 def _modify_image_attribute(original: Callable[[AmisResponse], Any]) -> Callable[[AmisResponse], Any]:
-    """moto knows launch permissions only; these two change what DescribeImages says and how machines start."""
+    """moto supports launch permissions only. This adds the description and IMDS support."""
 
     def modify(self: AmisResponse) -> Any:
         image = self.ec2_backend.describe_images(ami_ids=[self._get_param("ImageId")])[0]

@@ -1,7 +1,8 @@
 """Root file systems: an image is a stack of layers, a machine is that stack with a writable folder on top.
 
-Layers are plain folders joined by overlayfs. CreateImage is a rename: the machine's writable folder becomes the
-image's newest layer and the machine goes on above it, so it takes no time and no space whatever the image's size.
+Layers are plain folders joined by overlayfs. CreateImage is a rename: the machine's writable folder becomes the image's
+newest layer, and the machine gets a new writable folder above it. So it takes no time and no space, whatever the
+image's size.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from local_cloud.state import Places, write_json
+from scripts.local_cloud.layout import Places, write_json
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class RootFileSystem:
 
 
 def image_layers(places: Places, snapshot: str) -> list[str] | None:
-    """The layers a root snapshot consists of, newest first; None when there is no such body."""
+    """The layers of a root snapshot, newest first; None if there is none."""
     record = places.images / f"{snapshot}.json"
     if not record.exists():
         return None
@@ -54,7 +55,7 @@ def record_image(places: Places, snapshot: str, layers: list[str]) -> None:
 
 
 def create(places: Places, instance: str, layers: list[str]) -> RootFileSystem:
-    """A fresh root file system for an instance, above an image's layers."""
+    """A new root file system for an instance, above an image's layers."""
     root = RootFileSystem(places.machines / instance)
     root.folder.mkdir(mode=0o700, exist_ok=True)
     write_json(root.record, layers)
@@ -62,7 +63,7 @@ def create(places: Places, instance: str, layers: list[str]) -> RootFileSystem:
 
 
 def mount(places: Places, root: RootFileSystem) -> Path:
-    """Mounts the machine's root; does nothing when it is mounted."""
+    """Mount the machine's root; does nothing if it is mounted."""
     if is_mounted(root.mounted_at):
         return root.mounted_at
     newest = places.layers / root.layers[0]
@@ -92,12 +93,12 @@ def is_mounted(path: Path) -> bool:
 
 
 def freeze(places: Places, root: RootFileSystem) -> list[str]:
-    """Turns what the machine wrote into a layer and returns the stack; the machine must not be mounted."""
+    """Turn the machine's writable folder into a layer and return the stack; the machine must not be mounted."""
     if not (root.writable / "upper").exists():
         return root.layers
     name = uuid.uuid4().hex[:12]
     layers = [name, *root.layers]
-    # The record first: a crash in between leaves a name without a folder, which `mount` completes.
+    # The record is written first: after a crash in between, `mount` creates the missing folder.
     write_json(root.record, layers)
     (root.writable / "upper").rename(places.layers / name)
     delete_tree(root.writable)
@@ -105,7 +106,7 @@ def freeze(places: Places, root: RootFileSystem) -> list[str]:
 
 
 def copy_live(places: Places, root: RootFileSystem) -> Path:
-    """A copy of what a running machine wrote so far, for CreateImage with NoReboot; `adopt` makes it a layer."""
+    """A copy of the running machine's writable folder, for CreateImage with NoReboot; `adopt` makes it a layer."""
     copied = places.making / uuid.uuid4().hex[:12]
     subprocess.run(
         ["cp", "-a", "--reflink=auto", str(root.writable / "upper"), str(copied)], check=True, capture_output=True
@@ -114,7 +115,7 @@ def copy_live(places: Places, root: RootFileSystem) -> Path:
 
 
 def adopt(places: Places, made: Path) -> str:
-    """Turns a folder in `places.making` into a layer; record it before anyone sweeps. Returns its name."""
+    """Turn a folder in `places.making` into a layer and return its name. Record it before layers are swept."""
     made.rename(places.layers / made.name)
     return made.name
 
@@ -125,12 +126,12 @@ def delete(root: RootFileSystem) -> None:
 
 
 def delete_tree(folder: Path) -> None:
-    """Deletes a folder, but nothing that is mounted below it."""
+    """Delete a folder, except file systems mounted below it."""
     subprocess.run(["rm", "-rf", "--one-file-system", str(folder)], check=False, capture_output=True)
 
 
 def discard_unused_layers(places: Places) -> None:
-    """Moves layers that neither an image nor a machine uses to the trash, which takes no time."""
+    """Move layers that neither an image nor a machine uses to the trash, which takes no time."""
     used: set[str] = set()
     for record in [*places.images.glob("*.json"), *places.machines.glob("*/layers.json")]:
         used.update(json.loads(record.read_text()))

@@ -1,4 +1,4 @@
-"""Hosted zones: their IDs begin with a Z, as Route 53's do and moto's by chance."""
+"""Hosted zones: make their IDs begin with Z, as in Route 53. moto's begin with any letter."""
 
 from __future__ import annotations
 

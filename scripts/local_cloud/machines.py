@@ -1,7 +1,7 @@
-"""Machines: a systemd system in a rootful podman container, with the size, disks and network EC2 would give it.
+"""Machines: a systemd system in a rootful podman container, with the size, disks and network of an EC2 instance.
 
-A container here is as short-lived as the power: it is made when the machine starts and gone when it stops. What lasts
-is the root file system (file_systems.py) and the volumes (volumes.py).
+A container exists only while its machine is on. The root file system (file_systems.py) and the volumes (volumes.py) are
+permanent.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from local_cloud import metadata, namespaces, volumes
-from local_cloud.state import Allotment, LocalCloudError, Places
+from scripts.local_cloud import imds_server, namespaces, volumes
+from scripts.local_cloud.base_images import TRUSTED
+from scripts.local_cloud.layout import Allotment, LocalCloudError, Places
 
 OUTWARD_NETWORK = "198.18.0.0/24"
-"""The machine's side of slirp4netns: from the range for benchmarks (RFC 2544), so that no VPC's addresses clash."""
+"""The machine's side of slirp4netns, from the range for benchmarks (RFC 2544), which no VPC uses."""
 
 OUTWARD_DNS = "198.18.0.3"
 INTERFACE = "ens5"
 METADATA_INTERFACE = "imds"
 FIRMWARE_SECONDS = 60
 STOP_SECONDS = 60
-"""How long a machine may take to shut down before it is killed, as EC2 does after some minutes."""
+"""Seconds for a machine's shutdown before it is killed. EC2 waits some minutes."""
 
 INOTIFY_INSTANCES = Path("/proc/sys/fs/inotify/max_user_instances")
 INOTIFY_INSTANCES_WANTED = 1024
-"""Each machine takes about 15, all of them root's; the kernel's default of 128 is enough for seven or eight."""
+"""Each machine takes about 15 of root's instances; the kernel's default of 128 is enough for about eight machines."""
 
 POWERED_OFF, REBOOTED = 128 + signal.SIGINT, 128 + signal.SIGHUP
-"""Exit statuses of a pid namespace's init after poweroff and reboot, reboot(2)."""
+"""Exit statuses of a PID namespace's init after poweroff and reboot, see reboot(2)."""
 
 
 @dataclass(frozen=True)
 class Disk:
-    """An attached volume: its id, and the loop device on the host that carries it."""
+    """An attached volume: its ID, and its loop device on the host."""
 
     volume: str
     loop: str
@@ -56,10 +57,10 @@ class Size:
 
 @dataclass
 class Machine:
-    """A running machine, and descriptors this object owns.
+    """A running machine, and descriptors that this object owns.
 
-    `namespace` is the machine's network, `beyond` the one on the other side of its link to the metadata service, and
-    the end of `slirp_exit` ends slirp4netns.
+    `namespace` is the machine's network. `beyond` is the network at the other end of its link, with the metadata
+    service. Closing `slirp_exit` ends slirp4netns.
     """
 
     instance: str
@@ -73,7 +74,7 @@ class Machine:
 
 
 class Podman:
-    """podman with storage and run state of this cloud's own, so that it can be removed whole."""
+    """podman with storage and run state in this cloud's folders, so that all of it can be removed."""
 
     def __init__(self, places: Places, allotment: Allotment) -> None:
         run_dir = allotment.run_dir
@@ -82,7 +83,7 @@ class Podman:
         self.prefix += ["--storage-driver", "vfs", "--events-backend", "none"]
         self.prefix += ["--cgroup-manager", "cgroupfs"]
         if not has_unified_cgroups():
-            self.prefix += ["--runtime", "runc"]  # crun refuses to start where cgroups are in hybrid mode
+            self.prefix += ["--runtime", "runc"]  # crun does not start with cgroups in hybrid mode
 
     def run(self, *argv: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         done = subprocess.run([*self.prefix, *argv], capture_output=True, text=True, timeout=timeout)
@@ -90,11 +91,28 @@ class Podman:
             raise LocalCloudError(f"podman {argv[0]} failed: {done.stderr.strip()[-500:]}")
         return done
 
+    def stop(self, name: str, *, seconds: int) -> None:
+        """Ends a machine, by SIGKILL after `seconds`; returns when it has ended. Raises LocalCloudError.
+
+        podman gives up on a killed process after some seconds; one that waits for a busy disk takes longer to end.
+        """
+        tries = 10
+        for left in reversed(range(tries)):
+            try:
+                self.run("stop", "--time", str(seconds), "--ignore", name, timeout=seconds + 60)
+            except LocalCloudError:
+                if not left:
+                    raise
+                seconds = 0
+                time.sleep(3)
+            else:
+                return
+
     def names(self) -> list[str]:
         return self.run("ps", "--all", "--format", "{{.Names}}").stdout.split()
 
     def exit_status(self, name: str) -> int:
-        """Exit status of a machine's init, waiting for podman to have seen its end."""
+        """Exit status of a machine's init; waits until podman has recorded it."""
         done = self.run("wait", name, check=False)
         return int(done.stdout.strip() or -1) if done.returncode == 0 else -1
 
@@ -103,9 +121,9 @@ class Podman:
 
 
 def allow_many() -> None:
-    """Raises the host's limit on inotify instances until its next boot where it is too low for many machines.
+    """Raise the host's limit on inotify instances, until its next boot, if it is too low for many machines.
 
-    Raises LocalCloudError where that is not allowed.
+    Raises LocalCloudError if that is not allowed.
     """
     limit = int(INOTIFY_INSTANCES.read_text())
     if limit < INOTIFY_INSTANCES_WANTED:
@@ -134,10 +152,10 @@ def boot(
     pid_file: Path,
     before: Callable[[int, int], None],
 ) -> Machine:
-    """Starts a machine from the file system mounted at `root`.
+    """Start a machine from the file system mounted at `root`.
 
-    `before` is called with the network namespaces of machine and host side once their addresses are up and before the
-    machine's init runs: what listens in there listens from the first instant. Raises LocalCloudError.
+    `before` is called with the network namespaces of machine and host side, after their addresses are up and before the
+    machine's init runs: sockets opened there listen from the start. Raises LocalCloudError.
     """
     namespace = namespaces.create()
     try:
@@ -165,7 +183,8 @@ def boot(
 
 
 def _await_init(pid: int) -> None:
-    """Waits for the firmware to hand over: it deletes block devices, a volume attached meanwhile included."""
+    """Wait until the firmware shell has started init: before that it deletes block devices, also newly attached
+    volumes."""
     deadline = time.monotonic() + FIRMWARE_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -177,7 +196,7 @@ def _await_init(pid: int) -> None:
 
 
 def adopt(instance: str, private_address: str, pid_file: Path, before: Callable[[int, int], None]) -> Machine | None:
-    """Takes over a machine that outlived its daemon; None when it does not run."""
+    """Take over a machine whose daemon ended; None if it does not run."""
     pid = running_pid(pid_file)
     if pid is None:
         return None
@@ -190,7 +209,7 @@ def adopt(instance: str, private_address: str, pid_file: Path, before: Callable[
 
 
 def disconnect(machine: Machine) -> None:
-    """Lets go of everything held for the machine, which itself is left as it is."""
+    """Release everything held for the machine; the machine itself keeps running."""
     if machine.slirp is not None:
         os.close(machine.slirp_exit)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -201,20 +220,20 @@ def disconnect(machine: Machine) -> None:
 
 
 def kill(machine: Machine) -> None:
-    """Kills every process of the machine at once, as a crash would: the end of its init is the end of them all."""
+    """Kill every process of the machine at once, like a crash: when its init ends, all end."""
     with contextlib.suppress(OSError):
         signal.pidfd_send_signal(machine.pidfd, signal.SIGKILL)
 
 
 def stop(podman: Podman, machine: Machine, *, force: bool = False) -> None:
-    """Shuts the machine down and waits; `force` kills it."""
+    """Shut the machine down and wait; `force` kills it."""
     if force:
         kill(machine)
-    podman.run("stop", "--time", str(STOP_SECONDS), "--ignore", machine.instance, timeout=STOP_SECONDS + 60)
+    podman.stop(machine.instance, seconds=STOP_SECONDS)
 
 
 def attach(machine: Machine, disk: Disk) -> str:
-    """Makes a volume appear in a running machine under the names EBS would give it; returns its name under /dev."""
+    """Attach a volume to a running machine under the names that EBS would use; returns its name under /dev."""
     if disk.volume in machine.disks:
         return machine.disks[disk.volume]
     taken = set(machine.disks.values())
@@ -230,7 +249,7 @@ def attach(machine: Machine, disk: Disk) -> str:
 
 
 def is_mounted(machine: Machine, volume: str) -> bool:
-    """Whether the machine has a file system of the volume mounted."""
+    """Whether the machine has mounted the volume."""
     try:
         device = Path(f"/proc/{machine.pid}/root/dev/{machine.disks[volume]}").stat().st_rdev
     except (KeyError, OSError):
@@ -239,7 +258,7 @@ def is_mounted(machine: Machine, volume: str) -> bool:
 
 
 def detach(machine: Machine, volume: str) -> bool:
-    """Takes a volume out of a running machine; False when it is still mounted there."""
+    """Detach a volume from a running machine; False if it is still mounted there."""
     name = machine.disks.get(volume)
     if name is None:
         return True
@@ -254,12 +273,12 @@ def detach(machine: Machine, volume: str) -> bool:
 
 
 def by_id_name(volume: str) -> str:
-    """The name udev gives an EBS volume under /dev/disk/by-id."""
+    """udev's name of an EBS volume under /dev/disk/by-id."""
     return f"nvme-Amazon_Elastic_Block_Store_{volume.replace('-', '')}"
 
 
 def console_text(console: Path) -> str:
-    """What the machine printed on its console; lines of conmon's log lose its time stamps."""
+    """The machine's console output, without the time stamps of conmon's log."""
     if not console.exists():
         return ""
     lines = console.read_text(errors="replace").splitlines()
@@ -267,9 +286,9 @@ def console_text(console: Path) -> str:
 
 
 def running_pid(pid_file: Path) -> int | None:
-    """Process id of a machine's init, None when it does not run. Costs a thousandth of asking podman.
+    """PID of a machine's init, None if it does not run. Takes a thousandth of the time that podman does.
 
-    An id that was given to some other process since is told by that process's root file system not being the machine's.
+    A PID that the kernel reused for another process is recognised: its root file system is not the machine's.
     """
     try:
         pid = int(pid_file.read_text())
@@ -280,28 +299,28 @@ def running_pid(pid_file: Path) -> int | None:
 
 
 def enter_command(pid: int, argv: Sequence[str]) -> list[str]:
-    """The command line that runs `argv` as root inside the machine whose init is `pid`."""
+    """The command that runs `argv` as root inside the machine whose init is `pid`."""
     inside = ["nsenter", "--target", str(pid), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
     environment = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8"]
     environment += [f"TERM={os.environ.get('TERM', 'dumb')}", "USER=root", "LOGNAME=root"]
+    environment += [f"AWS_CA_BUNDLE={TRUSTED}"]  # as for a login, from /etc/environment
     return [*inside, "--root", "--wdns=/root", "--", "env", "-i", *environment, *argv]
 
 
 def wait_for_exit(machine: Machine) -> None:
-    """Returns when the machine's init is gone."""
+    """Return when the machine's init has ended."""
     poller = select.poll()
     poller.register(machine.pidfd, select.POLLIN)
     poller.poll()
 
 
 def _firmware(names: Mapping[str, str], disks: Iterable[Disk]) -> str:
-    """The shell lines run before the machine's init: its hardware.
+    """The shell lines that run before the machine's init and set up its hardware.
 
-    /sys and /proc/sys are read-only, as in any container that is not to touch its host, but for the network's part.
-    Each start is a boot with an identity of its own. The host's own disks disappear; the machine's volumes appear. The
-    journal and /tmp are on the root file system, as on a server, where podman would have them in memory. Mounts are
-    shared, as systemd makes them outside containers: what it mounts then appears in the name spaces of services that
-    are already running.
+    /sys and /proc/sys are read-only, except for the network's part, so that the machine cannot change its host. Each
+    start is a boot with an ID of its own. The host's disks are removed; the machine's volumes are added. The journal
+    and /tmp are on the root file system, as on a server; podman would have them in memory. Mounts are shared, as with
+    systemd outside containers: later mounts appear in the namespaces of running services.
     """
     lines = [
         "mount --make-rshared /",
@@ -325,7 +344,7 @@ def _firmware(names: Mapping[str, str], disks: Iterable[Disk]) -> str:
 
 
 def _disks_present(pid: int) -> dict[str, str]:
-    """Volumes a running machine has: volume id → name under /dev."""
+    """Volumes in a running machine: volume ID → name under /dev."""
     found = {}
     folder = Path(f"/proc/{pid}/root/dev/disk/by-id")
     for link in folder.glob("nvme-Amazon_Elastic_Block_Store_vol*"):
@@ -351,7 +370,7 @@ def _size_options(size: Size) -> list[str]:
 
 
 def _limits() -> list[str]:
-    """Limits as a server's, as far as the host's own hard limits allow; podman lowers its own to half of nproc's."""
+    """Limits of a server, up to the host's hard limits; podman lowers them to half of nproc's."""
     import resource
 
     options = []
@@ -363,7 +382,7 @@ def _limits() -> list[str]:
 
 
 def _write_resolver(root: Path) -> None:
-    """The resolver of the outward network; podman would leave the host's, which may be out of reach."""
+    """Set the resolver of the outward network; podman would keep the host's, which may be unreachable."""
     target = root / "etc/resolv.conf"
     if target.is_symlink():
         target.unlink()
@@ -371,7 +390,7 @@ def _write_resolver(root: Path) -> None:
 
 
 def _connect_outward(namespace: int) -> tuple[subprocess.Popen[bytes], int]:
-    """Gives the namespace its way out: slirp4netns, and the descriptor whose end ends it."""
+    """Connect the namespace to the internet with slirp4netns. Returns the descriptor whose closing ends it."""
     read_end, write_end = os.pipe()
     ready_read, ready_write = os.pipe()
     argv = ["slirp4netns", "--configure", "--mtu=65520", "--disable-host-loopback", f"--cidr={OUTWARD_NETWORK}"]
@@ -402,9 +421,9 @@ def _connect_outward(namespace: int) -> tuple[subprocess.Popen[bytes], int]:
 
 
 def _connect_metadata(namespace: int, private_address: str) -> int:
-    """Links the machine to a namespace of its own in which the metadata service listens; returns that one.
+    """Link the machine to a second namespace in which the metadata service listens; returns that namespace.
 
-    Were the service's address the machine's own, nothing in the machine could listen on port 80 of all addresses.
+    If the machine itself had the service's address, nothing in it could listen on port 80 of all addresses.
     """
     beyond = namespaces.create()
     try:
@@ -414,15 +433,15 @@ def _connect_metadata(namespace: int, private_address: str) -> int:
                 f"link add {METADATA_INTERFACE} type veth peer name beyond netns /proc/{os.getpid()}/fd/{beyond}",
                 f"address replace {private_address}/32 dev {INTERFACE}",
                 f"link set {METADATA_INTERFACE} up",
-                f"route replace {metadata.ADDRESS}/32 dev {METADATA_INTERFACE} src {private_address}",
+                f"route replace {imds_server.ADDRESS}/32 dev {METADATA_INTERFACE} src {private_address}",
             ],
         )
         namespaces.run_inside(
             beyond,
             [
-                f"address add {metadata.ADDRESS}/32 dev beyond",
+                f"address add {imds_server.ADDRESS}/32 dev beyond",
                 "link set beyond up",
-                f"route add {private_address}/32 dev beyond src {metadata.ADDRESS}",
+                f"route add {private_address}/32 dev beyond src {imds_server.ADDRESS}",
             ],
         )
     except BaseException:

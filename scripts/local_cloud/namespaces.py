@@ -1,6 +1,6 @@
 """Network namespaces by file descriptor, without names under /run/netns that could be left behind.
 
-A namespace lives as long as a descriptor or a process holds it: when the daemon and the machine are gone, so is it.
+A namespace exists as long as a descriptor or a process holds it, so it ends with the daemon and the machine.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def create() -> int:
 
 
 def of_process(pid: int) -> int:
-    """The network namespace a process is in; the caller owns the descriptor."""
+    """The network namespace of a process; the caller owns the descriptor."""
     return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
 @contextmanager
 def inside(namespace: int) -> Iterator[None]:
-    """The calling thread is in `namespace` for the length of the block; sockets it creates stay there for life."""
+    """Run the block in `namespace`; sockets that it creates stay there."""
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         _check(_libc.setns(namespace, CLONE_NEWNET), "setns")
@@ -77,7 +77,7 @@ def listener(address: str, port: int, namespace: int | None = None) -> socket.so
 
 
 def run_inside(namespace: int, commands: list[str]) -> None:
-    """Runs lines of ip(8) in `namespace`; raises OSError with its words when one fails."""
+    """Run lines of ip(8) in `namespace`; raises OSError with ip's message if one fails."""
     with inside(namespace):
         done = subprocess.run(["ip", "-batch", "-"], input="\n".join(commands), capture_output=True, text=True)
     if done.returncode != 0:

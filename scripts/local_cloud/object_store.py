@@ -1,4 +1,5 @@
-"""S3: SeaweedFS, one process, its data in the state folder, its inner parts on an address machines cannot reach."""
+"""S3: SeaweedFS behind nginx (store_front.py), with its data in the state folder, on an address machines cannot
+reach."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from local_cloud import authority
-from local_cloud.state import ACCOUNT, Allotment, LocalCloudError, Places, object_store_ports, write_json
+from scripts.local_cloud import object_store_ca, store_front
+from scripts.local_cloud.layout import ACCOUNT, Allotment, LocalCloudError, Places, object_store_ports, write_json
 
 START_SECONDS = 60
 PARTS = ("master", "volume", "filer")
@@ -26,7 +27,7 @@ PARTS = ("master", "volume", "filer")
 ISSUER = "mlflow-ami-local-cloud"
 INSTANCE_ROLE = "instance"
 INSTANCE_POLICY = "whatever-the-session-allows"
-"""What SeaweedFS knows of instance roles: one role that may do anything, narrowed by the policy in each session."""
+"""SeaweedFS's only role. It allows everything; the policy in each session restricts it."""
 
 
 def identities_file(places: Places) -> Path:
@@ -38,7 +39,7 @@ def sessions_file(places: Places) -> Path:
 
 
 def write_identities(places: Places, allotment: Allotment) -> None:
-    """Who may use S3: the account's own key, and sessions signed with a key that is made once."""
+    """The identities of S3: the account's own key, and a key, created once, that signs sessions."""
     account = {
         "name": "account",
         "credentials": [{"accessKey": allotment.access_key, "secretKey": allotment.secret_key}],
@@ -86,18 +87,21 @@ def program() -> str:
 
 
 def start(places: Places, allotment: Allotment) -> int:
-    """Starts weed detached and returns its process id once S3 answers; raises LocalCloudError with the log's end."""
+    """Start weed detached and return its process ID when S3 responds. Raises LocalCloudError with the end of its
+    log."""
     data = places.object_store / "data"
     data.mkdir(exist_ok=True)
-    authority.ensure(places)
+    object_store_ca.ensure(places)
     inner = allotment.inner_address
     argv = [program(), "-logtostderr=true", "server", f"-dir={data}", f"-ip={inner}", f"-ip.bind={inner}"]
     argv += ["-volume.max=0", "-volume.preStopSeconds=0", "-master.volumeSizeLimitMB=1024", "-master.telemetry=false"]
-    # The one master there is waits so long, up to twice, for another to lead before it does so again.
+    # A restarted master waits this long, up to twice, for another leader.
     argv += ["-master.electionTimeout=1s"]
-    argv += ["-filer", "-s3", f"-s3.port={allotment.s3_port}", "-s3.ip.bind=127.0.0.1"]
-    argv += [f"-s3.port.https={allotment.s3_tls_port}", f"-s3.cert.file={authority.certificate_file(places)}"]
-    argv += [f"-s3.key.file={authority.key_file(places)}"]
+    port, tls_port = allotment.inner_s3_ports
+    argv += ["-filer", "-s3", f"-s3.port={port}", f"-s3.ip.bind={inner}"]
+    argv += [f"-s3.port.https={tls_port}", f"-s3.cert.file={object_store_ca.certificate_file(places)}"]
+    argv += ["-s3.autoCreateBucket=false"]
+    argv += [f"-s3.key.file={object_store_ca.key_file(places)}"]
     argv += [f"-s3.config={identities_file(places)}", f"-s3.iam.config={sessions_file(places)}", "-s3.iam=false"]
     argv += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     numbered = zip(PARTS, object_store_ports(allotment.number), strict=True)
@@ -112,9 +116,14 @@ def start(places: Places, allotment: Allotment) -> int:
             stderr=log,
             cwd=places.object_store,
             start_new_session=True,
-            env={**os.environ, "HOME": str(places.object_store), "WEED_S3_SSE_KEY": _encryption_key(places)},
+            env={**os.environ, "HOME": str(places.object_store), **_inner_secrets(places)},
         )
     write_json(places.root / "object-store.pid", weed.pid)
+    try:
+        store_front.start(places, allotment)
+    except LocalCloudError:
+        stop(places)
+        raise
     deadline = time.monotonic() + START_SECONDS
     while not answers(allotment):
         if weed.poll() is not None or time.monotonic() > deadline:
@@ -124,8 +133,20 @@ def start(places: Places, allotment: Allotment) -> int:
     return weed.pid
 
 
+def _inner_secrets(places: Places) -> dict[str, str]:
+    """Keys with which SeaweedFS's parts authenticate each other. Any user of this host can reach their ports, and could
+    otherwise read and write every object. The keys are created at each start; the parts are one process."""
+    keys = ("JWT_SIGNING", "JWT_FILER_SIGNING", "JWT_FILER_SIGNING_READ")
+    certificate, key = object_store_ca.certificate_file(places), object_store_ca.key_file(places)
+    found = {"WEED_S3_SSE_KEY": _encryption_key(places), "WEED_GRPC_CA": str(object_store_ca.authority_file(places))}
+    found |= {f"WEED_{name}_KEY": secrets.token_hex(32) for name in keys}
+    for part in ("MASTER", "VOLUME", "FILER", "S3", "CLIENT"):
+        found |= {f"WEED_GRPC_{part}_CERT": str(certificate), f"WEED_GRPC_{part}_KEY": str(key)}
+    return found
+
+
 def _encryption_key(places: Places) -> str:
-    """The secret that buckets with default encryption are encrypted with, made once."""
+    """The secret that encrypts buckets with default encryption, created once."""
     path = places.root / "object-store.key"
     if not path.exists():
         path.touch(mode=0o600)
@@ -135,14 +156,14 @@ def _encryption_key(places: Places) -> str:
 
 def answers(allotment: Allotment) -> bool:
     try:
-        with urllib.request.urlopen(f"{allotment.s3_endpoint}/healthz", timeout=2) as response:
+        with urllib.request.urlopen(f"{allotment.s3_plain_endpoint}/healthz", timeout=2) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False
 
 
 def running_pid(places: Places) -> int | None:
-    """Process id of this cloud's weed, None when it is not running."""
+    """Process ID of this cloud's weed, None if it is not running."""
     try:
         pid = int(json.loads((places.root / "object-store.pid").read_text()))
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -152,7 +173,8 @@ def running_pid(places: Places) -> int | None:
 
 
 def stop(places: Places) -> None:
-    """Stops weed and waits for it; kills it after 20 s."""
+    """Stop weed and nginx and wait for them; kills weed after 20 s."""
+    store_front.stop(places)
     pid = running_pid(places)
     if pid is None:
         return

@@ -1,10 +1,9 @@
-"""What the policies of a role allow, asked before moto answers a request made with a role's credentials.
+"""Policies of roles: decide whether a request with a role's credentials is allowed, before moto handles it.
 
-moto checks no resource and no condition; this does, as "Policy evaluation logic" in the IAM user guide has it: one
-statement that denies outweighs all that allow, and what nothing allows is denied. Of a request this knows the action,
-the resource where the action is one that this project's stack names resources for, and few condition keys. Whatever it
-does not know speaks against the request: an unknown resource is matched by "*" alone, an unknown condition allows
-nothing and denies.
+moto checks neither resources nor conditions. This module follows "Policy evaluation logic" in the IAM user guide: one
+statement that denies outweighs all that allow, and anything else is denied. It knows the request's action, its resource
+where this project's stack names resources for the action, and a few condition keys. Unknown parts deny: an unknown
+resource matches "*" only, an unknown condition allows nothing.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
-from local_cloud.state import ACCOUNT
+from scripts.local_cloud.layout import ACCOUNT
 
 PREFIXES = {"monitoring": "cloudwatch", "email": "ses"}
-"""Where a service signs under another name than policies call it by."""
+"""Services whose name in signatures differs from the name in policies."""
 
 PARAMETERS = {"Name": str, "Names": list, "ResourceId": str, "Path": str}
-"""By what a call to Systems Manager names parameters."""
+"""Arguments of Systems Manager's calls that contain parameter names."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What policies are asked about: "ssm:GetParameter", the ARNs it is for ("*" where unknown), and the context."""
+    """A request for the policies: "ssm:GetParameter", its ARNs ("*" if unknown), and the context."""
 
     service: str
     """As it signs."""
@@ -38,14 +37,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Denial:
-    """Why a request is refused, in AWS's words."""
+    """The reason why a request is refused, in AWS's wording."""
 
     code: str
     message: str
 
 
 def read(environ: Mapping[str, Any], body: bytes, action: str, parameters: Mapping[str, str]) -> Request:
-    """A signed request as policies see it; `action` and `parameters` as the daemon has read them, "" for REST."""
+    """A signed request as policies see it; `action` and `parameters` from the daemon, "" for REST."""
     _, _, region, service = credential_scope(environ)
     asked: Mapping[str, Any] = parameters
     if environ.get("HTTP_X_AMZ_TARGET"):
@@ -62,7 +61,7 @@ def read(environ: Mapping[str, Any], body: bytes, action: str, parameters: Mappi
 
 
 def credential_scope(environ: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    """Access key, day, region and service of the signature; empty texts for a request without one."""
+    """Access key, day, region and service of the signature; empty strings for a request without one."""
     found = re.search(
         r"Credential=([^/,\s]+)/(\d+)/([^/,\s]+)/([^/,\s]+)/aws4_request", environ.get("HTTP_AUTHORIZATION", "")
     )
@@ -83,7 +82,7 @@ def resources(prefix: str, region: str, asked: Mapping[str, Any]) -> tuple[str, 
 
 
 def parameter_arn(region: str, name: str) -> str:
-    """A parameter's, which has no version or label in it; a name may be one already."""
+    """A parameter's ARN, without version or label. `name` may be an ARN already."""
     if name.startswith("arn:"):
         return ":".join(name.split(":")[:6])
     return f"arn:aws:ssm:{region}:{ACCOUNT}:parameter/{name.partition(':')[0].lstrip('/')}"
@@ -112,7 +111,7 @@ def _denial(request: Request, caller: str, resource: str, reason: str) -> Denial
 
 
 def unknown_caller(service: str) -> Denial:
-    """For credentials that are nobody's, or nobody's any more."""
+    """The denial for credentials that do not exist, or no longer."""
     if service == "ec2":
         return Denial("AuthFailure", "AWS was not able to validate the provided access credentials")
     code = "InvalidClientTokenId" if service in ("sts", "iam") else "UnrecognizedClient"
@@ -120,7 +119,7 @@ def unknown_caller(service: str) -> Denial:
 
 
 def applies(statement: Mapping[str, Any], request: Request, resource: str) -> bool:
-    """Whether a statement speaks of this request."""
+    """Whether a statement applies to this request."""
     for key, value, ignore_case in (("Action", request.action, True), ("Resource", resource, False)):
         if key in statement and not any(matches(each, value, ignore_case) for each in _listed(statement[key])):
             return False

@@ -1,15 +1,16 @@
-"""What instance roles are given to sign with: temporary credentials that the AWS APIs and the object store both know.
+"""Temporary credentials of instance roles, valid for the AWS APIs and the object store.
 
-A session is a token in the form SeaweedFS's own STS issues (a signed JWT; the keys follow from the session's id and
-the signing key), so the object store accepts it without being told, and holds its bearer to the role's policies, which
-the token carries. The same session is recorded in moto's STS, so that the APIs know who is asking; what they may ask
-for is held to the role's policies before moto hears of it (permissions.py).
+A session's token has the form of SeaweedFS's own STS (a signed JWT; the keys follow from the session's ID and the
+signing key), so the object store accepts it without any registration and enforces the role's policies, which the token
+contains. The same session is recorded in moto's STS, so that the APIs identify the caller; permissions.py enforces the
+role's policies before moto handles a request.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import hmac
 import json
@@ -22,14 +23,14 @@ from typing import Any
 
 from moto.core.responses import BaseResponse
 from moto.iam.models import iam_backends
-from moto.sts.models import sts_backends
+from moto.sts.models import STSBackend, sts_backends
 
-from local_cloud import object_store, permissions
-from local_cloud.state import ACCOUNT, Allotment, Places
+from scripts.local_cloud import object_store, permissions
+from scripts.local_cloud.layout import ACCOUNT, Allotment, Places
 
 VALID_SECONDS = 6 * 3600
 RENEW_SECONDS = 3600
-"""As on EC2: credentials are good for six hours and new ones appear every hour."""
+"""As on EC2: credentials are valid for six hours and renewed every hour."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,15 @@ class Session:
 
 
 class Roles:
-    """Sessions handed out since the daemon started, by instance and role. Call with the API lock held."""
+    """Sessions issued since the daemon started, by instance and role. Call with the API lock held."""
 
     def __init__(self, places: Places, allotment: Allotment) -> None:
         self.region = allotment.region
+        self.account = (allotment.access_key, allotment.secret_key)
         self.signing_key = object_store.signing_key(places)
         self.sessions: dict[tuple[str, str], Session] = {}
-        # SeaweedFS's access keys have small letters too, which moto would not take for one
+        answer_assume_role(self.signing_key)
+        # SeaweedFS's access keys also have lower-case letters, which moto does not accept
         BaseResponse.access_key_regex = re.compile(
             r"AWS.*(?P<access_key>(?<![A-Za-z0-9])[A-Za-z0-9]{20}(?![A-Za-z0-9]))[:/]"
         )
@@ -71,8 +74,8 @@ class Roles:
         }
 
     def refusal(self, environ: Mapping[str, Any], request: permissions.Request) -> permissions.Denial | None:
-        """Why a request made with a role's credentials is not answered; None for what the role's policies, as they
-        are now, allow, and for requests with keys that do not expire, which are the account owner's."""
+        """Why a request with a role's credentials is denied; None if the role's current policies allow it, and for
+        requests with permanent keys, which belong to the account owner."""
         access_key, token = permissions.credential_scope(environ)[0], str(environ.get("HTTP_X_AMZ_SECURITY_TOKEN", ""))
         if not token and not access_key.startswith("ASIA"):
             return None
@@ -80,10 +83,22 @@ class Roles:
         role = None if caller is None else _role_named(caller.split("/")[-2])
         if caller is None or role is None:
             return permissions.unknown_caller(request.service)
-        return permissions.denial(request, caller, policy_documents(role))
+        return permissions.denial(request, caller, policy_documents(role)) or untrusted(request, role.arn, caller)
+
+    def secret(self, access_key: str, token: str) -> str | None:
+        """The secret key of the account's own access key or of a session; None for any other, and for a session's key
+        without its token."""
+        if not token:
+            return self.account[1] if hmac.compare_digest(access_key.encode(), self.account[0].encode()) else None
+        with contextlib.suppress(ValueError, KeyError):
+            claims = _verified(token, self.signing_key)
+            return _secret_key(claims["sid"], self.signing_key) if access_key == _access_key(claims["sid"]) else None
+        sts: Any = sts_backends[ACCOUNT]["aws"]
+        record = sts.get_assumed_role_from_access_key(access_key)
+        return str(record.secret_access_key) if record is not None and record.session_token == token else None
 
     def _caller(self, access_key: str, token: str) -> str | None:
-        """The assumed role behind credentials that are good now: a session of an instance, or one by AssumeRole."""
+        """The assumed role of valid credentials: a session of an instance, or one by AssumeRole."""
         with contextlib.suppress(ValueError, KeyError):
             claims = _verified(token, self.signing_key)
             good = claims["nbf"] <= time.time() < claims["exp"] and access_key == _access_key(claims["sid"])
@@ -96,15 +111,56 @@ class Roles:
         session = mint(self.signing_key, instance, role.arn, policies)
         sts: Any = sts_backends[ACCOUNT]["aws"]
         record = sts.assume_role(self.region, instance, role.arn, "", VALID_SECONDS, "")
-        record.access_key_id = record.access_key.access_key_id = session.access_key
-        record.secret_access_key = record.access_key.secret_access_key = session.secret_key
-        record.session_token = session.token
+        give(record, session)
         now = time.time()
         sts.assumed_roles[:] = [known for known in sts.assumed_roles if known.expiration.timestamp() > now]
         return session
 
 
-def mint(signing_key: bytes, name: str, role_arn: str, policy: str) -> Session:
+def give(record: Any, session: Session) -> None:
+    """Set the session's keys in moto's record of an assumed role."""
+    record.access_key_id = record.access_key.access_key_id = session.access_key
+    record.secret_access_key = record.access_key.secret_access_key = session.secret_key
+    record.session_token = session.token
+
+
+def answer_assume_role(signing_key: bytes) -> None:
+    """Make moto's AssumeRole issue sessions that the object store also accepts, with the role's policies."""
+    assume_role = getattr(STSBackend.assume_role, "__wrapped__", STSBackend.assume_role)
+
+    @functools.wraps(assume_role)
+    def with_session(self: Any, *arguments: Any, **options: Any) -> Any:
+        record = assume_role(self, *arguments, **options)
+        role = _role_named(record.role_arn.rpartition("/")[2])
+        if role is not None:
+            policies = json.dumps(s3_policy(policy_documents(role)))
+            seconds = round(record.expiration.timestamp() - time.time())
+            give(record, mint(signing_key, record.session_name, role.arn, policies, seconds))
+        return record
+
+    STSBackend.assume_role = with_session  # type: ignore[method-assign]
+
+
+def untrusted(request: permissions.Request, caller_role: str, caller: str) -> permissions.Denial | None:
+    """Why the role in an AssumeRole request does not trust the caller's role; None if it does, and for other
+    requests."""
+    if request.action != "sts:AssumeRole":
+        return None
+    (wanted,) = request.resources
+    role = _role_named(wanted.rpartition("/")[2])
+    document = json.loads(role.assume_role_policy_document) if role is not None else {"Statement": []}
+    found = document["Statement"]
+    for statement in [found] if isinstance(found, Mapping) else found:
+        principals = statement.get("Principal", {}).get("AWS", [])
+        trusted = [principals] if isinstance(principals, str) else principals
+        if statement["Effect"] == "Allow" and caller_role in trusted:
+            return None
+    return permissions.Denial(
+        "AccessDenied", f"User: {caller} is not authorized to perform: sts:AssumeRole on resource: {wanted}"
+    )
+
+
+def mint(signing_key: bytes, name: str, role_arn: str, policy: str, seconds: int = VALID_SECONDS) -> Session:
     """A session as SeaweedFS 4 issues it: an HS256 JWT, and keys derived from the session's id."""
     identifier, now = uuid.uuid4().hex, time.time()
     role_name = role_arn.rpartition("/")[2]
@@ -114,7 +170,7 @@ def mint(signing_key: bytes, name: str, role_arn: str, policy: str) -> Session:
         "sub": identifier,
         "iat": int(now),
         "nbf": int(now),
-        "exp": int(now + VALID_SECONDS),
+        "exp": int(now + seconds),
         "sid": identifier,
         "snam": name,
         "typ": "session",
@@ -124,14 +180,13 @@ def mint(signing_key: bytes, name: str, role_arn: str, policy: str) -> Session:
         "pol": [object_store.INSTANCE_POLICY],
         "spol": policy,
         "assumed_at": _timestamp(now),
-        "max_dur": VALID_SECONDS,
+        "max_dur": seconds,
     }
     signed = _encode({"alg": "HS256", "typ": "JWT"}) + b"." + _encode(claims)
     signature = _signature(signed, signing_key)
-    secret = hmac.new(signing_key, f"secret-key:{identifier}".encode(), hashlib.sha256).digest()
     return Session(
         access_key=_access_key(identifier),
-        secret_key=base64.b64encode(secret).decode(),
+        secret_key=_secret_key(identifier, signing_key),
         token=(signed + b"." + _unpadded(signature)).decode(),
         issued=now,
         policies=policy,
@@ -151,7 +206,7 @@ def policy_documents(role: Any) -> list[Mapping[str, Any]]:
 
 
 def s3_policy(documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """One policy of the statements that speak of S3; denies everything when there is none."""
+    """One policy with the statements about S3; denies everything if there are none."""
     statements = []
     for document in documents:
         found = document.get("Statement", [])
@@ -169,13 +224,17 @@ def _access_key(session: str) -> str:
     return "ASIA" + hashlib.sha256(f"access-key:{session}".encode()).hexdigest()[:16]
 
 
+def _secret_key(session: str, signing_key: bytes) -> str:
+    return base64.b64encode(hmac.digest(signing_key, f"secret-key:{session}".encode(), "sha256")).decode()
+
+
 def _role_named(name: str) -> Any:
     iam: Any = iam_backends[ACCOUNT]["aws"]
     return next((role for role in iam.roles.values() if role.name == name), None)
 
 
 def _verified(token: str, signing_key: bytes) -> dict[str, Any]:
-    """What a token of ours claims. Raises ValueError for any other."""
+    """The claims in a token of ours. Raises ValueError for any other."""
     signed, _, signature = token.encode().rpartition(b".")
     if not hmac.compare_digest(_unpadded(_signature(signed, signing_key)), signature):
         raise ValueError("not signed here")

@@ -1,4 +1,4 @@
-"""EBS volumes: sparse files, attached as loop devices under the names EBS would give them."""
+"""EBS volumes: sparse files, attached as loop devices under EBS's names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from local_cloud.state import Places
+from scripts.local_cloud.layout import Places
 
 GIB = 1024**3
 
@@ -17,7 +17,7 @@ def file_of(places: Places, volume: str) -> Path:
 
 
 def create(places: Places, volume: str, gib: int, snapshot: str | None = None) -> Path:
-    """The volume's file, blank or as the snapshot was, grown to `gib` when smaller; again does nothing."""
+    """Create the volume's file, empty or from the snapshot, enlarged to `gib`. Does nothing if it exists."""
     path = file_of(places, volume)
     if not path.exists():
         source = places.snapshots / f"{snapshot}.img"
@@ -41,7 +41,7 @@ def copy_sparse(source: Path, target: Path) -> None:
 
 
 def snapshot(places: Places, volume: str, name: str) -> None:
-    """Copies the volume as a crash would leave it: what the kernel still holds is written first."""
+    """Copy the volume in the state that a crash would leave; flushes the kernel's buffers first."""
     source = file_of(places, volume)
     if not source.exists():
         return
@@ -52,7 +52,7 @@ def snapshot(places: Places, volume: str, name: str) -> None:
 
 
 def attach(path: Path) -> str:
-    """A loop device on `path`, the one it has when it has one: "/dev/loop7"."""
+    """The loop device of `path`, created if there is none: "/dev/loop7"."""
     if existing := loop_devices(path):
         return existing[0]
     done = subprocess.run(["losetup", "--find", "--show", str(path)], check=True, capture_output=True, text=True)
@@ -87,7 +87,7 @@ def loop_devices_under(folder: Path) -> dict[str, Path]:
 
 
 def is_mounted_in(pid: int, device_number: int) -> bool:
-    """Whether a process's mount namespace has a file system of that device mounted."""
+    """Whether a process's mount namespace has mounted that device."""
     wanted = f"{os.major(device_number)}:{os.minor(device_number)}"
     try:
         lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()

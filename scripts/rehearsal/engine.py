@@ -1,14 +1,14 @@
-"""Decides what each registered resource needs and does it, in the order Pulumi's engine would.
+"""Our engine: create, update, replace or delete each registered resource, in the order of Pulumi's engine.
 
 The rules are those of Pulumi's deployment engine (pkg/resource/deploy/step_generator.go):
 
-- a resource is created, updated, replaced or left as it is when the program registers it;
+- a resource is created, updated, replaced or left unchanged when the program registers it;
 - a replacement creates the new one at once and deletes the old one at the end of the run, unless it is to be deleted
   first (`delete_before_replace`, or a physical name the program chose, which two cannot share);
-- what is deleted first takes along, in reverse dependency order, the resources that would be replaced if the
-  properties they got from it changed; they are made anew when the program registers them;
-- what the program no longer registers is deleted at the end, dependents first, and only if the program succeeded;
-- a protected resource is never deleted or replaced, a retained one leaves the state and stays in the cloud.
+- deleting a resource first also deletes, in reverse dependency order, the resources that would be replaced if their
+  inputs from it changed; they are created again when the program registers them;
+- resources that the program no longer registers are deleted at the end, dependents first, if the program succeeded;
+- a protected resource is never deleted or replaced; a retained one is removed from the state and stays in the cloud.
 
 Operations run one at a time. The state is saved around each of them, so an interrupted run continues.
 """
@@ -16,10 +16,9 @@ Operations run one at a time. The state is saved around each of them, so an inte
 from __future__ import annotations
 
 import copy
-import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,10 +27,11 @@ from typing import Any, Literal, TypeVar
 from botocore.exceptions import BotoCoreError, ClientError
 from pulumi.runtime.proto import resource_pb2
 
-from rehearsal.errors import ApplyError, Interrupted
-from rehearsal.kinds import Aws, Kind
-from rehearsal.state import Resource, State, deletion_order
-from rehearsal.values import UNKNOWN, Props, Secret, from_wire, holds_secret, reveal, to_wire
+from scripts.rehearsal.errors import ApplyError, Interrupted
+from scripts.rehearsal.hooks import HookFailed, Hooks
+from scripts.rehearsal.resource_types import Aws, Kind
+from scripts.rehearsal.state import Resource, State, deletion_order
+from scripts.rehearsal.wire import UNKNOWN, Props, Secret, default_tags, from_wire, holds_secret, reveal, to_wire
 
 T = TypeVar("T")
 Operation = Literal["create", "update", "replace", "delete", "same", "retain"]
@@ -41,8 +41,8 @@ READERS = 8
 
 @dataclass(frozen=True)
 class Step:
-    """One operation: what, on which resource, because of which inputs, when it began (seconds since 1970) and how
-    many seconds it took."""
+    """One operation: its kind, its resource, the changed inputs, its start (seconds since 1970) and its duration in
+    seconds."""
 
     operation: Operation
     urn: str
@@ -55,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Diff:
-    """Inputs that differ, and those of them that ask for a replacement."""
+    """Inputs that differ, and those of them that require a replacement."""
 
     changed: frozenset[str] = frozenset()
     replace: frozenset[str] = frozenset()
@@ -63,10 +63,10 @@ class Diff:
 
 @dataclass
 class Engine:
-    """Applies one run of a program. It owns the state while the run lasts.
+    """Apply one run of a program. Owns the state during the run.
 
     `save` is called with the state around each operation, `done` with each step after it. With `dry_run` nothing is
-    applied and nothing saved: the steps are the plan.
+    applied or saved: the steps are the plan.
     """
 
     kinds: Mapping[str, Kind]
@@ -79,6 +79,7 @@ class Engine:
     steps: list[Step] = field(default_factory=list)
     outputs: Props = field(default_factory=dict)
     failure: BaseException | None = None
+    hooks: Hooks = field(default_factory=Hooks)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -90,18 +91,18 @@ class Engine:
             self.state = copy.deepcopy(self.state)
 
     def cancel(self) -> None:
-        """Lets the operation under way finish and refuses every later one."""
+        """Finish the current operation and refuse every later one."""
         self._cancelled.set()
 
     @property
     def idle(self) -> bool:
-        """Whether nothing had to be done."""
+        """Whether no operation was needed."""
         return all(each.operation == "same" for each in self.steps)
 
-    # What the program calls
+    # Called by the program
 
     def register(self, request: Any, urn: str) -> Any:
-        """Brings the resource of a RegisterResourceRequest about and answers with its id and outputs."""
+        """Create or update the resource of a RegisterResourceRequest; returns its ID and outputs."""
         with self._lock:
             if self._cancelled.is_set():
                 raise Interrupted("interrupted")
@@ -118,7 +119,7 @@ class Engine:
         )
 
     def finish(self) -> None:
-        """Deletes what was replaced and what the program did not register. Call it when the program succeeded."""
+        """Delete replaced resources and those that the program did not register. Call it when the program succeeded."""
         with self._lock:
             registered = set(self._registered)
             doomed = [each for each in self.state.resources if each.pending_delete or each.urn not in registered]
@@ -134,7 +135,7 @@ class Engine:
             self._delete_all(doomed)
 
     def refresh(self) -> list[Resource]:
-        """Drops from the state what the cloud no longer has and answers with it; renews the outputs of the rest."""
+        """Remove resources that no longer exist from the state and return them; update the outputs of the others."""
         gone: list[Resource] = []
         applied = [each for each in self.state.resources if each.custom and each.type in self.kinds]
 
@@ -154,9 +155,9 @@ class Engine:
         return gone
 
     def recover(self) -> list[str]:
-        """Finishes the book-keeping of a run that was killed; answers with sentences about what may be left over.
+        """Complete the state of a run that was killed; returns sentences about its unfinished operations.
 
-        An interrupted creation is adopted when its physical name, chosen beforehand, is found in the cloud.
+        An interrupted creation is adopted if its physical name, chosen beforehand, exists in the cloud.
         """
         leftovers = []
         for pending in self.state.pending_operations:
@@ -167,8 +168,8 @@ class Engine:
             found = kind.recover(self.aws, reveal(resource.inputs)) if kind.recover else None
             if found is None:
                 leftovers.append(
-                    f"the creation of {resource.type} {resource.name} was cut short; if it was made, it is unused "
-                    "and goes with `rehearse.py down --purge`"
+                    f"the creation of {resource.type} {resource.name} was interrupted; if it exists, it is unused, "
+                    "and `rehearse.py down --purge` deletes it"
                 )
                 continue
             resource.id = found
@@ -176,6 +177,10 @@ class Engine:
             if outputs is not None:
                 resource.outputs = self._outputs(resource, outputs)
                 self.state.resources.append(resource)
+                leftovers.append(
+                    f"the creation of {resource.type} {resource.name} was interrupted; {found} exists and is adopted "
+                    "(Pulumi would require `pulumi import`)"
+                )
         if self.state.pending_operations:
             self.state.pending_operations = []
             self._save()
@@ -209,15 +214,18 @@ class Engine:
         kind = self._kind(wanted)
         if request.importId:
             raise ApplyError(
-                f"{wanted.name} is to be imported ({request.importId}), but a rehearsal starts from nothing"
+                f"{wanted.name} is to be imported ({request.importId}), but a rehearsal does not support imports"
             )
         self._complete_inputs(kind, wanted, old, list(request.ignoreChanges))
         if old is None:
+            self._call_hooks(request.hooks.before_create, wanted)
             return self._create(wanted, "replace" if urn in self._deleted_first else "create")
         diff = self._diff(kind, old.inputs, wanted.inputs, list(request.replaceOnChanges))
         if diff.replace:
+            self._call_hooks(request.hooks.before_create, wanted)
             return self._replace(kind, old, wanted, diff, request)
         if diff.changed:
+            self._call_hooks(request.hooks.before_update, wanted, old)
             return self._update(kind, old, wanted, diff)
         wanted.outputs = old.outputs
         self._put(old, wanted)
@@ -225,7 +233,7 @@ class Engine:
         return wanted
 
     def _record_unapplied(self, wanted: Resource, old: Resource | None) -> Resource:
-        """Components and providers exist in the state only."""
+        """Record a component or provider, which exists in the state only."""
         if wanted.custom:
             wanted.id = UNCHANGING_ID
             wanted.outputs = wanted.inputs
@@ -247,6 +255,8 @@ class Engine:
                 kept = old.inputs.get(name) if old is not None and name in old.generated else None
                 inputs[name] = kept or generate(wanted.name, inputs)
                 wanted.generated.append(name)
+        for name, make in kind.tokens.items():
+            inputs[name] = old.inputs[name] if old is not None and name in old.inputs else make(inputs)
         if kind.tagged:
             provider = wanted.provider.rsplit("::", 1)[0]
             tags = {**self._provider_tags.get(provider, self.default_tags), **inputs.get("tags", {})}
@@ -268,12 +278,14 @@ class Engine:
         if old.protect:
             raise ApplyError(
                 f"{old.type} {old.name} would have to be replaced because {_list(diff.replace)} changed, "
-                "but it is protected; nothing was changed, take the change back"
+                "but it is protected; nothing was changed. Undo the change"
             )
         for name, generate in kind.generate.items():
             if name in wanted.generated:
                 wanted.inputs[name] = generate(wanted.name, wanted.inputs)
-        chosen_name = any(name not in wanted.generated and _is_name(name) for name in kind.generate)
+        for name, make in kind.tokens.items():
+            wanted.inputs[name] = make(wanted.inputs)
+        chosen_name = any(name not in wanted.generated for name in kind.generate)
         first = (
             request.deleteBeforeReplace
             if request.deleteBeforeReplaceDefined
@@ -295,7 +307,7 @@ class Engine:
         return self._create(wanted, "replace", diff)
 
     def followers(self, root: Resource) -> list[Resource]:
-        """What would be replaced if the properties it takes from `root`, or from another follower, changed."""
+        """Resources to replace because an input from `root`, or from another follower, changed."""
         replaced = {root.urn}
         followers = []
         for each in self.state.resources:
@@ -313,7 +325,9 @@ class Engine:
     def _create(self, wanted: Resource, operation: Operation, diff: Diff | None = None) -> Resource:
         changed = tuple(sorted(diff.replace)) if diff else ()
         if self.dry_run:
-            wanted.id, wanted.outputs = UNKNOWN, dict(wanted.inputs)
+            made = self._kind(wanted).tokens
+            wanted.id = UNKNOWN
+            wanted.outputs = {name: value for name, value in wanted.inputs.items() if name not in made}
             self.state.resources.append(wanted)
             self._report(operation, wanted, changed)
             return wanted
@@ -368,7 +382,15 @@ class Engine:
             if applied:
                 self._report("retain" if resource.retain_on_delete else "delete", resource, reason, started)
 
-    # Small parts
+    # Helper functions
+
+    def _call_hooks(self, names: Iterable[str], wanted: Resource, old: Resource | None = None) -> None:
+        former = {"old_inputs": old.inputs, "old_outputs": old.outputs} if old else {}
+        about = {"urn": wanted.urn, "id": wanted.id, "name": wanted.name, "type": wanted.type, **former}
+        try:
+            self.hooks.call(names, dry_run=self.dry_run, new_inputs=wanted.inputs, **about)
+        except HookFailed as refused:
+            raise ApplyError(str(refused)) from None
 
     def _kind(self, resource: Resource) -> Kind:
         if resource.type not in self.kinds:
@@ -393,11 +415,11 @@ class Engine:
     def _read_back(self, resource: Resource) -> None:
         found = self._call(resource, partial(_read, aws=self.aws, resource=resource))
         if found is None:
-            raise ApplyError(f"{resource.type} {resource.name} ({resource.id}) was made and is already gone")
+            raise ApplyError(f"{resource.type} {resource.name} ({resource.id}) was created but no longer exists")
         resource.outputs = self._outputs(resource, found)
 
     def _outputs(self, resource: Resource, computed: Props) -> Props:
-        """Inputs and computed outputs together, secret where the input or the type says so."""
+        """Inputs and computed outputs together; secret if the input or the type is."""
         secret = {key for key, value in resource.inputs.items() if holds_secret(value)}
         secret |= self.kinds[resource.type].secret_outputs
         merged = {**reveal(resource.inputs), **computed}
@@ -411,7 +433,7 @@ class Engine:
             self.state.resources[place] = new
 
     def _by_alias(self, request: Any, urn: str) -> Resource | None:
-        """The resource under a former name or parent, which `aliases` lists."""
+        """The resource with a former name or parent listed in `aliases`."""
         stack, project, _, _ = urn.removeprefix("urn:pulumi:").split("::", 3)
         for alias in request.aliases:
             former = alias.urn
@@ -449,22 +471,12 @@ class Engine:
         self.done(step)
 
 
-def default_tags(setting: Any) -> Mapping[str, str]:
-    """The tags of a provider's `defaultTags`, which arrives as JSON text or as {"tags": {…}}."""
-    document = json.loads(setting) if isinstance(setting, str) else setting or {}
-    return dict(document.get("tags", {}))
-
-
 def _read(kind: Kind, aws: Aws, resource: Resource) -> Props | None:
     return kind.read(aws, resource.id, reveal(resource.inputs))
 
 
 def _delete(kind: Kind, aws: Aws, resource: Resource) -> None:
     kind.delete(aws, resource.id, reveal(resource.inputs))
-
-
-def _is_name(name: str) -> bool:
-    return name not in ("clientToken", "result")
 
 
 def _list(names: Any) -> str:

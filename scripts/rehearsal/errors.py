@@ -1,12 +1,12 @@
-"""What can go wrong in a rehearsal. Each message is a sentence for the person at the keyboard."""
+"""Errors of a rehearsal. Each message is a sentence for the user."""
 
 
 class RehearsalError(Exception):
-    """Base of what a person can put right or wait for; never a bug."""
+    """Base of errors that the user can correct or wait for; never a bug."""
 
 
 class Refused(RehearsalError):
-    """What was asked for cannot be had, or the program does not take its settings."""
+    """The command cannot be executed, or the program rejects its settings."""
 
 
 class StateError(RehearsalError):
@@ -14,12 +14,12 @@ class StateError(RehearsalError):
 
 
 class ApplyError(RehearsalError):
-    """A resource could not be brought to what the program asks for."""
+    """A resource could not be created, changed or deleted."""
 
 
 class BootFailed(RehearsalError):
-    """The machine will not become a server."""
+    """The machine does not become a server."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; what was under way has been finished and recorded."""
+    """The run was cancelled; the current operation was finished and recorded."""

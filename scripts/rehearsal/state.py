@@ -1,7 +1,7 @@
-"""What the rehearsal has made so far: one JSON file, replaced atomically after every operation.
+"""The rehearsal's resources: one JSON file, replaced atomically after every operation.
 
-Secret values are encrypted (Fernet) with a key that lies beside the state and is readable by its owner only, so the
-state can be copied into a report without handing out a password.
+Secret values are encrypted (Fernet) with a key in a file beside the state, readable by its owner only, so the state can
+be copied into a report without a password in it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 
 from cryptography.fernet import Fernet, InvalidToken
 
-from rehearsal.errors import StateError
-from rehearsal.values import Props, Secret, transform
+from scripts import invoker
+from scripts.rehearsal.errors import StateError
+from scripts.rehearsal.wire import SECRET_SIGNATURE, SIGNATURE, Props, Secret, transform
 
 FORMAT = 1
 CIPHER_KEY = "rehearsal:ciphertext"
@@ -26,9 +27,8 @@ CIPHER_KEY = "rehearsal:ciphertext"
 class Resource:
     """One resource as it was last applied.
 
-    `inputs` are what was asked for, complete with generated names and default tags; `outputs` what a program sees.
-    `pending_delete` marks the old half of a replacement whose deletion is still to come; `generated` names the inputs
-    that were made up because the program left them out.
+    `inputs` are complete, with generated names and default tags; `outputs` are the program's view. `pending_delete`
+    marks the old half of a replacement that is not deleted yet; `generated` names the inputs that the program left out.
     """
 
     urn: str
@@ -61,24 +61,26 @@ class Resource:
 
 @dataclass
 class State:
-    """The resources in the order they were made, the operations under way, the settings and the stack's outputs."""
+    """The resources in order of creation, the unfinished operations, the settings and the stack's outputs."""
 
     resources: list[Resource] = field(default_factory=list)
     pending_operations: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     outputs: Props = field(default_factory=dict)
+    engine: str = "own"
+    """The engine of the stack: the rehearsal's "own", or "pulumi", whose CLI stores the resources elsewhere."""
 
     def live(self, urn: str) -> Resource | None:
-        """The resource at `urn` that is not waiting for its deletion."""
+        """The resource at `urn`, unless it is waiting for its deletion."""
         return next((each for each in self.resources if each.urn == urn and not each.pending_delete), None)
 
 
 def deletion_order(doomed: Iterable[Resource]) -> Iterator[Resource]:
-    """`doomed` so that nothing is deleted before what depends on it; among equals the youngest first."""
+    """`doomed` in an order in which dependents are deleted first; among equals the youngest first."""
     left = list(doomed)
     while left:
         needed = {urn for each in left for urn in each.needs() if urn != each.urn}
-        # A replaced resource and its successor share a URN: the older copy is free once nobody doomed names it.
+        # A replaced resource and its successor share a URN: delete the older one once no doomed resource names it.
         free = [each for each in left if each.urn not in needed] or left
         chosen = free[-1]
         left.remove(chosen)
@@ -86,11 +88,17 @@ def deletion_order(doomed: Iterable[Resource]) -> Iterator[Resource]:
 
 
 def load(path: Path) -> State:
-    """The state at `path`, empty where there is none. Raises StateError when it cannot be read."""
+    """The state at `path`, empty without a file. Raises StateError if it cannot be read."""
+    return with_pulumis(_load(path), path)
+
+
+def _load(path: Path) -> State:
     try:
         document = json.loads(path.read_text())
     except FileNotFoundError:
         return State()
+    except PermissionError:
+        raise StateError(invoker.not_readable(path)) from None
     except ValueError as error:
         raise StateError(
             f"{path} is not a rehearsal's state ({error}); `rehearse.py down --purge` starts over"
@@ -110,13 +118,60 @@ def load(path: Path) -> State:
     )
 
 
+def with_pulumis(state: State, path: Path) -> State:
+    """`state` with the resources and outputs that Pulumi's CLI stores for the same stack, if any.
+
+    Their secrets are encrypted with a passphrase that is not read here; they are Secret(None).
+    """
+    name = path.stem.removeprefix("rehearsal-")
+    checkpoints = (path.parent / "pulumi/stacks/.pulumi/stacks").glob(f"*/{name}.json")
+    for latest in (json.loads(each.read_text())["checkpoint"].get("latest") or {} for each in checkpoints):
+        if resources := latest.get("resources"):
+            state.engine = "pulumi"
+            state.resources = [_from_checkpoint(each) for each in resources]
+            roots = (each for each in state.resources if each.type == "pulumi:pulumi:Stack")
+            state.outputs = next((each.outputs for each in roots), {})
+    return state
+
+
+def _from_checkpoint(entry: dict[str, Any]) -> Resource:
+    return Resource(
+        urn=entry["urn"],
+        type=entry["type"],
+        id=entry.get("id", ""),
+        inputs=_sealed(entry.get("inputs") or {}),
+        outputs=_sealed(entry.get("outputs") or {}),
+        custom=entry.get("custom", False),
+        parent=entry.get("parent", ""),
+        provider=entry.get("provider", ""),
+        dependencies=sorted(entry.get("dependencies") or []),
+        property_dependencies={
+            key: sorted(urns or []) for key, urns in (entry.get("propertyDependencies") or {}).items()
+        },
+        protect=entry.get("protect", False),
+        retain_on_delete=entry.get("retainOnDelete", False),
+        deleted_with=entry.get("deletedWith", ""),
+        pending_delete=entry.get("delete", False),
+    )
+
+
+def _sealed(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_sealed(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get(SIGNATURE) == SECRET_SIGNATURE:
+        return Secret(None)
+    return {key: _sealed(each) for key, each in value.items()}
+
+
 def save(path: Path, state: State) -> None:
-    """Replaces the file at `path` in one step, mode 0600."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace the file at `path` in one step, mode 0600."""
+    invoker.make_private_folder(path.parent)
     cipher = _cipher(path)
     document = {
         "format": FORMAT,
-        "resources": [dict(vars(each)) for each in state.resources],
+        "resources": [dict(vars(each)) for each in state.resources] if state.engine == "own" else [],
         "pending_operations": state.pending_operations,
         "settings": state.settings,
         "outputs": state.outputs,
@@ -129,19 +184,23 @@ def save(path: Path, state: State) -> None:
 
 
 def forget(path: Path) -> None:
-    """Removes the state and its key, for a stack that is no more."""
+    """Remove the state and its key."""
     path.unlink(missing_ok=True)
     _key_of(path).unlink(missing_ok=True)
 
 
 def write_private(path: Path, text: str) -> None:
-    """Writes `text` to `path`, mode 0600, so that a reader sees the old file or the new one and never a part."""
+    """Write `text` to `path`, mode 0600, so that a reader sees the old or the new file, never a part.
+
+    Through sudo the sudo user owns the file and can read it.
+    """
     fresh = path.with_name(path.name + ".new")
     handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    invoker.hand_over(fresh)
     fresh.replace(path)
 
 
@@ -166,6 +225,7 @@ def _decrypt(value: Any, cipher: Fernet, path: Path) -> Any:
             return Secret(json.loads(cipher.decrypt(value[CIPHER_KEY].encode())))
         except InvalidToken:
             raise StateError(
-                f"the secrets in {path} do not open with the key beside it; `rehearse.py down --purge` starts over"
+                f"the secrets in {path} cannot be decrypted with the key beside it; `rehearse.py down --purge` starts "
+                "over"
             ) from None
     return {key: _decrypt(each, cipher, path) for key, each in value.items()}

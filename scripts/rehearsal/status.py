@@ -1,13 +1,15 @@
-"""What there is: the stack's outputs, the way in, and whether the server answers. Light to import."""
+"""The status document: the stack's outputs, user and password, and whether the server responds. Quick to import."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rehearsal.state import State
-from rehearsal.values import Secret, reveal
+from scripts import invoker
+
+if TYPE_CHECKING:
+    from scripts.rehearsal.state import State
 
 HASHED = ("{SSHA}", "{SHA}", "$apr1$", "$2a$", "$2b$", "$2y$", "$5$", "$6$")
 
@@ -31,7 +33,9 @@ def first_user(credentials: str) -> tuple[str, str | None]:
 
 
 def outline(current: State) -> dict[str, Any]:
-    """The part of `status` that the state alone tells."""
+    """The part of `status` that the state alone contains."""
+    from scripts.rehearsal.wire import Secret, reveal
+
     outputs = reveal(current.outputs)
     return {
         "state": "none",
@@ -57,8 +61,8 @@ def outline(current: State) -> dict[str, Any]:
 
 
 def authority(client: Any, parameter: str | None) -> str | None:
-    """The certificate (PEM) clients verify the server by: empty where they need none of ours, None while the machine
-    has published none yet."""
+    """The certificate (PEM) that verifies the server: empty if clients need none of ours, None while the machine has
+    published none yet."""
     if not parameter:
         return ""
     text = str(client.get_parameter(Name=parameter)["Parameter"]["Value"])
@@ -66,22 +70,24 @@ def authority(client: Any, parameter: str | None) -> str | None:
 
 
 def keep_certificate(path: Path, certificate: str) -> Path:
-    """Writes the certificate where clients of its stack find it."""
+    """Write the certificate to the file that the stack's clients use."""
     if not path.exists() or path.read_text() != certificate:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        invoker.make_folder(path.parent)
         fresh = path.with_suffix(".new")
         fresh.write_text(certificate)
+        fresh.chmod(0o644)
+        invoker.hand_over(fresh)
         fresh.replace(path)
     return path
 
 
 PIECES = {"MLFLOW_MULTIPART_DOWNLOAD_CHUNK_SIZE": str(16 * 2**20)}
-"""Bytes a client asks S3 for at a time. MLflow's client gathers each piece in memory before it writes it, two for each
-core at once; its default is 100 MiB."""
+"""Bytes in one S3 range request. MLflow's client holds each part in memory before it writes it, two parts per core; its
+default is 100 MiB."""
 
 
 def client_environment(found: dict[str, Any]) -> dict[str, str]:
-    """What an MLflow client is to export, from a status document (or the like-named facts of a Pulumi stack)."""
+    """The variables for an MLflow client, from a status document (or the like-named outputs of a Pulumi stack)."""
     environment = {
         "MLFLOW_TRACKING_URI": found["url"],
         "MLFLOW_TRACKING_USERNAME": found["username"],
@@ -89,4 +95,6 @@ def client_environment(found: dict[str, Any]) -> dict[str, str]:
     }
     if found.get("server_certificate"):
         environment["MLFLOW_TRACKING_SERVER_CERT_PATH"] = str(found["server_certificate"])
+    if found.get("s3_trust"):
+        environment["REQUESTS_CA_BUNDLE"] = str(found["s3_trust"])
     return environment | PIECES

@@ -1,8 +1,8 @@
-"""Stands in for an OpenAI-compatible chat-completions endpoint, on loopback, so that the question-answering
-example runs where there is no model and no network: in `make demo` and in the tests.
+"""A stand-in for an OpenAI-compatible chat-completions endpoint, on the loopback interface. `make demo` and the tests
+use it to run the question-answering example without a model and without a network.
 
-It is no language model: it knows seven sentences by heart (one of them wrong, so that the scores have
-something to find) and says that it does not know to everything else.
+It is not a language model: it returns one of seven fixed answers (one is wrong, so that the scores show an error), and
+"I do not know." to any other question.
 
     with serve() as base_url:   # "http://127.0.0.1:41234/v1"
         subprocess.run([sys.executable, "scripts/examples/llm_question_answering.py"],
@@ -32,7 +32,7 @@ KNOWS = {
 
 @contextmanager
 def serve() -> Iterator[str]:
-    """Serve on a free loopback port for as long as the block runs; yields the base URL to give a client."""
+    """Serve on a free loopback port while the block runs. Yields the base URL for clients."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), ChatCompletions)
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -45,12 +45,12 @@ def serve() -> Iterator[str]:
 
 
 def client_environment(base_url: str) -> dict[str, str]:
-    """What an OpenAI client, and the example, read from the environment to reach the stand-in."""
+    """Environment variables with which an OpenAI client and the example use the stand-in."""
     return {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": "the-stand-in-takes-any", "OPENAI_MODEL": MODEL}
 
 
 class ChatCompletions(BaseHTTPRequestHandler):
-    """POST /v1/chat/completions, answered and refused in the shapes the real endpoint uses."""
+    """POST /v1/chat/completions; responses and errors have the real endpoint's format."""
 
     protocol_version = "HTTP/1.1"
 
@@ -82,7 +82,7 @@ class ChatCompletions(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Stay silent: stdout and stderr belong to the program that runs this."""
+        """Print nothing: stdout and stderr belong to the program that runs this."""
 
 
 def answer(question: str) -> str:

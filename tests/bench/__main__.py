@@ -1,12 +1,12 @@
-"""Measures the server against a default `mlflow server`, side by side on this machine, as ratios.
+"""Benchmark: compare this project's server with a default `mlflow server` on the same machine, as ratios.
 
     make bench                                    everything
-    python -m tests.bench --quick                 each operation briefly, three minutes
-    python -m tests.bench --only log-metric --clients 1 8 64
+    .venv/bin/python -m tests.bench --quick                 each operation briefly, three minutes
+    .venv/bin/python -m tests.bench --only log-metric --clients 1 8 64
 
-Contenders run at the same time, each with a PostgreSQL and an nginx of its own, but are measured in turns: all but one
-are suspended. Every operation is measured in several rounds and the contenders alternate in each, so that what else the
-machine does falls on all of them; the medians of the rounds are compared. Trust the ratios, not the figures.
+All contenders run, each with its own PostgreSQL and nginx, but they are measured in turns, with the others suspended.
+Every operation is measured in several rounds, and the contenders alternate within each round, so that other load on the
+machine affects all of them. The medians of the rounds are compared. Trust the ratios, not the absolute figures.
 """
 
 from __future__ import annotations
@@ -24,27 +24,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "scripts")]
-
-from interrupts import exit_with  # noqa: E402
-
-from tests import services  # noqa: E402
-from tests.bench import environments, floor, load, report, transfers  # noqa: E402
-from tests.bench.contenders import BY_DEFAULT, CONTENDERS, Contender, alone, memory_mb  # noqa: E402
+from scripts.interrupts import exit_with
+from tests.bench import environments, floor, load, report, transfers
+from tests.bench.contenders import BY_DEFAULT, CONTENDERS, Contender, alone, memory_mb
+from tests.support import services
 
 BASELINE, OURS, FLOOR = "tutorial", "ours", "floor"
 OURS_ONE_ARENA = "ours, MALLOC_ARENA_MAX=1"
-"""The client's files once more with the setting of glibc that the README names for large downloads."""
+"""File transfers with the glibc setting that the README recommends for large downloads."""
 
 MOST_FOR_BASIC_AUTH = 8
-"""Clients at once: with more of them a turn would take minutes, and tell nothing new. One round will do, too."""
+"""Most concurrent clients of basic-auth, in one round: with more, a turn takes minutes and shows nothing new."""
 
 MOST_ROUNDS_OF_FILES = 5
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One contender at one operation: medians of the rounds. Latencies in milliseconds."""
+    """Medians of the rounds of one contender and one operation. Latencies in milliseconds."""
 
     operation: str
     clients: int
@@ -59,7 +56,7 @@ class Turn:
 def main() -> int:
     options = arguments()
     sys.path.insert(0, str(services.HOST_PACKAGE))
-    say("making the environments of the contenders")
+    say("creating the contenders' environments")
     environments.image(), environments.tutorial()
     with tempfile.TemporaryDirectory(prefix="mlflow-bench-", dir=options.folder) as name:
         folder = Path(name)
@@ -146,7 +143,7 @@ def turn(operation: str, clients: int, contender: str, rounds: list[load.Measure
 
 
 def login_cost(contenders: list[Contender], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """p50 of reading a run with a login, and by the same server without one, in turns."""
+    """p50 of reading a run with and without a login at the same server, measured in turns."""
     rows = []
     for contender in contenders:
         if contender.unguarded is None:
@@ -165,7 +162,7 @@ def login_cost(contenders: list[Contender], options: argparse.Namespace) -> list
 
 
 def launches(folder: Path) -> dict[str, Any]:
-    """What `python -m tests.bench.launches` measured last, where it did."""
+    """The last results of `python -m tests.bench.launches`; {} without any."""
     measured = folder / "launches.json"
     return {"launches": json.loads(measured.read_text())} if measured.exists() else {}
 
@@ -185,7 +182,7 @@ def move_files(
         rounds: dict[str, list[transfers.Moved]] = {name: [] for name in (*named, FLOOR)}
         for number in range(min(options.rounds, MOST_ROUNDS_OF_FILES)):
             for name in list(rounds)[:: 1 if number % 2 else -1]:
-                os.sync()  # what one has yet to write must not burden the next
+                os.sync()  # so that one contender's pending writes do not slow the next one
                 contender, settings = named.get(name, (contenders[-1], {}))
                 with alone(contender, contenders):
                     if name == FLOOR:
@@ -201,7 +198,7 @@ def move_files(
 
 
 def grow(contenders: list[Contender], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """log-metric and get run with more and more rows in `metrics`."""
+    """Measure some operations with a growing number of rows in `metrics`."""
     rows, contenders = [], [each for each in contenders if each.name != "basic-auth"]
     for target in (10_000, 100_000, 1_000_000):
         for contender in contenders:
@@ -239,7 +236,7 @@ def summary(
     login: list[dict[str, Any]],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    from mlflow_host.sizing import this_machine
+    from mlflow_host.contract.sizing import this_machine
 
     results: dict[str, Any] = {
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -262,7 +259,7 @@ def summary(
 
 
 def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was promised (issue 5), what was measured, and whether it was kept; only of what was measured."""
+    """Each promise (issue 5) that was measured: the measured value, and whether the promise is met."""
     by_case: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for one in results["turns"]:
         by_case.setdefault((one["operation"], one["clients"]), {})[one["contender"]] = one
@@ -316,22 +313,24 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender at each operation (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds per operation (3)")
     parser.add_argument("--seconds", type=float, default=2.5, help="length of a turn (2.5)")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16, 64], help="clients at once (1 8 16 64)")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="operations whose name has this text")
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=[1, 8, 16, 64], help="numbers of concurrent clients (1 8 16 64)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="only operations whose name contains this text"
+    )
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(BY_DEFAULT))
     parser.add_argument(
-        "--files", nargs="+", default=[""], metavar="TEXT", help="file transfers whose name has this text"
+        "--files", nargs="+", default=[""], metavar="TEXT", help="only file transfers whose name contains this text"
     )
-    parser.add_argument("--no-artifacts", dest="artifacts", action="store_false", help="leave out the file transfers")
-    parser.add_argument(
-        "--no-growth", dest="growth", action="store_false", help="leave out the growing table of metrics"
-    )
+    parser.add_argument("--no-artifacts", dest="artifacts", action="store_false", help="skip the file transfers")
+    parser.add_argument("--no-growth", dest="growth", action="store_false", help="skip the growing table of metrics")
     parser.add_argument("--quick", action="store_true", help="one round of 2 s, 1 and 8 clients, small files")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder of the report (build/bench)")
-    parser.add_argument("--folder", type=Path, default=None, help="where databases and files go meanwhile (/tmp)")
-    parser.add_argument("--json", action="store_true", help="print the promises kept as JSON instead of the tables")
+    parser.add_argument("--folder", type=Path, default=None, help="folder of temporary databases and files (/tmp)")
+    parser.add_argument("--json", action="store_true", help="print the promises as JSON instead of the tables")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.seconds, options.clients = 1, 2.0, [1, 8]

@@ -1,13 +1,13 @@
-"""How fast a database is carried back, in rows per second against a bare `pg_dump | pg_restore` of the same data.
+"""Benchmark: rows per second of a carry back, compared with `pg_dump | pg_restore` of the same data.
 
-    .venv/bin/python -m tests.bench.carry_rate                 10,000 runs and 1,000,000 metric rows, newest release but
-                                                               one to the one before, on a private cluster
+    .venv/bin/python -m tests.bench.carry_rate                 10,000 runs and 1,000,000 metric rows, from the newest
+                                                               release but one to the previous, on a temporary cluster
     .venv/bin/python -m tests.bench.carry_rate --runs 1000 --metrics 100000 --rounds 1
 
-The two are timed in turn, round by round, on a machine that may be busy: trust the ratio. `pg_dump | pg_restore` is
-custom format without compression through a pipe into an empty database, everything else as it comes. The step is timed
-whole, with MLflow's start, the building of the older schema, verification and the flip; `copy_seconds` is its part that
-`pg_dump | pg_restore` also does: rows, indexes, constraints, references. Prints JSON; the story is on stderr.
+Both are timed alternately, round by round. The machine may be busy, so trust the ratio. `pg_dump | pg_restore` uses the
+custom format without compression through a pipe into an empty database. The database step is timed completely, with
+MLflow's start, the older schema, verification and the flip; `copy_seconds` is the part that `pg_dump | pg_restore` does
+too: rows, indexes, constraints, foreign keys. Prints JSON on stdout and progress on stderr.
 """
 
 from __future__ import annotations
@@ -23,18 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [
-    str(Path(__file__).parents[1]),
-    str(Path(__file__).parents[2] / "provisioning/rootfs/usr/lib/mlflow-host"),
-]
-
-from mlflow_host import database  # noqa: E402
-from mlflow_host.schema import record  # noqa: E402
-from mlflow_host.schema.cluster import Cluster, command, connection, create_empty, drop, rows, run  # noqa: E402
-from mlflow_host.schema.copying import carry  # noqa: E402
-from mlflow_host.schema.release import Image, release  # noqa: E402
-from schema.environments import image, releases  # noqa: E402
-from schema.private_cluster import private_cluster  # noqa: E402
+from mlflow_host.boot import database
+from mlflow_host.postgres import ownership
+from mlflow_host.postgres.cluster import Cluster, command, connection, create_empty, drop, rows, run
+from mlflow_host.schema import state
+from mlflow_host.schema.copying import carry
+from mlflow_host.schema.release import ImageSchema, release
+from tests.schema.environments import image, releases
+from tests.schema.private_cluster import private_cluster
 
 FILL = """
 INSERT INTO runs (run_uuid, name, source_type, source_name, entry_point_name, user_id, status, start_time, end_time,
@@ -81,7 +77,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         cluster = server.cluster
         reports = Path(folder)
         say(f"filling a database of MLflow {arguments.newer}")
-        database.bring(database.Settings(cluster, newer, reports, dump=None), say)
+        database.bring(state.ChangeSettings(cluster, newer, reports, dump=None), say)
         total = fill(cluster, arguments.runs, arguments.metrics)
         command(cluster, "ALTER DATABASE {} RENAME TO {}", cluster.database, "filled")
         rounds = [one_round(cluster, newer, older, reports) for _ in range(arguments.rounds)]
@@ -110,7 +106,7 @@ def fill(cluster: Cluster, runs: int, metrics: int) -> int:
         return sum(rows(opened, f'SELECT count(*) FROM "{table}"')[0][0] for table in tables)
 
 
-def one_round(cluster: Cluster, newer: Image, older: Image, reports: Path) -> Round:
+def one_round(cluster: Cluster, newer: ImageSchema, older: ImageSchema, reports: Path) -> Round:
     with connection(cluster, autocommit=True) as opened:
         run(opened, "CHECKPOINT")
     restore = timed(lambda: dump_and_restore(cluster))
@@ -137,11 +133,13 @@ def dump_and_restore(cluster: Cluster) -> None:
     drop(cluster, "restored")
 
 
-def whole_step(cluster: Cluster, newer: Image, older: Image, reports: Path) -> None:
+def whole_step(cluster: Cluster, newer: ImageSchema, older: ImageSchema, reports: Path) -> None:
     command(cluster, "ALTER DATABASE {} RENAME TO {}", "filled", cluster.database)
     with connection(cluster) as opened:
-        record.write(opened, cluster.database, record.Record(newer.head, newer.count, newer.mlflow_version))
-    database.bring(database.Settings(cluster, older, reports, dump=None), say)
+        ownership.write(
+            opened, cluster.database, ownership.OwnershipRecord(newer.head, newer.count, newer.mlflow_version)
+        )
+    database.bring(state.ChangeSettings(cluster, older, reports, dump=None), say)
     drop(cluster, cluster.database)
     kept = next(name for (name,) in _names(cluster) if name.startswith(f"{cluster.database}_kept_"))
     command(cluster, "ALTER DATABASE {} RESET ALL", kept)

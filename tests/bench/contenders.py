@@ -1,4 +1,4 @@
-"""The servers that are compared, each with a PostgreSQL and an nginx of its own, all on loopback."""
+"""The servers to compare, each with its own PostgreSQL and nginx, all on the loopback interface."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from rehearsal.status import PIECES
-
-from tests import services
+from scripts.rehearsal.status import PIECES
 from tests.bench import environments
 from tests.bench.load import Dataset, Target
 from tests.bench.seed import seed
-from tests.services import family
-from tests.shipped_nginx import HOST, ROOTFS, move, moved, nginx
+from tests.support import services
+from tests.support.services import family
+from tests.support.shipped_nginx import HOST, ROOTFS, move, moved, running_nginx
 
 USER, PASSWORD = "ada", "correct horse battery staple"
 MACHINE_MEMORY_MB = 2048
-"""What our set-up is sized for: t3.small, whose two cores this machine is taken to have."""
+"""Machine size for `ours`: a t3.small. This machine should have two cores too."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class Contender:
     servers: tuple[int, ...]
     """Process ids; their children belong to them."""
     unguarded: Target | None = None
-    """The same server by an nginx that asks for no login, where one is there to compare with."""
+    """The same server through an nginx without a login, if there is one to compare with."""
     exports: Mapping[str, str] = field(default_factory=dict)
-    """What its clients export beside address and login."""
+    """Environment variables of its clients, besides URL and login."""
 
     def processes(self) -> list[int]:
         return [pid for server in self.servers for pid in family(server)]
@@ -65,7 +64,7 @@ Start = Callable[[Path, services.ObjectStore], "contextlib.AbstractContextManage
 
 @contextlib.contextmanager
 def tutorial(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
-    """What tutorials show: `mlflow server` with its defaults, a password for PostgreSQL, nginx with a bcrypt file."""
+    """A set-up as in tutorials: `mlflow server` with defaults, a PostgreSQL password, nginx with a bcrypt file."""
     with contextlib.ExitStack() as stack:
         cluster, data = stack.enter_context(seeded_cluster(folder / "postgresql", {}))
         port, site_port = services.free_port(), services.free_port()
@@ -74,7 +73,7 @@ def tutorial(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
         (folder / "users").write_text(users)
         configuration = folder / "nginx.conf"
         configuration.write_text(TUTORIAL_NGINX.format(folder=folder, port=port, site_port=site_port))
-        stack.enter_context(nginx(configuration, site_port, folder / "nginx.log"))
+        stack.enter_context(running_nginx(configuration, site_port, folder / "nginx.log"))
         yield Contender(
             "tutorial",
             "`mlflow server` with its defaults (4 workers), PostgreSQL over TCP with a password, nginx with bcrypt",
@@ -115,7 +114,7 @@ http {{
 
 @contextlib.contextmanager
 def basic_auth(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
-    """MLflow's own login: `mlflow server --app-name basic-auth`, nothing in front."""
+    """MLflow's own login: `mlflow server --app-name basic-auth`, without nginx."""
     packages = environments.auth_packages()
     with contextlib.ExitStack() as stack:
         cluster, data = stack.enter_context(seeded_cluster(folder / "postgresql", {}))
@@ -153,7 +152,7 @@ def mlflow_server(
     *arguments: str,
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`mlflow server` on loopback; its children are gone too at the end."""
+    """Run `mlflow server` on the loopback interface; end it with its children."""
     bucket = f"{folder.name}-one"
     store.client().create_bucket(Bucket=bucket)
     command = [str(environments.tutorial().with_name("mlflow")), "server", "--host", HOST, "--port", str(port)]
@@ -161,7 +160,7 @@ def mlflow_server(
     command += ["--allowed-hosts", f"{HOST},{HOST}:*", *arguments]
     (folder / "tmp").mkdir()
     environment = {**os.environ, **store.environment, "TMPDIR": str(folder / "tmp"), **(settings or {})}
-    # In a session of its own: on a terminal's hangup its supervisor would start new workers while it is told to end.
+    # In its own session: when the terminal hangs up, its supervisor would otherwise start new workers during the stop.
     with services.process(command, folder / "server.log", env=environment, start_new_session=True) as running:
         services.wait_until(lambda: answers(port), running, folder / "server.log")
         time.sleep(5)  # the job runner and its consumers start after the workers
@@ -184,9 +183,12 @@ def answers(port: int) -> bool:
 
 @contextlib.contextmanager
 def ours(folder: Path, store: services.ObjectStore, transfer: str = "direct") -> Iterator[Contender]:
-    """The server, the settings of PostgreSQL and the nginx that the image ships, sized for a 2 GiB machine.
-    `transfer` is the launch document's artifactTransfer."""
-    from mlflow_host import certificates, config, credentials, launch, server, sizing, web
+    """The image's server process, PostgreSQL configuration and nginx, sized for a 2 GiB machine. `transfer`: the value
+    of artifact_transfer in the launch document."""
+    from mlflow_host.boot import private_ca
+    from mlflow_host.contract import credentials, launch, sizing
+    from mlflow_host.machine import config, nginx
+    from mlflow_host.server import environment
 
     buckets = {kind: f"{folder.name}-{kind}" for kind in ("artifacts", "models", "backups")}
     for bucket in buckets.values():
@@ -194,23 +196,23 @@ def ours(folder: Path, store: services.ObjectStore, transfer: str = "direct") ->
     document = launch.LaunchDocument(
         stack=launch.Stack("bench", "eu-central-1"),
         buckets=launch.Buckets(**buckets),
-        credentials=launch.Credentials("/bench"),
+        credentials=launch.CredentialsParameter("/bench"),
         data_volume=launch.DataVolume("vol-01234567"),
         web=launch.Web((HOST,), tls="private"),
         mlflow=launch.Mlflow(artifact_transfer=transfer),
         endpoints=launch.Endpoints(s3=store.endpoint),
     )
-    machine = sizing.Machine(MACHINE_MEMORY_MB, sizing.this_machine().cores)
+    machine = sizing.MachineSize(MACHINE_MEMORY_MB, sizing.this_machine().cores)
     host = config.host_config(document, sizing.size(machine))
     templates = ROOTFS / "usr/share/mlflow-host/templates"
-    shipped = web.render(
+    shipped = nginx.render(
         "postgresql.conf.j2", templates, sizing=host.sizing, postgres=document.postgres, archives=False
     )
     with contextlib.ExitStack() as stack:
         cluster, data = stack.enter_context(seeded_cluster(folder / "postgresql", postgresql_settings(shipped)))
         (folder / "tmp").mkdir()
         environment = {
-            **server.environment(host, "a passphrase for measurements"),
+            **environment.environment(host, "a passphrase for measurements"),
             "MLFLOW_BACKEND_STORE_URI": cluster.uri(),
             "TMPDIR": str(folder / "tmp"),
             **store.environment,
@@ -225,15 +227,15 @@ def ours(folder: Path, store: services.ObjectStore, transfer: str = "direct") ->
         listens = {443: f"{HOST}:{port}", 80: f"unix:{folder}/plain.sock"}
         configuration = move(folder, listens)
         run = folder / "run/mlflow-host"
-        authority = certificates.ensure((HOST,), folder / "certificates")
-        certificate = web.Certificate(authority.certificate, authority.key, trusted=False)
-        site = web.render_site(host, web.ui_files(), certificate, templates=templates, run=run)
+        authority = private_ca.ensure((HOST,), folder / "certificates")
+        certificate = nginx.Certificate(authority.certificate, authority.key, trusted=False)
+        site = nginx.render_site(host, nginx.ui_files(), certificate, templates=templates, run=run)
         site, open_port = moved(site, folder, listens), services.free_port()
         (run / "nginx/site.conf").write_text(site + without_login(site, port, open_port))
         users = (credentials.User(USER, PASSWORD, "admin"),)
         (run / "nginx/users").write_text(credentials.password_file(users))
         (run / "nginx/roles.map").write_text(f'"{USER}" admin;\n')
-        stack.enter_context(nginx(configuration, port, folder / "nginx.log"))
+        stack.enter_context(running_nginx(configuration, port, folder / "nginx.log"))
         yield Contender(
             folder.name,
             f"what the image ships: {len(processes)} processes on Unix sockets, sized for {MACHINE_MEMORY_MB} MiB, "
@@ -249,14 +251,14 @@ def ours(folder: Path, store: services.ObjectStore, transfer: str = "direct") ->
 
 
 def postgresql_settings(shipped: str) -> dict[str, str]:
-    """The settings of a rendered postgresql.conf, without those that say where things are on a machine."""
+    """The settings of a rendered postgresql.conf, without paths."""
     found = dict(re.findall(r"^(\w+) = '?([^'\n]*)'?$", shipped, re.MULTILINE))
     places = {"hba_file", "ident_file", "listen_addresses", "unix_socket_directories", "lc_messages"}
     return {name: value for name, value in found.items() if name not in places}
 
 
 def without_login(site: str, port: int, open_port: int) -> str:
-    """The site's last server, MLflow's, once more on another port, with no question for a password."""
+    """A copy of the site's last server block, MLflow's, on another port and without a login."""
     server = site[site.rindex("\nserver {") :]
     for guard in ("auth_request /mlflow-host-login;", "auth_basic $known_realm;"):
         assert guard in server
@@ -288,7 +290,7 @@ def signal_all(pids: list[int], number: signal.Signals) -> None:
 
 @contextlib.contextmanager
 def alone(contender: Contender, others: list[Contender]) -> Iterator[None]:
-    """Keep the others' servers from running, so that one is measured at a time while all stay warm."""
+    """Suspend the processes of the others, so that one is measured at a time and all keep their caches."""
     paused = [pid for other in others if other is not contender for pid in other.processes()]
     signal_all(paused, signal.SIGSTOP)
     try:
@@ -298,7 +300,7 @@ def alone(contender: Contender, others: list[Contender]) -> Iterator[None]:
 
 
 def memory_mb(pids: list[int]) -> float:
-    """Proportional set size of processes together, in MB."""
+    """Sum of the processes' proportional set sizes, in MB."""
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -308,7 +310,7 @@ def memory_mb(pids: list[int]) -> float:
 
 
 class PeakMemory:
-    """The most memory that a contender's server held while the `with` block ran, sampled five times a second."""
+    """The peak memory of a contender's server during the `with` block, sampled five times per second."""
 
     def __init__(self, contender: Contender):
         self.contender, self.mb = contender, 0.0

@@ -1,7 +1,8 @@
-"""Environments that the contenders run in: what tutorials install, and what the image holds, on this system's Python.
+"""Environments of the contenders, on this system's Python: the packages that tutorials install, and those of the image.
 
-Made by uv on first use, kept outside the repository and made anew when the lock file changes. What the image has and a
-`pip install mlflow` lacks (uvloop, httptools) must not help the others, and this project's own environment has more.
+uv creates them on first use, outside the repository, and again when the lock file changes. Each contender has its own,
+because the image's packages include some that `pip install mlflow` does not install (uvloop, httptools) and that would
+make the others faster, and this project's own environment has still more packages.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from scripts import lock
+
 LOCK = Path(__file__).parents[2] / "provisioning/requirements.lock"
 SYSTEM_PYTHON = Path("/usr/bin/python3")
 
@@ -28,24 +31,29 @@ def mlflow_version() -> str:
 
 
 def python_version() -> str:
-    """Of the Python that all contenders run on."""
+    """Version of the Python that all contenders use."""
     return subprocess.run([SYSTEM_PYTHON, "-V"], check=True, capture_output=True, text=True).stdout.split()[1]
 
 
 def image() -> Path:
-    """The interpreter of an environment installed as the image's is."""
+    """The interpreter of an environment installed like the image's."""
     wanted = ["sync", "--require-hashes", "--only-binary", ":all:", str(LOCK)]
     return made("bench-image", wanted, LOCK.read_text())
 
 
 def tutorial() -> Path:
-    """The interpreter of an environment with what tutorials have people install."""
-    packages = [f"mlflow=={mlflow_version()}", "psycopg2-binary", "boto3"]
-    return made("bench-tutorial", ["install", *packages], " ".join(packages))
+    """The interpreter of an environment with the packages that tutorials install."""
+    wanted = home() / "bench-tutorial.in"
+    wanted.write_text("mlflow\npsycopg2-binary\nboto3\n")
+    resolved = wanted.with_suffix(f".{mlflow_version()}.lock")
+    if not resolved.exists():
+        # Resolved like the image's packages, for the index may lack companions of the newest MLflow.
+        lock.resolve(wanted, resolved, (f"mlflow=={mlflow_version()}",))
+    return made("bench-tutorial", ["sync", "--require-hashes", str(resolved)], resolved.read_text())
 
 
 def auth_packages() -> Path:
-    """A folder with what the extra mlflow[auth] adds, apart, since MLflow searches more slowly where it is found."""
+    """A separate folder with the packages of the extra mlflow[auth], because their presence slows MLflow's searches."""
     folder = home() / "bench-auth"
     if not (folder / "flask_wtf").is_dir():
         uv("pip", "install", "--target", str(folder), "--no-deps", "Flask-WTF<2", "WTForms")

@@ -1,4 +1,4 @@
-"""The floor: what the same work costs without MLflow. Rows written by psycopg2, bytes moved by boto3."""
+"""The floor: the same work without MLflow. psycopg2 writes the rows, boto3 moves the files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.load import Dataset, Measured
-from tests.services import ObjectStore, PostgreSQL
+from tests.support.services import ObjectStore, PostgreSQL
 
 INSERT_METRIC = "insert into metrics (key, value, timestamp, step, is_nan, run_uuid) values %s"
 LATEST_METRIC = """
@@ -64,7 +64,7 @@ OPERATIONS: dict[str, Callable[[Any, Dataset, int, int], None]] = {
 
 
 def run(cluster: PostgreSQL, operation: str, data: Dataset, clients: int, seconds: float) -> Measured:
-    """One transaction a turn, a connection per client."""
+    """One transaction per request, one connection per client."""
     import psycopg2
 
     measured, deadline = Measured(seconds), time.monotonic() + seconds
@@ -89,7 +89,7 @@ def run(cluster: PostgreSQL, operation: str, data: Dataset, clients: int, second
 
 
 def transfer(store: ObjectStore, files: list[Path], folder: Path) -> tuple[float, float]:
-    """Seconds to upload `files` to a bucket of their own, and to download them into `folder`."""
+    """(seconds to upload `files` to a new bucket, seconds to download them to `folder`)."""
     bucket, client = f"floor-{random.getrandbits(32):08x}", store.client()
     client.create_bucket(Bucket=bucket)
     started = time.monotonic()

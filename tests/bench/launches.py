@@ -1,11 +1,11 @@
-"""How long a bake, a launch and the change to another image of the same schema take on the local cloud.
+"""Benchmark: duration of a bake, a launch, and a change to another image of the same schema, on the local cloud.
 
-    python -m tests.bench.launches             two bakes, three launches, four swaps: the medians
-    python -m tests.bench.launches --rounds 1
+    .venv/bin/python -m tests.bench.launches             medians of two bakes, three launches and four swaps
+    .venv/bin/python -m tests.bench.launches --rounds 1
 
-A launch counts from RunInstances to the first authenticated 200. An outage counts as the drill's does, from the last
-200 of the old machine to the first of the new one. JSON on standard output and in build/bench/launches.json, where the
-report of `python -m tests.bench` finds it.
+A launch lasts from RunInstances to the first authenticated response with status 200. An outage lasts from the old
+machine's last such response to the new machine's first, as in the drill. Prints JSON on stdout, and writes it to
+build/bench/launches.json, where the report of `python -m tests.bench` reads it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "scripts"), str(Path(__file__).parents[1])]
+import pytest
 
-import drill  # noqa: E402
-import pytest  # noqa: E402
-from interrupts import exit_with  # noqa: E402
-from local_cloud import LocalCloud, LocalCloudError  # noqa: E402
-from rehearsal import stack  # noqa: E402
+from scripts import drill
+from scripts.interrupts import exit_with
+from scripts.local_cloud import LocalCloud, LocalCloudError
+from scripts.rehearsal import stack
 
 if TYPE_CHECKING:
-    from servers import Server
+    from tests.support.servers import Server
 
 STACK = "bench"
 
@@ -36,7 +35,7 @@ STACK = "bench"
 def main() -> int:
     options = arguments()
     os.environ[stack.NAMED_BY] = STACK
-    from servers import destroy_server, launch_server
+    from tests.support.servers import destroy_server, launch_server
 
     cloud = LocalCloud()
     cloud.up()
@@ -55,7 +54,7 @@ def main() -> int:
             with drill.watching(vars(server)) as outage:
                 launch_server("--ami", images[(options.rounds + number) % 2])
             outages.append(outage())
-            say(f"away for {outages[-1]:.1f} s")
+            say(f"outage of {outages[-1]:.1f} s")
     finally:
         destroy_server(cloud)
         cloud.down()
@@ -72,9 +71,9 @@ def main() -> int:
 
 
 def two_images(cloud: Any, bakes: int) -> tuple[list[float], list[str]]:
-    """Seconds of each bake, and two images of this working copy; the newest there are, as far as none is baked."""
-    from images import find
-    from servers import script
+    """(seconds of each bake, two images of this working copy). With fewer than two bakes: existing images."""
+    from scripts.images import find
+    from tests.support.servers import script
 
     seconds = []
     for _ in range(bakes):
@@ -101,8 +100,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench.launches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, help="launches, and one more swap (3)")
-    parser.add_argument("--bakes", type=int, default=2, help="bakes before; 0 takes the two newest images (2)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of launches; there is one more swap (3)")
+    parser.add_argument("--bakes", type=int, default=2, help="number of bakes; 0: use the two newest images (2)")
     parser.add_argument("--out", type=Path, default=Path("build/bench/launches.json"))
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Clients that ask as fast as they are answered, and the operations they ask for."""
+"""Clients that send the next request as soon as they have the response, and the operations that they request."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from interrupts import uninterrupted
+from scripts.interrupts import uninterrupted
 
 TIMEOUT_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a contender listens: (host, port) or the path of a Unix socket, with the headers it wants."""
+    """Address of a contender, (host, port) or a Unix socket's path, and the headers of its requests."""
 
     address: tuple[str, int] | str
     host: str = "localhost"
     headers: tuple[str, ...] = ()
     authority: str = ""
-    """File of the certificate that HTTPS is verified by; plain HTTP without one."""
+    """File of the CA certificate for HTTPS; "" for plain HTTP."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Ids of what every contender's database holds when it starts (`seed.py`)."""
+    """IDs of the data in every contender's database at the start (`seed.py`)."""
 
     empty_experiment: str
     small_experiment: str
@@ -51,12 +51,12 @@ class Request:
 
 Requests = Iterator[Request]
 Operation = Callable[[Dataset, int], Requests]
-"""Endless requests of client number n."""
+"""Endless requests of client n."""
 
 
 @dataclass
 class Measured:
-    """What one operation did in one turn: latencies in seconds, of answers that were right."""
+    """The results of one operation in one turn: latencies of correct responses in seconds, and errors."""
 
     seconds: float
     latencies: list[float] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Measured:
         return len(self.latencies) / self.seconds
 
     def percentile(self, share: float) -> float:
-        """Milliseconds; infinite when nothing was answered."""
+        """Latency in milliseconds; infinite without any response."""
         ordered = sorted(self.latencies)
         return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("inf")
 
@@ -79,7 +79,7 @@ def api(path: str, body: Any = None) -> Request:
 
 
 def log_batch(count: int) -> Operation:
-    """`count` metrics with new steps, to runs of this client's own."""
+    """`count` metrics with new steps per request, to this client's own runs."""
 
     def requests(data: Dataset, client: int) -> Requests:
         run = data.runs[client % len(data.runs)]
@@ -115,7 +115,7 @@ def get_run(data: Dataset, client: int) -> Requests:
 
 
 def search(experiment: str) -> Operation:
-    """What the page of an experiment asks for: a hundred runs, best first."""
+    """The search of an experiment's page: a hundred runs, best first."""
 
     def requests(data: Dataset, client: int) -> Requests:
         where = {"experiment_ids": [getattr(data, experiment)], "max_results": 100}
@@ -146,14 +146,14 @@ IN_TURN = "every operation in turn"
 
 
 def in_turn(data: Dataset, client: int) -> Requests:
-    """All operations by turns, each client beginning with another."""
+    """All operations in turn; each client begins with a different one."""
     kinds = [operation(data, client) for operation in OPERATIONS.values()]
     for number in itertools.count(client):
         yield next(kinds[number % len(kinds)])
 
 
 class Connection:
-    """One client's connection, kept alive as MLflow's client does, opened again when the other side closes it."""
+    """One client's keep-alive connection, as in MLflow's client; opened again when the server closes it."""
 
     def __init__(self, target: Target):
         self.target = target
@@ -238,7 +238,7 @@ class Connection:
 
 
 def run(target: Target, operation: str, data: Dataset, clients: int, seconds: float) -> Measured:
-    """Let `clients` ask for `seconds`, from a process of their own."""
+    """Run `clients` for `seconds` in a separate process."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     worker = multiprocessing.Process(target=_clients, args=(sender, target, operation, data, clients, seconds))
     worker.start()
@@ -283,7 +283,7 @@ def _clients(sender: Any, target: Target, operation: str, data: Dataset, clients
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    """Processor time that processes have used so far."""
+    """Processor time that the processes have used, in seconds."""
     total = 0.0
     for pid in pids:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

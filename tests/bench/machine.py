@@ -1,11 +1,11 @@
-"""A machine of the local cloud under load: everything at once, or many connections; whether it stands it.
+"""Load test of a machine on the local cloud: mixed load, or many connections.
 
-    python -m tests.bench.machine --minutes 10                   8 clients log, a browser looks on, files of 1 GB go up
-    python -m tests.bench.machine --connections 200 --seconds 60   every operation in turn, from all of them at once
+    .venv/bin/python -m tests.bench.machine --minutes 10                    8 clients log, a browser opens pages
+    .venv/bin/python -m tests.bench.machine --connections 200 --seconds 60   every operation in turn from 200 clients
 
-Launches the newest image of ours as a t3.small (2 cores, 2 GiB) in a stack of its own, as a person would, and deletes
-it afterwards. Exit status 1 when something was not answered as it should be, was killed or was swapped out. JSON on
-standard output, the story on standard error.
+Launches the newest image as a t3.small (2 cores, 2 GiB) in its own stack, and deletes the stack at the end. Exit status
+1 if a response was wrong, or a process was killed, restarted or swapped out. Prints JSON on stdout and progress on
+stderr.
 """
 
 from __future__ import annotations
@@ -24,18 +24,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "scripts"), str(Path(__file__).parents[1])]
+import pytest
 
-import pytest  # noqa: E402
-from interrupts import exit_with  # noqa: E402
-from local_cloud import LocalCloud, LocalCloudError  # noqa: E402
-from rehearsal import stack  # noqa: E402
-
-from tests.bench import load  # noqa: E402
-from tests.bench.load import Dataset, Target  # noqa: E402
+from scripts.interrupts import exit_with
+from scripts.local_cloud import LocalCloud, LocalCloudError
+from scripts.rehearsal import stack
+from tests.bench import load
+from tests.bench.load import Dataset, Target
 
 if TYPE_CHECKING:
-    from servers import Server
+    from tests.support.servers import Server
 
 STACK = "bench"
 GIGABYTE = 10**9
@@ -52,13 +50,13 @@ print(took)
 WRONG = re.compile(
     r"too many clients|remaining connection slots|out of memory|could not fork|server process .* was term"
 )
-"""What PostgreSQL says when it refuses a connection or loses a process."""
+"""PostgreSQL's log messages about refused connections and killed processes."""
 
 
 def main() -> int:
     options = arguments()
     os.environ[stack.NAMED_BY] = STACK
-    from servers import destroy_server, launch_server
+    from tests.support.servers import destroy_server, launch_server
 
     say("launching")
     changes = [word for change in options.set for word in ("--set", change)]
@@ -81,16 +79,19 @@ def main() -> int:
     image = {"ami_id": server.ami_id, "mlflow_version": server.mlflow_version}
     result = {**image, **seen, "machine": after, "wrong": wrong[:20], "wrongs": len(wrong)}
     print(json.dumps(result, indent=2))
-    say("nothing went wrong" if not wrong else f"{len(wrong)} things went wrong, such as: {wrong[0]}")
+    say("no errors" if not wrong else f"{len(wrong)} errors, for example: {wrong[0]}")
     return 1 if wrong else 0
 
 
 def everything_at_once(server: Server, seconds: float) -> dict[str, Any]:
-    """Eight clients log metrics, one uploads files of 1 GB one after the other, a browser opens page after page."""
+    """Eight clients log metrics, one client uploads files of 1 GB one after the other, a browser opens pages."""
     data, until = prepare(server), time.monotonic() + seconds
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlflow-load-")))
-        side_by_side = [Aside(lambda: upload_files(server, folder, until)), Aside(lambda: browse(server, data, until))]
+        side_by_side = [
+            BackgroundTask(lambda: upload_files(server, folder, until)),
+            BackgroundTask(lambda: browse(server, data, until)),
+        ]
         say(f"8 clients, an upload and a browser for {seconds / 60:g} minutes")
         logged = load.run(target(server), "log-batch, 100 metrics", data, 8, seconds)
         uploads, pages = (each.result() for each in side_by_side)
@@ -110,9 +111,10 @@ def many_connections(server: Server, connections: int, seconds: float) -> dict[s
 
 
 def prepare(server: Server) -> Dataset:
-    """Runs for the clients, and one with a history, by MLflow's client."""
+    """Create runs for the clients, and one with a metric history, with MLflow's client."""
     from mlflow.entities import Metric
-    from servers import client_of
+
+    from tests.support.servers import client_of
 
     with client_of(server) as client:
         experiment = client.create_experiment(f"load-{time.time_ns()}")
@@ -161,17 +163,18 @@ def upload_files(server: Server, folder: Path, until: float) -> dict[str, Any]:
 
 
 MOST_UPLOADS = 3
-"""The object store keeps them on this machine's disk."""
+"""The object store stores them on this machine's disk."""
 
 
 def browse(server: Server, data: Dataset, until: float) -> dict[str, Any]:
-    """The pages of a person who watches: experiments, runs, a run's metrics. A page that complains is wrong."""
-    from browser.conftest import SWITCHES, log_in
-    from browser.test_mlflow_pages import EXPECTED_ERRORS
+    """Open pages in a browser: experiments, runs, a run's metrics. A page with errors in its console is an error."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
+
+    from tests.browser.conftest import SWITCHES, log_in
+    from tests.browser.test_mlflow_pages import EXPECTED_ERRORS
 
     pages = {
         "#/experiments": "load-",
@@ -212,8 +215,8 @@ def browse(server: Server, data: Dataset, until: float) -> dict[str, Any]:
     return {"opened": len(took), "p99": round(sorted(took)[int(0.99 * len(took))], 1), "wrong": wrong}
 
 
-class Aside:
-    """Something done in a thread of its own, whose result is asked for at the end."""
+class BackgroundTask:
+    """A function in a separate thread; `result` waits for it."""
 
     def __init__(self, act: Callable[[], dict[str, Any]]):
         self._found: dict[str, Any] = {}
@@ -223,7 +226,7 @@ class Aside:
     def result(self) -> dict[str, Any]:
         self._thread.join()
         if not self._found:
-            raise RuntimeError("what ran beside the clients ended with an error: it is above")
+            raise RuntimeError("the background task failed: its error is above")
         return self._found
 
 
@@ -248,13 +251,13 @@ for unit in $units; do
     journalctl --unit=$unit --output=cat | grep -B 3 'Scheduled restart job'
 done
 """
-"""What units that were started again said before."""
+"""Print the journal lines before each restart of a unit."""
 
 
 def machine_facts(cloud: Any, server: Server) -> dict[str, Any]:
-    """Memory in MB, what was killed, what failed, and what PostgreSQL complained of, as the machine tells it."""
-    told = cloud.exec(server.instance_id, ["bash", "-c", FACTS]).stdout
-    facts: dict[str, Any] = {name: int(value) for name, value in (line.split() for line in told.splitlines())}
+    """The machine's memory in MB, killed processes, failed units, restarts and PostgreSQL's error messages."""
+    output = cloud.exec(server.instance_id, ["bash", "-c", FACTS]).stdout
+    facts: dict[str, Any] = {name: int(value) for name, value in (line.split() for line in output.splitlines())}
     journal = cloud.exec(server.instance_id, ["journalctl", "--unit=mlflow-host-postgresql", "--output=cat"]).stdout
     restarted = cloud.exec(server.instance_id, ["bash", "-c", RESTARTED]).stdout.splitlines()
     return facts | {"postgresql": [line for line in journal.splitlines() if WRONG.search(line)], "restarted": restarted}
@@ -272,11 +275,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench.machine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=10, help="how long everything goes on at once (10)")
-    parser.add_argument("--connections", type=int, help="instead, so many clients at once")
-    parser.add_argument("--seconds", type=float, default=60, help="how long those ask (60)")
+    parser.add_argument("--minutes", type=float, default=10, help="duration of the mixed load (10)")
+    parser.add_argument("--connections", type=int, help="run this many clients instead of the mixed load")
+    parser.add_argument("--seconds", type=float, default=60, help="duration with --connections (60)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the stack")
-    parser.add_argument("--keep", action="store_true", help="leave the machine running")
+    parser.add_argument("--keep", action="store_true", help="do not delete the stack at the end")
     return parser.parse_args()
 
 

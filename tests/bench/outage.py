@@ -1,13 +1,13 @@
-"""How long nobody is answered while an image is replaced under a large database: rolled back, and upgraded again.
+"""Benchmark: the outage of a rollback and of an upgrade with a large database.
 
     .venv/bin/python -m tests.bench.outage                     newest release to 3.12.0 and back, 10,000 runs and
                                                                1,000,000 metric rows, on machines of the local cloud
     .venv/bin/python -m tests.bench.outage --newer ami-… --older ami-… --runs 1000 --metrics 100000
 
-Outage: from the last 200 of the old machine to the first of the new one, asked ten times a second with a password, over
-HTTPS. The baseline is timed on the newer machine just before: `pg_dump | pg_restore` of the same database, custom
-format without compression, through a pipe into an empty database. Both rates are of all rows of all tables. Prints
-JSON; the story is on stderr. The server goes with its data at the end; images that were baked for it are kept.
+The outage lasts from the old machine's last response with status 200 to the new machine's first; ten HTTPS requests per
+second with a password are sent. The baseline is timed on the newer machine before: `pg_dump | pg_restore` of the same
+database, in custom format without compression, through a pipe into an empty database. Both rates count all rows of all
+tables. Prints JSON on stdout and progress on stderr. Removes the server and its data at the end; keeps baked images.
 """
 
 from __future__ import annotations
@@ -15,22 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "scripts")]
-
-import drill  # noqa: E402
-import lock  # noqa: E402
-from interrupts import exit_with  # noqa: E402
-from local_cloud import LocalCloud, LocalCloudError  # noqa: E402
-from rehearsal import stack  # noqa: E402
-from rehearsal.errors import RehearsalError  # noqa: E402
-
-from tests.bench.carry_rate import FILL  # noqa: E402
+from scripts import (
+    drill,
+    lock,
+)
+from scripts.interrupts import exit_with
+from scripts.local_cloud import LocalCloud, LocalCloudError
+from scripts.rehearsal import stack
+from scripts.rehearsal.errors import RehearsalError
+from tests.bench.carry_rate import FILL
 
 AS_POSTGRES = ("runuser", "-u", "postgres", "--")
 PSQL = (*AS_POSTGRES, "psql", "--host=/run/postgresql", "--no-psqlrc", "--quiet", "--tuples-only", "--no-align")
@@ -79,11 +76,11 @@ def measure(cloud: LocalCloud, newer: str, older: str, options: argparse.Namespa
             {
                 "to": server["mlflow_version"],
                 "outage_seconds": outage,
-                "database": drill.what_the_database_step_did(cloud, instance),
+                "database": drill.database_step_message(cloud, instance),
                 "step_seconds": step_seconds(cloud, instance),
             }
         )
-        drill.say(f"{moves[-1]['database']}: nobody was answered for {outage} s")
+        drill.say(f"{moves[-1]['database']}: outage of {outage} s")
     rows = sum(before.values())
     return {
         "rows": rows,
@@ -101,7 +98,7 @@ def counts(cloud: LocalCloud, instance: str) -> dict[str, int]:
 
 
 def step_seconds(cloud: LocalCloud, instance: str) -> float:
-    """Of the whole database step: MLflow's start, the schema, the copy, verification and the flip."""
+    """Duration of the complete database step: MLflow's start, the schema, the copy, verification and the flip."""
     shown = ["systemctl", "show", "mlflow-host-database", "--property=ExecMainStartTimestampMonotonic"]
     began = int(run(cloud, instance, shown).strip().split("=")[1])
     shown[-1] = "--property=ExecMainExitTimestampMonotonic"
@@ -129,7 +126,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--older", type=drill.image_argument, default="3.12.0", help="an image or a release (3.12.0)")
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--metrics", type=int, default=1_000_000)
-    parser.add_argument("--base", default="debian12", help="source image for what is baked (%(default)s)")
+    parser.add_argument("--base", default="debian12", help="source image of baked images (%(default)s)")
     return parser.parse_args()
 
 

@@ -32,7 +32,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def brief(results: dict[str, Any]) -> str:
-    """What the README shows: requests per second, the tutorials' and ours, with their ratio, and the promises."""
+    """The README's table: requests per second of `tutorial` and `ours` with their ratio, and the promises."""
     found = {(one["operation"], one["clients"], one["contender"]): one["per_second"] for one in results["turns"]}
     operations = list(dict.fromkeys(operation for operation, _, _ in found))
     counts = sorted({clients for _, clients, _ in found})
@@ -127,7 +127,7 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Requests per second relative to the tutorials' set-up, by operation and number of clients."""
+    """Plot requests per second relative to `tutorial`, by operation and number of clients."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""The data every contender starts with, made by SQL in seconds; asking MLflow for it would take an hour."""
+"""The initial data of every contender's database, inserted by SQL in seconds; with MLflow it would take an hour."""
 
 from __future__ import annotations
 
 from tests.bench.load import Dataset
-from tests.services import PostgreSQL
+from tests.support.services import PostgreSQL
 
 RUNS = {"empty_experiment": 0, "small_experiment": 1_000, "large_experiment": 20_000}
 METRICS, PARAMS, TAGS = 8, 6, 4
@@ -11,8 +11,8 @@ HISTORY_STEPS = 10_000
 
 
 def seed(cluster: PostgreSQL, database: str) -> Dataset:
-    """Fill a database that MLflow has made its tables in: three experiments, runs with metrics, params and tags as a
-    training script logs them, and one metric with a long history."""
+    """Fill a database with MLflow's tables: three experiments, runs with metrics, params and tags like those of a
+    training script, and one metric with a long history."""
 
     def execute(statement: str) -> None:
         cluster.execute(statement, database)

@@ -1,4 +1,4 @@
-"""Artifacts by MLflow's own client: uploads and downloads of small, middling and large files."""
+"""Uploads and downloads of small, medium and large artifacts with MLflow's client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.bench import floor
 from tests.bench.contenders import Contender, PeakMemory, memory_mb
-from tests.services import ObjectStore
+from tests.support.services import ObjectStore
 
 CLIENT = """
 import json, os, sys, tempfile, time
@@ -36,7 +36,7 @@ class Load:
     name: str
     count: int
     size: int
-    """Bytes of each file."""
+    """Size of each file in bytes."""
 
 
 LOADS = (Load("1 KB × 1,000", 1000, 1000), Load("10 MB", 1, 10 * 10**6), Load("1 GB", 1, 10**9))
@@ -45,7 +45,7 @@ QUICK_LOADS = (Load("1 KB × 100", 100, 1000), Load("10 MB", 1, 10 * 10**6))
 
 @dataclass(frozen=True)
 class Moved:
-    """Megabytes per second, and what the server's memory grew by at most meanwhile, in MB."""
+    """Upload and download in MB/s, and the largest growth of the server's memory during them, in MB."""
 
     up: float
     down: float
@@ -67,7 +67,7 @@ def make_files(load: Load, folder: Path) -> list[Path]:
 def move(
     contender: Contender, store: ObjectStore, load: Load, files: list[Path], folder: Path, settings: Mapping[str, str]
 ) -> Moved:
-    """Have a client with these environment variables upload the files and download them below `folder`.
+    """Run a client with these environment variables that uploads the files and downloads them to `folder`.
 
     Raises CalledProcessError when it fails.
     """
@@ -84,7 +84,7 @@ def move(
 
 
 def move_directly(store: ObjectStore, load: Load, files: list[Path], folder: Path) -> Moved:
-    """The same by boto3 alone."""
+    """The same with boto3 only."""
     with tempfile.TemporaryDirectory(dir=folder) as target:
         up, down = floor.transfer(store, files, Path(target))
     megabytes = load.count * load.size / 10**6

@@ -12,7 +12,8 @@ import pytest
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
-    from servers import Server
+
+    from tests.support.servers import Server
 
 # Without the switches on networking, Chromium keeps asking for Google's hosts.
 SWITCHES = [
@@ -51,7 +52,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 @pytest.fixture
 def browser(chromium: Chrome, server: Server, request: pytest.FixtureRequest) -> Iterator[Chrome]:
     """The browser, logged in; a screenshot of where it ended goes to build/browser/, pass or fail."""
-    from servers import BUILD
+    from tests.support.servers import BUILD
 
     log_in(chromium, server)
     chromium.get_log("browser")  # type: ignore[no-untyped-call]  # what earlier pages complained about

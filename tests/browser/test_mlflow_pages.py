@@ -1,13 +1,16 @@
 """What a person sees in a browser after the examples have run: every page by itself, behind the login."""
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
-from servers import Server, client_of
+
+from tests.support.servers import Server, client_of
 
 pytestmark = pytest.mark.machine
 
@@ -22,7 +25,7 @@ EXPECTED_ERRORS = (
 
 
 def open_page(browser: Chrome, server: Server, place: str, *wanted: str) -> str:
-    """Open the page at `place` of MLflow's UI and wait until it shows every text wanted; returns all it shows."""
+    """Open the page at `place` of MLflow's UI and wait until it shows all `wanted` texts; returns the page's text."""
     browser.get("about:blank")  # else a change after the # alone would not load the page anew
     browser.get(f"{server.url}/{place}")
     shown = ""
@@ -89,7 +92,7 @@ def test_registered_model(browser: Chrome, server: Server, example_runs: Mapping
     open_page(browser, server, "#/models/diabetes-progression", "diabetes-progression", "Version 1")
 
 
-def test_answers_as_a_table(browser: Chrome, server: Server, example_runs: Mapping[str, str]) -> None:
+def test_example_answers_are_shown_as_a_table(browser: Chrome, server: Server, example_runs: Mapping[str, str]) -> None:
     run_id = example_runs["llm_question_answering.py"]
     open_page(
         browser,
@@ -102,3 +105,61 @@ def test_answers_as_a_table(browser: Chrome, server: Server, example_runs: Mappi
 def test_traces_of_the_questions(browser: Chrome, server: Server, example_runs: Mapping[str, str]) -> None:
     run_id = example_runs["llm_question_answering.py"]
     open_page(browser, server, run_page(server, run_id, "/traces"), "Who wrote the novel Frankenstein?")
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[tuple[str, list[str]]]:
+    """The address of a web server that is not this server's, and the paths that were asked of it."""
+    asked: list[str] = []
+
+    class Recorded(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Recorded)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{web.server_address[1]}", asked
+    web.shutdown()
+    web.server_close()
+
+
+def test_a_note_loads_no_picture_of_another_host(
+    browser: Chrome, server: Server, example_runs: Mapping[str, str], elsewhere: tuple[str, list[str]]
+) -> None:
+    """The host would learn who reads the note."""
+    address, asked = elsewhere
+    run_id = example_runs["classification_iris.py"]
+    with client_of(server) as client:
+        client.set_tag(run_id, "mlflow.note.content", f"A picture: ![]({address}/read.png)")
+        browser.get("about:blank")
+        browser.get(f"{server.url}/{run_page(server, run_id)}")
+        there = f"return Array.from(document.images).some(image => image.src === '{address}/read.png')"
+        wait_for(browser, there, "the note does not name its picture")
+        wait_for(browser, "return document.readyState === 'complete'", "the page does not finish")
+        complaints = [each["message"] for each in browser.get_log("browser")]  # type: ignore[no-untyped-call]
+        client.delete_tag(run_id, "mlflow.note.content")
+    assert [each for each in complaints if "Content Security Policy" in each and "read.png" in each], complaints
+    assert asked == []
+
+
+def test_a_page_that_a_run_logged_is_shown_and_its_script_runs(
+    browser: Chrome, server: Server, example_runs: Mapping[str, str]
+) -> None:
+    """As Plotly's figures do, in a frame that cannot reach the server."""
+    run_id = example_runs["classification_iris.py"]
+    page = "<p id=said>nothing</p><script>document.getElementById('said').textContent = 'the script ran'</script>"
+    with client_of(server) as client:
+        client.log_text(run_id, page, "figure.html")
+    browser.get("about:blank")
+    browser.get(f"{server.url}/{run_page(server, run_id, '/artifacts/figure.html')}")
+    frame = WebDriverWait(browser, PATIENCE_SECONDS).until(lambda driver: driver.find_element(By.TAG_NAME, "iframe"))
+    browser.switch_to.frame(frame)
+    WebDriverWait(browser, PATIENCE_SECONDS).until(
+        lambda driver: "the script ran" in driver.find_element(By.TAG_NAME, "body").text, "the script did not run"
+    )
+    browser.switch_to.default_content()
+    assert_no_complaints(browser)

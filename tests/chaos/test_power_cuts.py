@@ -1,9 +1,9 @@
-"""The machine loses its power at random moments of the boot that changes the schema: every process of it is killed at
-once, and it is started again. Afterwards the server comes up and everything that was acknowledged is there.
+"""Cut a machine's power at random moments of the boot that changes the schema, and start it again. Afterwards the
+server is ready and has every acknowledged write.
 
-A forced stop on the local cloud is the end of all processes; what the host's kernel holds of the volume is not lost
-with it, so this is the kill of a machine and not of its disk. MLFLOW_AMI_CUTS sets how many (default 6),
-MLFLOW_AMI_SEED which moments.
+A forced stop on the local cloud kills all processes of the machine at once. It does not lose the host kernel's page
+cache, so this tests the loss of a machine, not of its disk. MLFLOW_AMI_CUTS sets the number of cuts (default 6);
+MLFLOW_AMI_SEED sets the random seed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drilling.ledger import Ledger
-from drilling.reader import Reader
-from local_cloud import LocalCloud, LocalCloudError
-from rehearsal import stack, state
-from rehearsal.status import client_environment
-from servers import SCRIPTS, own_stack, script
+
+from scripts.drilling.expected_writes import ExpectedWrites
+from scripts.drilling.worker_client import WorkerClient
+from scripts.local_cloud import LocalCloud, LocalCloudError
+from scripts.rehearsal import stack, state
+from scripts.rehearsal.status import client_environment
+from tests.support.servers import SCRIPTS, own_stack, script
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 SEED = int(os.environ.get("MLFLOW_AMI_SEED") or random.randrange(1 << 32))
 CUTS = int(os.environ.get("MLFLOW_AMI_CUTS") or 6)
 STEP_SECONDS = 20
-"""About what the database step takes here: a cut comes that long after its begin at the latest."""
+"""Latest moment of a cut after the database step began; about the duration of the step."""
 
 
 @pytest.fixture
@@ -43,28 +44,29 @@ def stack_of_our_own(cloud: LocalCloud) -> Iterator[None]:
 def test_power_cuts_while_the_schema_changes_lose_nothing(
     cloud: LocalCloud, image: Mapping[str, Any], older_image: str, stack_of_our_own: None
 ) -> None:
-    chosen, ledger = random.Random(SEED), Ledger()
+    chosen, expected = random.Random(SEED), ExpectedWrites()
     older, newer = older_image, image["ami_id"]
     server = json.loads(script("rehearse.py", "up", "--ami", older, "--json").stdout)
-    reader = Reader(Path(sys.executable), "", client_environment(server))
+    worker = WorkerClient(Path(sys.executable), "", client_environment(server))
     try:
         for number in range(CUTS):
             release, url = server["mlflow_version"], server["url"]
-            touched = reader.write(url, f"{number}-{release.replace('.', '-')}")
-            ledger.enter(release, touched, reader.read(url))
+            touched = worker.write(url, f"{number}-{release.replace('.', '-')}")
+            expected.add(release, touched, worker.read(url))
             target = older if server["ami_id"] == newer else newer
             where = f"seed {SEED}, cut {number}, after MLflow {release}"
             where += cut_power(cloud, server["instance_id"], target, chosen.uniform(0, STEP_SECONDS))
             server = json.loads(script("rehearse.py", "up", "--ami", target, "--json").stdout)
             assert server["ami_id"] == target, where
-            findings = ledger.compare(server["mlflow_version"], reader.read(url))
+            findings = expected.compare(server["mlflow_version"], worker.read(url))
             assert [str(finding) for finding in findings] == [], where
     finally:
-        reader.end()
+        worker.end()
 
 
 def cut_power(cloud: LocalCloud, replaced: str, ami: str, seconds: float) -> str:
-    """Replace the machine, and cut the new one's power `seconds` after its database step began; says when that was."""
+    """Replace the machine and cut the new one's power `seconds` after its database step began. Returns a description
+    of the moment."""
     up = subprocess.Popen(
         [sys.executable, SCRIPTS / "rehearse.py", "up", "--ami", ami],
         stdin=subprocess.DEVNULL,
@@ -97,7 +99,7 @@ def machine_in_its_database_step(cloud: LocalCloud, replaced: str, up: subproces
 
 
 def database_status(cloud: LocalCloud, instance: str) -> str:
-    """ "running: copying 64 tables", or nothing before the step began."""
+    """ "running: copying 64 tables"; "" before the step began."""
     try:
         done = cloud.exec(instance, ["cat", "/run/mlflow-host/status/database.json"])
         found = json.loads(done.stdout)

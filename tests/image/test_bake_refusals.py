@@ -1,5 +1,6 @@
-"""What bake.py refuses, before anything is started, and in which words; and what it calls the same image."""
+"""bake.py: its refusals before anything is started, the image's digest, and the removal of temporary resources."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import bake
 import boto3
-import images
 import pytest
+from botocore.exceptions import ClientError
 from moto import mock_aws
+
+from scripts import aws_session
+from scripts.baking import cleanup, packer_run, request, source_images, template
+from scripts.imaging import catalog
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REGION = "eu-central-1"
@@ -29,7 +33,7 @@ def ec2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def run_bake(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """bake.py as a person runs it, with no credentials but those given."""
+    """bake.py like a user runs it, with only the given credentials."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
     nowhere = {"AWS_CONFIG_FILE": "/nonexistent", "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent"}
     return subprocess.run(
@@ -49,7 +53,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         assert word in last, last
 
 
-def test_without_packer_it_says_how_to_get_it() -> None:
+def test_missing_packer_is_reported_with_the_installation() -> None:
     assert_refused(run_bake(PATH="/nonexistent"), "Packer is not installed", "make prepare")
 
 
@@ -60,15 +64,44 @@ def test_another_program_called_packer_is_recognised(tmp_path: Path) -> None:
     assert_refused(run_bake(PATH=f"{tmp_path}:/usr/bin:/bin"), "not HashiCorp's Packer", "cracklib-packer")
 
 
-def test_without_credentials_it_mentions_the_way_without_an_account() -> None:
+def test_missing_credentials_are_reported_with_option_local() -> None:
     assert_refused(run_bake(), "no AWS credentials", "aws configure", "bake.py --local")
 
 
-def test_unreachable_endpoint_is_a_sentence() -> None:
+def test_unreachable_endpoint_is_one_error_sentence() -> None:
     done = run_bake(
         AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="y", AWS_ENDPOINT_URL="http://127.0.0.1:9", AWS_MAX_ATTEMPTS="1"
     )
-    assert_refused(done, "does not accept the credentials", "127.0.0.1:9", "bake.py --local")
+    assert_refused(done, "cannot be reached", "127.0.0.1:9", "bake.py --local")
+
+
+def test_without_a_default_vpc_the_remedies_are_named(ec2: Any) -> None:
+    request.require_network(ec2, None)
+    [default] = ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
+    for subnet in ec2.describe_subnets()["Subnets"]:
+        ec2.delete_subnet(SubnetId=subnet["SubnetId"])
+    ec2.delete_vpc(VpcId=default["VpcId"])
+    with pytest.raises(request.BakeRefused, match=r"eu-central-1 has no default VPC.*create-default-vpc.*--subnet"):
+        request.require_network(ec2, None)
+    request.require_network(ec2, "subnet-1")
+
+
+def test_packer_gets_the_credentials_of_any_kind_of_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here with a profile whose credentials a program prints, which old Packer releases do not support."""
+    printed = {"Version": 1, "AccessKeyId": "AKIAX", "SecretAccessKey": "hush", "SessionToken": "token"}
+    (tmp_path / "keys").write_text(json.dumps(printed))
+    (tmp_path / "config").write_text(f"[profile odd]\ncredential_process = cat {tmp_path / 'keys'}\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "odd")
+    given = request.for_packer(aws_session.choose(REGION), {"AWS_PROFILE": "odd", "PATH": "/bin"})
+    assert given == {
+        "PATH": "/bin",
+        "AWS_ACCESS_KEY_ID": "AKIAX",
+        "AWS_SECRET_ACCESS_KEY": "hush",
+        "AWS_SESSION_TOKEN": "token",
+    }
 
 
 @pytest.mark.parametrize(
@@ -79,13 +112,15 @@ def test_unreachable_endpoint_is_a_sentence() -> None:
         (["--mlflow-version", "2.*"], "3.12.0"),
         (["--mlflow-version", "latest"], "3.12.0"),
         (["--kms-key", "x", "--unencrypted"], "exclude"),
+        (["--mlflow-version", "3.8.1"], "3.9.0 is the oldest"),
+        (["--validate", "--mlflow-version", "2.22.1"], "3.9.0 is the oldest"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(arguments: list[str], word: str) -> None:
+def test_contradicting_options_are_refused(arguments: list[str], word: str) -> None:
     assert_refused(run_bake(*arguments), word)
 
 
-def test_help_teaches() -> None:
+def test_help_explains_the_options() -> None:
     done = run_bake("--help")
     assert done.returncode == 0
     for word in ("--local", "--mlflow-version", "--source-ami", "--validate", "--if-changed", "--json", "build/bake"):
@@ -94,34 +129,34 @@ def test_help_teaches() -> None:
 
 def test_region_without_the_source_image_is_refused(ec2: Any) -> None:
     with pytest.raises(
-        bake.BakeRefused, match=r"region eu-central-1 has no source image .*noble.* --source-ami.*--region"
+        request.BakeRefused, match=r"region eu-central-1 has no source image .*noble.* --source-ami.*--region"
     ):
-        bake.find_source_image(ec2, None, bake.SOURCE_OWNERS)
-    with pytest.raises(bake.BakeRefused, match="ami-0123456789abcdef0"):
-        bake.find_source_image(ec2, "ami-0123456789abcdef0", bake.SOURCE_OWNERS)
+        source_images.find_source_image(ec2, None, source_images.SOURCE_OWNERS)
+    with pytest.raises(request.BakeRefused, match="ami-0123456789abcdef0"):
+        source_images.find_source_image(ec2, "ami-0123456789abcdef0", source_images.SOURCE_OWNERS)
 
 
 def test_newest_matching_source_image_is_taken(ec2: Any) -> None:
-    found = bake.find_source_image(ec2, "ubuntu/images/*", bake.SOURCE_OWNERS)
+    found = source_images.find_source_image(ec2, "ubuntu/images/*", source_images.SOURCE_OWNERS)
     every = ec2.describe_images(
-        Owners=list(bake.SOURCE_OWNERS), Filters=[{"Name": "name", "Values": ["ubuntu/images/*"]}]
+        Owners=list(source_images.SOURCE_OWNERS), Filters=[{"Name": "name", "Values": ["ubuntu/images/*"]}]
     )
     assert len(every["Images"]) > 1
     newest = max(every["Images"], key=lambda image: image["CreationDate"])
     assert found.name == newest["Name"]
-    assert bake.find_source_image(ec2, found.id, ()) == found
+    assert source_images.find_source_image(ec2, found.id, ()) == found
 
 
 def test_ca_bundle_of_this_host_is_used_and_a_missing_one_refused(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle.pem"
     bundle.write_text("x")
-    assert bake.find_ca_bundle(None, {}) is None
-    assert bake.find_ca_bundle(None, {"REQUESTS_CA_BUNDLE": str(bundle)}) == bundle
-    assert bake.find_ca_bundle(str(bundle), {"SSL_CERT_FILE": "/nonexistent"}) == bundle
-    with pytest.raises(bake.BakeRefused, match="SSL_CERT_FILE or REQUESTS_CA_BUNDLE names /nonexistent"):
-        bake.find_ca_bundle(None, {"SSL_CERT_FILE": "/nonexistent"})
-    with pytest.raises(bake.BakeRefused, match="--ca-bundle"):
-        bake.find_ca_bundle("/nonexistent", {})
+    assert request.find_ca_bundle(None, {}) is None
+    assert request.find_ca_bundle(None, {"REQUESTS_CA_BUNDLE": str(bundle)}) == bundle
+    assert request.find_ca_bundle(str(bundle), {"SSL_CERT_FILE": "/nonexistent"}) == bundle
+    with pytest.raises(request.BakeRefused, match="SSL_CERT_FILE or REQUESTS_CA_BUNDLE names /nonexistent"):
+        request.find_ca_bundle(None, {"SSL_CERT_FILE": "/nonexistent"})
+    with pytest.raises(request.BakeRefused, match="--ca-bundle"):
+        request.find_ca_bundle("/nonexistent", {})
 
 
 # ── Staging and the digest ──────────────────────────────────────────────────────────────────────────────────────────
@@ -129,7 +164,7 @@ def test_ca_bundle_of_this_host_is_used_and_a_missing_one_refused(tmp_path: Path
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout of ours with little in it."""
+    """A small checkout of ours."""
     for name, text in {
         "packer/build.pkr.hcl": "build {}\n",
         "packer/plugins.pkr.hcl": "packer {}\n",
@@ -140,16 +175,16 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / "repository" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(bake, "REPOSITORY", tmp_path / "repository")
+    monkeypatch.setattr(template, "REPOSITORY", tmp_path / "repository")
     return tmp_path / "repository"
 
 
-def staged(folder: Path, version: tuple[int, ...] = (1, 6, 6)) -> bake.Bake:
+def staged(folder: Path, version: tuple[int, ...] = (1, 6, 6)) -> request.Bake:
     folder.mkdir()
-    return bake.stage(bake.Bake("x", "20261122T101500Z", folder), bake.Packer("packer", version), None)
+    return template.stage(request.Bake("x", "20261122T101500Z", folder), packer_run.Packer("packer", version), None)
 
 
-def test_plugins_are_left_out_for_packer_that_has_them_built_in(checkout: Path, tmp_path: Path) -> None:
+def test_required_plugins_are_removed_for_packer_1_6(checkout: Path, tmp_path: Path) -> None:
     assert not (staged(tmp_path / "old").template / "plugins.pkr.hcl").exists()
     assert (staged(tmp_path / "new", (1, 11, 2)).template / "plugins.pkr.hcl").exists()
 
@@ -158,18 +193,18 @@ def test_mlflow_version_comes_from_the_lock_file(checkout: Path, tmp_path: Path)
     assert staged(tmp_path / "a").mlflow_version == "3.17.2"
 
 
-def test_digest_follows_what_goes_into_the_image_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
-    source = bake.SourceImage("ami-1", "debian 12", "1")
-    first = bake.digest(staged(tmp_path / "1"), source)
+def test_digest_depends_only_on_the_image_inputs(checkout: Path, tmp_path: Path) -> None:
+    source = source_images.SourceImage("ami-1", "debian 12", "1")
+    first = template.digest(staged(tmp_path / "1"), source)
     (checkout / "provisioning/rootfs/__pycache__").mkdir()
     (checkout / "provisioning/rootfs/__pycache__/x.pyc").write_text("compiled by a test")
-    assert bake.digest(staged(tmp_path / "2", (1, 11, 2)), source) == first
-    assert bake.digest(staged(tmp_path / "3"), bake.SourceImage("ami-2", "debian 13", "1")) != first
+    assert template.digest(staged(tmp_path / "2", (1, 11, 2)), source) == first
+    assert template.digest(staged(tmp_path / "3"), source_images.SourceImage("ami-2", "debian 13", "1")) != first
     (checkout / "provisioning/rootfs/etc/motd").write_text("hello!\n")
-    changed = bake.digest(staged(tmp_path / "4"), source)
+    changed = template.digest(staged(tmp_path / "4"), source)
     assert changed != first
     (checkout / "provisioning/rootfs/etc/motd").rename(checkout / "provisioning/rootfs/etc/issue")
-    assert bake.digest(staged(tmp_path / "5"), source) not in (first, changed)
+    assert template.digest(staged(tmp_path / "5"), source) not in (first, changed)
 
 
 # ── The story ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -198,21 +233,21 @@ def test_digest_follows_what_goes_into_the_image_and_nothing_else(checkout: Path
     ],
 )
 def test_packers_messages_become_steps(line: str, step: str) -> None:
-    assert (bake.told(line) or "").startswith(step)
+    assert (packer_run.step_of(line) or "").startswith(step)
 
 
 def test_ordinary_output_begins_no_step() -> None:
-    assert bake.told("    amazon-ebs.mlflow: Setting up nginx (1.22.1-9) ...") is None
+    assert packer_run.step_of("    amazon-ebs.mlflow: Setting up nginx (1.22.1-9) ...") is None
 
 
-def test_failure_tells_the_step_and_its_reason(tmp_path: Path) -> None:
+def test_failure_names_the_step_and_its_reason(tmp_path: Path) -> None:
     log = tmp_path / "bake.log"
     log.write_text(
         "==> amazon-ebs.mlflow: Connected to SSH!\n"
         "\x1b[1;31m==> amazon-ebs.mlflow: assert_image: no_access: user ubuntu has a password\x1b[0m\n"
         "Build 'amazon-ebs.mlflow' errored after 1 minute: Script exited with non-zero exit status: 1.\n"
     )
-    text = bake.failure(log, "build")
+    text = packer_run.failure(log, "build")
     assert "packer build failed" in text and str(log) in text
     assert "    assert_image: no_access: user ubuntu has a password" in text
     assert "\x1b" not in text
@@ -222,8 +257,8 @@ def test_failure_tells_the_step_and_its_reason(tmp_path: Path) -> None:
 
 
 def launch(ec2: Any, bake_id: str) -> str:
-    image = ec2.describe_images(Owners=list(bake.SOURCE_OWNERS))["Images"][0]["ImageId"]
-    tags = [{"Key": "mlflow-ami:bake", "Value": bake_id}, {"Key": images.OURS, "Value": "20261122T101500Z"}]
+    image = ec2.describe_images(Owners=list(source_images.SOURCE_OWNERS))["Images"][0]["ImageId"]
+    tags = [{"Key": "mlflow-ami:bake", "Value": bake_id}, {"Key": catalog.OURS, "Value": "20261122T101500Z"}]
     started = ec2.run_instances(
         ImageId=image, MinCount=1, MaxCount=1, TagSpecifications=[{"ResourceType": "instance", "Tags": tags}]
     )
@@ -231,7 +266,7 @@ def launch(ec2: Any, bake_id: str) -> str:
 
 
 def test_sweep_removes_all_of_one_bake_and_nothing_of_another(ec2: Any, tmp_path: Path) -> None:
-    ours = bake.Bake("ours", "20261122T101500Z", tmp_path)
+    ours = request.Bake("ours", "20261122T101500Z", tmp_path)
     group_name = "packer_00000000-1111-2222-3333-444444444444"
     ours.log.write_text(f"Creating temporary security group for this instance: {group_name}\n")
     for name in (group_name, "packer_99999999-1111-2222-3333-444444444444"):
@@ -241,12 +276,12 @@ def test_sweep_removes_all_of_one_bake_and_nothing_of_another(ec2: Any, tmp_path
     mine, other = launch(ec2, "ours"), launch(ec2, "other")
     unfinished = ec2.create_image(InstanceId=mine, Name="unfinished")["ImageId"]
     ec2.create_tags(
-        Resources=[unfinished], Tags=[{"Key": "mlflow-ami:bake", "Value": "ours"}, {"Key": images.OURS, "Value": "1"}]
+        Resources=[unfinished], Tags=[{"Key": "mlflow-ami:bake", "Value": "ours"}, {"Key": catalog.OURS, "Value": "1"}]
     )
-    snapshot = images.find(ec2)[0].snapshots[0]
+    snapshot = catalog.find(ec2)[0].snapshots[0]
 
     for _ in range(2):  # the second time there is nothing left to remove, and that is no error
-        bake.sweep(ec2, ours, finished_image=None)
+        cleanup.sweep(ec2, boto3.client("ssm", "eu-central-1"), ours, finished_image=None)
         states = {
             instance["InstanceId"]: instance["State"]["Name"]
             for reservation in ec2.describe_instances()["Reservations"]
@@ -256,31 +291,31 @@ def test_sweep_removes_all_of_one_bake_and_nothing_of_another(ec2: Any, tmp_path
         groups = {group["GroupName"] for group in ec2.describe_security_groups()["SecurityGroups"]}
         assert groups == {"default", "packer_99999999-1111-2222-3333-444444444444"}
         assert [pair["KeyName"] for pair in ec2.describe_key_pairs()["KeyPairs"]] == ["mlflow-ami-bake-other"]
-        assert images.find(ec2) == []
+        assert catalog.find(ec2) == []
         assert snapshot not in [each["SnapshotId"] for each in ec2.describe_snapshots(OwnerIds=["self"])["Snapshots"]]
 
 
 def test_sweep_leaves_the_finished_image(ec2: Any, tmp_path: Path) -> None:
-    ours = bake.Bake("ours", "20261122T101500Z", tmp_path)
+    ours = request.Bake("ours", "20261122T101500Z", tmp_path)
     finished = ec2.create_image(InstanceId=launch(ec2, "ours"), Name="finished")["ImageId"]
     ec2.create_tags(
-        Resources=[finished], Tags=[{"Key": "mlflow-ami:bake", "Value": "ours"}, {"Key": images.OURS, "Value": "1"}]
+        Resources=[finished], Tags=[{"Key": "mlflow-ami:bake", "Value": "ours"}, {"Key": catalog.OURS, "Value": "1"}]
     )
-    bake.sweep(ec2, ours, finished_image=finished)
-    assert [image.id for image in images.find(ec2)] == [finished]
+    cleanup.sweep(ec2, boto3.client("ssm", "eu-central-1"), ours, finished_image=finished)
+    assert [image.id for image in catalog.find(ec2)] == [finished]
 
 
-def test_what_cannot_be_removed_is_named_and_stops_nothing(
+def test_failed_removal_is_reported_and_the_others_continue(
     ec2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ours = bake.Bake("ours", "20261122T101500Z", tmp_path)
+    ours = request.Bake("ours", "20261122T101500Z", tmp_path)
     ec2.create_key_pair(KeyName="mlflow-ami-bake-ours")
 
     def refuse(**_: object) -> None:
-        raise bake.ClientError({"Error": {"Code": "UnauthorizedOperation", "Message": "no"}}, "DescribeInstances")
+        raise ClientError({"Error": {"Code": "UnauthorizedOperation", "Message": "no"}}, "DescribeInstances")
 
     monkeypatch.setattr(ec2, "describe_instances", refuse)
-    bake.sweep(ec2, ours, finished_image=None)
+    cleanup.sweep(ec2, boto3.client("ssm", "eu-central-1"), ours, finished_image=None)
     said = capsys.readouterr().err
     assert "could not remove builders of bake ours" in said and "images.py sweep" in said
     assert ec2.describe_key_pairs()["KeyPairs"] == []

@@ -1,6 +1,6 @@
-"""The image bake.py made: what EC2 says of it, what is in it, and that its last check finds what it is there for.
+"""The image made by bake.py: EC2's description, its content, and a planted defect for each check of the last step.
 
-The machine is launched from the image without user-data, as nobody would: nothing of a stack may be in it by itself.
+The machine is launched without user-data: the image must contain nothing of a stack.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lock
 import pytest
 
+from scripts import lock
+
 if TYPE_CHECKING:
-    from local_cloud import LocalCloud
+    from scripts.local_cloud import LocalCloud
 
 pytestmark = pytest.mark.machine
 
@@ -40,7 +41,7 @@ class Machine:
         return done
 
     def run_step(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Runs a bake step as Packer does: from a file in /tmp that is gone afterwards."""
+        """Run a bake step like Packer: from a file in /tmp that is deleted afterwards."""
         text = (STEPS / name).read_text(encoding="utf-8")
         put = f"cat >/tmp/{name} <<'END_OF_STEP'\n{text}END_OF_STEP\nchmod +x /tmp/{name}\n"
         return self.shell(
@@ -48,7 +49,7 @@ class Machine:
         )
 
     def assert_image(self, check: str) -> list[str]:
-        """What one check of the last step finds wrong in this machine."""
+        """The faults that one check of the last step reports for this machine."""
         done = self.run_step("assert_image.py", check)
         found = [line.partition(": ")[2] for line in done.stderr.splitlines() if line.startswith("assert_image: ")]
         assert done.returncode == (1 if found else 0), done.stdout + done.stderr
@@ -57,7 +58,7 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def machine(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Machine]:
-    """A machine of the image, as it was when the image was made: target stopped, cleaned again."""
+    """A machine of the image in the state at the end of the bake: target stopped, cleaned."""
     ec2 = cloud.client("ec2")
     started = ec2.run_instances(ImageId=image["ami_id"], InstanceType="t3.small", MinCount=1, MaxCount=1)
     instance_id = str(started["Instances"][0]["InstanceId"])
@@ -65,7 +66,7 @@ def machine(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Machine]:
     try:
         ec2.get_waiter("instance_running").wait(InstanceIds=[instance_id], WaiterConfig={"Delay": 1})
         deadline = time.monotonic() + BOOT_SECONDS
-        # Asked again and again: `--wait` gives up where it comes before systemd can answer.
+        # Polled, because `--wait` fails if systemd does not respond yet.
         while not is_booted(cloud, instance_id):
             assert time.monotonic() < deadline, f"{instance_id} did not boot within {BOOT_SECONDS} s"
             time.sleep(1)
@@ -75,7 +76,7 @@ def machine(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Machine]:
 
 
 def is_booted(cloud: LocalCloud, instance_id: str) -> bool:
-    from local_cloud import LocalCloudError
+    from scripts.local_cloud import LocalCloudError
 
     try:
         said = cloud.exec(instance_id, ["systemctl", "is-system-running"]).stdout.strip()
@@ -86,7 +87,7 @@ def is_booted(cloud: LocalCloud, instance_id: str) -> bool:
 
 @pytest.fixture(scope="module")
 def cleaned(machine: Machine) -> Machine:
-    """The machine with nothing of ours running and its own traces removed, as at the end of the bake."""
+    """The machine with our units stopped and its traces removed, like at the end of the bake."""
     machine.shell("systemctl stop mlflow-host.target 'mlflow-*' nginx; systemctl reset-failed; rm -rf /srv/mlflow/*")
     done = machine.run_step("clean.sh")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -106,9 +107,13 @@ def test_image_and_snapshot_carry_the_facts_as_tags(cloud: LocalCloud, image: Ma
     assert described["Name"] == f"mlflow-ami-{version}-{tags['mlflow-ami:image-version']}"
     assert int(tags["mlflow-ami:migration-count"]) > 60
     assert len(tags["mlflow-ami:inputs-digest"]) == 64
+    # Stacks and drills tag the image later.
+    baked = {
+        key: value for key, value in tags.items() if not key.startswith(("mlflow-ami:stack:", "mlflow-ami:drill:"))
+    }
     for snapshot in image["snapshots"]:
         of_snapshot = ec2.describe_snapshots(SnapshotIds=[snapshot])["Snapshots"][0]["Tags"]
-        assert tags.items() <= {tag["Key"]: tag["Value"] for tag in of_snapshot}.items()
+        assert baked.items() <= {tag["Key"]: tag["Value"] for tag in of_snapshot}.items()
 
 
 def test_instances_of_the_image_answer_imdsv2_only(cloud: LocalCloud, image: Mapping[str, Any]) -> None:
@@ -154,7 +159,7 @@ def test_migration_is_the_one_that_mlflow_itself_expects(machine: Machine, image
     )
 
 
-def test_nothing_updates_the_machine_by_itself(machine: Machine) -> None:
+def test_no_automatic_updates_run(machine: Machine) -> None:
     for unit in ("apt-daily.timer", "apt-daily-upgrade.timer"):
         assert machine.shell(f"systemctl is-enabled {unit}", check=False).stdout.strip() in ("masked", "not-found", "")
     held = machine.shell("apt-mark showhold").stdout.split()
@@ -162,22 +167,25 @@ def test_nothing_updates_the_machine_by_itself(machine: Machine) -> None:
     assert machine.shell("apt-config shell on APT::Periodic::Enable").stdout.strip() == "on='0'"
 
 
-def test_certificates_of_the_bakes_network_did_not_stay(machine: Machine) -> None:
+def test_ca_bundle_of_the_bake_is_removed(machine: Machine) -> None:
     assert (
         machine.shell("ls /tmp/mlflow-host-bake /usr/local/share/ca-certificates/* 2>/dev/null", check=False).stdout
         == ""
     )
 
 
-def test_machines_of_one_image_have_nothing_in_common_but_the_image(machine: Machine) -> None:
+def test_machines_of_one_image_have_separate_identities(machine: Machine) -> None:
     assert len(machine.shell("cat /etc/machine-id").stdout.strip()) == 32
     assert machine.shell("ls /etc/ssh/ssh_host_*_key").stdout
 
 
-def test_without_a_launch_document_the_reason_is_told(machine: Machine) -> None:
+def test_missing_launch_document_is_the_stated_reason(machine: Machine) -> None:
     status = json.loads(machine.shell("cat /run/mlflow-host/status/configure.json").stdout)
     assert status["state"] == "failed"
-    assert "launch.toml" in status["message"]
+    assert "launch.toml is missing: the machine has no user-data" in status["message"]
+    for address in ("http://127.0.0.1/", "https://127.0.0.1/"):
+        page = machine.shell(f"curl --silent --insecure --header 'Accept: text/html' {address}").stdout
+        assert "MLflow could not start" in page and "launch.toml is missing" in page
 
 
 # ── The last check ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -191,7 +199,7 @@ def test_cleaned_machine_passes_every_check(cleaned: Machine) -> None:
 
 @dataclass(frozen=True)
 class Defect:
-    """Something that must not be in an image: which check finds it, how it comes and goes, what is said."""
+    """A planted defect: the check that finds it, commands to add and remove it, the expected sentence."""
 
     name: str
     check: str
@@ -228,14 +236,14 @@ DEFECTS = (
         "no_identity",
         "systemd-id128 new >/etc/machine-id",
         ": >/etc/machine-id",
-        "/etc/machine-id is to exist and be empty",
+        "/etc/machine-id must exist and be empty",
     ),
     Defect(
         "no machine id file",
         "no_identity",
         "rm /etc/machine-id",
         ": >/etc/machine-id",
-        "/etc/machine-id is to exist and be empty",
+        "/etc/machine-id must exist and be empty",
     ),
     Defect(
         "random seed",
@@ -249,7 +257,7 @@ DEFECTS = (
         "no_identity",
         "mkdir -p /var/lib/cloud/instances/i-1",
         "rm -r /var/lib/cloud/instances/i-1",
-        "cloud-init remembers the builder",
+        "/var/lib/cloud has cloud-init's state of the builder",
     ),
     Defect(
         "authorized keys of root",
@@ -468,7 +476,7 @@ DEFECTS = (
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name)
-def test_last_check_finds(defect: Defect, cleaned: Machine) -> None:
+def test_last_step_detects_the_defect(defect: Defect, cleaned: Machine) -> None:
     cleaned.shell(defect.plant)
     try:
         found = cleaned.assert_image(defect.check)
@@ -478,12 +486,12 @@ def test_last_check_finds(defect: Defect, cleaned: Machine) -> None:
 
 
 def test_every_defect_was_undone(cleaned: Machine) -> None:
-    """Or what the tests above saw may have been another one's."""
+    """Otherwise the tests above may have reported another test's defect."""
     done = cleaned.run_step("assert_image.py")
     assert done.returncode == 0, done.stderr
 
 
-def test_every_check_has_a_defect_it_is_tried_with() -> None:
+def test_every_check_has_a_planted_defect() -> None:
     text = (STEPS / "assert_image.py").read_text(encoding="utf-8")
     listed = text.partition("CHECKS: ")[2].partition("(\n")[2].partition("\n)")[0]
     assert {line.strip().rstrip(",") for line in listed.splitlines()} == {defect.check for defect in DEFECTS}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from local_cloud import LocalCloud
+    from scripts.local_cloud import LocalCloud
 
 pytestmark = pytest.mark.machine
 
@@ -24,7 +24,7 @@ BAKE = Path(__file__).resolve().parents[2] / "scripts" / "bake.py"
 
 
 def traces(ec2: Any) -> dict[str, list[str]]:
-    """What a bake makes in an account, by kind."""
+    """The resources that a bake creates in an account, by kind."""
     filters = [{"Name": "tag-key", "Values": ["mlflow-ami:bake"]}]
     instances = [i for r in ec2.describe_instances(Filters=filters)["Reservations"] for i in r["Instances"]]
     groups = ec2.describe_security_groups()["SecurityGroups"]
@@ -39,7 +39,7 @@ def traces(ec2: Any) -> dict[str, list[str]]:
 
 
 def bake_until(line: str) -> subprocess.Popen[str]:
-    """A bake on the embedded cloud that has just told `line`."""
+    """A bake on the embedded cloud that has just logged `line`."""
     process = subprocess.Popen(
         [sys.executable, str(BAKE), "--local"], stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     )
@@ -70,13 +70,13 @@ def test_interrupted_bake_leaves_nothing(cloud: LocalCloud, line: str, number: s
     _, said = process.communicate(timeout=240)
     assert process.returncode == 130
     assert "Traceback" not in said
-    assert "nothing is left behind" in said
+    assert "temporary resources are removed" in said
     assert traces(ec2) == before
 
 
 @pytest.mark.slow
 def test_killed_bake_leaves_nothing(cloud: LocalCloud) -> None:
-    """Then nobody but Packer can clean up: a watcher that outlives us interrupts it, and it goes on writing its log."""
+    """Then only Packer can clean up: a watcher process interrupts it, and it continues to write its log."""
     cloud.source_ami("debian12")
     ec2 = cloud.client("ec2")
     before = traces(ec2)

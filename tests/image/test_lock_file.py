@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
-import lock
 import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from scripts import lock
 
 PROVISIONING = Path(__file__).resolve().parents[2] / "provisioning"
 LOCKS = [PROVISIONING / "requirements.lock", PROVISIONING / "installer.lock"]
@@ -59,7 +60,7 @@ def test_lock_names_no_index_and_no_path(path: Path) -> None:
 
 
 @pytest.mark.parametrize("python", PYTHONS.values(), ids=PYTHONS.keys())
-def test_every_image_gets_everything_the_server_asks_for(python: str) -> None:
+def test_every_image_gets_all_required_packages(python: str) -> None:
     wanted = [
         Requirement(line.split("#")[0])
         for line in (PROVISIONING / "requirements.in").read_text(encoding="utf-8").splitlines()
@@ -69,11 +70,12 @@ def test_every_image_gets_everything_the_server_asks_for(python: str) -> None:
     assert {canonicalize_name(each.name) for each in wanted} <= chosen.keys()
     for each in wanted:
         assert each.specifier.contains(chosen[canonicalize_name(each.name)])
-    assert chosen["mlflow"] == chosen["mlflow-skinny"] == chosen["mlflow-tracing"]
+    companions = {name: chosen[name] for name in lock.COMPANIONS if name in chosen}
+    assert companions in ({}, dict.fromkeys(lock.COMPANIONS, chosen["mlflow"]))
 
 
-def test_what_is_left_out_is_in_no_image() -> None:
-    """That the server does without is asserted at the bake, which starts it."""
+def test_excluded_packages_are_in_no_image() -> None:
+    """The bake starts the server, which proves that it works without them."""
     text = (PROVISIONING / "requirements.exclude").read_text(encoding="utf-8")
     left_out = {canonicalize_name(line) for line in text.splitlines() if line and not line.startswith("#")}
     assert left_out
@@ -103,7 +105,54 @@ def test_release_that_does_not_exist_is_refused_in_a_sentence(tmp_path: Path) ->
     assert not (tmp_path / "x.lock").exists()
 
 
-def test_lock_without_the_package_says_how_to_renew_it(tmp_path: Path) -> None:
+LACKING = {
+    "skinny": """
+        error: No solution found when resolving dependencies
+        cause: Because there is no version of mlflow-skinny==3.18.0 and
+        mlflow>=3.18.0 depends on mlflow-skinny==3.18.0, we can conclude that mlflow>=3.18.0 cannot be used.
+        And because you require mlflow==3.18.0, we can conclude that your requirements are unsatisfiable.""",
+    "tracing": """
+        Because only mlflow-tracing<=3.17.2 is available and mlflow==3.18.0 depends on mlflow-tracing==3.18.0, we can
+        conclude that mlflow==3.18.0 cannot be used.""",
+}
+OTHER = {
+    "no such release": """
+        Because there is no version of mlflow==3.18.0 and you require mlflow==3.18.0, we can conclude that your
+        requirements are unsatisfiable.""",
+    "another package": """
+        Because there is no version of numpy==99 and mlflow==3.18.0 depends on numpy==99, we can conclude that
+        mlflow==3.18.0 cannot be used.""",
+}
+
+
+@pytest.mark.parametrize("said", LACKING.values(), ids=LACKING.keys())
+def test_missing_companions_are_recognized(said: str) -> None:
+    assert lock.lacking_companions(said, ("mlflow==3.18.0",)) == "3.18.0"
+
+
+@pytest.mark.parametrize("said", OTHER.values(), ids=OTHER.keys())
+def test_other_failures_of_the_resolution_are_not_taken_for_them(said: str) -> None:
+    assert lock.lacking_companions(said, ("mlflow==3.18.0",)) is None
+
+
+def test_release_is_locked_without_companions_that_the_index_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index is the real one; its first answer is replaced by uv's message about a release without companions."""
+    compile_lock, answers = lock.compile_lock, iter([LACKING["skinny"].replace("3.18.0", "3.17.2")])
+    monkeypatch.setattr(lock, "compile_lock", lambda *given: next(answers, None) or compile_lock(*given))
+    locked = tmp_path / "requirements.lock"
+    lock.resolve(PROVISIONING / "requirements.in", locked, ("mlflow==3.17.2",))
+    text = locked.read_text()
+    assert re.search(r"# via .*-r mlflow-skinny-\d+\.\d+\.\d+\.in", text)
+    for python in PYTHONS.values():
+        chosen = for_python(locked, python)
+        assert chosen["mlflow"] == "3.17.2"
+        assert not {"mlflow-skinny", "mlflow-tracing"} & chosen.keys()
+        assert {"fastapi", "uvicorn", "opentelemetry-sdk", "sqlparse"} <= chosen.keys()
+
+
+def test_lock_file_without_mlflow_names_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "requirements.lock").write_text("boto3==1.0\n")
     with pytest.raises(lock.LockError, match="make lock"):
         lock.locked_version(tmp_path / "requirements.lock", "mlflow")

@@ -1,4 +1,4 @@
-"""The template and the provisioning beside it: typed, described, formatted, complete, ignorant of where they run."""
+"""The Packer template and the provisioning: typed, described, formatted, complete, independent of the cloud."""
 
 import re
 import shutil
@@ -6,7 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from servers import script
+
+from scripts.baking import template
+from tests.support.servers import script
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEMPLATE = REPOSITORY / "packer"
@@ -53,6 +55,16 @@ def test_source_image_is_canonicals_newest_unless_named() -> None:
     assert "ubuntu-noble-24.04-amd64-server-*" in variables()["source_ami_name"]
 
 
+def test_image_and_builder_answer_imdsv2_only_with_every_packer() -> None:
+    whole = hcl()["source.pkr.hcl"]
+    assert re.search(r'^  imds_support = "v2.0"$', whole, re.MULTILINE)
+    assert re.search(r'^    http_tokens +=  *"required"$', whole, re.MULTILINE)
+    old = template.for_packer_1_6(whole)
+    assert "imds_support" not in old and "metadata_options" not in old
+    before, after = whole.split("  # From 1.7:\n")[0], whole.split("  # End of what needs 1.7.\n")[1]
+    assert old == before + after
+
+
 def test_build_names_every_step_and_every_step_exists() -> None:
     named = re.findall(r"/provisioning/steps/([\w.]+)\"", hcl()["build.pkr.hcl"])
     assert sorted(named) == sorted(path.name for path in STEPS.iterdir() if path.is_file())
@@ -71,7 +83,7 @@ def test_steps_stop_at_the_first_error_and_fit_on_a_page() -> None:
 
 
 @pytest.mark.parametrize("folder", ["packer", "provisioning"])
-def test_nothing_knows_the_embedded_cloud(folder: str) -> None:
+def test_provisioning_does_not_mention_the_embedded_cloud(folder: str) -> None:
     tells = re.compile(r"local.?cloud|embedded cloud|\bmoto\b|seaweed|podman|127\.10\.", re.IGNORECASE)
     for path in (REPOSITORY / folder).rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".lock", ".pyc"):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from local_cloud import LocalCloud
+    from scripts.local_cloud import LocalCloud
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def drill(
     cloud: LocalCloud, image: Mapping[str, Any], older_image: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Drill]:
     """Between the older image and ours, on a stack of its own; interrupted if it outlives the tests."""
-    from servers import SCRIPTS
+    from tests.support.servers import SCRIPTS
 
     folder = tmp_path_factory.mktemp("drill")
     result, story = folder / "result.json", folder / "story"

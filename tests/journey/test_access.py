@@ -1,13 +1,15 @@
-"""Who gets in, and what stays out of sight."""
+"""Logins, and information that is not visible without one."""
 
+import json
 import re
 import time
 from typing import Any
 
 import pytest
-from local_cloud import LocalCloud
 from mlflow import MlflowClient
-from servers import Server
+
+from scripts.local_cloud import LocalCloud
+from tests.support.servers import Server, script
 
 pytestmark = pytest.mark.machine
 
@@ -24,6 +26,27 @@ def test_no_path_answers_without_the_password(server: Server, path: str, login: 
     assert answer.headers["WWW-Authenticate"].startswith("Basic ")
 
 
+def test_refused_login_names_the_source_of_the_password(server: Server) -> None:
+    parameter = json.loads(script("rehearse.py", "status", "--json").stdout)["credentials_parameter"]
+    page = server.ask("/", headers={"Accept": "text/html"})
+    assert (page.status_code, page.headers["Content-Type"]) == (401, "text/html")
+    assert f"<code>{parameter}</code>" in page.text
+    told = server.ask(SEARCH, "POST").json()
+    assert told["error_code"] == "UNAUTHENTICATED" and parameter in told["message"]
+
+
+@pytest.mark.parametrize("prefix", ["/api/2.0/mlflow//experiments/search", "/api//2.0/mlflow/experiments/search"])
+def test_redirect_keeps_scheme_host_and_port_and_so_the_login(server: Server, prefix: str) -> None:
+    answer = server.ask(prefix, "POST", auth=server.login, json={"max_results": 1})
+    assert answer.status_code == 308
+    assert answer.headers["Location"] == server.url + SEARCH
+    host = server.url.removeprefix("https://")
+    elsewhere = server.ask(prefix, "POST", auth=server.login, json={}, headers={"Host": f"{host}:8443"})
+    assert elsewhere.headers["Location"] == f"{server.url}:8443{SEARCH}"
+    followed = server.ask(prefix, "POST", auth=server.login, json={"max_results": 1}, allow_redirects=True)
+    assert followed.status_code == 200 and len(followed.json()["experiments"]) == 1
+
+
 def test_password_lets_in(server: Server) -> None:
     answer = server.ask("/version", auth=server.login)
     assert (answer.status_code, answer.text) == (200, server.mlflow_version)
@@ -37,7 +60,7 @@ def test_host_that_is_not_ours_is_refused(server: Server, host: str) -> None:
 
 
 def test_page_of_another_site_cannot_write(server: Server, client: MlflowClient) -> None:
-    """A browser that is logged in sends the password with a foreign page's request too; the origin gives it away."""
+    """A logged-in browser sends the password with another site's request too; the Origin header reveals it."""
     answer = server.ask(
         "/api/2.0/mlflow/experiments/create",
         "POST",

@@ -1,13 +1,21 @@
-"""Large files go up and come down whole, and each kind lies in its own bucket."""
+"""Large files are uploaded and downloaded unchanged, and each kind is in its own bucket."""
 
+import gzip
 import hashlib
+import json
+import subprocess
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from local_cloud import LocalCloud
 from mlflow import MlflowClient
-from servers import Server
+from mlflow.exceptions import MlflowException
+from mlflow.utils.uri import validate_path_is_safe
+
+from scripts.local_cloud import LocalCloud
+from tests.support.hard_names import LONGEST_KEY, PATHS, content_of
+from tests.support.servers import Server
 
 pytestmark = pytest.mark.machine
 
@@ -61,3 +69,103 @@ def test_models_and_artifacts_have_a_bucket_each(
     assert any(key.endswith("/MLmodel") for key in models)
     assert not any("/models/m-" in f"/{key}" for key in artifacts)
     assert any(key.endswith("/confusion_matrix.png") for key in artifacts)
+
+
+FILES = "/api/2.0/mlflow-artifacts/artifacts"
+
+
+def stored_as(path: str) -> str | None:
+    """The name that MLflow gives a file uploaded to this path; None if it refuses it."""
+    try:
+        return None if "\n" in path else str(validate_path_is_safe(path))
+    except MlflowException:
+        return None
+
+
+def test_names_that_are_hard_to_write_pass_the_proxy(server: Server, client: MlflowClient) -> None:
+    """Every fourth of those that tests/unit/test_artifact_names.py compares with plain MLflow, and the longest."""
+    run_id = client.create_run("0").info.run_id
+    root = f"0/{run_id}/artifacts"
+
+    def ask(method: str, path: str, **options: object) -> tuple[int, Mapping[str, str], bytes]:
+        answer = server.ask(path, method, auth=server.login, timeout=60, **options)
+        return answer.status_code, answer.headers, answer.content
+
+    wrong = []
+    for number, path in enumerate([*PATHS[::4], *PATHS[-12:]]):
+        if any(len(name.encode()) > 240 for name in path.split("/")):
+            continue  # SeaweedFS does not delete a version of it, so the stack could not be destroyed
+        folder, content = f"{number}/{path}".rpartition("/")[0], content_of(path)
+        file = f"{FILES}/{root}/{number}/{urllib.parse.quote(path)}"
+        status, _, said = ask("PUT", file, data=content)
+        name = stored_as(f"{number}/{path}")
+        if name is None or len(f"{root}/{name}".encode()) > LONGEST_KEY:
+            if status != (404 if "\n" in path else 400):
+                wrong.append((path, "upload", status, said))
+            continue
+        got, head = ask("GET", file, headers={"Accept-Encoding": "gzip"}), ask("HEAD", file)
+        page = "/get-artifact?" + urllib.parse.urlencode({"run_uuid": run_id, "path": f"{number}/{path}"})
+        # The client strips names, and takes a file in a folder of its own name for the folder, on any server.
+        inside = "?" + urllib.parse.urlencode({"path": f"{root}/{folder}"})
+        listed = [each["path"] for each in json.loads(ask("GET", f"{FILES}{inside}")[2]).get("files", [])]
+        for what, seen, expected in (
+            ("upload", status, 200),
+            ("download", (got[0], got[2]), (200, content)),
+            ("page", ask("GET", page)[::2], (200, content)),
+            (
+                "head",
+                [head[1].get(h) for h in ("Content-Disposition", "Content-Type")],
+                [got[1].get(h) for h in ("Content-Disposition", "Content-Type")],
+            ),
+            ("list", listed, [name.rpartition("/")[2]]),
+        ):
+            if seen != expected:
+                wrong.append((path, what, seen, expected))
+    assert wrong == []
+
+
+def test_packed_files_come_back_byte_for_byte(
+    server: Server, client: MlflowClient, cloud: LocalCloud, tmp_path: Path
+) -> None:
+    """Also where an earlier image stored them with an encoding, which stays."""
+    table = gzip.compress(b"a,b\n" * 200_000, mtime=0)
+    contents = {"table.csv.gz": table, "no.tar.gz": b"this is no gzip", "big.nii.gz": table * 24_000, "empty.tgz": b""}
+    run_id = client.create_run("0").info.run_id
+    root = f"0/{run_id}/artifacts"
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        client.log_artifact(run_id, str(tmp_path / name), "logged")
+        earlier = {"Bucket": server.buckets["artifacts"], "Key": f"{root}/earlier/{name}"}
+        cloud.client("s3").put_object(**earlier, Body=content, ContentEncoding="gzip")
+    for folder in ("logged", "earlier"):
+        (tmp_path / "down").mkdir(exist_ok=True)
+        received = Path(client.download_artifacts(run_id, folder, str(tmp_path / "down")))
+        assert {path.name: path.read_bytes() for path in received.iterdir()} == contents
+        for name, content in contents.items():
+            into = tmp_path / f"curl-{folder}-{name}"
+            into.mkdir()
+            login = f'user = "{":".join(server.login)}"'
+            trusted = ["--cacert", server.server_certificate] if server.server_certificate else []
+            address = f"{server.url}{FILES}/{root}/{folder}/{name}"
+            options = ["-sSf", "--compressed", "--remote-name", "--remote-header-name"]
+            command = ["curl", *options, *trusted, "--config", "-", address]
+            subprocess.run(command, cwd=into, input=login, text=True, check=True)
+            assert {path.name: path.read_bytes() for path in into.iterdir()} == {name: content}
+            page = f"/get-artifact?run_uuid={run_id}&path={folder}%2F{name}"
+            shown = server.ask(page, auth=server.login, timeout=60, headers={"Accept-Encoding": "gzip"})
+            assert (shown.status_code, shown.content) == (200, content)
+    encodings = {
+        folder: cloud.client("s3")
+        .head_object(Bucket=server.buckets["artifacts"], Key=f"{root}/{folder}/table.csv.gz")
+        .get("ContentEncoding")
+        for folder in ("logged", "earlier")
+    }
+    assert encodings == {"logged": None, "earlier": "gzip"}
+
+
+@pytest.mark.parametrize("path", ["..%5ca", "http:%2f%2f%5bx", "/".join(["a" * 255] * 20)])
+def test_paths_that_cannot_be_stored_are_refused_with_a_sentence(server: Server, path: str) -> None:
+    refused = server.ask(f"{FILES}/{path}", "PUT", auth=server.login, data=b"x", timeout=60)
+    assert refused.status_code == 400
+    assert refused.json()["error_code"] == "INVALID_PARAMETER_VALUE"
+    assert len(refused.json()["message"]) > 30

@@ -1,6 +1,6 @@
-"""What is backed up comes back: after the loss of the data volume, to any moment, and from a dump.
+"""Backups are restored: after the loss of the data volume, to any moment, and from a dump.
 
-On a stack of its own, for the volume is lost for good.
+On a stack of its own, because the volume is lost.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from local_cloud import LocalCloud
 from mlflow import MlflowClient
-from servers import Server, client_of, describe_server, launch_server, own_stack, script
+
+from scripts.local_cloud import LocalCloud
+from tests.support.servers import Server, client_of, describe_server, launch_server, own_stack, script
 
 pytestmark = pytest.mark.machine
 
@@ -25,7 +26,7 @@ LOST_AT_MOST_SECONDS = 60
 
 @pytest.fixture(scope="module")
 def backed_up(cloud: LocalCloud, image: Mapping[str, Any], drill_meanwhile: None) -> Iterator[Server]:
-    """A machine that has taken its first base backup, by itself, as it does half a minute after its boot."""
+    """A machine that has taken its first base backup, half a minute after its boot."""
     with own_stack(cloud, "backups"):
         server = launch_server("--ami", image["ami_id"])
         wait_until(lambda: history(cloud, server, "base"), "first base backup")
@@ -33,13 +34,13 @@ def backed_up(cloud: LocalCloud, image: Mapping[str, Any], drill_meanwhile: None
 
 
 def shell(cloud: LocalCloud, server: Server, line: str) -> str:
-    """What a line of shell prints on the machine, whatever its exit status."""
+    """The output of a shell command on the machine, whatever its exit status."""
     done = cloud.exec(server.instance_id, ["sh", "-c", line], timeout=PATIENCE_SECONDS)
     return done.stdout + done.stderr
 
 
 def history(cloud: LocalCloud, server: Server, what: str) -> dict[str, Any]:
-    """What the machine notes of its backups on the data volume."""
+    """The machine's records of its backups on the data volume."""
     found = cloud.exec(server.instance_id, ["cat", f"/srv/mlflow/backups/{what}.json"])
     return dict(json.loads(found.stdout)) if found.returncode == 0 else {}
 
@@ -105,13 +106,13 @@ def test_a_lost_volume_loses_at_most_a_minute(backed_up: Server, cloud: LocalClo
         assert after["losses"]["after-the-restore"]
         # The setting stays as it is; what was restored is not restored again.
         again = shell(cloud, restored, f"{AS_POSTGRES} -m mlflow_host.backups.restore --step")
-        assert "nothing is to be restored that was not restored before" in again
+        assert "no restore is requested that was not done before" in again
         assert logged(client) == after
     assert history(cloud, restored, "restored")["value"] == "latest"
 
 
 def lose_power(cloud: LocalCloud, server: Server) -> None:
-    """Stop the machine without a chance for it to end anything."""
+    """Stop the machine at once, without a shutdown."""
     ec2 = cloud.client("ec2")
     ec2.stop_instances(InstanceIds=[server.instance_id], Force=True)
     ec2.get_waiter("instance_stopped").wait(InstanceIds=[server.instance_id], WaiterConfig={"Delay": 1})
@@ -124,7 +125,7 @@ CHECK = (
 
 
 def restore(cloud: LocalCloud, server: Server, what: str) -> dict[str, Any]:
-    """`mlflow-host-restore` by hand, and what it notes."""
+    """`mlflow-host-restore` by hand, and its record."""
     said = shell(cloud, server, f"mlflow-host-restore {shlex.quote(what)} --yes")
     noted = history(cloud, server, "restored")
     assert noted.get("asked") == what, said
@@ -139,7 +140,7 @@ def running(backed_up: Server) -> Server:
 
 
 @pytest.mark.slow
-def test_any_moment_can_be_had_again(running: Server, cloud: LocalCloud) -> None:
+def test_any_moment_can_be_restored(running: Server, cloud: LocalCloud) -> None:
     with client_of(running) as client:
         shell(cloud, running, "systemctl start mlflow-host-base-backup")
         log(client, "right")
@@ -157,7 +158,7 @@ def test_any_moment_can_be_had_again(running: Server, cloud: LocalCloud) -> None
 
 
 @pytest.mark.slow
-def test_a_dump_comes_back_by_its_name(running: Server, cloud: LocalCloud) -> None:
+def test_dump_is_restored_by_name(running: Server, cloud: LocalCloud) -> None:
     with client_of(running) as client:
         log(client, "in-the-dump")
         before = logged(client)
@@ -171,7 +172,7 @@ def test_a_dump_comes_back_by_its_name(running: Server, cloud: LocalCloud) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["yesterday", "2020-01-01T00:00:00Z", "20200101-000000F", "dumps/none.dump"])
-def test_what_is_not_there_is_refused_with_what_is(running: Server, cloud: LocalCloud, name: str) -> None:
+def test_unknown_backup_is_refused_with_the_available_ones(running: Server, cloud: LocalCloud, name: str) -> None:
     with client_of(running) as client:
         before = logged(client)
         said = shell(cloud, running, f"mlflow-host-restore {name} --yes")

@@ -9,8 +9,9 @@ from typing import Any
 
 import psycopg2
 import pytest
-from local_cloud import LocalCloud
-from servers import Server, destroy_server, launch_server, script
+
+from scripts.local_cloud import LocalCloud
+from tests.support.servers import Server, destroy_server, launch_server, script
 
 pytestmark = pytest.mark.machine
 STACK = "readers"
@@ -80,7 +81,7 @@ def test_reader_reads_over_verified_tls_and_changes_nothing(readers: Server, pas
     ],
     ids=str,
 )
-def test_nobody_else_gets_in(readers: Server, password: str, options: dict[str, str]) -> None:
+def test_other_clients_are_refused(readers: Server, password: str, options: dict[str, str]) -> None:
     with pytest.raises(psycopg2.OperationalError, match=r"authentication failed|no pg_hba.conf entry"):
         connect(readers, **{"password": password, **options})
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import pytest
 from mlflow import MlflowClient
-from servers import Server, describe_server, script
+
+from tests.support.servers import Server, describe_server, script
 
 pytestmark = pytest.mark.machine
 

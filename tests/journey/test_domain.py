@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from authority import name_server, pebble
-from journey.test_public_certificate import DOMAIN, ask, names_of
-from local_cloud import LocalCloud, namespaces
-from mlflow_host import certificates
-from rehearsal.status import PIECES
-from servers import SCRIPTS, own_stack, run
+
+from mlflow_host.boot import private_ca
+from scripts.local_cloud import LocalCloud, namespaces
+from scripts.rehearsal.status import PIECES
+from tests.journey.test_public_certificate import DOMAIN, ask, names_of
+from tests.support.authority import name_server, pebble
+from tests.support.servers import SCRIPTS, own_stack, run
 
 pytestmark = [
     pytest.mark.machine,
@@ -55,7 +56,7 @@ Person = Callable[..., str]
 def test_a_stack_launched_with_a_domain_is_certified_and_its_next_machine_asks_for_nothing(
     cloud: LocalCloud, image: Mapping[str, Any], tmp_path: Path
 ) -> None:
-    own = certificates.ensure(("127.0.0.1",), tmp_path / "pebble")
+    own = private_ca.ensure(("127.0.0.1",), tmp_path / "pebble")
     with hosted_zone(cloud) as zone, own_stack(cloud, STACK), name_server(NAMES, addresses(cloud, zone)):
         with pebble(tmp_path, own, NAMES, directory=DIRECTORY) as root, trusting(cloud, own.ca.read_text()):
             issuer = root()
@@ -172,8 +173,8 @@ def forwarded(namespace: int) -> Iterator[None]:
     """Pebble's directory is at the same address in a network as on this host; closes the descriptor it is given."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        command = [sys.executable, "-m", "local_cloud.forward", str(theirs.fileno())]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=SCRIPTS)
+        command = [sys.executable, "-m", "scripts.local_cloud.port_forwarder", str(theirs.fileno())]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=SCRIPTS.parent)
     with ours, namespaces.listener("127.0.0.1", DIRECTORY, namespace) as listening:
         order = {"op": "open", "id": "pebble", "cidrs": None, "target": ["127.0.0.1", DIRECTORY], "keep_source": False}
         socket.send_fds(ours, [json.dumps(order).encode()], [listening.fileno()])

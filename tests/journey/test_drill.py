@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from local_cloud import LocalCloud
-from servers import OLDER
+
+from scripts.local_cloud import LocalCloud
+from tests.support.servers import OLDER
 
 from .conftest import Drill
 
@@ -31,7 +32,7 @@ def test_a_drill_from_3_12_and_back_twice_loses_nothing(
     # What only the newer release knows waits while the older one serves, and is compared again at the end.
     assert [stop["waiting"] > 0 for stop in stops] == [False, False, True, False]
     assert [stop["database"].split(" from ")[0] for stop in stops[1:]] == ["upgrade", "carry back", "upgrade"]
-    assert "came back from kept databases" in stops[3]["database"]
+    assert "merged back from kept databases" in stops[3]["database"]
     assert all(0 < stop["outage_seconds"] < 180 for stop in stops[1:])
     names = [tag["Value"] for tag in tags_of_machines(cloud) if tag["Key"] == "mlflow-ami:stack"]
     assert "drill" not in names

@@ -20,8 +20,9 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from mlflow_host import routes
-from servers import Server
+
+from mlflow_host.bake import reader_routes
+from tests.support.servers import Server
 
 pytestmark = pytest.mark.machine
 
@@ -99,7 +100,7 @@ def wire(server: Server) -> Iterator[Wire]:
 @pytest.fixture(scope="module")
 def paths() -> list[str]:
     """Every path that the installed MLflow serves, with something in place of what varies."""
-    found = {re.sub(r"<(\w+:)?[^>]+>", "1", route.path) for route in routes.installed_routes()}
+    found = {re.sub(r"<(\w+:)?[^>]+>", "1", route.path) for route in reader_routes.installed_routes()}
     assert len(found) > 150
     assert {"/version", "/health", "/graphql", "/api/2.0/mlflow/runs/search", "/v1/traces"} <= found
     return sorted({*found, "/docs", "/openapi.json", "/redoc", "/metrics", "/static-files/index.html", "/api/", "/"})
@@ -331,7 +332,7 @@ def test_right_logins_are_never_too_many(server: Server, wire: Wire) -> None:
     assert {wire.ask(right) for _ in range(150)} == {200}
 
 
-def test_port_80_sends_on_and_answers_nothing_else(server: Server) -> None:
+def test_port_80_only_redirects(server: Server) -> None:
     host = host_of(server)
     for target, wanted in (("/", 308), ("/version", 308), ("/healthz", 308), ("/.well-known/acme-challenge/x", 404)):
         with socket.create_connection((host, 80), timeout=10) as connection:
@@ -375,9 +376,7 @@ def test_thousand_idle_and_slow_clients_keep_nobody_out(server: Server, wire: Wi
 @given(
     st.binary(min_size=1, max_size=300), st.binary(max_size=2000), st.sampled_from(["GET", "POST", "PUT", "\x00", ""])
 )
-def test_whatever_bytes_are_sent_nobody_without_a_login_is_answered(
-    server: Server, target: bytes, rest: bytes, method: str
-) -> None:
+def test_random_bytes_get_no_response_without_a_login(server: Server, target: bytes, rest: bytes, method: str) -> None:
     sent = method.encode() + b" /" + target + b" HTTP/1.1\r\nHost: " + host_of(server).encode() + b"\r\n" + rest
     wire = Wire(server)
     status = wire.ask(sent + b"\r\nConnection: close\r\n\r\n")

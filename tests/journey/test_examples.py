@@ -1,4 +1,5 @@
-"""What the three examples log to a launched server comes back from it: figures, pictures, tables, data sets, models."""
+"""The results that the three examples log to a launched server can be read back: figures, pictures, tables, data sets,
+models."""
 
 import ast
 from collections.abc import Mapping
@@ -10,10 +11,11 @@ import mlflow
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from servers import SCRIPTS
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.metrics import accuracy_score, mean_squared_error
 from sklearn.model_selection import train_test_split
+
+from tests.support.servers import SCRIPTS
 
 pytestmark = pytest.mark.machine
 

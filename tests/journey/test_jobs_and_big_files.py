@@ -20,9 +20,10 @@ from typing import Any
 
 import mlflow
 import pytest
-from journey.test_artifacts import MEBIBYTE, write_noise
-from local_cloud import LocalCloud
-from servers import Server, client_of, launch_server, on_machine, own_stack
+
+from scripts.local_cloud import LocalCloud
+from tests.journey.test_artifacts import MEBIBYTE, write_noise
+from tests.support.servers import Server, client_of, launch_server, on_machine, own_stack
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
@@ -43,7 +44,7 @@ def shell(cloud: LocalCloud, server: Server, line: str) -> str:
     return on_machine(cloud, server, "sh", "-c", line)
 
 
-def test_a_job_is_done(cloud: LocalCloud, own: Server) -> None:
+def test_background_job_is_completed(cloud: LocalCloud, own: Server) -> None:
     from mlflow.genai.scorers import ResponseLength
 
     with client_of(own) as client:

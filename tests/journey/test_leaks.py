@@ -1,6 +1,6 @@
-"""Every secret of a stack is looked for everywhere it should not be, by its value.
+"""Every secret of a stack is searched by value in every place that must not contain it.
 
-The values are those of the launched server: each is random and long, so whatever holds one holds the secret.
+The values are those of the launched server: each is random and long, so a match is the secret.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_cloud import LocalCloud
-from servers import BUILD, Server, describe_server, script
+
+from scripts.local_cloud import LocalCloud
+from tests.support.servers import BUILD, Server, describe_server, script
 
 pytestmark = pytest.mark.machine
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from journey.test_backups import log, logged, shell
-from local_cloud import LocalCloud
-from servers import client_of, launch_server, own_stack, script
+
+from scripts.local_cloud import LocalCloud
+from tests.journey.test_backups import log, logged, shell
+from tests.support.servers import client_of, launch_server, own_stack, script
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 

@@ -20,12 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from authority import pebble
 from cryptography import x509
-from local_cloud import LocalCloud
-from mlflow_host import certificates
-from mlflow_host.certificates import Certificates
-from servers import REPOSITORY, Server
+
+from mlflow_host.boot import private_ca
+from mlflow_host.boot.private_ca import Certificates
+from scripts.local_cloud import LocalCloud
+from tests.support.authority import pebble
+from tests.support.servers import REPOSITORY, Server
 
 pytestmark = [
     pytest.mark.machine,
@@ -42,7 +43,7 @@ DROP_IN = "/run/systemd/system/mlflow-host-certificates.service.d"
 def test_public_certificate_is_issued_renewed_and_not_missed_while_there_is_none(
     server: Server, cloud: LocalCloud, tmp_path: Path
 ) -> None:
-    own = certificates.ensure(("127.0.0.1",), tmp_path / "pebble")
+    own = private_ca.ensure(("127.0.0.1",), tmp_path / "pebble")
     private = ssl.create_default_context(cafile=server.server_certificate)
     host = urllib.parse.urlsplit(server.url).netloc
     with domain_set(server, cloud, own.ca.read_text()):
@@ -96,7 +97,9 @@ def domain_set(server: Server, cloud: LocalCloud, authority: str) -> Iterator[No
 
 def configure(server: Server, cloud: LocalCloud, document: str) -> None:
     machine(cloud, server, "cat >/etc/mlflow-host/launch.toml", document)
-    machine(cloud, server, "systemctl stop mlflow-host-certificates; /opt/mlflow/bin/python -m mlflow_host.configure")
+    machine(
+        cloud, server, "systemctl stop mlflow-host-certificates; /opt/mlflow/bin/python -m mlflow_host.boot.configure"
+    )
 
 
 @contextmanager

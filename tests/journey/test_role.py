@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import boto3
 import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
-from local_cloud import LocalCloud
-from servers import Server
+
+from scripts.local_cloud import LocalCloud
+from tests.support.servers import Server
 
 pytestmark = pytest.mark.machine
 
@@ -43,13 +43,8 @@ def given(server: Server, cloud: LocalCloud) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def role(cloud: LocalCloud, given: dict[str, str]) -> Any:
     """An S3 client that signs with the machine's role."""
-    return boto3.client(
-        "s3",
-        endpoint_url=cloud.s3_endpoint,
-        region_name=cloud.region,
-        config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 1}),
-        **given,
-    )
+    once = Config(s3={"addressing_style": "path"}, retries={"max_attempts": 1})
+    return cloud.client("s3", config=once, **given)
 
 
 @pytest.mark.parametrize("bucket", ["artifacts", "models", "backups"])
@@ -59,6 +54,56 @@ def test_role_reads_and_writes_the_objects_of_its_buckets(server: Server, role: 
     assert role.get_object(Bucket=name, Key="of-the-role")["Body"].read() == b"kept"
     assert "of-the-role" in [each["Key"] for each in role.list_objects_v2(Bucket=name)["Contents"]]
     role.delete_object(Bucket=name, Key="of-the-role")
+
+
+@pytest.fixture(scope="module")
+def mlflow_keys(server: Server, cloud: LocalCloud) -> dict[str, str]:
+    """What MLflow's processes sign with."""
+    done = cloud.exec(server.instance_id, ["cat", "/run/mlflow-host/server-credentials.json"])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    names = {"aws_access_key_id": "AccessKeyId", "aws_secret_access_key": "SecretAccessKey"}
+    return {ours: found[theirs] for ours, theirs in {**names, "aws_session_token": "SessionToken"}.items()}
+
+
+def test_mlflow_reaches_objects_of_two_buckets_and_not_the_backups(
+    server: Server, cloud: LocalCloud, role: Any, mlflow_keys: dict[str, str]
+) -> None:
+    once = Config(s3={"addressing_style": "path"}, retries={"max_attempts": 1})
+    mlflow = cloud.client("s3", config=once, **mlflow_keys)
+    for bucket in ("artifacts", "models"):
+        mlflow.put_object(Bucket=server.buckets[bucket], Key="of-mlflow", Body=b"kept")
+        assert mlflow.get_object(Bucket=server.buckets[bucket], Key="of-mlflow")["Body"].read() == b"kept"
+        mlflow.delete_object(Bucket=server.buckets[bucket], Key="of-mlflow")
+    backups = {"Bucket": server.buckets["backups"], "Key": "dumps/secret"}
+    role.put_object(**backups, Body=b"everybody's runs")
+    for refused in (
+        lambda: mlflow.get_object(**backups),
+        lambda: mlflow.put_object(**backups, Body=b"planted"),
+        lambda: mlflow.delete_object(**backups),
+        lambda: mlflow.list_objects_v2(Bucket=backups["Bucket"]),
+    ):
+        with pytest.raises(ClientError) as error:
+            refused()
+        assert error.value.response["Error"]["Code"] == "AccessDenied"
+    role.delete_object(**backups)
+
+
+def test_mlflow_reads_no_parameter_and_becomes_no_other_role(
+    server: Server, cloud: LocalCloud, mlflow_keys: dict[str, str]
+) -> None:
+    sts = cloud.client("sts", **mlflow_keys)
+    caller = sts.get_caller_identity()["Arn"]
+    assert caller.endswith("/mlflow-server")
+    roles = [each["Arn"] for each in cloud.client("iam").list_roles()["Roles"]]
+    for refused in (
+        lambda: cloud.client("ssm", **mlflow_keys).get_parameter(Name="/mlflow-ami/rehearsal/credentials"),
+        lambda: cloud.client("ssm", **mlflow_keys).describe_parameters(),
+        *(lambda arn=arn: sts.assume_role(RoleArn=arn, RoleSessionName="probe") for arn in roles),
+    ):
+        with pytest.raises(ClientError) as error:
+            refused()
+        assert error.value.response["Error"]["Code"] in ("AccessDenied", "AccessDeniedException")
 
 
 @pytest.fixture
@@ -203,7 +248,7 @@ def test_role_reaches_no_machine_no_role_and_no_other_service(
     assert cloud.client("iam").list_role_policies(RoleName=role)["PolicyNames"] != []
 
 
-def test_credentials_that_were_tampered_with_are_nobodys(cloud: LocalCloud, given: dict[str, str]) -> None:
+def test_tampered_credentials_are_refused(cloud: LocalCloud, given: dict[str, str]) -> None:
     token = given["aws_session_token"]
     for wrong in ({"aws_session_token": token[:-8] + "AAAAAAAA"}, {"aws_session_token": "x"}):
         ssm = cloud.client("ssm", **{**given, **wrong})

@@ -10,8 +10,9 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
-from local_cloud import LocalCloud
-from servers import BUILD, Server
+
+from scripts.local_cloud import LocalCloud
+from tests.support.servers import BUILD, Server
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 

@@ -3,14 +3,15 @@
 import json
 
 import pytest
-from local_cloud import LocalCloud
 from mlflow import MlflowClient
-from servers import Server, describe_server, launch_server, script
+
+from scripts.local_cloud import LocalCloud
+from tests.support.servers import Server, describe_server, launch_server, script
 
 pytestmark = pytest.mark.machine
 
 
-def test_time_from_launch_to_first_answer_is_told(server: Server) -> None:
+def test_time_from_launch_to_first_response_is_logged(server: Server) -> None:
     assert server.seconds_to_first_answer is not None
     assert 0 < server.seconds_to_first_answer < 600
 
@@ -38,7 +39,9 @@ def test_up_again_changes_nothing(server: Server, cloud: LocalCloud) -> None:
         (None, {"allowedCidrs": "203.0.113.0/33", "instanceType": "m7g.large"}),
     ],
 )
-def test_all_mistakes_are_told_together_at_preview(server: Server, ami: str | None, settings: dict[str, str]) -> None:
+def test_all_mistakes_are_reported_together_at_preview(
+    server: Server, ami: str | None, settings: dict[str, str]
+) -> None:
     arguments = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     done = script("rehearse.py", "preview", "--ami", ami or server.ami_id, *arguments, expect=2)
     for part in [*settings, *([ami] if ami else []), *settings.values()]:
@@ -54,7 +57,7 @@ def test_status_is_one_json_document(server: Server) -> None:
 
 
 def test_server_runs_the_release_that_the_lock_file_names(server: Server, client: MlflowClient) -> None:
-    from servers import REPOSITORY
+    from tests.support.servers import REPOSITORY
 
     lock = (REPOSITORY / "provisioning" / "requirements.lock").read_text()
     assert f"\nmlflow=={server.mlflow_version} " in lock

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_cloud import LocalCloud, LocalCloudError
+
+from scripts.local_cloud import LocalCloud, LocalCloudError
 
 ANYONE = "0.0.0.0/0"
 

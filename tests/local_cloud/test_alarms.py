@@ -9,8 +9,9 @@ from typing import Any
 
 import boto3
 import pytest
-from local_cloud import alarms
 from moto import mock_aws
+
+from scripts.local_cloud import alarms
 
 REGION = "eu-central-1"
 WATCHED: dict[str, Any] = {"Namespace": "ours", "MetricName": "Full", "Dimensions": [{"Name": "Volume", "Value": "v"}]}
@@ -44,7 +45,7 @@ def state(aws: Any) -> str:
     return str(aws("cloudwatch").describe_alarms()["MetricAlarms"][0]["StateValue"])
 
 
-def test_an_alarm_follows_its_metric_and_tells_its_topic_once_a_change(aws: Any, topic: str) -> None:
+def test_alarm_follows_its_metric_and_notifies_once_per_change(aws: Any, topic: str) -> None:
     queue = aws("sqs").create_queue(QueueName="inbox")["QueueUrl"]
     arn = aws("sqs").get_queue_attributes(QueueUrl=queue, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
     aws("sns").subscribe(TopicArn=topic, Protocol="sqs", Endpoint=arn)
@@ -64,7 +65,7 @@ def test_an_alarm_follows_its_metric_and_tells_its_topic_once_a_change(aws: Any,
     ]
 
 
-def test_what_is_older_than_the_periods_does_not_count(aws: Any, topic: str) -> None:
+def test_older_data_does_not_count(aws: Any, topic: str) -> None:
     put_alarm(aws, topic)
     tell(aws, 99, ago=310)
     alarms.settle()
@@ -83,7 +84,7 @@ def test_a_period_without_data_counts_as_the_alarm_says(aws: Any, topic: str, mi
     assert state(aws) == expected
 
 
-def test_as_many_periods_have_to_be_bad_as_it_says(aws: Any, topic: str) -> None:
+def test_alarm_needs_the_configured_number_of_periods(aws: Any, topic: str) -> None:
     put_alarm(aws, topic, EvaluationPeriods=3, DatapointsToAlarm=2, Statistic="Average")
     for ago, value in ((0, 99.0), (310, 10.0), (610, 80.0)):
         tell(aws, value, ago)

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from leftovers import leftovers, running_processes
-from local_cloud import LocalCloud
+
+from scripts.local_cloud import LocalCloud
+from tests.support.leftovers import leftovers, running_processes
 
 from .conftest import Account, create_key_pair, wait_until
 
@@ -122,7 +123,7 @@ def test_machines_outlive_a_killed_daemon_and_are_taken_over(other: LocalCloud, 
     own.wait_state(instance, "stopped")
 
 
-def test_what_a_client_was_told_is_on_disk_when_the_daemon_is_killed(other: LocalCloud, own: Account) -> None:
+def test_acknowledged_changes_survive_a_killed_daemon(other: LocalCloud, own: Account) -> None:
     for number in range(5):
         other.client("ssm").put_parameter(Name=f"/told/{number}", Value=str(number), Type="String")
         kill_daemon(other)
@@ -152,7 +153,7 @@ def test_down_after_everything_was_killed_leaves_nothing(other: LocalCloud, own:
     assert other.client("s3").get_object(Bucket="kept", Key="object")["Body"].read() == b"second"
 
 
-def test_purge_leaves_nothing_at_all(other: LocalCloud, own: Account) -> None:
+def test_purge_deletes_everything(other: LocalCloud, own: Account) -> None:
     instance = own.launch(wait=False)
     own.wait_state(instance, "running")
     number, run_dir = other.allotment.number, other.allotment.run_dir

@@ -28,7 +28,7 @@ def test_key_pair_opens_ssh_for_the_login_user(account: Account, machine: str) -
     assert account.ssh(machine, "sudo id -un").stdout.strip() == "root"
 
 
-def test_machine_reaches_the_world_and_not_the_hosts_loopback(account: Account, machine: str) -> None:
+def test_machine_reaches_the_internet_and_not_the_hosts_loopback(account: Account, machine: str) -> None:
     account.run(machine, "getent hosts deb.debian.org")
     refused = account.cloud.exec(
         machine, ["curl", "-s", "--max-time", "3", f"http://{account.cloud.allotment.inner_address}:9333"]
@@ -78,7 +78,7 @@ def test_poweroff_from_inside_stops_the_instance(account: Account) -> None:
     assert reason == "Client.InstanceInitiatedShutdown"
 
 
-def test_poweroff_from_inside_terminates_when_asked_to(account: Account) -> None:
+def test_poweroff_from_inside_terminates_if_configured(account: Account) -> None:
     instance = account.launch(InstanceInitiatedShutdownBehavior="terminate")
     account.cloud.exec(instance, ["systemctl", "poweroff", "--no-block"])
     account.wait_state(instance, "terminated")
@@ -105,7 +105,7 @@ def test_forced_stop_is_a_crash(account: Account) -> None:
     assert "Reached target" not in last.splitlines()[-1]
 
 
-def test_console_output_tells_the_boot(account: Account, machine: str) -> None:
+def test_console_output_contains_the_boot(account: Account, machine: str) -> None:
     output = account.ec2.get_console_output(InstanceId=machine)["Output"]
     assert "Welcome to" in output
     assert "Reached target" in output
@@ -125,7 +125,7 @@ def test_machine_that_stops_can_be_terminated(account: Account) -> None:
     account.wait_state(instance, "terminated")
 
 
-def test_retried_launch_starts_nothing_twice(account: Account) -> None:
+def test_retried_launch_starts_one_machine(account: Account) -> None:
     first = account.launch(wait=False, ClientToken="the same call")
     again = account.launch(wait=False, ClientToken="the same call")
     other = account.launch(wait=False, ClientToken="another call")

@@ -107,7 +107,7 @@ def test_answers_agree_with_the_api(account: Account, instance: str) -> None:
     assert described["PrivateIpAddress"] in account.run(instance, "ip -brief address")
 
 
-def test_new_public_address_is_told(account: Account, instance: str) -> None:
+def test_metadata_has_the_new_public_address(account: Account, instance: str) -> None:
     allocation, address = account.elastic_address()
     association = account.ec2.associate_address(AllocationId=allocation, InstanceId=instance)["AssociationId"]
     assert ask(account, instance, "meta-data/public-ipv4") == address
@@ -155,7 +155,7 @@ def test_role_credentials_open_what_the_role_may_and_nothing_else(account: Accou
             getattr(s3, call)(**arguments)
 
 
-def test_apis_know_the_role_as_the_one_who_asks(account: Account, instance: str, role: str) -> None:
+def test_apis_identify_the_role(account: Account, instance: str, role: str) -> None:
     arn = session(account, instance, role, "sts").get_caller_identity()["Arn"]
     assert arn == f"arn:aws:sts::123456789012:assumed-role/{role}/{instance}"
 

@@ -172,13 +172,21 @@ def test_a_thousand_idle_connections_leave_room_for_others(account: Account, web
 def test_object_store_and_apis_have_the_hosts_addresses_inside(account: Account, web: str) -> None:
     cloud = account.cloud
     assert account.run(web, f"curl -s -o /dev/null -w '%{{http_code}}' {cloud.s3_endpoint}/healthz") == "200"
-    assert account.run(web, f"curl -s -o /dev/null -w '%{{http_code}}' {cloud.endpoint}/moto-api/") == "200"
+    assert account.run(web, f"curl -s -o /dev/null -w '%{{http_code}}' {cloud.endpoint}/") == "403"
+
+
+def test_machines_trust_the_object_stores_authority(account: Account, web: str) -> None:
+    assert account.cloud.s3_endpoint.startswith("https://")
+    bundle = "/etc/ssl/certs/ca-certificates.crt"
+    for environment in ("systemd-run -q --wait --pipe env", "env"):
+        assert f"AWS_CA_BUNDLE={bundle}" in account.run(web, environment).splitlines()
+    account.run(web, f"curl -sf --cacert {bundle} {account.cloud.s3_endpoint}/healthz")
 
 
 def test_ports_are_back_after_the_forwarder_died(account: Account, web: str) -> None:
     daemon = (account.cloud.places.root / "daemon.pid").read_text()
     started_by_daemon = subprocess.check_output(
-        ["pgrep", "--parent", daemon, "--full", "local_cloud.forward"], text=True
+        ["pgrep", "--parent", daemon, "--full", "local_cloud.port_forwarder"], text=True
     )
     os.kill(int(started_by_daemon), signal.SIGKILL)
     wait_until(lambda: reachable(account.address(web), 80), 20, "port 80 stayed closed")

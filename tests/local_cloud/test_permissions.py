@@ -9,7 +9,8 @@ from typing import Any
 import boto3
 import pytest
 from botocore.awsrequest import AWSPreparedRequest
-from local_cloud import permissions, roles
+
+from scripts.local_cloud import permissions, roles
 
 REGION = "eu-central-1"
 HERE = "http://127.0.0.1:9"
@@ -49,7 +50,7 @@ def sent(service: str, operation: str, **arguments: Any) -> permissions.Request:
 
 
 def as_daemon_reads(request: AWSPreparedRequest) -> permissions.Request:
-    from local_cloud.daemon import _parse
+    from scripts.local_cloud.api import parse
 
     headers = {
         name: value.decode() if isinstance(value, bytes) else str(value) for name, value in request.headers.items()
@@ -59,7 +60,7 @@ def as_daemon_reads(request: AWSPreparedRequest) -> permissions.Request:
     path, _, query = (request.url or "").removeprefix(HERE).partition("?")
     environ |= {"PATH_INFO": path, "QUERY_STRING": query}
     body = request.body.encode() if isinstance(request.body, str) else bytes(request.body or b"")
-    return permissions.read(environ, body, *_parse(environ, body))
+    return permissions.read(environ, body, *parse(environ, body))
 
 
 def refused(request: permissions.Request, *statements: dict[str, Any]) -> permissions.Denial | None:
@@ -129,7 +130,7 @@ def test_metrics_go_into_the_namespace_that_the_condition_names() -> None:
     assert refused(sent("cloudwatch", "put_metric_data", Namespace="AWS/EC2", MetricData=[]), statement)
 
 
-def test_anybody_may_ask_who_he_is() -> None:
+def test_get_caller_identity_is_always_allowed() -> None:
     assert refused(sent("sts", "get_caller_identity"), deny("*")) is None
 
 

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
-from recording_cloud import RecordingCloud, Thing, engine_of, opts, up
-from rehearsal import state
-from rehearsal.engine import Engine
-from rehearsal.errors import ApplyError, Interrupted, StateError
-from rehearsal.state import Resource, State
-from rehearsal.values import Secret
+
+from scripts.rehearsal import state
+from scripts.rehearsal.engine import Engine
+from scripts.rehearsal.errors import ApplyError, Interrupted, StateError
+from scripts.rehearsal.state import Resource, State
+from scripts.rehearsal.wire import Secret
+from tests.support.recording_cloud import RecordingCloud, Thing, engine_of, opts, up
 
 
 def three() -> None:
@@ -22,7 +23,7 @@ def replaced(fixed: str) -> None:
     Thing("user", on=base.address)
 
 
-def test_after_a_failure_the_rest_is_not_tried_and_the_next_run_makes_just_that() -> None:
+def test_run_after_a_failure_creates_only_the_missing_resources() -> None:
     cloud, current = RecordingCloud(failing={("create", "two")}), State()
     with pytest.raises(ApplyError, match="two: Create failed with Broken: no create today"):
         up(cloud, current, three)
@@ -33,7 +34,7 @@ def test_after_a_failure_the_rest_is_not_tried_and_the_next_run_makes_just_that(
     assert len(cloud.things) == 3
 
 
-def test_a_failure_between_deleting_and_creating_is_made_good() -> None:
+def test_failure_between_delete_and_create_is_completed_by_the_next_run() -> None:
     cloud, current = RecordingCloud(), State()
     up(cloud, current, lambda: replaced("a"))
     cloud.failing = {("create", "base")}
@@ -46,7 +47,7 @@ def test_a_failure_between_deleting_and_creating_is_made_good() -> None:
     assert cloud.verbs() == ["create base", "create user"]
 
 
-def test_an_old_half_that_could_not_be_deleted_is_deleted_by_the_next_run() -> None:
+def test_failed_deletion_of_a_replaced_resource_is_repeated() -> None:
     cloud, current = RecordingCloud(), State()
     up(cloud, current, lambda: Thing("one", fixed="a") and None)
     cloud.failing = {("delete", "one")}
@@ -60,7 +61,7 @@ def test_an_old_half_that_could_not_be_deleted_is_deleted_by_the_next_run() -> N
     assert [each["fixed"] for each in cloud.things.values()] == ["b"]
 
 
-def test_an_interrupt_lets_the_operation_under_way_finish() -> None:
+def test_interrupt_waits_for_the_current_operation() -> None:
     cloud, current = RecordingCloud(), State()
     engines: list[Engine] = []
 
@@ -70,10 +71,10 @@ def test_an_interrupt_lets_the_operation_under_way_finish() -> None:
 
     cloud.on_call = interrupt
     engines.append(engine_of(cloud, current))
-    from rehearsal import program
+    from scripts.rehearsal import program_runner
 
     with pytest.raises(Interrupted):
-        program.run(
+        program_runner.run(
             three,
             engines[0],
             {},
@@ -93,7 +94,7 @@ class Killed(BaseException):
     """Stands in for SIGKILL: nothing after it runs."""
 
 
-def test_a_creation_that_was_killed_after_the_cloud_had_done_it_is_adopted(tmp_path: Path) -> None:
+def test_creation_killed_after_its_call_is_adopted(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     cloud = RecordingCloud()
     engine = engine_of(cloud, State())
@@ -109,12 +110,14 @@ def test_a_creation_that_was_killed_after_the_cloud_had_done_it_is_adopted(tmp_p
     cloud.create(engine.aws, thing.inputs)  # and here the process dies
     cloud.verbs()
 
+    (told,) = engine_of(cloud, state.load(path)).recover()
+    assert "one-1 exists and is adopted (Pulumi would require `pulumi import`)" in told
     up(cloud, state.load(path), lambda: Thing("one") and None)
     assert cloud.verbs() == []
     assert len(cloud.things) == 1
 
 
-def test_a_creation_that_was_killed_before_the_cloud_did_it_is_told_and_done(tmp_path: Path) -> None:
+def test_creation_killed_before_its_call_is_reported_and_repeated(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     cloud = RecordingCloud()
     engine = engine_of(cloud, State())
@@ -136,7 +139,7 @@ def test_the_state_is_saved_around_every_operation() -> None:
     assert seen == sorted(set(seen))
 
 
-def test_a_saved_state_reads_back_is_private_and_hides_secrets(tmp_path: Path) -> None:
+def test_saved_state_is_private_and_encrypts_secrets(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     written = State(
         resources=[Resource("urn:a", "t", "1", inputs={"a": {"b": [Secret("hush"), 1]}}, protect=True)],
@@ -151,7 +154,7 @@ def test_a_saved_state_reads_back_is_private_and_hides_secrets(tmp_path: Path) -
     assert [each.name for each in tmp_path.iterdir() if "new" in each.name] == []
 
 
-def test_a_state_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+def test_invalid_state_file_is_one_error_sentence(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     path.write_text("{")
     with pytest.raises(StateError, match="down --purge"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import ssl
 import subprocess
@@ -26,18 +25,12 @@ NAME = "rehearsal-tests"
 @pytest.fixture(scope="module")
 def stack_of_our_own(cloud: Any, image: Mapping[str, Any]) -> Iterator[str]:
     """The AMI to launch; the stack made of it is deleted with its data at the end."""
-    from rehearsal import stack, state
+    from scripts.rehearsal import stack
+    from tests.support.servers import own_stack
 
-    before = os.environ.get(stack.NAMED_BY)
-    os.environ[stack.NAMED_BY] = NAME
-    try:
+    with own_stack(cloud, NAME):
         yield image["ami_id"]
-    finally:
-        with stack.exclusive():
-            current = state.load(stack.state_path())
-            stack.destroy(cloud, stack.clients(cloud), current, say=print, done=lambda step: None)
-        assert not stack.state_path().exists()
-        os.environ.pop(stack.NAMED_BY) if before is None else os.environ.update({stack.NAMED_BY: before})
+    assert NAME not in stack.state_paths()
 
 
 def rehearse(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -111,7 +104,7 @@ def test_launch_leave_alone_replace_interrupt_and_go_on(stack_of_our_own: str) -
     assert call(back, f"experiments/get?experiment_id={experiment}")["experiment"]["name"] == "kept"
 
 
-def test_reaching_into_the_machine(stack_of_our_own: str) -> None:
+def test_ssh_and_logs_reach_the_machine(stack_of_our_own: str) -> None:
     status = json.loads(rehearse("status", "--json").stdout)
     assert status["state"] == "ready"
     assert rehearse("ssh", "cat", "/etc/mlflow-host/launch.toml").stdout.startswith("format = 1")

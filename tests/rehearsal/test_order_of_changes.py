@@ -2,11 +2,12 @@
 
 import pulumi
 import pytest
-from recording_cloud import RecordingCloud, Thing, engine_of, opts, up
-from rehearsal import program
-from rehearsal.errors import ApplyError
-from rehearsal.state import State
-from rehearsal.values import Secret, reveal
+
+from scripts.rehearsal import program_runner
+from scripts.rehearsal.errors import ApplyError
+from scripts.rehearsal.state import State
+from scripts.rehearsal.wire import Secret, reveal
+from tests.support.recording_cloud import RecordingCloud, Thing, engine_of, opts, up
 
 
 def chain(fixed: str, *, first: bool = False) -> None:
@@ -37,7 +38,7 @@ def test_the_same_program_again_changes_nothing() -> None:
     assert engine.idle
 
 
-def test_a_replacement_is_created_before_the_old_one_is_deleted_and_dependents_move_over() -> None:
+def test_replacement_is_created_before_deletion_and_dependents_are_updated() -> None:
     cloud, state = RecordingCloud(), State()
     up(cloud, state, lambda: chain("a"))
     cloud.verbs()
@@ -53,7 +54,7 @@ def test_a_replacement_is_created_before_the_old_one_is_deleted_and_dependents_m
     assert all(each["on"] in addresses for each in cloud.things.values() if "on" in each)
 
 
-def test_deleting_first_takes_along_in_reverse_what_would_be_replaced_and_nothing_else() -> None:
+def test_delete_before_replace_deletes_dependents_in_reverse_order() -> None:
     cloud, state = RecordingCloud(), State()
     up(cloud, state, lambda: chain("a", first=True))
     cloud.verbs()
@@ -68,7 +69,7 @@ def test_deleting_first_takes_along_in_reverse_what_would_be_replaced_and_nothin
     ]
 
 
-def test_a_name_the_program_chose_is_freed_before_it_is_taken_again() -> None:
+def test_resource_with_a_chosen_name_is_deleted_before_its_replacement() -> None:
     cloud, state = RecordingCloud(), State()
     up(cloud, state, lambda: Thing("named", label="chosen", fixed="a") and None)
     cloud.verbs()
@@ -76,7 +77,7 @@ def test_a_name_the_program_chose_is_freed_before_it_is_taken_again() -> None:
     assert cloud.verbs() == ["delete named", "create named"]
 
 
-def test_a_dependent_that_would_only_be_updated_survives_the_deletion_of_what_it_uses() -> None:
+def test_dependent_that_only_needs_an_update_is_not_deleted() -> None:
     def body(fixed: str) -> None:
         base = Thing("base", fixed=fixed, opts=opts(delete_before_replace=True))
         Thing("user", size=base.address)
@@ -88,7 +89,7 @@ def test_a_dependent_that_would_only_be_updated_survives_the_deletion_of_what_it
     assert cloud.verbs() == ["delete base", "create base", "update user"]
 
 
-def test_what_the_program_no_longer_registers_goes_last_dependents_first() -> None:
+def test_unregistered_resources_are_deleted_last_dependents_first() -> None:
     cloud, state = RecordingCloud(), State()
     up(cloud, state, lambda: chain("a"))
     cloud.verbs()
@@ -153,7 +154,7 @@ def test_an_alias_keeps_a_renamed_resource() -> None:
     assert [each.name for each in state.resources if each.custom] == ["new"]
 
 
-def test_a_preview_tells_the_plan_and_does_nothing() -> None:
+def test_preview_returns_the_plan_and_changes_nothing() -> None:
     cloud, state = RecordingCloud(), State()
     plan = up(cloud, state, lambda: chain("a"), dry_run=True)
     assert [each.operation for each in plan.steps] == ["create"] * 4
@@ -166,7 +167,7 @@ def test_a_preview_tells_the_plan_and_does_nothing() -> None:
     assert cloud.things == before
 
 
-def test_values_not_known_before_an_apply_do_not_run_the_programs_code_in_a_preview() -> None:
+def test_unknown_values_skip_apply_callbacks_in_a_preview() -> None:
     seen: list[str] = []
 
     def body() -> None:
@@ -179,7 +180,7 @@ def test_values_not_known_before_an_apply_do_not_run_the_programs_code_in_a_prev
     assert seen == ["at-one-1"]
 
 
-def test_what_disappeared_from_the_cloud_is_made_anew() -> None:
+def test_deleted_resource_is_created_again() -> None:
     cloud, state = RecordingCloud(), State()
     up(cloud, state, lambda: chain("a"))
     cloud.verbs()
@@ -189,7 +190,7 @@ def test_what_disappeared_from_the_cloud_is_made_anew() -> None:
     assert cloud.verbs() == ["create user", "create reader", "delete reader"]
 
 
-def test_outputs_and_secrets_reach_the_state_marked() -> None:
+def test_secret_outputs_are_marked_in_the_state() -> None:
     def body() -> None:
         one = Thing("one", word=pulumi.Output.secret("hush"))
         pulumi.export("address", one.address)
@@ -205,14 +206,14 @@ def test_outputs_and_secrets_reach_the_state_marked() -> None:
     assert reveal(engine.outputs)["word"] == "hush"
 
 
-def test_a_program_that_refuses_its_settings_is_quoted_and_nothing_is_deleted() -> None:
+def test_refusal_of_the_program_is_quoted_and_deletes_nothing() -> None:
     def refusing() -> None:
         raise pulumi.RunError("There are 2 mistakes; nothing was changed:\n  - a\n  - b")
 
     cloud, state = RecordingCloud(), State()
     up(cloud, state, lambda: chain("a"))
     before = dict(cloud.things)
-    with pytest.raises(program.ProgramError) as refused:
+    with pytest.raises(program_runner.ProgramError) as refused:
         up(cloud, state, refusing)
     assert str(refused.value) == "There are 2 mistakes; nothing was changed:\n  - a\n  - b"
     assert cloud.things == before
@@ -227,7 +228,7 @@ def test_two_resources_of_one_name_are_refused() -> None:
         up(RecordingCloud(), State(), body)
 
 
-def test_a_type_the_rehearsal_does_not_know_is_named() -> None:
+def test_unknown_resource_type_is_named() -> None:
     class Exotic(pulumi.CustomResource):
         def __init__(self) -> None:
             super().__init__("aws:exotic:Thing", "one", {})
@@ -236,7 +237,7 @@ def test_a_type_the_rehearsal_does_not_know_is_named() -> None:
         up(RecordingCloud(), State(), lambda: Exotic() and None, dry_run=True)
 
 
-def test_a_look_up_that_fails_can_be_caught_by_the_program() -> None:
+def test_program_can_catch_a_failed_data_source() -> None:
     caught: list[str] = []
 
     def body() -> None:
@@ -248,6 +249,8 @@ def test_a_look_up_that_fails_can_be_caught_by_the_program() -> None:
 
     cloud = RecordingCloud()
     engine = engine_of(cloud, State())
-    program.run(body, engine, {}, project="test", stack_name="dev", config={}, secret_keys=[], on_log=lambda text: None)
+    program_runner.run(
+        body, engine, {}, project="test", stack_name="dev", config={}, secret_keys=[], on_log=lambda text: None
+    )
     assert caught and "getNothing" in caught[0]
     assert cloud.verbs() == ["create one"]

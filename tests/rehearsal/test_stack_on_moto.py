@@ -4,53 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import boto3
 import pytest
-from local_cloud import hosted_zones
 from moto.route53 import models
-from moto.server import ThreadedMotoServer
-from rehearsal import program, stack
-from rehearsal.engine import Engine
-from rehearsal.kinds import Aws
-from rehearsal.lookups import LOOKUPS
-from rehearsal.resources import KINDS
-from rehearsal.state import State
-from rehearsal.values import reveal
 
-REGION = "eu-central-1"
-FACTS = {
-    "format": "1",
-    "git-commit": "0" * 40,
-    "source-ami": "ami-0123456789abcdef0",
-    "mlflow-version": "3.17.2",
-    "migration-head": "dc11669786a5",
-    "migration-count": "67",
-    "postgresql-major": "15",
-}
+from scripts.local_cloud import hosted_zones
+from scripts.local_cloud.base_images import BASES
+from scripts.rehearsal import program_runner, stack
+from scripts.rehearsal.data_sources import LOOKUPS
+from scripts.rehearsal.engine import Engine
+from scripts.rehearsal.errors import ApplyError, Refused
+from scripts.rehearsal.resource_types import Aws
+from scripts.rehearsal.resources import KINDS
+from scripts.rehearsal.state import State
+from scripts.rehearsal.state import save as save_state
+from scripts.rehearsal.wire import reveal
+from tests.support.moto_cloud import FACTS, REGION, moto_cloud
 
 
 @pytest.fixture(scope="module")
 def aws() -> Iterator[Aws]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    made: dict[str, Any] = {}
-
-    def client(service: str) -> Any:
-        if service not in made:
-            made[service] = boto3.client(  # type: ignore[call-overload]
-                service,
-                endpoint_url=f"http://{host}:{port}",
-                region_name=REGION,
-                aws_access_key_id="test",
-                aws_secret_access_key="test",
-            )
-        return made[service]
-
-    yield Aws(client, REGION)
-    server.stop()
+    with moto_cloud() as cloud:
+        yield Aws(cache(cloud.client), REGION)
 
 
 def image(aws: Aws, version: str) -> str:
@@ -68,7 +48,7 @@ def up(aws: Aws, state: State, ami: str, *, dry_run: bool = False, **settings: s
     engine = Engine(KINDS, aws, state, save=lambda now: None, dry_run=dry_run)
     engine.refresh()
     config = {"amiId": ami, "allowedCidrs": '["203.0.113.0/24"]', **settings}
-    program.run(
+    program_runner.run(
         stack.PROGRAM,
         engine,
         LOOKUPS,
@@ -86,7 +66,7 @@ def done(engine: Engine) -> list[str]:
     return [f"{each.operation} {each.type.split(':')[-1]}" for each in engine.steps if each.operation != "same"]
 
 
-def test_launch_again_upgrade_resize_and_destroy(aws: Aws) -> None:
+def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = State()
     first, second = image(aws, "20261122T101500Z"), image(aws, "20261123T101500Z")
     ec2 = aws.client("ec2")
@@ -114,6 +94,8 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws) -> None:
         assert s3.get_bucket_versioning(Bucket=bucket)["Status"] == "Enabled"
         assert s3.get_public_access_block(Bucket=bucket)["PublicAccessBlockConfiguration"]["BlockPublicPolicy"]
         assert s3.get_bucket_lifecycle_configuration(Bucket=bucket)["Rules"]
+        policy = json.loads(s3.get_bucket_policy(Bucket=bucket)["Policy"])
+        assert [each["Sid"] for each in policy["Statement"]] == ["OnlyTls", "OnlyCurrentTls"]
     secret = aws.client("ssm").get_parameter(Name=outputs["credentialsParameter"], WithDecryption=True)
     password = json.loads(secret["Parameter"]["Value"])["users"]["admin"]["password"]
     assert len(password) >= 12
@@ -122,9 +104,42 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws) -> None:
     # Again, and nothing happens.
     assert done(up(aws, state, first)) == []
 
+    # With another state, the machine and what it keeps are not made a second time.
+    with pytest.raises(ApplyError) as refused:
+        up(aws, State(), first, dry_run=True)
+    said = str(refused.value)
+    assert f"The data volume {outputs['dataVolumeId']} belongs to the stack moto" in said
+    [address] = ec2.describe_addresses(PublicIps=[outputs["publicIp"]])["Addresses"]
+    kept = [outputs["dataVolumeId"], *outputs["buckets"].values(), outputs["credentialsParameter"]]
+    for id_ in (*kept, address["AllocationId"]):
+        assert sum(line.endswith(f" {id_}") for line in said.splitlines()) == 1
+    assert f"aws ec2 stop-instances --region {REGION} --instance-ids {outputs['instanceId']}" in said
+
+    # What is to be restored is looked up in the bucket before the machine is replaced.
+    with pytest.raises(program_runner.ProgramError, match="the backups bucket holds no backup"):
+        up(aws, state, first, dry_run=True, restoreFrom="latest")
+    bucket, key = outputs["buckets"]["backups"], "dumps/20261122T013300Z-nightly-f4a9b2c7d1e6.dump"
+    stanza = "pgbackrest/backup/pg15-7-20261101T000000Z"
+    s3 = aws.client("s3")
+    policy = s3.get_bucket_policy(Bucket=bucket)["Policy"]
+    s3.delete_bucket_policy(Bucket=bucket)  # moto refuses by it whatever the condition says
+    for name in (key, f"{stanza}/backup.info", f"{stanza}/20261122-010000F/backup.manifest"):
+        s3.put_object(Bucket=bucket, Key=name, Body=b"")
+    for value in ("latest", key, "20261122-010000F", "2026-11-22T02:00:00Z"):
+        assert "replace Instance" in done(up(aws, state, first, dry_run=True, restoreFrom=value))
+    with pytest.raises(
+        program_runner.ProgramError, match=f"is base backups 20261122-010000F and dumps {key}; nothing was"
+    ):
+        up(aws, state, first, dry_run=True, restoreFrom="20200101-000000F")
+    for name in (key, f"{stanza}/backup.info", f"{stanza}/20261122-010000F/backup.manifest"):
+        [version] = s3.list_object_versions(Bucket=bucket, Prefix=name)["Versions"]
+        s3.delete_object(Bucket=bucket, Key=name, VersionId=version["VersionId"])
+    s3.put_bucket_policy(Bucket=bucket, Policy=policy)
+
     # Another image replaces the machine and nothing that holds data.
     upgrade = done(up(aws, state, second))
-    assert upgrade.index("delete VolumeAttachment") < upgrade.index("delete Instance")
+    # The attachment stops the machine, which answers at its address until then.
+    assert upgrade.index("delete VolumeAttachment") < upgrade.index("delete EipAssociation")
     assert upgrade.index("delete EipAssociation") < upgrade.index("delete Instance")
     assert upgrade.index("delete Instance") < upgrade.index("replace Instance")
     assert upgrade.index("replace Instance") < upgrade.index("replace VolumeAttachment")
@@ -132,7 +147,7 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws) -> None:
         f"{verb} {kind}"
         for verb in ("delete", "replace")
         for kind in ("Instance", "VolumeAttachment", "EipAssociation")
-    }
+    } | {"replace Tag"}  # of the image that is launched; the replaced one keeps its own
     after = reveal(state.outputs)
     assert after["instanceId"] != outputs["instanceId"]
     for kept in ("dataVolumeId", "buckets", "publicIp", "url", "credentialsParameter"):
@@ -149,24 +164,62 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws) -> None:
     # A machine that somebody terminated is launched again.
     ec2.terminate_instances(InstanceIds=[after["instanceId"]])
     again = done(up(aws, state, second, instanceType="t3.large", dataVolumeGib="30"))
-    assert again[:2] == ["create Instance", "create VolumeAttachment"]
+    launched = [each for each in again if "Alarm" not in each]  # one alarm watches the machine by its ID
+    assert launched[:3] == ["create Instance", "replace EipAssociation", "create VolumeAttachment"]
     [address] = ec2.describe_addresses(PublicIps=[outputs["publicIp"]])["Addresses"]
     assert address["InstanceId"] == reveal(state.outputs)["instanceId"]
 
-    for each in state.resources:
-        each.protect = False
-        each.inputs["forceDestroy"] = True
-    Engine(KINDS, aws, state, save=lambda now: None).delete(list(state.resources))
+    # What Pulumi and S3 refuse is said before it is done.
+    with pytest.raises(ApplyError, match="is protected"):
+        Engine(KINDS, aws, state, save=lambda now: None).delete(list(state.resources))
+    filled = outputs["buckets"]["models"]
+    aws.client("s3").delete_bucket_policy(Bucket=filled)  # moto refuses by it whatever the condition says
+    aws.client("s3").put_object(Bucket=filled, Key="kept", Body=b"x")
+    buckets = [each for each in state.resources if each.type == stack.BUCKET and each.id == filled]
+    with pytest.raises(ApplyError, match="BucketNotEmpty"):
+        lone = State(resources=[replace(each, protect=False) for each in buckets])
+        Engine(KINDS, aws, lone, save=lambda now: None).delete(list(lone.resources))
+    monkeypatch.setenv("MLFLOW_AMI_LOCAL_CLOUD", str(tmp_path))
+    save_state(stack.state_path(), state)
+    assert all(name in stack.refused_elsewhere()[0] for name in ("Bucket mlflow-backups", "Volume data", "Eip server"))
+    said: list[str] = []
+    cloud: Any = SimpleNamespace(region=REGION)
+
+    def archive(**_: Any) -> None:
+        aws.client("s3").put_object(Bucket=outputs["buckets"]["backups"], Key="last-segment", Body=b"x")
+
+    # PostgreSQL archives its last segment while the machine stops.
+    aws.client("s3").delete_bucket_policy(Bucket=outputs["buckets"]["backups"])
+    ec2.meta.events.register("before-call.ec2.TerminateInstances", archive)
+    stack.destroy(cloud, aws.client, state, say=said.append, done=lambda step: None)
+    assert "Pulumi refuses to delete what is protected" in said[0] and "Volume data" in said[0]
+    assert said[1].startswith(f"S3 refuses to delete {filled}, which holds objects")
+    assert len(said) == 2
     assert state.resources == []
+    assert not stack.state_path().exists() and stack.refused_elsewhere() == []
     assert aws.client("s3").list_buckets()["Buckets"] == []
     assert [each for each in ec2.describe_vpcs()["Vpcs"] if not each["IsDefault"]] == []
     states = [each["State"]["Name"] for r in ec2.describe_instances()["Reservations"] for each in r["Instances"]]
     assert set(states) == {"terminated"}
 
 
-def test_mistakes_come_out_together_in_the_programs_words(aws: Aws) -> None:
+def test_an_image_that_does_not_trust_the_local_s3_is_refused(aws: Aws) -> None:
+    ec2, base = aws.client("ec2"), BASES["debian12"]
+    for name, refused in ((base.series, True), (base.ami_name, False), ("somebody-elses", False)):
+        source = ec2.register_image(Name=name)["ImageId"]
+        ami = image(aws, f"of-{name}")
+        stack.require_trust(aws.client, ami)  # its source image is not known here
+        ec2.create_tags(Resources=[ami], Tags=[{"Key": stack.SOURCE, "Value": source}])
+        if refused:
+            with pytest.raises(Refused, match=r"bake it again with `scripts/bake\.py --local`"):
+                stack.require_trust(aws.client, ami)
+        else:
+            stack.require_trust(aws.client, ami)
+
+
+def test_all_mistakes_are_reported_with_the_programs_sentences(aws: Aws) -> None:
     state = State()
-    with pytest.raises(program.ProgramError) as refused:
+    with pytest.raises(program_runner.ProgramError) as refused:
         up(aws, state, "ami-00000000000000000", allowedCidrs='["everybody"]', instanceType="m7g.large", dry_run=True)
     text = str(refused.value)
     for part in ("everybody", "ami-00000000000000000"):
@@ -174,9 +227,7 @@ def test_mistakes_come_out_together_in_the_programs_words(aws: Aws) -> None:
     assert state.resources == []
 
 
-def test_the_address_of_a_domain_is_written_to_its_zone_and_goes_with_the_stack(
-    aws: Aws, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_domain_record_is_created_and_deleted_with_the_stack(aws: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "create_route53_zone_id", models.create_route53_zone_id)  # to be had back
     hosted_zones.install()
     state, route53 = State(), aws.client("route53")

@@ -1,6 +1,6 @@
-"""Asks MLflow's own tracking store and `DirectStore` for the same, each with a database of its own, and prints what
-both answered and wrote, as JSON. Clients' requests go to MLflow's Flask application, with `mlflow_host.direct_answers`
-before it where the store is ours. Runs under an interpreter that has one release of MLflow.
+"""Send the same calls to MLflow's own tracking store and to `DirectStore`, each with a database of its own, and print
+what both answered and wrote, as JSON. HTTP requests go to MLflow's Flask application, with the fast path's middleware
+in front of it where the store is ours. Runs under an interpreter that has one release of MLflow.
 
     python compare_stores.py URI_FOR_MLFLOWS URI_FOR_OURS SEED
 """
@@ -33,16 +33,17 @@ from mlflow.entities import (  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.server import app, handlers  # noqa: E402
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: E402
-from mlflow_host.direct_answers import ANSWERS, PREFIXES, answer_or_none  # noqa: E402
-from mlflow_host.direct_store import DirectStore  # noqa: E402
 from packaging.version import Version  # noqa: E402
 from sqlalchemy import text  # noqa: E402
 
+from mlflow_host.server.fast_path.app import ANSWERS, PREFIXES, answer_or_none  # noqa: E402
+from mlflow_host.server.fast_path.store import DirectStore  # noqa: E402
+
 Call = tuple[str, Callable[[SqlAlchemyStore, list[str]], Any]]
-"""What is asked, for people; and the asking, given the ids of the runs made so far."""
+"""(description, function that makes the call, given the IDs of the runs created so far)."""
 
 TIME = 1_700_000_000_000
-VALUES = (0.25, 1, -3.5, 0.0, 1e-300, 1e300, math.nan, math.inf, -math.inf, 5e-324, 0.1 + 0.2)
+VALUES = (0.25, 1, -3.5, 0.0, -0.0, 1e-300, 1e300, math.nan, math.inf, -math.inf, 5e-324, 0.1 + 0.2)
 KEYS = ("loss", "val/acc", "a b", "ü", "m-0", "m_1", "m.2")
 
 FILTERS = (
@@ -82,11 +83,11 @@ ORDERS = (
 
 
 REFUSES_SECOND_NAN = Version(mlflow.__version__) < Version("3.16")
-"""MLflow refused the whole of a batch with 400 when one of its NaNs was there already. Ours never does."""
+"""Older releases reject a batch with 400 if one of its NaN values is stored already; the fast path never does."""
 
 
 def metric(chance: random.Random) -> dict[str, Any]:
-    """As clients write it."""
+    """A metric as clients send it."""
     value, step = chance.choice(VALUES), chance.choice([-2, 0, 1, 2, 3])
     if math.isnan(value) and REFUSES_SECOND_NAN:
         step = chance.randrange(10, 10**9)
@@ -135,7 +136,7 @@ def runs_as_they_are_made(chance: random.Random) -> Iterator[Call]:
         *(good | {"start_time": TIME + 103 + n, "experiment_id": one} for n, one in enumerate(("2", "77", "abc", ""))),
         good | {"start_time": TIME + 107, "experiment_id": "01"},
         *(good | {"start_time": time} for time in (0, -1, "1700000000120", 1700000000121.0)),
-        # These begin at 0, too, and of two that do a search may tell either first: none looks there.
+        # These start at 0 too, and a search may return two such runs in either order, so no search includes them.
         *(good | {"start_time": time, "experiment_id": "4"} for time in (None, 2**70, 0.5, True)),
         good | {"start_time": TIME + 130, "run_name": "n" * 251},
         good | {"start_time": TIME + 131, "user_id": "u" * 300},
@@ -369,7 +370,7 @@ def histories() -> Iterator[Call]:
 
 
 def filled(fields: Any, runs: list[str]) -> Any:
-    """The ids of runs in the places of their numbers."""
+    """Replace run numbers such as <5> by the runs' IDs."""
     return json.loads(re.sub("<([0-9]+)>", lambda place: runs[int(place[1])], json.dumps(fields)))
 
 
@@ -382,7 +383,7 @@ def post(store: SqlAlchemyStore, path: str, fields: Any) -> tuple[int, Any]:
 
 
 def pages(store: SqlAlchemyStore, path: str, fields: Any) -> list[Any]:
-    """The answer, and those of the next pages."""
+    """The response, and those of the next pages."""
     found: list[Any] = []
     while len(found) < 12:
         by_get = path.startswith("metrics/")
@@ -395,13 +396,13 @@ def pages(store: SqlAlchemyStore, path: str, fields: Any) -> list[Any]:
 
 
 answered: Counter[str] = Counter()
-"""Requests that `mlflow_host.direct_answers` answered itself, and those that it left to MLflow, by path."""
+"""Number of requests by path that the fast path handled itself, and that it passed to MLflow."""
 
 
 def ask(
     store: SqlAlchemyStore, method: str, path: str, query: str = "", body: bytes = b"", kind: str = "application/json"
 ) -> tuple[int, Any]:
-    """Status and JSON that a client gets."""
+    """Status and JSON of a response."""
     if isinstance(store, DirectStore) and (answer := ANSWERS.get((method, f"/{path}"))):
         headers = [(b"host", b"localhost"), (b"content-type", kind.encode())]
         scope = {"method": method, "query_string": query.encode(), "headers": headers}
@@ -419,7 +420,7 @@ def transcript(store: SqlAlchemyStore, seed: int) -> list[str]:
     runs: list[str] = []
     lines = []
     for number, (what, call) in enumerate(calls(random.Random(seed))):
-        random.seed(number)  # of which MLflow makes names
+        random.seed(number)  # MLflow generates run names at random
         try:
             answer = call(store, runs)
             if what.startswith("create run") and answer[0] == 200:
@@ -429,7 +430,7 @@ def transcript(store: SqlAlchemyStore, seed: int) -> list[str]:
             said = f"{error.error_code}: {error.message}"
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
-        # Of a refusal of PostgreSQL's MLflow tells the whole statement, which has ids and times in it.
+        # MLflow's message about an error of PostgreSQL contains the statement, with IDs and times.
         said = said.split("[SQL:")[0]
         for place, run in enumerate(runs):
             said = said.replace(run, f"<run {place}>")
@@ -439,7 +440,7 @@ def transcript(store: SqlAlchemyStore, seed: int) -> list[str]:
 
 
 def shown(answer: Any) -> str:
-    """An answer in words that tell everything clients can see of it, in an order of its own where MLflow has none."""
+    """A response as text with everything that clients can see. Lists without a defined order are sorted."""
     if isinstance(answer, dict):
         return "{" + ", ".join(f"{key}: {shown(answer[key])}" for key in sorted(answer)) + "}"
     if isinstance(answer, (list, tuple)):
@@ -455,12 +456,13 @@ def shown(answer: Any) -> str:
 
 
 def tables(store: SqlAlchemyStore) -> dict[str, list[str]]:
-    """The rows of each table, with the runs' ids told by their names and times."""
+    """The rows of each table, with run IDs replaced by the runs' names and times."""
     named = "(select coalesce(name, '') || start_time from runs where run_uuid = t.run_uuid)"
     found = {}
     with store.engine.connect() as connection:
         for table in ("metrics", "latest_metrics", "params", "tags"):
-            asked = f"select {named}, to_jsonb(t) - 'run_uuid' from {table} t"
+            value = ", value::text" if table.endswith("metrics") else ""  # JSON has no -0
+            asked = f"select {named}, to_jsonb(t) - 'run_uuid'{value} from {table} t"
             found[table] = sorted(map(str, connection.execute(text(asked))))
         location = "jsonb_build_object('artifact_uri', replace(artifact_uri, run_uuid, ''))"
         asked = f"select to_jsonb(t) - 'run_uuid' - 'deleted_time' || {location} from runs t"
@@ -469,7 +471,7 @@ def tables(store: SqlAlchemyStore) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    logging.disable()  # Flask tells of every 500
+    logging.disable()  # Flask logs every response with status 500
     own_uri, direct_uri, seed = sys.argv[1:]
     own = SqlAlchemyStore(own_uri, "mlflow-artifacts:/")
     direct = DirectStore(direct_uri, "mlflow-artifacts:/")

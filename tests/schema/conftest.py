@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from schema.journey import Journey, journey
-from schema.private_cluster import PrivateCluster, private_cluster
+
+from tests.schema.journey import Journey, journey
+from tests.schema.private_cluster import PrivateCluster, private_cluster
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def server() -> Iterator[PrivateCluster]:
 
 @pytest.fixture
 def on_the_way(server: PrivateCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Journey]:
-    """In a process that used MLflow before, which leaves the experiment it used in the environment."""
+    """A journey in a process whose environment names an experiment of another server, as MLflow's client leaves it."""
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "999999")
     with journey(server.cluster, tmp_path) as started:
         yield started

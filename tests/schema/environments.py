@@ -1,8 +1,8 @@
-"""Environments with one release of MLflow each, standing in for the images that would carry them.
+"""Python environments with one release of MLflow each: stand-ins for images of those releases.
 
-The last eight minor releases that the package index has, newest patch of each, made by uv on first use and kept
-outside the repository. `mlflow-skinny` is the smallest package that has MLflow's stores; a release whose
-`mlflow-skinny` the index lacks is taken from the `mlflow` wheel, which has the same modules.
+They hold the newest patch of each of the last eight minor releases in the package index. uv creates them on first use,
+outside the repository. `mlflow-skinny` is the smallest package with MLflow's stores; for a release without it in the
+index, the `mlflow` wheel is installed, which has the same modules.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from mlflow_host.schema.release import Image
+from mlflow_host.schema.release import ImageSchema
 from mlflow_host.schema.revisions import known_revisions
 
 STORES_NEED = ("sqlalchemy", "alembic", "psycopg2-binary", "pandas", "graphene", "flask", "cryptography", "huey")
+SERVERS_NEED = ("flask-cors", "boto3", "httptools", "uvloop", "jinja2", "aiohttp", "docker")
+"""Additional packages of a server that is installed like the image's."""
 RELEASES = 8
 
 
@@ -33,7 +35,7 @@ def folder() -> Path:
 
 @cache
 def releases() -> tuple[str, ...]:
-    """The newest patch of each of the last eight minor releases, oldest first; asked of the index once a day."""
+    """The newest patch of each of the last eight minor releases, oldest first. Queries the index once a day."""
     remembered = folder() / "releases.json"
     day = 24 * 3600
     if not remembered.exists() or remembered.stat().st_mtime < _now() - day:
@@ -51,34 +53,43 @@ def releases() -> tuple[str, ...]:
     return tuple(".".join(map(str, newest[minor])) for minor in sorted(newest)[-RELEASES:])
 
 
-def image(version: str) -> Image:
-    """What an image with that release would say of itself."""
+def image(version: str) -> ImageSchema:
+    """The facts of an image with that release."""
     python = environment(version)
     chain = known_revisions(python)
-    return Image(python, chain[-1], len(chain), version, f"stand-in-{version}")
+    return ImageSchema(python, chain[-1], len(chain), version, f"stand-in-{version}")
 
 
 def environment(version: str) -> Path:
-    """The interpreter of an environment with that release; idempotent, and safe to call side by side."""
-    home = folder() / f"mlflow-{version}"
+    """The interpreter of an environment with that release. Idempotent; a lock makes parallel calls safe."""
+    return _environment(f"mlflow-{version}", version, STORES_NEED)
+
+
+def server_environment(version: str) -> Path:
+    """Like `environment`, with SERVERS_NEED too."""
+    return _environment(f"mlflow-server-{version}", version, (*STORES_NEED, *SERVERS_NEED))
+
+
+def _environment(name: str, version: str, packages: tuple[str, ...]) -> Path:
+    home = folder() / name
     python = home / "bin" / "python"
-    with (folder() / f".mlflow-{version}.lock").open("w") as lock:
+    with (folder() / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (home / "complete").exists():
             shutil.rmtree(home, ignore_errors=True)
-            _make(version, home, python)
+            _make(version, home, python, packages)
             (home / "complete").touch()
     return python
 
 
-def _make(version: str, home: Path, python: Path) -> None:
+def _make(version: str, home: Path, python: Path, packages: tuple[str, ...]) -> None:
     interpreter = f"{sys.version_info.major}.{sys.version_info.minor}"
     _uv("venv", "--quiet", "--python", interpreter, str(home))
     install = ("pip", "install", "--quiet", "--compile-bytecode", "--python", str(python))
     try:
-        _uv(*install, f"mlflow-skinny=={version}", *STORES_NEED)
+        _uv(*install, f"mlflow-skinny=={version}", *packages)
     except subprocess.CalledProcessError:
-        _uv(*install, "mlflow-skinny", *STORES_NEED)
+        _uv(*install, "mlflow-skinny", *packages)
         _uv("pip", "uninstall", "--quiet", "--python", str(python), "mlflow-skinny")
         _uv(*install, "--no-deps", f"mlflow=={version}")
 

@@ -1,5 +1,5 @@
-"""A database's way through releases of MLflow: at each stop the step brings it to that release, the release writes,
-and everything that any earlier stop wrote is compared with what the release reads."""
+"""Bring one database through several MLflow releases. At each stop the database step changes the schema, the release
+reads everything that earlier stops wrote, the result is compared, and the release writes more."""
 
 from __future__ import annotations
 
@@ -8,47 +8,48 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from drilling.ledger import Ledger
-from drilling.reader import Reader
-from mlflow_host import database
-from mlflow_host.schema.cluster import Cluster
-from mlflow_host.schema.release import Image
+from mlflow_host.boot import database
+from mlflow_host.postgres.cluster import Cluster
+from mlflow_host.schema import state
+from mlflow_host.schema.release import ImageSchema
+from scripts.drilling.expected_writes import ExpectedWrites
+from scripts.drilling.worker_client import WorkerClient
 
 
 @dataclass
 class Journey:
     cluster: Cluster
     folder: Path
-    readers: dict[str, Reader] = field(default_factory=dict)
-    ledger: Ledger = field(default_factory=Ledger)
+    workers: dict[str, WorkerClient] = field(default_factory=dict)
+    expected: ExpectedWrites = field(default_factory=ExpectedWrites)
     said: list[str] = field(default_factory=list)
 
-    def reader(self, image: Image) -> Reader:
+    def worker(self, image: ImageSchema) -> WorkerClient:
         version = image.mlflow_version
-        if version not in self.readers:
-            self.readers[version] = Reader(image.python, str(self.folder))
-        return self.readers[version]
+        if version not in self.workers:
+            self.workers[version] = WorkerClient(image.python, str(self.folder))
+        return self.workers[version]
 
     @property
     def uri(self) -> str:
         return self.cluster.uri(self.cluster.database)
 
-    def settings(self, image: Image) -> database.Settings:
-        return database.Settings(self.cluster, image, self.folder / "reports", dump=None)
+    def settings(self, image: ImageSchema) -> state.ChangeSettings:
+        return state.ChangeSettings(self.cluster, image, self.folder / "reports", dump=None)
 
-    def stop(self, image: Image, *, write: bool = True) -> list[str]:
-        """Bring the database to the image's release, compare, write. Returns what is missing or not as it was."""
-        reader = self.reader(image)
+    def stop(self, image: ImageSchema, *, write: bool = True) -> list[str]:
+        """Bring the database to the image's release, compare, write. Returns the differences."""
+        worker = self.worker(image)
         self.said.append(database.bring(self.settings(image), self.said.append))
-        found = self.ledger.compare(image.mlflow_version, reader.read(self.uri))
+        found = self.expected.compare(image.mlflow_version, worker.read(self.uri))
         if write:
             self.write(image)
         return [str(finding) for finding in found]
 
-    def write(self, image: Image) -> None:
-        reader = self.reader(image)
-        stop = f"{len(self.ledger.written)}-{image.mlflow_version.replace('.', '-')}"
-        self.ledger.enter(image.mlflow_version, reader.write(self.uri, stop), reader.read(self.uri))
+    def write(self, image: ImageSchema) -> None:
+        worker = self.worker(image)
+        stop = f"{len(self.expected.written)}-{image.mlflow_version.replace('.', '-')}"
+        self.expected.add(image.mlflow_version, worker.write(self.uri, stop), worker.read(self.uri))
 
 
 @contextmanager
@@ -57,5 +58,5 @@ def journey(cluster: Cluster, folder: Path) -> Iterator[Journey]:
     try:
         yield on_the_way
     finally:
-        for reader in on_the_way.readers.values():
-            reader.end()
+        for worker in on_the_way.workers.values():
+            worker.end()

@@ -1,4 +1,4 @@
-"""A PostgreSQL cluster of the tests' own: a data folder in a temporary directory, one Unix socket, no address."""
+"""A temporary PostgreSQL cluster for tests: a data folder in a temporary directory, a Unix socket, no TCP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg2
-from mlflow_host.schema.cluster import Cluster, connection, run
+
+from mlflow_host.postgres.cluster import Cluster, connection, run
 
 PORT = 5432
 
@@ -43,8 +44,8 @@ class PrivateCluster:
         return self.folder / "data"
 
     def start(self) -> None:
-        """The server as this process's child, as it is systemd's on a machine: one that was killed and that nobody has
-        waited for still counts as running to the next server."""
+        """Start the server as a child of this process, so that this process can reap it: PostgreSQL does not start
+        while a zombie of the previous server exists."""
         options = {"unix_socket_directories": self.folder, "port": PORT, "listen_addresses": "", "max_connections": 60}
         arguments = [f"-c{name}={chosen}" for name, chosen in {**options, "wal_level": "replica"}.items()]
         with self.log.open("ab") as log:
@@ -81,7 +82,7 @@ class PrivateCluster:
             self.process.wait(60)
 
     def kill(self) -> None:
-        """SIGKILL to the server and then to all its children, as systemd does when the kernel took the server."""
+        """Send SIGKILL to the server and then to its children, as systemd does after an out-of-memory kill."""
         assert self.process
         server = self.process.pid
         children = [int(child) for child in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
@@ -94,7 +95,7 @@ class PrivateCluster:
 
 
 def _alive(process: int) -> bool:
-    """Not gone, and not a zombie that nobody has waited for."""
+    """Whether the process exists and is not a zombie."""
     try:
         return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,12 +1,13 @@
-"""Any image, any time: nothing that was ever logged is missing, whatever order the releases come in."""
+"""Upgrades and rollbacks between any two releases, in any order, lose nothing that was logged."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
 import pytest
-from schema.environments import image, releases
-from schema.journey import Journey
+
+from tests.schema.environments import image, releases
+from tests.schema.journey import Journey
 
 NEIGHBOURS = list(pairwise(releases()))
 ENDS = (releases()[0], releases()[-1])
@@ -18,9 +19,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_there_and_back_twice_with_writes_at_every_stop_loses_nothing(
-    on_the_way: Journey, first: str, second: str
-) -> None:
+def test_two_round_trips_with_writes_at_every_stop_lose_nothing(on_the_way: Journey, first: str, second: str) -> None:
     for version in (first, second, first, second):
         assert on_the_way.stop(image(version)) == []
     assert on_the_way.stop(image(first), write=False) == []

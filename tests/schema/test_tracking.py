@@ -1,4 +1,4 @@
-"""The store that writes its statements itself, and the answers that PostgreSQL writes, are as MLflow's own would be."""
+"""The fast path returns and stores the same as MLflow's own store and handlers, in each compared release."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow_host import tracking
-from schema.environments import environment, releases
-from services import HOST_PACKAGE, PostgreSQL, create_schema, postgresql
+
+from mlflow_host.server.fast_path import compatibility
+from tests.schema.environments import environment, releases
+from tests.support.services import HOST_PACKAGE, PostgreSQL, create_schema, postgresql
 
 RELEASES = [
     pytest.param(version, marks=() if version == releases()[-2] else pytest.mark.slow) for version in releases()
@@ -26,7 +27,7 @@ LEAST_ANSWERED = {
     "runs/search": 150,
     "metrics/get-history": 50,
 }
-"""Of each path, how many requests must not have been left to MLflow."""
+"""By endpoint: the least number of requests that the fast path must have handled itself."""
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +37,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
 
 
 @pytest.mark.parametrize("version", RELEASES)
-def test_it_is_as_if_mlflows_own_had_been_asked(cluster: PostgreSQL, version: str) -> None:
+def test_responses_and_tables_equal_those_of_mlflow(cluster: PostgreSQL, version: str) -> None:
     found = compared(cluster, version, seed=20261122)
     assert [pair for pair in zip(found["direct"], found["own"], strict=True) if pair[0] != pair[1]] == []
     for table, rows in found["own tables"].items():
         assert found["direct tables"][table] == rows, table
     assert len(found["own tables"]["metrics"]) > 1000 and len(found["own tables"]["runs"]) > 18
-    assert found["statements"] > 450, "it left nearly everything to MLflow's own"
+    assert found["statements"] > 450, "MLflow handled nearly every request"
     for path, least in LEAST_ANSWERED.items():
         assert found["answered"][f"{path} itself"] > least and found["answered"][f"{path} not"] > 3
 
@@ -67,10 +68,10 @@ def compared(cluster: PostgreSQL, version: str, seed: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("version", RELEASES)
-def test_all_of_these_releases_word_what_it_repeats_as_it_was_compared(version: str) -> None:
-    """When a new release fails here: read what it words otherwise, follow it in mlflow_host.direct_store where that
-    says something else, see the test above pass with it, and add the hash to mlflow_host.tracking."""
+def test_each_release_matches_the_compared_digests(version: str) -> None:
+    """If a new release fails: read the change in its sources, adapt fast_path/store.py where the behaviour differs,
+    make the test above pass with it, then add its digest to fast_path/compatibility.py."""
     code = "import mlflow, pathlib; print(pathlib.Path(mlflow.__file__).parent)"
     python = str(environment(version))
     package = Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
-    assert tracking.not_compared(package) == []
+    assert compatibility.not_compared(package) == []

@@ -1,7 +1,6 @@
-"""Runs infra/ against a stand-in for Pulumi's engine and AWS's look-ups, and keeps the raw requests it makes.
+"""Run infra/ with substitutes for Pulumi's engine and AWS's data sources, and keep the program's raw requests.
 
-pulumi.runtime's MockMonitor is the seam: what a subclass of it receives is what the engine would, with options,
-dependencies and secret marks. `Account` stands in for what AWS would answer to the look-ups.
+A subclass of pulumi.runtime's MockMonitor receives the requests.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ from typing import Any
 import pulumi
 import pulumi_aws as aws
 from google.protobuf import empty_pb2, json_format, struct_pb2
-from mlflow_host import launch
 from pulumi.runtime import mocks, settings, stack
 from pulumi.runtime.proto import provider_pb2, resource_pb2
+
+from mlflow_host.contract import in_service, launch
+from scripts.rehearsal.hooks import HookFailed, Hooks
 
 with warnings.catch_warnings():
     # The package warns of its own deprecated types when a module is first used, whatever of it is.
@@ -87,8 +88,25 @@ class Account:
     )
     key_pairs: tuple[str, ...] = ()
     hosted_zones: Mapping[str, str] = field(default_factory=dict)
+    channels: Mapping[str, str] = field(default_factory=dict)
+    """Channel → image ID."""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """The stack's parameters by the last part of their names → value."""
+    objects: tuple[str, ...] = ()
+    """Keys in the backups bucket."""
+    addresses: tuple[str, ...] = ()
+    instances: tuple[str, ...] = ()
     broken: Mapping[str, str] = field(default_factory=dict)
     """Look-ups that fail → with what reason."""
+
+
+def report(volume: str = "", **changes: str) -> dict[str, str]:
+    """The parameter in-service as a machine with the image of `image_tags` writes it."""
+    told = {name.split(":")[1].replace("-", "_"): value for name, value in image_tags(**changes).items()}
+    known = {each: told[each] for each in ("image_version", "mlflow_version", "migration_head")}
+    numbers = {each: int(told[each]) for each in ("migration_count", "postgresql_major")}
+    written = in_service.InService(volume or VOLUME, **known, **numbers, at="2026-11-22T10:20:00Z")  # type: ignore[arg-type]
+    return {"in-service": in_service.dump(written)}
 
 
 def data_volume(last: str = OLD, zone: str = "eu-central-1a", gib: int = 20, **changes: str) -> dict[str, Volume]:
@@ -151,24 +169,36 @@ def run(
     *,
     preview: bool = False,
     stack_name: str = "dev",
+    state: str = "",
     secrets: Mapping[str, str] | None = None,
     **config: str | None,
 ) -> Run:
-    """Runs the program once. `config` overrides CONFIG by setting name, `aws_` for `aws:`; None takes one out."""
+    """Runs the program once. `config` overrides CONFIG by setting name, `aws_` for `aws:`; None takes one out.
+
+    `state` is what Pulumi's state has of the stack: "empty", or "complete" under the name of the stack that follows it
+    ("complete prod"). Without it, it is complete where there is a data volume.
+    """
     named = {("aws:" + key[4:] if key[:4] == "aws_" else f"mlflow-ami:{key}"): value for key, value in config.items()}
     hidden = {f"mlflow-ami:{key}": value for key, value in (secrets or {}).items()}
     wanted = {key: value for key, value in {**CONFIG, **named, **hidden}.items() if value is not None}
-    return _run(account or Account(), preview, stack_name, wanted, list(hidden))
+    there = account or Account()
+    known = state or ("complete" if there.volumes else "empty")
+    return _run(there, preview, stack_name, wanted, list(hidden), known)
 
 
-def _run(account: Account, preview: bool, stack_name: str, config: dict[str, str], secret_keys: list[str]) -> Run:
+def _run(
+    account: Account, preview: bool, stack_name: str, config: dict[str, str], secret_keys: list[str], state: str
+) -> Run:
     found = Run()
     logger = logging.Logger("program")
     logger.addHandler(_Log(found.log))
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
+    # What waits for a resource that was refused is not of interest.
+    loop.set_exception_handler(lambda loop, context: None)
     try:
-        mocks.set_mocks(_NoMocks(), "mlflow-ami", stack_name, preview, logger, monitor=Monitor(account, found, preview))
+        monitor = Monitor(account, found, preview, state)
+        mocks.set_mocks(_NoMocks(), "mlflow-ami", stack_name, preview, logger, monitor=monitor)
         settings.set_root_resource(None)  # type: ignore[arg-type]  # the program makes its own stack, as under Pulumi
         pulumi.runtime.set_all_config(config, secret_keys)
         loop.run_until_complete(stack.run_in_stack(lambda: _program()))
@@ -176,6 +206,7 @@ def _run(account: Account, preview: bool, stack_name: str, config: dict[str, str
         found.refusal = str(refusal)
     finally:
         settings.set_root_resource(None)  # type: ignore[arg-type]
+        settings.SETTINGS.outputs.clear()
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
         asyncio.set_event_loop(None)
@@ -189,9 +220,27 @@ def _program() -> None:
 class Monitor(mocks.MockMonitor):
     """Stands in for Pulumi's engine: it makes everything at once and remembers what it was asked."""
 
-    def __init__(self, account: Account, found: Run, preview: bool) -> None:
+    def __init__(self, account: Account, found: Run, preview: bool, state: str) -> None:
         super().__init__(_NoMocks())
         self.account, self.found, self.preview = account, found, preview
+        self.state, self.hooks = state, Hooks()
+
+    def RegisterResourceHook(self, request: Any) -> Any:
+        self.hooks.register(request)
+        return empty_pb2.Empty()
+
+    def call_hooks(self, request: Any, urn: str, inputs: Mapping[str, Any]) -> None:
+        """As the engine would before it creates or updates the resource."""
+        known, _, former = self.state.partition(" ")
+        about = {"urn": urn, "name": request.name, "type": request.type, "new_inputs": dict(inputs)}
+        names = request.hooks.before_create
+        if known == "complete":
+            tags = {"mlflow-ami:stack": former or pulumi.get_stack()}
+            names, about = request.hooks.before_update, {**about, "id": VOLUME, "old_outputs": {"tagsAll": tags}}
+        try:
+            self.hooks.call(names, dry_run=self.preview, **about)
+        except HookFailed as refused:
+            raise pulumi.RunError(str(refused)) from None
 
     def RegisterResource(self, request: Any) -> Any:
         # As the engine does it: every resource is in the stack, so the stack is not part of a type.
@@ -201,13 +250,16 @@ class Monitor(mocks.MockMonitor):
         wire = json_format.MessageToDict(request.object)
         inputs = {key: _clear(value) for key, value in wire.items()}
         secret = frozenset(key for key, value in wire.items() if SIGNATURE in json.dumps(value))
+        self.call_hooks(request, urn, inputs)
         copy = resource_pb2.RegisterResourceRequest()
         copy.CopyFrom(request)
         self.found.registered.append(Registration(urn, request.type, request.name, inputs, secret, copy))
-        known = {**wire, **({} if self.preview else computed(request.type, request.name, inputs))}
+        # A preview knows of what is in the state what the last run was told by AWS.
+        settled = not self.preview or self.state.startswith("complete")
+        known = {**wire, **(computed(request.type, request.name, inputs) if settled else {})}
         made = struct_pb2.Struct()
         json_format.ParseDict(known, made)
-        id_ = "" if self.preview else identifier(request.type, request.name, inputs)
+        id_ = identifier(request.type, request.name, inputs) if settled else ""
         return resource_pb2.RegisterResourceResponse(urn=urn, id=id_, object=made)
 
     def RegisterResourceOutputs(self, request: Any) -> Any:
@@ -243,7 +295,7 @@ def computed(kind: str, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     outputs: dict[str, dict[str, Any]] = {
         "aws:s3/bucket:Bucket": {"bucket": f"{name}-1a2b3c4", "arn": f"arn:aws:s3:::{name}-1a2b3c4"},
         "aws:ec2/eip:Eip": {"publicIp": ADDRESS},
-        "aws:iam/role:Role": {"name": f"{name}-1a2b3c4"},
+        "aws:iam/role:Role": {"name": f"{name}-1a2b3c4", "arn": f"arn:aws:iam::123456789012:role/{name}-1a2b3c4"},
         "aws:iam/instanceProfile:InstanceProfile": {"name": f"{name}-profile-1a2b3c4"},
         "aws:ssm/parameter:Parameter": {
             "arn": f"arn:aws:ssm:eu-central-1:123456789012:parameter{inputs.get('name', '')}"
@@ -300,6 +352,23 @@ def _get_volume(account: Account, asked: Mapping[str, Any], wanted: Mapping[str,
     return {"availabilityZone": volume.zone, "size": volume.gib, "tags": dict(volume.tags)}
 
 
+def _get_parameters(account: Account, asked: Mapping[str, Any], wanted: Mapping[str, list[str]]) -> dict[str, Any]:
+    assert asked["withDecryption"] is False, "nobody needs the secrets in clear"
+    there = account.channels if asked["path"] == "/mlflow-ami/images" else account.parameters
+    names = [f"{asked['path']}/{name}" for name in there]
+    return {"names": names, "values": list(there.values())}
+
+
+def _get_objects(account: Account, asked: Mapping[str, Any], wanted: Mapping[str, list[str]]) -> dict[str, Any]:
+    assert asked["bucket"] == "mlflow-backups-1a2b3c4"
+    prefix, delimiter = asked["prefix"], asked.get("delimiter")
+    keys = [key for key in account.objects if key.startswith(prefix)]
+    if not delimiter:
+        return {"keys": keys[: int(asked["maxKeys"])], "commonPrefixes": []}
+    folders = [prefix + key.removeprefix(prefix).split(delimiter)[0] + delimiter for key in keys]
+    return {"keys": [], "commonPrefixes": list(dict.fromkeys(folders))}
+
+
 def _get_offerings(account: Account, asked: Mapping[str, Any], wanted: Mapping[str, list[str]]) -> dict[str, Any]:
     return {"locations": list(account.offered.get(wanted["instance-type"][0], ()))}
 
@@ -329,7 +398,11 @@ _LOOKUPS: dict[str, Callable[[Account, Mapping[str, Any], Mapping[str, list[str]
     "getVolume": _get_volume,
     "getInstanceType": _get_instance_type,
     "getInstanceTypeOfferings": _get_offerings,
+    "getEips": lambda account, asked, wanted: {"allocationIds": list(account.addresses)},
+    "getInstances": lambda account, asked, wanted: {"ids": list(account.instances)},
     "getKeyPair": _get_key_pair,
+    "getObjects": _get_objects,
+    "getParametersByPath": _get_parameters,
     "getZone": _get_zone,
 }
 
@@ -361,4 +434,4 @@ class _Log(logging.Handler):
         self.lines.append((record.levelname, record.getMessage()))
 
 
-__all__ = ["Account", "Image", "Run", "Volume", "data_volume", "image_tags", "replace", "run"]
+__all__ = ["Account", "Image", "Run", "Volume", "data_volume", "image_tags", "replace", "report", "run"]

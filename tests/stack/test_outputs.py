@@ -8,11 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from rehearsal.status import PIECES
-from stack.program import ADDRESS, NEW, VOLUME, run
+
+from scripts.rehearsal.status import PIECES
+from tests.stack.program import ADDRESS, NEW, VOLUME, run
 
 
-def test_the_outputs() -> None:
+def test_stack_exports_url_versions_and_ids() -> None:
     outputs = run().outputs
     lines = outputs.pop("clientEnvironment")
     assert outputs == {
@@ -21,6 +22,7 @@ def test_the_outputs() -> None:
         "instanceId": "i-0123456789abcdef0",
         "publicIp": ADDRESS,
         "amiId": NEW,
+        "channel": "",
         "imageVersion": "20261122T101500Z",
         "mlflowVersion": "3.17.2",
         "migrationHead": "dc11669786a5",
@@ -71,7 +73,7 @@ def exported(lines: str, aws: Path) -> dict[str, str]:
     return {name: value for name, value in pairs.items() if name.startswith("MLFLOW_")}
 
 
-def test_the_client_lines_do_what_they_say_in_a_shell(aws: Path) -> None:
+def test_client_lines_work_in_a_shell(aws: Path) -> None:
     assert exported(run(tls="off").outputs["clientEnvironment"], aws) == {
         "MLFLOW_TRACKING_URI": f"http://{ADDRESS}",
         "MLFLOW_TRACKING_USERNAME": "admin",
@@ -80,7 +82,7 @@ def test_the_client_lines_do_what_they_say_in_a_shell(aws: Path) -> None:
     }
 
 
-def test_with_tls_they_fetch_what_the_client_verifies_the_server_by(aws: Path) -> None:
+def test_client_lines_fetch_the_certificate_with_tls(aws: Path) -> None:
     found = run().outputs
     assert found["authorityParameter"] == "/mlflow-ami/dev/certificate-authority"
     variables = exported(found["clientEnvironment"], aws)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from moto.iam.access_control import IAMPolicy, PermissionResult
-from stack.program import Run, run
+
+from tests.stack.program import Run, run
 
 ARTIFACTS, MODELS, BACKUPS = (f"arn:aws:s3:::mlflow-{name}-1a2b3c4" for name in ("artifacts", "models", "backups"))
 CREDENTIALS = "arn:aws:ssm:eu-central-1:123456789012:parameter/mlflow-ami/dev/credentials"
@@ -22,10 +23,10 @@ def stack() -> Run:
 
 @pytest.fixture(scope="module")
 def policy(stack: Run) -> dict[str, Any]:
-    (only,) = stack.of_type("iam.RolePolicy")
+    assert {each.name for each in stack.of_type("iam.RolePolicy")} == {"server", "mlflow"}
     assert stack.of_type("iam.RolePolicyAttachment") == [], "managed policies let a machine read every parameter"
-    assert "managedPolicyArns" not in stack.one("iam.Role").inputs
-    found: dict[str, Any] = json.loads(only.inputs["policy"])
+    assert not [each for each in stack.of_type("iam.Role") if "managedPolicyArns" in each.inputs]
+    found: dict[str, Any] = json.loads(stack.one("iam.RolePolicy", "server").inputs["policy"])
     return found
 
 
@@ -92,7 +93,7 @@ def test_the_machine_may_read_its_parameter_and_register_with_session_manager(po
         ("route53:ChangeResourceRecordSets", "*"),
     ],
 )  # fmt: skip
-def test_and_nothing_else(policy: dict[str, Any], action: str, resource: str) -> None:
+def test_machine_role_allows_nothing_else(policy: dict[str, Any], action: str, resource: str) -> None:
     assert not allowed(policy, action, resource)
 
 
@@ -102,18 +103,24 @@ def test_the_machine_may_write_the_authority_and_no_other_parameter(policy: dict
     assert not allowed(policy, "ssm:GetParameter", authority)
     assert not allowed(policy, "ssm:PutParameter", CREDENTIALS)
     assert not allowed(policy, "ssm:DeleteParameter", authority)
-    without = json.loads(run(tls="off").one("iam.RolePolicy").inputs["policy"])
+    without = json.loads(run(tls="off").one("iam.RolePolicy", "server").inputs["policy"])
     assert not allowed(without, "ssm:PutParameter", authority)
+
+
+def test_the_machine_may_report_what_is_in_service_and_read_nothing_there(policy: dict[str, Any]) -> None:
+    report = CREDENTIALS.replace("credentials", "in-service")
+    assert allowed(policy, "ssm:PutParameter", report)
+    assert not allowed(policy, "ssm:GetParameter", report) and not allowed(policy, "ssm:DeleteParameter", report)
 
 
 def test_the_machine_may_read_the_readers_password_only_where_there_are_readers(policy: dict[str, Any]) -> None:
     reader = CREDENTIALS.replace("credentials", "postgres-reader")
-    found = json.loads(run(postgresCidrs='["192.0.2.0/24"]').one("iam.RolePolicy").inputs["policy"])
+    found = json.loads(run(postgresCidrs='["192.0.2.0/24"]').one("iam.RolePolicy", "server").inputs["policy"])
     assert allowed(found, "ssm:GetParameter", reader) and not allowed(policy, "ssm:GetParameter", reader)
     assert not allowed(found, "ssm:PutParameter", reader)
 
 
-def test_the_machine_may_tell_metrics_in_its_own_namespace_only(policy: dict[str, Any]) -> None:
+def test_machine_writes_metrics_in_its_own_namespace_only(policy: dict[str, Any]) -> None:
     """moto evaluates no conditions, so what is asserted is the statement."""
     (metrics,) = [each for each in policy["Statement"] if "cloudwatch" in str(each["Action"])]
     assert (metrics["Action"], metrics["Resource"]) == ("cloudwatch:PutMetricData", "*")
@@ -130,8 +137,34 @@ def test_no_statement_is_wider_than_it_looks(policy: dict[str, Any]) -> None:
             assert not [action for action in actions if "Parameter" in action]
 
 
+MLFLOW = "arn:aws:iam::123456789012:role/mlflow-1a2b3c4"
+
+
+def test_mlflow_acts_as_a_role_that_reaches_objects_of_two_buckets_and_nothing_else(stack: Run) -> None:
+    mlflow = json.loads(stack.one("iam.RolePolicy", "mlflow").inputs["policy"])
+    for action in ("GetObject", "PutObject", "DeleteObject", "AbortMultipartUpload"):
+        assert all(allowed(mlflow, f"s3:{action}", f"{bucket}/1/x") for bucket in (ARTIFACTS, MODELS))
+        assert not allowed(mlflow, f"s3:{action}", f"{BACKUPS}/dumps/x.dump")
+    assert not allowed(mlflow, "s3:ListBucket", BACKUPS)
+    assert {each["Sid"] for each in mlflow["Statement"]} == {"Buckets", "Objects"}
+    for action, resource in (
+        ("ssm:GetParameter", CREDENTIALS),
+        ("sts:AssumeRole", MLFLOW),
+        ("s3:DeleteObjectVersion", ARTIFACTS),
+    ):
+        assert not allowed(mlflow, action, resource)
+
+
+def test_only_the_machine_s_role_may_act_as_mlflow_s(stack: Run, policy: dict[str, Any]) -> None:
+    document = json.loads(stack.one("iam.Role", "mlflow").inputs["assumeRolePolicy"])
+    machine = "arn:aws:iam::123456789012:role/server-1a2b3c4"
+    assert document["Statement"] == [{"Effect": "Allow", "Principal": {"AWS": machine}, "Action": "sts:AssumeRole"}]
+    assert allowed(policy, "sts:AssumeRole", MLFLOW)
+    assert not allowed(policy, "sts:AssumeRole", MLFLOW.replace("mlflow-", "other-"))
+
+
 def test_only_ec2_may_take_the_role(stack: Run) -> None:
-    document = json.loads(stack.one("iam.Role").inputs["assumeRolePolicy"])
+    document = json.loads(stack.one("iam.Role", "server").inputs["assumeRolePolicy"])
     assert document["Statement"] == [
         {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}
     ]

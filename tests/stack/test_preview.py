@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from stack.program import NEW, OLD, OTHER, VOLUME, Account, Image, Volume, data_volume, image_tags, run
+
+from tests.stack.program import NEW, OLD, OTHER, VOLUME, Account, Image, Volume, data_volume, image_tags, report, run
 
 SCHEMAS: Mapping[str, Mapping[str, Any]] = {
-    "3.16.0": {"mlflow_version": "3.16.0", "migration_head": "b7e2c1a4d9f3", "migration_count": "63"},
-    "3.17.0": {"mlflow_version": "3.17.0", "migration_head": "dc11669786a5", "migration_count": "67"},
-    "3.18.0": {"mlflow_version": "3.18.0", "migration_head": "f4a9b2c7d1e6", "migration_count": "68"},
+    release: {
+        "mlflow_version": release,
+        "migration_head": head,
+        "migration_count": count,
+        "image_version": f"v{release}",
+    }
+    for release, head, count in (
+        ("3.16.0", "b7e2c1a4d9f3", "63"),
+        ("3.17.0", "dc11669786a5", "67"),
+        ("3.17.2", "dc11669786a5", "67"),
+        ("3.18.0", "f4a9b2c7d1e6", "68"),
+    )
 }
 
 
@@ -27,7 +38,7 @@ def account(**changes: Any) -> Account:
             account(images={}),
             {},
             f"amiId: there is no image {NEW} in eu-central-1 that this account may launch; it may have been "
-            "deregistered, or baked in another region.",
+            "disabled or deregistered, or baked in another region.",
             id="deregistered image",
         ),
         pytest.param(
@@ -54,8 +65,8 @@ def account(**changes: Any) -> Account:
             pytest.param(
                 account(images={NEW: Image(tags=image_tags(**{tag: ""}))}),
                 {},
-                f"amiId: the tags of {NEW} are incomplete, so what it would do to the data is not known: bake it "
-                "again, or tag it as its build manifest says.",
+                f"amiId: the tags of {NEW} are incomplete, so its schema is unknown: bake it again, or add the tags of "
+                "its build manifest.",
                 id=f"image without {tag}",
             )
             for tag in ("image_version", "mlflow_version", "migration_head", "migration_count", "postgresql_major")
@@ -63,7 +74,7 @@ def account(**changes: Any) -> Account:
         pytest.param(
             account(images={NEW: Image(tags=image_tags(migration_count="many"))}),
             {},
-            "so what it would do to the data is not known",
+            "so its schema is unknown",
             id="image with a count that is no number",
         ),
         pytest.param(
@@ -100,7 +111,7 @@ def account(**changes: Any) -> Account:
         pytest.param(
             account(volumes=data_volume()),
             {"instanceType": "p5.huge"},
-            "instanceType: EC2 offers no p5.huge in eu-central-1a, where the server is to run; it does in "
+            "instanceType: EC2 offers no p5.huge in eu-central-1a, the server's zone; it does in "
             "eu-central-1b, eu-central-1c.",
             id="instance type not offered where the data is",
         ),
@@ -186,6 +197,7 @@ def test_refused_before_anything_is_made(there: Account, config: dict[str, Any],
         "getAmi",
         "getEbsVolumes",
         "getVolume",
+        "getParametersByPath",
         "getAvailabilityZones",
         "getInstanceTypeOfferings",
         "getInstanceType",
@@ -193,7 +205,7 @@ def test_refused_before_anything_is_made(there: Account, config: dict[str, Any],
         "getZone",
     ],
 )
-def test_when_aws_does_not_answer_its_reason_is_passed_on(function: str) -> None:
+def test_error_of_aws_is_quoted(function: str) -> None:
     there = account(volumes=data_volume(), broken={function: "ExpiredToken: the token\nhas expired"})
     refused = run(there, keyName="ours", hostedZoneId="Z0", domainName="mlflow.example.com")
     assert [
@@ -218,33 +230,33 @@ def test_look_ups_go_through_the_same_provider_as_the_resources() -> None:
     }
 
 
-def on(schema: str, last: str | None, last_image: str = OLD) -> tuple[Account, str]:
+def on(schema: str, last: str | None, last_image: str = OLD, reported: str = "") -> str:
+    """What preview says with an image of `schema`, after an `up` of `last` and a machine's report of `reported`."""
     volumes = data_volume(last_image, **SCHEMAS[last]) if last else {}
-    there = account(images={NEW: Image(tags=image_tags(**SCHEMAS[schema]))}, volumes=volumes)
+    parameters = report(**SCHEMAS[reported]) if reported else {"in-service": "not reported yet"}
+    there = account(
+        images={NEW: Image(tags=image_tags(**SCHEMAS[schema]))}, volumes=volumes, parameters=parameters if last else {}
+    )
     ((level, line),) = run(there, preview=True).log
     assert level == "INFO"
-    return there, line
+    return line
 
 
 @pytest.mark.parametrize(
     ("schema", "last", "line"),
     [
+        ("3.17.0", None, f"New data volume: {NEW} (MLflow 3.17.0, image v3.17.0) creates schema dc11669786a5 on it."),
         (
+            "3.17.2",
             "3.17.0",
-            None,
-            f"New data volume: {NEW} (MLflow 3.17.0, image 20261122T101500Z) creates schema dc11669786a5 on it.",
-        ),
-        (
-            "3.17.0",
-            "3.17.0",
-            f"Same schema dc11669786a5, nothing to migrate: {VOLUME} was last on {OLD} (MLflow 3.17.0, image "
-            f"20261122T101500Z), now {NEW} (MLflow 3.17.0, image 20261122T101500Z).",
+            f"Same schema dc11669786a5, nothing to migrate: {VOLUME} was last on {OLD} (MLflow 3.17.0, image v3.17.0), "
+            f"now {NEW} (MLflow 3.17.2, image v3.17.2).",
         ),
         (
             "3.18.0",
             "3.16.0",
             f"Upgrade over 5 migrations, schema b7e2c1a4d9f3 → f4a9b2c7d1e6: {VOLUME} was last on {OLD} (MLflow "
-            f"3.16.0, image 20261122T101500Z), now {NEW} (MLflow 3.18.0, image 20261122T101500Z).",
+            f"3.16.0, image v3.16.0), now {NEW} (MLflow 3.18.0, image v3.18.0).",
         ),
         ("3.18.0", "3.17.0", "Upgrade over 1 migration, schema dc11669786a5 → f4a9b2c7d1e6:"),
         ("3.16.0", "3.18.0", "Rollback over 5 migrations, schema f4a9b2c7d1e6 → b7e2c1a4d9f3:"),
@@ -252,13 +264,78 @@ def on(schema: str, last: str | None, last_image: str = OLD) -> tuple[Account, s
     ],
 )
 def test_preview_says_in_one_line_what_will_happen_to_the_data(schema: str, last: str | None, line: str) -> None:
-    assert on(schema, last)[1].startswith(line)
+    assert on(schema, last, reported=last or "").startswith(line)
 
 
 def test_an_unchanged_image_is_named_once() -> None:
-    assert on("3.17.0", "3.17.0", NEW)[1] == (
-        f"Same image as before, {NEW} (MLflow 3.17.0, image 20261122T101500Z), and the same schema dc11669786a5."
+    assert on("3.17.0", "3.17.0", NEW, "3.17.0") == (
+        f"Same image as before, {NEW} (MLflow 3.17.0, image v3.17.0), and the same schema dc11669786a5."
     )
+
+
+UNREPORTED = "no machine reported that its boot finished"
+
+
+@pytest.mark.parametrize(
+    ("schema", "meant_for", "reported", "line"),
+    [
+        pytest.param(
+            "3.18.0",
+            "3.18.0",
+            "3.16.0",
+            f"Upgrade over 5 migrations, schema b7e2c1a4d9f3 → f4a9b2c7d1e6: {VOLUME} was last on MLflow 3.16.0, image "
+            f"v3.16.0, now {NEW} (MLflow 3.18.0, image v3.18.0). The last `up` was for {OLD} (MLflow 3.18.0, image "
+            f"v3.18.0): {UNREPORTED}.",
+            id="the same again after an interrupted upgrade",
+        ),
+        pytest.param(
+            "3.16.0",
+            "3.18.0",
+            "3.16.0",
+            f"Same image as last reported, {NEW} (MLflow 3.16.0, image v3.16.0), and the same schema b7e2c1a4d9f3. The "
+            f"last `up` was for {OLD} (MLflow 3.18.0, image v3.18.0): {UNREPORTED}.",
+            id="back after a failed upgrade",
+        ),
+        pytest.param(
+            "3.18.0",
+            "3.18.0",
+            "",
+            f"Same image as at the last `up`, with schema f4a9b2c7d1e6: {VOLUME} was last meant for {OLD} (MLflow "
+            f"3.18.0, image v3.18.0), {UNREPORTED}.",
+            id="no report yet",
+        ),
+        pytest.param(
+            "3.18.0",
+            "3.16.0",
+            "",
+            f"Upgrade over 5 migrations, schema b7e2c1a4d9f3 → f4a9b2c7d1e6: {VOLUME} was last meant for {OLD} (MLflow "
+            f"3.16.0, image v3.16.0), {UNREPORTED}; now {NEW} (MLflow 3.18.0, image v3.18.0).",
+            id="upgrade without a report",
+        ),
+    ],
+)
+def test_preview_does_not_state_what_no_machine_reported(schema: str, meant_for: str, reported: str, line: str) -> None:
+    """Pulumi writes the volume's tags ahead of a boot, which may be interrupted or fail."""
+    assert on(schema, meant_for, reported=reported) == line
+
+
+@pytest.mark.parametrize("stale", [report("vol-0000000000000000f", **SCHEMAS["3.16.0"]), report(**SCHEMAS["3.16.0"])])
+def test_a_report_of_another_volume_or_from_before_an_image_that_reports_nothing_is_not_used(
+    stale: dict[str, str],
+) -> None:
+    volumes = data_volume(**SCHEMAS["3.17.0"], launch_revision="3")
+    there = account(images={NEW: Image(tags=image_tags(**SCHEMAS["3.18.0"]))}, volumes=volumes, parameters=stale)
+    ((_, line),) = run(there).log
+    assert line == (
+        f"Upgrade over 1 migration, schema dc11669786a5 → f4a9b2c7d1e6: {VOLUME} was last meant for {OLD} (MLflow "
+        "3.17.0, image v3.17.0), whose machines do not report whether their boot finished; now "
+        f"{NEW} (MLflow 3.18.0, image v3.18.0)."
+    )
+
+
+def test_the_cluster_on_the_volume_is_of_the_reported_major() -> None:
+    there = account(volumes=data_volume(image_version="later"), parameters=report(postgresql_major="17"))
+    assert f"the data volume {VOLUME} holds a cluster of PostgreSQL 17" in run(there).stated[0]
 
 
 def test_a_volume_without_a_record_is_said_to_have_none() -> None:
@@ -267,16 +344,18 @@ def test_a_volume_without_a_record_is_said_to_have_none() -> None:
     assert line.startswith(f"Data volume {VOLUME} has no record of an image: {NEW} ")
 
 
-def test_what_one_run_records_the_next_one_reads() -> None:
+def test_recorded_tags_are_read_by_the_next_run() -> None:
     """The record is written with the volume, so ahead of the boot that it announces."""
     images = {
         OLD: Image(tags=image_tags(**SCHEMAS["3.16.0"])),
-        NEW: Image(tags=image_tags(**SCHEMAS["3.18.0"], image_version="20270101T000000Z")),
+        NEW: Image(tags=image_tags(**SCHEMAS["3.18.0"])),
     }
     volumes: dict[str, Volume] = {}
+    parameters: dict[str, str] = {}
     lines = []
     for pinned in (OLD, NEW, OLD):
-        found = run(account(images=images, volumes=volumes), amiId=pinned)
+        found = run(account(images=images, volumes=volumes, parameters=parameters), amiId=pinned)
+        parameters = report(**SCHEMAS["3.16.0" if pinned == OLD else "3.18.0"])
         lines.append(found.log[0][1].split(":")[0])
         volume, instance = found.one("ebs.Volume"), found.one("ec2.Instance")
         assert volume.inputs["tags"]["mlflow-ami:last-image"] == pinned
@@ -308,12 +387,86 @@ def test_an_image_of_another_account_with_the_right_id_does_not_pass_for_ours() 
     assert "is not an image that scripts/bake.py made" in refused.stated[0]
 
 
+NIGHTS = tuple(f"dumps/202611{day:02}T013300Z-nightly-f4a9b2c7d1e6.dump" for day in range(1, 31))
+STANZA = "pgbackrest/backup/pg15-7-20261101T000000Z"
+LABELS = ("20261101-010000F", "20261101-010000F_20261102-010000D", "20261108-010000F")
+KEPT = (*NIGHTS, f"{STANZA}/backup.info", *(f"{STANZA}/{label}/backup.manifest" for label in LABELS))
+THERE = f"base backups {', '.join(LABELS)} and dumps {', '.join(NIGHTS[-3:])} (the newest 3 of 30)"
+
+
+def backed_up(objects: tuple[str, ...] = KEPT, **changes: Any) -> Account:
+    return account(volumes=data_volume(**changes), objects=objects)
+
+
+@pytest.mark.parametrize(
+    ("value", "objects", "sentence"),
+    [
+        ("lost.dump", KEPT, f"there is no dump dumps/lost.dump in the backups bucket; there is {THERE}"),
+        (
+            "20200101-000000F",
+            KEPT,
+            f"there is no base backup 20200101-000000F in the backups bucket; there is {THERE}",
+        ),
+        ("2026-11-01T00:30:00Z", KEPT, f"no base backup was made before 2026-11-01T00:30:00Z; there is {THERE}"),
+        ("2999-01-01T00:00:00Z", KEPT, "2999-01-01T00:00:00Z is in the future"),
+        ("latest", (), "the backups bucket holds no backup"),
+        ("2026-11-02T00:00:00Z", NIGHTS, "no base backup was made before 2026-11-02T00:00:00Z; there is dumps"),
+    ],
+)
+@pytest.mark.parametrize("preview", [True, False])
+def test_a_backup_that_is_not_in_the_bucket_is_refused_before_the_machine_is_replaced(
+    value: str, objects: tuple[str, ...], sentence: str, preview: bool
+) -> None:
+    refused = run(backed_up(objects), preview=preview, restoreFrom=value)
+    assert refused.refusal.startswith(f"restoreFrom: {sentence}")
+    assert refused.refusal.endswith("; nothing was changed.")
+    assert refused.of_type("ec2.Instance") == [] and refused.of_type("ebs.Volume") == []
+    for name in (*NIGHTS, *LABELS):
+        assert len(re.findall(rf"{name}(?![_.\w])", refused.refusal)) <= 1
+    assert len(refused.refusal) < 400
+
+
+@pytest.mark.parametrize(
+    "value", ["latest", NIGHTS[0], NIGHTS[4].removeprefix("dumps/"), *LABELS, "2026-11-08T01:00:01+00:00"]
+)
+def test_a_backup_that_is_in_the_bucket_is_restored(value: str) -> None:
+    found = run(backed_up(), restoreFrom=value)
+    assert found.refusal == ""
+    assert found.one("ebs.Volume").inputs["tags"]["mlflow-ami:restore-from"] == value
+    assert json.dumps(value) in found.one("ec2.Instance").inputs["userData"]
+
+
+def test_a_value_that_was_restored_before_may_have_expired() -> None:
+    there = account(volumes={VOLUME: Volume({**data_volume()[VOLUME].tags, "mlflow-ami:restore-from": "lost.dump"})})
+    assert run(there, restoreFrom="lost.dump").refusal == ""
+    assert "there is no dump dumps/other.dump" in run(there, restoreFrom="other.dump").refusal
+
+
+def test_a_new_stack_has_nothing_to_restore() -> None:
+    assert run(preview=True, restoreFrom="latest").stated == [
+        "restoreFrom: latest cannot be restored, because this stack is new and its backups bucket is empty: "
+        "remove it with `pulumi config rm restoreFrom`."
+    ]
+
+
+def test_a_lost_volume_is_restored_onto_a_new_one() -> None:
+    there = account(objects=KEPT, parameters={"credentials": "x"})
+    assert run(there, restoreFrom="latest", state="complete").refusal == ""
+
+
+def test_a_bucket_that_cannot_be_listed_says_why() -> None:
+    there = account(volumes=data_volume(), broken={"getObjects": "AccessDenied: not\nallowed"})
+    refused = run(there, restoreFrom="latest").refusal
+    assert refused.startswith("restoreFrom: the backups bucket mlflow-backups-1a2b3c4 could not be listed: ")
+    assert "AccessDenied: not allowed" in refused
+
+
 def test_another_postgresql_major_is_taken_with_a_dump_to_restore() -> None:
-    moved = run(account(volumes=data_volume(postgresql_major="17")), restoreFrom="latest")
+    moved = run(backed_up(postgresql_major="17"), restoreFrom="latest")
     assert moved.refusal == ""
 
 
-def test_preview_says_what_is_restored() -> None:
-    (said,) = [line for _, line in run(restoreFrom="latest").log if line.startswith("Restore of latest")]
-    assert "what is there now is kept aside" in said
+def test_preview_describes_the_restore() -> None:
+    (said,) = [line for _, line in run(backed_up(), restoreFrom="latest").log if line.startswith("Restore of latest")]
+    assert "the current database is kept aside" in said
     assert not [line for _, line in run().log if line.startswith("Restore")]

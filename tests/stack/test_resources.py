@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import warnings
 from typing import Any
 
 import pulumi_aws as aws
 import pytest
-from stack.program import NEW, VOLUME, Account, Image, Registration, Run, data_volume, run
+import yaml
+
+from mlflow_host.contract import alarms, launch
+from tests.stack.program import NEW, VOLUME, Account, Image, Registration, Run, data_volume, image_tags, run
 
 PINNED = {
     "urn:pulumi:dev::mlflow-ami::aws:s3/bucket:Bucket::mlflow-artifacts",
@@ -37,7 +41,7 @@ def test_what_holds_data_keeps_its_urn_and_is_protected(stack: Run) -> None:
     assert {each.urn for each in stack.registered if each.request.protect} == PINNED
 
 
-def test_only_what_must_give_way_is_deleted_first(stack: Run) -> None:
+def test_only_the_instance_is_deleted_before_its_replacement(stack: Run) -> None:
     """The data volume can be attached to one instance only, so the old one goes before the new one comes."""
     first = {each.urn.split("::")[-2:][0] for each in stack.registered if each.request.deleteBeforeReplace}
     assert first == {"aws:ec2/instance:Instance", "aws:ec2/volumeAttachment:VolumeAttachment"}
@@ -48,7 +52,39 @@ def test_no_resource_hides_changes_but_the_parameters(stack: Run) -> None:
     certificate is the machine's to write."""
     ignoring = {each.name: list(each.request.ignoreChanges) for each in stack.registered if each.request.ignoreChanges}
     written_once = ["value", "description", "tier", "keyId"]
-    assert ignoring == {"credentials": written_once, "certificate-authority": written_once}
+    assert {name: names for name, names in ignoring.items() if not name.startswith("mlflow-")} == {
+        "credentials": written_once,
+        "certificate-authority": written_once,
+        "in-service": written_once,
+    }
+
+
+PROPERTIES = {
+    "aws:s3/bucketLifecycleConfiguration:BucketLifecycleConfiguration": "lifecycleRules",
+    "aws:s3/bucketPolicy:BucketPolicy": "policy",
+    "aws:s3/bucketServerSideEncryptionConfiguration:BucketServerSideEncryptionConfiguration": (
+        "serverSideEncryptionConfiguration"
+    ),
+    "aws:s3/bucketVersioning:BucketVersioning": "versioning",
+    # These are no properties of a bucket.
+    "aws:s3/bucketOwnershipControls:BucketOwnershipControls": "",
+    "aws:s3/bucketPublicAccessBlock:BucketPublicAccessBlock": "",
+}
+
+
+def test_refresh_does_not_undo_separate_bucket_settings(stack: Run) -> None:
+    """pulumi/pulumi-aws#6244: a refresh reads them into the bucket's state, and `up` then takes them off the bucket."""
+    arguments = inspect.signature(aws.s3.Bucket._internal_init).parameters
+    for bucket in stack.of_type("s3.Bucket"):
+        beside = {
+            each.type for each in stack.registered if each.type.startswith("aws:s3/") and each.name == bucket.name
+        }
+        managed = {PROPERTIES[kind] for kind in beside - {bucket.type}} - {""}
+        assert managed == set(bucket.request.ignoreChanges) - {"bucket"}
+        assert len(managed) == 4
+        for name in managed:
+            assert name not in bucket.inputs
+            assert re.sub("([A-Z])", r"_\1", name).lower() in arguments
 
 
 def test_nothing_is_given_a_name_that_aws_must_not_have_twice(stack: Run) -> None:
@@ -65,7 +101,7 @@ def test_everything_is_tagged_through_the_provider(stack: Run) -> None:
     assert provider.inputs["region"] == "eu-central-1"
 
 
-def test_what_the_user_set_for_aws_holds_for_the_stacks_provider() -> None:
+def test_aws_settings_of_the_user_apply_to_the_provider() -> None:
     roles = [{"roleArn": "arn:aws:iam::123456789012:role/deploy", "durationSeconds": 900}]
     found = run(
         aws_profile="work",
@@ -84,7 +120,7 @@ def test_what_the_user_set_for_aws_holds_for_the_stacks_provider() -> None:
     }
 
 
-def test_the_network(stack: Run) -> None:
+def test_network_has_two_public_subnets(stack: Run) -> None:
     vpc, table = stack.one("ec2.Vpc"), stack.one("ec2.RouteTable")
     subnets = stack.of_type("ec2.Subnet")
     assert {(each.inputs["availabilityZone"], each.inputs["cidrBlock"]) for each in subnets} == {
@@ -122,14 +158,14 @@ def test_only_the_allowed_networks_reach_the_server_and_only_the_web_ports(stack
     assert out.inputs["securityGroupId"] == "server-id"
 
 
-def test_without_tls_nothing_is_open_that_nobody_serves() -> None:
+def test_without_tls_only_port_80_is_open() -> None:
     assert rules(run(tls="off")) == {("tcp", 80, 80, "203.0.113.7/32")}
 
 
 def test_a_public_authority_reaches_the_port_it_asks_on_and_no_other() -> None:
     found = run(tls="acme", domainName="mlflow.example.com")
     assert rules(found) == {("tcp", 80, 80, "0.0.0.0/0"), ("tcp", 443, 443, "203.0.113.7/32")}
-    assert [each.name for each in found.of_type("ssm.Parameter")] == ["credentials"]
+    assert [each.name for each in found.of_type("ssm.Parameter")] == ["credentials", "in-service"]
 
 
 def test_there_is_a_parameter_for_the_authority_that_the_machine_writes(stack: Run) -> None:
@@ -138,7 +174,7 @@ def test_there_is_a_parameter_for_the_authority_that_the_machine_writes(stack: R
     assert parameter.inputs["type"] == "String"
     assert "value" in parameter.request.ignoreChanges
     assert parameter.urn in stack.one("ec2.Instance").dependencies
-    assert [each.name for each in run(tls="off").of_type("ssm.Parameter")] == ["credentials"]
+    assert [each.name for each in run(tls="off").of_type("ssm.Parameter")] == ["credentials", "in-service"]
 
 
 def test_ssh_only_from_where_it_was_asked_for() -> None:
@@ -195,17 +231,58 @@ def test_old_versions_are_kept_as_long_as_was_asked_for() -> None:
     assert kept == {90}
 
 
-def test_cloudwatch_watches_how_full_the_data_volume_is() -> None:
+def test_alarm_watches_the_data_volumes_usage() -> None:
     topic = "arn:aws:sns:eu-central-1:123456789012:ops"
-    alarm = run(alarmTopicArn=topic).one("cloudwatch.MetricAlarm").inputs
+    alarm = alarms_of(run(alarmTopicArn=topic))["data-volume-full"]
     watched = {"namespace": "mlflow-ami/dev", "metricName": "DiskUsedPercent", "dimensions": {"VolumeId": VOLUME}}
     assert {name: alarm[name] for name in watched} == watched
     assert (alarm["comparisonOperator"], alarm["threshold"]) == ("GreaterThanOrEqualToThreshold", 90)
     assert alarm["alarmActions"] == alarm["okActions"] == [topic]
-    assert run().one("cloudwatch.MetricAlarm").inputs["alarmActions"] == []
+    assert alarms_of(run())["data-volume-full"]["alarmActions"] == []
 
 
-def test_the_data_volume(stack: Run) -> None:
+def document(stack: Run) -> launch.LaunchDocument:
+    (file,) = yaml.safe_load(stack.one("ec2.Instance").inputs["userData"])["write_files"]
+    return launch.parse(file["content"])
+
+
+def alarms_of(stack: Run) -> dict[str, Any]:
+    return {each.name: each.inputs for each in stack.of_type("cloudwatch.MetricAlarm")}
+
+
+def test_every_alarm_of_the_setting_is_created_and_told_to_the_machine() -> None:
+    found = alarms_of(run())
+    assert set(found) == {*alarms.NAMES, alarms.STATUS_CHECK}
+    assert document(run()).monitoring.alarms == alarms.NAMES
+    down = found["server-down"]
+    assert (down["treatMissingData"], down["period"] * down["evaluationPeriods"]) == ("breaching", 180)
+    assert {each["treatMissingData"] for name, each in found.items() if name != "server-down"} == {"missing"}
+    assert all("mlflow-dev" in each["alarmDescription"] for each in found.values())
+
+
+def test_only_chosen_alarms_are_created_and_measured() -> None:
+    chosen = run(alarms='["status-check", "server-down"]')
+    assert set(alarms_of(chosen)) == {"server-down", "status-check"}
+    assert document(chosen).monitoring.alarms == ("server-down",)
+    none = run(alarms="[]")
+    assert alarms_of(none) == {} and document(none).monitoring.alarms == ()
+
+
+def test_machine_that_fails_its_status_check_is_rebooted() -> None:
+    alarm = alarms_of(run())["status-check"]
+    assert (alarm["namespace"], alarm["metricName"]) == ("AWS/EC2", "StatusCheckFailed_Instance")
+    (reboot,) = alarm["alarmActions"]
+    assert reboot == "arn:aws:automate:eu-central-1:ec2:reboot"
+
+
+def test_older_image_gets_the_alarm_that_it_feeds_and_the_preview_names_the_others() -> None:
+    older = run(Account(images={NEW: Image(tags=image_tags(launch_revision="4"))}))
+    assert set(alarms_of(older)) == {"data-volume-full", "status-check"}
+    (told,) = [line for _, line in older.log if "alarms watch" in line]
+    assert "server-down, backups-late, memory-full, server-errors, certificate-ends, unit-failed. They are" in told
+
+
+def test_data_volume_is_encrypted_and_protected(stack: Run) -> None:
     inputs = stack.one("ebs.Volume").inputs
     assert (inputs["type"], inputs["size"], inputs["encrypted"]) == ("gp3", 20, True)
     assert inputs["tags"] == {
@@ -217,6 +294,8 @@ def test_the_data_volume(stack: Run) -> None:
         "mlflow-ami:migration-head": "dc11669786a5",
         "mlflow-ami:migration-count": "67",
         "mlflow-ami:postgresql-major": "15",
+        "mlflow-ami:launch-revision": str(launch.REVISION),
+        **{f"mlflow-ami:bucket-{name}": f"mlflow-{name}-1a2b3c4" for name in ("artifacts", "models", "backups")},
     }
 
 
@@ -254,7 +333,7 @@ def test_a_zones_subnet_is_the_same_whatever_other_zones_there_are() -> None:
     assert block(("eu-central-1b", "eu-central-1c")) == block(("eu-central-1a", "eu-central-1b"))
 
 
-def test_the_instance(stack: Run) -> None:
+def test_instance_has_imdsv2_and_the_stacks_user_data(stack: Run) -> None:
     inputs = stack.one("ec2.Instance").inputs
     assert inputs["ami"] == NEW
     assert inputs["instanceType"] == "t3.small"
@@ -297,7 +376,7 @@ def needed_for(found: Run, resource: Registration) -> set[tuple[str, str]]:
     return {(by_urn[urn].type.split(":")[-1], by_urn[urn].name) for urn in seen - {resource.urn}}
 
 
-def test_the_instance_boots_into_a_finished_world(stack: Run) -> None:
+def test_instance_is_created_after_all_that_its_boot_needs(stack: Run) -> None:
     """Whatever is missing when it boots, it would only find out by failing."""
     there = needed_for(stack, stack.one("ec2.Instance"))
     assert there >= {
@@ -308,6 +387,7 @@ def test_the_instance_boots_into_a_finished_world(stack: Run) -> None:
         ("SecurityGroupIngressRule", "https-443-203.0.113.7/32"),
         ("SecurityGroupEgressRule", "anywhere"),
         ("RolePolicy", "server"),
+        ("RolePolicy", "mlflow"),
         ("Parameter", "credentials"),
         ("Parameter", "certificate-authority"),
         ("Volume", "data"),
@@ -394,4 +474,4 @@ def test_another_image_changes_the_instance_and_the_record_and_nothing_else(stac
         for key in each.inputs.keys() | before[each.urn].keys()
         if each.inputs.get(key) != before[each.urn].get(key)
     }
-    assert changed == {("server", "ami"), ("data", "tags")}
+    assert changed == {("server", "ami"), ("data", "tags"), ("image", "resourceId")}

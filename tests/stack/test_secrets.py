@@ -6,7 +6,8 @@ import json
 
 import pytest
 from google.protobuf import json_format
-from stack.program import SIGNATURE, Registration, Run, run
+
+from tests.stack.program import SIGNATURE, Registration, Run, run
 
 GIVEN = "canary-Given-4711"
 GENERATED = ("generated-kek-passphrase", "generated-admin-password")
@@ -65,8 +66,8 @@ def test_the_value_is_marked_secret_and_nothing_else_holds_it(generated: Run, gi
             wire = json.dumps(json_format.MessageToDict(each.request))
             holds = [canary for canary in canaries if canary in wire]
             assert not holds or each is parameter, f"{each.urn} holds {holds}"
-            # The provider marks the value of any parameter; the authority's is a certificate that clients are given.
-            assert not each.secret or each.name in ("credentials", "certificate-authority")
+            # The provider marks the value of any parameter; the others hold what is no secret.
+            assert not each.secret or each.name in ("credentials", "certificate-authority", "in-service")
         assert not [canary for canary in canaries if canary in json.dumps(found.outputs)]
         assert SIGNATURE not in json.dumps(found.outputs), "no output needs to be a secret"
         assert not [text for _, text in found.log if any(canary in text for canary in canaries)]

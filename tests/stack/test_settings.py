@@ -9,13 +9,14 @@ from typing import Any
 
 import pulumi
 import pytest
-import settings
 import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pulumi.runtime import configure, mocks
-from stack.program import ADDRESS, CONFIG, INFRA, Account, run
+
+import settings
+from tests.stack.program import ADDRESS, CONFIG, INFRA, Account, data_volume, run
 
 PROJECT = yaml.safe_load((INFRA / "Pulumi.yaml").read_text())
 ARRAY = {"type": "array", "items": {"type": "string"}}
@@ -36,7 +37,7 @@ def test_settings_are_what_pulumi_yaml_declares() -> None:
     assert {field.name for field in fields(settings.Settings)} - {"project", "stack", "region"} == declared
 
 
-def test_nothing_is_required_but_the_image_and_who_may_reach_it() -> None:
+def test_only_image_and_allowed_networks_are_required() -> None:
     refused = run(amiId=None, allowedCidrs=None)
     assert {sentence.split()[0] for sentence in refused.stated} == REQUIRED
     assert "There are 2 mistakes; nothing was changed" in refused.refusal
@@ -46,6 +47,16 @@ def test_nothing_is_required_but_the_image_and_who_may_reach_it() -> None:
 
 def test_an_empty_list_of_networks_is_none() -> None:
     assert run(allowedCidrs="[]").stated[0].startswith("allowedCidrs is missing")
+
+
+BACKED_UP = Account(
+    volumes=data_volume(),
+    objects=(
+        "dumps/20261122T013300Z-nightly-f4a9b2c7d1e6.dump",
+        "pgbackrest/backup/pg15-7-20261101T000000Z/20261122-013005F/backup.manifest",
+        "pgbackrest/backup/pg15-7-20261101T000000Z/20261122-013005F_20261123-010000D/backup.manifest",
+    ),
+)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +137,7 @@ def test_an_empty_list_of_networks_is_none() -> None:
         ({"restoreFrom": "s3://bucket/dumps/20261122T013300Z-nightly-f4a9b2c7d1e6.dump"}, None),
         ({"ssmEndpoint": "https://vpce.example.com/x"}, "ssmEndpoint: 'https://vpce.example.com/x' must be an http://"),
         ({"instancetype": "t3.small"}, "instancetype is not a setting of this stack: did you mean instanceType?"),
-        ({"zzz": "1"}, "zzz is not a setting of this stack: remove it with `pulumi config rm`."),
+        ({"zzz": "1"}, "zzz is not a setting of this stack: remove it with `pulumi config rm zzz`."),
         ({"aws_region": None}, "The region is missing: `pulumi config set aws:region`"),
         ({"aws_region": "Frankfurt"}, "aws:region: 'Frankfurt' is not a region such as eu-central-1."),
         ({"adminPassword": "correct horse"}, "adminPassword is stored in clear"),
@@ -137,7 +148,7 @@ def test_a_mistake_is_one_sentence_with_the_value_and_the_remedy(
 ) -> None:
     monkeypatch.delenv("AWS_REGION", raising=False)
     monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
-    refused = run(**config)
+    refused = run(BACKED_UP if sentence is None and "restoreFrom" in config else None, **config)
     if sentence is None:
         assert refused.refusal == ""
         return
@@ -191,7 +202,7 @@ def test_the_whole_world_is_allowed_only_with_a_warning() -> None:
     opened = run(allowedCidrs='["0.0.0.0/0"]')
     assert opened.refusal == ""
     assert [text for level, text in opened.log if level == "WARNING"] == [
-        "allowedCidrs has 0.0.0.0/0: everybody on the internet reaches the login."
+        "allowedCidrs has 0.0.0.0/0: the login is open to the whole internet."
     ]
     assert not [text for level, text in run().log if level == "WARNING"]
     assert [text for level, text in run(tls="off").log if level == "WARNING"] == [
@@ -222,7 +233,7 @@ TEXT = st.one_of(
 @given(
     st.dictionaries(st.sampled_from(sorted(PROJECT["config"])), TEXT, max_size=6), st.text(max_size=60), st.booleans()
 )
-def test_whatever_is_configured_makes_settings_or_sentences(
+def test_any_configuration_gives_settings_or_error_sentences(
     values: dict[str, str], stack_name: str, hidden: bool
 ) -> None:
     configure(mocks.MockSettings(project="mlflow-ami", stack=stack_name))  # type: ignore[no-untyped-call]
@@ -238,12 +249,12 @@ def test_whatever_is_configured_makes_settings_or_sentences(
         assert password not in settings.as_sentences(mistakes)
 
 
-def test_the_readme_tells_the_settings_as_they_are() -> None:
+def test_readme_lists_the_settings() -> None:
     rows = []
     for name, entry in PROJECT["config"].items():
         default = "**required**" if name in REQUIRED else _shown(entry["default"])
         rows.append(f"| `{name}` | {default} | {entry['description'].strip().removeprefix('Required. ')} |")
-    readme = (INFRA.parent / "README.md").read_text().splitlines()
+    readme = (INFRA / "README.md").read_text().splitlines()
     start = readme.index("| setting | default | what it is |") + 2
     assert readme[start : start + len(rows) + 1] == [*rows, ""]
 

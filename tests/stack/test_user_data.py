@@ -7,13 +7,14 @@ from typing import Any
 
 import pulumi
 import pytest
-import user_data
 import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from mlflow_host import launch
-from stack.program import ADDRESS, NEW, VOLUME, Account, Image, Run, image_tags, run
+
+import user_data
+from mlflow_host.contract import alarms, launch
+from tests.stack.program import ADDRESS, NEW, VOLUME, Account, Image, Run, data_volume, image_tags, run
 
 CONTENT: dict[str, Any] = {
     "stack": {"name": "dev", "region": "eu-central-1"},
@@ -22,7 +23,11 @@ CONTENT: dict[str, Any] = {
     "data_volume": {"id": VOLUME},
     "web": {"hostnames": [ADDRESS], "tls": "off", "authority_parameter": "", "acme_email": ""},
     "postgres": {"cidrs": [], "parameter": ""},
-    "mlflow": {"job_execution": False, "artifact_transfer": "direct"},
+    "mlflow": {
+        "job_execution": False,
+        "artifact_transfer": "direct",
+        "role": "arn:aws:iam::123456789012:role/mlflow-1a2b3c4",
+    },
     "backups": {"retention_days": 30},
     "endpoints": {},
 }
@@ -48,11 +53,12 @@ def test_the_machine_is_told_what_the_stack_made() -> None:
     assert document(run()) == launch.LaunchDocument(
         stack=launch.Stack("dev", "eu-central-1"),
         buckets=launch.Buckets("mlflow-artifacts-1a2b3c4", "mlflow-models-1a2b3c4", "mlflow-backups-1a2b3c4"),
-        credentials=launch.Credentials("/mlflow-ami/dev/credentials"),
-        data_volume=launch.DataVolume(VOLUME),
+        credentials=launch.CredentialsParameter("/mlflow-ami/dev/credentials"),
+        data_volume=launch.DataVolume(VOLUME, "/mlflow-ami/dev/in-service"),
         web=launch.Web((ADDRESS,), "private", authority_parameter="/mlflow-ami/dev/certificate-authority"),
-        mlflow=launch.Mlflow(False, "direct"),
+        mlflow=launch.Mlflow(False, "direct", role="arn:aws:iam::123456789012:role/mlflow-1a2b3c4"),
         backups=launch.Backups(retention_days=30),
+        monitoring=launch.Monitoring(alarms.NAMES),
     )
 
 
@@ -90,7 +96,8 @@ def test_the_machine_is_told_what_the_stack_made() -> None:
     ],
 )
 def test_settings_reach_the_machine(config: dict[str, Any], expected: dict[str, dict[str, Any]]) -> None:
-    found = document(run(**config))
+    backed_up = Account(volumes=data_volume(), objects=("pgbackrest/backup/pg15/20261101-010000F/x",))
+    found = document(run(backed_up if "restoreFrom" in config else None, **config))
     for table, values in expected.items():
         for key, value in values.items():
             assert getattr(getattr(found, table), key) == value
@@ -135,7 +142,7 @@ def test_the_limit_is_exact() -> None:
         ("web", "tls", "none", 'web.tls is "none"'),
     ],
 )
-def test_what_the_machine_would_refuse_is_refused_here(table: str, key: str, value: Any, problem: str) -> None:
+def test_preview_refuses_invalid_launch_documents(table: str, key: str, value: Any, problem: str) -> None:
     content = copy.deepcopy(CONTENT)
     content[table][key] = value
     with pytest.raises(pulumi.RunError, match="The machine would refuse its launch document") as refused:
@@ -143,7 +150,7 @@ def test_what_the_machine_would_refuse_is_refused_here(table: str, key: str, val
     assert problem in str(refused.value)
 
 
-def test_a_name_the_template_was_not_given_is_no_empty_string() -> None:
+def test_undefined_name_in_the_template_is_an_error() -> None:
     content = copy.deepcopy(CONTENT)
     del content["stack"]["region"]
     with pytest.raises(pulumi.RunError, match=r"stack\.region is missing"):
@@ -152,7 +159,7 @@ def test_a_name_the_template_was_not_given_is_no_empty_string() -> None:
 
 @hypothesis_settings(max_examples=100, deadline=None)
 @given(st.text(max_size=200))
-def test_no_text_breaks_out_of_its_quotes(text: str) -> None:
+def test_any_text_is_quoted_correctly(text: str) -> None:
     """Whatever a value is, it is either refused, or read back as it was and as nothing more."""
     content = copy.deepcopy(CONTENT)
     content["endpoints"] = {"s3": text}
@@ -164,19 +171,19 @@ def test_no_text_breaks_out_of_its_quotes(text: str) -> None:
     assert launch.to_mapping(found)["endpoints"]["s3"] == text
 
 
-def test_an_older_image_is_not_told_what_it_would_refuse() -> None:
+def test_an_older_image_gets_no_key_that_it_would_refuse() -> None:
     config = {"backupsEndpoint": "https://10.0.0.1", "backupsAuthority": AUTHORITY, "backupRetentionDays": "7"}
     older = run(Account(images={NEW: Image(tags=image_tags(launch_revision=""))}), **config)
     assert document(older).backups == launch.Backups(retention_days=7)
     assert [line for _, line in older.log if "older" in line] == [
         f"{NEW} (MLflow 3.17.2, image 20261122T101500Z) is older than backups.endpoint and backups.authority of the "
-        "launch document: it is not told, and does without until a newer image is pinned again."
+        "launch document: it ignores them until a newer image is pinned."
     ]
     newer = run(**config)
     assert document(newer).backups.endpoint == "https://10.0.0.1"
     assert not [line for _, line in newer.log if "older" in line]
 
 
-def test_an_older_image_without_newer_settings_is_launched_in_silence() -> None:
+def test_older_image_without_newer_settings_causes_no_warning() -> None:
     older = run(Account(images={NEW: Image(tags=image_tags(launch_revision="1"))}))
     assert not [line for _, line in older.log if "older" in line]

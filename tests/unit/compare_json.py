@@ -1,6 +1,6 @@
-"""What MLflow's requests are read and its answers written with here, beside what the installed release has itself.
+"""Compare our JSON parser and writer with those of the installed MLflow and protobuf.
 
-python -m tests.unit.compare_json       by any release's Python; the first difference ends it
+python -m tests.unit.compare_json       with any release's Python; ends at the first difference
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from google.protobuf import json_format, message_factory
 from google.protobuf.message import Message
-from mlflow_host import answers, received
 
+from mlflow_host.server import json_decode, json_encode
 from tests.unit.generated_messages import fill, json_for, messages
 
 EACH = 5
@@ -26,9 +26,9 @@ def dictionaries(chance: random.Random) -> None:
         for _ in range(EACH):
             message = fill(message_factory.GetMessageClass(descriptor)(), chance)
             expected = json_format.MessageToDict(message, preserving_proto_field_name=True)
-            found = answers.message_to_dict(message, preserving_proto_field_name=True)
+            found = json_encode.message_to_dict(message, preserving_proto_field_name=True)
             assert json.dumps(found) == json.dumps(expected), descriptor.full_name
-            compared += can(answers.plain, message)
+            compared += can(json_encode.plain, message)
     assert compared > 2 * described, "most messages should take the short way"
 
 
@@ -41,14 +41,14 @@ def read(chance: random.Random) -> None:
             for _ in range(EACH):
                 given = json_for(descriptor, chance, unusual)
                 for options in ({"ignore_unknown_fields": True}, {}):
-                    expected = outcome(received.thorough, given, kind(), options)
-                    assert outcome(received.parse_dict, given, kind(), options) == expected, (descriptor, given)
-                plain += bool(given) and can(lambda _, given=given, kind=kind: received.plain(given, kind), None)
+                    expected = outcome(json_decode.thorough, given, kind(), options)
+                    assert outcome(json_decode.parse_dict, given, kind(), options) == expected, (descriptor, given)
+                plain += bool(given) and can(lambda _, given=given, kind=kind: json_decode.plain(given, kind), None)
     assert plain > EACH * described, "most of what clients send should take the short way"
 
 
 def outcome(parse: Callable[..., Any], given: Any, message: Message, options: dict[str, Any]) -> tuple[str, bytes]:
-    """The error, if any, and what the message holds afterwards: MLflow goes on with that."""
+    """The error, if any, and the message's content afterwards, with which MLflow continues."""
     error = ""
     try:
         assert parse(js_dict=given, message=message, **options) is message
@@ -60,7 +60,7 @@ def outcome(parse: Callable[..., Any], given: Any, message: Message, options: di
 def can(way: Callable[[Any], Any], what: Any) -> bool:
     try:
         way(what)
-    except (answers.NotPlain, KeyError, TypeError, ValueError, OverflowError):
+    except (json_encode.NotPlain, KeyError, TypeError, ValueError, OverflowError):
         return False
     return True
 

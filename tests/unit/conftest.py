@@ -1,11 +1,12 @@
-"""What several tests of a part stand on."""
+"""Fixtures for several tests of one part."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-from services import PostgreSQL, create_schema, postgresql
+
+from tests.support.services import PostgreSQL, create_schema, postgresql
 
 
 @pytest.fixture(scope="module")

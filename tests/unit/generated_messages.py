@@ -1,4 +1,4 @@
-"""Messages of every kind that MLflow defines, and JSON for them as clients write it and as they do not, by chance."""
+"""Random messages of every type that MLflow defines, and JSON for them, in the form of clients and in other forms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from google.protobuf import any_pb2, duration_pb2, field_mask_pb2, struct_pb2, t
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Value
-from mlflow_host.answers import is_repeated
+
+from mlflow_host.server.json_encode import is_repeated
 
 NUMBERS = [0, 1, -1, 2**31 - 1, -(2**31)]
 VALUES = {
@@ -52,7 +53,7 @@ UNUSUAL_NAMES = ["unknown", "Key", "[mlflow.unknown]", ""]
 
 
 def messages() -> list[Descriptor]:
-    """Every message that MLflow defines, those within others included, and what Google's have JSON of their own for."""
+    """Every message type that MLflow defines, nested ones included, and Google's types with special JSON."""
 
     def within(descriptor: Descriptor) -> list[Descriptor]:
         return [descriptor, *(each for nested in descriptor.nested_types for each in within(nested))]
@@ -67,7 +68,7 @@ def messages() -> list[Descriptor]:
 
 def fill(message: Message, chance: random.Random, depth: int = 0) -> Message:
     if message.DESCRIPTOR.full_name.startswith("google.protobuf."):
-        return message  # what is in them by chance has no JSON
+        return message  # random content of these has no JSON form
     for field in message.DESCRIPTOR.fields:
         if chance.random() < 0.25 or (field.message_type and depth > 3):
             continue
@@ -100,7 +101,7 @@ def value_for(field: FieldDescriptor, chance: random.Random) -> Any:
 
 
 def json_for(descriptor: Descriptor, chance: random.Random, unusual: float, depth: int = 0) -> dict[str, Any]:
-    """What a client may send for a message; each name and each value is unusual with that probability."""
+    """JSON that a client may send for a message; each name and value is unusual with that probability."""
     found: dict[str, Any] = {}
     for field in chance.sample(list(descriptor.fields), len(descriptor.fields)):
         if chance.random() < 0.4 or (field.message_type and depth > 2):

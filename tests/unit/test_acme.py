@@ -1,4 +1,4 @@
-"""A public certificate by ACME: certbot as the image runs it, against Pebble, Let's Encrypt's own test authority."""
+"""A public certificate by ACME: certbot as the image runs it, with Pebble, Let's Encrypt's test authority."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from authority import name_server, pebble
 from cryptography import x509
-from mlflow_host import acme, certificates, certify, config, launch, sizing, web
-from services import free_port
+
+from mlflow_host.boot import acme, certificates, private_ca
+from mlflow_host.contract import launch, sizing
+from mlflow_host.machine import config, nginx
+from tests.support.authority import name_server, pebble
+from tests.support.services import free_port
 
 DOMAIN = "mlflow.example.test"
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("pebble") and shutil.which("certbot")), reason="pebble and certbot are not installed"
-)
+pytestmark = [
+    pytest.mark.service,
+    pytest.mark.skipif(
+        not (shutil.which("pebble") and shutil.which("certbot")), reason="pebble and certbot are not installed"
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class Authority:
 
 @pytest.fixture
 def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Authority]:
-    """Pebble, a name server for it, and a web server where it looks for the answers to its challenges."""
-    own = certificates.ensure(("127.0.0.1",), tmp_path / "pebble")
+    """Pebble, a name server for it, and a web server for the challenge responses."""
+    own = private_ca.ensure(("127.0.0.1",), tmp_path / "pebble")
     port, challenge_port, names = free_port(), free_port(), ("127.0.0.1", free_port())
     challenges = tmp_path / "challenges"
     challenges.mkdir()
@@ -78,7 +84,7 @@ def test_certificate_is_issued_kept_and_replaced_when_the_names_change(authority
     assert acme.issued([DOMAIN, f"www.{DOMAIN}"], home)
 
 
-def test_refusal_is_told_in_the_words_of_the_authority(authority: Authority, tmp_path: Path) -> None:
+def test_refusal_quotes_the_authority(authority: Authority, tmp_path: Path) -> None:
     elsewhere = tmp_path / "nobody-serves-this"
     elsewhere.mkdir()
     with pytest.raises(acme.NotIssued, match=r"Invalid response from|[Nn]on-200|not found|404"):
@@ -86,13 +92,13 @@ def test_refusal_is_told_in_the_words_of_the_authority(authority: Authority, tmp
     assert acme.issued([DOMAIN], tmp_path / "acme") is None
 
 
-def test_authority_that_cannot_be_reached_is_told(tmp_path: Path) -> None:
+def test_unreachable_authority_is_reported(tmp_path: Path) -> None:
     settings = launch.Web((DOMAIN,), "acme", "", "https://127.0.0.1:9/dir")
     with pytest.raises(acme.NotIssued, match=r"127\.0\.0\.1.*(refused|Max retries)"):
         acme.obtain(settings, tmp_path / "acme", tmp_path)
 
 
-def test_addresses_are_left_to_the_private_certificate() -> None:
+def test_addresses_use_the_private_certificate() -> None:
     settings = launch.Web((DOMAIN, "52.1.2.3", "2001:db8::1", "localhost"))
     assert acme.public_names(settings) == [DOMAIN]
 
@@ -103,7 +109,7 @@ def test_addresses_are_left_to_the_private_certificate() -> None:
 @dataclass
 class Machine:
     host: config.HostConfig
-    sites: list[web.Certificate | None]
+    sites: list[nginx.Certificate | None]
     said: list[str]
 
 
@@ -112,25 +118,25 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     document = launch.LaunchDocument(
         stack=launch.Stack("dev", "eu-central-1"),
         buckets=launch.Buckets("aaa", "mmm", "bbb"),
-        credentials=launch.Credentials("/x"),
+        credentials=launch.CredentialsParameter("/x"),
         data_volume=launch.DataVolume("vol-01234567"),
         web=launch.Web((DOMAIN,), "acme"),
     )
-    host = config.host_config(document, sizing.size(sizing.Machine(2048, 2)))
+    host = config.host_config(document, sizing.size(sizing.MachineSize(2048, 2)))
     made = Machine(host, [], [])
-    monkeypatch.setattr(web, "put_site", lambda host, certificate=None: made.sites.append(certificate))
-    monkeypatch.setattr(certify, "ATTEMPTS_AFTER", (0, 0, 0))
+    monkeypatch.setattr(nginx, "put_site", lambda host, certificate=None: made.sites.append(certificate))
+    monkeypatch.setattr(certificates, "ATTEMPTS_AFTER", (0, 0, 0))
     return made
 
 
-def test_private_certificate_serves_on_when_no_public_one_is_issued(
+def test_private_certificate_is_used_until_a_public_one_is_issued(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(settings: launch.Web) -> web.Certificate:
+    def refuse(settings: launch.Web) -> nginx.Certificate:
         raise acme.NotIssued("DNS problem: NXDOMAIN")
 
     monkeypatch.setattr(acme, "obtain", refuse)
-    last = certify.get_public(machine.host, machine.said.append)
+    last = certificates.get_public(machine.host, machine.said.append)
     assert machine.sites == []
     assert last == (
         f"serving https://{DOMAIN} with the stack's own certificate: no public one was issued (DNS problem: NXDOMAIN)"
@@ -138,17 +144,18 @@ def test_private_certificate_serves_on_when_no_public_one_is_issued(
     assert machine.said == [last] * 3
 
 
-def test_public_certificate_is_put_in_service_when_it_comes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    issued = web.Certificate(Path("chain"), Path("key"), trusted=True)
+def test_public_certificate_is_used_once_issued(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    issued = nginx.Certificate(Path("chain"), Path("key"), trusted=True)
     refusals = [acme.NotIssued("too early")]
 
-    def obtain(settings: launch.Web) -> web.Certificate:
+    def obtain(settings: launch.Web) -> nginx.Certificate:
         if refusals:
             raise refusals.pop()
         return issued
 
     monkeypatch.setattr(acme, "obtain", obtain)
     assert (
-        certify.get_public(machine.host, machine.said.append) == f"serving https://{DOMAIN} with a public certificate"
+        certificates.get_public(machine.host, machine.said.append)
+        == f"serving https://{DOMAIN} with a public certificate"
     )
     assert machine.sites == [issued]

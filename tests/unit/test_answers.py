@@ -1,4 +1,4 @@
-"""What MLflow's requests are read and its answers written with says the same as what it replaces."""
+"""Our JSON parser and writer return the same results as those of protobuf and MLflow."""
 
 import json
 import random
@@ -11,10 +11,10 @@ from google.protobuf import json_format
 from mlflow.protos import service_pb2
 from mlflow.protos.service_pb2 import LogBatch, Metric
 from mlflow.utils import proto_json_utils
-from mlflow_host import answers, received
 
+from mlflow_host.server import json_decode, json_encode
 from tests.schema import environments
-from tests.services import HOST_PACKAGE
+from tests.support.services import HOST_PACKAGE
 from tests.unit.compare_json import COMPARISONS
 
 
@@ -25,23 +25,23 @@ def test_every_message_of_mlflow_is_read_and_written_as_by_protobuf_and_mlflow(c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", environments.releases())
-def test_so_it_is_in_other_releases(version: str):
+def test_other_releases_pass_the_same_comparison(version: str):
     python = environments.environment(version)
     command = [str(python), "-W", "ignore", "-m", "tests.unit.compare_json"]
     folder = Path(__file__).parents[2]
     subprocess.run(command, check=True, cwd=folder, env={"PYTHONPATH": f"{folder}:{HOST_PACKAGE}"})
 
 
-def test_unusual_options_are_left_to_protobuf_and_mlflow():
+def test_unusual_options_use_protobufs_functions():
     metric = Metric(key="loss", value=0.5, timestamp=3, step=1)
-    assert answers.message_to_dict(metric) == json_format.MessageToDict(metric)
-    assert answers.message_to_dict(metric, True) == json_format.MessageToDict(metric, True)
+    assert json_encode.message_to_dict(metric) == json_format.MessageToDict(metric)
+    assert json_encode.message_to_dict(metric, True) == json_format.MessageToDict(metric, True)
 
 
-def test_a_message_that_holds_something_is_not_filled_by_the_short_way():
-    """ParseDict replaces lists, and the short way would add to them."""
+def test_non_empty_message_is_filled_by_protobuf():
+    """ParseDict replaces lists; the fast parser would append to them."""
     message = LogBatch(run_id="a", metrics=[Metric(key="a", value=1)])
-    received.parse_dict({"metrics": [{"key": "b", "value": 2.0}]}, message, ignore_unknown_fields=True)
+    json_decode.parse_dict({"metrics": [{"key": "b", "value": 2.0}]}, message, ignore_unknown_fields=True)
     assert message == LogBatch(run_id="a", metrics=[Metric(key="b", value=2)])
 
 
@@ -61,24 +61,26 @@ def test_a_message_that_holds_something_is_not_filled_by_the_short_way():
     ],
     ids=lambda sent: type(sent).__name__,
 )
-def test_what_mlflow_s_client_sends_is_read_the_short_way(sent):
-    assert received.plain(json.loads(proto_json_utils.message_to_json(sent)), type(sent)) == sent
+def test_requests_of_mlflows_client_use_the_fast_parser(sent):
+    assert json_decode.plain(json.loads(proto_json_utils.message_to_json(sent)), type(sent)) == sent
 
 
-def test_an_installed_encoder_writes_no_line_breaks_and_the_same_values():
+def test_mlflows_responses_have_no_line_breaks():
     code = """
 import json
-from mlflow_host import answers, received
-value = {"b": [1, 2.5, None, {"µ": True}], "a": "x\\ny"}
-usual = [{"indent": 2}, {"indent": 4, "sort_keys": True}, {"indent": 2, "separators": (" , ", ":")}]
-before = [json.dumps(value, **options) for options in usual]
-received.install()
-answers.install()
-after = [json.dumps(value, **options) for options in usual]
-assert all("\\n" in text for text in before) and not any("\\n" in text for text in after), after
-assert [json.loads(text) for text in before] == [json.loads(text) for text in after]
+from mlflow_host.server import json_decode, json_encode, mlflow_patches
+mlflow_patches.apply(mlflow_patches.BEFORE_IMPORT)
+from mlflow.protos.service_pb2 import Param, SearchRuns
 from mlflow.utils import proto_json_utils
-assert proto_json_utils.MessageToDict is answers.message_to_dict
-assert proto_json_utils.ParseDict is received.parse_dict
+message = SearchRuns(experiment_ids=["1", "µ"], filter="x\\n\\"y", max_results=3)
+before = proto_json_utils.message_to_json(message)
+mlflow_patches.apply(mlflow_patches.AFTER_IMPORT)
+after = proto_json_utils.message_to_json(message)
+assert "\\n" in before and "\\n" not in after, after
+assert json.loads(before) == json.loads(after)
+assert "\\n" in json.dumps({"a": 1}, indent=2), "json itself is unchanged"
+assert proto_json_utils.json.loads is json.loads
+assert proto_json_utils.MessageToDict is json_encode.message_to_dict
+assert proto_json_utils.ParseDict is json_decode.parse_dict
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(HOST_PACKAGE)})

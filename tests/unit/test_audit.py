@@ -1,4 +1,4 @@
-"""What is known to be wrong with an image, by a stand-in for OSV's API that serves records in OSV's own format."""
+"""audit.py with a stand-in for OSV's API that serves records in OSV's format."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import audit
 import pytest
 
-# Schema 1.7 (ossf.github.io/osv-schema), as Debian's tracker and PyPI's advisories come; shortened.
+from scripts import audit
+
+# Records of Debian's tracker and of PyPI's advisories in schema 1.7 (ossf.github.io/osv-schema), shortened.
 RECORDS: list[dict[str, Any]] = [
     {
         "id": "DEBIAN-CVE-2026-1001",
@@ -158,7 +159,7 @@ def bill_of(folder: Path, urls: list[str]) -> Path:
     return path
 
 
-def test_each_vulnerability_is_told_once_with_what_mends_it(
+def test_each_vulnerability_is_listed_once_with_its_fixed_version(
     database: str, bill: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert audit.main([str(bill), "--json", "--database", database]) == 1
@@ -173,7 +174,7 @@ def test_each_vulnerability_is_told_once_with_what_mends_it(
     assert said.err == "audit: 2 of 3 packages have 3 known vulnerabilities\n"
 
 
-def test_what_baking_anew_mends_can_be_listed_alone(
+def test_option_fixed_lists_only_vulnerabilities_with_a_fix(
     database: str, bill: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert audit.main([str(bill), "--fixed", "--database", database]) == 1
@@ -184,13 +185,13 @@ def test_what_baking_anew_mends_can_be_listed_alone(
     ]
 
 
-def test_nothing_known_is_said_and_ends_well(database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_known_vulnerability_exits_with_0(database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bill = bill_of(tmp_path, ["pkg:pypi/mlflow@3.18.0", "pkg:deb/debian/gcc-12@12.2.0-14?distro=debian-12"])
     assert audit.main([str(bill), "--database", database]) == 0
     assert capsys.readouterr() == ("", "audit: 0 of 2 packages have 0 known vulnerabilities\n")
 
 
-def test_database_is_told_names_and_versions_and_nothing_else(database: str, bill: Path) -> None:
+def test_queries_contain_only_names_and_versions(database: str, bill: Path) -> None:
     audit.main([str(bill), "--database", database])
     assert {key for each in Database.asked for key in each} == {"package", "version", "page_token"}
     assert {each["package"]["name"] for each in Database.asked} == {"nginx", "gcc-12", "mlflow"}
@@ -207,21 +208,21 @@ def test_database_is_told_names_and_versions_and_nothing_else(database: str, bil
         ("pkg:deb/debian/a@1?distro=debian-13&upstream=b%2B%2B%402%2B3", audit.Package("b++", "2+3", "Debian:13")),
     ],
 )
-def test_packages_are_asked_for_as_the_database_names_them(url: str, package: audit.Package) -> None:
+def test_package_url_becomes_osv_name_and_ecosystem(url: str, package: audit.Package) -> None:
     assert audit.package_of(url) == package
 
 
-def test_network_that_does_not_allow_it_is_said_in_a_sentence(bill: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreachable_database_is_one_error_sentence(bill: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{closed.getsockname()[1]}"
         assert audit.main([str(bill), "--database", f"http://{where}"]) == 2
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
-    assert said.err.startswith(f"audit: nothing was looked up, for {where} cannot be asked from here (")
+    assert said.err.startswith(f"audit: nothing was looked up: {where} is unreachable (")
 
 
-def test_database_that_answers_otherwise_is_said_in_a_sentence(
+def test_invalid_response_is_one_error_sentence(
     database: str, bill: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Database, "answer", lambda self, content: self.send_error(502))
@@ -232,31 +233,31 @@ def test_database_that_answers_otherwise_is_said_in_a_sentence(
     assert audit.main([str(bill), "--database", database]) == 2
     monkeypatch.setattr(Database, "answer", lambda self, _: self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n{}"))
     assert audit.main([str(bill), "--database", database]) == 2
-    assert capsys.readouterr().err.count("audit: nothing was looked up, for ") == 4
+    assert capsys.readouterr().err.count("audit: nothing was looked up: ") == 4
 
 
 @pytest.mark.parametrize("content", ["", "5", "{}", '{"components": [{"name": "a", "purl": "pkg:npm/a@1"}]}'])
-def test_file_that_is_no_bill_is_told(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_bill_of_materials_is_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "other.json"
     path.write_text(content)
     assert audit.main([str(path)]) == 2
-    assert capsys.readouterr().err == f"audit: {path} is not a bill of materials of an image of ours\n"
+    assert capsys.readouterr().err == f"audit: {path} is not a bill of materials of an image of this project\n"
     assert audit.main([str(tmp_path / "gone.json")]) == 2
     assert "No such file" in capsys.readouterr().err
 
 
-def test_image_is_the_one_baked_last(
+def test_default_is_the_newest_bill_of_materials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(audit, "BUILDS", tmp_path)
     assert audit.main([]) == 2
-    assert "no image was baked here yet" in capsys.readouterr().err
+    assert "has no bill of materials, because no image was baked here yet" in capsys.readouterr().err
     for name in ("20261121t000000z-1", "20261122t000000z-1"):
         (tmp_path / name).mkdir()
         bill_of(tmp_path / name, URLS)
     assert audit.newest_bill().parent.name == "20261122t000000z-1"
 
 
-def test_database_that_is_no_address_is_said_in_a_sentence(bill: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_database_url_is_one_error_sentence(bill: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert audit.main([str(bill), "--database", "mirror"]) == 2
-    assert capsys.readouterr().err.startswith("audit: nothing was looked up, for mirror/v1/querybatch ")
+    assert capsys.readouterr().err.startswith("audit: nothing was looked up: the response of mirror/v1/querybatch ")

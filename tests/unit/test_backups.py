@@ -1,9 +1,11 @@
-"""Backups without a machine: what is rendered, when something is due, what a name means, how a restore is finished."""
+"""Backups without a machine: pgBackRest's configuration, due times, stale backups, archiving, restore requests."""
 
 from __future__ import annotations
 
 import configparser
+import dataclasses
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -13,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow_host import config, launch, sizing, web
-from mlflow_host.backups import archive, base, check, dump, listing, naming, repository, restore
-from mlflow_host.backups.check import Waiting
-from mlflow_host.backups.history import History, is_due, stamp
-from mlflow_host.backups.listing import Available, Base, Dump, Line
-from mlflow_host.backups.repository import BackupError, Repository, Stanza
-from mlflow_host.status import step
+
+from mlflow_host.backups import archive, base, check, dump, recovery_points, restore
+from mlflow_host.backups.check import SegmentQueue
+from mlflow_host.backups.last_runs import LastRuns, is_due, stamp
+from mlflow_host.backups.recovery_points import BaseBackup, Dump, RecoveryPoint, RecoveryPoints, StanzaRange
+from mlflow_host.contract import launch, restore_request, sizing
+from mlflow_host.machine import config, nginx
+from mlflow_host.machine.status import step
+from mlflow_host.postgres import pgbackrest
+from mlflow_host.postgres.pgbackrest import BackupError, Repository, Stanza
 
 ROOTFS = Path(__file__).parents[2] / "provisioning" / "rootfs"
 NOW = datetime(2026, 11, 22, 14, 15, tzinfo=UTC)
@@ -42,17 +47,17 @@ def document(**backups: Any) -> launch.LaunchDocument:
 
 
 def rendered(monkeypatch: pytest.MonkeyPatch, **backups: Any) -> configparser.ConfigParser:
-    monkeypatch.setattr(web, "TEMPLATES", ROOTFS / "usr/share/mlflow-host/templates")
-    host = config.host_config(document(**backups), sizing.size(sizing.Machine(2048, 2)))
+    monkeypatch.setattr(nginx, "TEMPLATES", ROOTFS / "usr/share/mlflow-host/templates")
+    host = config.host_config(document(**backups), sizing.size(sizing.MachineSize(2048, 2)))
     parser = configparser.ConfigParser()
-    parser.read_string(repository.settings(host))
+    parser.read_string(pgbackrest.settings(host))
     return parser
 
 
-# What is rendered
+# Configuration
 
 
-def test_pgbackrest_is_sent_to_aws_with_the_role(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pgbackrest_uses_aws_with_the_instance_role(monkeypatch: pytest.MonkeyPatch) -> None:
     found = rendered(monkeypatch, retention_days=7)["global"]
     assert found["repo1-s3-endpoint"] == "s3.eu-central-1.amazonaws.com"
     assert (found["repo1-s3-bucket"], found["repo1-s3-region"]) == ("bbb", "eu-central-1")
@@ -61,35 +66,44 @@ def test_pgbackrest_is_sent_to_aws_with_the_role(monkeypatch: pytest.MonkeyPatch
     assert not [key for key in found if "secret" in key or "path-style" in key or "ca-file" in key or "port" in key]
 
 
-def test_pgbackrest_is_sent_to_another_store_with_its_authority(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pgbackrest_uses_another_endpoint_with_its_authority(monkeypatch: pytest.MonkeyPatch) -> None:
     found = rendered(monkeypatch, endpoint="https://store.internal:9000", authority=AUTHORITY)["global"]
     assert (found["repo1-s3-endpoint"], found["repo1-storage-port"]) == ("store.internal", "9000")
     assert found["repo1-s3-uri-style"] == "path"
-    assert found["repo1-storage-ca-file"] == str(repository.AUTHORITY)
+    assert found["repo1-storage-ca-file"] == str(pgbackrest.AUTHORITY)
 
 
-def test_a_store_by_plain_http_is_none_for_pgbackrest() -> None:
-    assert repository.archives(document())
-    assert repository.archives(document(endpoint="https://store"))
-    assert not repository.archives(document(endpoint="http://store"))
+def test_pgbackrest_cannot_archive_to_a_plain_http_endpoint() -> None:
+    assert pgbackrest.archives(document())
+    assert pgbackrest.archives(document(endpoint="https://store"))
+    assert not pgbackrest.archives(document(endpoint="http://store"))
 
 
-def test_an_authority_needs_an_address() -> None:
-    with pytest.raises(launch.LaunchError, match=r"backups\.authority is set but backups\.endpoint is no https"):
+def test_archive_command_exists_and_contains_the_word_pgbackrest() -> None:
+    """pgBackRest refuses base backups otherwise (check of the archive_command in its `backup` command)."""
+    template = (ROOTFS / "usr/share/mlflow-host/templates/postgresql.conf.j2").read_text()
+    (command,) = re.findall(r"^archive_command = '(.+)'$", template, re.MULTILINE)
+    (script,) = [part for part in command.split() if part.endswith(".py")]
+    assert "pgbackrest" in command
+    assert (ROOTFS / script.lstrip("/")).is_file()
+
+
+def test_backups_authority_requires_an_https_endpoint() -> None:
+    with pytest.raises(launch.LaunchError, match=r"backups\.authority is set but backups\.endpoint is not an https"):
         document(authority=AUTHORITY)
 
 
-# Histories
+# Stanzas and due times
 
 
-def test_a_cluster_is_given_a_history_of_its_own(tmp_path: Path) -> None:
+def test_new_cluster_gets_a_new_stanza(tmp_path: Path) -> None:
     (tmp_path / "global").mkdir()
     (tmp_path / "global/pg_control").write_bytes(struct.pack("=Q", OURS.system) + bytes(8184))
     (tmp_path / "PG_VERSION").write_text("15\n")
-    assert repository.stanza_of(tmp_path) is None
-    assert repository.begin_history(tmp_path, OURS.began) == OURS == repository.stanza_of(tmp_path)
+    assert pgbackrest.stanza_of(tmp_path) is None
+    assert pgbackrest.start_stanza(tmp_path, OURS.began) == OURS == pgbackrest.stanza_of(tmp_path)
     assert OURS.name == "pg15-7711001897250578601-20261101T080000Z"
-    assert repository.parse_stanza("main") is None
+    assert pgbackrest.parse_stanza("main") is None
 
 
 @pytest.mark.parametrize(
@@ -103,41 +117,82 @@ def test_a_cluster_is_given_a_history_of_its_own(tmp_path: Path) -> None:
         (20, NOW.replace(hour=2), True),
     ],
 )
-def test_what_is_nightly_is_done_by_night_or_when_a_night_was_missed(
-    hours: int | None, now: datetime, due: bool
-) -> None:
+def test_nightly_backup_is_due_at_night_or_after_26_hours(hours: int | None, now: datetime, due: bool) -> None:
     assert is_due(now - timedelta(hours=hours) if hours is not None else None, now) is due
 
 
-def backed_up(folder: Path, *, ago: timedelta, full_ago: timedelta, stanza: Stanza = OURS) -> History:
-    history = History(folder)
+def backed_up(folder: Path, *, ago: timedelta, full_ago: timedelta, stanza: Stanza = OURS) -> LastRuns:
+    history = LastRuns(folder)
     content = {"stanza": stanza.name, "at": stamp(NOW - ago), "full_at": stamp(NOW - full_ago)}
     history.write("base", content)
     return history
 
 
-def test_the_first_base_backup_of_a_history_is_full(tmp_path: Path) -> None:
+def test_first_base_backup_of_a_stanza_is_full(tmp_path: Path) -> None:
     month = timedelta(days=30)
-    assert base.wanted(History(tmp_path), OURS, month, NOW) == "full"
+    assert base.kind_due(LastRuns(tmp_path), OURS, month, NOW) == "full"
     history = backed_up(tmp_path, ago=timedelta(hours=1), full_ago=timedelta(hours=1))
-    assert base.wanted(history, OURS, month, NOW) is None
+    assert base.kind_due(history, OURS, month, NOW) is None
     restored = Stanza(OURS.major, OURS.system, NOW)
-    assert base.wanted(history, restored, month, NOW) == "full"
+    assert base.kind_due(history, restored, month, NOW) == "full"
 
 
-def test_base_backups_are_full_once_a_week_and_after_a_gap(tmp_path: Path) -> None:
+def test_base_backup_is_full_once_a_week_and_after_a_gap(tmp_path: Path) -> None:
     month, day = timedelta(days=30), timedelta(days=1)
     history = backed_up(tmp_path, ago=timedelta(hours=27), full_ago=3 * day)
-    assert base.wanted(history, OURS, month, NOW) == "diff"
-    assert base.wanted(history, OURS, 2 * day, NOW) == "full", "a shorter retention asks for full ones more often"
+    assert base.kind_due(history, OURS, month, NOW) == "diff"
+    assert base.kind_due(history, OURS, 2 * day, NOW) == "full", "a shorter retention needs full backups more often"
     history = backed_up(tmp_path, ago=timedelta(hours=27), full_ago=8 * day)
-    assert base.wanted(history, OURS, month, NOW) == "full"
+    assert base.kind_due(history, OURS, month, NOW) == "full"
     history = backed_up(tmp_path, ago=timedelta(hours=1), full_ago=day)
     history.write("gap", {"at": stamp(NOW - timedelta(minutes=5)), "stanza": OURS.name})
-    assert base.wanted(history, OURS, month, NOW) == "full"
+    assert base.kind_due(history, OURS, month, NOW) == "full"
 
 
-def test_outdated_dumps_go_but_never_the_newest() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "due", "called"),
+    [([], False, "manual"), ([], True, "manual"), (["--if-due"], True, "nightly"), (["--if-due"], False, None)],
+)
+def test_dump_is_named_for_its_occasion(
+    arguments: list[str],
+    due: bool,
+    called: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    taken: list[str] = []
+    monkeypatch.setattr("sys.argv", ["mlflow-host-dump", *arguments])
+    monkeypatch.setattr(dump, "LastRuns", lambda: LastRuns(Path("nowhere")))
+    monkeypatch.setattr(dump, "is_due", lambda last, now: due)
+    monkeypatch.setattr(
+        config, "load", lambda: config.HostConfig(document(), sizing.size(sizing.MachineSize(2048, 2)), "")
+    )
+    monkeypatch.setattr(
+        dump, "take", lambda cluster, bucket, history, now, occasion: taken.append(occasion) or "s3://x"
+    )
+    monkeypatch.setattr(dump, "expire", lambda bucket, retention, now: [])
+    assert dump.main() == 0
+    assert taken == [called] * bool(called)
+    assert ("dumped to s3://x" in capsys.readouterr().out) == bool(called)
+
+
+@pytest.mark.parametrize("argument", ["--help", "--now", "tomorrow"])
+def test_help_and_invalid_arguments_take_no_dump(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["mlflow-host-dump", argument])
+    monkeypatch.setattr(dump, "take", lambda *_: pytest.fail("a dump was taken"))
+    with pytest.raises(SystemExit) as ended:
+        dump.main()
+    assert ended.value.code == (0 if argument == "--help" else 2)
+
+
+def test_commands_pass_their_arguments_to_python() -> None:
+    commands = sorted((ROOTFS / "usr/bin").iterdir())
+    assert [each.name for each in commands] == ["mlflow-host-dump", "mlflow-host-gc", "mlflow-host-restore"]
+    for each in commands:
+        assert each.read_text().endswith(' "$@"\n'), each.name
+
+
+def test_outdated_dumps_are_deleted_but_never_the_newest() -> None:
     ages = [50, 40, 31, 30, 1]
     found = [(NOW - timedelta(days=days), f"dumps/{days}.dump") for days in ages]
     assert dump.beyond(found, timedelta(days=30), NOW) == ["dumps/50.dump", "dumps/40.dump", "dumps/31.dump"]
@@ -145,55 +200,112 @@ def test_outdated_dumps_go_but_never_the_newest() -> None:
     assert dump.beyond([], timedelta(days=30), NOW) == []
 
 
-# What is wrong
+class Listing:
+    """Stands in for boto3's client: a bucket with these keys, all a year old."""
+
+    def __init__(self, *keys: str):
+        self.contents = [{"Key": key, "LastModified": NOW - timedelta(days=365), "Size": 1} for key in keys]
+        self.deleted: list[str] = []
+
+    def get_paginator(self, operation: str) -> Any:
+        return self
+
+    def paginate(self, **_: str) -> list[dict[str, Any]]:
+        return [{"Contents": self.contents}]
+
+    def delete_object(self, Bucket: str, Key: str) -> None:
+        self.deleted.append(Key)
 
 
-def good(folder: Path) -> History:
+NIGHTLY = "20261122T013300Z-nightly-f4a9b2c7d1e6.dump"
+PLANTED = [
+    f"dumps/{'0' * 32}/artifacts/20991231T000000Z-nightly-f4a9b2c7d1e6.dump",
+    "dumps/zzz.dump",
+    f"dumps/{NIGHTLY}.dump",
+    f"dumps/x/{NIGHTLY}",
+    f"dumps/{NIGHTLY}\n",
+]
+
+
+def test_only_dumps_of_ours_directly_below_dumps_are_listed_and_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = [f"dumps/{NIGHTLY}", "dumps/20261123T013300Z-before-change-None.dump", "dumps/20261124T013300Z-gc-abc.dump"]
+    store = Listing(*ours, f"{ours[0]}.sha256", *PLANTED)
+    there = recovery_points.list_recovery_points(None, store, "bbb")
+    assert [each.key for each in there.dumps] == ours
+    assert [each.recorded for each in there.dumps] == [True, False, False]
+    monkeypatch.setattr(dump.dump_file, "s3_client", lambda bucket: store)
+    dump.expire(dump.dump_file.Bucket("bbb", "eu-central-1"), timedelta(days=30), NOW)
+    newest = max(ours)
+    assert store.deleted == [key for each in sorted(ours) if each != newest for key in (each, f"{each}.sha256")]
+
+
+@pytest.mark.parametrize("key", PLANTED)
+def test_a_planted_dump_is_chosen_neither_by_age_nor_by_name(key: str) -> None:
+    there = recovery_points.list_recovery_points(None, Listing(key, f"{key}.sha256"), "bbb")
+    for value in ("latest", key):
+        with pytest.raises(BackupError):
+            recovery_points.choose(value, there, 15, None, NOW)
+
+
+def test_a_dump_without_a_digest_is_restored_by_its_name_only() -> None:
+    old, new = DUMPS[0], dataclasses.replace(DUMPS[1], recorded=False)
+    there = RecoveryPoints((), (old, new))
+    assert recovery_points.choose("latest", there, 15, None, NOW).dump == old
+    assert recovery_points.choose(new.key, there, 15, None, NOW).dump == new
+    assert "no digest" in recovery_points.table(there)[2] and "no digest" not in recovery_points.table(there)[1]
+    with pytest.raises(BackupError, match="nothing to restore"):
+        recovery_points.choose("latest", RecoveryPoints((), (new,)), 15, None, NOW)
+
+
+# Stale backups
+
+
+def good(folder: Path) -> LastRuns:
     history = backed_up(folder, ago=timedelta(hours=20), full_ago=timedelta(hours=20))
     history.write("dump", {"at": stamp(NOW - timedelta(hours=20))})
     history.write("archive", {"at": stamp(NOW - timedelta(days=3)), "segment": "0" * 24})
     return history
 
 
-NONE = Waiting()
+NONE = SegmentQueue()
 
 
-def problems(history: History, queue: Waiting = NONE, *, archiving: bool = True) -> list[str]:
+def problems(history: LastRuns, queue: SegmentQueue = NONE, *, archiving: bool = True) -> list[str]:
     found = check.summary(history, OURS, queue, NOW, archiving)
     assert found["state"] == ("late" if found["problems"] else "good")
     return list(found["problems"])
 
 
-def test_nothing_is_wrong_while_all_is_young_and_nothing_waits(tmp_path: Path) -> None:
-    """A database that nobody writes to has nothing to archive, for as long as that is so."""
+def test_recent_backups_and_an_empty_queue_are_no_problem(tmp_path: Path) -> None:
+    """An idle database writes no log, so the age of the last archived segment does not count."""
     assert problems(good(tmp_path)) == []
-    assert problems(good(tmp_path), Waiting(1, NOW - timedelta(minutes=9))) == []
+    assert problems(good(tmp_path), SegmentQueue(1, NOW - timedelta(seconds=110))) == []
 
 
-def test_a_machine_that_has_just_booted_tells_what_there_is_and_that_nothing_is_late(tmp_path: Path) -> None:
+def test_just_booted_machine_reports_backups_without_problems(tmp_path: Path) -> None:
     old = good(tmp_path)
     old.write("dump", {"at": stamp(NOW - timedelta(days=9))})
-    found = check.summary(old, OURS, Waiting(3, NOW - timedelta(days=9)), NOW, True, just_booted=True)
+    found = check.summary(old, OURS, SegmentQueue(3, NOW - timedelta(days=9)), NOW, True, just_booted=True)
     assert (found["state"], found["problems"], found["segments_waiting"]) == ("good", [], 3)
     assert found["dump"] == {"at": stamp(NOW - timedelta(days=9))}
 
 
-def test_each_thing_that_is_late_is_a_sentence(tmp_path: Path) -> None:
-    (late,) = problems(good(tmp_path), Waiting(3, NOW - timedelta(minutes=50)))
+def test_each_stale_backup_is_one_sentence(tmp_path: Path) -> None:
+    (late,) = problems(good(tmp_path), SegmentQueue(3, NOW - timedelta(minutes=50)))
     assert late.startswith("3 segments of the write-ahead log wait to be archived, for up to 50 minutes")
     good(tmp_path).write("dump", {"at": stamp(NOW - timedelta(hours=37))})
-    (late,) = problems(History(tmp_path))
+    (late,) = problems(LastRuns(tmp_path))
     assert late.startswith(
         "the last dump is 37 hours old, of 2026-11-21T01:15:00Z: see `journalctl -u mlflow-host-dump`"
     )
     (tmp_path / "dump.json").unlink()
-    (late,) = problems(History(tmp_path))
+    (late,) = problems(LastRuns(tmp_path))
     assert late.startswith("there is no dump yet")
     backed_up(tmp_path, ago=timedelta(hours=37), full_ago=timedelta(hours=37))
-    assert [each.split(" is ")[0] for each in problems(History(tmp_path))] == ["there", "the last base backup"]
+    assert [each.split(" is ")[0] for each in problems(LastRuns(tmp_path))] == ["there", "the last base backup"]
 
 
-def test_a_gap_is_told_until_the_next_base_backup(tmp_path: Path) -> None:
+def test_gap_is_reported_until_the_next_base_backup(tmp_path: Path) -> None:
     history = good(tmp_path)
     history.write("gap", {"at": stamp(NOW - timedelta(hours=1)), "stanza": OURS.name})
     (late,) = problems(history)
@@ -202,18 +314,18 @@ def test_a_gap_is_told_until_the_next_base_backup(tmp_path: Path) -> None:
     assert problems(history) == []
 
 
-def test_a_store_by_plain_http_is_told(tmp_path: Path) -> None:
-    (told,) = problems(good(tmp_path), archiving=False)
-    assert "set backupsEndpoint to an https:// address" in told
+def test_plain_http_endpoint_is_reported(tmp_path: Path) -> None:
+    (problem,) = problems(good(tmp_path), archiving=False)
+    assert "set backupsEndpoint to an https:// address" in problem
 
 
-# The way from PostgreSQL to the archive
+# Archiving
 
 
-def test_postgresql_hears_what_became_of_its_segment(tmp_path: Path) -> None:
-    """The command as PostgreSQL runs it, against the socket as the service opens it."""
+def test_archive_command_returns_the_reply_of_the_archive_service(tmp_path: Path) -> None:
+    """Runs the command as PostgreSQL does, with a socket opened by the service's function."""
     path = tmp_path / "s"
-    program = (ROOTFS / "usr/lib/mlflow-host/mlflow_host/backups/ask_pgbackrest.py").read_text()
+    program = (ROOTFS / "usr/lib/mlflow-host/mlflow_host/backups/pgbackrest_archive_command.py").read_text()
     here = tmp_path / "ask.py"
     here.write_text(program.replace("/run/mlflow-host/backups/archive.sock", str(path)))
     answers = iter(["", "the bucket is out of reach"])
@@ -234,48 +346,50 @@ def test_postgresql_hears_what_became_of_its_segment(tmp_path: Path) -> None:
         assert refused.returncode == 1
         assert "000000010000000000000001 is not archived: the bucket is out of reach" in refused.stderr
     absent = subprocess.run(command, capture_output=True, text=True)
-    assert absent.returncode == 1 and "the archiving service does not answer" in absent.stderr
+    assert absent.returncode == 1 and "the archive service does not answer" in absent.stderr
 
 
 @pytest.mark.parametrize("segment", ["", "../../etc/passwd", "pg_wal/../../x", "base/1"])
-def test_nothing_but_segments_is_archived(tmp_path: Path, segment: str) -> None:
-    assert "is no segment" in archive.push(Repository(tmp_path), History(tmp_path), segment, 1)
+def test_only_wal_segments_are_archived(tmp_path: Path, segment: str) -> None:
+    assert "is not a segment of the write-ahead log" in archive.push(
+        Repository(tmp_path), LastRuns(tmp_path), segment, 1
+    )
 
 
 def waits(cluster: Path, segments: int) -> None:
-    """Finished segments of 1 KiB, as PostgreSQL leaves them for the archive."""
+    """Create finished segments of 1 KiB as PostgreSQL does."""
     (cluster / "pg_wal/archive_status").mkdir(parents=True)
-    (cluster / repository.STANZA_FILE).write_text(f"{OURS.name}\n")
+    (cluster / pgbackrest.STANZA_FILE).write_text(f"{OURS.name}\n")
     for number in range(1, segments + 1):
         (cluster / f"pg_wal/{number:024X}").write_bytes(bytes(1024))
         (cluster / f"pg_wal/archive_status/{number:024X}.ready").touch()
     (cluster / f"pg_wal/archive_status/{1:024X}.backup.done").touch()
 
 
-def test_a_dead_bucket_never_fills_the_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments wait up to a limit; beyond it they are given up, which is noted, and tried again once a minute."""
+def test_unreachable_bucket_never_fills_the_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments wait up to a limit. Beyond it they are skipped, the gap is recorded, and one per minute is tried."""
     tried: list[str] = []
 
     def dead(where: Repository, stanza: Stanza, segment: str) -> str:
         tried.append(segment)
         return "the bucket is out of reach"
 
-    monkeypatch.setattr(archive, "pushed", dead)
+    monkeypatch.setattr(archive, "push_once", dead)
     waits(tmp_path, 3)
     (tmp_path / "history").mkdir()
-    here, history = Repository(tmp_path), History(tmp_path / "history")
+    here, history = Repository(tmp_path), LastRuns(tmp_path / "history")
     assert archive.waiting_bytes(tmp_path) == 3072
     first, second, third = (f"pg_wal/{number:024X}" for number in (1, 2, 3))
     assert archive.push(here, history, first, 4096, NOW) == "the bucket is out of reach"
-    assert history.read("gap") == {}, "there is room for more to wait"
+    assert history.read("gap") == {}, "the queue is below its limit"
     assert archive.push(here, history, first, 2048, NOW) == ""
     assert history.read("gap") == {"at": stamp(NOW), "segment": f"{1:024X}", "stanza": OURS.name}
     assert archive.push(here, history, second, 2048, NOW + timedelta(seconds=2)) == ""
-    assert tried == [first, first], "the next ones are not waited for"
+    assert tried == [first, first], "the next segment is skipped without a try"
     assert archive.push(here, history, third, 2048, NOW + timedelta(seconds=70)) == ""
     assert tried == [first, first, third]
     assert history.read("archive") == {}
-    monkeypatch.setattr(archive, "pushed", lambda *given: "")
+    monkeypatch.setattr(archive, "push_once", lambda *given: "")
     assert archive.push(here, history, third, 4096, NOW + timedelta(seconds=80)) == ""
     assert history.read("archive")["segment"] == f"{3:024X}"
 
@@ -295,7 +409,7 @@ case " $* " in
   exit 55 ;;
 esac
 """
-"""As pgBackRest answers; stanza-create is refused while the log is being archived, which on a busy server is mostly."""
+"""A stand-in for pgBackRest. Its stanza-create fails while the stanza is locked, as on a server that archives a lot."""
 
 
 @pytest.mark.parametrize(
@@ -306,7 +420,7 @@ esac
         (["locked"], ["backup", "create", "create", "backup"]),
     ],
 )
-def test_a_base_backup_waits_for_no_lock_and_makes_the_stanza_only_where_there_is_none(
+def test_base_backup_creates_a_missing_stanza_and_retries_while_it_is_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: list[str], asked: list[str]
 ) -> None:
     (tmp_path / "programs").mkdir()
@@ -314,73 +428,71 @@ def test_a_base_backup_waits_for_no_lock_and_makes_the_stanza_only_where_there_i
     program.write_text(PGBACKREST.replace(">>calls", f">>{tmp_path}/calls"))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
-    (tmp_path / repository.STANZA_FILE).write_text(f"{OURS.name}\n")
+    (tmp_path / pgbackrest.STANZA_FILE).write_text(f"{OURS.name}\n")
     for name in there:
         (tmp_path / name).touch()
     (tmp_path / "history").mkdir()
-    took = base.take(Repository(tmp_path), History(tmp_path / "history"), 30 * DAY, NOW, lambda: False, at_once=False)
+    took = base.take(Repository(tmp_path), LastRuns(tmp_path / "history"), 30 * DAY, NOW, lambda: False, at_once=False)
     assert took == "base backup 20261122-141500F of 1 MiB"
     calls = [line.split()[-1].removeprefix("stanza-") for line in (tmp_path / "calls").read_text().splitlines()]
     assert calls[: len(asked)] == asked and len(calls) == len(asked) + 1
 
 
-# What a name means
+# Restore requests
 
 
-def line(began: datetime, *ends: datetime, until: datetime, major: int = 15, empty: bool = False) -> Line:
-    bases = tuple(Base(f"{end:%Y%m%d-%H%M%S}F", end, 1 << 20, empty) for end in ends)
-    return Line(Stanza(major, OURS.system, began), bases, until)
+def line(began: datetime, *ends: datetime, until: datetime, major: int = 15, empty: bool = False) -> StanzaRange:
+    bases = tuple(BaseBackup(f"{end:%Y%m%d-%H%M%S}F", end, 1 << 20, empty) for end in ends)
+    return StanzaRange(Stanza(major, OURS.system, began), bases, until)
 
 
 DAY = timedelta(days=1)
 FIRST = line(OURS.began, OURS.began + DAY, OURS.began + 2 * DAY, until=OURS.began + 3 * DAY)
 SECOND = line(OURS.began + 2.5 * DAY, OURS.began + 4 * DAY, until=OURS.began + 5 * DAY)
 DUMPS = (Dump("dumps/a.dump", OURS.began + DAY, 1), Dump("dumps/b.dump", OURS.began + 5 * DAY, 1))
-THERE = Available((FIRST, SECOND), DUMPS)
+THERE = RecoveryPoints((FIRST, SECOND), DUMPS)
 
 
-def chosen(value: str, there: Available = THERE, major: int = 15, ours: Stanza | None = None) -> listing.Chosen:
-    return listing.choose(value, there, major, ours, NOW)
+def chosen(value: str, there: RecoveryPoints = THERE, major: int = 15, ours: Stanza | None = None) -> RecoveryPoint:
+    return recovery_points.choose(value, there, major, ours, NOW)
 
 
-def test_latest_is_the_end_of_the_newest_history() -> None:
+def test_latest_is_the_end_of_the_newest_stanza() -> None:
     found = chosen("latest")
     assert (found.line, found.base, found.whole) == (SECOND, SECOND.bases[-1], True)
 
 
-def test_latest_is_not_what_a_new_and_empty_volume_has_begun_meanwhile() -> None:
+def test_latest_ignores_the_stanza_of_a_new_empty_volume() -> None:
     newborn = line(NOW - DAY, NOW - DAY, until=NOW, empty=True)
-    assert chosen("latest", Available((FIRST, newborn))).line == FIRST
-    assert chosen("latest", Available((newborn,))).line == newborn
+    assert chosen("latest", RecoveryPoints((FIRST, newborn))).line == FIRST
+    assert chosen("latest", RecoveryPoints((newborn,))).line == newborn
 
 
 def test_latest_for_another_major_is_the_newest_dump() -> None:
     assert chosen("latest", major=17).dump == DUMPS[-1]
-    assert chosen("latest", Available((FIRST,), DUMPS)).dump == DUMPS[-1], "a dump that is days younger is the latest"
+    assert chosen("latest", RecoveryPoints((FIRST,), DUMPS)).dump == DUMPS[-1], "a dump days newer is the latest"
     with pytest.raises(BackupError, match="nothing to restore in the backups bucket: there is no backup at all"):
-        chosen("latest", Available())
+        chosen("latest", RecoveryPoints())
 
 
-def test_a_moment_is_had_from_the_history_that_was_in_service_then() -> None:
+def test_point_in_time_is_restored_from_the_stanza_in_service_then() -> None:
     found = chosen(stamp(OURS.began + 2.2 * DAY))
     assert (found.line, found.base) == (FIRST, FIRST.bases[1])
     assert found.target == OURS.began + 2.2 * DAY
     assert chosen(stamp(OURS.began + 1.5 * DAY)).base == FIRST.bases[0]
     assert chosen(stamp(OURS.began + 4.5 * DAY)).line == SECOND
-    assert chosen(stamp(NOW), ours=SECOND.stanza).line == SECOND, "the history in service reaches until now"
+    assert chosen(stamp(NOW), ours=SECOND.stanza).line == SECOND, "the stanza in service covers the time until now"
 
 
 @pytest.mark.parametrize("moment", [OURS.began, OURS.began + 6 * DAY, NOW + DAY])
-def test_a_moment_that_nothing_reaches_is_refused_with_what_there_is(moment: datetime) -> None:
+def test_uncovered_point_in_time_is_refused_with_the_available_backups(moment: datetime) -> None:
     with pytest.raises(BackupError) as refused:
         chosen(stamp(moment))
-    assert f"nothing that is kept reaches {stamp(moment)}; there is any moment from 2026-11-02T08:00:00Z" in str(
-        refused.value
-    )
+    assert f"no backup covers {stamp(moment)}; there is any moment from 2026-11-02T08:00:00Z" in str(refused.value)
     assert "dumps dumps/a.dump, dumps/b.dump" in str(refused.value)
 
 
-def test_backups_are_had_by_name() -> None:
+def test_backups_are_found_by_name() -> None:
     label = FIRST.bases[0].label
     assert (chosen(label).line, chosen(label).base, chosen(label).whole) == (FIRST, FIRST.bases[0], False)
     for name in ("a.dump", "dumps/a.dump", "s3://bbb/dumps/a.dump"):
@@ -388,23 +500,64 @@ def test_backups_are_had_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["20200101-000000F", "dumps/none.dump", "yesterday", "main; rm"])
-def test_a_name_that_is_not_there_is_refused_with_what_there_is(name: str) -> None:
+def test_unknown_name_is_refused_with_the_available_backups(name: str) -> None:
     with pytest.raises(BackupError, match="; there is any moment from") as refused:
         chosen(name)
     assert "\n" not in str(refused.value)
 
 
-def test_a_base_backup_of_another_major_is_refused() -> None:
-    with pytest.raises(BackupError, match="is of PostgreSQL 15, which PostgreSQL 17 of this image cannot read"):
+def test_inventory_lists_the_newest_names_once_and_their_number() -> None:
+    """A month of nightly dumps, from a store that lists each key twice."""
+    nights = [f"dumps/202611{day:02}T013300Z-nightly-f4a9b2c7d1e6.dump" for day in range(1, 31)]
+    contents = [{"Key": key, "LastModified": NOW, "Size": 1} for key in nights]
+
+    class Store:
+        def get_paginator(self, operation: str) -> Any:
+            return self
+
+        def paginate(self, **_: str) -> list[dict[str, Any]]:
+            return [{"Contents": contents}, {"Contents": contents}]
+
+    there = recovery_points.list_recovery_points(None, Store(), "b")
+    assert [found.key for found in there.dumps] == nights
+    weeks = tuple(dataclasses.replace(FIRST.bases[0], label=f"202611{day:02}-010000F") for day in range(1, 29))
+    histories = tuple(dataclasses.replace(FIRST, bases=weeks) for _ in range(9))
+    told = recovery_points.inventory(RecoveryPoints(histories, there.dumps))
+    assert told.endswith(f" and dumps {', '.join(nights[-3:])} (the newest 3 of 30)")
+    assert all(told.count(name) == 1 for name in nights[-3:])
+    assert len(told) < 900
+
+
+def test_prefix_of_base_backups_is_that_of_pgbackrest() -> None:
+    assert f"{pgbackrest.FOLDER}/backup/" == restore_request.BASE_BACKUPS
+    assert restore_request.is_label("20261122-013005F_20261123-010000I")
+    assert not restore_request.is_label("backup.history")
+    assert restore_request.made("20261122-013005F_20261123-010000D") == datetime(2026, 11, 23, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("value", ["20261101-000000F", DUMPS[0].key, "latest", "2026-11-20T00:00:00Z", "2999-01-01"])
+def test_stack_accepts_every_request_that_the_machine_can_restore(value: str) -> None:
+    """The stack checks names only, so it may accept requests that the machine refuses, but never the reverse."""
+    labels = [base.label for line in THERE.lines for base in line.bases]
+    refused = restore_request.missing(value, [dump.key for dump in DUMPS], labels, NOW)
+    try:
+        chosen(value)
+    except BackupError:
+        return
+    assert refused is None
+
+
+def test_base_backup_of_another_major_is_refused() -> None:
+    with pytest.raises(BackupError, match="is from PostgreSQL 15, which PostgreSQL 17 of this image cannot read"):
         chosen(FIRST.bases[0].label, major=17)
 
 
 @pytest.mark.parametrize("value", ["2026-11-22T14:15:00Z", "2026-11-22 14:15", "2026-11-22T15:15:00+01:00"])
-def test_a_point_in_time_is_utc_unless_it_says_otherwise(value: str) -> None:
-    assert naming.parse(value).time == NOW
+def test_point_in_time_without_offset_is_utc(value: str) -> None:
+    assert restore_request.parse(value).time == NOW
 
 
-def test_a_stanza_is_read_as_pgbackrest_tells() -> None:
+def test_stanza_range_is_read_from_pgbackrest_info() -> None:
     entry = {
         "name": OURS.name,
         "archive": [{"id": "15-1", "min": "000000010000000000000001", "max": "0000000100000000000000AB"}],
@@ -423,27 +576,27 @@ def test_a_stanza_is_read_as_pgbackrest_tells() -> None:
             assert Prefix == f"{folder}/0000000100000000000000AB"
             return {"Contents": [{"LastModified": NOW}]}
 
-    found = listing.read_line(entry, Store(), "bbb")
+    found = recovery_points.stanza_range(entry, Store(), "bbb")
     assert found is not None
-    assert [each.label for each in found.bases] == ["20261102-080000F"], "not what pgBackRest found damaged"
+    assert [each.label for each in found.bases] == ["20261102-080000F"], "a backup with errors is ignored"
     assert found.until == NOW
-    assert listing.read_line({**entry, "backup": []}, Store(), "bbb") is None
+    assert recovery_points.stanza_range({**entry, "backup": []}, Store(), "bbb") is None
 
 
-# A restore that was interrupted
+# Interrupted restores
 
 
-def place(folder: Path) -> restore.Place:
+def place(folder: Path) -> restore.RestorePaths:
     for name in ("postgresql", "backups"):
         (folder / name).mkdir()
-    return restore.Place(
+    return restore.RestorePaths(
         clusters=folder / "postgresql",
         major=15,
         programs=folder,
         sockets=folder,
         settings=folder,
         repository_settings=folder,
-        history=History(folder / "backups"),
+        history=LastRuns(folder / "backups"),
     )
 
 
@@ -451,11 +604,11 @@ def cluster(folder: Path, began: datetime) -> Stanza:
     (folder / "global").mkdir(parents=True)
     (folder / "global/pg_control").write_bytes(struct.pack("=Q", OURS.system) + bytes(8184))
     (folder / "PG_VERSION").write_text("15\n")
-    return repository.begin_history(folder, began)
+    return pgbackrest.start_stanza(folder, began)
 
 
 @pytest.mark.parametrize("crash", ["before the exchange", "after the exchange", "after the rename", "at the end"])
-def test_an_exchange_that_was_decided_is_finished_from_any_point(tmp_path: Path, crash: str) -> None:
+def test_recorded_exchange_is_finished_after_a_crash_at_any_point(tmp_path: Path, crash: str) -> None:
     here = place(tmp_path)
     old, new = cluster(here.live, OURS.began), cluster(here.work, NOW)
     kept = here.clusters / "15.kept-20261122T141500Z"
@@ -468,78 +621,89 @@ def test_an_exchange_that_was_decided_is_finished_from_any_point(tmp_path: Path,
     if crash == "at the end":
         here.history.write(restore.RESTORED, {"value": "x", "what": "w"})
 
-    assert restore.finish(here) == "w"
-    assert repository.stanza_of(here.live) == new
-    assert repository.stanza_of(kept) == old
+    assert restore.finish_exchange(here) == "w"
+    assert pgbackrest.stanza_of(here.live) == new
+    assert pgbackrest.stanza_of(kept) == old
     assert sorted(path.name for path in here.clusters.iterdir()) == ["15", kept.name]
     assert [path.name for path in here.history.folder.iterdir()] == ["restored.json"]
-    assert restore.finish(here) is None
+    assert restore.finish_exchange(here) is None
 
 
-def test_on_an_empty_volume_there_is_nothing_to_exchange_with(tmp_path: Path) -> None:
+def test_restore_to_an_empty_volume_keeps_nothing_aside(tmp_path: Path) -> None:
     here = place(tmp_path)
     new = cluster(here.work, NOW)
     here.history.write(restore.FLIP, {"history": new.name, "kept": None, "note": {"value": "latest", "what": "w"}})
-    assert restore.finish(here) == "w"
-    assert repository.stanza_of(here.live) == new
+    assert restore.finish_exchange(here) == "w"
+    assert pgbackrest.stanza_of(here.live) == new
     assert [path.name for path in here.clusters.iterdir()] == ["15"]
 
 
-def test_the_cluster_of_another_major_is_kept_aside_once_data_has_moved(tmp_path: Path) -> None:
-    """An image of that major would otherwise start it again, and with it the data of before the move."""
+def test_cluster_of_another_major_is_set_aside_after_the_restore(tmp_path: Path) -> None:
+    """Otherwise an image of that major would start it again, with the data from before the move."""
     here = place(tmp_path)
     old, new = cluster(here.clusters / "13", OURS.began), cluster(here.work, NOW)
     here.history.write(restore.FLIP, {"history": new.name, "kept": None, "note": {"value": "latest", "what": "w"}})
-    assert restore.finish(here) == "w"
+    assert restore.finish_exchange(here) == "w"
     aside = here.history.read(restore.RESTORED)["kept"]
     assert aside.startswith("13.kept-")
-    assert repository.stanza_of(here.clusters / aside) == old
+    assert pgbackrest.stanza_of(here.clusters / aside) == old
     assert sorted(path.name for path in here.clusters.iterdir()) == [aside, "15"]
 
 
-def test_what_an_interrupted_restore_left_goes_when_nobody_asks_for_it_any_more(tmp_path: Path) -> None:
+def test_leftovers_of_an_interrupted_restore_are_removed_when_it_is_no_longer_requested(tmp_path: Path) -> None:
     here = place(tmp_path)
     live = cluster(here.live, OURS.began)
     cluster(here.work, NOW)
     (tmp_path / "status").mkdir()
     with step("restore", tmp_path) as s:
-        assert restore.perform(here, document(), s).startswith("nothing is to be restored")
+        assert restore.perform(here, document(), s) == "no restore is requested that was not done before"
     assert [path.name for path in here.clusters.iterdir()] == ["15"]
-    assert repository.stanza_of(here.live) == live
+    assert pgbackrest.stanza_of(here.live) == live
 
 
-@pytest.mark.parametrize(("said", "down"), [("running", False), ("degraded", False), ("stopping", True), ("", True)])
-def test_a_machine_that_goes_down_still_restores_what_was_asked_for(
-    said: str, down: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("state", "down"), [("running", False), ("degraded", False), ("stopping", True), ("", True)])
+def test_shutdown_is_detected_from_systemctl(
+    state: str, down: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """systemd cancels the step then, which is no failure of it."""
-    (tmp_path / "systemctl").write_text(f"#!/bin/sh\necho {said}\n")
+    """The command then keeps the request for the next boot, because systemd cancels the step without a failure."""
+    (tmp_path / "systemctl").write_text(f"#!/bin/sh\necho {state}\n")
     (tmp_path / "systemctl").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert restore.going_down() is down
 
 
-def test_a_gap_in_the_log_is_not_taken_for_its_end() -> None:
-    whole = Line(OURS, FIRST.bases, FIRST.until, f"{7:024X}")
-    asked = listing.Chosen(whole, whole.bases[0], NOW)
+def test_gap_in_the_log_is_distinguished_from_its_end() -> None:
+    whole = StanzaRange(OURS, FIRST.bases, FIRST.until, f"{7:024X}")
+    asked = RecoveryPoint(whole, whole.bases[0], NOW)
     restored = [f'LOG:  restored log file "{number:024X}" from archive' for number in range(8)]
     assert restore.gap_in(asked, restored) == ""
     assert restore.gap_in(asked, restored[:-1]) == f"the archived write-ahead log has a gap after {6:024X}"
     assert restore.gap_in(asked, []) == "the archived write-ahead log has a gap at its beginning"
 
 
-def test_what_the_stack_asks_for_is_restored_once(tmp_path: Path) -> None:
-    history = History(tmp_path)
-    assert restore.pending(history, "") == ""
-    assert restore.pending(history, "latest") == "latest"
+def test_restore_request_of_the_stack_is_performed_once(tmp_path: Path) -> None:
+    history = LastRuns(tmp_path)
+    assert restore.state_of(history, "") == restore.RestoreState.NOTHING_TO_DO
+    assert restore.state_of(history, "latest") == restore.RestoreState.REQUESTED_BY_STACK
     history.write(restore.RESTORED, {"value": "latest", "at": stamp(NOW)})
-    assert restore.pending(history, "latest") == ""
-    assert restore.pending(history, "20261102-080000F") == "20261102-080000F"
+    assert restore.state_of(history, "latest") == restore.RestoreState.NOTHING_TO_DO
+    assert restore.state_of(history, "20261102-080000F") == restore.RestoreState.REQUESTED_BY_STACK
     assert json.loads((tmp_path / "restored.json").read_text())["value"] == "latest"
 
 
-def test_the_log_ends_where_the_archive_does_and_nowhere_else(tmp_path: Path) -> None:
-    """PostgreSQL takes 126 for a failure, and up to 125 for the end of the log."""
+def test_decided_exchange_precedes_requests_and_a_request_by_hand_precedes_the_stacks(tmp_path: Path) -> None:
+    history = LastRuns(tmp_path)
+    history.write(restore.REQUEST, {"value": "latest"})
+    assert restore.state_of(history, "20261102-080000F") == restore.RestoreState.REQUESTED_BY_HAND
+    history.write(restore.FLIP, {"history": "x", "kept": None, "note": {}})
+    assert restore.state_of(history, "20261102-080000F") == restore.RestoreState.EXCHANGE_DECIDED
+    history.forget(restore.FLIP)
+    history.forget(restore.REQUEST)
+    assert restore.state_of(history, "") == restore.RestoreState.NOTHING_TO_DO
+
+
+def test_only_status_1_of_archive_get_ends_recovery(tmp_path: Path) -> None:
+    """PostgreSQL ends recovery for statuses up to 125 and fails for 126."""
     for status, expected in ((0, 0), (1, 1), (25, 126), (82, 126), (103, 126)):
         script = tmp_path / "fetch"
         script.write_text(f"#!/bin/sh\nexit {status}\n")

@@ -1,4 +1,4 @@
-"""The software bill of materials names every package of the image as vulnerability databases do."""
+"""The software bill of materials lists every package of the image with the names of vulnerability databases."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bill() -> dict[str, Any]:
     return made
 
 
-def test_packages_have_the_urls_that_databases_know_them_by(bill: dict[str, Any]) -> None:
+def test_package_urls_match_vulnerability_databases(bill: dict[str, Any]) -> None:
     """Package URL specification: epoch and plus sign are percent-encoded; a package's source where it is another."""
     assert [each["purl"] for each in bill["components"]] == [
         "pkg:deb/debian/nginx-light@1.22.1-9%2Bdeb12u3?distro=debian-12&upstream=nginx",

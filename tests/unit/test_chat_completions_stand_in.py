@@ -1,11 +1,12 @@
-"""The stand-in for a chat-completions endpoint answers, and refuses, in the shapes OpenAI's own client takes."""
+"""The substitute for a chat-completions endpoint returns responses and errors in the format of OpenAI's client."""
 
 from collections.abc import Iterator
 
 import openai
 import pytest
 from openai.types.chat import ChatCompletion
-from stand_ins import chat_completions
+
+from scripts.stand_ins import chat_completions
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def ask(client: openai.OpenAI, question: str) -> ChatCompletion:
 
 def test_answer_is_a_complete_chat_completion(client: openai.OpenAI) -> None:
     completion = ask(client, "Who wrote the novel Frankenstein?")
-    # The client does not validate what it receives; its own model of the API does.
+    # The client does not validate responses; its model of the API does.
     ChatCompletion.model_validate(completion.model_dump(warnings="error"), strict=True)
     assert completion.choices[0].message.content == "Mary Shelley"
     assert completion.choices[0].finish_reason == "stop"
@@ -37,7 +38,7 @@ def test_unknown_question_gets_an_honest_answer(client: openai.OpenAI) -> None:
     assert ask(client, "What is the airspeed of a swallow?").choices[0].message.content == "I do not know."
 
 
-def test_refusals_are_the_errors_the_client_knows(client: openai.OpenAI) -> None:
+def test_refusals_are_openai_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="does not stream"):
         client.chat.completions.create(model="any", messages=[{"role": "user", "content": "Hello"}], stream=True)
     with pytest.raises(openai.BadRequestError, match="lacks a model or messages"):

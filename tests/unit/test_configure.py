@@ -1,4 +1,4 @@
-"""From the launch document to the files of /run: their content, their modes, and what stays out of them."""
+"""Boot steps `configure` and `ready`: content and modes of the files in /run, and secrets that must not be in them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlflow_host import config, configure, launch, ready, sizing, web
-from mlflow_host.status import StepFailed
+
+from mlflow_host.boot import configure, ready
+from mlflow_host.contract import launch, sizing
+from mlflow_host.machine import config, nginx
+from mlflow_host.machine.status import StepFailed
 
 LAUNCH = """
 format = 1
@@ -29,7 +32,7 @@ web = { hostnames = ["NAME"] }
 
 
 def host(name: str = "127.0.0.1") -> config.HostConfig:
-    return config.host_config(launch.parse(LAUNCH.replace("NAME", name)), sizing.size(sizing.Machine(2048, 2)))
+    return config.host_config(launch.parse(LAUNCH.replace("NAME", name)), sizing.size(sizing.MachineSize(2048, 2)))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +46,7 @@ def host(name: str = "127.0.0.1") -> config.HostConfig:
 )
 def test_url_is_made_from_the_first_name(name: str, tls: str, url: str) -> None:
     text = LAUNCH.replace('hostnames = ["NAME"]', f'hostnames = ["{name}", "other.example.com"], tls = "{tls}"')
-    assert config.host_config(launch.parse(text), sizing.size(sizing.Machine(2048, 2))).url == url
+    assert config.host_config(launch.parse(text), sizing.size(sizing.MachineSize(2048, 2))).url == url
 
 
 def test_configuration_is_read_back_as_it_was_written(tmp_path: Path) -> None:
@@ -56,7 +59,7 @@ def test_configuration_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "is missing: launch this image with the user-data that the stack makes"),
+        (None, "is missing: cloud-init read no user-data"),
         (b"\xff\xfe", "is not text in UTF-8"),
         (b"format = 2", "the launch document cannot be used: format is 2"),
     ],
@@ -67,6 +70,33 @@ def test_unusable_launch_document_fails_the_step(content: bytes | None, sentence
         file.write_bytes(content)
     with pytest.raises(StepFailed, match=sentence):
         config.launch_document(file)
+
+
+@pytest.mark.parametrize(
+    ("user_data", "cloud_init", "sentence"),
+    [
+        (
+            None,
+            None,
+            "cloud-init read no user-data (its datasource: none), because the instance metadata service did not",
+        ),
+        (None, '{"v1": {"datasource": null}}', "cloud-init read no user-data (its datasource: none)"),
+        (
+            None,
+            '{"v1": {"datasource": "DataSourceNone"}}',
+            "cloud-init read no user-data (its datasource: DataSourceNone)",
+        ),
+        ("", '{"v1": {"datasource": "DataSourceEc2"}}', "the machine has no user-data: launch this image with the"),
+        ("#cloud-config", None, "cloud-init read user-data, but wrote no launch document from it"),
+    ],
+)
+def test_missing_launch_document_is_explained(
+    user_data: str | None, cloud_init: str | None, sentence: str, tmp_path: Path
+) -> None:
+    for name, content in (("user-data", user_data), ("status", cloud_init)):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+    assert config.why_missing(tmp_path / "user-data", tmp_path / "status").startswith(sentence)
 
 
 printable = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40)
@@ -94,7 +124,7 @@ def test_file_is_replaced_whole_with_its_mode(mode: int, tmp_path: Path) -> None
     file.chmod(0o666)
     old = os.umask(0)
     try:
-        web.write_private(file, "new", mode=mode)
+        nginx.write_private(file, "new", mode=mode)
     finally:
         os.umask(old)
     assert file.read_text() == "new"
@@ -137,12 +167,12 @@ def upstream(tmp_path: Path) -> Iterator[Upstream]:
 
 
 @pytest.mark.parametrize(("status", "answered"), [(200, True), (503, False), (500, False), (404, False)])
-def test_ready_means_that_the_query_succeeded(status: int, answered: bool, upstream: Upstream, tmp_path: Path) -> None:
+def test_ready_requires_a_successful_query(status: int, answered: bool, upstream: Upstream, tmp_path: Path) -> None:
     upstream.status = status
     assert ready.answers(tmp_path / "server-1.sock") is answered
 
 
-def test_socket_that_nobody_listens_on_is_not_ready(tmp_path: Path) -> None:
+def test_socket_without_listener_is_not_ready(tmp_path: Path) -> None:
     assert not ready.answers(tmp_path / "server-1.sock")
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(tmp_path / "server-1.sock"))
@@ -164,9 +194,7 @@ def test_process_that_keeps_dying_has_failed(shown: str, failed: bool) -> None:
     assert ready.has_failed("mlflow-server@1.service", lambda *_: shown) is failed
 
 
-def test_process_that_has_failed_ends_the_waiting_with_its_last_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_process_ends_the_wait_with_its_last_log_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "SERVER_SOCKETS", tmp_path)
     monkeypatch.setattr(ready, "has_failed", lambda unit: True)
     monkeypatch.setattr(ready, "last_words", lambda unit: f"{unit}: no such module")
@@ -174,7 +202,7 @@ def test_process_that_has_failed_ends_the_waiting_with_its_last_words(
         ready.wait_for(1, patience=10)
 
 
-def test_process_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_without_response_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "SERVER_SOCKETS", tmp_path)
     monkeypatch.setattr(ready, "last_words", lambda unit: "still importing")
     with pytest.raises(StepFailed, match=r"^MLflow process 1 has not answered within 0 s: still importing$"):

@@ -1,4 +1,4 @@
-"""The credentials parameter: who it lets in, what it refuses, and that nobody reads a secret in a refusal."""
+"""The credentials parameter: accepted users, refused documents, and no secret in an error."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials as BotocoreKeys
 from hypothesis import given
 from hypothesis import strategies as st
-from mlflow_host import aws, credentials, launch
-from mlflow_host.credentials import CredentialsError, User
-from mlflow_host.status import StepFailed
 from moto.server import ThreadedMotoServer
+
+from mlflow_host.contract import credentials, launch
+from mlflow_host.contract.credentials import CredentialsError, User
+from mlflow_host.machine import aws, parameters
+from mlflow_host.machine.status import StepFailed
 
 CANARY = "canary-7f3a-do-not-print"
 GOOD: dict[str, Any] = {
@@ -101,8 +103,9 @@ def test_clear_password_is_salted_and_hashed(password: str) -> None:
     assert credentials.hashed(password) != stored
 
 
+@pytest.mark.service
 @pytest.mark.parametrize("options", [["-nbm"], ["-nbB", "-C5"], ["-nbs"]])
-def test_what_htpasswd_makes_is_taken_as_it_is(options: list[str]) -> None:
+def test_htpasswd_hashes_are_accepted(options: list[str]) -> None:
     made = subprocess.run(["htpasswd", *options, "ada", "secret"], capture_output=True, text=True, check=True)
     given_hash = made.stdout.strip().removeprefix("ada:")
     if given_hash.startswith("{SHA}"):  # unsalted, so taken for a password
@@ -121,7 +124,7 @@ def test_password_file_has_a_line_per_user_and_nothing_in_clear() -> None:
 
 
 class Metadata(BaseHTTPRequestHandler):
-    """Stands in for the instance metadata service, version 2 only."""
+    """A substitute for the instance metadata service, version 2 only."""
 
     role = True
 
@@ -168,7 +171,7 @@ def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Metadata]]:
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
-    """moto in place of SSM; its address."""
+    """The address of moto's SSM."""
     server = ThreadedMotoServer(port=0)
     server.start()
     try:
@@ -187,7 +190,7 @@ def document(endpoint: str, parameter: str = "/mlflow-ami/dev/credentials") -> l
     return launch.LaunchDocument(
         stack=launch.Stack("dev", "eu-central-1"),
         buckets=launch.Buckets("aaa", "mmm", "bbb"),
-        credentials=launch.Credentials(parameter),
+        credentials=launch.CredentialsParameter(parameter),
         data_volume=launch.DataVolume("vol-01234567"),
         web=launch.Web(("127.0.0.1",)),
         endpoints=launch.Endpoints(ssm=endpoint),
@@ -206,17 +209,17 @@ def put(endpoint: str, value: str) -> None:
 
 def test_parameter_is_fetched_and_decrypted(ssm: str) -> None:
     put(ssm, json.dumps(GOOD))
-    assert credentials.fetch(document(ssm), print, patience=0).users[0] == User("ada", CANARY, "admin")
+    assert parameters.fetch(document(ssm), print, patience=0).users[0] == User("ada", CANARY, "admin")
 
 
-def test_parameter_that_comes_late_is_waited_for(ssm: str) -> None:
+def test_missing_parameter_is_retried(ssm: str) -> None:
     said: list[str] = []
 
     def say(message: str) -> None:
         said.append(message)
         put(ssm, json.dumps(GOOD))
 
-    assert credentials.fetch(document(ssm), say, patience=60).kek_passphrase
+    assert parameters.fetch(document(ssm), say, patience=60).kek_passphrase
     assert said == [
         "the parameter /mlflow-ami/dev/credentials does not exist in eu-central-1: create it, or correct its name; "
         "trying again"
@@ -225,26 +228,26 @@ def test_parameter_that_comes_late_is_waited_for(ssm: str) -> None:
 
 def test_missing_parameter_is_named(ssm: str) -> None:
     with pytest.raises(StepFailed, match=r"^the parameter /no/such does not exist in eu-central-1: create it"):
-        credentials.fetch(document(ssm, "/no/such"), print, patience=0)
+        parameters.fetch(document(ssm, "/no/such"), print, patience=0)
 
 
 def test_unusable_parameter_is_refused_without_its_content(ssm: str) -> None:
     put(ssm, json.dumps({**GOOD, "format": CANARY}))
     with pytest.raises(StepFailed) as failed:
-        credentials.fetch(document(ssm), print, patience=0)
+        parameters.fetch(document(ssm), print, patience=0)
     assert str(failed.value).startswith("the parameter /mlflow-ami/dev/credentials cannot be used: it must be a JSON")
     assert CANARY not in str(failed.value)
 
 
 def test_unreachable_service_is_named() -> None:
     with pytest.raises(StepFailed, match=r"^http://127.0.0.1:9 cannot be reached \(.*refused\): it needs a route"):
-        credentials.fetch(document("http://127.0.0.1:9"), print, patience=0)
+        parameters.fetch(document("http://127.0.0.1:9"), print, patience=0)
 
 
-def test_machine_without_a_role_is_told_so(metadata: type[Metadata]) -> None:
+def test_machine_without_a_role_is_reported(metadata: type[Metadata]) -> None:
     metadata.role = False
     with pytest.raises(StepFailed, match="the instance has no role yet: give it the stack's instance profile"):
-        credentials.fetch(document("http://127.0.0.1:9"), print, patience=0)
+        parameters.fetch(document("http://127.0.0.1:9"), print, patience=0)
 
 
 @pytest.mark.parametrize(
@@ -256,9 +259,9 @@ def test_machine_without_a_role_is_told_so(metadata: type[Metadata]) -> None:
         ),
         (
             b'{"__type": "ThrottlingException", "message": "Rate exceeded"}',
-            "SSM does not give the parameter /p (ThrottlingException: Rate exceeded)",
+            "SSM does not return the parameter /p (ThrottlingException: Rate exceeded)",
         ),
-        (b"<html>", "SSM does not give the parameter /p (HTTP 400)"),
+        (b"<html>", "SSM does not return the parameter /p (HTTP 400)"),
     ],
 )
 def test_refusal_of_the_service_is_explained(body: bytes, sentence: str) -> None:
@@ -270,7 +273,7 @@ def test_refusal_of_the_service_is_explained(body: bytes, sentence: str) -> None
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         with pytest.raises(StepFailed) as failed:
-            credentials.fetch(document(f"http://127.0.0.1:{server.server_address[1]}", "/p"), print, patience=0)
+            parameters.fetch(document(f"http://127.0.0.1:{server.server_address[1]}", "/p"), print, patience=0)
         assert str(failed.value) == f"{sentence} (tried for 0 s)"
     finally:
         server.shutdown()
@@ -300,7 +303,7 @@ def test_signature_is_the_one_botocore_makes(body: bytes, region: str, address: 
     assert ours["Authorization"] == request.headers["Authorization"]
 
 
-def test_service_is_asked_where_aws_has_it() -> None:
+def test_default_endpoint_is_aws() -> None:
     own = document("")
     assert aws.ssm_address(own) == "https://ssm.eu-central-1.amazonaws.com"
     china = replace(own, stack=launch.Stack("dev", "cn-north-1"))

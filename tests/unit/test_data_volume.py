@@ -1,17 +1,26 @@
-"""The data volume is waited for, formatted only when it is blank, and refused when it is anybody else's."""
+"""Boot step `data-volume`: wait for the volume, format it only if it is blank, refuse foreign content."""
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mlflow_host import data_volume
-from mlflow_host.status import StepFailed
+
+from mlflow_host.boot import data_volume
+from mlflow_host.contract import launch
+from mlflow_host.machine import config, file_system, status
+from mlflow_host.machine.status import StepFailed
+from tests.support import own_kernel
+
+pytestmark = pytest.mark.service
 
 VOLUME = "vol-0123456789abcdef0"
 NAME = "nvme-Amazon_Elastic_Block_Store_vol0123456789abcdef0"
@@ -25,7 +34,7 @@ ME = pwd.getpwuid(os.getuid()).pw_name
 
 @pytest.fixture
 def device(tmp_path: Path) -> Path:
-    """A file in place of a block device: blkid, mkfs and e2fsck take either."""
+    """A file in place of a block device, which blkid, mkfs and e2fsck accept."""
     path = tmp_path / "device"
     with path.open("wb") as file:
         file.truncate(64 << 20)
@@ -52,7 +61,7 @@ def test_volume_is_waited_for(tmp_path: Path, device: Path) -> None:
     assert said == [f"waiting for the volume {VOLUME} to be attached"]
 
 
-def test_another_volume_or_a_partition_is_not_taken_for_it(tmp_path: Path, device: Path) -> None:
+def test_other_volume_or_partition_is_not_used(tmp_path: Path, device: Path) -> None:
     for name in ("nvme-Amazon_Elastic_Block_Store_vol0123456789abcdef1", f"{NAME}-part1", f"{NAME}_1"):
         (tmp_path / name).symlink_to(device)
     with pytest.raises(StepFailed, match=f"the volume {VOLUME} was not attached within 0 s: attach it and reboot"):
@@ -84,7 +93,7 @@ def test_anything_else_is_refused_and_left_untouched(command: list[str], found: 
     with pytest.raises(StepFailed) as refused:
         data_volume.is_blank(device, VOLUME)
     assert str(refused.value) == (
-        f"the volume {VOLUME} holds something else ({found}): it is left untouched; "
+        f"the volume {VOLUME} holds something else ({found}): it was not changed; "
         "name the stack's own data volume, or a blank one"
     )
     assert device.read_bytes() == before
@@ -102,13 +111,123 @@ def test_clean_file_system_passes_the_check(device: Path) -> None:
 
 def test_damage_that_cannot_be_repaired_stops_the_boot(device: Path) -> None:
     mkfs(device)
-    # A root folder that is no folder, and the mark that makes e2fsck look.
+    # A root folder that is not a folder, and the flag that makes e2fsck check.
     for request in ("set_inode_field <2> mode 0100644", "set_super_value state 2"):
         subprocess.run(["debugfs", "-w", "-R", request, str(device)], check=True, capture_output=True)
     with pytest.raises(
         StepFailed, match=f"the file system on {VOLUME} is damaged beyond what e2fsck repairs by itself"
     ):
         data_volume.check(device, VOLUME)
+
+
+def shell(line: str) -> str:
+    return subprocess.run(line, shell=True, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def mounted(tmp_path: Path, device: Path) -> Iterator[tuple[Path, Path, Callable[[int], None]]]:
+    """An ext4 file system of 64 MiB like the volume's: device, mount point, and a function that enlarges the device."""
+    mkfs(device, "-L", data_volume.LABEL)
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    loop = shell(f"losetup --find --show {device}")
+
+    def enlarge(mib: int) -> None:
+        os.truncate(device, mib << 20)
+        shell(f"losetup --set-capacity {loop}")
+
+    try:
+        shell(f"mount {loop} {folder}")
+        yield Path(loop), folder, enlarge
+    finally:
+        shell(f"umount {folder}; losetup --detach {loop}")
+
+
+def mib(folder: Path) -> int:
+    return os.statvfs(folder).f_blocks * os.statvfs(folder).f_frsize >> 20
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="mounts a file system: needs root")
+
+
+GROW = """
+import os, sys
+from pathlib import Path
+from mlflow_host.machine import file_system
+device, folder = Path(sys.argv[1]), Path(sys.argv[2])
+(folder / "data").write_text("precious")
+before = file_system.in_use(device) >> 20
+answers = [file_system.grow(device), file_system.grow(device)]
+blocks = os.statvfs(folder)
+mib = blocks.f_blocks * blocks.f_frsize >> 20
+print("grown", answers, before, file_system.in_use(device) >> 20, mib > 200, (folder / "data").read_text())
+"""
+
+
+@needs_root
+@pytest.mark.skipif(
+    not (own_kernel.has_capability(own_kernel.CAP_SYS_RESOURCE) or own_kernel.KERNEL),
+    reason="this host withholds CAP_SYS_RESOURCE, and there is no other kernel (package user-mode-linux)",
+)
+def test_mounted_file_system_is_grown_to_its_volume(tmp_path: Path, device: Path) -> None:
+    mkfs(device, "-L", data_volume.LABEL)
+    os.truncate(device, 256 << 20)
+    (tmp_path / "grow.py").write_text(GROW)
+    host = Path(file_system.__file__).parents[2]
+    grow = f"PYTHONPATH={host} PYTHONDONTWRITEBYTECODE=1 {sys.executable} {tmp_path}/grow.py"
+    if own_kernel.has_capability(own_kernel.CAP_SYS_RESOURCE):
+        (folder := tmp_path / "mounted").mkdir()
+        loop = shell(f"losetup --find --show {device}")
+        try:
+            printed = shell(f"mount {loop} {folder}; {grow} {loop} {folder}; umount {folder}")
+        finally:
+            shell(f"losetup --detach {loop}")
+    else:
+        mounted = "mkdir /run/mounted; mount -t ext4 /dev/ubda /run/mounted"
+        printed = own_kernel.run(f"{mounted}; {grow} /dev/ubda /run/mounted; umount /run/mounted", device)
+    assert "grown ['', ''] 64 256 True precious" in printed
+    subprocess.run(["e2fsck", "-fn", str(device)], check=True, capture_output=True)
+
+
+@needs_root
+def test_file_system_that_cannot_be_grown_is_named_with_the_reason(
+    mounted: tuple[Path, Path, Callable[[int], None]],
+) -> None:
+    device, folder, enlarge = mounted
+    enlarge(2048)
+    shell(f"mount -o remount,ro {folder}")
+    assert file_system.grow(device).startswith(
+        "the data volume has 2.0 GiB and its file system 0.1 GiB, because resize2fs failed ("
+    )
+    assert mib(folder) < 64
+
+
+def test_missing_device_is_one_error_sentence(tmp_path: Path) -> None:
+    assert file_system.grow(tmp_path / "gone") == (
+        "the size of the data volume cannot be read (No such file or directory): reboot the machine"
+    )
+
+
+def test_failed_growth_does_not_stop_the_boot(tmp_path: Path, device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "status").mkdir()
+    document = launch.LaunchDocument(
+        stack=launch.Stack("dev", "eu-central-1"),
+        buckets=launch.Buckets("aaa", "mmm", "bbb"),
+        credentials=launch.CredentialsParameter("/x"),
+        data_volume=launch.DataVolume(VOLUME),
+        web=launch.Web(("127.0.0.1",)),
+    )
+    mkfs(device, "-L", data_volume.LABEL)
+    monkeypatch.setattr(config, "launch_document", lambda: document)
+    monkeypatch.setattr(config, "DATA", tmp_path)
+    monkeypatch.setattr(data_volume, "step", lambda name: status.step(name, tmp_path))
+    monkeypatch.setattr(data_volume, "wait_for", lambda volume, say: device)
+    monkeypatch.setattr(data_volume, "is_mounted", lambda: True)
+    monkeypatch.setattr(data_volume, "lay_out", lambda data, volume: None)
+    monkeypatch.setattr(file_system, "grow", lambda found: f"{found.name} was not grown")
+    data_volume.main()
+    told = json.loads((tmp_path / "status/data-volume.json").read_text())
+    assert told["state"] == "done" and told["message"].endswith("MiB free; device was not grown")
 
 
 @pytest.fixture
@@ -128,7 +247,7 @@ def test_layout_is_made_once_and_then_kept(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("layout")
 @pytest.mark.skipif(os.getuid() != 0, reason="gives files to other users: needs root")
-def test_folders_of_an_image_that_numbered_its_users_otherwise_get_their_owner_back(tmp_path: Path) -> None:
+def test_folders_get_their_owner_back_when_user_ids_differ(tmp_path: Path) -> None:
     data_volume.lay_out(tmp_path, VOLUME)
     (tmp_path / "postgresql" / "data").write_text("precious")
     for path in (tmp_path / "postgresql" / "data", tmp_path / "postgresql"):
@@ -147,6 +266,6 @@ def test_format_of_a_newer_image_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["format"]
 
 
-def test_failed_command_is_quoted_with_its_reason(tmp_path: Path) -> None:
+def test_failed_command_is_reported_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(StepFailed, match=r"^`resize2fs \S+gone` failed: .*[Nn]o such file"):
         data_volume.run("resize2fs", str(tmp_path / "gone"))

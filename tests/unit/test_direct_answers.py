@@ -1,6 +1,7 @@
-"""Answers that PostgreSQL writes: the checks they stand behind, what is handed on to MLflow, and how JSON is written.
+"""The fast path's middleware: its checks, the requests that it passes to MLflow, and its JSON format.
 
-That they say what MLflow would say is compared in tests/schema/test_tracking.py."""
+tests/schema/test_tracking.py compares its responses with MLflow's.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +16,15 @@ import psycopg2
 import pytest
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from mlflow_host import direct_reads
-from mlflow_host.bridge import Application, Message, Receive, Scope, Send
-from mlflow_host.direct_answers import answered_directly
-from mlflow_host.direct_reads import statement
-from mlflow_host.direct_store import DirectStore
-from services import PostgreSQL
+
+from mlflow_host.server.fast_path import reads
+from mlflow_host.server.fast_path.app import answered_directly
+from mlflow_host.server.fast_path.reads import statement
+from mlflow_host.server.fast_path.store import DirectStore
+from mlflow_host.server.flask_shortcut import Application, Message, Receive, Scope, Send
+from tests.support.services import PostgreSQL
+
+pytestmark = pytest.mark.service
 
 TIME = 1_700_000_000_000
 HANDED_ON = b"handed on with "
@@ -80,7 +84,7 @@ def ask(
     return status, answered, b"".join(message["body"] for message in sent[1:])
 
 
-def test_a_run_is_answered_in_ascii_behind_mlflows_headers(application: Application, run_id: str) -> None:
+def test_run_is_returned_as_ascii_with_mlflows_headers(application: Application, run_id: str) -> None:
     status, headers, body = ask(application, "GET", f"/api/2.0/mlflow/runs/get?run_id={run_id}")
     assert status == 200 and body.isascii()
     assert headers[b"content-type"] == b"application/json" and headers[b"x-content-type-options"] == b"nosniff"
@@ -90,7 +94,7 @@ def test_a_run_is_answered_in_ascii_behind_mlflows_headers(application: Applicat
     assert tags == {"team": 'rød 🦊\\"\n\x1f', "mlflow.runName": "é"} and run["info"]["run_name"] == "é"
 
 
-def test_pages_of_the_server_may_search_and_pages_from_elsewhere_may_not(application: Application, run_id: str) -> None:
+def test_search_from_another_origin_is_refused(application: Application, run_id: str) -> None:
     search = b'{"experiment_ids": ["0"], "max_results": 10}'
     path = "/ajax-api/2.0/mlflow/runs/search"
     status, _, body = ask(application, "POST", path, (search,), origin="https://mlflow.test")
@@ -110,17 +114,17 @@ def test_pages_of_the_server_may_search_and_pages_from_elsewhere_may_not(applica
         b"nonsense",
     ],
 )
-def test_what_mlflow_has_to_answer_reaches_it_whole(application: Application, body: bytes) -> None:
+def test_unhandled_requests_reach_mlflow_complete(application: Application, body: bytes) -> None:
     parts = (body[:9], body[9:])
     assert ask(application, "POST", "/api/2.0/mlflow/runs/search", parts)[2] == HANDED_ON + body
 
 
-def test_other_requests_go_on_untouched(application: Application) -> None:
+def test_other_requests_are_unchanged(application: Application) -> None:
     assert ask(application, "POST", "/api/2.0/mlflow/runs/delete", (b"{}",), host="any")[2] == HANDED_ON + b"{}"
     assert ask(application, "GET", "/api/2.0/mlflow/runs/search", (b"",), host="any")[2] == HANDED_ON
 
 
-def test_a_page_from_elsewhere_logs_nothing(application: Application, store: DirectStore, run_id: str) -> None:
+def test_write_from_another_origin_is_refused(application: Application, store: DirectStore, run_id: str) -> None:
     body = logging_of(run_id)
     for headers in ({"origin": "https://evil.test"}, {"host": "evil.test"}):
         assert ask(application, "POST", "/ajax-api/2.0/mlflow/runs/log-metric", (body,), **headers)[0] == 403
@@ -129,10 +133,8 @@ def test_a_page_from_elsewhere_logs_nothing(application: Application, store: Dir
     assert store.get_run(run_id).data.metrics == {"loss": 0.5}
 
 
-def test_a_write_that_postgresql_leaves_unanswered_is_not_asked_of_mlflow_again(
-    cluster: PostgreSQL, application: Application, run_id: str
-) -> None:
-    """It may have been done: whether to ask again is the client's to say."""
+def test_unanswered_write_is_not_repeated_by_mlflow(cluster: PostgreSQL, application: Application, run_id: str) -> None:
+    """It may have happened, so only the client may repeat it."""
     waiting = "select pid from pg_stat_activity where wait_event_type = 'Lock' and query like '%latest_metrics%'"
     with psycopg2.connect(cluster.uri().replace("+psycopg2", "")) as other, ThreadPoolExecutor(1) as pool:
         other.cursor().execute("lock table latest_metrics in access exclusive mode")
@@ -150,7 +152,7 @@ def logging_of(run_id: str) -> bytes:
     return json.dumps({"run_id": run_id, "key": "loss", "value": 0.5, "timestamp": TIME, "step": 1}).encode()
 
 
-def test_mlflows_own_store_is_asked_by_mlflow(cluster: PostgreSQL, application: Application) -> None:
+def test_requests_use_mlflows_own_store_if_configured(cluster: PostgreSQL, application: Application) -> None:
     own = SqlAlchemyStore(cluster.uri(), "mlflow-artifacts:/")
     with ThreadPoolExecutor(1) as executor:
         assert answered_directly(application, own, executor) is application
@@ -168,15 +170,16 @@ def test_numbers_are_written_as_python_writes_them(application: Application, sto
     _, _, body = ask(application, "GET", target)
     read = {metric["step"]: metric["value"] for metric in json.loads(body)["metrics"]}
     assert [(type(read[step]), repr(read[step])) for step in range(len(NUMBERS))] == [
-        (float, repr(value)) for value in NUMBERS
+        (float, repr(value + 0.0))
+        for value in NUMBERS  # MLflow stores -0.0 as 0.0
     ]
 
 
-def test_numbers_that_json_lacks_are_words(
+def test_nan_and_infinities_are_strings(
     application: Application, cluster: PostgreSQL, store: DirectStore, run_id: str
 ) -> None:
     store.log_metric(run_id, Metric("nan", float("nan"), TIME, 0))
-    for value in ("Infinity", "-Infinity", "NaN"):  # nothing of MLflow's writes them, people with psql may
+    for value in ("Infinity", "-Infinity", "NaN"):  # MLflow does not write these, but users of psql may
         cluster.execute(
             "insert into latest_metrics (run_uuid, key, value, timestamp, step, is_nan) "
             f"values ('{run_id}', '{value}', '{value}', 0, 0, false)",
@@ -187,14 +190,14 @@ def test_numbers_that_json_lacks_are_words(
     assert metrics == {"nan": "NaN", "Infinity": "Infinity", "-Infinity": "-Infinity", "NaN": "NaN"}
 
 
-def test_a_metric_that_is_filtered_and_sorted_by_is_looked_up_once() -> None:
+def test_metric_in_filter_and_order_is_joined_once() -> None:
     once, _ = statement("metrics.loss > 0 and params.p = 'a'", 1, ("metrics.loss DESC", "params.p"))
     twice, _ = statement("metrics.loss > 0 and params.p = 'a'", 1, ("metrics.acc DESC", "params.q"))
     assert once.count("FROM latest_metrics") == 1 and once.count("FROM params") == 1
     assert twice.count("FROM latest_metrics") == 2 and twice.count("FROM params") == 2
 
 
-def test_long_filters_are_not_kept(application: Application, store: DirectStore, run_id: str) -> None:
+def test_long_filters_are_not_cached(application: Application, store: DirectStore, run_id: str) -> None:
     store.log_batch(run_id, [], [Param("p", "x")], [])
     statement.cache_clear()
 
@@ -203,5 +206,5 @@ def test_long_filters_are_not_kept(application: Application, store: DirectStore,
         return json.loads(ask(application, "POST", "/api/2.0/mlflow/runs/search", (body,))[2])
 
     assert search("params.p = 'x'")["runs"][0]["info"]["run_id"] == run_id
-    assert search(f"params.p != '{'y' * direct_reads.WORTH_KEEPING}'")["runs"][0]["info"]["run_id"] == run_id
+    assert search(f"params.p != '{'y' * reads.WORTH_KEEPING}'")["runs"][0]["info"]["run_id"] == run_id
     assert statement.cache_info().currsize == 1

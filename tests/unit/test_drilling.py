@@ -1,4 +1,4 @@
-"""The drill's books: whatever is lost between two stops is found, and nothing else."""
+"""The drill's comparison: it finds every loss between two stops, and nothing else. Also exit status and outage."""
 
 from __future__ import annotations
 
@@ -11,70 +11,75 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
-import drill
 import pytest
-from drilling.ledger import Ledger, Touched, differences, leaves
-from local_cloud import LocalCloud
+
+from scripts import drill
+from scripts.drilling.expected_writes import ExpectedWrites, Touched, differences, leaves
+from scripts.imaging import catalog, promoting
+from scripts.local_cloud import LocalCloud
 
 NOTHING = Touched(set(), set())
 FIRST = {"runs": {"a": {"metrics": [1, 2, 3]}, "b": {"metrics": []}}, "queues": {"q": {"items": ["x"]}}}
 
 
-def ledger() -> Ledger:
-    """One stop of the newer release, which knows queues."""
-    opened = Ledger()
-    assert len(opened.enter("2", NOTHING, FIRST)) == 3
-    return opened
+def one_stop() -> ExpectedWrites:
+    """One stop of the newer release, which supports queues."""
+    expected = ExpectedWrites()
+    assert len(expected.add("2", NOTHING, FIRST)) == 3
+    return expected
 
 
-def told(opened: Ledger, release: str, now: dict[str, dict[str, object]]) -> list[str]:
-    return [str(finding) for finding in opened.compare(release, now)]
+def findings(expected: ExpectedWrites, release: str, now: dict[str, dict[str, object]]) -> list[str]:
+    return [str(finding) for finding in expected.compare(release, now)]
 
 
-def test_what_is_as_it_was_is_no_finding() -> None:
-    opened = ledger()
-    assert told(opened, "2", FIRST) == []
-    assert opened.known(FIRST) == {("runs", "a"), ("runs", "b"), ("queues", "q")}
-    assert opened.waiting(FIRST) == set()
+def test_unchanged_data_has_no_findings() -> None:
+    expected = one_stop()
+    assert findings(expected, "2", FIRST) == []
+    assert expected.supported(FIRST) == {("runs", "a"), ("runs", "b"), ("queues", "q")}
+    assert expected.unsupported(FIRST) == set()
 
 
-def test_what_is_gone_is_missing() -> None:
-    assert told(ledger(), "2", {**FIRST, "runs": {"a": FIRST["runs"]["a"]}}) == ["runs b of stop 0 is missing"]
+def test_absent_object_is_missing() -> None:
+    now = {**FIRST, "runs": {"a": FIRST["runs"]["a"]}}
+    assert findings(one_stop(), "2", now) == ["runs b of stop 0 is missing"]
 
 
-def test_a_kind_of_thing_that_the_release_does_not_know_waits_and_is_missed_where_it_does() -> None:
-    opened = ledger()
+def test_unsupported_kind_is_missing_only_for_a_release_that_supports_it() -> None:
+    expected = one_stop()
     older = {"runs": FIRST["runs"]}
-    assert told(opened, "1", older) == []
-    assert opened.waiting(older) == {("queues", "q")}
-    opened.enter("1", NOTHING, older)
-    assert told(opened, "2", {**FIRST, "queues": {}}) == ["queues q of stop 0 is missing"]
+    assert findings(expected, "1", older) == []
+    assert expected.unsupported(older) == {("queues", "q")}
+    expected.add("1", NOTHING, older)
+    assert findings(expected, "2", {**FIRST, "queues": {}}) == ["queues q of stop 0 is missing"]
 
 
-def test_one_value_of_a_history_that_differs_is_a_change() -> None:
+def test_one_different_value_in_a_metric_history_is_a_change() -> None:
     changed = {**FIRST, "runs": {**FIRST["runs"], "a": {"metrics": [1, 2, 4]}}}
-    assert told(ledger(), "2", changed) == ["runs a of stop 0: /metrics[2] was '3' and is '4'"]
+    assert findings(one_stop(), "2", changed) == ["runs a of stop 0: /metrics[2] was '3' and is '4'"]
     shortened = {**FIRST, "runs": {**FIRST["runs"], "a": {"metrics": [1, 2]}}}
-    assert told(ledger(), "2", shortened) == ["runs a of stop 0: /metrics was '[1, 2, 3]' and is '[1, 2]'"]
+    assert findings(one_stop(), "2", shortened) == ["runs a of stop 0: /metrics was '[1, 2, 3]' and is '[1, 2]'"]
 
 
-def test_what_a_stop_changed_or_deleted_itself_is_no_loss_but_must_not_come_back() -> None:
-    opened = ledger()
+def test_deliberate_changes_and_deletions_are_no_losses_but_deleted_objects_must_stay_deleted() -> None:
+    expected = one_stop()
     now = {**FIRST, "runs": {"a": {"metrics": [9]}}}
-    opened.enter("2", Touched({("runs", "a")}, {("runs", "b")}), now)
-    assert told(opened, "2", now) == []
-    assert told(opened, "2", {**now, "runs": {**now["runs"], "b": {}}}) == ["runs b of stop 0 was deleted and is back"]
-    assert told(opened, "2", FIRST)[0] == "runs b of stop 0 was deleted and is back"
+    expected.add("2", Touched({("runs", "a")}, {("runs", "b")}), now)
+    assert findings(expected, "2", now) == []
+    back = {**now, "runs": {**now["runs"], "b": {}}}
+    assert findings(expected, "2", back) == ["runs b of stop 0 was deleted and is back"]
+    assert findings(expected, "2", FIRST)[0] == "runs b of stop 0 was deleted and is back"
 
 
-def test_fields_of_one_release_only_count_between_stops_of_that_release() -> None:
+def test_fields_of_only_one_release_are_compared_between_stops_of_that_release() -> None:
     was, found = {"name": "n", "new": 1}, {"name": "n"}
     assert differences(was, found, exact=False) == []
     assert differences(was, found, exact=True) == ["/new is only before"]
 
 
-def test_an_older_release_may_show_a_text_cut_to_its_column() -> None:
+def test_text_cut_to_the_column_of_an_older_release_is_equal() -> None:
     long, cut = "x" * 6000, "x" * 5000
     assert differences(long, cut, exact=False) == []
     assert differences(long, cut, exact=True) != []
@@ -88,17 +93,45 @@ def test_leaves_count_single_values() -> None:
 STOP = drill.Stop("ami-1", "3.17.2", "upgrade done", 50, 4000, 0, 0, 2, 30, 31.25, ())
 
 
-def exit_status(stops: list[drill.Stop], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> int:
-    """Of a drill that went like this; baking and launching left out."""
+TAGGED: list[tuple[list[str], str]] = []
+WANTED = ["ami-0123456789abcdef0", "ami-0123456789abcdef1"]
+
+
+def an_image(id: str, *, finished: bool = True) -> catalog.Image:
+    tags = {catalog.OURS: f"version-of-{id}", "mlflow-ami:mlflow-version": "3.17.2"}
+    tags |= {"mlflow-ami:format": "1"} if finished else {}
+    return catalog.Image(id, "", "", "available", tags, ())
+
+
+def test_missing_images_are_reported_before_the_launch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_AMI_LOCAL_CLOUD", str(tmp_path))
+    for part in ("up", "down"):
+        monkeypatch.setattr(LocalCloud, part, lambda self: None)
+    monkeypatch.setattr(LocalCloud, "client", lambda self, service: None)
+    monkeypatch.setattr(catalog, "find", lambda ec2: [an_image(WANTED[0]), an_image(WANTED[1], finished=False)])
+    monkeypatch.setattr(drill, "run_script", lambda *arguments: pytest.fail("it launched or baked something"))
+    assert drill.main([WANTED[0], WANTED[1]]) == 2
+    assert f"has no finished image {WANTED[1]}" in capsys.readouterr().err
+
+
+def exit_status(stops: list[drill.Stop], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *more: str) -> int:
+    """Exit status of a drill with these stops, without baking and launching."""
     monkeypatch.setenv("MLFLOW_AMI_LOCAL_CLOUD", str(tmp_path))
     monkeypatch.setenv("MLFLOW_AMI_REHEARSAL", "of-the-tests")
     for part in ("up", "down"):
         monkeypatch.setattr(LocalCloud, part, lambda self: None)
     monkeypatch.setattr(drill, "drill", lambda cloud, images: stops)
-    return drill.main(["ami-0123456789abcdef0", "ami-0123456789abcdef1"])
+    monkeypatch.setattr(LocalCloud, "region", "eu-central-1")
+    client = SimpleNamespace(create_tags=lambda Resources, Tags: TAGGED.append((Resources, Tags[0]["Key"])))
+    monkeypatch.setattr(LocalCloud, "client", lambda self, service: client)
+    monkeypatch.setattr(catalog, "find", lambda ec2: [an_image(wanted) for wanted in WANTED])
+    TAGGED.clear()
+    return drill.main([*WANTED, *more])
 
 
-def test_the_exit_status_and_the_table_tell_of_losses(
+def test_exit_status_and_table_show_losses(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = replace(STOP, outage_seconds=None)
@@ -115,7 +148,21 @@ def test_the_exit_status_and_the_table_tell_of_losses(
     assert "runs b of stop 0 is missing" in capsys.readouterr().err
 
 
-def test_an_outage_lasts_from_the_last_answer_to_the_next() -> None:
+def test_passed_drill_is_recorded_on_the_newer_image_and_a_failed_one_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = replace(STOP, outage_seconds=None)
+    assert exit_status([first, STOP], monkeypatch, tmp_path, "--json") == 0
+    assert [([WANTED[1]], f"mlflow-ami:drill:version-of-{WANTED[0]}")] == TAGGED
+    printed = tmp_path / "drill.json"
+    printed.write_text(capsys.readouterr().out)
+    found = promoting.read_drill(printed)
+    assert [found[end]["image_version"] for end in ("older", "newer")] == [f"version-of-{each}" for each in WANTED]
+    assert exit_status([first, replace(STOP, missing=1)], monkeypatch, tmp_path) == 1
+    assert TAGGED == []
+
+
+def test_outage_lasts_from_the_last_response_to_the_next() -> None:
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200 if self.headers["Authorization"] else 401)
@@ -151,7 +198,7 @@ def test_an_outage_lasts_from_the_last_answer_to_the_next() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["newest", "3.12", "ami-", "i-0123456789abcdef0"])
-def test_an_argument_that_names_no_image_is_refused(wrong: str) -> None:
+def test_argument_that_names_no_image_is_refused(wrong: str) -> None:
     done = subprocess.run([sys.executable, drill.__file__, wrong, "3.12.0"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert f"{wrong!r} is neither an image's id nor a release of MLflow" in done.stderr
+    assert f"{wrong!r} is neither an image ID nor a release of MLflow" in done.stderr

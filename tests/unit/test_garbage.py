@@ -1,4 +1,4 @@
-"""What registered versions stand on, whose artifacts are ours to remove, and what a removal tells."""
+"""Garbage collection without a database: references of model versions, own buckets, reports, failures in a row."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mlflow_host.garbage import collect, report
-from mlflow_host.garbage.plan import EXPERIMENT, MODEL, RUN, Item, Places
-from mlflow_host.garbage.references import Version, overlap, path_of, references
-from mlflow_host.garbage.report import Report
+from mlflow_host.garbage.plan import EXPERIMENT, MODEL, RUN, Item, OwnBuckets
+from mlflow_host.garbage.references import ModelVersion, overlap, path_of, references
+from mlflow_host.garbage.report import RemovalReport
 
 ONE, OTHER = "0123456789abcdef" * 2, "fedcba9876543210" * 2
 NOW = datetime(2026, 11, 22, 3, tzinfo=UTC)
@@ -32,16 +33,16 @@ NOW = datetime(2026, 11, 22, 3, tzinfo=UTC)
         ("models:/another/3", set(), set()),
     ],
 )
-def test_whatever_looks_like_the_id_of_a_run_or_a_model_counts(text: str, runs: set[str], models: set[str]) -> None:
-    found = references([Version("v", 1, (text,))], {})
+def test_every_run_id_and_model_id_in_a_text_counts_as_used(text: str, runs: set[str], models: set[str]) -> None:
+    found = references([ModelVersion("v", 1, (text,))], {})
     assert (set(found.runs), set(found.models)) == (runs, models)
 
 
-def test_a_run_stands_for_its_models_and_a_model_for_its_run() -> None:
+def test_using_a_run_uses_its_models_and_using_a_model_uses_its_run() -> None:
     sources = {f"m-{ONE}": ONE, f"m-{OTHER}": OTHER, "m-alone": None}
-    by_run = references([Version("v", 1, (f"runs:/{ONE}/model",))], sources)
+    by_run = references([ModelVersion("v", 1, (f"runs:/{ONE}/model",))], sources)
     assert by_run.models == {f"m-{ONE}": "v version 1"} and set(by_run.runs) == {ONE}
-    by_model = references([Version("v", 2, (f"models:/m-{OTHER}",))], sources)
+    by_model = references([ModelVersion("v", 2, (f"models:/m-{OTHER}",))], sources)
     assert by_model.runs == {OTHER: "v version 2"} and set(by_model.models) == {f"m-{OTHER}"}
 
 
@@ -60,7 +61,7 @@ def test_a_run_stands_for_its_models_and_a_model_for_its_run() -> None:
         ("mlflow-artifacts:/", ""),
     ],
 )
-def test_paths_are_read_from_any_address_of_files(text: str, path: str | None) -> None:
+def test_path_is_read_from_any_uri_of_files(text: str, path: str | None) -> None:
     assert path_of(text) == path
 
 
@@ -82,31 +83,33 @@ def test_paths_overlap_by_whole_names() -> None:
         ("", None),
     ],
 )
-def test_only_what_is_in_our_buckets_is_ours_to_remove(location: str, path: str | None) -> None:
-    assert Places(frozenset({"ours"})).path(location) == path
+def test_only_locations_in_own_buckets_have_a_path(location: str, path: str | None) -> None:
+    assert OwnBuckets(frozenset({"ours"})).path(location) == path
 
 
 def item(kind: str, id: str, kept: str = "") -> Item:
     return Item(kind, id, "", "7", NOW - timedelta(days=40), (f"7/{id}",), kept)
 
 
-def test_the_report_says_what_was_and_what_would_be() -> None:
-    made = Report(NOW, True, 30, (item(RUN, "1"), item(RUN, "2"), item(EXPERIMENT, "7")), (item(MODEL, "m", "v"),))
-    assert made.summary() == "2 runs, 1 experiment would be removed for good; 1 logged model kept"
+def test_summary_distinguishes_dry_run_from_removal() -> None:
+    made = RemovalReport(
+        NOW, True, 30, (item(RUN, "1"), item(RUN, "2"), item(EXPERIMENT, "7")), (item(MODEL, "m", "v"),)
+    )
+    assert made.summary() == "2 runs, 1 experiment would be removed permanently; 1 logged model kept"
     assert "  logged model m, deleted 2026-10-13T03:00:00Z: v" in report.as_text(made)
-    assert Report(NOW, False, 30, (), ()).summary() == "nothing removed for good"
+    assert RemovalReport(NOW, False, 30, (), ()).summary() == "nothing removed permanently"
 
 
-def test_the_newest_reports_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_reports_are_kept(tmp_path: Path) -> None:
     for number in range(report.KEPT_REPORTS + 2):
-        report.write(tmp_path, Report(NOW + timedelta(days=7 * number), False, 30, (item(RUN, "1"),), ()))
+        report.write(tmp_path, RemovalReport(NOW + timedelta(days=7 * number), False, 30, (item(RUN, "1"),), ()))
     for kind in ("json", "txt"):
         assert len(list(tmp_path.glob(f"*{report.SUFFIX}.{kind}"))) == report.KEPT_REPORTS
     newest = json.loads((tmp_path / report.NEWEST).read_text())
     assert newest["at"] == report.stamp(NOW + timedelta(days=7 * (report.KEPT_REPORTS + 1)))
 
 
-def test_after_failures_in_a_row_the_rest_is_left_for_the_next_time() -> None:
+def test_remaining_items_are_left_after_failures_in_a_row() -> None:
     tried: list[str] = []
 
     class Failing:
@@ -117,8 +120,8 @@ def test_after_failures_in_a_row_the_rest_is_left_for_the_next_time() -> None:
             raise ConnectionError("S3 is out of reach")
 
     failing: Any = Failing()
-    planned = Report(NOW, False, 30, tuple(item(RUN, str(number)) for number in range(20)), ())
-    done = collect.carried_out(planned, failing)
+    planned = RemovalReport(NOW, False, 30, tuple(item(RUN, str(number)) for number in range(20)), ())
+    done = collect.remove_items(planned, failing)
     assert [each.id for each in done.removed] == ["0"]
     assert len(tried) == 1 + collect.FAILURES and len(done.failed) == 19
     assert done.failed[0].kept == "ConnectionError: S3 is out of reach"
@@ -126,7 +129,7 @@ def test_after_failures_in_a_row_the_rest_is_left_for_the_next_time() -> None:
 
 
 @pytest.mark.parametrize("text", ["-1", "3651", "nan", "inf", "1e300", "a month"])
-def test_a_grace_period_that_is_none_is_refused(text: str) -> None:
+def test_invalid_grace_period_is_refused(text: str) -> None:
     parser = argparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--older-than", type=collect.days)
     with pytest.raises(argparse.ArgumentError, match=r"--older-than: (must be 0 to 3650 days|invalid days value)"):

@@ -1,4 +1,4 @@
-"""The launch document: what is accepted, and the sentence that each mistake gets."""
+"""The launch document: valid documents, and the error sentence of each mistake."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlflow_host import launch
+
+from mlflow_host.contract import launch
 
 COMPLETE = """
 format = 1
@@ -101,7 +102,7 @@ def test_complete_document_is_read() -> None:
     assert document.endpoints.s3 == "http://127.0.0.1:9000"
 
 
-def test_what_is_left_out_gets_the_documented_default() -> None:
+def test_omitted_keys_get_their_defaults() -> None:
     document = launch.from_mapping(LEAST)
     assert document.web.tls == "off"
     assert document.mlflow == launch.Mlflow(job_execution=False, artifact_transfer="direct")
@@ -112,7 +113,7 @@ def test_what_is_left_out_gets_the_documented_default() -> None:
 
 
 @pytest.mark.parametrize("document", [launch.parse(COMPLETE), launch.from_mapping(LEAST)])
-def test_document_survives_the_way_through_json(document: launch.LaunchDocument) -> None:
+def test_document_survives_to_mapping_and_from_mapping(document: launch.LaunchDocument) -> None:
     assert launch.from_mapping(launch.to_mapping(document)) == document
 
 
@@ -126,7 +127,9 @@ REFUSED = [
     ("buckets", "models", "b" * 64, "it must be an S3 bucket name"),
     ("credentials", "parameter", "dev", '"dev": it must be the full name of an SSM parameter, starting with "/"'),
     ("credentials", "parameter", "/" + "a" * 1011, "at most 1011 characters"),
+    ("data_volume", "report_parameter", "in-service", '"in-service": it must be the full name of an SSM parameter'),
     ("data_volume", "id", "vol-1", '"vol-1": it must be an EBS volume id such as "vol-0123456789abcdef0"'),
+    ("data_volume", "report_parameter", "x", '"x": it must be the full name of an SSM parameter'),
     ("web", "hostnames", [], "[]: it must name at least one host"),
     ("web", "hostnames", ["a.b", "a.b"], "it must not name a host twice"),
     (
@@ -143,7 +146,9 @@ REFUSED = [
     ("web", "acme_directory", "http://a", '"http://a": it must be the https:// address of an ACME directory'),
     ("web", "authority_parameter", "x", '"x": it must be the full name of an SSM parameter'),
     ("mlflow", "job_execution", "no", '"no": it must be true or false'),
+    ("monitoring", "alarms", ["disk"], '["disk"]: it must be "server-down" or "data-volume-full" or'),
     ("mlflow", "deleted_retention_days", -1, "-1: it must be from 0 to 3650"),
+    ("mlflow", "role", "server", '"server": it must be the ARN of an IAM role'),
     ("mlflow", "artifact_transfer", "magic", '"magic": it must be "direct" or "proxied"'),
     ("database", "location", "moon", '"moon": it must be "local"'),
     (
@@ -162,6 +167,7 @@ REFUSED = [
     ("endpoints", "s3", "s3.local", '"s3.local": it must be an http:// or https:// address without a path'),
     ("endpoints", "ssm", "https://a/b", '"https://a/b": it must be an http:// or https:// address without a path'),
     ("endpoints", "logs", 3, "3: it must be a string"),
+    ("endpoints", "sts", "sts.local", '"sts.local": it must be an http:// or https:// address without a path'),
 ]
 
 
@@ -174,7 +180,7 @@ def test_refusal_names_key_value_and_remedy(table: str, key: str, value: Any, se
 
 
 def test_every_key_can_be_refused() -> None:
-    """The table above is complete: a key without a check that can fail would be an open door."""
+    """The table above is complete: every key has a check that can fail."""
     keys = {
         (table, key)
         for table, keys in launch.to_mapping(launch.parse(COMPLETE)).items()
@@ -189,8 +195,8 @@ def test_every_key_can_be_refused() -> None:
     ("raw", "sentence"),
     [
         ({}, "format is missing: the first line must be `format = 1`"),
-        ({"format": 2}, "format is 2: this release reads format 1; use a stack and an image that agree"),
-        ({"format": True}, "format is true: this release reads format 1; use a stack and an image that agree"),
+        ({"format": 2}, "format is 2: this release reads format 1; use a stack and an image of the same format"),
+        ({"format": True}, "format is true: this release reads format 1; use a stack and an image of the same format"),
         (
             with_value("web", "port", 80),
             "web.port is not a key of the launch document: "
@@ -204,11 +210,11 @@ def test_every_key_can_be_refused() -> None:
         ),
         (
             with_value("postgres", "cidrs", ["10.0.0.0/16"]),
-            "postgres.cidrs is set but postgres.parameter is not: name the parameter for the reader's password",
+            "postgres.cidrs is set but postgres.parameter is not: name the parameter with its password",
         ),
         (
             {**LEAST, "postgres": {"cidrs": ["10.0.0.0/16"], "parameter": "/reader"}},
-            'postgres.cidrs is set but web.tls is "off": its clients verify PostgreSQL by the stack\'s authority, so '
+            'postgres.cidrs is set but web.tls is "off": clients verify PostgreSQL with the stack\'s authority, so '
             'set web.tls to "private"',
         ),
         (
@@ -217,7 +223,7 @@ def test_every_key_can_be_refused() -> None:
         ),
     ],
 )
-def test_mistakes_beyond_one_value(raw: dict[str, Any], sentence: str) -> None:
+def test_structural_and_combined_mistakes_have_their_sentence(raw: dict[str, Any], sentence: str) -> None:
     assert problems(raw) == [sentence]
 
 
@@ -226,7 +232,7 @@ def test_unknown_table_is_refused_by_name() -> None:
     assert problem.startswith("proxy is not a table of the launch document: remove it (known: stack, buckets, ")
 
 
-def test_text_that_is_no_toml_is_refused() -> None:
+def test_invalid_toml_is_refused() -> None:
     with pytest.raises(launch.LaunchError, match=r"the launch document is not TOML: .*line 1"):
         launch.parse("format = = 1")
 
@@ -247,7 +253,7 @@ known_tables = list(LEAST.keys() - {"format"})
 
 
 @given(st.sampled_from(known_tables), st.data())
-def test_any_value_anywhere_is_read_or_refused_in_one_line(table: str, data: st.DataObject) -> None:
+def test_any_value_of_any_key_is_accepted_or_refused_in_one_line(table: str, data: st.DataObject) -> None:
     key = data.draw(st.sampled_from(list(LEAST[table])) | st.text(max_size=10))
     try:
         launch.from_mapping(with_value(table, key, data.draw(toml_values)))
@@ -257,7 +263,7 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(table: str, data: st.
 
 
 @given(st.dictionaries(st.sampled_from([*known_tables, "x"]), toml_values).map(lambda raw: {**LEAST, **raw}))
-def test_any_table_is_read_or_refused(raw: dict[str, Any]) -> None:
+def test_any_table_is_accepted_or_refused(raw: dict[str, Any]) -> None:
     try:
         assert launch.from_mapping(raw).format == 1
     except launch.LaunchError as error:
@@ -265,27 +271,27 @@ def test_any_table_is_read_or_refused(raw: dict[str, Any]) -> None:
 
 
 @given(st.text())
-def test_any_text_is_read_or_refused(text: str) -> None:
+def test_any_text_is_refused(text: str) -> None:
     with pytest.raises(launch.LaunchError):
         launch.parse(text)
 
 
-def test_schema_needs_the_standard_library_alone() -> None:
-    """The stack imports it where nothing of the image is installed."""
-    folder = Path(launch.__file__).parents[1]
-    code = f"import sys; sys.path.insert(0, {str(folder)!r}); import mlflow_host.launch; print(len(sys.path))"
+def test_launch_module_imports_with_the_standard_library_alone() -> None:
+    """The Pulumi program imports it without the image's packages."""
+    folder = Path(launch.__file__).parents[2]
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); import mlflow_host.contract.launch; print(len(sys.path))"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_every_key_is_of_a_revision_there_is_and_newer_ones_can_be_left_out() -> None:
+def test_revision_is_the_newest_of_all_keys_and_later_keys_have_defaults() -> None:
     tables = typing.get_type_hints(launch.LaunchDocument)
     keys = [key for name, table in tables.items() if name != "format" for key in dataclasses.fields(table)]
     assert max(key.metadata["since"] for key in keys) == launch.REVISION
     assert all(key.metadata["since"] == 1 for key in keys if key.default is dataclasses.MISSING)
 
 
-def test_what_an_image_of_a_revision_reads() -> None:
+def test_known_to_omits_newer_keys_and_lists_those_with_a_value() -> None:
     raw = {
         "format": 1,
         "backups": {"retention_days": 7, "endpoint": "https://10.0.0.1", "authority": ""},
@@ -298,6 +304,6 @@ def test_what_an_image_of_a_revision_reads() -> None:
     assert launch.known_to(launch.REVISION, raw) == (raw, [])
 
 
-def test_what_is_required_is_sent_even_when_it_is_empty() -> None:
+def test_required_key_is_sent_even_when_empty() -> None:
     raw = {"web": {"hostnames": [], "acme_email": ""}, "endpoints": {"s3": ""}}
     assert launch.known_to(launch.REVISION, raw) == ({"web": {"hostnames": []}}, [])

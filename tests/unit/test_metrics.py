@@ -1,42 +1,55 @@
-"""CloudWatch is told how full the data volume is, as moto reads it, and where it is not, a sentence says why."""
+"""Timer `mlflow-host-metrics`: what the stack's alarms watch is measured and reaches CloudWatch (moto), or one sentence
+names the reason."""
 
 from __future__ import annotations
 
+import http.server
 import json
+import ssl
+import subprocess
+import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
-from mlflow_host import aws, config, launch, metrics
 from moto.server import ThreadedMotoServer
 
+from mlflow_host.contract import alarms, launch
+from mlflow_host.machine import aws, config
+from mlflow_host.upkeep import cloudwatch, metrics
+
 KEYS = aws.Keys("access", "secret", "token")
+NOW = datetime(2026, 11, 29, 12, 0, tzinfo=UTC)
 
 
-def document(endpoint: str) -> launch.LaunchDocument:
+def document(endpoint: str, *, tls: str = "private", names: tuple[str, ...] = alarms.NAMES) -> launch.LaunchDocument:
     return launch.LaunchDocument(
         launch.Stack("dev", "eu-central-1"),
         launch.Buckets("a-bucket", "m-bucket", "b-bucket"),
-        launch.Credentials("/mlflow-ami/dev/credentials"),
+        launch.CredentialsParameter("/mlflow-ami/dev/credentials"),
         launch.DataVolume("vol-0123456789abcdef0"),
-        launch.Web(("52.1.2.3",)),
+        launch.Web(("52.1.2.3",), tls=tls),
+        monitoring=launch.Monitoring(names),
         endpoints=launch.Endpoints(monitoring=endpoint),
     )
 
 
 @pytest.fixture
-def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the room check has found goes here; CloudWatch is out of reach."""
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the other timers' reports; CloudWatch is out of reach."""
     (tmp_path / "web").mkdir()
     monkeypatch.setattr(config, "RUN", tmp_path)
-    sized: Any = None
-    host = config.HostConfig(document("http://127.0.0.1:9"), sized, "https://52.1.2.3")
-    monkeypatch.setattr(config, "load", lambda: host)
+    launched(monkeypatch, document("http://127.0.0.1:9", names=("data-volume-full",)))
     monkeypatch.setattr(aws, "role_keys", lambda: KEYS)
-    return tmp_path / "web" / "room.json"
+    return tmp_path / "web"
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, given: launch.LaunchDocument) -> None:
+    sized: Any = None
+    monkeypatch.setattr(config, "load", lambda: config.HostConfig(given, sized, "https://52.1.2.3"))
 
 
 @pytest.fixture
@@ -48,8 +61,8 @@ def endpoint() -> Iterator[str]:
     server.stop()
 
 
-def test_the_metric_arrives(endpoint: str) -> None:
-    metrics.put(document(endpoint), 91.5, KEYS, datetime.now(UTC))
+def test_metrics_reach_cloudwatch_in_one_call(endpoint: str) -> None:
+    cloudwatch.put(document(endpoint), {"DiskUsedPercent": 91.5, "ServerAnswers": 1}, KEYS, datetime.now(UTC))
     client: Any = boto3.client(
         "cloudwatch",
         endpoint_url=endpoint,
@@ -57,21 +70,143 @@ def test_the_metric_arrives(endpoint: str) -> None:
         aws_access_key_id="test",
         aws_secret_access_key="test",
     )
-    (found,) = client.list_metrics()["Metrics"]
-    assert (found["Namespace"], found["MetricName"]) == ("mlflow-ami/dev", "DiskUsedPercent")
-    assert found["Dimensions"] == [{"Name": "VolumeId", "Value": "vol-0123456789abcdef0"}]
+    found = {each["MetricName"]: each for each in client.list_metrics(Namespace="mlflow-ami/dev")["Metrics"]}
+    assert {name: each["Dimensions"] for name, each in found.items()} == {
+        "DiskUsedPercent": [{"Name": "VolumeId", "Value": "vol-0123456789abcdef0"}],
+        "ServerAnswers": [],
+    }
 
 
-def test_a_cloudwatch_out_of_reach_is_told_in_a_sentence(told: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told.write_text(json.dumps({"used_percent": 12.5}))
-    assert metrics.main() == 2
-    assert "cloudwatch:PutMetricData" in capsys.readouterr().err
+def test_unreachable_cloudwatch_is_one_error_sentence(web: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (web / "room.json").write_text(json.dumps({"used_percent": 12.5}))
+    assert cloudwatch.main() == 2
+    assert "DiskUsedPercent were not sent" in (said := capsys.readouterr().err) and "cloudwatch:PutMetricData" in said
 
 
-def test_before_the_first_look_there_is_nothing_to_tell(told: Path) -> None:
-    assert not told.exists() and metrics.main() == 0
+def test_no_metric_before_the_first_measurement(web: Path) -> None:
+    assert not (web / "room.json").exists() and cloudwatch.main() == 0
 
 
-def test_the_address_is_the_regions_own_where_none_is_set() -> None:
+def test_stack_without_alarms_measures_nothing(web: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, document("http://127.0.0.1:9", names=()))
+    monkeypatch.setattr(metrics, "measured", lambda wanted: pytest.fail("measured"))
+    assert cloudwatch.main() == 0
+
+
+def test_only_metrics_of_the_stacks_alarms_are_measured(web: Path) -> None:
+    (web / "room.json").write_text(json.dumps({"used_percent": 12.5}))
+    (web / "backups.json").write_text(json.dumps({"problems": ["late", "later"]}))
+    assert metrics.measured({"DiskUsedPercent", "BackupProblems"}) == {"DiskUsedPercent": 12.5, "BackupProblems": 2}
+    assert metrics.measured({"BackupProblems"}) == {"BackupProblems": 2}
+
+
+def test_every_metric_of_an_alarm_has_a_measurement(web: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (web / "room.json").write_text(json.dumps({"used_percent": 1}))
+    (web / "backups.json").write_text(json.dumps({"problems": []}))
+    for name in ("answers", "memory_used", "failed_units"):
+        monkeypatch.setattr(metrics, name, lambda: 1.0)
+    monkeypatch.setattr(metrics, "error_percent", lambda log, now: 1.0)
+    monkeypatch.setattr(metrics, "certificate_days", lambda now: 1.0)
+    wanted = {alarm.metric for alarm in alarms.ALARMS}
+    assert set(metrics.measured(wanted)) == wanted
+
+
+def test_measurement_that_fails_does_not_silence_the_others(
+    web: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (web / "room.json").write_text(json.dumps({"used_percent": 12.5}))
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert metrics.measured({"DiskUsedPercent", "FailedUnits"}) == {"DiskUsedPercent": 12.5}
+    assert "FailedUnits cannot be measured: FileNotFoundError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("status", "answers"), [(200, 1.0), (503, 0.0)])
+def test_server_answers_if_the_health_check_is_200(
+    web: Path, monkeypatch: pytest.MonkeyPatch, status: int, answers: float
+) -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path == "/healthz"
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        launched(monkeypatch, document("", tls="off"))
+        real = http.client.HTTPConnection
+        monkeypatch.setattr(
+            http.client, "HTTPConnection", lambda host, timeout: real(host, server.server_port, timeout=timeout)
+        )
+        assert metrics.answers() == answers
+        server.shutdown()
+    assert metrics.answers() == 0.0, "nobody listens"
+
+
+def line(at: datetime, status: int, path: str = "/") -> str:
+    return f'{at.isoformat()} 10.0.0.1 ann "GET {path}" {status} 12 0.001\n'
+
+
+def test_errors_are_counted_among_the_requests_of_the_last_minute(tmp_path: Path) -> None:
+    log = tmp_path / "access.log"
+    old = [line(NOW - timedelta(seconds=90), 500)] * 100
+    new = [line(NOW - timedelta(seconds=30), 200, "/a\\x22 500 ")] * 90 + [line(NOW - timedelta(seconds=5), 502)] * 10
+    log.write_text("".join([*old, *new, "cut in the mid"]))
+    assert metrics.error_percent(log, NOW) == 10.0
+    log.write_text("".join([*old, line(NOW, 500)]))
+    assert metrics.error_percent(log, NOW) == 5.0, "one error of few requests"
+    log.write_text("")
+    assert metrics.error_percent(log, NOW) == 0.0
+    assert metrics.error_percent(tmp_path / "none", NOW) is None
+
+
+def test_counted_status_is_the_one_of_nginxs_own_log_format() -> None:
+    text = (Path(__file__).parents[2] / "provisioning/rootfs/etc/nginx/nginx.conf").read_text()
+    assert """log_format requests '$time_iso8601 $remote_addr $remote_user "$request_method $uri" $status """ in text
+
+
+def test_certificate_that_is_served_is_measured(web: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=server", "-days", "10"]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    launched(monkeypatch, document("https://unused"))
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        real, port = metrics.socket.create_connection, server.server_port
+        monkeypatch.setattr(metrics.socket, "create_connection", lambda address, timeout: real((address[0], port)))
+        left = metrics.certificate_days(datetime.now(UTC))
+        server.shutdown()
+    assert left is not None and 9.9 <= left <= 10
+    launched(monkeypatch, document("", tls="off"))
+    assert metrics.certificate_days(NOW) is None
+
+
+def test_failed_units_are_counted_but_not_those_with_an_alarm_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "systemctl"
+    program.write_text(
+        "#!/bin/sh\n"
+        "echo 'mlflow-host-room.service loaded failed failed Check'\n"
+        "echo 'mlflow-host-gc.service loaded failed failed Remove'\n"
+        "echo 'mlflow-host-backups-check.service loaded failed failed Check'\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert metrics.failed_units() == 1
+
+
+def test_memory_is_what_the_kernel_cannot_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "meminfo"
+    file.write_text("MemTotal:       2000 kB\nMemFree:        100 kB\nMemAvailable:   500 kB\n")
+    monkeypatch.setattr(metrics, "MEMORY", file)
+    assert metrics.memory_used() == 75.0
+
+
+def test_default_endpoint_is_the_regions() -> None:
     assert aws.regional_address("eu-central-1", "monitoring") == "https://monitoring.eu-central-1.amazonaws.com"
     assert aws.regional_address("cn-north-1", "monitoring").endswith(".amazonaws.com.cn")

@@ -1,35 +1,25 @@
-"""What the README says can be checked without a machine: settings, policy, commands, links."""
+"""Checks of the READMEs that need no machine: settings, policy, costs, commands, links."""
 
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import yaml
-from servers import REPOSITORY
 
-README = (REPOSITORY / "README.md").read_text()
+from tests.support.servers import REPOSITORY
 
-
-def test_configuration_table_is_the_schema() -> None:
-    schema = yaml.safe_load((REPOSITORY / "infra" / "Pulumi.yaml").read_text())["config"]
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", README, re.MULTILINE)
-    expected = []
-    for name, entry in schema.items():
-        description = " ".join(entry["description"].split())
-        default = entry["default"]
-        if description.startswith("Required. "):
-            shown = "**required**"
-        elif default in ("", []):
-            shown = ""
-        else:
-            shown = f"`{json.dumps(default) if isinstance(default, bool) else default}`"
-        expected.append((name, shown, description.removeprefix("Required. ")))
-    assert rows == expected
+PAGES = {
+    path: path.read_text()
+    for pattern in ("*.md", "*/README.md", "*/*/README.md")
+    for path in sorted(REPOSITORY.glob(pattern))
+    if "build" not in path.parts and ".venv" not in path.parts
+}
+README = "\n".join(PAGES.values())
 
 
-def test_policy_is_a_policy() -> None:
+def test_policy_is_valid_json_with_statements() -> None:
     [policy] = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
     for statement in json.loads(policy)["Statement"]:
         assert statement["Effect"] == "Allow"
@@ -38,22 +28,39 @@ def test_policy_is_a_policy() -> None:
         assert all(re.fullmatch(r"[a-z0-9]+:[A-Za-z]+\*?", action) for action in actions)
 
 
-def test_costs_add_up() -> None:
+def test_table_of_costs_has_the_right_total() -> None:
     costs = [float(each) for each in re.findall(r"^\| [^|*]+ \| [\d.]+ / [^|]+ \| ([\d.]+) \|$", README, re.MULTILINE)]
     [total] = re.findall(r"^\| \*\*fixed\*\* \| \| \*\*([\d.]+)\*\* \|$", README, re.MULTILINE)
     assert len(costs) >= 4 and sum(costs) == pytest.approx(float(total))
 
 
-def test_files_and_make_targets_it_names_exist() -> None:
-    named = set(re.findall(r"scripts/[\w/]+\.py", README)) | set(re.findall(r"\]\(([\w/]+)\)", README))
+def test_named_files_and_make_targets_exist() -> None:
+    named = set(re.findall(r"scripts/[\w/]+\.py", README))
     assert named and [each for each in sorted(named) if not (REPOSITORY / each).exists()] == []
     targets = set(re.findall(r"\bmake ([a-z][a-z-]+)", README))
     known = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
     assert targets and targets <= known
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if re.match(r"[a-z]+://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}, target
+
+
+def test_the_first_page_fits_four_screens() -> None:
+    assert len(PAGES[REPOSITORY / "README.md"].splitlines()) <= 170
+
+
 @pytest.mark.parametrize("program", ["bake.py", "rehearse.py", "connect.py", "demo.py", "drill.py"])
-def test_options_it_names_exist(program: str) -> None:
+def test_named_options_exist(program: str) -> None:
     help_text = subprocess.run(
         [sys.executable, str(REPOSITORY / "scripts" / program), "--help"], capture_output=True, text=True, check=True
     ).stdout

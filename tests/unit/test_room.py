@@ -1,4 +1,4 @@
-"""The data volume's room: warned of at 90 %, refused at 97 %, taken again below 95 %, and each change told once."""
+"""Timer `mlflow-host-room`: warns from 90 %, refuses writes from 97 % until below 95 %, and logs each change once."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mlflow_host import config, room, web
-from mlflow_host.room import Room
+
+from mlflow_host.machine import config, file_system, nginx
+from mlflow_host.upkeep import disk_space
+from mlflow_host.upkeep.disk_space import Room
 
 
 @pytest.fixture
 def look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[float], tuple[int, dict[str, object], list[str]]]:
-    """Have the unit look at a volume that is so full; its exit status, what it publishes, nginx's reloads so far."""
+    """Run the unit with a volume of that use: exit status, published report, reloads of nginx so far."""
     reloads: list[str] = []
     for folder in ("nginx", "web"):
         (tmp_path / folder).mkdir()
     monkeypatch.setattr(config, "RUN", tmp_path)
-    monkeypatch.setattr(web, "reload", lambda: reloads.append((tmp_path / "nginx/room.map").read_text()))
+    monkeypatch.setattr(file_system, "grow", lambda device: "")
+    monkeypatch.setattr(nginx, "reload", lambda: reloads.append((tmp_path / "nginx/room.map").read_text()))
 
     def look(used: float) -> tuple[int, dict[str, object], list[str]]:
-        monkeypatch.setattr(room, "measure", lambda folder: Room(used, 512))
-        status = room.main()
+        monkeypatch.setattr(disk_space, "measure", lambda folder: Room(used, 512))
+        status = disk_space.main()
         return status, json.loads((tmp_path / "web/room.json").read_text()), reloads
 
     return look
 
 
-def test_a_volume_with_room_is_nothing_to_tell(
+def test_volume_with_room_is_not_reported(
     look: Callable[[float], tuple[int, dict[str, object], list[str]]],
 ) -> None:
     status, told, reloads = look(89.9)
@@ -39,7 +42,7 @@ def test_a_volume_with_room_is_nothing_to_tell(
     assert reloads == []
 
 
-def test_a_filling_volume_fails_the_unit_and_says_what_to_do(
+def test_filling_volume_fails_the_unit_with_the_remedy(
     look: Callable[[float], tuple[int, dict[str, object], list[str]]],
 ) -> None:
     status, told, reloads = look(90.0)
@@ -57,7 +60,16 @@ def test_writes_are_refused_from_97_to_below_95(
     assert look(96.9)[2] == ["default 1;\n", "default 0;\n"]
 
 
-def test_a_volume_is_measured_as_those_see_it_who_are_not_root(tmp_path: Path) -> None:
-    found = room.measure(tmp_path)
+def test_file_system_that_cannot_be_grown_fails_the_unit(
+    look: Callable[[float], tuple[int, dict[str, object], list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_system, "grow", lambda device: f"{device.name} was not grown")
+    status, told, _ = look(50.0)
+    assert (status, told["problem"], told["refusing"]) == (2, "data-volume was not grown", False)
+    assert str(look(98.0)[1]["problem"]).startswith("data-volume was not grown; the data volume is 98 % full")
+
+
+def test_free_space_excludes_roots_reserve(tmp_path: Path) -> None:
+    found = disk_space.measure(tmp_path)
     assert 0 <= found.used <= 100
     assert found.free_mib > 0

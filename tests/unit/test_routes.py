@@ -1,35 +1,73 @@
-"""A reader's rights follow MLflow's own route table, and a route nobody classified stops the bake."""
+"""A reader's rights follow MLflow's route table, and an unclassified route is closed to readers."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
-from mlflow_host import routes
-from mlflow_host.routes import Route
+
+from mlflow_host.bake import fallbacks, reader_routes
+from mlflow_host.bake.fallbacks import Fallback
+from mlflow_host.bake.reader_routes import Route
 
 
 @pytest.fixture(scope="module")
 def installed() -> list[Route]:
-    return routes.installed_routes()
+    return reader_routes.installed_routes()
 
 
-def test_every_route_of_the_installed_release_is_classified(installed: list[Route]) -> None:
+def test_every_route_of_the_installed_release_is_sorted(installed: list[Route]) -> None:
     assert len(installed) > 300
-    assert "/api/2.0/mlflow/runs/search" in routes.reading_posts(installed)
+    readable, unsorted = reader_routes.sort_posts(installed)
+    assert "/api/2.0/mlflow/runs/search" in readable
+    assert unsorted == []
 
 
 def test_no_post_that_a_reader_may_send_changes_anything(installed: list[Route]) -> None:
     verbs = re.compile(r"create|delete|update|set-|log-|restore|rename|register(/|$)|invoke|upload|cancel|/tags|alias")
-    assert [path for path in routes.reading_posts(installed) if verbs.search(path)] == []
+    assert [path for path in reader_routes.sort_posts(installed)[0] if verbs.search(path)] == []
 
 
 @pytest.mark.parametrize(
-    "route", [Route("/api/9.0/mlflow/runs/explode", "POST"), Route("/api/2.0/mlflow/runs/search", "BREW")]
+    "route",
+    [
+        Route("/api/9.0/mlflow/runs/explode", "POST"),
+        Route("/api/2.0/mlflow/runs/search", "BREW"),
+        Route("/api/3.0/mlflow/skills/<name>/search", "POST"),
+    ],
 )
-def test_an_unclassified_route_is_refused_by_name(installed: list[Route], route: Route) -> None:
-    with pytest.raises(routes.UnclassifiedRoutes, match=re.escape(f"{route.method} {route.path}")):
-        routes.reading_posts([*installed, route])
+def test_unsorted_route_is_closed_to_readers_and_named_in_the_facts(installed: list[Route], route: Route) -> None:
+    readable, unsorted = reader_routes.sort_posts([*installed, route])
+    assert readable == reader_routes.sort_posts(installed)[0]
+    assert unsorted == [route]
+    (found,) = reader_routes.fallback(unsorted)
+    assert found.what.startswith("1 routes for readers") and f"{route.method} {route.path}" in found.why
+
+
+def test_routes_outside_the_openapi_schema_are_listed() -> None:
+    from fastapi import FastAPI
+
+    application = FastAPI()
+    application.add_api_route("/hidden/{name}", lambda name: name, methods=["POST"], include_in_schema=False)
+    assert Route("/hidden/<name>", "POST") in set(reader_routes._hidden(application.routes))
+
+
+def test_new_posts_of_3_18_are_sorted_as_writing() -> None:
+    for path in (
+        *("issues/schedule/state", "skills", "skills/bulk-register", "skills/<name>/aliases"),
+        *("skills/<name>/versions/<version>/tags", "skills/@<organization>/<name>/versions"),
+    ):
+        assert reader_routes.sort_posts([Route(f"/ajax-api/3.0/mlflow/{path}", "POST")]) == ([], []), path
+
+
+def test_entries_are_recorded_by_step_and_a_repeated_step_replaces_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "fallbacks.json"
+    assert fallbacks.recorded(file) == []
+    fallbacks.record("one", [Fallback("old", "x")], file)
+    fallbacks.record("two", [Fallback("b", "y")], file)
+    fallbacks.record("one", [Fallback("a", "x")], file)
+    assert fallbacks.recorded(file) == [{"what": "a", "why": "x"}, {"what": "b", "why": "y"}]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +85,7 @@ def test_an_unclassified_route_is_refused_by_name(installed: list[Route], route:
     ],
 )
 def test_the_map_matches_raw_targets_exactly(installed: list[Route], target: str, allowed: bool) -> None:
-    text = routes.nginx_map(routes.reading_posts(installed))
+    text = reader_routes.nginx_map(reader_routes.sort_posts(installed)[0])
     patterns = re.findall(r'^"~(.*)" 1;$', text, re.MULTILINE)
     assert len(patterns) == text.count("\n")
     assert any(re.search(pattern, target) for pattern in patterns) is allowed

@@ -1,4 +1,4 @@
-"""The pure parts of the carry-over: column shapes, the order of migrations, the record, what may be dropped."""
+"""Pure functions of the schema change: column fits, order of migrations, ownership record, droppable databases."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlflow_host.schema import record, reporting
-from mlflow_host.schema.catalog import Column
-from mlflow_host.schema.flipping import NEWEST_KEPT, droppable
-from mlflow_host.schema.record import Record, Waiting
-from mlflow_host.schema.reporting import Carried, Left, Report, Returned
+
+from mlflow_host.postgres import ownership
+from mlflow_host.postgres.catalog import Column
+from mlflow_host.postgres.flip import NEWEST_KEPT, droppable
+from mlflow_host.postgres.ownership import OwnershipRecord, PendingMerge
+from mlflow_host.schema import reporting
+from mlflow_host.schema.change import existing
+from mlflow_host.schema.column_fit import Fit, fit
+from mlflow_host.schema.reporting import CarriedTable, ChangeReport, LeftBehind, MergedTable
 from mlflow_host.schema.revisions import chain
-from mlflow_host.schema.shapes import Fit, fit
 
 
 def column(type_: str, *, required: bool = False, default: str | None = None, name: str = "c") -> Column:
@@ -37,23 +40,23 @@ def column(type_: str, *, required: bool = False, default: str | None = None, na
         ("boolean", "integer", Fit('"c"::integer::integer')),
     ],
 )
-def test_a_column_fits_or_says_what_does_not(source: str, target: str, expected: Fit) -> None:
+def test_fit_returns_expression_and_misfit_conditions(source: str, target: str, expected: Fit) -> None:
     assert fit(column(source), column(target), identifies=False) == expected
 
 
-def test_what_identifies_a_row_is_never_altered() -> None:
+def test_values_of_key_columns_are_never_altered() -> None:
     fitted = fit(column("text"), column("character varying(5)", required=True), identifies=True)
     assert {remedy for _, remedy in fitted.misfits} == {"left behind"}
 
 
-def test_a_column_the_newer_release_lacks_takes_its_default_or_something_that_says_nothing() -> None:
+def test_column_missing_in_source_gets_default_or_placeholder() -> None:
     assert fit(None, column("text"), identifies=False) == Fit(None)
     assert fit(None, column("integer", required=True, default="7"), identifies=False) == Fit(None)
     filled = fit(None, column("integer", required=True), identifies=False)
     assert filled == Fit("0::integer", (("true", "filled"),))
 
 
-def test_a_value_that_may_be_missing_is_filled_where_it_must_not_be() -> None:
+def test_null_is_filled_in_not_null_column() -> None:
     filled = fit(column("text"), column("text", required=True, default="'x'::text"), identifies=False)
     assert filled == Fit("coalesce(\"c\", 'x'::text)", (('"c" IS NULL', "filled"),))
 
@@ -62,9 +65,15 @@ def migration(revision: str, down: str | None) -> str:
     return f'"""words"""\n\nrevision = "{revision}"\ndown_revision = {down!r}\nbranch_labels = None\n'
 
 
-def test_migrations_are_ordered_by_what_they_follow() -> None:
+def test_migrations_are_ordered_by_down_revision() -> None:
     files = [migration("c", "b"), migration("a", None), "# no migration", migration("b", "a")]
     assert chain(files) == ("a", "b", "c")
+
+
+def test_branches_that_a_later_migration_merges_are_one_order() -> None:
+    merge = migration("m", "x").replace("'x'", '(\n    "left",\n    "right",\n)')
+    files = [merge, migration("right", "a"), migration("a", None), migration("left", "a"), migration("z", "m")]
+    assert chain(files) == ("a", "left", "right", "m", "z")
 
 
 @pytest.mark.parametrize(
@@ -76,26 +85,41 @@ def test_migrations_are_ordered_by_what_they_follow() -> None:
         [migration("a", None), migration("x", "y")],
     ],
 )
-def test_migrations_that_are_not_one_line_are_refused(files: list[str]) -> None:
+def test_migrations_that_do_not_form_one_chain_are_refused(files: list[str]) -> None:
     with pytest.raises(ValueError):
         chain(files)
 
 
+def pending(name: str, head: str, carried_to: str) -> PendingMerge:
+    return PendingMerge(name, head, 70, carried_to)
+
+
+def test_kept_database_that_is_missing_in_the_middle_passes_on_where_the_newer_one_was_carried() -> None:
+    """3.18 -> 3.14 -> 3.12; the kept database of 3.14 was dropped by hand. What only 3.14 and 3.18 hold is in the kept
+    database of 3.18 alone, and is merged back at an upgrade, because its base is built at 3.12."""
+    chain = (pending("of_318", "h318", "h314"), pending("of_314", "h314", "h312"), pending("of_312", "h312", "h310"))
+    assert existing(chain, {"of_318", "of_314", "of_312"}) == chain
+    assert existing(chain, {"of_318", "of_312"}) == (pending("of_318", "h318", "h312"), chain[2])
+    assert existing(chain, {"of_318"}) == (pending("of_318", "h318", "h310"),)
+    assert existing(chain, {"of_314", "of_312"}) == chain[1:]
+    assert existing(chain, set()) == ()
+
+
 words = st.text(max_size=20)
-entries = st.builds(Waiting, words, words, st.integers(0, 999), words, words, words, words)
-records = st.builds(Record, words, st.integers(0, 999), words, words, words, st.lists(entries).map(tuple))
+entries = st.builds(PendingMerge, words, words, st.integers(0, 999), words, words, words, words)
+records = st.builds(OwnershipRecord, words, st.integers(0, 999), words, words, words, st.lists(entries).map(tuple))
 
 
 @given(records)
-def test_a_record_is_read_as_it_was_written(written: Record) -> None:
-    assert record.parse(record.dump(written)) == written
+def test_ownership_record_survives_dump_and_parse(written: OwnershipRecord) -> None:
+    assert ownership.parse(ownership.dump(written)) == written
 
 
-def test_a_later_format_is_read_for_what_is_known_of_it_and_other_comments_are_not_ours() -> None:
+def test_unknown_keys_of_an_ownership_record_and_other_comments_are_ignored() -> None:
     later = '{"mlflow-host": {"head": "abc", "count": 9, "format": 2, "news": [1], "waiting": []}}'
-    assert record.parse(later) == Record("abc", 9, format=2)
+    assert ownership.parse(later) == OwnershipRecord("abc", 9, format=2)
     for comment in (None, "", "default administrative connection database", "[]", "{}", '{"mlflow-host": 1}'):
-        assert record.parse(comment) is None
+        assert ownership.parse(comment) is None
 
 
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
@@ -105,17 +129,17 @@ def kept(*days: int) -> list[tuple[datetime, str]]:
     return [(NOW - timedelta(days=age), f"kept-{age}") for age in days]
 
 
-def test_the_three_newest_and_the_young_are_kept_while_there_is_room() -> None:
+def test_three_newest_and_those_younger_than_30_days_are_not_droppable_while_there_is_room() -> None:
     assert droppable(kept(90, 40, 30, 20, 2, 1, 0), set(), NOW, has_room=True) == ["kept-90", "kept-40", "kept-30"]
     assert droppable(kept(90, 80, 70), set(), NOW, has_room=True) == []
 
 
-def test_without_room_the_young_go_oldest_first_but_never_what_is_still_to_come_back() -> None:
+def test_without_room_younger_databases_are_droppable_oldest_first_but_never_pending_merges() -> None:
     assert droppable(kept(90, 20, 10, 2, 1, 0), {"kept-20"}, NOW, has_room=False) == ["kept-90", "kept-10"]
 
 
 @given(st.lists(st.integers(0, 400), unique=True), st.sets(st.integers(0, 400)), st.booleans())
-def test_whatever_is_dropped_is_neither_among_the_newest_nor_waiting(
+def test_droppable_databases_are_never_the_newest_or_pending_merges(
     ages: list[int], waits: set[int], has_room: bool
 ) -> None:
     found = kept(*sorted(ages, reverse=True))
@@ -125,9 +149,9 @@ def test_whatever_is_dropped_is_neither_among_the_newest_nor_waiting(
     assert not has_room or not going & {f"kept-{age}" for age in ages if age < 30}
 
 
-def test_a_report_comes_true_with_its_database_and_goes_without(tmp_path: Path) -> None:
-    def report(kept_database: str, second: int) -> Report:
-        return Report(
+def test_pending_report_is_published_if_its_database_exists_and_removed_otherwise(tmp_path: Path) -> None:
+    def report(kept_database: str, second: int) -> ChangeReport:
+        return ChangeReport(
             action="carry back",
             at=f"2026-11-22T10:00:0{second}Z",
             from_head="b",
@@ -136,14 +160,14 @@ def test_a_report_comes_true_with_its_database_and_goes_without(tmp_path: Path) 
             to_version="3.16.1",
             kept_database=kept_database,
             dump="s3://backups/dumps/x.dump",
-            carried=(Carried("runs", 3),),
-            left=(Left("issues", "metadata", 2, "left behind", "this release has no such column"),),
-            returned={"old": (Returned("skills", 1, 2, 3),)},
+            carried=(CarriedTable("runs", 3),),
+            left=(LeftBehind("issues", "metadata", 2, "left behind", "this release has no such column"),),
+            returned={"old": (MergedTable("skills", 1, 2, 3),)},
         )
 
     for number, name in enumerate(("there", "gone")):
         reporting.write_pending(tmp_path, report(name, number))
-    reporting.settle(tmp_path, ["there"])
+    reporting.settle_pending(tmp_path, ["there"])
     assert {path.name for path in tmp_path.iterdir()} == {
         "20261122T100000Z-carry-back.json",
         "20261122T100000Z-carry-back.txt",

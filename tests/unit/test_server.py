@@ -1,4 +1,4 @@
-"""The launcher tells MLflow what it has to know, refuses what it cannot serve, and changes no answer of MLflow's."""
+"""The server process: its environment, its refusals, and unchanged responses of MLflow."""
 
 from __future__ import annotations
 
@@ -17,9 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow_host import config, launch, server, sizing
-from mlflow_host.server import Refusal, Threads
-from services import HOST_PACKAGE, ObjectStore, family, object_store, on_loopback, process, server_processes, wait_until
+
+from mlflow_host.bake import check_release
+from mlflow_host.contract import launch, sizing
+from mlflow_host.machine import config
+from mlflow_host.server.environment import environment, private_environment
+from mlflow_host.server.mlflow_checks import optional
+from mlflow_host.server.process import APPLICATION, CHECK_QUERY, Threads, with_clients_scheme
+from tests.support.services import (
+    HOST_PACKAGE,
+    ObjectStore,
+    family,
+    object_store,
+    on_loopback,
+    process,
+    server_processes,
+    wait_until,
+)
+
+pytestmark = pytest.mark.service
 
 DOCUMENT = """
 format = 1
@@ -40,15 +56,17 @@ hostnames = ["mlflow.example.com", "52.1.2.3", "2001:db8::7"]
 
 
 def host_config(text: str = DOCUMENT) -> config.HostConfig:
-    return config.host_config(launch.parse(text), sizing.size(sizing.Machine(memory_mb=2048, cores=2)))
+    return config.host_config(launch.parse(text), sizing.size(sizing.MachineSize(memory_mb=2048, cores=2)))
 
 
-# What a machine's processes are told
+# The environment of a machine's processes
 
 
-def test_the_environment_names_what_this_machine_serves() -> None:
-    told = server.environment(host_config(), "a passphrase")
-    assert told["MLFLOW_BACKEND_STORE_URI"] == "postgresql+psycopg2:///mlflow?host=/run/postgresql"
+def test_environment_contains_the_machines_settings() -> None:
+    told = environment(host_config(), "a passphrase")
+    assert told["MLFLOW_BACKEND_STORE_URI"] == (
+        "postgresql+psycopg2:///mlflow?host=/run/postgresql&options=-c%20statement_timeout%3D60s"
+    )
     assert told["MLFLOW_ARTIFACTS_DESTINATION"] == "mlflow-host://the-artifacts/the-models"
     assert told["MLFLOW_CRYPTO_KEK_PASSPHRASE"] == "a passphrase"
     # Images of other ages must read what was encrypted with it.
@@ -62,7 +80,7 @@ def test_the_environment_names_what_this_machine_serves() -> None:
 
 
 def test_hosts_and_origins_are_those_of_the_stack_and_no_others() -> None:
-    told = server.environment(host_config(), "")
+    told = environment(host_config(), "")
     assert told["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",") == [
         "mlflow.example.com",
         "52.1.2.3",
@@ -78,56 +96,135 @@ def test_hosts_and_origins_are_those_of_the_stack_and_no_others() -> None:
 
 
 def test_with_tls_only_encrypted_pages_are_an_origin() -> None:
-    told = server.environment(host_config(DOCUMENT + 'tls = "private"\n'), "")
+    told = environment(host_config(DOCUMENT + 'tls = "private"\n'), "")
     assert "mlflow.example.com:443" in told["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
     assert all(origin.startswith("https://") for origin in told["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"].split(","))
 
 
 def test_proxied_transfer_and_an_endpoint_of_one_s_own() -> None:
     document = DOCUMENT + '[mlflow]\nartifact_transfer = "proxied"\n[endpoints]\ns3 = "http://s3.example.com:8333"\n'
-    told = server.environment(host_config(document), "")
+    told = environment(host_config(document), "")
     assert told["MLFLOW_ARTIFACTS_DESTINATION"] == "mlflow-host-proxied://the-artifacts/the-models"
     assert told["MLFLOW_S3_ENDPOINT_URL"] == told["AWS_ENDPOINT_URL_S3"] == "http://s3.example.com:8333"
 
 
 @pytest.mark.parametrize("total", range(4, 65))
-def test_the_pools_are_never_waited_for(total: int) -> None:
+def test_pools_have_a_connection_per_thread(total: int) -> None:
     threads = Threads.split(total)
     assert min(dataclasses.astuple(threads)) >= 1
     assert sum(dataclasses.astuple(threads)) <= max(total, 5)
 
 
-# What the bake asserts
+# Checks of the bake
 
 
 def test_the_check_names_each_difference_to_mlflow_server() -> None:
     ours = {"_MLFLOW_SGI_NAME": "uvicorn", "_MLFLOW_SERVER_BOOT_ID": "a", "_MLFLOW_SERVER_FILE_STORE": "x"}
-    server.compare_with_cli(["uvicorn", server.APPLICATION], {**ours, "_MLFLOW_SERVER_BOOT_ID": "b"}, ours)
+    same = {**ours, "_MLFLOW_SERVER_BOOT_ID": "b"}
+    assert check_release.compare_with_cli(["uvicorn", APPLICATION], same, ours) == []
     theirs = {"_MLFLOW_SGI_NAME": "hypercorn", "_MLFLOW_SERVER_NEW": "1", "MLFLOW_PUBLIC": "2"}
-    with pytest.raises(Refusal) as refused:
-        server.compare_with_cli(["uvicorn", "mlflow.server.new:app"], theirs, ours)
-    assert str(refused.value) == (
-        "`mlflow server` differs from mlflow_host.server, which has to follow: "
-        "it runs mlflow.server.new:app, not mlflow.server.fastapi_app:app; "
-        "it sets _MLFLOW_SERVER_NEW = '1'; "
-        "it does not set _MLFLOW_SERVER_FILE_STORE; "
-        "it sets _MLFLOW_SGI_NAME = 'hypercorn', not 'uvicorn'"
+    assert check_release.compare_with_cli(["uvicorn", "mlflow.server.new:app"], theirs, ours) == [
+        "it runs mlflow.server.new:app, not mlflow.server.fastapi_app:app",
+        "it sets _MLFLOW_SERVER_NEW = '1'",
+        "it does not set _MLFLOW_SERVER_FILE_STORE",
+        "it sets _MLFLOW_SGI_NAME = 'hypercorn', not 'uvicorn'",
+    ]
+
+
+def test_a_release_whose_command_starts_workers_otherwise_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow.server
+
+    monkeypatch.delattr(mlflow.server, "_exec_cmd")
+    (found,) = check_release.private_variables({})
+    assert "_exec_cmd" in found.why and "settings" in found.what
+
+
+@pytest.mark.parametrize(
+    ("info", "what"),
+    [
+        ({}, []),  # a release that has no server-info, or no such keys
+        ({"multipart_uploads_enabled": True, "multipart_downloads_enabled": True}, []),
+        (
+            {"multipart_uploads_enabled": False, "multipart_downloads_enabled": False},
+            ["direct uploads and downloads of artifacts: they pass the server"],
+        ),
+        (
+            {"multipart_uploads_enabled": True, "multipart_downloads_enabled": False},
+            ["direct downloads of artifacts: they pass the server"],
+        ),
+    ],
+)
+def test_direct_transfers_that_are_not_offered_are_reported(info: dict[str, Any], what: list[str]) -> None:
+    assert [entry.what for entry in check_release.advertised(info)] == what
+
+
+def test_server_offers_direct_transfers_only_where_the_stack_asks_for_them() -> None:
+    names = {"MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD"}
+    direct = environment(host_config(), "")
+    assert {direct[name] for name in names} == {"true"}
+    assert not names & environment(host_config(DOCUMENT + '[mlflow]\nartifact_transfer = "proxied"\n'), "").keys()
+
+
+def test_feature_that_the_release_lacks_is_left_out_and_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    def make() -> str:
+        raise ImportError("cannot import name '_router'")
+
+    assert optional("the fast path: MLflow answers", make, "plain") == "plain"
+    assert capsys.readouterr().err == (
+        "mlflow-server: without the fast path: MLflow answers (ImportError: cannot import name '_router')\n"
     )
+    with pytest.raises(ValueError, match="database"):  # no fault of the release's
+
+        def fail() -> str:
+            raise ValueError("the database does not answer")
+
+        optional("the fast path", fail, "plain")
 
 
-def test_the_installed_mlflow_passes_the_check() -> None:
-    checked = run_server("--check")
+def test_check_retries_until_the_process_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between bind and listen a connection is refused."""
+    code = """
+import socket, sys, time
+with socket.socket(socket.AF_UNIX) as server:
+    server.bind(sys.argv[1])
+    time.sleep(1)
+    server.listen()
+    for answer in (b'200 OK\\r\\n\\r\\n{"experiment_id": "0"}', b"404 Not Found\\r\\n\\r\\n"):
+        connection = server.accept()[0]
+        connection.recv(1000)
+        connection.sendall(b"HTTP/1.1 " + answer)
+        connection.close()
+    time.sleep(60)
+"""
+    popen = subprocess.Popen
+    uds = tmp_path / "socket"
+    monkeypatch.setattr(
+        check_release.subprocess, "Popen", lambda *_, **__: popen([sys.executable, "-c", code, str(uds)])
+    )
+    seconds, memory, _, info = check_release.start_once(uds)
+    assert seconds > 1 and memory > 1 and info == {}
+
+
+def test_the_installed_mlflow_passes_the_check_and_lacks_nothing() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(HOST_PACKAGE)}
+    program = "import json; from mlflow_host.bake import check_release; print(json.dumps(check_release.check()))"
+    checked = subprocess.run([sys.executable, "-c", program], env=environment, text=True, capture_output=True)
     assert checked.returncode == 0, checked.stderr
-    assert json.loads(checked.stdout)["application"] == server.APPLICATION
+    result, fallbacks = json.loads(checked.stdout)
+    assert result["application"] == APPLICATION
+    assert fallbacks == []
 
 
-# What a process refuses
+# Refusals of a process
 
 
 def run_server(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(HOST_PACKAGE), **variables}
     return subprocess.run(
-        [sys.executable, "-m", "mlflow_host.server", *arguments], env=environment, text=True, capture_output=True
+        [sys.executable, "-m", "mlflow_host.server.process", *arguments],
+        env=environment,
+        text=True,
+        capture_output=True,
     )
 
 
@@ -158,8 +255,8 @@ def test_an_empty_database_is_refused_and_stays_empty(tmp_path: Path) -> None:
 
 def test_no_process_can_make_a_table() -> None:
     code = """
-from mlflow_host import server
-server.forbid_migrations()
+from mlflow_host.server import mlflow_checks
+mlflow_checks.forbid_migrations()
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 SqlAlchemyStore("sqlite:///:memory:", "x:/")
 """
@@ -176,7 +273,7 @@ SqlAlchemyStore("sqlite:///:memory:", "x:/")
         ({"MLFLOW_ARTIFACTS_DESTINATION": "mlflow-hots://a/m"}, "artifacts cannot be kept at mlflow-hots://a/m"),
     ],
 )
-def test_what_cannot_be_served_is_said_in_one_sentence(
+def test_unusable_database_is_one_error_sentence(
     database: Path, tmp_path: Path, variables: dict[str, str], sentence: str
 ) -> None:
     others = settings(database.parent) if variables else {}
@@ -186,13 +283,13 @@ def test_what_cannot_be_served_is_said_in_one_sentence(
     assert "Traceback" not in refused.stderr
 
 
-# What a process answers
+# Responses of a process
 
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database in which MLflow has made its tables."""
-    from services import create_schema
+    from tests.support.services import create_schema
 
     folder = tmp_path_factory.mktemp("database")
     create_schema(f"sqlite:///{folder}/mlflow.db")
@@ -222,8 +319,9 @@ def plain(database: Path, store: ObjectStore, tmp_path_factory: pytest.TempPathF
     """The socket of the same application, run by uvicorn as it is."""
     folder = tmp_path_factory.mktemp("plain")
     public = settings(database.parent)
-    command = [sys.executable, "-m", "uvicorn", "--uds", str(folder / "socket"), server.APPLICATION]
-    variables = {"PYTHONPATH": str(HOST_PACKAGE), **public, **server.private_environment(public), **store.environment}
+    command = [sys.executable, "-m", "uvicorn", "--uds", str(folder / "socket"), APPLICATION]
+    variables = {"PYTHONPATH": str(HOST_PACKAGE), **public, **private_environment(public), **store.environment}
+    variables |= {"FORWARDED_ALLOW_IPS": "*"}  # as for a proxy on the same machine
     with process(command, folder / "log", env={**os.environ, **variables}) as running:
         wait_until((folder / "socket").exists, running, folder / "log")
         yield folder / "socket"
@@ -290,13 +388,13 @@ CORS_HEADERS = ("access-control-allow-origin", "access-control-allow-credentials
 
 
 @pytest.mark.parametrize(("method", "path", "headers", "body"), SAME)
-def test_the_short_way_gives_the_same_answers(
+def test_flask_shortcut_returns_the_same_responses(
     ours: Path, plain: Path, method: str, path: str, headers: dict[str, str], body: bytes
 ) -> None:
     status, found, content = ask(ours, method, path, headers, body)
     expected_status, expected, expected_content = ask(plain, method, path, headers, body)
     assert status == expected_status
-    # MLflow's JSON comes without line breaks (mlflow_host/answers.py), FastAPI's as it is.
+    # MLflow's JSON comes without line breaks (mlflow_host/server/json_encode.py), FastAPI's as it is.
     in_json = expected.get("content-type", "").startswith("application/json")
     if in_json and expected_content:
         content, expected_content = json.loads(content), json.loads(expected_content)
@@ -307,7 +405,37 @@ def test_the_short_way_gives_the_same_answers(
         assert {name: found.get(name) for name in compared} == {name: expected.get(name) for name in compared}
 
 
-def test_some_of_these_requests_do_take_the_short_way(ours: Path, plain: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", f"{API}//runs/search"),
+        ("GET", f"{API}//experiments/get?experiment_id=0&x=a%20b"),
+        ("GET", "/ajax-api//2.0/mlflow/experiments/get?experiment_id=0"),
+        ("GET", "/api/2.0//mlflow-artifacts/artifacts?path=a"),
+    ],
+)
+def test_redirect_keeps_scheme_and_host(ours: Path, plain: Path, method: str, path: str) -> None:
+    headers = {"Host": "127.0.0.1:5000", "X-Forwarded-Proto": "https", "Content-Type": "application/json"}
+    status, found, _ = ask(ours, method, path, headers, b"{}")
+    assert status == 308
+    assert found["location"] == f"https://127.0.0.1:5000{path.replace('//', '/')}"
+    assert found["location"] == ask(plain, method, path, headers, b"{}")[1]["location"]
+
+
+def test_redirect_of_fastapi_keeps_scheme_and_host() -> None:
+    from fastapi import FastAPI
+    from starlette.testclient import TestClient
+
+    application = FastAPI()
+    application.add_api_route("/there/", lambda: "here")
+    client = TestClient(with_clients_scheme(application), base_url="http://mlflow.example.com", follow_redirects=False)
+    for scheme in ("https", "http"):
+        answer = client.get("/there?x=1", headers={"X-Forwarded-Proto": scheme})
+        assert (answer.status_code, answer.headers["location"]) == (307, f"{scheme}://mlflow.example.com/there/?x=1")
+    assert client.get("/there", headers={"X-Forwarded-Proto": "gopher"}).headers["location"].startswith("http:")
+
+
+def test_some_compared_requests_use_the_flask_shortcut(ours: Path, plain: Path) -> None:
     """FastAPI's own CORS layer adds a header to what passes it, so its absence shows the way taken."""
     request = ("GET", f"{API}/experiments/get?experiment_id=0", {"Origin": "http://mlflow.example.com"}, b"")
     assert "access-control-expose-headers" in ask(plain, *request)[1]
@@ -325,13 +453,13 @@ def test_long_answers_arrive_whole(ours: Path, plain: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_job_runner_is_there_when_asked_for_and_reaches_the_server(database: Path, tmp_path: Path) -> None:
+def test_job_runner_starts_if_enabled_and_reaches_the_server(database: Path, tmp_path: Path) -> None:
     told = {**settings(database.parent), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "true"}
     with server_processes(tmp_path / "run", told) as (running,):
         (runner,) = [pid for pid in family(running.pid)[1:] if b"mlflow.server.jobs._job_runner" in of(pid, "cmdline")]
         variables = dict(pair.decode().split("=", 1) for pair in of(runner, "environ").split(b"\0") if pair)
         assert Path(variables["_MLFLOW_HUEY_STORAGE_PATH"]).is_dir()
-        query = f"{variables['MLFLOW_TRACKING_URI']}{server.CHECK_QUERY}"
+        query = f"{variables['MLFLOW_TRACKING_URI']}{CHECK_QUERY}"
         with urllib.request.urlopen(query, timeout=60) as answer:
             assert json.load(answer)["experiment"]["experiment_id"] == "0"
     for _ in range(300):
@@ -342,7 +470,7 @@ def test_the_job_runner_is_there_when_asked_for_and_reaches_the_server(database:
         pytest.fail(f"the job runner (process {runner}) outlives its server")
 
 
-def test_no_job_runner_is_there_otherwise(database: Path, tmp_path: Path) -> None:
+def test_job_runner_does_not_start_by_default(database: Path, tmp_path: Path) -> None:
     with server_processes(tmp_path / "run", settings(database.parent)) as (running,):
         assert family(running.pid) == [running.pid]
 
@@ -355,7 +483,7 @@ def of(pid: int, file: str) -> bytes:
         return b""
 
 
-# Artifacts that pass the server
+# Artifacts through the server
 
 FILE = "/api/2.0/mlflow-artifacts/artifacts/7/fedcba98/artifacts/na%C3%AFve%20plot.html"
 
@@ -367,13 +495,28 @@ def test_an_upload_and_its_download_are_the_same_streamed(ours: Path, plain: Pat
     expected_status, expected, expected_content = ask(plain, "GET", FILE, {}, b"")
     assert status == expected_status == 200
     assert received == expected_content == content
-    compared = ("content-type", "x-content-type-options", "x-frame-options")
+    compared = ("content-type", "content-disposition", "x-content-type-options", "x-frame-options")
     assert {name: found.get(name) for name in compared} == {name: expected.get(name) for name in compared}
-    assert found["content-disposition"] == "attachment; filename*=UTF-8''na%C3%AFve%20plot.html"
+    assert (
+        found["content-disposition"]
+        == "attachment; filename=\"naive plot.html\"; filename*=UTF-8''na%C3%AFve%20plot.html"
+    )
     assert found["content-length"] == str(len(content))
 
 
-def test_what_mlflow_refuses_of_an_upload_is_refused_in_its_words(ours: Path, plain: Path) -> None:
+def test_head_answers_as_get_does_and_reads_nothing(ours: Path) -> None:
+    assert ask(ours, "PUT", FILE, {}, b"<p>content</p>")[0] == 200
+    artifacts = "/api/2.0/mlflow-artifacts/artifacts"
+    for path in (FILE, f"{artifacts}/7/absent", f"{artifacts}/7", f"{artifacts}/7/", f"{artifacts}/{'a' * 1100}"):
+        status, found, content = ask(ours, "HEAD", path, {}, b"")
+        expected_status, expected, _ = ask(ours, "GET", path, {}, b"")
+        assert (status, content) == (expected_status, b"")
+        for headers in (found, expected):
+            headers.pop("date")
+        assert found == expected
+
+
+def test_refused_uploads_return_mlflows_error(ours: Path, plain: Path) -> None:
     """By a handler of MLflow's own: rules that a release adds to it hold here too."""
     for path in (FILE.rpartition("/")[0] + "/", FILE.replace("fedcba98", "..")):
         refused = ask(ours, "PUT", path, {}, b"content")
@@ -404,7 +547,7 @@ def test_a_download_makes_no_copy_on_the_server(ours: Path, tmp_path_factory: py
         ("PUT", FILE, {"Origin": "http://elsewhere.example.com"}, 403),
     ],
 )
-def test_what_is_no_artifact_or_not_for_the_asker_is_refused(
+def test_unknown_or_forbidden_artifacts_are_refused(
     ours: Path, method: str, path: str, headers: dict[str, str], status: int
 ) -> None:
     assert ask(ours, method, path, headers, b"")[0] == status

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import sqlalchemy
-from mlflow_host import sessions
 from sqlalchemy import event, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from tests import services
+from mlflow_host.server import db_connections
+from tests.support import services
+
+pytestmark = pytest.mark.service
 
 ON_SOCKET = "postgresql+psycopg2:///mlflow?host=/run/postgresql"
 
@@ -32,34 +34,40 @@ def cluster(tmp_path_factory) -> Iterator[services.PostgreSQL]:
 
 @pytest.fixture
 def engine(cluster) -> Iterator[sqlalchemy.Engine]:
-    made = sqlalchemy.create_engine(cluster.uri(), plugins=[sessions.PLUGIN], pool_pre_ping=True)
+    made = sqlalchemy.create_engine(cluster.uri(), plugins=[db_connections.PLUGIN], pool_pre_ping=True)
     Base.metadata.drop_all(made)
     Base.metadata.create_all(made)
-    for name, function in (("after_begin", sessions.note_connection), ("before_commit", sessions.expire_after_writes)):
+    for name, function in (
+        ("after_begin", db_connections.note_connection),
+        ("before_commit", db_connections.expire_after_writes),
+    ):
         event.listen(Session, name, function)
     with Session(made) as session:
         session.add(Row(id=1, value=1))
         session.commit()
     yield made
-    for name, function in (("after_begin", sessions.note_connection), ("before_commit", sessions.expire_after_writes)):
+    for name, function in (
+        ("after_begin", db_connections.note_connection),
+        ("before_commit", db_connections.expire_after_writes),
+    ):
         event.remove(Session, name, function)
     made.dispose()
 
 
 def test_only_postgresql_on_a_socket_goes_through_the_plugin():
-    assert sessions.through_plugin(ON_SOCKET) == f"{ON_SOCKET}&plugin=mlflow-host"
+    assert db_connections.through_plugin(ON_SOCKET) == f"{ON_SOCKET}&plugin=mlflow-host"
     for other in ("sqlite:////tmp/mlflow.db", "postgresql+psycopg2://mlflow@db.example.com/mlflow"):
-        assert sessions.through_plugin(other) == other
+        assert db_connections.through_plugin(other) == other
 
 
 def test_the_plugin_is_found_by_the_name_in_the_uri(cluster):
-    engine = sqlalchemy.create_engine(f"{cluster.uri()}&plugin={sessions.PLUGIN}", pool_pre_ping=True)
+    engine = sqlalchemy.create_engine(f"{cluster.uri()}&plugin={db_connections.PLUGIN}", pool_pre_ping=True)
     with engine.connect() as connection:
         assert connection.scalar(text("select 1")) == 1
     assert engine.pool._pre_ping is False
 
 
-def test_connections_that_postgresql_closed_are_replaced_unnoticed(engine, cluster):
+def test_closed_connections_are_replaced(engine, cluster):
     held = [engine.connect() for _ in range(3)]
     for connection in held:
         connection.close()
@@ -78,7 +86,7 @@ def test_after_a_transaction_that_only_read_objects_keep_their_values(engine):
 
 
 @pytest.mark.parametrize("how", ["flush", "pending", "statement", "bulk"])
-def test_after_a_transaction_that_wrote_objects_are_read_anew(engine, how):
+def test_objects_are_reloaded_after_a_write(engine, how):
     with Session(engine) as session:
         row = session.get(Row, 1)
         if how == "statement":
@@ -94,7 +102,7 @@ def test_after_a_transaction_that_wrote_objects_are_read_anew(engine, how):
         assert row.value == (1 if how == "bulk" else 2)
 
 
-def test_a_session_that_reads_after_its_write_is_told_apart_by_transaction(engine):
+def test_reads_after_a_write_use_a_new_transaction(engine):
     with Session(engine) as session:
         row = session.get(Row, 1)
         row.value = 2

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import http.client
 import json
 import os
 import shutil
 import signal
+import socket
 import socketserver
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +21,13 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-from mlflow_host import config, credentials, launch, sizing, status, web
-from services import free_port
-from shipped_nginx import HOST as LOOPBACK
-from shipped_nginx import ROOTFS, move, moved, nginx
+
+from mlflow_host.boot import private_ca
+from mlflow_host.contract import credentials, launch, sizing
+from mlflow_host.machine import config, nginx, status
+from tests.support.services import free_port
+from tests.support.shipped_nginx import HOST as LOOPBACK
+from tests.support.shipped_nginx import ROOTFS, moved, running_nginx, starting_site
 
 USERS = (
     credentials.User("ada", "correct horse", "admin"),
@@ -32,13 +38,17 @@ USERS = (
 HOST = "mlflow.example.com"
 TEMPLATES = ROOTFS / "usr/share/mlflow-host/templates"
 
-pytestmark = pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed (scripts/prepare.sh does)")
+pytestmark = [
+    pytest.mark.service,
+    pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed (scripts/prepare.sh does)"),
+]
 
 
 class Upstream(socketserver.ThreadingUnixStreamServer):
     """Stands in for one MLflow process: says what it was asked, and behaves as its path tells."""
 
     daemon_threads = True
+    request_queue_size = 512
 
     def __init__(self, path: Path) -> None:
         path.unlink(missing_ok=True)
@@ -46,6 +56,7 @@ class Upstream(socketserver.ThreadingUnixStreamServer):
         path.chmod(0o666)
         self.asked: list[tuple[str, str, dict[str, str], int]] = []
         self.database_answers = True
+        self.seconds_to_health = 0.0
         self.first_byte = threading.Event()
         self.go_on = threading.Event()
 
@@ -85,10 +96,23 @@ class Asked(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append((self.command, self.path, dict(self.headers.items()), self.body()))
-        if self.path.startswith("/api/2.0/mlflow/experiments/search"):
-            self.answer(200 if self.server.database_answers else 503, b'{"experiments": []}')
+        if self.path == "/mlflow-host-health":
+            self.answer(200 if self.server.database_answers else 503, b"")
         elif self.path.startswith("/busy"):
             self.answer(503, b'{"error_code": "TEMPORARILY_UNAVAILABLE", "message": "MLflow said this"}')
+        elif self.path == "/health":
+            self.server.asked.pop()
+            time.sleep(self.server.seconds_to_health)
+            with contextlib.suppress(BrokenPipeError):  # nginx does not wait for one that takes its time
+                self.answer(200, b"OK", "text/plain")
+        elif self.path.startswith("/moved"):
+            self.send_response(308)
+            to = {"/moved/away": "http://s3.example.com/key"}.get(self.path, f"http://{self.headers['Host']}/there?x=1")
+            self.send_header("Location", to)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif self.path.startswith("/dies"):
+            self.close_connection = True
         elif self.path.startswith("/broken"):
             self.answer(500, b'{"error_code": "INTERNAL_ERROR", "message": "MLflow said this"}')
         elif self.path.startswith("/get-artifact"):
@@ -161,20 +185,20 @@ def host_config(processes: int) -> config.HostConfig:
     document = launch.LaunchDocument(
         stack=launch.Stack("dev", "eu-central-1"),
         buckets=launch.Buckets("aaa", "mmm", "bbb"),
-        credentials=launch.Credentials("/x"),
+        credentials=launch.CredentialsParameter("/x"),
         data_volume=launch.DataVolume("vol-01234567"),
         web=launch.Web((HOST, "127.0.0.1")),
     )
-    sized = sizing.size(sizing.Machine(2048, 2))
+    sized = sizing.size(sizing.MachineSize(2048, 2))
     return config.host_config(document, replace(sized, server_processes=processes))
 
 
-def unconfigured(folder: Path, port: int) -> Path:
-    """The configuration of a machine that starts, below `folder` and on `port` instead of 80. Returns nginx.conf."""
-    configuration = move(folder, {80: f"{LOOPBACK}:{port}"})
-    shipped = folder / "usr/share/mlflow-host"
-    status.publish(folder / "run/mlflow-host", shipped / "page.html")
-    shutil.copy(shipped / "starting.conf", folder / "run/mlflow-host/nginx/site.conf")
+def unconfigured(folder: Path, port: int, encrypted: int | None = None) -> Path:
+    """The configuration of a machine that starts, below `folder`, on `port` instead of 80 and on `encrypted` instead of
+    443. Returns nginx.conf."""
+    listens = {80: f"{LOOPBACK}:{port}", 443: f"{LOOPBACK}:{encrypted or free_port()}"}
+    configuration = starting_site(folder, listens)
+    status.publish(folder / "run/mlflow-host", folder / "usr/share/mlflow-host/page.html")
     return configuration
 
 
@@ -199,9 +223,10 @@ def site(folder: Path) -> Iterator[Site]:
     (ui / "static/js/main.0a1b2c3d.js").write_text("console.log(1);" * 500)
     (ui / "static/js/main.0a1b2c3d.js.gz").write_bytes(gzip.compress(b"from the compressed file"))
     (ui / "favicon.ico").write_text("icon")
-    rendered = web.render_site(host_config(2), ui, templates=TEMPLATES, run=run)
+    rendered = nginx.render_site(host_config(2), ui, templates=TEMPLATES, run=run)
     rendered = moved(rendered, folder, {80: f"{LOOPBACK}:{port}"})
     rendered = rendered.replace("max-age=30 always", "max-age=1 always")  # how long too many failures are held against
+    nginx.put_login_page(host_config(2), templates=TEMPLATES, run=run)
     (run / "nginx/site.conf").write_text(rendered)
     (run / "nginx/users").write_text(credentials.password_file(USERS))
     (run / "nginx/roles.map").write_text("".join(f'"{user.name}" {user.role};\n' for user in USERS))
@@ -210,7 +235,7 @@ def site(folder: Path) -> Iterator[Site]:
     for upstream in upstreams:
         threading.Thread(target=upstream.serve_forever, args=(0.02,), daemon=True).start()
     try:
-        with nginx(configuration, port, folder / "nginx.log") as process:
+        with running_nginx(configuration, port, folder / "nginx.log") as process:
             yield Site(port, upstreams, run, folder, process.pid)
     finally:
         for upstream in upstreams:
@@ -240,21 +265,66 @@ def stop(site: Site) -> None:
         ("/experiments", "text/html", "text/html"),
     ],
 )
-def test_starting_page_is_for_people_and_json_for_programs(path: str, accept: str, kind: str, folder: Path) -> None:
+def test_starting_page_is_html_for_browsers_and_json_for_clients(
+    path: str, accept: str, kind: str, folder: Path
+) -> None:
     port = free_port()
-    with nginx(unconfigured(folder, port), port, folder / "nginx.log"):
+    with running_nginx(unconfigured(folder, port), port, folder / "nginx.log"):
         site = Site(port, [], folder / "run/mlflow-host", folder)
         code, headers, body = site.ask(path, user=None, host="anything.at.all", Accept=accept)
-        assert (code, headers["content-type"].split(";")[0]) == (503, kind)
-        assert headers["retry-after"] == "2"
+        expected = 503 if kind == "text/html" or path == "/healthz" else 429
+        assert (code, headers["content-type"].split(";")[0]) == (expected, kind)
+        assert "retry-after" not in headers
         assert headers["cache-control"] == "no-store"
         assert (b"MLflow is starting" in body) if kind == "text/html" else json.loads(body)["state"] == "starting"
+        assert site.ask(path, method="POST", user=None, Accept=accept)[0] == expected
+        (folder / "run/mlflow-host/web/failed").touch()
         assert site.ask(path, method="POST", user=None, Accept=accept)[0] == 503
+
+
+def test_starting_page_is_on_both_ports_with_a_certificate_of_its_own(folder: Path) -> None:
+    port, encrypted = free_port(), free_port()
+    with running_nginx(unconfigured(folder, port, encrypted), port, folder / "nginx.log"):
+        anything = ssl.create_default_context()
+        anything.check_hostname, anything.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection("127.0.0.1", encrypted, timeout=20, context=anything)
+        connection.request("GET", "/", headers={"Accept": "text/html"})
+        answer = connection.getresponse()
+        assert (answer.status, answer.headers["X-Certificate"]) == (503, "temporary")
+        assert b"MLflow is starting" in answer.read()
+        assert (folder / "run/nginx/starting.key").stat().st_mode & 0o077 == 0
+
+
+def test_starting_page_has_the_certificate_of_the_stack_as_soon_as_it_is_at_hand(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, encrypted = free_port(), free_port()
+    made = private_ca.ensure((HOST,), folder / "srv/mlflow/certificates")
+    trusted = ssl.create_default_context(cafile=str(made.ca))
+    with running_nginx(unconfigured(folder, port, encrypted), port, folder / "nginx.log") as process:
+        monkeypatch.setattr(nginx, "reload", lambda: os.kill(process.pid, signal.SIGHUP))
+        certificate = nginx.Certificate(made.certificate, made.key, trusted=False)
+        nginx.put_starting_certificate(certificate, run=folder / "run/mlflow-host")
+        ends = time.monotonic() + 20
+        while True:
+            try:
+                with (
+                    socket.create_connection(("127.0.0.1", encrypted)) as plain,
+                    trusted.wrap_socket(plain, server_hostname=HOST) as shown,
+                ):
+                    shown.sendall(f"GET / HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n\r\n".encode())
+                    answer = http.client.HTTPResponse(shown)
+                    answer.begin()
+                    break
+            except ssl.SSLCertVerificationError:
+                assert time.monotonic() < ends, "the temporary certificate is still served"
+                time.sleep(0.05)
+        assert (answer.status, answer.headers["X-Certificate"]) == (429, None)
 
 
 def test_reason_of_a_failure_is_on_the_page(folder: Path) -> None:
     port = free_port()
-    with nginx(unconfigured(folder, port), port, folder / "nginx.log"):
+    with running_nginx(unconfigured(folder, port), port, folder / "nginx.log"):
         site = Site(port, [], folder / "run/mlflow-host", folder)
         with pytest.raises(SystemExit), status.step("data-volume", site.run):
             raise status.StepFailed("the volume vol-0 was not attached: attach it & reboot <now>")
@@ -271,7 +341,7 @@ def test_reason_of_a_failure_is_on_the_page(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("user", [None, "ada:wrong", "ada:", "bob:no", "eve:correct horse", "ADA:correct horse"])
-def test_nothing_without_the_password(user: str | None, site: Site) -> None:
+def test_every_route_needs_the_password(user: str | None, site: Site) -> None:
     for path in ("/", "/health", "/version", "/api/2.0/mlflow/runs/get", "/static-files/favicon.ico", "/get-artifact"):
         code, headers, _ = site.ask(path, user=user)
         assert (path, code) == (path, 401)
@@ -279,21 +349,51 @@ def test_nothing_without_the_password(user: str | None, site: Site) -> None:
     assert not site.asked()
 
 
-def test_every_answer_tells_browsers_to_be_careful(site: Site) -> None:
+def test_every_response_has_security_headers(site: Site) -> None:
     for path, user in (("/", None), ("/", "ada:correct horse"), ("/static-files/favicon.ico", "ada:correct horse")):
-        headers = site.ask(path, user=user)[1]
-        assert headers["x-content-type-options"] == "nosniff"
-        assert headers.get("x-frame-options") == ("SAMEORIGIN" if path == "/" else None)
+        careful(site.ask(path, user=user)[1])
 
 
-def test_password_opens_and_goes_no_further(site: Site) -> None:
+def careful(headers: dict[str, str]) -> None:
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["x-frame-options"] == "SAMEORIGIN"
+    policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
+    assert policy["img-src"].split()[:3] == ["'self'", "data:", "blob:"]
+    assert "https:" not in policy["img-src"].split() and "*" not in policy["img-src"].split()
+    assert policy["frame-ancestors"] == "'self'"
+
+
+def test_no_location_of_the_site_leaves_out_the_headers_of_all(site: Site) -> None:
+    """A location that adds a header of its own drops those of its server."""
+    for path in ("/healthz", "/mlflow-host/room.json", "/mlflow-host/garbage.json", "/static-files/static/js/none.js"):
+        careful(site.ask(path)[1])
+    careful(site.ask("/", method="DELETE", user="rita:reads")[1])
+    careful(site.ask("/static-files/static/js/main.0a1b2c3d.js")[1])
+    stop(site)
+    for user in (None, "ada:correct horse"):
+        careful(site.ask("/", user=user, Accept="text/html")[1])
+
+
+def test_pages_read_files_from_the_stores_of_the_stack_when_they_go_directly(site: Site) -> None:
+    assert "https://aaa.s3.eu-central-1.amazonaws.com" in site.ask("/")[1]["content-security-policy"]
+    direct = host_config(1)
+    proxied = replace(direct, launch=replace(direct.launch, mlflow=launch.Mlflow(artifact_transfer="proxied")))
+    own = replace(direct, launch=replace(direct.launch, endpoints=launch.Endpoints(s3="https://127.0.0.1:8333/x")))
+    assert nginx.store_addresses(proxied) == []
+    assert nginx.store_addresses(own) == ["https://127.0.0.1:8333"]
+    china = replace(direct, launch=replace(direct.launch, stack=replace(direct.launch.stack, region="cn-north-1")))
+    assert "https://aaa.s3.cn-north-1.amazonaws.com.cn" in nginx.store_addresses(china)
+
+
+def test_password_is_accepted_and_not_forwarded(site: Site) -> None:
     assert site.ask("/api/2.0/mlflow/runs/get?run_id=1")[0] == 200
     ((_, path, headers, _),) = site.asked()
     assert path == "/api/2.0/mlflow/runs/get?run_id=1"
     assert "Authorization" not in headers
+    assert headers["X-MLflow-Host-User"] == "ada"
 
 
-def test_a_full_volume_is_read_and_not_written_to(site: Site) -> None:
+def test_full_volume_refuses_writes_and_allows_reads(site: Site) -> None:
     def writes(user: str | None = "ada:correct horse") -> int:
         return site.ask("/api/2.0/mlflow/runs/create", method="POST", user=user)[0]
 
@@ -312,7 +412,7 @@ def test_a_full_volume_is_read_and_not_written_to(site: Site) -> None:
 
 
 @pytest.mark.parametrize("host", ["evil.example.com", "localhost", "169.254.169.254", f"{HOST}.evil.com", "_", ""])
-def test_only_names_served_are_answered(host: str, site: Site) -> None:
+def test_other_host_names_are_refused(host: str, site: Site) -> None:
     code, _, body = site.ask("/", host=host)
     assert code in (400, 403)
     assert b"ada" not in body
@@ -320,7 +420,7 @@ def test_only_names_served_are_answered(host: str, site: Site) -> None:
 
 
 @pytest.mark.parametrize("host", [HOST, f"{HOST}:8080", HOST.upper(), "127.0.0.1"])
-def test_names_served_reach_mlflow_as_it_expects_them(host: str, site: Site) -> None:
+def test_served_host_names_reach_mlflow(host: str, site: Site) -> None:
     assert site.ask("/", host=host)[0] == 200
     assert site.asked()[0][2]["Host"] == host.split(":")[0].lower()
 
@@ -335,7 +435,7 @@ def test_pages_of_this_origin_are_served(site: Site) -> None:
     assert site.ask("/api/2.0/mlflow/runs/create", method="POST", Origin=f"http://{HOST}")[0] == 200
 
 
-def test_forwarded_headers_of_a_client_are_not_believed(site: Site) -> None:
+def test_forwarded_headers_of_a_client_are_replaced(site: Site) -> None:
     site.ask(
         "/",
         X_Forwarded_For="10.9.9.9",
@@ -369,7 +469,7 @@ def test_reader_reads_and_searches(site: Site) -> None:
         assert (request, site.ask(path, method=method, user="rita:reads")[0]) == (request, 200)
 
 
-def test_role_of_a_user_is_told_to_nobody_without_the_password(site: Site) -> None:
+def test_user_role_is_not_visible_without_the_password(site: Site) -> None:
     for user in ("rita:wrong", "will:wrong", "nobody:wrong"):
         assert site.ask("/api/2.0/mlflow/runs/create", method="POST", user=user)[0] == 401
 
@@ -380,7 +480,7 @@ def test_writer_and_admin_write(user: str, site: Site) -> None:
         assert site.ask("/api/2.0/mlflow/runs/create", method=method, user=user)[0] == 200
 
 
-def test_guessing_is_slowed_down_for_the_one_name_and_address(site: Site) -> None:
+def test_failed_logins_are_limited_by_name_and_address(site: Site) -> None:
     codes = [site.ask("/", user=f"ada:guess-{n}")[0] for n in range(14)]
     assert codes[:11] == [401] * 11 and codes[11:] == [429] * 3
     code, headers, body = site.ask("/", user="ada:correct horse")
@@ -393,7 +493,7 @@ def test_guessing_is_slowed_down_for_the_one_name_and_address(site: Site) -> Non
     assert site.ask("/", user="ada:correct horse")[0] == 200
 
 
-def test_guessing_at_who_has_logged_in_before_is_slowed_down_as_well(site: Site) -> None:
+def test_failed_logins_of_a_known_user_are_limited_too(site: Site) -> None:
     for user in ("ada:correct horse", "will:writes"):
         assert {site.ask("/", user=user)[0] for _ in range(3)} == {200}
     codes = [site.ask("/", user=f"ada:guess-{n}")[0] for n in range(14)]
@@ -405,7 +505,7 @@ def test_guessing_at_who_has_logged_in_before_is_slowed_down_as_well(site: Site)
     assert site.ask("/", user="ada:correct horse")[0] == 200
 
 
-def test_who_has_logged_in_before_may_do_no_more_and_no_longer(site: Site) -> None:
+def test_known_login_grants_no_other_rights_and_expires(site: Site) -> None:
     create = "/api/2.0/mlflow/runs/create"
     for user in ("rita:reads", "will:writes"):
         assert site.ask("/", user=user)[0] == 200
@@ -416,8 +516,49 @@ def test_who_has_logged_in_before_may_do_no_more_and_no_longer(site: Site) -> No
     assert site.ask("/", user="will:writes")[0] == 401
 
 
+def test_refused_login_names_the_source_of_the_password(site: Site) -> None:
+    for user in (None, "ada:wrong", "nobody:wrong"):
+        code, headers, page = site.ask("/", user=user, Accept="text/html")
+        assert (code, headers["content-type"], headers["cache-control"]) == (401, "text/html", "no-store")
+        assert b"<code>/x</code>" in page and b"connect.py" in page and b"users.py" in page
+        code, headers, body = site.ask("/api/2.0/mlflow/runs/create", method="POST", user=user, Accept="text/html")
+        assert (code, headers["content-type"]) == (401, "application/json")
+        assert headers["www-authenticate"] == 'Basic realm="MLflow"'
+        told = json.loads(body)
+        assert told["error_code"] == "UNAUTHENTICATED"
+        assert "parameter /x" in told["message"] and "MLFLOW_TRACKING_USERNAME" in told["message"]
+    assert not site.asked()
+
+
+@pytest.mark.parametrize("host", [HOST, f"{HOST}:8443", "127.0.0.1"])
+def test_redirect_of_mlflow_keeps_host_and_port(host: str, site: Site) -> None:
+    code, headers, _ = site.ask("/moved", method="POST", host=host)
+    assert (code, headers["location"]) == (308, f"http://{host}/there?x=1")
+    assert site.ask("/moved/away")[1]["location"] == "http://s3.example.com/key"
+
+
+def test_redirect_of_nginx_itself_keeps_host_and_port(site: Site) -> None:
+    code, headers, _ = site.ask("/static-files/static/js", host=f"{HOST}:8443")
+    assert (code, headers["location"]) == (301, "/static-files/static/js/")
+
+
+def test_missing_report_returns_a_message(site: Site) -> None:
+    for report in ("room", "backups"):
+        code, headers, body = site.ask(f"/mlflow-host/{report}.json")
+        assert (code, headers["content-type"]) == (503, "application/json")
+        assert headers["retry-after"] and "within a minute" in json.loads(body)["message"]
+    code, headers, body = site.ask("/mlflow-host/garbage.json")
+    assert (code, headers["content-type"]) == (200, "application/json")
+    empty = json.loads(body)
+    assert (empty["at"], empty["summary"], empty["removed"]) == (None, "nothing has been removed yet", [])
+    (site.folder / "srv/mlflow/reports/garbage.json").write_text('{"summary": "2 runs"}')
+    assert json.loads(site.ask("/mlflow-host/garbage.json")[2]) == {"summary": "2 runs"}
+    for report in ("room", "backups", "garbage"):
+        assert site.ask(f"/mlflow-host/{report}.json", user=None)[0] == 401
+
+
 @pytest.mark.parametrize("report", ["room", "backups"])
-def test_reports_are_there_for_who_logs_in_and_for_who_has(report: str, site: Site) -> None:
+def test_reports_need_a_login(report: str, site: Site) -> None:
     (site.run / f"web/{report}.json").write_text('{"problems": []}')
     for _ in range(3):
         code, _, body = site.ask(f"/mlflow-host/{report}.json", user="will:writes")
@@ -425,7 +566,7 @@ def test_reports_are_there_for_who_logs_in_and_for_who_has(report: str, site: Si
     assert site.ask(f"/mlflow-host/{report}.json", user="will:wrong")[0] == 401
 
 
-def test_guessing_through_many_names_ends_and_who_logged_in_before_does_not_notice(site: Site) -> None:
+def test_password_spraying_is_limited_and_known_users_are_not(site: Site) -> None:
     assert site.ask("/", user="will:writes")[0] == 200
     codes = [site.ask("/", user=f"guess-{n}:password")[0] for n in range(110)]
     assert codes[:100] == [401] * 100 and codes[103:] == [429] * 7
@@ -439,7 +580,7 @@ def test_guessing_through_many_names_ends_and_who_logged_in_before_does_not_noti
 
 
 @pytest.mark.parametrize("name", ["../nginx", "..", "?", "", "a/b", "will wrong", "will\x00", "wi\nll", "é"])
-def test_no_name_makes_a_stranger_known(name: str, site: Site) -> None:
+def test_user_name_alone_does_not_count_as_a_known_login(name: str, site: Site) -> None:
     """A name becomes part of a path, below which a file says that it has logged in before."""
     assert site.ask("/", user="will:writes")[0] == 200
     codes = {site.ask("/", user=f"{name}:writes")[0] for _ in range(102)}
@@ -448,13 +589,79 @@ def test_no_name_makes_a_stranger_known(name: str, site: Site) -> None:
     assert [path.name for path in (site.run / "logins").iterdir()] == ["127.0.0.1 will"]
 
 
-def test_right_logins_and_missing_ones_are_never_too_many(site: Site) -> None:
+@pytest.mark.parametrize("name", ["ada\n", "\nada", "eve\n2026/11/29 12:00:00 [crit] 1#1: forged"])
+def test_a_line_feed_in_a_name_is_a_wrong_login_and_no_line_of_the_log(name: str, site: Site) -> None:
+    assert {site.ask("/", user=f"{name}:correct horse")[0] for _ in range(3)} == {401}
+    for path in ("/static-files/x%0a2026/11/29%2012:00:00%20[crit]%201%231:%20forged", "/mlflow-host/room.json%0a"):
+        assert site.ask(path)[0] in (200, 404)
+    log = (site.folder / "nginx.log").read_text()
+    assert "forged" not in log
+    assert not [line for line in log.splitlines() if not line.startswith("20")], log
+
+
+def test_the_socket_of_the_login_is_in_a_folder_that_only_nginx_may_enter(site: Site) -> None:
+    folder = site.folder / "run/nginx/private"
+    assert (folder / "login.sock").is_socket()
+    assert (folder.stat().st_mode & 0o7777, folder.group()) == (0o710, "www-data")
+
+
+@pytest.mark.parametrize("pair", ["127.0.0.1 ../x", "../../x", "127.0.0.1 a/b", "/tmp/x", "127.0.0.1 ada\t"])
+def test_the_login_makes_no_file_of_what_is_no_pair(pair: str, site: Site) -> None:
+    """Asked by a process that reaches its socket."""
+    before = sorted(site.folder.rglob("*"))
+    for user, name in (("ada:correct horse", "X-New-Pair"), ("ada:wrong", "X-Known-Pair")):
+        with socket.socket(socket.AF_UNIX) as asked:
+            asked.connect(str(site.folder / "run/nginx/private/login.sock"))
+            login = base64.b64encode(user.encode()).decode()
+            headers = f"Host: x\r\nConnection: close\r\nAuthorization: Basic {login}\r\n{name}: {pair}\r\n"
+            asked.sendall(f"GET / HTTP/1.1\r\n{headers}\r\n".encode())
+            assert asked.recv(4096).startswith(b"HTTP/1.1 20" if user != "ada:wrong" else b"HTTP/1.1 403")
+    assert sorted(site.folder.rglob("*")) == before
+
+
+def test_what_is_remembered_of_logins_is_bounded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nginx, "MARKERS", 3)
+    for number in range(5):
+        marker = site.run / f"logins/192.0.2.{number} ada"
+        marker.write_bytes(b"x" * (100 << 10))
+        os.utime(marker, (number, number))
+    nginx.prune_markers(site.run)
+    left = {path.name: path.stat().st_size for path in (site.run / "logins").iterdir()}
+    assert left == {f"192.0.2.{number} ada": 0 for number in (2, 3, 4)}
+
+
+def test_requests_of_one_user_in_flight_are_bounded(site: Site) -> None:
+    """At one address; another user at the same address is not held up."""
+
+    def open_one(user: str) -> http.client.HTTPConnection:
+        connection = site.connection()
+        login = "Basic " + base64.b64encode(user.encode()).decode()
+        connection.request("GET", "/get-artifact", headers={"Host": HOST, "Authorization": login})
+        return connection
+
+    assert site.ask("/", user="rita:reads")[0] == site.ask("/", user="will:writes")[0] == 200
+    waiting = [open_one("rita:reads") for _ in range(256)]
+    ends = time.monotonic() + 20
+    while len([request for request in site.asked() if request[1] == "/get-artifact"]) < 256:
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+    code, headers, body = site.ask("/", user="rita:reads")
+    assert (code, "retry-after" in headers) == (429, False) and b"256 requests in flight" in body
+    careful(headers)
+    assert site.ask("/", user="will:writes")[0] == 200
+    for upstream in site.upstreams:
+        upstream.go_on.set()
+    assert {connection.getresponse().read() for connection in waiting} == {b"first\nlast\n"}
+    assert site.ask("/", user="rita:reads")[0] == 200
+
+
+def test_successful_and_missing_logins_are_not_limited(site: Site) -> None:
     assert {site.ask("/", user=None)[0] for _ in range(60)} == {401}
     assert {site.ask("/")[0] for _ in range(200)} == {200}
     assert {site.ask("/x", method="POST", user="rita:reads")[0] for _ in range(60)} == {403}
 
 
-def test_nothing_a_client_sends_speaks_for_the_login(site: Site) -> None:
+def test_client_headers_cannot_replace_the_login(site: Site) -> None:
     for headers in ({"X_Login": "ok"}, {"X_Login_Key": ""}, {"X_May_Not": ""}, {"Cache_Control": "no-cache"}):
         assert site.ask("/", user=None, **headers)[0] == 401
         assert site.ask("/", method="DELETE", user="rita:reads", **headers)[0] == 403
@@ -465,7 +672,7 @@ def test_nothing_a_client_sends_speaks_for_the_login(site: Site) -> None:
 
 
 @pytest.mark.parametrize("host", [HOST, "10.0.0.7"])
-def test_health_is_open_and_tells_nothing_else(host: str, site: Site) -> None:
+def test_health_needs_no_login_and_contains_only_the_state(host: str, site: Site) -> None:
     code, _, body = site.ask("/healthz", user=None, host=host)
     assert (code, body) == (200, b"ok\n")
 
@@ -484,7 +691,7 @@ def test_health_is_false_when_no_process_answers(site: Site) -> None:
     assert site.ask("/healthz", user=None)[0] == 503
 
 
-def test_health_asks_mlflow_at_most_once_a_second_and_then_again(site: Site) -> None:
+def test_health_is_cached_for_one_second(site: Site) -> None:
     for _ in range(20):
         assert site.ask("/healthz", user=None)[0] == 200
     assert len(site.asked()) <= 2
@@ -494,7 +701,7 @@ def test_health_asks_mlflow_at_most_once_a_second_and_then_again(site: Site) -> 
     assert site.ask("/healthz", user=None)[0] == 503
 
 
-def test_inner_locations_cannot_be_asked_for(site: Site) -> None:
+def test_internal_locations_are_not_reachable(site: Site) -> None:
     for path in ("health", "login", "status/status.json", "status/"):
         assert site.ask(f"/mlflow-host-{path}")[0] == 404
     assert not site.asked()
@@ -503,42 +710,77 @@ def test_inner_locations_cannot_be_asked_for(site: Site) -> None:
 # ── While MLflow does not answer ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_page_is_behind_the_login_once_there_is_one(site: Site) -> None:
+@pytest.mark.parametrize("user", [None, "ada:wrong", "nobody:wrong", "ada:correct horse"])
+def test_page_needs_no_login(user: str | None, site: Site) -> None:
     stop(site)
-    assert site.ask("/", user=None, Accept="text/html")[0] == 401
-    code, headers, body = site.ask("/", Accept="text/html")
-    assert (code, headers["retry-after"]) == (503, "2")
-    assert b"MLflow is starting" in body
-    code, headers, body = site.ask("/api/2.0/mlflow/runs/log-batch", method="POST")
-    assert (code, headers["content-type"]) == (503, "application/json")
-    assert json.loads(body)["error_code"] == "TEMPORARILY_UNAVAILABLE"
+    for _ in range(3):
+        code, headers, body = site.ask("/", user=user, Accept="text/html")
+        assert (code, "retry-after" in headers) == (503, False)
+        assert b"MLflow is starting" in body
+        assert "www-authenticate" not in headers, "a browser would ask for a password that opens nothing yet"
+        code, headers, body = site.ask("/api/2.0/mlflow/runs/log-batch", method="POST", user=user)
+        known = user == "ada:correct horse"
+        assert (code, headers["content-type"]) == (429 if known else 503, "application/json")
+        assert "retry-after" not in headers
+        assert json.loads(body)["error_code"] == "TEMPORARILY_UNAVAILABLE"
 
 
-def test_who_comes_while_nginx_stops_is_told_to_come_again(site: Site) -> None:
+@pytest.mark.parametrize("user", [None, "ada:correct horse"])
+def test_large_artifact_gets_503_while_mlflow_is_down(user: str | None, site: Site) -> None:
+    stop(site)
+    path = "/api/2.0/mlflow-artifacts/artifacts/0/abc/artifacts/model.bin"
+    assert site.ask(path, method="PUT", user=user, Content_Length=str(1 << 40))[0] == (429 if user else 503)
+
+
+def test_a_request_that_mlflow_may_have_begun_is_not_to_be_repeated(site: Site) -> None:
+    """MLflow's clients repeat every request on 429, also one that creates something."""
+    code, headers, _ = site.ask("/dies", method="POST")
+    assert (code, "retry-after" in headers) == (503, False)
+    assert len(site.asked()) == 1
+
+
+def test_login_is_required_again_when_mlflow_is_up(site: Site) -> None:
+    stop(site)
+    assert site.ask("/", user=None)[0] == 503
+    site.upstreams[:] = [Upstream(Path(str(upstream.server_address))) for upstream in site.upstreams]
+    for upstream in site.upstreams:
+        threading.Thread(target=upstream.serve_forever, args=(0.02,), daemon=True).start()
+    assert site.ask("/", user=None)[0] == 401
+
+
+def test_login_is_required_while_mlflow_is_slow(site: Site) -> None:
+    for upstream in site.upstreams:
+        upstream.seconds_to_health = 3
+    began = time.monotonic()
+    assert site.ask("/", user=None)[0] == 401
+    assert time.monotonic() - began < 2.5
+
+
+def test_requests_while_nginx_stops_are_to_be_repeated(site: Site) -> None:
     """By then it listens no more, on its own socket for logins either."""
-    (site.folder / "run/nginx/login.sock").unlink()
+    (site.folder / "run/nginx/private/login.sock").unlink()
     for user in ("ada:correct horse", "ada:wrong", None):
         code, headers, body = site.ask("/api/2.0/mlflow/runs/search", method="POST", user=user)
-        assert (code, headers["retry-after"], headers["content-type"]) == (503, "2", "application/json")
+        assert (code, headers["content-type"], "retry-after" in headers) == (429, "application/json", False)
         assert json.loads(body)["error_code"] == "TEMPORARILY_UNAVAILABLE"
     assert site.asked() == []
 
 
-def test_what_mlflow_itself_says_of_an_error_of_its_own_passes(site: Site) -> None:
+def test_mlflows_own_error_response_is_unchanged(site: Site) -> None:
     code, _, body = site.ask("/broken")
     assert (code, json.loads(body)["error_code"]) == (500, "INTERNAL_ERROR")
 
 
-def test_one_process_restarting_is_not_noticed(site: Site) -> None:
+def test_restart_of_one_process_causes_no_error(site: Site) -> None:
     site.upstreams[0].shutdown()
     site.upstreams[0].server_close()
     assert [site.ask("/")[0] for _ in range(20)] == [200] * 20
 
 
-def test_mlflow_is_back_as_soon_as_it_answers(site: Site) -> None:
+def test_requests_reach_mlflow_as_soon_as_it_is_up(site: Site) -> None:
     stop(site)
     for _ in range(5):
-        assert site.ask("/")[0] == 503
+        assert site.ask("/")[0] == 429
     site.upstreams[:] = [Upstream(Path(str(upstream.server_address))) for upstream in site.upstreams]
     for upstream in site.upstreams:
         threading.Thread(target=upstream.serve_forever, args=(0.02,), daemon=True).start()
@@ -551,7 +793,7 @@ def test_both_processes_are_used(site: Site) -> None:
     assert all(upstream.asked for upstream in site.upstreams)
 
 
-def test_answer_of_mlflow_itself_is_passed_on_whatever_its_status(site: Site) -> None:
+def test_every_status_of_mlflow_is_passed_on(site: Site) -> None:
     code, _, body = site.ask("/busy", Accept="text/html")
     assert code == 503
     assert json.loads(body)["message"] == "MLflow said this"
@@ -568,7 +810,7 @@ def test_answer_of_mlflow_itself_is_passed_on_whatever_its_status(site: Site) ->
         "/ajax-api/2.0/mlflow/upload-artifact?run_uuid=1&path=x",
     ],
 )
-def test_upload_streams_to_mlflow_as_it_comes(path: str, site: Site) -> None:
+def test_upload_is_streamed_to_mlflow(path: str, site: Site) -> None:
     """The first bytes are with MLflow before the client has sent the last."""
     connection = site.connection()
     connection.putrequest("PUT", path, skip_host=True)
@@ -585,7 +827,7 @@ def test_upload_streams_to_mlflow_as_it_comes(path: str, site: Site) -> None:
 
 
 @pytest.mark.parametrize("user", [None, "ada:wrong", "ada:correct horse"])
-def test_body_that_no_request_of_mlflows_has_is_refused_before_it_comes(user: str | None, site: Site) -> None:
+def test_too_large_body_is_refused_before_it_is_sent(user: str | None, site: Site) -> None:
     """It would be kept on the root volume. An artifact is not, and may have any size."""
     for path, wanted in (("/api/2.0/mlflow/runs/log-batch", 413), ("/graphql", 413)):
         assert (path, site.ask(path, method="POST", user=user, Content_Length=str(1 << 40))[0]) == (path, wanted)
@@ -605,7 +847,7 @@ def test_body_that_no_request_of_mlflows_has_is_refused_before_it_comes(user: st
 
 
 @pytest.mark.parametrize("path", ["/get-artifact?path=x", "/gateway/chat/invocations"])
-def test_answer_streams_to_the_client_as_it_comes(path: str, site: Site) -> None:
+def test_response_is_streamed_to_the_client(path: str, site: Site) -> None:
     connection = site.connection()
     connection.request("GET", path, headers={"Host": HOST, "Authorization": "Basic YWRhOmNvcnJlY3QgaG9yc2U="})
     answer = connection.getresponse()
@@ -615,7 +857,7 @@ def test_answer_streams_to_the_client_as_it_comes(path: str, site: Site) -> None
     assert answer.read() == b"last\n"
 
 
-def test_json_is_compressed_for_who_asks(site: Site) -> None:
+def test_json_is_compressed_if_the_client_accepts_it(site: Site) -> None:
     _, headers, body = site.ask("/long", Accept_Encoding="gzip")
     assert headers["content-encoding"] == "gzip"
     assert json.loads(gzip.decompress(body))["path"] == "/long"
@@ -628,7 +870,7 @@ def test_websocket_upgrade_reaches_mlflow(site: Site) -> None:
     assert (headers["Upgrade"], headers["Connection"]) == ("websocket", "upgrade")
 
 
-def test_hashed_files_of_the_user_interface_come_from_disk_and_are_kept_for_long(site: Site) -> None:
+def test_ui_assets_are_served_from_disk_with_long_caching(site: Site) -> None:
     code, headers, body = site.ask("/static-files/static/js/main.0a1b2c3d.js", Accept_Encoding="gzip")
     assert code == 200
     assert headers["cache-control"] == "private, max-age=31536000, immutable"
@@ -638,11 +880,11 @@ def test_hashed_files_of_the_user_interface_come_from_disk_and_are_kept_for_long
     assert not site.asked()
 
 
-def test_path_reaches_mlflow_as_the_client_wrote_it(site: Site) -> None:
+def test_path_reaches_mlflow_unchanged(site: Site) -> None:
     site.ask("/api/2.0/mlflow-artifacts/artifacts/a%2Fb%20c/d%25e?x=%2F")
     assert site.asked()[0][1] == "/api/2.0/mlflow-artifacts/artifacts/a%2Fb%20c/d%25e?x=%2F"
 
 
-def test_name_nobody_gave_is_noticed() -> None:
+def test_undefined_template_variable_is_an_error() -> None:
     with pytest.raises(Exception, match="undefined"):
-        web.render("site.conf.j2", TEMPLATES, names=["a"])
+        nginx.render("site.conf.j2", TEMPLATES, names=["a"])

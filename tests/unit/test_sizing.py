@@ -1,4 +1,4 @@
-"""The share of each part: right at the sizes people rent, and never more than there is, at any size."""
+"""Sizing: sensible figures for common instance types, and never more than the machine has, for any size."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlflow_host import sizing
-from mlflow_host.sizing import Machine, Sizing, size
 
-machines = st.builds(Machine, memory_mb=st.integers(900, 1_000_000), cores=st.integers(1, 192))
+from mlflow_host.contract import sizing
+from mlflow_host.contract.sizing import MachineSize, Sizing, size
+
+machines = st.builds(MachineSize, memory_mb=st.integers(900, 1_000_000), cores=st.integers(1, 192))
 
 
 def claimed_mb(sized: Sizing) -> int:
-    """What is taken whether or not anybody asks for anything."""
+    """Memory used without any request."""
     return sizing.SYSTEM_MB + sized.shared_buffers_mb + sized.server_processes * sizing.SERVER_MB
 
 
-def test_small_machine_runs_comfortably() -> None:
-    """t3.small: 2 GiB, of which the kernel leaves some 1,900 MiB."""
-    sized = size(Machine(1900, 2))
+def test_small_machine_has_memory_to_spare() -> None:
+    """t3.small has 2 GiB, of which about 1,900 MiB are usable."""
+    sized = size(MachineSize(1900, 2))
     assert sized.server_processes == 2
     assert claimed_mb(sized) <= 1900 * 0.75
     assert 128 <= sized.shared_buffers_mb <= 512
@@ -30,20 +31,20 @@ def test_small_machine_runs_comfortably() -> None:
 
 
 def test_eight_cores_are_used() -> None:
-    sized = size(Machine(31_500, 8))
+    sized = size(MachineSize(31_500, 8))
     assert sized.server_processes == 8
     assert sized.shared_buffers_mb >= 7000
     assert sized.max_connections >= 8 * 2 * 16
 
 
 def test_one_gibibyte_still_has_one_process() -> None:
-    sized = size(Machine(930, 2))
+    sized = size(MachineSize(930, 2))
     assert sized.server_processes == 1
     assert claimed_mb(sized) <= 930
 
 
 @given(machines, st.booleans())
-def test_pools_never_exhaust_postgresql(machine: Machine, jobs: bool) -> None:
+def test_pools_never_exhaust_postgresql(machine: MachineSize, jobs: bool) -> None:
     sized = size(machine, job_execution=jobs)
     pools = sized.server_processes * sizing.ENGINES_PER_PROCESS
     reserved = sizing.RESERVED_CONNECTIONS + (sizing.JOB_CONNECTIONS if jobs else 0)
@@ -51,15 +52,15 @@ def test_pools_never_exhaust_postgresql(machine: Machine, jobs: bool) -> None:
 
 
 @given(machines)
-def test_a_request_never_waits_for_a_connection(machine: Machine) -> None:
-    """log_batch holds one connection while it opens a second: a smaller pool than that starves itself."""
+def test_a_request_never_waits_for_a_connection(machine: MachineSize) -> None:
+    """log_batch holds one connection while it opens a second, so a smaller pool could deadlock."""
     sized = size(machine)
     assert sized.pool_size + sized.pool_overflow >= 2 * sized.request_threads + sizing.SPARE_PER_POOL
     assert sized.request_threads >= 8
 
 
 @given(machines)
-def test_nothing_is_promised_twice(machine: Machine) -> None:
+def test_parts_never_exceed_the_machine(machine: MachineSize) -> None:
     sized = size(machine)
     assert claimed_mb(sized) <= machine.memory_mb
     assert sized.effective_cache_size_mb <= machine.memory_mb
@@ -68,15 +69,15 @@ def test_nothing_is_promised_twice(machine: Machine) -> None:
 
 
 @given(machines, st.integers(0, 100_000), st.integers(0, 64))
-def test_a_bigger_machine_never_gets_less(machine: Machine, memory: int, cores: int) -> None:
-    small, big = size(machine), size(Machine(machine.memory_mb + memory, machine.cores + cores))
+def test_a_bigger_machine_never_gets_less(machine: MachineSize, memory: int, cores: int) -> None:
+    small, big = size(machine), size(MachineSize(machine.memory_mb + memory, machine.cores + cores))
     assert big.server_processes >= small.server_processes
     assert big.shared_buffers_mb >= small.shared_buffers_mb
     assert big.maintenance_work_mem_mb >= small.maintenance_work_mem_mb
 
 
 @given(machines)
-def test_job_execution_takes_room_from_the_servers(machine: Machine) -> None:
+def test_job_execution_takes_memory_from_the_server_processes(machine: MachineSize) -> None:
     without, with_jobs = size(machine), size(machine, job_execution=True)
     assert with_jobs.server_processes <= without.server_processes
     left = machine.memory_mb - sizing.SYSTEM_MB - with_jobs.shared_buffers_mb - sizing.JOBS_MB
@@ -96,30 +97,28 @@ CORES = len(os.sched_getaffinity(0))
 @pytest.mark.parametrize(
     ("files", "machine"),
     [
-        ({}, Machine(16000, CORES)),
-        ({"sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, Machine(16000, CORES)),
-        ({"sys/fs/cgroup/memory.max": "2147483648\n"}, Machine(2048, CORES)),
-        ({"sys/fs/cgroup/memory/memory.limit_in_bytes": "1073741824\n"}, Machine(1024, CORES)),
-        ({"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, Machine(16000, CORES)),
-        ({"sys/fs/cgroup/cpu.max": "100000 100000\n"}, Machine(16000, 1)),
-        ({"sys/fs/cgroup/cpu.max": "20000 100000\n"}, Machine(16000, 1)),
+        ({}, MachineSize(16000, CORES)),
+        ({"sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, MachineSize(16000, CORES)),
+        ({"sys/fs/cgroup/memory.max": "2147483648\n"}, MachineSize(2048, CORES)),
+        ({"sys/fs/cgroup/memory/memory.limit_in_bytes": "1073741824\n"}, MachineSize(1024, CORES)),
+        ({"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, MachineSize(16000, CORES)),
+        ({"sys/fs/cgroup/cpu.max": "100000 100000\n"}, MachineSize(16000, 1)),
+        ({"sys/fs/cgroup/cpu.max": "20000 100000\n"}, MachineSize(16000, 1)),
         (
             {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"},
-            Machine(16000, 1),
+            MachineSize(16000, 1),
         ),
         (
             {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"},
-            Machine(16000, CORES),
+            MachineSize(16000, CORES),
         ),
     ],
 )
-def test_the_control_group_limits_what_the_kernel_shows(
-    files: dict[str, str], machine: Machine, tmp_path: Path
-) -> None:
+def test_control_group_limits_are_applied(files: dict[str, str], machine: MachineSize, tmp_path: Path) -> None:
     assert sizing.this_machine(fake_root(tmp_path, **files)) == machine
 
 
-def test_this_very_machine_can_be_sized() -> None:
+def test_current_machine_can_be_sized() -> None:
     machine = sizing.this_machine()
     assert 100 < machine.memory_mb <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
     assert size(machine).server_processes >= 1

@@ -12,8 +12,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from mlflow_host import config, failure, status
-from mlflow_host.status import StepFailed, step
+
+from mlflow_host.boot import report_failure
+from mlflow_host.machine import config, status
+from mlflow_host.machine.status import StepFailed, step
 
 SHARE = Path(__file__).parents[2] / "provisioning/rootfs/usr/share/mlflow-host"
 
@@ -31,7 +33,7 @@ def recorded(run: Path, name: str) -> dict[str, object]:
     return dict(json.loads((run / "status" / f"{name}.json").read_text()))
 
 
-def test_a_step_that_ends_well(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_successful_step_is_recorded(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with step("database", run) as s:
         assert recorded(run, "database")["state"] == "running"
         s.say("copying 64 tables")
@@ -45,7 +47,7 @@ def test_a_step_that_ends_well(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == "database: copying 64 tables\n"
 
 
-def test_a_step_that_fails_says_why_and_exits_with_2(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_step_records_its_reason_and_exits_with_2(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended, step("database", run):
         raise StepFailed("the bucket x does not exist: create it")
     assert ended.value.code == 2
@@ -64,7 +66,7 @@ def test_a_bug_in_a_step_is_recorded_and_keeps_its_traceback(run: Path) -> None:
 def test_a_failed_step_as_a_process_has_no_traceback(run: Path) -> None:
     code = f"""
         from pathlib import Path
-        from mlflow_host.status import StepFailed, step
+        from mlflow_host.machine.status import StepFailed, step
         with step("ready", Path({str(run)!r})):
             raise StepFailed("no luck: try again")
     """
@@ -72,13 +74,13 @@ def test_a_failed_step_as_a_process_has_no_traceback(run: Path) -> None:
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(Path(status.__file__).parents[1])},
+        env={"PYTHONPATH": str(Path(status.__file__).parents[2])},
     )
     assert (done.returncode, done.stderr) == (2, "mlflow-host: ready failed: no luck: try again\n")
 
 
 def test_the_end_of_a_step_that_another_process_began_counts_from_its_beginning(run: Path) -> None:
-    begun = status.Step("postgresql", run)
+    begun = status.BootStep("postgresql", run)
     begun.started = datetime.now(UTC) - timedelta(seconds=7)
     begun.record("running")
     status.finish("postgresql", "PostgreSQL 15 accepts connections", run)
@@ -90,10 +92,10 @@ def test_waiting_ends_when_the_step_is_done_and_not_before(run: Path) -> None:
     waiting = threading.Thread(target=status.wait_until_done, args=("database", run, 0.01), daemon=True)
     waiting.start()
     for state in ("running", "failed", "running"):
-        status.Step("database", run).record(state)
+        status.BootStep("database", run).record(state)
         waiting.join(0.2)
         assert waiting.is_alive(), state
-    status.Step("database", run).record("done")
+    status.BootStep("database", run).record("done")
     waiting.join(10)
     assert not waiting.is_alive()
 
@@ -118,7 +120,7 @@ def test_overall_state_follows_the_steps(run: Path) -> None:
     assert [s["step"] for s in status.read(run)["steps"]] == ["configure", "data-volume", "database", "ready"]
 
 
-def test_a_status_file_that_is_half_written_is_passed_over(run: Path) -> None:
+def test_partial_status_file_is_ignored(run: Path) -> None:
     (run / "status" / "broken.json").write_text('{"step": ')
     with step("configure", run):
         pass
@@ -148,7 +150,14 @@ def test_page_names_the_state(state: str, heading: str) -> None:
     assert "$" not in page
 
 
-def test_first_page_is_that_of_a_boot_in_which_nothing_has_begun(tmp_path: Path) -> None:
+def test_page_names_what_the_room_check_found(run: Path) -> None:
+    (run / "web/room.json").write_text('{"problem": "the data volume has 3.0 GiB & its file system 1.0"}')
+    status.publish(run)
+    assert "the data volume has 3.0 GiB &amp; its file system 1.0<br>" in (run / "web/status.html").read_text()
+    assert "3.0 GiB" in json.loads((run / "web/status.json").read_text())["room"]["problem"]
+
+
+def test_first_page_shows_no_started_step(tmp_path: Path) -> None:
     shutil.copy(SHARE / "page.html", tmp_path)
     status.publish_first(tmp_path)
     first = (tmp_path / "booting.html").read_text()
@@ -159,14 +168,12 @@ def test_first_page_is_that_of_a_boot_in_which_nothing_has_begun(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("result", "state"), [("oom-kill", "failed"), ("timeout", "failed"), ("success", "running")])
-def test_a_step_that_was_killed_does_not_stay_running(
-    result: str, state: str, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_step_is_recorded_as_failed(result: str, state: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "RUN", run)
-    monkeypatch.setattr(failure, "result_of", lambda unit: result)
-    monkeypatch.setattr(failure, "last_words", lambda unit: "out of memory")
-    status.Step("database", run).record("running")
-    failure.main("mlflow-host-database.service")
+    monkeypatch.setattr(report_failure, "result_of", lambda unit: result)
+    monkeypatch.setattr(report_failure, "last_words", lambda unit: "out of memory")
+    status.BootStep("database", run).record("running")
+    report_failure.main("mlflow-host-database.service")
     assert recorded(run, "database")["state"] == state
     if state == "failed":
         assert (
@@ -174,8 +181,23 @@ def test_a_step_that_was_killed_does_not_stay_running(
         )
 
 
-def test_a_reason_already_given_is_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_reason_is_not_overwritten(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "RUN", run)
-    status.Step("database", run).record("failed", "its own reason")
-    failure.main("mlflow-host-database.service")
+    status.BootStep("database", run).record("failed", "its own reason")
+    report_failure.main("mlflow-host-database.service")
     assert recorded(run, "database")["message"] == "its own reason"
+
+
+def test_page_names_what_the_release_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "web").mkdir()
+    facts = tmp_path / "image.json"
+    facts.write_text(json.dumps({"fallbacks": [{"what": "2 routes <for> readers", "why": "POST /x"}]}))
+    monkeypatch.setattr(status, "IMAGE", facts)
+    page = Path(__file__).parents[2] / "provisioning/rootfs/usr/share/mlflow-host/page.html"
+    status.publish(tmp_path, page)
+    assert json.loads((tmp_path / "web/status.json").read_text())["fallbacks"] == ["2 routes <for> readers"]
+    shown = (tmp_path / "web/status.html").read_text()
+    assert "This release of MLflow does without 2 routes &lt;for&gt; readers<br>" in shown
+    facts.write_text("{}")  # of an older image
+    status.publish(tmp_path, page)
+    assert "does without" not in (tmp_path / "web/status.html").read_text()

@@ -5,6 +5,7 @@ That it answers as MLflow's own does is compared in tests/schema/test_tracking.p
 
 from __future__ import annotations
 
+import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,11 +17,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.server.handlers import TrackingStoreRegistryWrapper
 from mlflow.store.tracking.dbmodels.models import SqlTag
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from mlflow_host import tracking
-from mlflow_host.direct_answers import ANSWERS, answer_or_none
-from mlflow_host.direct_store import DirectStore
-from mlflow_host.sessions import through_plugin
-from services import PostgreSQL
+
+from mlflow_host.server.db_connections import through_plugin
+from mlflow_host.server.fast_path import compatibility
+from mlflow_host.server.fast_path.app import ANSWERS, answer_or_none, answered_directly
+from mlflow_host.server.fast_path.store import DirectStore
+from tests.support.services import PostgreSQL
 
 ROOT = "mlflow-artifacts:/"
 TIME = 1_700_000_000_000
@@ -42,46 +44,130 @@ def run_id(store: DirectStore) -> str:
 # When it stands in
 
 
-def test_a_release_that_words_it_otherwise_is_served_by_mlflows_own(
+SEARCH_SOURCE = "handlers._search_runs"
+PARSING_SOURCE = "handlers._get_request_message"
+
+
+def test_changed_source_switches_off_only_the_answer_that_rests_on_it(
+    cluster: PostgreSQL, store: DirectStore, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(compatibility.COMPARED, SEARCH_SOURCE, ("another",))
+    assert compatibility.switched_off(compatibility.installed_mlflow()) == {"/runs/search": [SEARCH_SOURCE]}
+    assert type(compatibility.tracking_store(cluster.uri(), ROOT)) is DirectStore
+    assert answered_by(store, "GET", "/api/2.0/mlflow/runs/get", f"run_id={run_id}") == "fast path"
+    assert answered_by(store, "POST", "/api/2.0/mlflow/runs/search", "", b"{}") == "MLflow"
+
+
+def test_changed_source_of_all_answers_leaves_mlflows_own_store(
     cluster: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tracking.COMPARED, "sqlalchemy_store.get_run", ("another",))
-    assert type(tracking.tracking_store(cluster.uri(), ROOT)) is SqlAlchemyStore
+    monkeypatch.setitem(compatibility.COMPARED, PARSING_SOURCE, ("another",))
+    off = compatibility.switched_off(compatibility.installed_mlflow())
+    assert off == {shortcut: [PARSING_SOURCE] for shortcut in compatibility.SHORTCUTS}
+    assert type(compatibility.tracking_store(cluster.uri(), ROOT)) is SqlAlchemyStore
 
 
-def test_workspaces_are_served_by_mlflows_own(cluster: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_source_of_logging_leaves_metrics_to_mlflows_own_method(
+    cluster: PostgreSQL, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "sqlalchemy_store.SqlAlchemyStore._log_metrics_once"
+    monkeypatch.setitem(compatibility.COMPARED, source, ("another",))
+    store = compatibility.tracking_store(cluster.uri(), ROOT)
+    monkeypatch.setattr(store, "write_metrics", lambda *_: pytest.fail("the fast path wrote"))
+    store.log_metric(run_id, Metric("own", 1.0, TIME, 1))
+    assert store.get_run(run_id).data.metrics == {"own": 1.0}
+
+
+def test_every_named_source_is_compared_and_every_answer_rests_on_some() -> None:
+    named = {name for sources in compatibility.ONLY.values() for name in sources}
+    assert named <= compatibility.COMPARED.keys()
+    assert {path for _, path in ANSWERS} == set(compatibility.SHORTCUTS) - {compatibility.STORE}
+    assert set().union(*compatibility.RESTS_ON.values()) == compatibility.COMPARED.keys()
+
+
+def answered_by(store: DirectStore, method: str, path: str, query: str, body: bytes = b"") -> str:
+    """Who answers a request: the fast path, or the application behind it."""
+    reached: list[str] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope["path"])
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(_: object) -> None:
+        pass
+
+    scope = {
+        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": query.encode(),
+        "root_path": "", "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+    }  # fmt: skip
+    with ThreadPoolExecutor(1) as executor:
+        asyncio.run(answered_directly(application, store, executor)(scope, receive, send))
+    return "MLflow" if reached else "fast path"
+
+
+def test_workspaces_use_mlflows_store(cluster: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ENABLE_WORKSPACES", "true")
-    found = tracking.tracking_store(cluster.uri(), ROOT)
+    found = compatibility.tracking_store(cluster.uri(), ROOT)
     assert not isinstance(found, DirectStore) and found.supports_workspaces
 
 
-def test_the_text_of_a_definition_ends_where_the_next_begins() -> None:
-    lines = """
-class One:
+def test_definitions_have_their_decorators_and_qualified_names() -> None:
+    found = compatibility.definitions(
+        """
+@first
+@second(
+    "of several lines",
+)
+def one(): pass
+
+class A:
     @property
-    def first(
+    def one(
         self,
     ) -> int:
         if self:
 
-            return 1
+            return \'\'\'
+a line without indentation\'\'\'
 
         return 2
 
-    # of the second
-    def second(self): return 3
+    # of no definition
+
+    class B:
+        async def two(self): return 3
+
+if one:
+    def three(): pass
+else:
+    def three(): return 4
+"""
+    )
+    assert found.keys() == {"one", "A", "A.one", "A.B", "A.B.two", "three"}
+    assert found["one"].startswith("@first\n@second(") and found["one"].endswith("def one(): pass")
+    assert found["A.one"].startswith("    @property\n") and found["A.one"].endswith("return 2")
+    assert found["A.B.two"] == "        async def two(self): return 3"
+    assert found["three"] == "    def three(): pass\n    def three(): return 4"
 
 
-def first(): pass
-""".splitlines()
-    assert tracking.definition(lines, "first").endswith("return 2")
-    assert tracking.definition(lines, "second") == "    def second(self): return 3"
-    assert tracking.definition(lines, "third") == ""
+def test_changed_decorator_changes_the_digest(tmp_path: Path) -> None:
+    handlers = tmp_path / "server/handlers.py"
+    handlers.parent.mkdir()
+    texts = []
+    for decorator in ("", "@checked\n"):
+        handlers.write_text(f"{decorator}def _get_run(): pass\n")
+        compatibility.hashes.cache_clear()
+        texts.append(compatibility.hashes(tmp_path)["handlers._get_run"])
+    compatibility.hashes.cache_clear()
+    assert texts[0] != texts[1]
 
 
-def test_what_the_installed_mlflow_lacks_counts_as_another_wording(tmp_path: Path) -> None:
-    lacking = tracking.not_compared(tmp_path)
-    assert "sqlalchemy_store.get_run" in lacking and "sqlalchemy_store._log_metrics_once" not in lacking
+def test_missing_definition_counts_as_changed(tmp_path: Path) -> None:
+    lacking = compatibility.not_compared(tmp_path)
+    assert "sqlalchemy_store.SqlAlchemyStore.get_run" in lacking
+    assert "sqlalchemy_store.SqlAlchemyStore._log_metrics_once" not in lacking
 
 
 def asked(store: DirectStore, path: str, fields: dict[str, Any]) -> Any:
@@ -119,7 +205,7 @@ def test_writers_at_once_lose_nothing_and_the_last_value_stands(store: DirectSto
     assert latest == {"m0": (78, 7), "m1": (79, 7), "m2": (77, 7)}
 
 
-def test_what_is_read_after_a_write_has_it(store: DirectStore, run_id: str) -> None:
+def test_read_after_write_returns_the_write(store: DirectStore, run_id: str) -> None:
     for step in range(20):
         fields = {"run_id": run_id, "key": "loss", "value": step, "timestamp": TIME, "step": step}
         assert asked(store, "log-metric", fields) == {}
@@ -140,9 +226,7 @@ def test_connections_it_has_used_hold_transactions_again(store: DirectStore, run
     assert "half" not in store.get_run(run_id).data.tags
 
 
-def test_it_goes_on_when_postgresql_has_closed_its_connections(
-    cluster: PostgreSQL, store: DirectStore, run_id: str
-) -> None:
+def test_store_reconnects_after_closed_connections(cluster: PostgreSQL, store: DirectStore, run_id: str) -> None:
     for _ in range(3):
         cluster.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = 'mlflow'")
         store.log_metric(run_id, Metric("loss", 1.0, TIME, 1))
@@ -155,9 +239,7 @@ def test_it_goes_on_when_postgresql_has_closed_its_connections(
         assert made["run"]["info"]["run_name"] == "next"
 
 
-def test_a_connection_that_ends_meanwhile_is_said_to_be_temporary(
-    cluster: PostgreSQL, store: DirectStore, run_id: str
-) -> None:
+def test_lost_connection_is_a_temporary_error(cluster: PostgreSQL, store: DirectStore, run_id: str) -> None:
     with pytest.raises(MlflowException) as refused, store.cursor() as cursor:
         cluster.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = 'mlflow'")
         cursor.execute("select 1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,46 +13,50 @@ from typing import Any
 
 import boto3
 import pytest
-import users
-from connect import Stack
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from mlflow_host import credentials
 from moto import mock_aws
 
+from mlflow_host.contract import credentials
+from scripts import users
+from scripts.connect import ConnectedStack
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 NAME = "/mlflow-ami/dev/credentials"
 PASSPHRASE = "a passphrase that nobody knows"
 ADMIN = {"admin": {"password": "Generated-by-Pulumi", "role": "admin"}}
 
 
 @pytest.fixture
-def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ConnectedStack]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     with mock_aws():
-        made = Stack("dev", boto3.client("ssm", region_name="eu-central-1"), {"credentials_parameter": NAME}, Path("-"))
+        made = ConnectedStack(
+            "dev", boto3.client("ssm", region_name="eu-central-1"), {"credentials_parameter": NAME}, Path("-")
+        )
         monkeypatch.setattr(users, "choose", lambda arguments: made)
         put(made, ADMIN)
         yield made
 
 
-def put(stack: Stack, people: Any, **more: Any) -> None:
+def put(stack: ConnectedStack, people: Any, **more: Any) -> None:
     document = {"format": 1, "kek_passphrase": PASSPHRASE, "users": people, **more}
     stack.ssm.put_parameter(Name=NAME, Type="SecureString", Value=json.dumps(document), Overwrite=True)
 
 
-def kept(stack: Stack) -> credentials.Credentials:
+def kept(stack: ConnectedStack) -> credentials.Credentials:
     """What the server would read."""
     return credentials.parse(stack.ssm.get_parameter(Name=NAME, WithDecryption=True)["Parameter"]["Value"])
 
 
-def roles(stack: Stack) -> dict[str, str]:
+def roles(stack: ConnectedStack) -> dict[str, str]:
     return {user.name: user.role for user in kept(stack).users}
 
 
-def test_whoever_is_added_gets_a_generated_password_that_is_shown_once_and_kept_as_a_hash(
-    stack: Stack, capsys: pytest.CaptureFixture[str]
+def test_added_user_gets_a_generated_password_stored_as_a_hash(
+    stack: ConnectedStack, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert users.main(["add", "ada"]) == 0
     out, err = capsys.readouterr()
@@ -66,8 +71,8 @@ def test_whoever_is_added_gets_a_generated_password_that_is_shown_once_and_kept_
     assert parameter["Type"] == "SecureString"
 
 
-def test_password_may_come_from_standard_input_and_is_not_shown(
-    stack: Stack, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_password_from_standard_input_is_not_printed(
+    stack: ConnectedStack, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("correct-horse-battery\n"))
     assert users.main(["add", "bob", "--role", "reader", "--stdin"]) == 0
@@ -77,7 +82,7 @@ def test_password_may_come_from_standard_input_and_is_not_shown(
 
 @pytest.mark.parametrize("password", ["short", "", "with spaces in it", "é" * 12, "{SSHA}c29tZXRoaW5n", "x" * 129])
 def test_bad_password_is_refused_without_showing_it(
-    password: str, stack: Stack, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    password: str, stack: ConnectedStack, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{password}\n"))
     assert users.main(["add", "bob", "--stdin"]) == 2
@@ -86,21 +91,43 @@ def test_bad_password_is_refused_without_showing_it(
     assert roles(stack) == {"admin": "admin"}
 
 
-def test_asked_for_twice(stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompted_password_is_entered_twice(
+    stack: ConnectedStack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     answers = iter(["correct-horse-battery", "correct-horse-bttery"])
-    monkeypatch.setattr("getpass.getpass", lambda question: next(answers))
+    monkeypatch.setattr(users.prompts, "ask_secret", lambda name, instead: next(answers))
     assert users.main(["add", "bob", "--prompt"]) == 2
-    assert capsys.readouterr().err == "users: the two are not the same\n"
+    assert capsys.readouterr().err == "users: the two passwords differ\n"
 
 
-def test_no_command_takes_a_password_as_an_argument(stack: Stack) -> None:
+@pytest.mark.parametrize("how", ["--prompt", "--stdin"])
+@pytest.mark.parametrize("stdin", ["<&-", "</dev/null"], ids=["closed", "empty"])
+def test_prompt_without_a_terminal_is_one_error_sentence(how: str, stdin: str, tmp_path: Path) -> None:
+    """In a session of its own, where no terminal can be opened either."""
+    ask = "users.new_password(argparse.Namespace(name='bob', prompt={}, stdin={}))"
+    program = (
+        f"import argparse, enter_venv; from scripts import users; {ask.format(how == '--prompt', how == '--stdin')}"
+    )
+    guarded = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\ntry:\n    exec({program!r})\n"
+    script = guarded + "except Exception as error:\n    print(type(error).__name__, error)\n"
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {stdin}', sys.executable, script],
+        capture_output=True, text=True, start_new_session=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.startswith("ChangeRefused "), done.stdout + done.stderr
+    assert ("no terminal to ask for Password for bob" if how == "--prompt" else "is empty") in done.stdout
+
+
+def test_no_command_takes_a_password_as_an_argument(stack: ConnectedStack) -> None:
     for argv in (["add", "bob", "--password", "correct-horse-battery"], ["rotate", "admin", "correct-horse-battery"]):
         with pytest.raises(SystemExit) as ended:
             users.main(argv)
         assert ended.value.code == 2
 
 
-def test_rotation_changes_the_password_and_nothing_else(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rotation_changes_the_password_and_nothing_else(
+    stack: ConnectedStack, capsys: pytest.CaptureFixture[str]
+) -> None:
     users.main(["add", "ada", "--role", "reader"])
     before = {user.name: user for user in kept(stack).users}
     users.main(["rotate", "ada"])
@@ -110,24 +137,26 @@ def test_rotation_changes_the_password_and_nothing_else(stack: Stack, capsys: py
 
 
 def test_password_of_the_stacks_admin_stays_readable_to_connect(
-    stack: Stack, capsys: pytest.CaptureFixture[str]
+    stack: ConnectedStack, capsys: pytest.CaptureFixture[str]
 ) -> None:
     users.main(["rotate", "admin"])
     assert kept(stack).users[0].password == capsys.readouterr().out.strip() != "Generated-by-Pulumi"
 
 
 @pytest.mark.parametrize("argv", [["remove", "admin"], ["role", "admin", "reader"]])
-def test_last_admin_stays(argv: list[str], stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_admin_cannot_be_removed(
+    argv: list[str], stack: ConnectedStack, capsys: pytest.CaptureFixture[str]
+) -> None:
     users.main(["add", "ada"])
     assert users.main(argv) == 2
-    assert "nobody would be admin then" in capsys.readouterr().err
+    assert "this is the last admin" in capsys.readouterr().err
     assert roles(stack) == {"admin": "admin", "ada": "writer"}
     users.main(["role", "ada", "admin"])
     assert users.main(argv) == 0
     assert roles(stack) | {"admin": ""} == {"admin": "", "ada": "admin"}
 
 
-def test_order_decides_nothing_once_somebody_was_changed(stack: Stack) -> None:
+def test_user_order_does_not_matter(stack: ConnectedStack) -> None:
     """In the short form the first is the admin; removing the first must not make the second one."""
     put(stack, {"ada": "Password-of-ada", "bob": "Password-of-bob"})
     users.main(["add", "eve"])
@@ -138,15 +167,15 @@ def test_order_decides_nothing_once_somebody_was_changed(stack: Stack) -> None:
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["add", "admin"], "admin is there already: `rotate` gives a new password, `role` another role"),
-        (["remove", "nobody"], "there is no user nobody: `users.py list` shows who there is"),
+        (["add", "admin"], "admin exists already: `rotate` gives a new password, `role` another role"),
+        (["remove", "nobody"], "there is no user nobody: `users.py list` shows the users"),
         (["rotate", "nobody"], "there is no user nobody"),
         (["role", "nobody", "admin"], "there is no user nobody"),
         (["add", "a:b"], 'the user name "a:b" must be 1 to 64 letters'),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence(
-    argv: list[str], sentence: str, stack: Stack, capsys: pytest.CaptureFixture[str]
+def test_impossible_change_is_one_error_sentence(
+    argv: list[str], sentence: str, stack: ConnectedStack, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert users.main(argv) == 2
     out, err = capsys.readouterr()
@@ -154,7 +183,7 @@ def test_what_cannot_be_done_is_one_sentence(
     assert roles(stack) == {"admin": "admin"}
 
 
-def test_list_tells_roles_and_no_password(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_shows_roles_and_no_password(stack: ConnectedStack, capsys: pytest.CaptureFixture[str]) -> None:
     users.main(["add", "ada"])
     capsys.readouterr()
     users.main(["list"])
@@ -163,9 +192,7 @@ def test_list_tells_roles_and_no_password(stack: Stack, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out) == {"admin": "admin", "ada": "writer"}
 
 
-def test_parameter_that_is_not_there_or_cannot_be_used_is_told(
-    stack: Stack, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_or_unusable_parameter_is_reported(stack: ConnectedStack, capsys: pytest.CaptureFixture[str]) -> None:
     stack.ssm.put_parameter(Name=NAME, Type="SecureString", Value='{"format": 1, "kek_passphrase": 7}', Overwrite=True)
     assert users.main(["list"]) == 2
     assert "kek_passphrase must be a string" in capsys.readouterr().err
@@ -175,7 +202,7 @@ def test_parameter_that_is_not_there_or_cannot_be_used_is_told(
     for value in ("5", "null", '["users"]', '"text"'):
         stack.ssm.put_parameter(Name=NAME, Type="SecureString", Value=value, Overwrite=True)
         assert users.main(["list"]) == 2
-        assert capsys.readouterr().err == f"users: the parameter {NAME} cannot be read: it is no JSON object\n"
+        assert capsys.readouterr().err == f"users: the parameter {NAME} cannot be read: it is not a JSON object\n"
     stack.ssm.delete_parameter(Name=NAME)
     assert users.main(["list"]) == 2
     assert "ParameterNotFound" in capsys.readouterr().err
@@ -184,12 +211,12 @@ def test_parameter_that_is_not_there_or_cannot_be_used_is_told(
 # ── Two at the same time ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def others_first(stack: Stack, monkeypatch: pytest.MonkeyPatch, *others: Callable[[], object]) -> None:
+def others_first(stack: ConnectedStack, monkeypatch: pytest.MonkeyPatch, *others: Callable[[], object]) -> None:
     """Between reading and writing of the next change, each of `others` does its own."""
     waiting = list(others)
     write = users.write
 
-    def overtaken(stack: Stack, document: dict[str, Any], wanted: users.Users) -> int:
+    def overtaken(stack: ConnectedStack, document: dict[str, Any], wanted: users.Users) -> int:
         while waiting:
             waiting.pop(0)()
         return write(stack, document, wanted)
@@ -197,7 +224,7 @@ def others_first(stack: Stack, monkeypatch: pytest.MonkeyPatch, *others: Callabl
     monkeypatch.setattr(users, "write", overtaken)
 
 
-def test_change_made_meanwhile_is_kept(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_change_is_merged(stack: ConnectedStack, monkeypatch: pytest.MonkeyPatch) -> None:
     users.main(["add", "bob"])
     bob, eve = ({"password": f"Password-of-{name}", "role": "reader"} for name in ("bob", "eve"))
     others_first(
@@ -211,21 +238,19 @@ def test_change_made_meanwhile_is_kept(stack: Stack, monkeypatch: pytest.MonkeyP
 
 
 def test_two_admins_cannot_remove_each_other(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stack: ConnectedStack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     users.main(["add", "ada", "--role", "admin"])
     ada = kept(stack).users[1]
     others_first(stack, monkeypatch, lambda: put(stack, {"ada": {"password": ada.password, "role": "admin"}}))
     assert users.main(["remove", "ada"]) == 2
-    assert "nobody would be admin then" in capsys.readouterr().err
+    assert "this is the last admin" in capsys.readouterr().err
     assert roles(stack) == {"ada": "admin"}
 
 
 @hypothesis_settings(max_examples=150, deadline=None)
 @given(*[st.dictionaries(st.sampled_from("abc"), st.sampled_from("xyz").map(lambda p: {"password": p}))] * 3)
-def test_what_both_changed_at_the_same_time_is_in_the_outcome(
-    before: users.Users, ours: users.Users, theirs: users.Users
-) -> None:
+def test_two_concurrent_changes_are_both_kept(before: users.Users, ours: users.Users, theirs: users.Users) -> None:
     found = users.merged(before, ours, theirs)
     for name in "abc":
         was, mine, other = before.get(name), ours.get(name), theirs.get(name)
@@ -251,7 +276,7 @@ def test_what_both_changed_at_the_same_time_is_in_the_outcome(
         ).map(lambda people: json.dumps({"format": 1, "kek_passphrase": "k" * 20, "users": people})),
     )
 )
-def test_whatever_the_parameter_holds_is_users_or_sentences(text: str) -> None:
+def test_any_parameter_content_gives_users_or_error_sentences(text: str) -> None:
     """As the machine reads it, which must neither fail in another way nor let a line of its own into nginx's files."""
     try:
         found = credentials.parse(text)

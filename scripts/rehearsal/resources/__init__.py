@@ -1,7 +1,7 @@
 """The resource types the rehearsal can apply, by Pulumi type token."""
 
-from rehearsal.kinds import Kind
-from rehearsal.resources import cloudwatch, ec2, iam, local, route53, s3, ssm
+from scripts.rehearsal.resource_types import Kind
+from scripts.rehearsal.resources import cloudwatch, ec2, iam, random_provider, route53, s3, ssm
 
 KINDS: dict[str, Kind] = {
     **ec2.KINDS,
@@ -10,5 +10,5 @@ KINDS: dict[str, Kind] = {
     **ssm.KINDS,
     **cloudwatch.KINDS,
     **route53.KINDS,
-    **local.KINDS,
+    **random_provider.KINDS,
 }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rehearsal.kinds import Aws, Kind, physical_name
-from rehearsal.resources.tags import as_list
-from rehearsal.values import Props
+from scripts.rehearsal.resource_types import Aws, Kind, physical_name
+from scripts.rehearsal.resources.tags import as_list
+from scripts.rehearsal.wire import Props
 
 ARGUMENTS = {
     "alarmDescription": "AlarmDescription",

@@ -10,17 +10,17 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from rehearsal.errors import ApplyError
-from rehearsal.kinds import Aws, Kind, physical_name
-from rehearsal.resources.tags import as_map, specification, update_ec2
-from rehearsal.values import Props
+from scripts.rehearsal.errors import ApplyError
+from scripts.rehearsal.resource_types import Aws, Kind, physical_name
+from scripts.rehearsal.resources.tags import specification, update_ec2
+from scripts.rehearsal.wire import Props
 
 POLL_SECONDS = 0.1
 WAIT_SECONDS = 300
 
 
 def _find(aws: Aws, operation: str, key: str, **arguments: Any) -> Props | None:
-    """The one item a describe call answers with, or None where EC2 says it does not know the id."""
+    """The one item that a describe call returns, or None if EC2 does not find the ID."""
     try:
         found = getattr(aws.client("ec2"), operation)(**arguments)[key]
     except ClientError as error:
@@ -32,7 +32,7 @@ def _find(aws: Aws, operation: str, key: str, **arguments: Any) -> Props | None:
 
 
 def _await(what: str, reached: Callable[[], bool]) -> None:
-    """Polls until `reached`. boto3's waiters sleep 15 s between looks, which is most of a local boot."""
+    """Poll until `reached` is true. boto3's waiters sleep 15 s between polls, which is most of a local boot."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not reached():
         if time.monotonic() > deadline:
@@ -309,7 +309,7 @@ def _create_group(aws: Aws, inputs: Props) -> str:
         TagSpecifications=specification("security-group", inputs.get("tagsAll")),
     )
     id_ = str(made["GroupId"])
-    # The provider takes away the rule AWS gives every new group, so that only declared rules are open.
+    # The provider removes AWS's default rule from every new group, so that only declared rules are open.
     client.revoke_security_group_egress(
         GroupId=id_, IpPermissions=[_permission({"ipProtocol": "-1", "cidrIpv4": "0.0.0.0/0"})]
     )
@@ -360,23 +360,6 @@ def _read_group(aws: Aws, id_: str, inputs: Props) -> Props | None:
 def _update_group(aws: Aws, id_: str, old: Props, new: Props) -> None:
     _set_inline_rules(aws, id_, old, new)
     _retag(aws, id_, old, new)
-
-
-def _adopt_default_group(aws: Aws, inputs: Props) -> str:
-    """DefaultSecurityGroup takes over the group every VPC has and empties it of all but the declared rules."""
-    filters = [
-        {"Name": "vpc-id", "Values": [inputs["vpcId"]]},
-        {"Name": "group-name", "Values": ["default"]},
-    ]
-    client = aws.client("ec2")
-    group = client.describe_security_groups(Filters=filters)["SecurityGroups"][0]
-    if group["IpPermissions"]:
-        client.revoke_security_group_ingress(GroupId=group["GroupId"], IpPermissions=group["IpPermissions"])
-    if group["IpPermissionsEgress"]:
-        client.revoke_security_group_egress(GroupId=group["GroupId"], IpPermissions=group["IpPermissionsEgress"])
-    _set_inline_rules(aws, group["GroupId"], {}, inputs)
-    update_ec2(aws, group["GroupId"], as_map(group.get("Tags")), inputs.get("tagsAll"))
-    return str(group["GroupId"])
 
 
 def _permission(rule: Props) -> Props:
@@ -496,13 +479,12 @@ def _delete_volume(aws: Aws, id_: str, inputs: Props) -> None:
         snapshot = aws.client("ec2").create_snapshot(
             VolumeId=id_, TagSpecifications=specification("snapshot", inputs.get("tagsAll"))
         )
-        aws.note(f"kept a last snapshot of {id_}: {snapshot['SnapshotId']}")
+        aws.note(f"kept a final snapshot of {id_}: {snapshot['SnapshotId']}")
     aws.client("ec2").delete_volume(VolumeId=id_)
 
 
 def _attach(aws: Aws, inputs: Props) -> str:
     volume, instance = inputs["volumeId"], inputs["instanceId"]
-    _await(f"volume {volume} becoming available", lambda: _volume_state(aws, volume) == "available")
     aws.client("ec2").attach_volume(VolumeId=volume, InstanceId=instance, Device=inputs["deviceName"])
     _await(f"volume {volume} being attached to {instance}", lambda: _attachment(aws, inputs) == "attached")
     return f"vai-{volume}-{instance}"
@@ -521,7 +503,7 @@ def _read_attachment(aws: Aws, id_: str, inputs: Props) -> Props | None:
 
 
 def _detach(aws: Aws, id_: str, inputs: Props) -> None:
-    """Stops the instance first where `stopInstanceBeforeDetaching` asks for it, as the provider does."""
+    """Stop the instance first if `stopInstanceBeforeDetaching` is set, like the provider."""
     if _attachment(aws, inputs) is None or inputs.get("skipDestroy"):
         return
     if inputs.get("stopInstanceBeforeDetaching") and instance_state(aws, inputs["instanceId"]) == "running":
@@ -591,22 +573,6 @@ def _dissociate_address(aws: Aws, id_: str, inputs: Props) -> None:
         aws.client("ec2").disassociate_address(AssociationId=id_)
 
 
-def _create_key(aws: Aws, inputs: Props) -> str:
-    aws.client("ec2").import_key_pair(
-        KeyName=inputs["keyName"],
-        PublicKeyMaterial=inputs["publicKey"].encode(),
-        TagSpecifications=specification("key-pair", inputs.get("tagsAll")),
-    )
-    return str(inputs["keyName"])
-
-
-def _read_key(aws: Aws, id_: str, inputs: Props) -> Props | None:
-    key = _find(aws, "describe_key_pairs", "KeyPairs", KeyNames=[id_])
-    if key is None:
-        return None
-    return {"keyPairId": key["KeyPairId"], "fingerprint": key["KeyFingerprint"], "keyName": id_}
-
-
 # Instances
 
 
@@ -654,7 +620,7 @@ def _create_instance(aws: Aws, inputs: Props) -> str:
 
 
 def _user_data(inputs: Props) -> str | bytes:
-    """User-data as boto3 takes it, which encodes it itself."""
+    """User-data for boto3, which encodes it itself."""
     if encoded := inputs.get("userDataBase64"):
         return base64.b64decode(encoded)
     return str(inputs.get("userData", ""))
@@ -688,13 +654,13 @@ def _root_device(aws: Aws, ami: str, root: Props) -> Props:
 
 
 def describe_instance(aws: Aws, id_: str) -> Props | None:
-    """EC2's description of the instance, None when it does not know it (any more)."""
+    """EC2's description of the instance, None if it does not exist (any more)."""
     reservation = _find(aws, "describe_instances", "Reservations", InstanceIds=[id_])
     return reservation["Instances"][0] if reservation else None
 
 
 def instance_state(aws: Aws, id_: str) -> str:
-    """pending, running, stopping, stopped, shutting-down or terminated (also for one EC2 no longer knows)."""
+    """pending, running, stopping, stopped, shutting-down or terminated (also for an unknown instance)."""
     instance = describe_instance(aws, id_)
     return str(instance["State"]["Name"]) if instance else "terminated"
 
@@ -780,7 +746,7 @@ def _stop(aws: Aws, id_: str) -> None:
 
 
 def start_instance(aws: Aws, id_: str) -> None:
-    """Starts a stopped instance and waits until it runs."""
+    """Start a stopped instance and wait until it runs."""
     aws.client("ec2").start_instances(InstanceIds=[id_])
     _await(f"instance {id_} running", lambda: instance_state(aws, id_) == "running")
 
@@ -804,7 +770,7 @@ def _recover_instance(aws: Aws, inputs: Props) -> str | None:
 
 
 def _instance_replacements(changed: set[str], old: Props, new: Props) -> set[str]:
-    """Inputs whose effect depends on others: user-data only replaces where the program says so."""
+    """Inputs whose effect depends on others: user-data replaces only if the program says so."""
     replaces = set()
     if new.get("userDataReplaceOnChange"):
         replaces |= changed & {"userData", "userDataBase64"}
@@ -813,10 +779,6 @@ def _instance_replacements(changed: set[str], old: Props, new: Props) -> set[str
         if any(before.get(name) != after.get(name) for name in ("encrypted", "kmsKeyId")):
             replaces.add("rootBlockDevice")
     return replaces
-
-
-def _forget(aws: Aws, id_: str, inputs: Props) -> None:
-    """Default resources cannot be deleted; the provider drops them from its state."""
 
 
 def _delete(operation: str, argument: str) -> Callable[[Aws, str, Props], None]:
@@ -828,7 +790,36 @@ def _delete(operation: str, argument: str) -> Callable[[Aws, str, Props], None]:
     return delete
 
 
+def _create_tag(aws: Aws, inputs: Props) -> str:
+    tag = {"Key": inputs["key"], "Value": inputs["value"]}
+    aws.client("ec2").create_tags(Resources=[inputs["resourceId"]], Tags=[tag])
+    return f"{inputs['resourceId']},{inputs['key']}"
+
+
+def _read_tag(aws: Aws, id_: str, inputs: Props) -> Props | None:
+    resource, _, key = id_.partition(",")
+    filters = [{"Name": "resource-id", "Values": [resource]}, {"Name": "key", "Values": [key]}]
+    found = aws.client("ec2").describe_tags(Filters=filters)["Tags"]
+    return {"value": found[0]["Value"]} if found else None
+
+
+def _update_tag(aws: Aws, id_: str, old: Props, new: Props) -> None:
+    _create_tag(aws, new)
+
+
+def _delete_tag(aws: Aws, id_: str, inputs: Props) -> None:
+    resource, _, key = id_.partition(",")
+    aws.client("ec2").delete_tags(Resources=[resource], Tags=[{"Key": key}])
+
+
 KINDS = {
+    "aws:ec2/tag:Tag": Kind(
+        create=_create_tag,
+        read=_read_tag,
+        update=_update_tag,
+        delete=_delete_tag,
+        replace_on=frozenset({"resourceId", "key"}),
+    ),
     "aws:ec2/vpc:Vpc": Kind(
         create=_create_vpc,
         read=_read_vpc,
@@ -891,14 +882,6 @@ KINDS = {
         generate={"name": physical_name},
         tagged=True,
     ),
-    "aws:ec2/defaultSecurityGroup:DefaultSecurityGroup": Kind(
-        create=_adopt_default_group,
-        read=_read_group,
-        update=_update_group,
-        delete=_forget,
-        replace_on=frozenset({"vpcId"}),
-        tagged=True,
-    ),
     "aws:vpc/securityGroupIngressRule:SecurityGroupIngressRule": _rule("ingress"),
     "aws:vpc/securityGroupEgressRule:SecurityGroupEgressRule": _rule("egress"),
     "aws:ebs/volume:Volume": Kind(
@@ -929,15 +912,6 @@ KINDS = {
         read=_read_address_association,
         delete=_dissociate_address,
     ),
-    "aws:ec2/keyPair:KeyPair": Kind(
-        create=_create_key,
-        read=_read_key,
-        update=lambda aws, id_, old, new: None,
-        delete=_delete("delete_key_pair", "KeyName"),
-        replace_on=frozenset({"keyName", "publicKey"}),
-        generate={"keyName": physical_name},
-        tagged=True,
-    ),
     "aws:ec2/instance:Instance": Kind(
         create=_create_instance,
         read=_read_instance,
@@ -948,7 +922,7 @@ KINDS = {
         replace_on=frozenset(
             {"ami", "availabilityZone", "subnetId", "keyName", "privateIp", "placementGroup", "tenancy", "hostId"}
         ),
-        generate={"clientToken": lambda logical, inputs: secrets.token_hex(16)},
+        tokens={"clientToken": lambda inputs: secrets.token_hex(16)},
         tagged=True,
     ),
 }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rehearsal.kinds import Aws, Kind, physical_name
-from rehearsal.resources.tags import as_list
-from rehearsal.values import Props
+from scripts.rehearsal.resource_types import Aws, Kind, physical_name
+from scripts.rehearsal.resources.tags import as_list
+from scripts.rehearsal.wire import Props
 
 
 def _gone(aws: Aws) -> Any:
@@ -96,64 +96,6 @@ def _delete_role_policy(aws: Aws, id_: str, inputs: Props) -> None:
     aws.client("iam").delete_role_policy(RoleName=role, PolicyName=name)
 
 
-def _attach(aws: Aws, inputs: Props) -> str:
-    aws.client("iam").attach_role_policy(RoleName=inputs["role"], PolicyArn=inputs["policyArn"])
-    return f"{inputs['role']}/{inputs['policyArn']}"
-
-
-def _read_attachment(aws: Aws, id_: str, inputs: Props) -> Props | None:
-    role, arn = id_.split("/", 1)
-    try:
-        pages = aws.client("iam").get_paginator("list_attached_role_policies").paginate(RoleName=role)
-        attached = {policy["PolicyArn"] for page in pages for policy in page["AttachedPolicies"]}
-    except _gone(aws):
-        return None
-    return {} if arn in attached else None
-
-
-def _detach(aws: Aws, id_: str, inputs: Props) -> None:
-    role, arn = id_.split("/", 1)
-    aws.client("iam").detach_role_policy(RoleName=role, PolicyArn=arn)
-
-
-def _create_policy(aws: Aws, inputs: Props) -> str:
-    made = aws.client("iam").create_policy(
-        PolicyName=inputs["name"],
-        PolicyDocument=inputs["policy"],
-        Path=inputs.get("path", "/"),
-        Tags=as_list(inputs.get("tagsAll", {})),
-    )
-    return str(made["Policy"]["Arn"])
-
-
-def _read_policy(aws: Aws, id_: str, inputs: Props) -> Props | None:
-    try:
-        policy = aws.client("iam").get_policy(PolicyArn=id_)["Policy"]
-    except _gone(aws):
-        return None
-    return {"arn": policy["Arn"], "name": policy["PolicyName"], "policyId": policy["PolicyId"]}
-
-
-def _update_policy(aws: Aws, id_: str, old: Props, new: Props) -> None:
-    client = aws.client("iam")
-    if old["policy"] != new["policy"]:
-        # IAM keeps five versions at most.
-        versions = client.list_policy_versions(PolicyArn=id_)["Versions"]
-        for version in versions[4:]:
-            client.delete_policy_version(PolicyArn=id_, VersionId=version["VersionId"])
-        client.create_policy_version(PolicyArn=id_, PolicyDocument=new["policy"], SetAsDefault=True)
-    if new.get("tagsAll"):
-        client.tag_policy(PolicyArn=id_, Tags=as_list(new["tagsAll"]))
-
-
-def _delete_policy(aws: Aws, id_: str, inputs: Props) -> None:
-    client = aws.client("iam")
-    for version in client.list_policy_versions(PolicyArn=id_)["Versions"]:
-        if not version["IsDefaultVersion"]:
-            client.delete_policy_version(PolicyArn=id_, VersionId=version["VersionId"])
-    client.delete_policy(PolicyArn=id_)
-
-
 def _create_profile(aws: Aws, inputs: Props) -> str:
     client = aws.client("iam")
     client.create_instance_profile(
@@ -209,21 +151,6 @@ KINDS = {
         recover=lambda aws, inputs: _put_role_policy(aws, inputs),
         replace_on=frozenset({"role", "name", "namePrefix"}),
         generate={"name": physical_name},
-    ),
-    "aws:iam/rolePolicyAttachment:RolePolicyAttachment": Kind(
-        create=_attach,
-        read=_read_attachment,
-        delete=_detach,
-        recover=_attach,
-    ),
-    "aws:iam/policy:Policy": Kind(
-        create=_create_policy,
-        read=_read_policy,
-        update=_update_policy,
-        delete=_delete_policy,
-        replace_on=frozenset({"name", "namePrefix", "path", "description"}),
-        generate={"name": physical_name},
-        tagged=True,
     ),
     "aws:iam/instanceProfile:InstanceProfile": Kind(
         create=_create_profile,

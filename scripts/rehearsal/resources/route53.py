@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rehearsal.kinds import Aws, Kind
-from rehearsal.values import Props
+from scripts.rehearsal.resource_types import Aws, Kind
+from scripts.rehearsal.wire import Props
 
 
 def _create(aws: Aws, inputs: Props) -> str:

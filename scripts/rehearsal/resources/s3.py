@@ -1,19 +1,16 @@
-"""S3: buckets and the sub-resources pulumi-aws 7 splits off them."""
+"""S3: buckets and their settings, which are separate resources in pulumi-aws 7."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from botocore.exceptions import ClientError
 
-from rehearsal.kinds import Aws, Kind, physical_name
-from rehearsal.resources.tags import as_list
-from rehearsal.values import Props
+from scripts.rehearsal.resource_types import Aws, Kind, physical_name
+from scripts.rehearsal.resources.tags import as_list
+from scripts.rehearsal.wire import Props
 
-# What an S3-compatible store answers to a feature of AWS's that it does not have.
-UNSUPPORTED = {"NotImplemented", "MethodNotAllowed", "501", "405"}
 ABSENT = {
     "404",
     "NoSuchBucket",
@@ -23,22 +20,11 @@ ABSENT = {
     "NoSuchTagSet",
     "OwnershipControlsNotFoundError",
     "ServerSideEncryptionConfigurationNotFoundError",
-    *UNSUPPORTED,
 }
 
 
 def _code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _supported(aws: Aws, what: str, call: Callable[..., Any], **arguments: Any) -> None:
-    """Makes the call; a store without that feature is noted and otherwise forgiven, as it has nothing to enforce."""
-    try:
-        call(**arguments)
-    except ClientError as error:
-        if _code(error) not in UNSUPPORTED:
-            raise
-        aws.note(f"the local object store has no {what}: declared, not enforced here")
 
 
 def _create_bucket(aws: Aws, inputs: Props) -> str:
@@ -52,8 +38,7 @@ def _create_bucket(aws: Aws, inputs: Props) -> str:
 
 
 def _tag_bucket(aws: Aws, name: str, tags: Props) -> None:
-    client = aws.client("s3")
-    _supported(aws, "bucket tags", client.put_bucket_tagging, Bucket=name, Tagging={"TagSet": as_list(tags)})
+    aws.client("s3").put_bucket_tagging(Bucket=name, Tagging={"TagSet": as_list(tags)})
 
 
 def _read_bucket(aws: Aws, id_: str, inputs: Props) -> Props | None:
@@ -78,34 +63,25 @@ def _update_bucket(aws: Aws, id_: str, old: Props, new: Props) -> None:
 
 
 def _delete_bucket(aws: Aws, id_: str, inputs: Props) -> None:
-    client = aws.client("s3")
-    if inputs.get("forceDestroy"):
-        for page in client.get_paginator("list_object_versions").paginate(Bucket=id_):
-            for entry in page.get("Versions", []) + page.get("DeleteMarkers", []):
-                client.delete_object(Bucket=id_, Key=entry["Key"], VersionId=entry["VersionId"])
-    client.delete_bucket(Bucket=id_)
+    aws.client("s3").delete_bucket(Bucket=id_)
 
 
 def _part(
-    what: str,
     put: Callable[[Any, str, Props], None],
     get: str,
     remove: Callable[[Any, str], None] | None,
 ) -> Kind:
-    """A sub-resource: one setting of one bucket, whose id is the bucket's name."""
+    """A setting of one bucket as a resource, whose ID is the bucket's name."""
 
     def apply(aws: Aws, inputs: Props) -> str:
         bucket = str(inputs["bucket"])
-        _supported(aws, what, lambda Bucket: put(aws.client("s3"), Bucket, inputs), Bucket=bucket)
+        put(aws.client("s3"), bucket, inputs)
         return bucket
 
     def read(aws: Aws, id_: str, inputs: Props) -> Props | None:
         try:
-            aws.client("s3").head_bucket(Bucket=id_)
             getattr(aws.client("s3"), get)(Bucket=id_)
         except ClientError as error:
-            if _code(error) in UNSUPPORTED:
-                return {}
             if _code(error) in ABSENT:
                 return None
             raise
@@ -204,67 +180,8 @@ def _put_lifecycle(client: Any, bucket: str, inputs: Props) -> None:
     client.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": rules})
 
 
-# Bucket policies
-
-
-def without_transport_rules(policy: str) -> str:
-    """`policy` less the statements that refuse requests for coming without TLS, or with too old a one.
-
-    An object store on loopback speaks plain HTTP, so with them it would refuse everything; SeaweedFS enforces them.
-    Empty when nothing else is in it.
-    """
-    document = json.loads(policy)
-    kept = [each for each in document["Statement"] if not _is_transport_rule(each)]
-    return json.dumps({**document, "Statement": kept}) if kept else ""
-
-
-def _is_transport_rule(statement: Props) -> bool:
-    conditions = {name for test in statement.get("Condition", {}).values() for name in test}
-    return statement["Effect"] == "Deny" and bool(conditions) and conditions <= {"aws:SecureTransport", "s3:TlsVersion"}
-
-
-def _applicable(aws: Aws, inputs: Props) -> str:
-    plain = aws.client("s3").meta.endpoint_url.startswith("http://")
-    return without_transport_rules(inputs["policy"]) if plain else str(inputs["policy"])
-
-
-def _put_policy(aws: Aws, inputs: Props) -> str:
-    bucket, policy = str(inputs["bucket"]), _applicable(aws, inputs)
-    if policy:
-        put = aws.client("s3").put_bucket_policy
-        _supported(aws, "bucket policies", put, Bucket=bucket, Policy=policy)
-    else:
-        aws.note("the local object store has no TLS: the buckets' TLS-only policy is declared, not enforced here")
-        _delete_policy(aws, bucket, inputs)
-    return bucket
-
-
-def _read_policy(aws: Aws, id_: str, inputs: Props) -> Props | None:
-    if _read_bucket(aws, id_, inputs) is None:
-        return None
-    if not inputs.get("policy") or not _applicable(aws, inputs):
-        return {}
-    try:
-        aws.client("s3").get_bucket_policy(Bucket=id_)
-    except ClientError as error:
-        if _code(error) in UNSUPPORTED:
-            return {}
-        if _code(error) in ABSENT:
-            return None
-        raise
-    return {}
-
-
-def _update_policy(aws: Aws, id_: str, old: Props, new: Props) -> None:
-    _put_policy(aws, new)
-
-
-def _delete_policy(aws: Aws, id_: str, inputs: Props) -> None:
-    try:
-        aws.client("s3").delete_bucket_policy(Bucket=id_)
-    except ClientError as error:
-        if _code(error) not in ABSENT:
-            raise
+def _put_policy(client: Any, bucket: str, inputs: Props) -> None:
+    client.put_bucket_policy(Bucket=bucket, Policy=inputs["policy"])
 
 
 KINDS = {
@@ -278,39 +195,28 @@ KINDS = {
         generate={"bucket": lambda logical, inputs: physical_name(logical, inputs).lower()},
         tagged=True,
     ),
-    "aws:s3/bucketVersioning:BucketVersioning": _part(
-        "versioning", _put_versioning, "get_bucket_versioning", _suspend_versioning
-    ),
+    "aws:s3/bucketVersioning:BucketVersioning": _part(_put_versioning, "get_bucket_versioning", _suspend_versioning),
     "aws:s3/bucketServerSideEncryptionConfiguration:BucketServerSideEncryptionConfiguration": _part(
-        "bucket encryption",
         _put_encryption,
         "get_bucket_encryption",
         lambda client, bucket: client.delete_bucket_encryption(Bucket=bucket),
     ),
     "aws:s3/bucketPublicAccessBlock:BucketPublicAccessBlock": _part(
-        "public access block",
         _put_public_access_block,
         "get_public_access_block",
         lambda client, bucket: client.delete_public_access_block(Bucket=bucket),
     ),
     "aws:s3/bucketOwnershipControls:BucketOwnershipControls": _part(
-        "ownership controls",
         _put_ownership,
         "get_bucket_ownership_controls",
         lambda client, bucket: client.delete_bucket_ownership_controls(Bucket=bucket),
     ),
     "aws:s3/bucketLifecycleConfiguration:BucketLifecycleConfiguration": _part(
-        "lifecycle rules",
         _put_lifecycle,
         "get_bucket_lifecycle_configuration",
         lambda client, bucket: client.delete_bucket_lifecycle(Bucket=bucket),
     ),
-    "aws:s3/bucketPolicy:BucketPolicy": Kind(
-        create=_put_policy,
-        read=_read_policy,
-        update=_update_policy,
-        delete=_delete_policy,
-        recover=_put_policy,
-        replace_on=frozenset({"bucket"}),
+    "aws:s3/bucketPolicy:BucketPolicy": _part(
+        _put_policy, "get_bucket_policy", lambda client, bucket: client.delete_bucket_policy(Bucket=bucket)
     ),
 }

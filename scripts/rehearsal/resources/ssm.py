@@ -6,9 +6,9 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from rehearsal.kinds import Aws, Kind, physical_name
-from rehearsal.resources.tags import as_list
-from rehearsal.values import Props
+from scripts.rehearsal.resource_types import Aws, Kind, physical_name
+from scripts.rehearsal.resources.tags import as_list
+from scripts.rehearsal.wire import Props
 
 
 def _put(aws: Aws, inputs: Props, *, overwrite: bool) -> str:
@@ -33,7 +33,7 @@ def _read(aws: Aws, id_: str, inputs: Props) -> Props | None:
 
 
 def _update(aws: Aws, id_: str, old: Props, new: Props) -> None:
-    # Like the provider: a change of tags alone must not write the value, which others may have changed meanwhile.
+    # Like the provider: a change of tags does not write the value, which may have changed outside Pulumi.
     if any(old.get(name) != new.get(name) for name in ("type", "value", "description", "keyId", "tier")):
         _put(aws, new, overwrite=True)
     client = aws.client("ssm")

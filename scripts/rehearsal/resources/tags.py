@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rehearsal.kinds import Aws
+from scripts.rehearsal.resource_types import Aws
 
 
 def as_list(tags: Mapping[str, str]) -> list[dict[str, str]]:
@@ -24,7 +24,7 @@ def specification(kind: str, tags: Mapping[str, str] | None) -> list[dict[str, A
 
 
 def update_ec2(aws: Aws, id_: str, before: Mapping[str, str] | None, after: Mapping[str, str] | None) -> None:
-    """Makes the tags of an EC2 resource those of `after`."""
+    """Set the tags of an EC2 resource to `after`."""
     before, after = before or {}, after or {}
     if gone := before.keys() - after.keys():
         aws.client("ec2").delete_tags(Resources=[id_], Tags=[{"Key": key} for key in sorted(gone)])

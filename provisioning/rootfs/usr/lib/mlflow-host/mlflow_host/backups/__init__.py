@@ -1,11 +1,16 @@
-"""Backups: the write-ahead log as it is written, base backups and dumps by timers, and the way back from them.
+"""Backups: the archived write-ahead log, base backups, dumps, and restores from them.
 
-pgbackrest/    in the backups bucket: pgBackRest's repository, one stanza for each history of a cluster
-dumps/         pg_dump's custom format: nightly, and before each change of the schema
+In the backups bucket:
 
-archive      answers PostgreSQL's archive_command; runs for as long as PostgreSQL does
-base         base backups: the first one soon after the first boot, then nightly
-dump         the nightly dump
-check        fails when one of these is older than it should be, and tells what there is
-restore      the step before PostgreSQL at boot, and the command of that name
+pgbackrest/    pgBackRest's repository, one stanza per cluster
+dumps/         dumps in pg_dump's custom format: nightly, and before each schema change
+
+archive                      service that archives log segments, for as long as PostgreSQL runs
+pgbackrest_archive_command   PostgreSQL's archive_command: sends a segment's name to that service
+base                         timer: base backups, the first one soon after the first boot, then nightly
+dump                         timer and command mlflow-host-dump: dumps
+check                        timer: report backup ages, fail when one is stale
+last_runs                    when each kind of backup last succeeded, on the data volume
+recovery_points              the backups in the bucket, and which of them a restore request names
+restore                      boot step before PostgreSQL, and the command mlflow-host-restore
 """

@@ -1,9 +1,10 @@
-"""Archives the write-ahead log: answers PostgreSQL's archive_command by pushing the segment with pgBackRest.
+"""Service that archives the write-ahead log: pushes each segment that PostgreSQL's archive_command names to the bucket.
 
-PostgreSQL itself has no way to the instance's credentials. Its archive_command (`ask_pgbackrest.py`) names a segment
-over a Unix socket to this service, which has one, and passes on the answer: PostgreSQL keeps a segment until it has
-heard that it is in the bucket. While the bucket is out of reach segments pile up on the data volume, but no further
-than a share of it: then they are given up, which the check tells, and the next base backup begins anew.
+PostgreSQL has no access to the instance's credentials; this service has. The archive_command
+(`pgbackrest_archive_command.py`) sends a segment's name over a Unix socket and returns the reply to PostgreSQL, which
+keeps each segment until it is archived. While the bucket is unreachable, segments wait on the data volume, up to
+WAITING_SHARE of it. Beyond that limit this service skips segments: the check reports the gap, and the next base backup
+is a full one.
 
     python -m mlflow_host.backups.archive        as the OS user postgres
 """
@@ -18,38 +19,39 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from mlflow_host import config
-from mlflow_host.backups.history import History, stamp, time_of
-from mlflow_host.backups.repository import BackupError, Repository, Stanza, last_line, stanza_of
+from mlflow_host.backups.last_runs import LastRuns, stamp, time_of
+from mlflow_host.machine import config
+from mlflow_host.postgres.pgbackrest import BackupError, Repository, Stanza, last_line, stanza_of
 
 SOCKET = config.RUN / "backups" / "archive.sock"
 WAITING_SHARE = 0.2
-"""Of the data volume: how much of the log may wait for the bucket."""
+"""Share of the data volume that waiting segments may use."""
 LEAST_WAITING = 256 << 20
 BETWEEN_TRIES = timedelta(minutes=1)
-"""While segments are being given up, only one a minute is tried first: giving up must outrun who writes."""
-ASKING_SECONDS = 10
-"""For PostgreSQL's command to name its segment."""
+"""While segments are skipped, only one per minute is tried first, so that skipping is faster than new writes."""
+REQUEST_SECONDS = 10
+"""Timeout for the archive_command to send the segment's name."""
 
 
 def main() -> None:
     cluster = config.cluster()
-    repository, history = Repository(cluster), History()
+    repository, history = Repository(cluster), LastRuns()
     limit = max(LEAST_WAITING, int(shutil.disk_usage(config.DATA).total * WAITING_SHARE))
     with listening(SOCKET) as listener:
         while True:
             connection, _ = listener.accept()
             with connection:
-                connection.settimeout(ASKING_SECONDS)
+                connection.settimeout(REQUEST_SECONDS)
                 try:
                     segment = connection.makefile("r").readline().strip()
                     connection.sendall(f"{push(repository, history, segment, limit)}\n".encode())
                 except OSError as error:
-                    print(f"mlflow-host: PostgreSQL did not wait for its answer: {error}", file=sys.stderr, flush=True)
+                    message = f"mlflow-host: the archive_command closed the connection: {error}"
+                    print(message, file=sys.stderr, flush=True)
 
 
 def listening(path: Path) -> socket.socket:
-    """For this user alone."""
+    """Open the Unix socket with mode 0600."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)
@@ -61,36 +63,38 @@ def listening(path: Path) -> socket.socket:
     return listener
 
 
-def push(repository: Repository, history: History, segment: str, limit: int, now: datetime | None = None) -> str:
-    """Archive `segment`, a path below the cluster's folder; "" once it is in the bucket or given up, else why not.
+def push(repository: Repository, history: LastRuns, segment: str, limit: int, now: datetime | None = None) -> str:
+    """Archive `segment`, a path below the cluster's folder. Returns "" when it is in the bucket or skipped, else the
+    reason.
 
-    It is given up when pushing fails and more than `limit` bytes of finished segments wait."""
+    A segment is skipped when pushing it fails and more than `limit` bytes of finished segments wait."""
     if not segment.startswith("pg_wal/") or ".." in segment:
-        return f"{segment!r} is no segment of the write-ahead log"
+        return f"{segment!r} is not a segment of the write-ahead log"
     stanza = stanza_of(repository.cluster)
     if stanza is None:
-        return f"{repository.cluster} has no name for its history yet: it gets one when PostgreSQL starts"
+        return f"{repository.cluster} has no stanza yet: it gets one when PostgreSQL starts"
     at, name = now or datetime.now(UTC), Path(segment).name
     note = {"at": stamp(at), "segment": name, "stanza": stanza.name}
     too_many = waiting_bytes(repository.cluster) > limit
     given_up = time_of(history.read("gap"))
     if too_many and given_up and at - given_up < BETWEEN_TRIES:
-        why = "the one before it was given up just now"
+        reason = "the previous segment was skipped less than a minute ago"
     else:
-        why = pushed(repository, stanza, segment)
-    if not why:
+        reason = push_once(repository, stanza, segment)
+    if not reason:
         history.write("archive", note)
     elif too_many:
-        print(f"mlflow-host: {name} was given up, for too many wait: {why}", file=sys.stderr, flush=True)
+        message = f"mlflow-host: skipped WAL segment {name}: the archive queue is over its limit: {reason}"
+        print(message, file=sys.stderr, flush=True)
         history.write("gap", note | ({"at": stamp(given_up)} if given_up and at - given_up < BETWEEN_TRIES else {}))
         return ""
     else:
-        print(f"mlflow-host: {name} is not archived: {why}", file=sys.stderr, flush=True)
-    return why
+        print(f"mlflow-host: {name} is not archived: {reason}", file=sys.stderr, flush=True)
+    return reason
 
 
-def pushed(repository: Repository, stanza: Stanza, segment: str) -> str:
-    """Push by pgBackRest, which is told of a new history first; "" or its reason."""
+def push_once(repository: Repository, stanza: Stanza, segment: str) -> str:
+    """Push with pgBackRest, and create the stanza if it is missing. Returns "" or the reason of the failure."""
     arguments = [f"--pg1-path={repository.cluster}", "archive-push", segment]
     done = repository.run(stanza.name, *arguments)
     if done.returncode and "stanza-create" in done.stdout:
@@ -103,7 +107,7 @@ def pushed(repository: Repository, stanza: Stanza, segment: str) -> str:
 
 
 def waiting_bytes(cluster: Path) -> int:
-    """Of the segments that PostgreSQL has finished and keeps until they are archived."""
+    """Bytes of the finished segments that are not archived yet."""
     ready = (cluster / "pg_wal" / "archive_status").glob("*.ready")
     sizes = []
     for each in ready:

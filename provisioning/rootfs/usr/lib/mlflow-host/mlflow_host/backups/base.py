@@ -1,10 +1,10 @@
-"""Base backups by pgBackRest: the first one soon after a cluster's history has begun, then one each night.
+"""Timer: base backups by pgBackRest, the first one soon after a new stanza begins, then one per night.
 
-Run every ten minutes, it looks whether one is due: in full for the first, after a gap in the archived log, and once a
-week; otherwise what has changed since the last full one. pgBackRest then drops what the retention no longer asks for.
+Runs every ten minutes and takes a backup when one is due. The first one, the first after a gap in the archived log, and
+one per week are full; the others are differential. pgBackRest then deletes backups beyond the retention.
 
     python -m mlflow_host.backups.base            as the OS user postgres, PostgreSQL running
-    python -m mlflow_host.backups.base --now      whether due or not
+    python -m mlflow_host.backups.base --now      take one even if none is due
 """
 
 from __future__ import annotations
@@ -17,25 +17,35 @@ from typing import Any
 
 import psycopg2
 
-from mlflow_host import config
-from mlflow_host.backups.history import History, is_due, stamp, time_of
-from mlflow_host.backups.repository import EMPTY, BackupError, Repository, Stanza, archives, last_line, stanza_of
-from mlflow_host.schema.cluster import Cluster, connection, value
+from mlflow_host.backups.last_runs import LastRuns, is_due, stamp, time_of
+from mlflow_host.machine import config
+from mlflow_host.postgres.cluster import Cluster, connection, value
+from mlflow_host.postgres.pgbackrest import (
+    EMPTY_ANNOTATION,
+    BackupError,
+    Repository,
+    Stanza,
+    archives,
+    last_line,
+    stanza_of,
+)
 
 FULL_EVERY = timedelta(days=7)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mlflow_host.backups.base", description=__doc__)
-    parser.add_argument("--now", action="store_true", help="take one whether one is due or not")
+    parser.add_argument("--now", action="store_true", help="take one even if none is due")
     arguments = parser.parse_args()
     document = config.load().launch
     cluster = config.cluster()
     try:
         if not archives(document):
-            raise BackupError("there are no base backups: the store of the backups bucket is asked by plain HTTP")
+            raise BackupError(
+                "no base backup: the endpoint of the backups bucket is http://, pgBackRest needs https://"
+            )
         retention = timedelta(days=document.backups.retention_days)
-        print(take(Repository(cluster), History(), retention, datetime.now(UTC), holds_nothing, at_once=arguments.now))
+        print(take(Repository(cluster), LastRuns(), retention, datetime.now(UTC), is_empty, at_once=arguments.now))
     except (BackupError, OSError) as error:
         print(f"mlflow-host: {error}", file=sys.stderr)
         return 2
@@ -44,22 +54,22 @@ def main() -> int:
 
 def take(
     repository: Repository,
-    history: History,
+    history: LastRuns,
     retention: timedelta,
     now: datetime,
-    is_empty: Callable[[], bool],
+    has_no_data: Callable[[], bool],
     *,
     at_once: bool,
 ) -> str:
-    """Back up if that is due, and say what was done. Raises BackupError."""
+    """Take a base backup if one is due. Returns a sentence for the journal. Raises BackupError."""
     stanza = stanza_of(repository.cluster)
     if stanza is None:
-        raise BackupError(f"{repository.cluster} has no name for its history: it gets one when PostgreSQL starts")
-    kind = wanted(history, stanza, retention, now, at_once=at_once)
+        raise BackupError(f"{repository.cluster} has no stanza yet: it gets one when PostgreSQL starts")
+    kind = kind_due(history, stanza, retention, now, at_once=at_once)
     if kind is None:
         return "no base backup is due"
-    note = [f"--annotation={EMPTY}=yes"] if is_empty() else []
-    arguments = [*repository.running(), f"--type={kind}", *note, "backup"]
+    note = [f"--annotation={EMPTY_ANNOTATION}=yes"] if has_no_data() else []
+    arguments = [*repository.server_arguments(), f"--type={kind}", *note, "backup"]
     done = repository.run(stanza.name, *arguments)
     if done.returncode and "stanza-create" in done.stdout:
         repository.create_stanza(stanza)
@@ -74,8 +84,8 @@ def take(
     return f"base backup {made['label']} of {made['info']['size'] >> 20} MiB"
 
 
-def holds_nothing() -> bool:
-    """Whether the database in service is as it was made: then its backups are not what somebody means by the latest.
+def is_empty() -> bool:
+    """Whether nothing was logged to the database in service. "latest" ignores backups of an empty database.
 
     Raises BackupError when PostgreSQL does not answer."""
     cluster = Cluster(host=str(config.POSTGRESQL_SOCKETS))
@@ -86,14 +96,14 @@ def holds_nothing() -> bool:
                 if there and value(opened, f"SELECT count(*) FROM (SELECT 1 FROM {table} LIMIT 2) few") > limit:
                     return False
     except psycopg2.Error as error:
-        raise BackupError(f"the database could not be looked at: {str(error).strip()}") from None
+        raise BackupError(f"the database could not be read: {str(error).strip()}") from None
     return True
 
 
-def wanted(
-    history: History, stanza: Stanza, retention: timedelta, now: datetime, *, at_once: bool = False
+def kind_due(
+    history: LastRuns, stanza: Stanza, retention: timedelta, now: datetime, *, at_once: bool = False
 ) -> str | None:
-    """ "full", "diff", or None while none is due."""
+    """The kind of base backup that is due: "full", "diff", or None."""
     last: dict[str, Any] = history.read("base")
     gap = time_of(history.read("gap"))
     at = time_of(last)

@@ -1,7 +1,7 @@
-"""Tells what is backed up, and fails when something is older than it should be.
+"""Timer: report backup ages; exit non-zero when one is stale.
 
-The unit that runs this every few minutes is then a failed one (`systemctl --failed`) until all is well again. What it
-finds is served to users of the server as /mlflow-host/backups.json and stands on the status page.
+A stale backup leaves the unit failed (`systemctl --failed`) until the next successful run. nginx serves the report to
+users as /mlflow-host/backups.json, and the status page shows it.
 
     python -m mlflow_host.backups.check
 """
@@ -15,22 +15,22 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from mlflow_host import config, web
-from mlflow_host.backups.history import History, time_of
-from mlflow_host.backups.repository import Stanza, archives, stanza_of
+from mlflow_host.backups.last_runs import LastRuns, time_of
+from mlflow_host.machine import config, nginx, status
+from mlflow_host.postgres.pgbackrest import Stanza, archives, stanza_of
 
-ARCHIVE_PATIENCE = timedelta(minutes=10)
-"""How long a finished segment may wait for the bucket."""
+ARCHIVE_PATIENCE = timedelta(minutes=2)
+"""Longest time that a finished segment may wait to be archived: a lost volume then loses more than a minute."""
 DAILY_PATIENCE = timedelta(hours=36)
 FIRST_PATIENCE = timedelta(hours=1)
-"""For the first base backup and the first dump of a history."""
+"""For the first base backup and the first dump of a stanza."""
 BOOT_PATIENCE = timedelta(minutes=10)
-"""What was due while the machine was off is done by then."""
+"""Time after a boot in which backups that were due while the machine was off are taken."""
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """Segments that PostgreSQL has finished and not seen archived."""
+class SegmentQueue:
+    """The finished segments that are not archived yet."""
 
     count: int = 0
     since: datetime | None = None
@@ -41,28 +41,29 @@ def main() -> int:
     now, began = datetime.now(UTC), datetime.fromtimestamp(config.CONFIG.stat().st_mtime, UTC)
     archiving = archives(config.load().launch)
     found = summary(
-        History(), stanza_of(cluster), waiting(cluster), now, archiving, just_booted=now - began < BOOT_PATIENCE
+        LastRuns(), stanza_of(cluster), segment_queue(cluster), now, archiving, just_booted=now - began < BOOT_PATIENCE
     )
-    web.write_private(config.RUN / "web" / "backups.json", json.dumps(found) + "\n", mode=0o644)
+    nginx.write_private(config.RUN / "web" / "backups.json", json.dumps(found) + "\n", mode=0o644)
+    status.publish()
     for problem in found["problems"]:
         print(f"mlflow-host: {problem}", file=sys.stderr)
     return 2 if found["problems"] else 0
 
 
-def waiting(cluster: Path) -> Waiting:
+def segment_queue(cluster: Path) -> SegmentQueue:
     times = []
     for ready in (cluster / "pg_wal" / "archive_status").glob("*.ready"):
         try:
             times.append(ready.stat().st_mtime)
         except FileNotFoundError:
             continue
-    return Waiting(len(times), datetime.fromtimestamp(min(times), UTC)) if times else Waiting()
+    return SegmentQueue(len(times), datetime.fromtimestamp(min(times), UTC)) if times else SegmentQueue()
 
 
 def summary(
-    history: History,
+    history: LastRuns,
     stanza: Stanza | None,
-    queue: Waiting,
+    queue: SegmentQueue,
     now: datetime,
     archiving: bool,
     *,
@@ -70,7 +71,7 @@ def summary(
 ) -> dict[str, Any]:
     """{"state": "good" | "late", "problems": [sentence, …], "archive": {…}, "base": {…}, "dump": {…}, …}
 
-    What is `just_booted` only tells what there is: it may have been off for days."""
+    `just_booted`: report no problems, because the machine may have been off for days."""
     kept = {what: history.read(what) for what in ("archive", "base", "dump", "gap", "restored")}
     problems = [*_archiving(kept, stanza, queue, now, archiving), *_daily(kept, stanza, now, archiving)]
     problems = [] if just_booted else problems
@@ -83,27 +84,27 @@ def summary(
 
 
 def _archiving(
-    kept: dict[str, dict[str, Any]], stanza: Stanza | None, queue: Waiting, now: datetime, archiving: bool
+    kept: dict[str, dict[str, Any]], stanza: Stanza | None, queue: SegmentQueue, now: datetime, archiving: bool
 ) -> list[str]:
     if not archiving:
         return [
-            "the write-ahead log is not archived, because the store of the backups bucket is asked by plain HTTP and "
-            "pgBackRest takes HTTPS only: set backupsEndpoint to an https:// address of it"
+            "the write-ahead log is not archived, because the endpoint of the backups bucket is http:// and pgBackRest "
+            "supports HTTPS only: set backupsEndpoint to an https:// address"
         ]
     problems = []
     if queue.since and now - queue.since > ARCHIVE_PATIENCE:
         last = kept["archive"].get("at", "none yet")
         problems.append(
             f"{queue.count} segments of the write-ahead log wait to be archived, for up to {_age(now, queue.since)} "
-            f"(last archived: {last}): see `journalctl -u mlflow-host-archive`; check the backups bucket, and the "
-            "role's access to it"
+            f"(last archived: {last}): see `journalctl -u mlflow-host-archive`; check the backups bucket and the "
+            "instance role's access to it"
         )
     gap, base = time_of(kept["gap"]), time_of(kept["base"])
     ours = stanza is not None and kept["gap"].get("stanza") == stanza.name
     if gap and ours and (base is None or base <= gap):
         problems.append(
-            f"the archived write-ahead log has a gap at {kept['gap']['at']}, for the bucket was out of reach too long: "
-            "a restore ends there until the next base backup, which begins by itself"
+            f"the archived write-ahead log has a gap at {kept['gap']['at']}, because the bucket was unreachable for "
+            "too long: a restore ends there until the next base backup, which starts automatically"
         )
     return problems
 

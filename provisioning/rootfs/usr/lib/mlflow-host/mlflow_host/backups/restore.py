@@ -1,17 +1,17 @@
-"""Bring back what was backed up: the step before PostgreSQL at boot, and the command mlflow-host-restore.
+"""Restore a backup: boot step `restore`, before PostgreSQL starts, and the command mlflow-host-restore.
 
-    mlflow-host-restore list                      what there is
-    mlflow-host-restore latest                    the last that was archived
-    mlflow-host-restore 2026-11-22T14:15:00Z      all that was committed until then
-    mlflow-host-restore 20261122-013005F          a base backup, as it was at its end
-    mlflow-host-restore dumps/….dump              a dump, of another PostgreSQL major too
+    mlflow-host-restore list                      list the available backups
+    mlflow-host-restore latest                    restore up to the end of the archived log
+    mlflow-host-restore 2026-11-22T14:15:00Z      restore everything committed until then
+    mlflow-host-restore 20261122-013005F          restore a base backup, without the log after it
+    mlflow-host-restore dumps/….dump              restore a dump, also from another PostgreSQL major
 
-The stack's restoreFrom asks for the same, once per value: what was restored is noted on the data volume.
+The stack's restoreFrom requests the same, once per value: the last restore is recorded on the data volume.
 
-Nothing is overwritten. A base backup is restored beside the cluster, recovered and looked at, and then exchanged with
-it by name; a dump becomes a database of its own, which is exchanged with the one in service. What was replaced stays
-under a name with the time. A crash at any moment leaves the old one in service, or the new one, and the next start
-finishes the exchange or starts over.
+A restore overwrites nothing. A base backup is restored to a second cluster folder, recovered and checked, and then
+exchanged with the cluster in service by renaming. A dump is restored to a second database, which is then exchanged in
+the same way. The replaced cluster or database is kept under a name with the time. After a crash at any moment, the old
+or the new one is in service, and the next boot finishes the exchange or starts again.
 """
 
 from __future__ import annotations
@@ -31,54 +31,100 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import psycopg2
 
-from mlflow_host import config, durable, postgresql
-from mlflow_host.backups import listing, repository
-from mlflow_host.backups.history import History, stamp
-from mlflow_host.backups.listing import Available, Chosen
-from mlflow_host.backups.repository import BackupError, Repository, begin_history, last_line, stanza_of
-from mlflow_host.launch import LaunchDocument
-from mlflow_host.schema import dumping, flipping, record
-from mlflow_host.schema.catalog import head
-from mlflow_host.schema.cluster import WORK, Cluster, accepts, connection, create_empty, databases, drop
-from mlflow_host.schema.record import Record
-from mlflow_host.status import Step, StepFailed, step
+from mlflow_host.backups import recovery_points
+from mlflow_host.backups.last_runs import LastRuns, stamp
+from mlflow_host.backups.recovery_points import RecoveryPoint, RecoveryPoints
+from mlflow_host.contract.launch import LaunchDocument
+from mlflow_host.machine import atomic_file, config
+from mlflow_host.machine.status import BootStep, StepFailed, step
+from mlflow_host.postgres import dump_file, flip, initdb, ownership, pgbackrest
+from mlflow_host.postgres.catalog import head
+from mlflow_host.postgres.cluster import (
+    WORK_PREFIX,
+    Cluster,
+    accepts_connections,
+    connection,
+    create_empty,
+    databases,
+    drop,
+)
+from mlflow_host.postgres.ownership import OwnershipRecord
+from mlflow_host.postgres.pgbackrest import BackupError, Repository, last_line, stanza_of, start_stanza
 
 REQUEST, FLIP, RESTORED = "restore-request", "restore-flip", "restored"
-"""In the history on the data volume: what a person asked for, an exchange under way, and what was done."""
+"""Files on the data volume: a request by hand, a decided exchange of clusters, the last restore."""
 
-ROOM = 1.3
-"""Free space a restored cluster takes, for each byte of the base backup: the log that is replayed on it."""
-DUMP_ROOM = 8
-"""The same for each byte of a dump, which is compressed."""
+
+class RestoreState(StrEnum):
+    """What the boot step has to do. `state_of` reads it from the files on the data volume.
+
+    state               files                            action of the step       state after it
+    EXCHANGE_DECIDED    FLIP                             finish the exchange      NOTHING_TO_DO
+    REQUESTED_BY_HAND   REQUEST, no FLIP                 restore; forget REQUEST  see below
+    REQUESTED_BY_STACK  no FLIP, no REQUEST; RESTORED    restore                  see below
+                        has another value than the
+                        launch document's restoreFrom
+    NOTHING_TO_DO       none of these                    delete the work folder   NOTHING_TO_DO
+
+    A restore of a base backup writes FLIP before the exchange, so a crash after that leads to EXCHANGE_DECIDED. A crash
+    before that leaves the state unchanged. Success writes RESTORED: NOTHING_TO_DO. Failure of a request by hand forgets
+    REQUEST; failure of the stack's request leaves REQUESTED_BY_STACK, so the next boot tries again.
+    """
+
+    EXCHANGE_DECIDED = "exchange decided"
+    REQUESTED_BY_HAND = "requested by hand"
+    REQUESTED_BY_STACK = "requested by the stack"
+    NOTHING_TO_DO = "nothing to do"
+
+
+def state_of(history: LastRuns, restore_from: str) -> RestoreState:
+    """`restore_from`: the launch document's value, "" without one."""
+    if history.read(FLIP):
+        return RestoreState.EXCHANGE_DECIDED
+    if history.read(REQUEST).get("value"):
+        return RestoreState.REQUESTED_BY_HAND
+    if restore_from and history.read(RESTORED).get("value") != restore_from:
+        return RestoreState.REQUESTED_BY_STACK
+    return RestoreState.NOTHING_TO_DO
+
+
+CLUSTER_SPACE = 1.3
+"""Free bytes needed per byte of a base backup, because the replayed log needs space too."""
+DUMP_SPACE = 9
+"""Free bytes needed per byte of a dump: the file itself, and its content, which is compressed."""
 SPARE = 256 << 20
 
 RENAME_EXCHANGE = 2
 
 TOO_EARLY = "recovery ended before configured recovery target was reached"
 
-FETCH = '{fetch} archive-get %f "%p"; status=$?; [ $status -le 1 ] && exit $status; exit 126'
-"""1 is "not archived", which ends recovery. For anything else, such as a bucket out of reach, PostgreSQL must give up
-rather than take it for the end of the log; 126 tells it so."""
+FETCH = (
+    'for attempt in 1 2 3; do {fetch} archive-get %f "%p"; status=$?; [ $status -le 1 ] && exit $status; sleep 1; '
+    "done; exit 126"
+)
+"""Status 1 means "not archived", and PostgreSQL ends recovery there. For any other failure, such as an unreachable
+bucket, PostgreSQL must abort recovery; it does so for status 126."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the step works; tests have one of their own."""
+class RestorePaths:
+    """Folders and versions that a restore works with; tests use their own."""
 
     clusters: Path
     major: int
     programs: Path
-    """PostgreSQL's."""
+    """PostgreSQL's programs."""
     sockets: Path
-    """A private folder: while the step works nobody else reaches PostgreSQL."""
+    """A private folder for the socket, so that only the step can connect to PostgreSQL during a restore."""
     settings: Path
     repository_settings: Path
-    history: History
+    history: LastRuns
     archiving: bool = True
 
     @property
@@ -97,16 +143,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="mlflow-host-restore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", help="list, latest, a point in time, or a backup's name")
-    parser.add_argument("--yes", action="store_true", help="do not ask")
-    parser.add_argument("--step", action="store_true", help="the boot's step: do what is asked for on the data volume")
+    parser.add_argument("what", nargs="?", help="list, latest, a point in time, or the name of a backup")
+    parser.add_argument("--yes", action="store_true", help="do not ask for confirmation")
+    parser.add_argument("--step", action="store_true", help="run the boot step: perform the requested restore, if any")
     arguments = parser.parse_args()
     if arguments.step:
         with step("restore") as s:
             s.say(perform(this_machine(), config.load().launch, s))
         return
     if not arguments.what:
-        parser.error("say what to restore, or list")
+        parser.error("name a backup to restore, or list")
     try:
         raise SystemExit(command(arguments.what, sure=arguments.yes))
     except (BackupError, StepFailed, OSError) as error:
@@ -114,17 +160,17 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-def this_machine() -> Place:
+def this_machine() -> RestorePaths:
     major = config.postgresql_major()
-    return Place(
+    return RestorePaths(
         clusters=config.CLUSTERS,
         major=major,
-        programs=postgresql.binaries(major),
+        programs=initdb.binaries(major),
         sockets=config.RUN / "backups",
-        settings=postgresql.SETTINGS,
-        repository_settings=repository.SETTINGS,
-        history=History(),
-        archiving=repository.archives(config.load().launch),
+        settings=initdb.SETTINGS,
+        repository_settings=pgbackrest.SETTINGS,
+        history=LastRuns(),
+        archiving=pgbackrest.archives(config.load().launch),
     )
 
 
@@ -132,30 +178,30 @@ def this_machine() -> Place:
 
 
 def command(what: str, *, sure: bool) -> int:
-    """As root on the machine: hand the request to the step, with PostgreSQL stopped, and start everything again."""
+    """Run as root on the machine: stop PostgreSQL, run the step with the request, start everything again."""
     host, place = config.load(), this_machine()
     there = available(place, host.launch)
     if what == "list":
-        print("\n".join(listing.table(there)))
+        print("\n".join(recovery_points.table(there)))
         return 0
-    chosen = listing.choose(what, there, place.major, stanza_of(place.live), datetime.now(UTC))
-    aside = "The present one is kept aside; MLflow is away meanwhile."
+    chosen = recovery_points.choose(what, there, place.major, stanza_of(place.live), datetime.now(UTC))
+    aside = "The current data is kept aside. MLflow is down while this runs."
     print(f"This restores {chosen.described()}. {aside}", file=sys.stderr)
     if not sure and not confirmed():
-        raise BackupError("nothing was done; --yes skips the question")
+        raise BackupError("nothing was restored; --yes skips the confirmation")
     systemctl("stop", "mlflow-host-postgresql.service", *host.server_units)
     place.history.write(REQUEST, {"value": what, "at": stamp(datetime.now(UTC))})
     status = systemctl("restart", "mlflow-host-restore.service")
     if status and going_down():
-        raise BackupError("the machine is going down: it restores that at its next start")
+        raise BackupError("the machine is shutting down: the restore runs at its next boot")
     place.history.forget(REQUEST)
     if status:
         (config.RUN / "status" / "restore.json").unlink(missing_ok=True)
     started = systemctl("start", "mlflow-host-ready.service", *host.server_units)
     if status:
-        print("mlflow-host: the restore failed, and what was there is in service again", file=sys.stderr)
+        print("mlflow-host: the restore failed; the previous data is in service again", file=sys.stderr)
         return 2
-    # What the restored cluster writes from now on is a history of its own, which begins with a base backup.
+    # The restored cluster archives to a new stanza, which needs a base backup.
     systemctl("start", "--no-block", "mlflow-host-base-backup.service")
     print(json.dumps(place.history.read(RESTORED)))
     return 2 if started else 0
@@ -164,7 +210,7 @@ def command(what: str, *, sure: bool) -> int:
 def confirmed() -> bool:
     if not sys.stdin.isatty():
         return False
-    print("mlflow-host: type yes to restore it: ", end="", file=sys.stderr, flush=True)
+    print("mlflow-host: type yes to restore: ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip() == "yes"
 
 
@@ -173,29 +219,33 @@ def systemctl(*arguments: str) -> int:
 
 
 def going_down() -> bool:
-    """Whether the machine is shutting down; then systemd cancels what it was asked for, or answers no more."""
-    asked = ["systemctl", "is-system-running"]
-    said = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout.strip()
-    return said not in ("running", "degraded", "starting", "initializing", "maintenance")
+    """Whether the machine is shutting down. systemd then cancels queued jobs, or does not answer."""
+    command = ["systemctl", "is-system-running"]
+    state = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout.strip()
+    return state not in ("running", "degraded", "starting", "initializing", "maintenance")
 
 
 # The step
 
 
-def perform(place: Place, document: LaunchDocument, s: Step) -> str:
-    """Do what is asked for and not done yet, and say what that was. Raises StepFailed with the old data in service."""
+def perform(place: RestorePaths, document: LaunchDocument, s: BootStep) -> str:
+    """Perform the requested restore unless it is done already. Returns a sentence. Raises StepFailed, with the old
+    data in service."""
     history = place.history
-    if finished := finish(place):
-        return f"finished the exchange that an earlier start had begun: {finished} is in service"
-    request = history.read(REQUEST)
-    value = request.get("value") or pending(history, document.backups.restore_from)
-    if not value:
-        shutil.rmtree(place.work, ignore_errors=True)  # of one that was interrupted, and that nobody asks for any more
-        return "nothing is to be restored that was not restored before"
+    match state_of(history, document.backups.restore_from):
+        case RestoreState.EXCHANGE_DECIDED:
+            return f"finished the exchange that an earlier boot began: {finish_exchange(place)} is in service"
+        case RestoreState.NOTHING_TO_DO:
+            shutil.rmtree(place.work, ignore_errors=True)  # left by an interrupted restore that is no longer requested
+            return "no restore is requested that was not done before"
+        case RestoreState.REQUESTED_BY_HAND:
+            value = str(history.read(REQUEST)["value"])
+        case RestoreState.REQUESTED_BY_STACK:
+            value = document.backups.restore_from
     try:
         there = available(place, document)
         ours, now = stanza_of(place.live), datetime.now(UTC)
-        chosen = listing.choose(value, there, place.major, ours, now)
+        chosen = recovery_points.choose(value, there, place.major, ours, now)
         s.say(f"restoring {chosen.described()}")
         note = {"value": document.backups.restore_from, "asked": value, "at": stamp(now), "what": chosen.described()}
         if chosen.dump:
@@ -203,55 +253,54 @@ def perform(place: Place, document: LaunchDocument, s: Step) -> str:
             history.write(RESTORED, {**note, "kept": kept})
         else:
             kept = restore_cluster(place, chosen, note, now, s.say)
-    except (BackupError, dumping.DumpError, psycopg2.Error, OSError) as error:
-        raise StepFailed(f"{str(error).strip()}; what was there is untouched") from error
+    except (BackupError, dump_file.DumpError, psycopg2.Error, OSError) as error:
+        raise StepFailed(f"{str(error).strip()}; the previous data is unchanged") from error
     except Exception as error:
-        if type(error).__module__.startswith("botocore"):
-            raise StepFailed(f"the backups bucket cannot be read: {error}; what was there is untouched") from error
+        if type(error).__module__.startswith(("boto3", "botocore")):
+            raise StepFailed(f"the backups bucket cannot be read: {error}; the previous data is unchanged") from error
         raise
     finally:
-        # Asked for by hand it is tried once; after a crash it is still there.
+        # A request by hand is tried once. After a crash of this process it still exists and is tried again.
         history.forget(REQUEST)
-    return f"restored {chosen.described()}" + (f"; what was there is kept as {kept}" if kept else "")
+    return f"restored {chosen.described()}" + (f"; the previous data is kept as {kept}" if kept else "")
 
 
-def pending(history: History, value: str) -> str:
-    """What the launch document asks for, "" once that was done."""
-    return "" if history.read(RESTORED).get("value") == value else value
-
-
-def available(place: Place, document: LaunchDocument) -> Available:
-    bucket = repository.bucket(document)
+def available(place: RestorePaths, document: LaunchDocument) -> RecoveryPoints:
+    bucket = pgbackrest.bucket(document)
     reader = place.repository(place.live) if place.archiving else None
-    return listing.look(reader, dumping.client(bucket), bucket.name)
+    return recovery_points.list_recovery_points(reader, dump_file.s3_client(bucket), bucket.name)
 
 
 # A base backup and the log after it
 
 
 def restore_cluster(
-    place: Place, chosen: Chosen, note: dict[str, Any], now: datetime, say: Callable[[str], None]
+    place: RestorePaths, chosen: RecoveryPoint, note: dict[str, Any], now: datetime, say: Callable[[str], None]
 ) -> str | None:
-    """Restore beside the cluster, recover, look at it, exchange; what the replaced one is called, if there was one.
+    """Restore to a second folder, recover, check, exchange. Returns the name of the replaced cluster, None without one.
 
     Raises BackupError."""
     assert chosen.line and chosen.base
     shutil.rmtree(place.work, ignore_errors=True)
-    require_room(place.clusters, int(chosen.base.bytes * ROOM) + SPARE)
+    require_space(place.clusters, int(chosen.base.bytes * CLUSTER_SPACE) + SPARE)
     try:
         say(f"fetching base backup {chosen.base.label}, {chosen.base.bytes >> 20} MiB")
-        place.work.mkdir(mode=0o700)
         stanza = chosen.line.stanza.name
         fetch = place.repository(place.work)
         arguments = [f"--pg1-path={place.work}", f"--set={chosen.base.label}", "--type=none", "restore"]
-        done = fetch.run(stanza, *arguments)
-        if done.returncode:
+        for _ in range(2):  # at boot the Elastic IP may cut the first attempt
+            shutil.rmtree(place.work, ignore_errors=True)
+            place.work.mkdir(mode=0o700)
+            done = fetch.run(stanza, *arguments)
+            if not done.returncode:
+                break
+        else:
             raise BackupError(f"base backup {chosen.base.label} could not be fetched: {last_line(done.stdout)}")
         say("replaying the archived log")
-        if remark := recover(place, chosen, fetch.command(stanza, f"--pg1-path={place.work}")):
+        if remark := replay_log(place, chosen, fetch.command(stanza, f"--pg1-path={place.work}")):
             say(remark)
             note = note | {"remark": remark}
-        begin_history(place.work, now)
+        start_stanza(place.work, now)
     except BaseException:
         shutil.rmtree(place.work, ignore_errors=True)
         raise
@@ -260,19 +309,20 @@ def restore_cluster(
     stanza_now = stanza_of(place.work)
     assert stanza_now
     place.history.write(FLIP, {"history": stanza_now.name, "kept": kept, "note": {**note, "kept": kept}})
-    finish(place)
+    finish_exchange(place)
     return place.history.read(RESTORED).get("kept")
 
 
-def recover(place: Place, chosen: Chosen, fetch: list[str]) -> str:
-    """Replay, and verify that the cluster opens and holds a database that can be read; what is to be said of it, or "".
+def replay_log(place: RestorePaths, chosen: RecoveryPoint, fetch: list[str]) -> str:
+    """Replay the log, and check that PostgreSQL opens the cluster and its database is readable. Returns a remark about
+    a gap in the log, or "".
 
     Raises BackupError."""
     signal_file = place.work / "recovery.signal"
     signal_file.touch()
     options = {
         "archive_mode": "off",
-        # So that a smaller machine than the one it comes from can do it.
+        # With hot_standby, recovery fails where max_connections is smaller than on the original machine.
         "hot_standby": "off",
         "recovery_target_action": "promote",
         "restore_command": FETCH.format(fetch=" ".join(fetch)),
@@ -281,44 +331,44 @@ def recover(place: Place, chosen: Chosen, fetch: list[str]) -> str:
         options["recovery_target_time"] = chosen.target.isoformat()
     elif not chosen.whole:
         options["recovery_target"] = "immediate"
-    said: list[str] = []
+    log: list[str] = []
     try:
-        look_at(place, options, said)
+        open_once(place, options, log)
     except BackupError as error:
         if not chosen.target or TOO_EARLY not in str(error):
             raise
-        if gap := gap_in(chosen, said):
+        if gap := gap_in(chosen, log):
             raise BackupError(
-                f"{gap}, so the state at {stamp(chosen.target)} cannot be had: name an earlier moment, or a later base "
-                "backup"
+                f"{gap}, so the state at {stamp(chosen.target)} cannot be restored: name an earlier moment, or a later "
+                "base backup"
             ) from None
-        # Nothing was committed after that moment, so all that there is is the state at it.
+        # Nothing was committed after the target, so the end of the log is the state at the target.
         del options["recovery_target_time"]
-        look_at(place, options, said)
-    return gap_in(chosen, said) if chosen.whole else ""
+        open_once(place, options, log)
+    return gap_in(chosen, log) if chosen.whole else ""
 
 
-def look_at(place: Place, options: dict[str, str], said: list[str]) -> None:
-    with running(place, place.work, options, said) as cluster:
+def open_once(place: RestorePaths, options: dict[str, str], log: list[str]) -> None:
+    with private_postgresql(place, place.work, options, log) as cluster:
         names = databases(cluster)
         if cluster.database in names:
             with connection(cluster, cluster.database) as opened:
                 head(opened)
 
 
-def gap_in(chosen: Chosen, said: list[str]) -> str:
-    """That replaying ended before the last archived segment, for one between is missing; "" where it did not."""
+def gap_in(chosen: RecoveryPoint, log: list[str]) -> str:
+    """A phrase about a missing segment, if replaying ended before the last archived segment; else ""."""
     assert chosen.line
-    replayed = [found[1] for line in said if (found := re.search(r'restored log file "([0-9A-F]{24})"', line))]
+    replayed = [found[1] for line in log if (found := re.search(r'restored log file "([0-9A-F]{24})"', line))]
     if replayed and max(replayed) >= chosen.line.last_segment:
         return ""
     return "the archived write-ahead log has a gap " + (f"after {max(replayed)}" if replayed else "at its beginning")
 
 
-def finish(place: Place) -> str | None:
-    """Idempotent: complete the exchange that was decided, if one was; what is in service then.
+def finish_exchange(place: RestorePaths) -> str | None:
+    """Complete a recorded exchange; idempotent. Returns a description of the restored data; None without an exchange.
 
-    The exchange is one system call, so that there is a cluster under the name in service at every moment."""
+    The exchange is one system call, so there is a cluster under the live name at every moment."""
     decided = place.history.read(FLIP)
     if not decided:
         return None
@@ -327,7 +377,7 @@ def finish(place: Place) -> str | None:
         exchange(place.work, place.live)
     if place.work.exists() and decided["kept"]:
         place.work.rename(place.clusters / decided["kept"])
-        durable.sync(place.clusters)
+        atomic_file.sync(place.clusters)
     note = decided["note"]
     place.history.write(RESTORED, {**note, "kept": note.get("kept") or set_aside_other_majors(place)})
     place.history.forget(REQUEST)
@@ -335,20 +385,20 @@ def finish(place: Place) -> str | None:
     return str(decided["note"]["what"])
 
 
-def set_aside_other_majors(place: Place) -> str | None:
-    """After a move to this image's major the other one's cluster must not be taken for the data in service by an image
-    that could read it; what it is called then."""
+def set_aside_other_majors(place: RestorePaths) -> str | None:
+    """Rename clusters of other PostgreSQL majors, so that an older image does not start them again after the data has
+    moved to this image's major. Returns the new name, None without such a cluster."""
     kept = None
     for path in place.clusters.iterdir():
         if path.name.isdigit() and path != place.live:
             kept = f"{path.name}.kept-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
             path.rename(place.clusters / kept)
-    durable.sync(place.clusters)
+    atomic_file.sync(place.clusters)
     return kept
 
 
 def exchange(new: Path, live: Path) -> None:
-    """Put `new` under the name `live`, and what was there under the name of `new`, at once."""
+    """Swap the two folders atomically, or rename `new` to `live` if `live` does not exist."""
     if not live.exists():
         new.rename(live)
     else:
@@ -357,50 +407,50 @@ def exchange(new: Path, live: Path) -> None:
         names = ctypes.c_char_p(os.fsencode(new)), ctypes.c_char_p(os.fsencode(live))
         if library.renameat2(here, names[0], here, names[1], ctypes.c_uint(RENAME_EXCHANGE)):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(live))
-    durable.sync(live.parent)
+    atomic_file.sync(live.parent)
 
 
 # A dump
 
 
 def restore_dump(
-    place: Place, document: LaunchDocument, chosen: Chosen, now: datetime, say: Callable[[str], None]
+    place: RestorePaths, document: LaunchDocument, chosen: RecoveryPoint, now: datetime, say: Callable[[str], None]
 ) -> str | None:
-    """Restore into a database of its own and exchange that; what the replaced one is called, if there was one.
+    """Restore to a second database and exchange it. Returns the name of the replaced database, None without one.
 
     Raises BackupError."""
     assert chosen.dump
-    require_room(place.clusters, chosen.dump.bytes * DUMP_ROOM + SPARE)
+    require_space(place.clusters, chosen.dump.bytes * DUMP_SPACE + SPARE)
     fresh = not place.live.exists()
     if fresh:
         say(f"creating a PostgreSQL {place.major} cluster")
-        postgresql.make(place.live, place.programs)
-    bucket = repository.bucket(document)
-    found = dumping.client(bucket).get_object(Bucket=bucket.name, Key=chosen.dump.key)
-    with running(place, place.live, {}) as cluster:
-        work = f"{WORK}restored"
+        initdb.create_cluster(place.live, place.programs)
+    with tempfile.TemporaryFile(dir=place.clusters) as fetched, private_postgresql(place, place.live, {}) as cluster:
+        work = f"{WORK_PREFIX}restored"
         try:
             create_empty(cluster, work)
             say(f"restoring {chosen.dump.key}, {chosen.dump.bytes >> 20} MiB")
-            dumping.load(cluster, work, found["Body"])
+            bucket = pgbackrest.bucket(document)
+            metadata = dump_file.fetch(bucket, chosen.dump.key, fetched, recorded=chosen.dump.recorded)
+            dump_file.load(cluster, work, fetched)
             with connection(cluster, work, autocommit=True) as opened:
                 revision = head(opened)
                 with opened.cursor() as cursor:
                     cursor.execute("ANALYZE")
             if revision is None:
-                raise BackupError(f"{chosen.dump.key} holds no database of MLflow's")
-            return put_in_service(cluster, work, of_dump(found["Metadata"], revision, cluster), now)
+                raise BackupError(f"{chosen.dump.key} is not a dump of an MLflow database")
+            return put_in_service(cluster, work, ownership_of_dump(metadata, revision, cluster), now)
         except BaseException:
-            flipping.drop_orphans(cluster)
+            flip.drop_orphans(cluster)
             raise
 
 
-def of_dump(metadata: dict[str, str], revision: str, cluster: Cluster) -> Record:
-    """The record that a database had when it was dumped; kept databases it named count while they are there."""
+def ownership_of_dump(metadata: dict[str, str], revision: str, cluster: Cluster) -> OwnershipRecord:
+    """Ownership record of the dumped database, without pending merges whose kept database no longer exists."""
     there = set(databases(cluster))
-    known = record.parse(metadata.get("record"))
+    known = ownership.parse(metadata.get("record"))
     if known and known.head == revision:
-        return Record(
+        return OwnershipRecord(
             known.head,
             known.count,
             known.mlflow_version,
@@ -410,38 +460,40 @@ def of_dump(metadata: dict[str, str], revision: str, cluster: Cluster) -> Record
         )
     count = metadata.get("count", "")
     version, image = metadata.get("mlflow-version", ""), metadata.get("image-version", "")
-    return Record(revision, int(count) if count.isdigit() else 0, version, image)
+    return OwnershipRecord(revision, int(count) if count.isdigit() else 0, version, image)
 
 
-def put_in_service(cluster: Cluster, work: str, successor: Record, now: datetime) -> str | None:
+def put_in_service(cluster: Cluster, work: str, successor: OwnershipRecord, now: datetime) -> str | None:
     live = cluster.database
     if live not in databases(cluster):
-        flipping.flip(cluster, work, successor, "", None)
+        flip.flip(cluster, work, successor, "", None)
         return None
     with connection(cluster, live) as opened:
         revision = head(opened)
     with connection(cluster) as opened:
-        old = record.read(opened, live)
+        old = ownership.read(opened, live)
     if revision is None:
-        aside = f"{WORK}empty"
+        aside = f"{WORK_PREFIX}empty"
         drop(cluster, aside)
-        flipping.flip(cluster, work, successor, aside, None)
+        flip.flip(cluster, work, successor, aside, None)
         drop(cluster, aside)
         return None
-    kept = flipping.kept_name(cluster, revision, now)
-    flipping.flip(cluster, work, successor, kept, old or Record(revision, 0))
+    kept = flip.kept_name(cluster, revision, now)
+    flip.flip(cluster, work, successor, kept, old or OwnershipRecord(revision, 0))
     return kept
 
 
-# PostgreSQL for the step alone
+# A PostgreSQL server for the step only
 
 
 @contextmanager
-def running(place: Place, folder: Path, options: dict[str, str], said: list[str] | None = None) -> Iterator[Cluster]:
-    """A cluster that only this step reaches, once it accepts connections; stopped in order when the block ends.
-    What it printed is added to `said`.
+def private_postgresql(
+    place: RestorePaths, folder: Path, options: dict[str, str], lines: list[str] | None = None
+) -> Iterator[Cluster]:
+    """Run PostgreSQL on `folder` with a private socket, wait until it accepts connections, stop it when the block ends.
+    Its log lines are appended to `lines`.
 
-    Raises BackupError, with PostgreSQL's own last words, when it does not get that far."""
+    Raises BackupError with PostgreSQL's reason when it does not start or stop properly."""
     private = {"listen_addresses": "", "unix_socket_directories": str(place.sockets), "ssl": "off", **options}
     command = [str(place.programs / "postgres"), "-D", str(folder), "-c", f"config_file={place.settings}"]
     command += [part for name, value in private.items() for part in ("-c", f"{name}={value}")]
@@ -449,40 +501,40 @@ def running(place: Place, folder: Path, options: dict[str, str], said: list[str]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
         try:
             cluster = Cluster(host=str(place.sockets), programs=place.programs)
-            while not accepts(cluster):
+            while not accepts_connections(cluster):
                 if process.poll() is not None:
-                    raise BackupError(f"PostgreSQL could not open {folder}: {reason(log)}")
+                    raise BackupError(f"PostgreSQL could not open {folder}: {failure_reason(log)}")
                 time.sleep(0.1)
             yield cluster
             process.send_signal(signal.SIGINT)
             if process.wait():
-                raise BackupError(f"PostgreSQL did not close {folder} in order: {reason(log)}")
+                raise BackupError(f"PostgreSQL did not shut down cleanly on {folder}: {failure_reason(log)}")
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
                 process.wait()
-            if said is not None:
+            if lines is not None:
                 log.seek(0)
-                said += log.read().splitlines()
+                lines += log.read().splitlines()
 
 
-def reason(log: Any) -> str:
-    """The first fatal line of PostgreSQL's, or its last."""
+def failure_reason(log: Any) -> str:
+    """The first FATAL message in PostgreSQL's log, or the last line."""
     log.seek(0)
     lines = [line.strip() for line in log.read().splitlines() if line.strip()]
     for line in lines:
-        # Not what it told this step, which asked too early.
+        # Skip the replies to this step's own early connection attempts.
         if "FATAL:" in line and "the database system is " not in line:
             return str(line.partition("FATAL:")[2].strip())
     return lines[-1] if lines else "it gives no reason"
 
 
-def require_room(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise BackupError(
-            f"the data volume has {free / (1 << 30):.1f} GiB free and the restore needs {needed / (1 << 30):.1f} GiB "
-            "beside what is there: make the volume larger (the setting dataVolumeGib)"
+            f"the data volume has {free / (1 << 30):.1f} GiB free and the restore needs {needed / (1 << 30):.1f} GiB: "
+            "make the volume larger (the setting dataVolumeGib)"
         )
 
 

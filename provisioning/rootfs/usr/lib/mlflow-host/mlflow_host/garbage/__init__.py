@@ -1,11 +1,11 @@
-"""Removes for good what users deleted through MLflow longer ago than a grace period.
+"""Garbage collection: permanently remove runs, logged models and experiments that users deleted long ago.
 
-MLflow only marks what is deleted, so that it can be restored, and its own `mlflow gc` knows nothing of registered
-models. Here nothing goes that a registered version stands on.
+MLflow only marks deleted items, so that they can be restored, and its own `mlflow gc` ignores registered models. This
+package never removes an item that a registered model version uses.
 
-references   what registered versions stand on
-plan         what there is to remove, and what is kept and why: reads only
-removal      removes one thing, by MLflow's own store, in one transaction
-report       what was found and done, on the data volume
-collect      the command and the weekly unit
+references   runs, logged models and paths that model versions use
+plan         the deleted items: which can be removed, which are kept, and why (read-only)
+removal      remove one item with MLflow's store, in one transaction
+report       the report on the data volume
+collect      the command mlflow-host-gc, which the weekly timer runs too
 """

@@ -1,9 +1,9 @@
-"""Removes for good what users deleted through MLflow longer ago than the grace period (deletedRetentionDays), but no
-run, logged model or artifact behind a registered version. Without --delete it only tells what it would remove.
+"""Permanently remove items that users deleted in MLflow longer ago than the grace period (deletedRetentionDays). Runs,
+logged models and artifacts that a registered model version uses are kept. Without --delete, only report.
 
-    mlflow-host-gc                      a dry run
-    mlflow-host-gc --delete             what the weekly timer does
-    mlflow-host-gc --older-than 0       with another grace period, in days
+    mlflow-host-gc                      report what would be removed
+    mlflow-host-gc --delete             remove, as the weekly timer does
+    mlflow-host-gc --older-than 0       use another grace period, in days
 """
 
 from __future__ import annotations
@@ -19,33 +19,34 @@ from pathlib import Path
 
 import psycopg2
 
-from mlflow_host import config, server
-from mlflow_host.backups import repository
+from mlflow_host.contract.launch import LaunchDocument
 from mlflow_host.garbage import plan, removal, report
-from mlflow_host.garbage.plan import Item, Places
-from mlflow_host.garbage.report import Report
-from mlflow_host.launch import LaunchDocument
-from mlflow_host.schema import dumping, record
-from mlflow_host.schema.catalog import head
-from mlflow_host.schema.cluster import Cluster, connection, major
+from mlflow_host.garbage.plan import Item, OwnBuckets
+from mlflow_host.garbage.report import RemovalReport
+from mlflow_host.machine import config
+from mlflow_host.postgres import dump_file, ownership, pgbackrest
+from mlflow_host.postgres.catalog import head
+from mlflow_host.postgres.cluster import Cluster, connection, major
+from mlflow_host.server import environment
 
 FAILURES = 5
+"""Failures in a row after which the remaining items are left for the next run."""
 
 MOST_DAYS = 3650
-"""As of the setting."""
+"""The same limit as that of the setting deletedRetentionDays."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything a removal depends on, so that tests run it on a cluster and a store of their own."""
+class CollectSettings:
+    """Everything a garbage collection depends on, so that tests can use their own cluster and store."""
 
     cluster: Cluster
     environment: dict[str, str]
-    """What the server is told of the artifacts."""
-    places: Places
+    """The server's environment variables about artifacts."""
+    buckets: OwnBuckets
     grace: timedelta
     reports: Path
-    dump: dumping.Dumper | None
+    dump: dump_file.Dumper | None
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
 
 
@@ -53,20 +54,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="mlflow-host-gc", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--delete", action="store_true", help="remove it; without this nothing is changed")
-    parser.add_argument("--older-than", type=days, metavar="DAYS", help="instead of the stack's deletedRetentionDays")
-    parser.add_argument("--json", action="store_true", help="the report as JSON on stdout")
+    parser.add_argument("--delete", action="store_true", help="remove the items; without it nothing is changed")
+    parser.add_argument(
+        "--older-than", type=days, metavar="DAYS", help="grace period instead of the stack's deletedRetentionDays"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args()
     document = config.load().launch
     grace = arguments.older_than
     if grace is None:
         if document.mlflow.deleted_retention_days == 0:
-            print("nothing is removed: deletedRetentionDays is 0, so what users deleted is kept for ever")
+            print("nothing is removed: deletedRetentionDays is 0, so deleted items are kept forever")
             return 0
         grace = timedelta(days=document.mlflow.deleted_retention_days)
     try:
         done = collect(from_machine(document, grace), delete=arguments.delete)
-    except (removal.Refusal, dumping.DumpError, psycopg2.OperationalError) as error:
+    except (removal.RemovalRefused, dump_file.DumpError, psycopg2.OperationalError) as error:
         print(f"mlflow-host: nothing was removed: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(json.dumps(report.as_mapping(done)) if arguments.json else report.as_text(done), end="\n" * arguments.json)
@@ -76,59 +79,59 @@ def main() -> int:
 
 
 def days(text: str) -> timedelta:
-    found = float(text)
-    if not 0 <= found <= MOST_DAYS:
+    number = float(text)
+    if not 0 <= number <= MOST_DAYS:
         raise argparse.ArgumentTypeError(f"must be 0 to {MOST_DAYS} days")
-    return timedelta(days=found)
+    return timedelta(days=number)
 
 
-def from_machine(document: LaunchDocument, grace: timedelta) -> Settings:
+def from_machine(document: LaunchDocument, grace: timedelta) -> CollectSettings:
     cluster = Cluster(host=str(config.POSTGRESQL_SOCKETS))
-    return Settings(
+    return CollectSettings(
         cluster,
-        server.artifact_environment(document),
-        Places(frozenset({document.buckets.artifacts, document.buckets.models})),
+        environment.artifact_environment(document),
+        OwnBuckets(frozenset({document.buckets.artifacts, document.buckets.models})),
         grace,
         config.DATA / "reports",
-        dumping.into(cluster, repository.bucket(document)),
+        dump_file.dumper_to(cluster, pgbackrest.bucket(document)),
     )
 
 
-def collect(settings: Settings, *, delete: bool) -> Report:
-    """Plan, and with `delete` dump, remove and report. Raises removal.Refusal, DumpError or OperationalError before
-    anything was removed; what cannot be removed by itself is in the report."""
+def collect(settings: CollectSettings, *, delete: bool) -> RemovalReport:
+    """Plan; with `delete` also dump, remove and write the report. Raises RemovalRefused, DumpError or OperationalError
+    before anything is removed. Items that could not be removed are in the report."""
     begun, now = time.monotonic(), settings.now()
     cluster = settings.cluster
     waiting = plan.waiting_versions(cluster)
     with connection(cluster, cluster.database) as opened:
-        found = plan.look(opened, settings.places, now - settings.grace, waiting)
-        items = plan.plan(opened, found)
+        criteria = plan.read_criteria(opened, settings.buckets, now - settings.grace, waiting)
+        items = plan.plan(opened, criteria)
     due, kept = [item for item in items if not item.kept], tuple(item for item in items if item.kept)
-    made = Report(now, not delete, settings.grace / timedelta(days=1), tuple(due), kept)
+    made = RemovalReport(now, not delete, settings.grace / timedelta(days=1), tuple(due), kept)
     if not delete:
         return replace(made, seconds=time.monotonic() - begun)
     if due:
-        with removal.remover(cluster, settings.environment, found, waiting) as remover:
-            made = replace(made, dump=dumped(settings, now))
-            made = carried_out(made, remover)
+        with removal.remover(cluster, settings.environment, criteria, waiting) as remover:
+            made = replace(made, dump=dump_database(settings, now))
+            made = remove_items(made, remover)
     made = replace(made, seconds=time.monotonic() - begun)
     report.write(settings.reports, made)
     return made
 
 
-def dumped(settings: Settings, now: datetime) -> str | None:
-    """Where the database was dumped to. Raises DumpError."""
+def dump_database(settings: CollectSettings, now: datetime) -> str | None:
+    """Dump the database; the dump's s3:// address, None without a bucket. Raises DumpError."""
     if settings.dump is None:
         return None
     cluster = settings.cluster
     with connection(cluster, cluster.database) as opened:
-        owner, revision = record.read(opened, cluster.database), head(opened)
-    described = dumping.description(revision, owner, major(cluster))
-    return settings.dump(cluster.database, dumping.key(now, "gc", revision), described)
+        owner, revision = ownership.read(opened, cluster.database), head(opened)
+    described = dump_file.dump_metadata(revision, owner, major(cluster))
+    return settings.dump(cluster.database, dump_file.dump_key(now, "gc", revision), described)
 
 
-def carried_out(planned: Report, remover: removal.Remover) -> Report:
-    """Each by itself; after FAILURES in a row the rest is left for the next time."""
+def remove_items(planned: RemovalReport, remover: removal.Remover) -> RemovalReport:
+    """Remove each item in its own transaction; after FAILURES in a row, leave the rest for the next run."""
     removed: list[Item] = []
     kept, failed, in_a_row = list(planned.kept), [], 0
     for item in planned.removed:

@@ -1,4 +1,4 @@
-"""What there is to remove, and what is kept and why, as the database tells. Reads only."""
+"""Read the deleted items from the database, and decide which can be removed and which are kept. Changes nothing."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from mlflow_host.garbage.references import References, Version, references
-from mlflow_host.schema import record
-from mlflow_host.schema.cluster import Cluster, connection, rows
+from mlflow_host.garbage.references import ModelVersion, References, references
+from mlflow_host.postgres import ownership
+from mlflow_host.postgres.cluster import Cluster, connection, rows
 
 DELETED_VERSION = "Deleted_Internal"
-"""The stage MLflow gives a version that was deleted, in place of removing its row."""
+"""The stage of a deleted model version; MLflow keeps its row."""
 
 RUN, MODEL, EXPERIMENT = "run", "logged model", "experiment"
 
 SERVED = "mlflow-artifacts"
-"""Scheme of what lies at the server's own artifacts destination."""
+"""URI scheme of artifacts at the server's own artifacts destination."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A run, a logged model or an experiment that its users deleted."""
+    """A run, a logged model or an experiment that a user deleted."""
 
     kind: str
     """RUN, MODEL or EXPERIMENT."""
@@ -32,73 +32,73 @@ class Item:
     experiment: str
     deleted: datetime
     paths: tuple[str, ...] = ()
-    """Below the artifacts destination, in both buckets."""
+    """Its paths below the artifacts destination, in both buckets."""
     kept: str = ""
-    """Why it stays; "" for what may go."""
+    """Why it is kept; "" if it can be removed."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.id}" + (f" ({self.name})" if self.name else "")
 
 
 @dataclass(frozen=True)
-class Places:
-    """The buckets whose objects are this server's to remove."""
+class OwnBuckets:
+    """The buckets from which this server may remove objects."""
 
     buckets: frozenset[str]
 
     def path(self, location: str) -> str | None:
-        """Where below the artifacts destination a location is; None for one that is not this server's."""
-        found = urlsplit(location)
-        path = unquote(found.path).strip("/")
-        ours = (found.scheme == SERVED and not found.netloc) or (found.scheme == "s3" and found.netloc in self.buckets)
+        """The path of a location below the artifacts destination; None for a location outside the own buckets."""
+        uri = urlsplit(location)
+        path = unquote(uri.path).strip("/")
+        ours = (uri.scheme == SERVED and not uri.netloc) or (uri.scheme == "s3" and uri.netloc in self.buckets)
         return path if ours and path and ".." not in path.split("/") else None
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is known of one database at one moment."""
+class Criteria:
+    """What decides whether a deleted item can be removed."""
 
     references: References
-    places: Places
+    buckets: OwnBuckets
     cutoff: datetime
-    """What was deleted after it is within the grace period."""
+    """Items deleted after this time are within the grace period."""
 
     @property
     def cutoff_ms(self) -> int:
         return int(self.cutoff.timestamp() * 1000)
 
 
-def plan(opened: Any, found: Found) -> list[Item]:
-    """Runs first, then logged models, then experiments: the order to remove them in."""
-    items = [*runs(opened, found), *models(opened, found)]
+def plan(opened: Any, criteria: Criteria) -> list[Item]:
+    """The deleted items in the order of removal: runs, then logged models, then experiments."""
+    items = [*runs(opened, criteria), *models(opened, criteria)]
     going = {(item.kind, item.id) for item in items if not item.kept}
-    return [*items, *experiments(opened, found, going=going)]
+    return [*items, *experiments(opened, criteria, going=going)]
 
 
-def look(opened: Any, places: Places, cutoff: datetime, waiting: Iterable[Version] = ()) -> Found:
-    """What registered versions stand on now; `waiting` are versions of kept databases."""
+def read_criteria(opened: Any, buckets: OwnBuckets, cutoff: datetime, waiting: Iterable[ModelVersion] = ()) -> Criteria:
+    """Read which items model versions use now; `waiting` are the versions in kept databases."""
     sources = dict(rows(opened, "SELECT model_id, source_run_id FROM logged_models"))
-    return Found(references([*versions(opened), *waiting], sources), places, cutoff)
+    return Criteria(references([*versions(opened), *waiting], sources), buckets, cutoff)
 
 
-def versions(opened: Any) -> list[Version]:
-    """All but the deleted ones."""
+def versions(opened: Any) -> list[ModelVersion]:
+    """All model versions that are not deleted."""
     query = """
         SELECT v.name, v.version, v.source, v.storage_location, v.run_id, v.run_link,
                ARRAY(SELECT t.value FROM model_version_tags t WHERE t.name = v.name AND t.version = v.version)
         FROM model_versions v WHERE v.current_stage IS DISTINCT FROM %s"""
     return [
-        Version(name, int(number), tuple(text for text in (*texts, *tags) if text))
+        ModelVersion(name, int(number), tuple(text for text in (*texts, *tags) if text))
         for name, number, *texts, tags in rows(opened, query, (DELETED_VERSION,))
     ]
 
 
-def waiting_versions(cluster: Cluster) -> list[Version]:
-    """Those of kept databases whose content is to come back with a later upgrade."""
+def waiting_versions(cluster: Cluster) -> list[ModelVersion]:
+    """The model versions in kept databases with a pending merge."""
     with connection(cluster, cluster.database) as opened:
-        owner = record.read(opened, cluster.database)
+        owner = ownership.read(opened, cluster.database)
         present = {name for (name,) in rows(opened, "SELECT datname FROM pg_database")}
-    found: list[Version] = []
+    found: list[ModelVersion] = []
     for entry in owner.waiting if owner else ():
         if entry.database in present:
             with connection(cluster, entry.database) as opened:
@@ -111,11 +111,11 @@ SELECT run_uuid, coalesce(name, ''), experiment_id, artifact_uri, deleted_time F
 WHERE lifecycle_stage = 'deleted' AND deleted_time <= %s"""
 
 
-def runs(opened: Any, found: Found, only: str | None = None) -> list[Item]:
-    """Deleted before the cutoff; `only` the run of that ID, locked."""
+def runs(opened: Any, criteria: Criteria, only: str | None = None) -> list[Item]:
+    """Runs deleted before the cutoff. `only`: just the run with that ID, and lock its row."""
     return [
-        judged(RUN, id, name, experiment, location, at, found, found.references.runs)
-        for id, name, experiment, location, at in _those(opened, _RUNS, "run_uuid", found, only)
+        judge(RUN, id, name, experiment, location, at, criteria, criteria.references.runs)
+        for id, name, experiment, location, at in _those(opened, _RUNS, "run_uuid", criteria, only)
     ]
 
 
@@ -124,10 +124,10 @@ SELECT model_id, name, experiment_id, artifact_location, last_updated_timestamp_
 WHERE lifecycle_stage = 'deleted' AND last_updated_timestamp_ms <= %s"""
 
 
-def models(opened: Any, found: Found, only: str | None = None) -> list[Item]:
+def models(opened: Any, criteria: Criteria, only: str | None = None) -> list[Item]:
     return [
-        judged(MODEL, id, name, experiment, location, at, found, found.references.models)
-        for id, name, experiment, location, at in _those(opened, _MODELS, "model_id", found, only)
+        judge(MODEL, id, name, experiment, location, at, criteria, criteria.references.models)
+        for id, name, experiment, location, at in _those(opened, _MODELS, "model_id", criteria, only)
     ]
 
 
@@ -136,39 +136,39 @@ SELECT experiment_id, name, artifact_location, last_update_time FROM experiments
 WHERE lifecycle_stage = 'deleted' AND last_update_time <= %s AND experiment_id <> 0"""
 
 
-def _those(opened: Any, query: str, key: str, found: Found, only: str | None) -> list[tuple[Any, ...]]:
+def _those(opened: Any, query: str, key: str, criteria: Criteria, only: str | None) -> list[tuple[Any, ...]]:
     if only is None:
-        return rows(opened, f"{query} ORDER BY 1", (found.cutoff_ms,))
-    return rows(opened, f"{query} AND {key} = %s FOR UPDATE", (found.cutoff_ms, only))
+        return rows(opened, f"{query} ORDER BY 1", (criteria.cutoff_ms,))
+    return rows(opened, f"{query} AND {key} = %s FOR UPDATE", (criteria.cutoff_ms, only))
 
 
-def judged(
-    kind: str, id: str, name: str, experiment: Any, location: str, at: int, found: Found, named: Mapping[str, str]
+def judge(
+    kind: str, id: str, name: str, experiment: Any, location: str, at: int, criteria: Criteria, named: Mapping[str, str]
 ) -> Item:
-    """A run or logged model, with the reason to keep it."""
-    path = found.places.path(location or "")
-    version = named.get(id) or (path and found.references.of_path(path))
+    """The item of a run or logged model, with the reason to keep it, if any."""
+    path = criteria.buckets.path(location or "")
+    version = named.get(id) or (path and criteria.references.of_path(path))
     if version:
-        kept = f"{version} stands on it"
+        kept = f"{version} uses it"
     elif path is None:
-        kept = f"its artifacts are at {location}, which is not this server's to remove"
+        kept = f"its artifacts are at {location}, which is not in the stack's buckets"
     elif id not in path.split("/"):
-        kept = f"its artifacts are at {location}, which it may share with others"
+        kept = f"its artifacts are at {location}, which other items may use too"
     else:
         kept = ""
     return Item(kind, id, name, str(experiment), moment(at), (path,) if path else (), kept)
 
 
 def experiments(
-    opened: Any, found: Found, only: str | None = None, going: Iterable[tuple[str, str]] = ()
+    opened: Any, criteria: Criteria, only: str | None = None, going: Iterable[tuple[str, str]] = ()
 ) -> list[Item]:
-    those = _those(opened, _EXPERIMENTS, "experiment_id", found, only)
-    return [experiment(opened, found, row, set(going)) for row in those]
+    those = _those(opened, _EXPERIMENTS, "experiment_id", criteria, only)
+    return [experiment(opened, criteria, row, set(going)) for row in those]
 
 
-def experiment(opened: Any, found: Found, row: tuple[Any, ...], gone: set[tuple[str, str]]) -> Item:
-    """An experiment goes once nothing in it stays; what is in `gone` is removed before it. Logged models that
-    were not deleted one by one were deleted with it, and so were its traces."""
+def experiment(opened: Any, criteria: Criteria, row: tuple[Any, ...], gone: set[tuple[str, str]]) -> Item:
+    """The item of an experiment. It can be removed when everything in it is removed: items in `gone` are removed first;
+    logged models and traces that were deleted with the experiment are removed with it."""
     id, name, location, at = row
     left = [run for (run,) in rows(opened, "SELECT run_uuid FROM runs WHERE experiment_id = %s", (id,))]
     query = "SELECT model_id, artifact_location, lifecycle_stage, last_updated_timestamp_ms FROM logged_models"
@@ -176,31 +176,33 @@ def experiment(opened: Any, found: Found, row: tuple[Any, ...], gone: set[tuple[
         model for model in rows(opened, f"{query} WHERE experiment_id = %s", (id,)) if (MODEL, model[0]) not in gone
     ]
     younger = [model for model, _, stage, touched in held if stage == "deleted" or touched > at]
-    with_it = [judged(MODEL, model, "", id, where, at, found, found.references.models) for model, where, *_ in held]
-    traces, alien = trace_paths(opened, found.places, id, location or "")
+    with_it = [
+        judge(MODEL, model, "", id, where, at, criteria, criteria.references.models) for model, where, *_ in held
+    ]
+    traces, alien = trace_paths(opened, criteria.buckets, id, location or "")
     paths = (*(path for model in with_it for path in model.paths), *traces)
     reasons = [
-        *(f"run {run} in it stays" for run in left if (RUN, run) not in gone),
-        *(f"logged model {model} in it stays" for model in younger),
-        *(f"logged model {model.id} in it stays: {model.kept}" for model in with_it if model.kept),
-        *(f"traces in it are at {where}, which is not this server's to remove" for where in alien),
-        *(f"{version} stands on {path} in it" for path in paths if (version := found.references.of_path(path))),
+        *(f"its run {run} is kept" for run in left if (RUN, run) not in gone),
+        *(f"its logged model {model} is kept" for model in younger),
+        *(f"its logged model {model.id} is kept: {model.kept}" for model in with_it if model.kept),
+        *(f"it has traces at {where}, which is not in the stack's buckets" for where in alien),
+        *(f"{version} uses {path} in it" for path in paths if (version := criteria.references.of_path(path))),
     ]
     return Item(EXPERIMENT, str(id), name, str(id), moment(at), paths, reasons[0] if reasons else "")
 
 
-def trace_paths(opened: Any, places: Places, experiment: int, location: str) -> tuple[list[str], list[str]]:
-    """Where an experiment's traces keep files, and locations of such that are not this server's."""
+def trace_paths(opened: Any, buckets: OwnBuckets, experiment: int, location: str) -> tuple[list[str], list[str]]:
+    """(paths of the files of an experiment's traces, locations of such files outside the stack's buckets)."""
     others = (
         "SELECT 1 FROM experiments WHERE experiment_id <> %s AND (artifact_location = %s OR artifact_location LIKE %s)"
     )
     alone = not rows(opened, others, (experiment, location, f"{location}/%"))
-    if places.path(location) == str(experiment) and alone:
+    if buckets.path(location) == str(experiment) and alone:
         return [f"{experiment}/traces"], []
     query = """
         SELECT t.request_id, g.value FROM trace_info t JOIN trace_tags g ON g.request_id = t.request_id
         WHERE t.experiment_id = %s AND g.key = 'mlflow.artifactLocation'"""
-    named = [(trace, where, places.path(where)) for trace, where in rows(opened, query, (experiment,))]
+    named = [(trace, where, buckets.path(where)) for trace, where in rows(opened, query, (experiment,))]
     found = [path for trace, _, path in named if path and trace in path.split("/")]
     return found, [where for trace, where, path in named if not path or trace not in path.split("/")]
 

@@ -1,8 +1,8 @@
-"""What registered model versions stand on: runs, logged models and places in the buckets.
+"""The runs, logged models and bucket paths that registered model versions use.
 
-A version names its source in whatever way its client chose: `runs:/<run>/model`, `models:/m-<id>`,
-`mlflow-artifacts:/<experiment>/…`, `s3://<bucket>/…`, an address of the server. So whatever looks like the ID of a run
-or of a logged model in any of its texts counts, and so does every path.
+Clients name a version's source in different ways: `runs:/<run>/model`, `models:/m-<id>`,
+`mlflow-artifacts:/<experiment>/…`, `s3://<bucket>/…`, a URL of the server. Therefore every run ID, every logged model
+ID and every path in any text of a version counts as used.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _PROXY = re.compile(r".*/(?:ajax-)?api/2\.0/mlflow-artifacts/artifacts/")
 
 
 @dataclass(frozen=True)
-class Version:
-    """A version that was not deleted itself; `texts` are all of its values that may name what it stands on."""
+class ModelVersion:
+    """A model version that is not deleted; `texts` are all its values that may name a run, a model or a path."""
 
     name: str
     version: int
@@ -31,20 +31,20 @@ class Version:
 
 @dataclass(frozen=True)
 class References:
-    """By ID or by path, the versions that stand on it."""
+    """A version that uses it, by run ID, by logged model ID and by path."""
 
     runs: Mapping[str, str]
     models: Mapping[str, str]
     paths: Mapping[str, str]
 
     def of_path(self, path: str) -> str | None:
-        """A version that stands on what is at `path`, below it, or around it."""
+        """A version that uses `path`, a path below it, or a folder that contains it."""
         return next((version for known, version in self.paths.items() if overlap(known, path)), None)
 
 
-def references(versions: Iterable[Version], source_runs: Mapping[str, str | None]) -> References:
-    """`source_runs` has the run of every logged model, None where it has none. A version of a run's model may mean any
-    of the logged models of that run, and a version of a logged model comes from that model's run."""
+def references(versions: Iterable[ModelVersion], source_runs: Mapping[str, str | None]) -> References:
+    """`source_runs`: run ID by logged model ID, None without a run. A version that uses a run also uses all logged
+    models of that run; a version that uses a logged model also uses its run."""
     runs: dict[str, str] = {}
     models: dict[str, str] = {}
     paths: dict[str, str] = {}
@@ -66,7 +66,7 @@ def references(versions: Iterable[Version], source_runs: Mapping[str, str | None
 
 
 def path_of(text: str) -> str | None:
-    """Where in a bucket an address points, whatever bucket or server it names; None for what is no address of files."""
+    """The path in the bucket that a URI names, for any bucket or server; None for a URI that names no files."""
     found = urlsplit(text)
     path = unquote(found.path)
     if found.scheme in ("http", "https"):
@@ -76,6 +76,6 @@ def path_of(text: str) -> str | None:
 
 
 def overlap(one: str, other: str) -> bool:
-    """Whether one path is the other, or lies within it. The empty path is the whole bucket."""
+    """Whether the paths are equal or one contains the other. The empty path is the whole bucket."""
     short, long = sorted((one.strip("/"), other.strip("/")), key=len)
     return not short or long == short or long.startswith(f"{short}/")

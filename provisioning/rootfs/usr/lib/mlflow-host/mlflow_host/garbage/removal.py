@@ -1,51 +1,49 @@
-"""Removes one thing for good, by the functions of MLflow's store that `mlflow gc` uses, in one transaction with a last
-look: the row is locked against a restore and the table of versions against a new one, the rows go, then the artifacts
-through the same repository as the server's, and only then is it committed. What breaks off before leaves the thing
-deleted as it was, for the next time.
+"""Remove one item permanently, in one transaction, with the functions of MLflow's store that `mlflow gc` uses.
+
+The transaction locks the item's row against a restore and the table of model versions against new ones, checks the item
+again, deletes its rows, then its artifacts through the server's artifact repository, and commits. If it fails before
+that, the item stays deleted but restorable, and the next run tries again.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 from mlflow_host.garbage import plan
-from mlflow_host.garbage.plan import EXPERIMENT, MODEL, RUN, Found, Item
-from mlflow_host.garbage.references import Version
-from mlflow_host.schema.cluster import Cluster, rows, run
+from mlflow_host.garbage.plan import EXPERIMENT, MODEL, RUN, Criteria, Item
+from mlflow_host.garbage.references import ModelVersion
+from mlflow_host.postgres.cluster import Cluster, rows, run
 
 LOCK_SECONDS = 30
-"""How long whoever holds a row or the table of versions is waited for."""
+"""Longest wait for the lock of a row or of the table of model versions."""
 
 FUNCTIONS = {RUN: "_hard_delete_run", MODEL: "_hard_delete_logged_model", EXPERIMENT: "_hard_delete_experiment"}
-"""Of MLflow's SqlAlchemyStore; private, so the bake looks for them."""
+"""Methods of MLflow's SqlAlchemyStore by kind. They are private, so the bake checks that they exist."""
 
-LOOKS: dict[str, Callable[..., list[Item]]] = {RUN: plan.runs, MODEL: plan.models, EXPERIMENT: plan.experiments}
+READ_ITEMS: dict[str, Callable[..., list[Item]]] = {RUN: plan.runs, MODEL: plan.models, EXPERIMENT: plan.experiments}
 
 
-class Refusal(Exception):
+class RemovalRefused(Exception):
     """One sentence: why nothing can be removed, and what to do."""
 
 
 @dataclass
 class Remover:
-    """MLflow's store on connections whose transactions are ours. `found` is renewed when somebody registers a version
-    meanwhile."""
+    """MLflow's store, run inside this module's transactions. `criteria` is read again when a model version changes."""
 
     engine: Any
     store: Any
     repository: Any
-    found: Found
-    waiting: list[Version]
+    criteria: Criteria
+    waiting: list[ModelVersion]
     seen: tuple[Any, ...] | None = None
 
     def remove(self, item: Item) -> str:
-        """Remove it unless a last look finds a reason to keep it, which is returned. Raises what S3 or PostgreSQL
-        raise; then it is still there."""
+        """Check the item again and remove it. Returns "" or the reason to keep it. Raises exceptions of S3 or
+        PostgreSQL; the item then still exists."""
         import sqlalchemy
         from mlflow.store.db.utils import _get_managed_session_maker
 
@@ -53,10 +51,10 @@ class Remover:
             opened = connection.connection.driver_connection
             run(opened, f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
             run(opened, "LOCK TABLE model_versions IN SHARE MODE")
-            self.look_again(opened)
-            now = next(iter(LOOKS[item.kind](opened, self.found, only=item.id)), None)
+            self.update_criteria(opened)
+            now = next(iter(READ_ITEMS[item.kind](opened, self.criteria, only=item.id)), None)
             if now is None:
-                return "it was restored meanwhile, or is gone already"
+                return "it was restored or removed in the meantime"
             if now.kept:
                 return now.kept
             sessions = sqlalchemy.orm.sessionmaker(bind=connection, join_transaction_mode="create_savepoint")
@@ -67,40 +65,43 @@ class Remover:
                 self.repository.delete_artifacts(path)
         return ""
 
-    def look_again(self, opened: Any) -> None:
-        """Find out anew what versions stand on, if there is another version than at the last look."""
+    def update_criteria(self, opened: Any) -> None:
+        """Read again which items model versions use, if any version was added or changed."""
         (seen,) = rows(opened, "SELECT count(*), max(creation_time), max(last_updated_time) FROM model_versions")
         if seen != self.seen:
-            self.found = plan.look(opened, self.found.places, self.found.cutoff, self.waiting)
+            self.criteria = plan.read_criteria(opened, self.criteria.buckets, self.criteria.cutoff, self.waiting)
             self.seen = seen
 
 
 @contextmanager
-def remover(cluster: Cluster, environment: dict[str, str], found: Found, waiting: list[Version]) -> Iterator[Remover]:
-    """`environment` is what the server is told of the artifacts. Raises Refusal when MLflow does not fit."""
-    from mlflow_host import server
+def remover(
+    cluster: Cluster, environment: dict[str, str], criteria: Criteria, waiting: list[ModelVersion]
+) -> Iterator[Remover]:
+    """`environment`: the server's variables about artifacts. Raises RemovalRefused when a check of MLflow fails."""
+    from mlflow_host.server import mlflow_checks
+    from mlflow_host.server.environment import variables
 
-    with mock.patch.dict(os.environ, environment):
+    with variables(environment):
         uri = cluster.uri(cluster.database)
         try:
-            server.forbid_migrations()
-            server.check_schema(uri)
-            repository = server.artifact_repository(environment["MLFLOW_ARTIFACTS_DESTINATION"])
-        except server.Refusal as refusal:
-            raise Refusal(str(refusal)) from None
+            mlflow_checks.forbid_migrations()
+            mlflow_checks.check_schema(uri)
+            repository = mlflow_checks.repository_of(environment["MLFLOW_ARTIFACTS_DESTINATION"])
+        except mlflow_checks.Refusal as refusal:
+            raise RemovalRefused(str(refusal)) from None
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
         check_release()
         untyped: Any = SqlAlchemyStore
         store = untyped(uri, "mlflow-artifacts:/")
         try:
-            yield Remover(store.engine, store, repository, found, waiting)
+            yield Remover(store.engine, store, repository, criteria, waiting)
         finally:
             store.engine.dispose()
 
 
 def check_release() -> None:
-    """Raises Refusal unless the installed MLflow has what is used of it here; the bake asks, too."""
+    """Raises RemovalRefused unless the installed MLflow has the private functions used here. The bake calls it too."""
     import mlflow
     import mlflow.store.db.utils as utils
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -108,9 +109,11 @@ def check_release() -> None:
     missing = [name for name in FUNCTIONS.values() if not hasattr(SqlAlchemyStore, name)]
     missing += [] if hasattr(utils, "_get_managed_session_maker") else ["_get_managed_session_maker"]
     if missing:
-        raise Refusal(f"MLflow {mlflow.__version__} has no {', '.join(missing)}: mlflow_host.garbage has to follow")
+        raise RemovalRefused(
+            f"MLflow {mlflow.__version__} has no {', '.join(missing)}: adapt mlflow_host.garbage.removal"
+        )
 
 
 def failed(item: Item, error: Exception) -> Item:
-    said = " ".join(str(error).split()) or "no reason given"
-    return replace(item, kept=f"{type(error).__name__}: {said[:300]}")
+    reason = " ".join(str(error).split()) or "no reason given"
+    return replace(item, kept=f"{type(error).__name__}: {reason[:300]}")

@@ -1,14 +1,14 @@
-"""Any image, any time: bring the database to this image's MLflow schema, forwards or backwards, on a copy, then flip.
+"""Bring a copy of the database to this image's MLflow schema, upwards or downwards, and put the copy in service.
 
-revisions     which migrations the image's MLflow knows, in order, without importing it
-record        who last owned the database and what waits in kept ones: a comment on the database
-catalog       tables, columns, keys and constraints as PostgreSQL holds them
-shapes        how one column of the newer schema fits into the older (pure)
-conversions   data that moved between tables from one release to the next, and how its older form is rebuilt
-copying       every table and column both know, by COPY, with constraints put back afterwards
-merging       what the older release could not hold, put back under what was written since
-verifying     counts, foreign keys, and MLflow's own stores as the last judge
-flipping      the exchange by renames, kept databases, and clearing up after a crash
-dumping       the dump to the backups bucket that comes before any change
-reporting     what was carried, converted, shortened, left behind
+state            which database is in service, and what this image has to do
+change           build the successor, verify it, put it in service
+revisions        the migrations of the image's MLflow, in order, read without importing MLflow
+column_fit       how a column of one schema fits the same column of another (SQL text only)
+conversions      data that a release moved between tables, and the SQL that moves it back
+copying          carry: copy all tables and columns that two schemas share, by COPY
+merging          merge data that the older schema could not hold back into the upgraded database
+release          run the image's MLflow in a process of its own (release_worker)
+empty_database   load the empty database that the bake dumped
+verifying        check the copy: migration head, foreign keys, row counts, MLflow's stores
+reporting        the report of a schema change
 """

@@ -1,7 +1,7 @@
-"""Data that moved from one table to another between two releases, and how its older form is rebuilt from the newer.
+"""Data that a release moved from one table to another, and the SQL that rebuilds its older form from the newer.
 
-MLflow's migrations know only the way forward; what is here is the way back. A conversion applies by the shape of the
-two schemas, not by release numbers, so it also holds for pairs of releases that nobody tried.
+MLflow's migrations only go forward; these conversions go back. A conversion applies by the tables and columns of the
+two schemas, not by release numbers, so it also works for untested pairs of releases.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mlflow_host.schema.catalog import Catalog
+from mlflow_host.postgres.catalog import Catalog
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """`rows`: by target table, a SELECT on the source that yields further rows, each column named.
+    """`rows`: by target table, a SELECT on the source that returns additional rows, all columns named.
     `columns`: by (table, column) of the target, an expression over the source table's row.
-    `carries`: (table, column) pairs of the source that this brings over, so that they do not count as left behind."""
+    `carries`: (table, column) pairs of the source that this converts, so they do not count as left behind."""
 
     name: str
     rows: Mapping[str, str] = field(default_factory=dict)
@@ -32,11 +32,11 @@ DERIVED = frozenset(
         "sql_trace_rollup_rebuild_queue",
     }
 )
-"""Tables that MLflow computes from others and computes again where they are empty: neither lost nor to be put back,
-since what they were computed from may have changed (mlflow/store/db/trace_rollups.py)."""
+"""Tables that MLflow computes from other tables, again when they are empty (mlflow/store/db/trace_rollups.py). They
+are neither carried nor merged back, as their sources may have changed."""
 
-PASSING = frozenset({"scheduler_leases", "job_locks"})
-"""Locks and leases of server processes that are long gone."""
+TRANSIENT = frozenset({"scheduler_leases", "job_locks"})
+"""Locks and leases of server processes that no longer run."""
 
 RECOMPUTED = frozenset(
     {
@@ -46,11 +46,11 @@ RECOMPUTED = frozenset(
         ("assessments", "is_numeric_value"),
     }
 )
-"""Columns that the migration to them fills from others (75868b020152)."""
+"""Columns that MLflow's migration 75868b020152 computes from other columns."""
 
 
 def conversions(source: Catalog, target: Catalog) -> list[Conversion]:
-    """Those that apply between two schemas."""
+    """The conversions that apply between two schemas."""
     moved = _has(source, "spans", "model_name") and not _has(source, "spans", "dimension_attributes")
     return [TRACE_ANALYTICS] if moved and _has(target, "spans", "dimension_attributes") else []
 
@@ -70,15 +70,14 @@ _TOKENS = (
 _COSTS = ("input_cost", "output_cost", "total_cost")
 
 
-def _object(columns: tuple[str, ...]) -> str:
-    """JSON text as Python writes it, in this order and with its spaces, of the numbers that are there; NULL where none
-    is."""
+def _json_object(columns: tuple[str, ...]) -> str:
+    """SQL for JSON text of the columns that are not NULL, formatted like Python's json.dumps; NULL if all are NULL."""
     pairs = ", ".join(f"'\"{name}\": ' || {name}" for name in columns)
     return f"nullif('{{' || concat_ws(', ', {pairs}) || '}}', '{{}}')"
 
 
-def _entry(key: str, value: str, table: str) -> str:
-    """Rows (request_id, key, value) from trace_info, unless the table has that key already."""
+def _rows_without_key(key: str, value: str, table: str) -> str:
+    """SELECT of (request_id, key, value) from trace_info for the traces without that key in `table`."""
     return (
         f"SELECT i.request_id, '{key}' AS key, {value} AS value FROM trace_info i WHERE {value} IS NOT NULL "
         f"AND NOT EXISTS (SELECT 1 FROM {table} t WHERE t.request_id = i.request_id AND t.key = '{key}')"
@@ -88,16 +87,16 @@ def _entry(key: str, value: str, table: str) -> str:
 TRACE_ANALYTICS = Conversion(
     name="names, sessions, tokens and costs of traces and spans (3.17) to tags, metadata and metrics (before)",
     rows={
-        "trace_tags": _entry("mlflow.traceName", "trace_name", "trace_tags"),
+        "trace_tags": _rows_without_key("mlflow.traceName", "trace_name", "trace_tags"),
         "trace_request_metadata": " UNION ALL ".join(
             (
-                _entry("mlflow.trace.session", "session_id", "trace_request_metadata"),
-                _entry("mlflow.trace.tokenUsage", _object(_TOKENS), "trace_request_metadata"),
-                _entry("mlflow.trace.cost", _object(_COSTS), "trace_request_metadata"),
+                _rows_without_key("mlflow.trace.session", "session_id", "trace_request_metadata"),
+                _rows_without_key("mlflow.trace.tokenUsage", _json_object(_TOKENS), "trace_request_metadata"),
+                _rows_without_key("mlflow.trace.cost", _json_object(_COSTS), "trace_request_metadata"),
             )
         ),
         "trace_metrics": " UNION ALL ".join(
-            _entry(column, f"{column}::double precision", "trace_metrics") for column in _TOKENS
+            _rows_without_key(column, f"{column}::double precision", "trace_metrics") for column in _TOKENS
         ),
         "span_metrics": " UNION ALL ".join(
             f"SELECT s.trace_id, s.span_id, '{column}' AS key, s.{column} AS value FROM spans s "
@@ -117,4 +116,4 @@ TRACE_ANALYTICS = Conversion(
         + [("spans", name) for name in ("model_name", "model_provider", *_COSTS)]
     ),
 )
-"""The reverse of MLflow's migration 75868b020152, whose downgrade() only the newer release has."""
+"""The reverse of MLflow's migration 75868b020152. Its downgrade() exists in the newer release only."""

@@ -1,8 +1,8 @@
-"""Carry the content of one database into another of a different schema: every table and column that both know.
+"""Carry: copy the rows of one database into another of a different schema, for all tables and columns in both.
 
-Indexes and constraints of the target are taken off, the rows stream through COPY from connection to connection, and
-the constraints come back afterwards, which is both the fast order and the proof that they hold: PostgreSQL validates
-every key, check and reference as it puts it back.
+Indexes and constraints of the target are dropped first. COPY then streams rows from connection to connection. At the
+end the indexes and constraints are added again. This order is the fastest, and PostgreSQL validates every key, check
+and foreign key when it adds it.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from typing import Any
 import psycopg2
 from psycopg2 import errors, sql
 
-from mlflow_host.schema.catalog import BOOKKEEPING, Catalog, Constraint, ForeignKey, read_catalog
-from mlflow_host.schema.cluster import Cluster, connection, rows, run, value
-from mlflow_host.schema.conversions import DERIVED, PASSING, RECOMPUTED, Conversion, conversions
-from mlflow_host.schema.reporting import Carried, Left
-from mlflow_host.schema.shapes import fit, quoted
+from mlflow_host.postgres.catalog import BOOKKEEPING, Catalog, Constraint, ForeignKey, read_catalog
+from mlflow_host.postgres.cluster import Cluster, connection, rows, run, value
+from mlflow_host.schema.column_fit import fit, quoted
+from mlflow_host.schema.conversions import DERIVED, RECOMPUTED, TRANSIENT, Conversion, conversions
+from mlflow_host.schema.reporting import CarriedTable, LeftBehind
 
 WORKERS = 2
-"""Tables copied side by side; the smallest machine has two cores."""
+"""Tables copied in parallel; the smallest machine has two cores."""
 
 
 class CarryError(Exception):
-    """The copy is not what it should be; one sentence."""
+    """The copy failed a check; one sentence."""
 
 
 @dataclass(frozen=True)
 class TablePlan:
-    """How one table is carried: `select` on the source yields `columns` of the target, in that order."""
+    """How one table is carried: `select` on the source returns `columns` of the target, in that order."""
 
     table: str
     columns: tuple[str, ...]
     select: str
     added: str | None = None
-    """SELECT of the rows that a conversion adds, columns as in `select`; None where there are none."""
+    """SELECT of the rows that a conversion adds, with the columns of `select`; None without a conversion."""
     misfits: tuple[tuple[str, str, str], ...] = ()
-    """(column, condition, remedy) for the source's rows that do not fit as they are."""
+    """(column, condition, remedy) for source rows whose values do not fit unchanged."""
     unknown: tuple[tuple[str, str], ...] = ()
-    """(column, condition) for the source's columns that the target lacks: the rows that hold something there."""
+    """(column, condition) for each source column that the target lacks; the condition holds for rows with a value."""
     converted: tuple[str, ...] = ()
-    """Names of the conversions that take part."""
+    """Names of the conversions that apply to this table."""
 
     @property
     def query(self) -> str:
@@ -56,14 +56,14 @@ class TablePlan:
 class Plan:
     tables: tuple[TablePlan, ...]
     lost_tables: tuple[str, ...]
-    """Tables of the source that the target lacks and that hold what cannot be computed again."""
+    """Source tables that the target lacks and that cannot be computed again."""
     conversions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Outcome:
-    carried: tuple[Carried, ...]
-    left: tuple[Left, ...]
+class CarryResult:
+    carried: tuple[CarriedTable, ...]
+    left: tuple[LeftBehind, ...]
     conversions: tuple[str, ...] = field(default=())
 
 
@@ -74,7 +74,7 @@ def plan(source: Catalog, target: Catalog) -> Plan:
         for table in sorted(target.tables)
         if table in source.tables and table != BOOKKEEPING
     ]
-    lost = sorted(set(source.tables) - set(target.tables) - DERIVED - PASSING - {BOOKKEEPING})
+    lost = sorted(set(source.tables) - set(target.tables) - DERIVED - TRANSIENT - {BOOKKEEPING})
     return Plan(tuple(tables), tuple(lost), tuple(conversion.name for conversion in applied))
 
 
@@ -117,41 +117,43 @@ def _table_plan(table: str, source: Catalog, target: Catalog, applied: Sequence[
     return TablePlan(table, tuple(columns), select, added, tuple(misfits), tuple(unknown), names)
 
 
-def carry(cluster: Cluster, source: str, target: str, say: Callable[[str], None] = lambda message: None) -> Outcome:
-    """Fill `target`, a database fresh from MLflow, with what `source` holds.
+def carry(cluster: Cluster, source: str, target: str, say: Callable[[str], None] = lambda message: None) -> CarryResult:
+    """Copy the rows of `source` into `target`, an empty database that MLflow created.
 
-    `source` is read in one snapshot and may be in use by readers. Raises CarryError where counts or constraints do
-    not come out, psycopg2.Error where PostgreSQL fails."""
+    `source` is read in one snapshot, and other sessions may use it. Raises CarryError when row counts or constraints
+    are wrong at the end, and psycopg2.Error."""
     with connection(cluster, source) as reader, connection(cluster, target, autocommit=True) as writer:
         reader.set_session(isolation_level="REPEATABLE READ", readonly=True)
         snapshot = value(reader, "SELECT pg_export_snapshot()")
         catalog, wanted = read_catalog(reader), read_catalog(writer)
         planned = plan(catalog, wanted)
         say(f"copying {len(planned.tables)} tables")
-        left = _left_behind(reader, planned, catalog)
+        left = _count_misfits(reader, planned, catalog)
         sizes = dict(
             rows(reader, "SELECT relname, pg_table_size(oid) FROM pg_class WHERE relnamespace = 'public'::regnamespace")
         )
         order = sorted(planned.tables, key=lambda table: -sizes.get(table.table, 0))
-        _take_off_references(writer, wanted)
-        sent = _copy_side_by_side(cluster, source, target, snapshot, order, wanted)
-        say("putting constraints back")
+        _drop_foreign_keys(writer, wanted)
+        sent = _copy_in_parallel(cluster, source, target, snapshot, order, wanted)
+        say("adding constraints")
         removed = [entry for _, entries in sent.values() for entry in entries]
-        removed += _put_back_references(writer, wanted)
+        removed += _add_foreign_keys(writer, wanted)
         _set_sequences(reader, writer, catalog, wanted)
         run(writer, "ANALYZE")
-        changed = sorted(c.name for c in _worded(wanted) ^ _worded(read_catalog(writer)))
+        changed = sorted(
+            c.name for c in _comparable_constraints(wanted) ^ _comparable_constraints(read_catalog(writer))
+        )
         if changed:
-            raise CarryError(f"the constraints {', '.join(changed)} of the copy are not what MLflow made them")
-        carried = _count(reader, writer, planned, sent, removed)
-    return Outcome(carried, (*left, *removed), planned.conversions)
+            raise CarryError(f"the constraints {', '.join(changed)} of the copy differ from those that MLflow created")
+        carried = _check_counts(reader, writer, planned, sent, removed)
+    return CarryResult(carried, (*left, *removed), planned.conversions)
 
 
-def _copy_side_by_side(
+def _copy_in_parallel(
     cluster: Cluster, source: str, target: str, snapshot: str, order: Iterable[TablePlan], wanted: Catalog
-) -> dict[str, tuple[int, list[Left]]]:
+) -> dict[str, tuple[int, list[LeftBehind]]]:
     queue, lock, failed = list(order), threading.Lock(), threading.Event()
-    sent: dict[str, tuple[int, list[Left]]] = {}
+    sent: dict[str, tuple[int, list[LeftBehind]]] = {}
 
     def work() -> None:
         with connection(cluster, source) as reader, connection(cluster, target) as writer:
@@ -176,13 +178,14 @@ def _copy_side_by_side(
     return sent
 
 
-def _copy_table(reader: Any, writer: Any, table: TablePlan, wanted: Catalog) -> tuple[int, list[Left]]:
-    """Number of rows that came through, and those that a key or a check of the target then had no room for.
+def _copy_table(reader: Any, writer: Any, table: TablePlan, wanted: Catalog) -> tuple[int, list[LeftBehind]]:
+    """Number of rows copied, and the rows deleted because they violated a key or a check of the target.
 
-    Checks stay on, as PostgreSQL words them anew when they are put back; they come off only where a row fails one."""
+    Check constraints stay in place unless a row violates one, as PostgreSQL rewrites their definition when they are
+    added again."""
     off = [c for c in wanted.constraints if c.table == table.table and c.kind in "puxi"]
     for constraint in off:
-        _take_off(writer, constraint)
+        _drop_constraint(writer, constraint)
     run(writer, "SAVEPOINT empty")
     try:
         count = _copy_rows(reader, writer, table)
@@ -190,12 +193,12 @@ def _copy_table(reader: Any, writer: Any, table: TablePlan, wanted: Catalog) -> 
         run(writer, "ROLLBACK TO SAVEPOINT empty")
         checks = [c for c in wanted.constraints if c.table == table.table and c.kind == "c"]
         for constraint in checks:
-            _take_off(writer, constraint)
+            _drop_constraint(writer, constraint)
         off += checks
         count = _copy_rows(reader, writer, table)
-    left: list[Left] = []
+    left: list[LeftBehind] = []
     for constraint in sorted(off, key=lambda c: "cpuxi".index(c.kind)):
-        left += _put_back(writer, constraint)
+        left += _add_constraint(writer, constraint)
     return count, left
 
 
@@ -209,9 +212,9 @@ def _copy_rows(reader: Any, writer: Any, table: TablePlan) -> int:
 
 
 def stream(reader: Any, out: str, writer: Any, into: str) -> int:
-    """Run COPY … TO STDOUT on one connection and COPY … FROM STDIN on the other, the one feeding the other.
+    """Pipe COPY … TO STDOUT on `reader` into COPY … FROM STDIN on `writer`.
 
-    Returns the number of rows written. Whichever side fails, the other is ended and the first error is raised."""
+    Returns the number of rows written. If one side fails, the other ends too and the first error is raised."""
     receive, send = os.pipe()
     problem: list[BaseException] = []
 
@@ -227,8 +230,8 @@ def stream(reader: Any, out: str, writer: Any, into: str) -> int:
     feeder = threading.Thread(target=feed, name="copy-out")
     feeder.start()
     try:
-        with os.fdopen(receive, "rb", 1 << 18) as fountain, writer.cursor() as cursor:
-            cursor.copy_expert(into, fountain, 1 << 18)
+        with os.fdopen(receive, "rb", 1 << 18) as pipe, writer.cursor() as cursor:
+            cursor.copy_expert(into, pipe, 1 << 18)
             count = int(cursor.rowcount)
     except psycopg2.Error:
         feeder.join()
@@ -241,13 +244,13 @@ def stream(reader: Any, out: str, writer: Any, into: str) -> int:
     return count
 
 
-def _take_off_references(writer: Any, wanted: Catalog) -> None:
+def _drop_foreign_keys(writer: Any, wanted: Catalog) -> None:
     for constraint in wanted.constraints:
         if constraint.kind == "f":
-            _take_off(writer, constraint)
+            _drop_constraint(writer, constraint)
 
 
-def _take_off(writer: Any, constraint: Constraint) -> None:
+def _drop_constraint(writer: Any, constraint: Constraint) -> None:
     if constraint.kind == "i":
         run(writer, sql.SQL("DROP INDEX {}").format(sql.Identifier(constraint.name)))
     else:
@@ -255,8 +258,8 @@ def _take_off(writer: Any, constraint: Constraint) -> None:
         run(writer, sql.SQL("ALTER TABLE {} DROP CONSTRAINT {}").format(*names))
 
 
-def _put_back(writer: Any, constraint: Constraint) -> list[Left]:
-    """Rows that the constraint has no room for are taken out of the copy and listed; they stay in the source."""
+def _add_constraint(writer: Any, constraint: Constraint) -> list[LeftBehind]:
+    """Add the constraint. Rows that violate it are deleted from the copy and returned; the source keeps them."""
     if constraint.kind == "i":
         statement = sql.SQL(constraint.definition.replace("%", "%%"))
     else:
@@ -269,13 +272,13 @@ def _put_back(writer: Any, constraint: Constraint) -> list[Left]:
         return []
     except (errors.UniqueViolation, errors.CheckViolation):
         run(writer, "ROLLBACK TO SAVEPOINT before")
-    count = _remove_offenders(writer, constraint)
+    count = _delete_violations(writer, constraint)
     run(writer, statement)
-    return [Left(constraint.table, None, count, "left behind", f"{constraint.name}: {constraint.definition}")]
+    return [LeftBehind(constraint.table, None, count, "left behind", f"{constraint.name}: {constraint.definition}")]
 
 
-def _remove_offenders(writer: Any, constraint: Constraint) -> int:
-    """Of rows that share a unique key all but one go; of rows that fail a check all go."""
+def _delete_violations(writer: Any, constraint: Constraint) -> int:
+    """Delete all rows that fail the check, or all but one of the rows that share a unique key."""
     table = sql.Identifier(constraint.table)
     if constraint.kind == "c":
         check = constraint.definition.removeprefix("CHECK ").removesuffix(" NOT VALID")
@@ -290,29 +293,31 @@ def _remove_offenders(writer: Any, constraint: Constraint) -> int:
     )
 
 
-def _put_back_references(writer: Any, wanted: Catalog) -> list[Left]:
-    """Parents before children, so that a child whose parent had to go is found when its own reference comes back."""
+def _add_foreign_keys(writer: Any, wanted: Catalog) -> list[LeftBehind]:
+    """Add foreign keys, parents first, so that deleting a parent is noticed when its children's keys are added."""
     definitions = {(c.table, c.name): c for c in wanted.constraints if c.kind == "f"}
-    removed: list[Left] = []
-    waiting = in_order(wanted)
-    while waiting:
-        reference = waiting.pop(0)
+    removed: list[LeftBehind] = []
+    unchecked = parents_first(wanted)
+    while unchecked:
+        reference = unchecked.pop(0)
         constraint = definitions[reference.table, reference.name]
         names = map(sql.Identifier, (constraint.table, constraint.name))
         statement = sql.SQL("ALTER TABLE {} ADD CONSTRAINT {} ").format(*names) + sql.SQL(constraint.definition)
         try:
             run(writer, statement)
         except errors.ForeignKeyViolation:
-            count = run(writer, f"DELETE FROM {quoted(reference.table)} AS child WHERE {orphaned(reference, 'child')}")
+            count = run(
+                writer, f"DELETE FROM {quoted(reference.table)} AS child WHERE {parent_is_missing(reference, 'child')}"
+            )
             removed.append(
-                Left(reference.table, None, count, "left behind", f"{constraint.name}: its parent is not there")
+                LeftBehind(reference.table, None, count, "left behind", f"{constraint.name}: the parent row is missing")
             )
             run(writer, statement)
     return removed
 
 
-def in_order(catalog: Catalog) -> list[ForeignKey]:
-    """References sorted so that a table's own come before those that point at it, as far as there is no circle."""
+def parents_first(catalog: Catalog) -> list[ForeignKey]:
+    """Foreign keys sorted so that those of a table precede those that refer to it, except in cycles."""
     depth = dict.fromkeys(catalog.tables, 0)
     for _ in catalog.tables:
         changed = False
@@ -325,8 +330,8 @@ def in_order(catalog: Catalog) -> list[ForeignKey]:
     return sorted(catalog.foreign_keys, key=lambda r: (depth[r.table], r.table, r.name))
 
 
-def orphaned(reference: ForeignKey, child: str) -> str:
-    """Condition: the row `child` refers to a parent that is not there."""
+def parent_is_missing(reference: ForeignKey, child: str) -> str:
+    """SQL condition: the row `child` refers to a missing parent."""
     complete = " AND ".join(f"{child}.{quoted(column)} IS NOT NULL" for column in reference.columns)
     same = " AND ".join(
         f"parent.{quoted(there)} = {child}.{quoted(here)}"
@@ -336,7 +341,7 @@ def orphaned(reference: ForeignKey, child: str) -> str:
 
 
 def _set_sequences(reader: Any, writer: Any, source: Catalog, target: Catalog) -> None:
-    """No number is given out twice, those of deleted rows included: their artifacts may still lie under the old ids."""
+    """Continue each sequence after its highest value, deleted rows included: old IDs may still have artifacts."""
     for (table, column), sequence in target.sequences.items():
         name, field_name = sql.Identifier(table), sql.Identifier(column)
         highest = value(writer, sql.SQL("SELECT max({}) FROM {}").format(field_name, name)) or 0
@@ -347,17 +352,17 @@ def _set_sequences(reader: Any, writer: Any, source: Catalog, target: Catalog) -
             run(writer, "SELECT setval(%s::regclass, %s)", (sequence, highest))
 
 
-def _worded(catalog: Catalog) -> set[Constraint]:
-    """Constraints by definition; checks by name, as their wording changes when they are put back."""
+def _comparable_constraints(catalog: Catalog) -> set[Constraint]:
+    """Constraints to compare by definition, checks by name only, as PostgreSQL rewrites the definition of a check."""
     return {replace(c, definition="") if c.kind == "c" else c for c in catalog.constraints}
 
 
-def _left_behind(reader: Any, planned: Plan, source: Catalog) -> tuple[Left, ...]:
-    """What the target has no place for, by table, column and number of rows."""
+def _count_misfits(reader: Any, planned: Plan, source: Catalog) -> tuple[LeftBehind, ...]:
+    """Number of rows by table and column that the target cannot hold unchanged."""
     left = []
     for table in planned.lost_tables:
         count = int(value(reader, f"SELECT count(*) FROM {quoted(table)}"))
-        left.append(Left(table, None, count, "left behind", "this release has no such table"))
+        left.append(LeftBehind(table, None, count, "left behind", "this release has no such table"))
     for planned_table in planned.tables:
         table = planned_table.table
         questions = [
@@ -368,14 +373,14 @@ def _left_behind(reader: Any, planned: Plan, source: Catalog) -> tuple[Left, ...
             continue
         counts = ", ".join(f"count(*) FILTER (WHERE {condition})" for _, condition, _, _ in questions)
         found = rows(reader, f"SELECT {counts} FROM {quoted(table)}")[0]
-        left += [Left(table, q[0], int(n), q[2], q[3]) for q, n in zip(questions, found, strict=True)]
+        left += [LeftBehind(table, q[0], int(n), q[2], q[3]) for q, n in zip(questions, found, strict=True)]
     return tuple(entry for entry in left if entry.count)
 
 
-def _count(
-    reader: Any, writer: Any, planned: Plan, sent: dict[str, tuple[int, list[Left]]], removed: list[Left]
-) -> tuple[Carried, ...]:
-    """Rows of every table, counted on both sides by queries of their own. Raises CarryError where they differ."""
+def _check_counts(
+    reader: Any, writer: Any, planned: Plan, sent: dict[str, tuple[int, list[LeftBehind]]], removed: list[LeftBehind]
+) -> tuple[CarriedTable, ...]:
+    """Count the rows of every table on both sides by separate queries. Raises CarryError when the counts differ."""
     carried = []
     for table in planned.tables:
         count = sent[table.table][0]
@@ -384,7 +389,7 @@ def _count(
         found = int(value(writer, f"SELECT count(*) FROM {quoted(table.table)}"))
         if expected != count or found != count - missing:
             raise CarryError(
-                f"table {table.table} has {found} rows in the copy where {expected} less {missing} were expected"
+                f"table {table.table} has {found} rows in the copy; expected {expected} less {missing} left behind"
             )
-        carried.append(Carried(table.table, found))
+        carried.append(CarriedTable(table.table, found))
     return tuple(carried)

@@ -1,14 +1,14 @@
-"""Forward again: what the older release could not hold comes back from the kept database, under what was written since.
+"""Merge: after a rollback and an upgrade, restore the data from the kept database that the older schema could not hold.
 
-Three databases at one schema take part, as in a merge of three versions of a text:
+It is a three-way merge of three databases at one schema:
 
     kept    the newer database as it was when it was replaced
-    base    what of it the older release was given, brought forward again by the same migrations
-    work    what the older release made of that, brought forward
+    base    the part of it that was carried to the older release, migrated forward again
+    work    the older release's database with its later changes, migrated forward
 
-Where kept and base agree the older release had it all, and `work` stands, deletions included. Where they differ
-something did not fit: a row that base lacks is put back if what it belongs to is still there; a value that differs is
-put back unless it was changed since. So nothing here knows any particular release or column.
+Where kept and base are equal, the older release held everything, so `work` stays as it is, deletions included. Where
+they differ, some data did not fit: a row missing in base is inserted if its parents still exist, and a value that
+differs is restored unless it was changed since. No release, table or column is named in the code.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 
 from psycopg2 import sql
 
-from mlflow_host.schema.catalog import BOOKKEEPING, Catalog, Column, ForeignKey, read_catalog
-from mlflow_host.schema.cluster import Cluster, connection, rows, run, value
-from mlflow_host.schema.conversions import DERIVED, PASSING
-from mlflow_host.schema.copying import orphaned, stream
-from mlflow_host.schema.reporting import Returned
-from mlflow_host.schema.shapes import quoted
+from mlflow_host.postgres.catalog import BOOKKEEPING, Catalog, Column, ForeignKey, read_catalog
+from mlflow_host.postgres.cluster import Cluster, connection, rows, run, value
+from mlflow_host.schema.column_fit import quoted
+from mlflow_host.schema.conversions import DERIVED, TRANSIENT
+from mlflow_host.schema.copying import parent_is_missing, stream
+from mlflow_host.schema.reporting import MergedTable
 
 BUCKETS = 4096
-"""Rows are compared by sums over this many groups of keys, and only groups that differ are looked at row by row."""
+"""Tables are compared by checksums of this many groups of rows; only groups that differ are compared row by row."""
 
 
 @dataclass(frozen=True)
@@ -50,37 +50,65 @@ class Table:
         return f"(hashtextextended(ROW({', '.join(map(quoted, self.keys))})::text, 0) & {BUCKETS - 1})"
 
 
-def merge(cluster: Cluster, kept: str, base: str, work: str) -> tuple[Returned, ...]:
-    """Put back into `work` what `kept` holds and `base` does not, in one transaction. All three are at one schema."""
+def merge(cluster: Cluster, kept: str, base: str, work: str) -> tuple[MergedTable, ...]:
+    """Insert into `work`, in one transaction, the data that `kept` has and `base` lacks. All three have one schema."""
     with (
         connection(cluster, kept) as from_kept,
         connection(cluster, base) as from_base,
         connection(cluster, work) as writer,
     ):
         from_kept.set_session(isolation_level="REPEATABLE READ", readonly=True)
-        catalog, source = read_catalog(writer), read_catalog(from_kept)
-        run(writer, "SET LOCAL session_replication_role = replica")
-        differing = []
-        for table in _tables(source, catalog):
-            buckets = _differing_buckets(from_kept, from_base, table)
-            if buckets:
-                _load(from_kept, writer, table, buckets, _aside(table, "kept"))
-                _load(from_base, writer, table, buckets, _aside(table, "base"))
-                differing.append(table)
-        offered = {table.name: _insert(writer, table) for table in differing}
-        _remove_orphans(writer, catalog, differing)
-        returned = []
-        for table in differing:
-            present = int(value(writer, f"SELECT count(*) FROM {_aside(table, 'back')}"))
-            values = _update(writer, table, catalog)
-            if offered[table.name] or values:
-                returned.append(Returned(table.name, present, values, offered[table.name] - present))
-        _raise_sequences(from_kept, writer, source, catalog)
+        return merge_rows(from_kept, from_base, writer)
+
+
+def merge_rows(from_kept: Any, from_base: Any, writer: Any) -> tuple[MergedTable, ...]:
+    """`merge` in open transactions; the caller commits. `compare_rows` can then count what is in place."""
+    catalog, source = read_catalog(writer), read_catalog(from_kept)
+    run(writer, "SET LOCAL session_replication_role = replica")
+    differing = []
+    for table in _tables(source, catalog):
+        buckets = _differing_buckets(from_kept, from_base, table)
+        if buckets:
+            _load(from_kept, writer, table, buckets, _temporary(table, "kept"))
+            _load(from_base, writer, table, buckets, _temporary(table, "base"))
+            differing.append(table)
+    offered = {table.name: _insert(writer, table) for table in differing}
+    _remove_orphans(writer, catalog, differing)
+    returned = []
+    for table in differing:
+        present = int(value(writer, f"SELECT count(*) FROM {_temporary(table, 'back')}"))
+        values = _update(writer, table, catalog)
+        if offered[table.name] or values:
+            returned.append(MergedTable(table.name, present, values, offered[table.name] - present))
+    _raise_sequences(from_kept, writer, source, catalog)
     return tuple(returned)
 
 
+def compare_rows(from_kept: Any, writer: Any) -> dict[str, tuple[int, int, int]]:
+    """(rows of `kept` that differed from `base`, how many of them are missing in `work`, how many are other there) by
+    table. Call it after `merge_rows`, in the same transaction."""
+    found = {}
+    for table in _tables(read_catalog(from_kept), read_catalog(writer)):
+        kept = _temporary(table, "kept")
+        if value(writer, "SELECT to_regclass(%s) IS NULL", (f"pg_temp.{kept}",)):
+            continue
+        same = " AND ".join(
+            f"{_comparable('kept', column)} IS NOT DISTINCT FROM {_comparable('work', column)}"
+            for column in table.others
+        )
+        key = table.keys[0]
+        counted = rows(
+            writer,
+            f"SELECT count(*), count(*) FILTER (WHERE work.{quoted(key)} IS NULL), "
+            f"count(*) FILTER (WHERE work.{quoted(key)} IS NOT NULL AND NOT ({same or 'true'})) "
+            f"FROM {kept} AS kept LEFT JOIN {quoted(table.name)} AS work ON {table.same_key('kept', 'work')}",
+        )[0]
+        found[table.name] = (int(counted[0]), int(counted[1]), int(counted[2]))
+    return found
+
+
 def _tables(source: Catalog, target: Catalog) -> list[Table]:
-    names = set(source.tables) & set(target.tables) - DERIVED - PASSING - {BOOKKEEPING}
+    names = set(source.tables) & set(target.tables) - DERIVED - TRANSIENT - {BOOKKEEPING}
     found = []
     for name in sorted(names):
         shared = [column for column in target.stored(name) if column.name in source.tables[name]]
@@ -89,7 +117,7 @@ def _tables(source: Catalog, target: Catalog) -> list[Table]:
 
 
 def _differing_buckets(from_kept: Any, from_base: Any, table: Table) -> list[int]:
-    """Groups of keys whose rows are not the same in both; groups that only `base` has do not count."""
+    """Groups of rows of `kept` that are missing or different in `base`."""
     query = (
         f"SELECT {table.bucket}, count(*), sum(hashtextextended(ROW({table.listed()})::text, 1)::numeric) "
         f"FROM {quoted(table.name)} GROUP BY 1"
@@ -98,7 +126,7 @@ def _differing_buckets(from_kept: Any, from_base: Any, table: Table) -> list[int
     return [bucket for bucket, *sums in rows(from_kept, query) if there.get(bucket) != sums]
 
 
-def _aside(table: Table, what: str) -> str:
+def _temporary(table: Table, what: str) -> str:
     return quoted(f"{table.name[:50]}_{what}")
 
 
@@ -113,9 +141,9 @@ def _load(reader: Any, writer: Any, table: Table, buckets: list[int], into: str)
 
 
 def _insert(writer: Any, table: Table) -> int:
-    """Put back the rows that the older release was never given. Returns how many there were; those that found their
-    place are listed by key in the table "…_back"."""
-    kept, base, back = (_aside(table, what) for what in ("kept", "base", "back"))
+    """Insert the rows that were not carried to the older release. Returns their number; the keys of those that could be
+    inserted are in the temporary table "…_back"."""
+    kept, base, back = (_temporary(table, what) for what in ("kept", "base", "back"))
     keys = ", ".join(map(quoted, table.keys))
     run(writer, f"CREATE TEMPORARY TABLE {back} AS SELECT {keys} FROM {quoted(table.name)} LIMIT 0")
     never_given = (
@@ -131,8 +159,8 @@ def _insert(writer: Any, table: Table) -> int:
 
 
 def _remove_orphans(writer: Any, catalog: Catalog, differing: list[Table]) -> None:
-    """Take out again what belongs to something that was deleted since; a reference that MLflow clears on deletion is
-    cleared instead. In rounds, as what is taken out may itself have been referred to."""
+    """Delete the inserted rows whose parent was deleted since, or set the foreign key to NULL where it is defined so.
+    Repeats until no row is deleted, as a deleted row may be a parent itself."""
     tables = {table.name: table for table in differing}
     references = [reference for reference in catalog.foreign_keys if reference.table in tables]
     taken = True
@@ -140,8 +168,8 @@ def _remove_orphans(writer: Any, catalog: Catalog, differing: list[Table]) -> No
         taken = False
         for reference in references:
             table = tables[reference.table]
-            back, name = _aside(table, "back"), quoted(table.name)
-            where = f"{table.same_key('back', 'child')} AND {orphaned(reference, 'child')}"
+            back, name = _temporary(table, "back"), quoted(table.name)
+            where = f"{table.same_key('back', 'child')} AND {parent_is_missing(reference, 'child')}"
             if reference.on_delete == "n" and not set(reference.columns) & set(table.keys):
                 cleared = ", ".join(f"{quoted(column)} = NULL" for column in reference.columns)
                 run(writer, f"UPDATE {name} AS child SET {cleared} FROM {back} AS back WHERE {where}")
@@ -152,12 +180,12 @@ def _remove_orphans(writer: Any, catalog: Catalog, differing: list[Table]) -> No
 
 
 def _update(writer: Any, table: Table, catalog: Catalog) -> int:
-    """Put back values that the older release could not hold and nobody changed since. Returns the number of rows."""
+    """Restore values that the older release could not hold and that are unchanged since. Returns the number of rows."""
     if not table.others:
         return 0
-    name, kept, base = quoted(table.name), _aside(table, "kept"), _aside(table, "base")
+    name, kept, base = quoted(table.name), _temporary(table, "kept"), _temporary(table, "base")
     references = [reference for reference in catalog.foreign_keys if reference.table == table.name]
-    conditions = {column.name: _comes_back(column, references) for column in table.others}
+    conditions = {column.name: _is_lost_value(column, references) for column in table.others}
     values = ", ".join(
         f"{quoted(column)} = CASE WHEN {condition} THEN kept.{quoted(column)} ELSE work.{quoted(column)} END"
         for column, condition in conditions.items()
@@ -170,11 +198,11 @@ def _update(writer: Any, table: Table, catalog: Catalog) -> int:
     )
 
 
-def _comes_back(column: Column, references: list[ForeignKey]) -> str:
-    """Condition: the value was lost on the way back and is as the older release was given it."""
+def _is_lost_value(column: Column, references: list[ForeignKey]) -> str:
+    """SQL condition: the value did not fit the older release, and is unchanged since it was carried."""
     differs = f"{_comparable('kept', column)} IS DISTINCT FROM {_comparable('base', column)}"
     untouched = f"{_comparable('work', column)} IS NOT DISTINCT FROM {_comparable('base', column)}"
-    parents = [f"NOT ({orphaned(r, 'kept')})" for r in references if column.name in r.columns]
+    parents = [f"NOT ({parent_is_missing(r, 'kept')})" for r in references if column.name in r.columns]
     return " AND ".join((differs, untouched, *parents))
 
 
@@ -184,16 +212,16 @@ def _comparable(alias: str, column: Column) -> str:
 
 
 def _raise_sequences(from_kept: Any, writer: Any, source: Catalog, target: Catalog) -> None:
-    """No number that the newer release gave out is given out again."""
+    """Continue each sequence after the values that the newer release used."""
     for (table, column), sequence in target.sequences.items():
         statement = sql.SQL("SELECT max({}) FROM {}").format(sql.Identifier(column), sql.Identifier(table))
-        numbers = [value(writer, statement) or 0, _last(writer, sequence)]
+        numbers = [value(writer, statement) or 0, _last_value(writer, sequence)]
         if (table, column) in source.sequences:
-            numbers.append(_last(from_kept, source.sequences[table, column]))
+            numbers.append(_last_value(from_kept, source.sequences[table, column]))
         if max(numbers) > 0:
             run(writer, "SELECT setval(%s::regclass, %s)", (sequence, max(numbers)))
 
 
-def _last(opened: Any, sequence: str) -> int:
+def _last_value(opened: Any, sequence: str) -> int:
     last, called = rows(opened, f"SELECT last_value, is_called FROM {sequence}")[0]
     return int(last if called else last - 1)

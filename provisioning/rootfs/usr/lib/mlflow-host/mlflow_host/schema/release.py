@@ -1,37 +1,51 @@
-"""The image's own release of MLflow, asked to build, migrate and open databases."""
+"""The image's release of MLflow, in a process of its own that creates, migrates and opens databases."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow_host.schema.cluster import Cluster
+from mlflow_host.machine import config
+from mlflow_host.postgres.cluster import Cluster
 
 WORKER = Path(__file__).with_name("release_worker.py")
 
 ARTIFACT_ROOT = "mlflow-artifacts:/"
-"""What the server gives new experiments as their location."""
+"""Artifact root of the server, from which MLflow derives the location of new experiments."""
 
 
 class ReleaseError(Exception):
-    """MLflow could not do what it was asked for; the text is MLflow's."""
+    """A task failed in MLflow; the text is MLflow's error."""
 
 
 @dataclass(frozen=True)
-class Image:
-    """What the step needs to know of image.json, and the interpreter that imports the image's MLflow."""
+class ImageSchema:
+    """Facts from image.json, and the Python interpreter that has the image's MLflow."""
 
     python: Path
     head: str
     count: int
     mlflow_version: str
     image_version: str = ""
+
+
+def of_this_image() -> ImageSchema:
+    """The facts of the image that runs, and this interpreter. Raises OSError without image.json."""
+    facts = json.loads(config.IMAGE_FACTS.read_text())
+    return ImageSchema(
+        python=Path(sys.executable),
+        head=facts["migration_head"],
+        count=int(facts["migration_count"]),
+        mlflow_version=facts["mlflow_version"],
+        image_version=facts["image_version"],
+    )
 
 
 class Release:
@@ -49,8 +63,8 @@ class Release:
     def upgrade(self, database: str, revision: str) -> None:
         self._ask("upgrade", uri=self._cluster.uri(database), revision=revision)
 
-    def answer(self, database: str) -> dict[str, int]:
-        reply = self._ask("answer", uri=self._cluster.uri(database), artifact_root=ARTIFACT_ROOT)
+    def query_stores(self, database: str) -> dict[str, int]:
+        reply = self._ask("query_stores", uri=self._cluster.uri(database), artifact_root=ARTIFACT_ROOT)
         return {name: int(number) for name, number in reply.items()}
 
     def _ask(self, task: str, **arguments: str) -> Any:
@@ -62,7 +76,7 @@ class Release:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise ReleaseError(f"MLflow's process ended with exit status {self._process.wait()} at the task {task!r}")
+            raise ReleaseError(f"MLflow's process ended with exit status {self._process.wait()} in the task {task!r}")
         reply = json.loads(line)
         if "error" in reply:
             raise ReleaseError(reply["error"].splitlines()[0][:500])
@@ -70,8 +84,8 @@ class Release:
 
 
 @contextmanager
-def release(cluster: Cluster, image: Image) -> Iterator[Release]:
-    """Starts at once and is asked later; gone when the block ends, whatever it was doing."""
+def release(cluster: Cluster, image: ImageSchema) -> Iterator[Release]:
+    """Start the worker without waiting for it; kill it when the block ends."""
     kept = {name: text for name, text in os.environ.items() if not name.startswith(("MLFLOW_", "PYTHON"))}
     process = subprocess.Popen(
         [str(image.python), "-P", str(WORKER)],

@@ -1,8 +1,8 @@
-"""What only MLflow itself can do, done by the MLflow of the interpreter that runs this file.
+"""Worker process of `release.Release`: runs tasks with the MLflow of the interpreter that runs this file.
 
-One JSON request per line on stdin, one JSON reply per line on stdout, until stdin ends. Importing MLflow takes seconds,
-so `release.Release` starts this early, does other work meanwhile, and asks all its questions of the one process.
-This file imports nothing of mlflow_host: the tests run it with the interpreters of other environments.
+Reads one JSON request per line on stdin and writes one JSON reply per line on stdout, until stdin ends. Importing
+MLflow takes seconds, so the step starts one worker early and sends it all tasks. This file imports nothing from
+mlflow_host, because tests run it with the interpreters of other environments.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def head() -> str:
 
 
 def create(uri: str, revision: str) -> None:
-    """Tables of an empty database, the way MLflow's store makes them: the first tables, then every migration."""
+    """Create the tables in an empty database as MLflow's store does: the initial tables, then all migrations."""
     first_tables: Any = import_module("mlflow.store.tracking.dbmodels.initial_models")
     engine = _engine(uri)
     first_tables.Base.metadata.create_all(engine)
@@ -41,9 +41,9 @@ def upgrade(uri: str, revision: str) -> None:
     engine.dispose()
 
 
-def answer(uri: str, artifact_root: str) -> dict[str, int]:
-    """Open the stores the server opens and have them answer. An empty database gets its default experiment here,
-    whose artifact location follows from `artifact_root`."""
+def query_stores(uri: str, artifact_root: str) -> dict[str, int]:
+    """Open the stores that the server opens and run queries; number of results by kind. MLflow creates the default
+    experiment of an empty database here, with its location below `artifact_root`."""
     everything: Any = import_module("mlflow.entities").ViewType.ALL
     tracking: Any = import_module("mlflow.store.tracking.sqlalchemy_store").SqlAlchemyStore(uri, artifact_root)
     registry: Any = import_module("mlflow.store.model_registry.sqlalchemy_store").SqlAlchemyStore(uri)
@@ -65,7 +65,12 @@ def _engine(uri: str) -> Any:
     return sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool)
 
 
-TASKS: dict[str, Callable[..., Any]] = {"head": head, "create": create, "upgrade": upgrade, "answer": answer}
+TASKS: dict[str, Callable[..., Any]] = {
+    "head": head,
+    "create": create,
+    "upgrade": upgrade,
+    "query_stores": query_stores,
+}
 
 
 def main() -> None:

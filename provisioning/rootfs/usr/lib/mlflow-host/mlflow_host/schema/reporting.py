@@ -1,6 +1,7 @@
-"""The report of one change of schema: what was carried, converted, shortened, filled and left behind.
+"""The report of one schema change: rows carried, converted, shortened, filled and left behind.
 
-It goes to the data volume as JSON and as text, to the journal and, in one line, to the status page."""
+It is written to the data volume as JSON and as text, to the journal, and as one line to the status page.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 PENDING = ".pending"
-"""Suffix of a report whose database is not in service yet."""
+"""Suffix of a report before the flip."""
 
 
 @dataclass(frozen=True)
-class Carried:
+class CarriedTable:
     table: str
     rows: int
 
 
 @dataclass(frozen=True)
-class Left:
-    """`count` rows of `table` (of `column`, None for whole rows) that were "left behind", "shortened", "emptied" or
-    "filled" with a value that says nothing; and why."""
+class LeftBehind:
+    """`count` rows of `table` were "left behind", or their value in `column` was "left behind", "shortened", "emptied"
+    or "filled" with a neutral value; `column` None: whole rows."""
 
     table: str
     column: str | None
@@ -38,20 +39,20 @@ class Left:
 
 
 @dataclass(frozen=True)
-class Returned:
-    """What came back from one kept database into one table."""
+class MergedTable:
+    """Numbers of one table in a merge from one kept database."""
 
     table: str
     rows: int
-    """Rows put back that the older release could not hold."""
+    """Rows inserted that the older release could not hold."""
     values: int
-    """Rows in which values came back that the older release could not hold."""
+    """Rows in which values were restored that the older release could not hold."""
     dropped: int
-    """Rows not put back, as what they belong to was deleted since, or their place was taken."""
+    """Rows not inserted, because their parent was deleted since, or their key is in use."""
 
 
 @dataclass(frozen=True)
-class Report:
+class ChangeReport:
     """`action` is "create", "upgrade" or "carry back"; `at` an RFC 3339 time in UTC."""
 
     action: str
@@ -62,15 +63,15 @@ class Report:
     to_version: str
     kept_database: str | None
     dump: str | None
-    """s3:// address of the dump that was taken before."""
-    carried: tuple[Carried, ...] = ()
-    left: tuple[Left, ...] = ()
-    returned: dict[str, tuple[Returned, ...]] = dataclasses.field(default_factory=dict)
+    """s3:// address of the dump taken before the change."""
+    carried: tuple[CarriedTable, ...] = ()
+    left: tuple[LeftBehind, ...] = ()
+    returned: dict[str, tuple[MergedTable, ...]] = dataclasses.field(default_factory=dict)
     """By kept database."""
     conversions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     answers: dict[str, int] = dataclasses.field(default_factory=dict)
-    """How much of what MLflow's stores answered with before the flip."""
+    """Number of results by kind that MLflow's stores returned before the flip."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -79,46 +80,46 @@ class Report:
 
     def summary(self) -> str:
         """One line for the console and the status page."""
-        said = [f"{self.action} from MLflow {self.from_version or '?'} to {self.to_version} done"]
+        parts = [f"{self.action} from MLflow {self.from_version or '?'} to {self.to_version} done"]
         if self.carried:
-            said.append(f"{self.rows:,} rows carried")
+            parts.append(f"{self.rows:,} rows carried")
         back = sum(entry.rows + entry.values for found in self.returned.values() for entry in found)
         if back:
-            said.append(f"{back:,} rows came back from kept databases")
+            parts.append(f"{back:,} rows merged back from kept databases")
         if self.left:
             tables = len({entry.table for entry in self.left})
             held = sum(entry.count for entry in self.left)
-            said.append(f"{held:,} entries of {tables} tables do not fit this release and wait in {self.kept_database}")
-        return ", ".join(said)
+            parts.append(f"{held:,} values of {tables} tables do not fit this release and stay in {self.kept_database}")
+        return ", ".join(parts)
 
 
-def as_text(report: Report) -> str:
+def as_text(report: ChangeReport) -> str:
     lines = [
         f"{report.action}: MLflow {report.from_version or '?'} ({report.from_head}) "
         f"to {report.to_version} ({report.to_head}), {report.at}",
         f"replaced database, kept as: {report.kept_database or 'none'}",
-        f"dump taken before: {report.dump or 'none'}",
+        f"dump before the change: {report.dump or 'none'}",
     ]
     lines += _section("carried", (f"{entry.table}: {entry.rows}" for entry in report.carried if entry.rows))
     lines += _section("converted", report.conversions)
-    lines += _section("this release cannot hold (all of it is in the kept database)", map(str, report.left))
+    lines += _section("does not fit this release (the kept database has all of it)", map(str, report.left))
     for database, found in report.returned.items():
         lines += _section(
-            f"came back from {database}",
-            (f"{r.table}: {r.rows} rows, values in {r.values}, {r.dropped} not put back" for r in found),
+            f"merged back from {database}",
+            (f"{r.table}: {r.rows} rows inserted, {r.values} updated, {r.dropped} dropped" for r in found),
         )
     lines += _section("notes", report.notes)
-    lines += _section("MLflow answered", (f"{name}: {number}" for name, number in report.answers.items()))
+    lines += _section("MLflow's stores returned", (f"{name}: {number}" for name, number in report.answers.items()))
     lines += _section("seconds", (f"{name}: {taken:.1f}" for name, taken in report.seconds.items()))
     return "\n".join(lines) + "\n"
 
 
-def as_mapping(report: Report) -> dict[str, Any]:
+def as_mapping(report: ChangeReport) -> dict[str, Any]:
     return dataclasses.asdict(report)
 
 
-def write_pending(folder: Path, report: Report) -> Path:
-    """Before the flip: the report is on disk, under a name that says it has not come true yet."""
+def write_pending(folder: Path, report: ChangeReport) -> Path:
+    """Write the report with the suffix PENDING, before the flip."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{report.at.replace(':', '').replace('-', '')}-{report.action.replace(' ', '-')}"
     path = folder / f"{name}.json{PENDING}"
@@ -126,8 +127,8 @@ def write_pending(folder: Path, report: Report) -> Path:
     return path
 
 
-def settle(folder: Path, present: Iterable[str]) -> None:
-    """Reports whose kept database is `present` came true and get their name and text; the others are removed."""
+def settle_pending(folder: Path, present: Iterable[str]) -> None:
+    """Publish the pending reports whose kept database is in `present`, and remove the others: their flip failed."""
     names = set(present)
     for path in folder.glob(f"*{PENDING}"):
         try:
@@ -135,25 +136,25 @@ def settle(folder: Path, present: Iterable[str]) -> None:
         except ValueError:
             raw = {}
         if raw.get("kept_database") in names:
-            come_true(path)
+            publish(path)
         else:
             path.unlink()
 
 
-def come_true(path: Path) -> None:
-    """Give a pending report its name, and its text beside it."""
+def publish(path: Path) -> None:
+    """Give a pending report its final name, and write its text file."""
     report = from_mapping(json.loads(path.read_text()))
     path.with_suffix("").with_suffix(".txt").write_text(as_text(report))
     path.rename(path.with_suffix(""))
 
 
-def from_mapping(raw: dict[str, Any]) -> Report:
-    return Report(
+def from_mapping(raw: dict[str, Any]) -> ChangeReport:
+    return ChangeReport(
         **{
             **raw,
-            "carried": tuple(Carried(**entry) for entry in raw["carried"]),
-            "left": tuple(Left(**entry) for entry in raw["left"]),
-            "returned": {k: tuple(Returned(**entry) for entry in v) for k, v in raw["returned"].items()},
+            "carried": tuple(CarriedTable(**entry) for entry in raw["carried"]),
+            "left": tuple(LeftBehind(**entry) for entry in raw["left"]),
+            "returned": {k: tuple(MergedTable(**entry) for entry in v) for k, v in raw["returned"].items()},
             "conversions": tuple(raw["conversions"]),
             "notes": tuple(raw["notes"]),
         }

@@ -1,45 +1,47 @@
-"""The migrations that a release of MLflow knows, in order, read from its files.
+"""The migrations of an installed MLflow, in order, read from its files without importing it.
 
-Importing MLflow takes seconds; these files are a few hundred kilobytes. `mlflow_host.schema.release` asks MLflow
-itself for its head before anything is changed and refuses to go on when the two disagree.
+Importing MLflow takes seconds; reading the files takes milliseconds. The database step compares the result with the
+head that MLflow itself reports (`schema.release`) before it changes anything, and fails when they differ.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 VERSIONS = "lib/python*/site-packages/mlflow/store/db_migrations/versions"
 
 _REVISION = re.compile(r'^revision\s*(?::[^=]+)?=\s*["\'](\w+)["\']', re.MULTILINE)
-_DOWN = re.compile(r'^down_revision\s*(?::[^=]+)?=\s*(?:["\'](\w+)["\']|None)', re.MULTILINE)
+_DOWN = re.compile(r'^down_revision\s*(?::[^=]+)?=\s*(["\']\w+["\']|None|\([^)]*\))', re.MULTILINE)
 
 
 def known_revisions(python: Path) -> tuple[str, ...]:
-    """From the first migration to the head, of the MLflow in the environment whose interpreter is `python`.
+    """The migrations from first to head of the MLflow in the environment of the interpreter `python`.
 
-    Raises ValueError where there is none, or where its chain is not a single line."""
+    Raises ValueError without MLflow, or when the migrations have several heads."""
     folders = list(python.parent.parent.glob(VERSIONS))
     if not folders:
-        raise ValueError(f"no MLflow beside {python}: looked for {VERSIONS}")
+        raise ValueError(f"no MLflow in the environment of {python}: {VERSIONS} does not exist")
     return chain(path.read_text() for path in folders[0].glob("*.py") if path.name != "__init__.py")
 
 
 def chain(sources: Iterable[str]) -> tuple[str, ...]:
-    follows: dict[str | None, str] = {}
+    """Each migration after those that it follows. Branches that a later migration merges are in the order of their
+    names. Raises ValueError unless there is one first migration and one head."""
+    follows: dict[str, set[str]] = {}
     for source in sources:
         revision, down = _REVISION.search(source), _DOWN.search(source)
-        if not revision or not down:
-            continue
-        if down[1] in follows:
-            raise ValueError(f"the migrations {follows[down[1]]} and {revision[1]} both follow {down[1]}")
-        follows[down[1]] = revision[1]
-    ordered: list[str] = []
-    step: str | None = None
-    while step in follows:
-        step = follows.pop(step)
-        ordered.append(step)
-    if follows or not ordered:
-        raise ValueError(f"the migrations do not form one line: {len(follows)} are not reached from the first")
-    return tuple(ordered)
+        if revision and down:
+            follows[revision[1]] = set(re.findall(r"\w+", down[1])) - {"None"}
+    first = [revision for revision, before in follows.items() if not before]
+    heads = follows.keys() - set().union(*follows.values())
+    unknown = set().union(*follows.values()) - follows.keys()
+    if len(first) != 1 or len(heads) != 1 or unknown:
+        raise ValueError(
+            f"the migrations do not lead from one first to one head: they start at {sorted(first) or 'none'}, end at "
+            f"{sorted(heads) or 'none'} and follow unknown ones ({sorted(unknown) or 'none'})"
+        )
+    sorter = TopologicalSorter({revision: sorted(follows[revision]) for revision in sorted(follows)})
+    return tuple(sorter.static_order())

@@ -1,0 +1,63 @@
+"""Check that the backup named by restoreFrom exists, before the machine that restores it is created."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pulumi
+import pulumi_aws as aws
+
+from contract import restore_request
+from preflight import Existing
+from settings import Settings
+
+KEYS = 10_000
+"""How many names below dumps/ are read; a dump has two, its own and its digest's."""
+
+
+def restore_from(
+    config: Settings, found: Existing, bucket: pulumi.Output[str], opts: pulumi.ResourceOptions
+) -> pulumi.Output[str]:
+    """The setting restoreFrom, resolved after its backup was found; resources that depend on it are created later.
+    Fails with pulumi.RunError.
+
+    A value that an earlier `up` has checked is not checked again: the machine restores once per value, and the backup
+    may have expired since.
+    """
+    if not config.restore_from or (found.volume and found.volume.restore_from == config.restore_from):
+        return pulumi.Output.from_input(config.restore_from)
+    asked = pulumi.InvokeOptions(provider=opts.provider)
+
+    async def look(name: str) -> str:
+        try:
+            dumps, labels = await _dumps(name, asked), await _labels(name, asked)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise pulumi.RunError(f"restoreFrom: the backups bucket {name} could not be listed: {reason}") from None
+        if wrong := restore_request.missing(config.restore_from, dumps, labels, datetime.now(UTC)):
+            raise pulumi.RunError(f"restoreFrom: {wrong}; nothing was changed.")
+        return config.restore_from
+
+    return bucket.apply(look)
+
+
+async def _dumps(bucket: str, asked: pulumi.InvokeOptions) -> list[str]:
+    """Keys of the dumps, oldest first."""
+    there = await _objects(asked, bucket=bucket, prefix=restore_request.DUMPS, max_keys=KEYS)
+    return sorted(key for key in there.keys if restore_request.is_dump(key))
+
+
+async def _labels(bucket: str, asked: pulumi.InvokeOptions) -> list[str]:
+    """Labels of the base backups in all pgBackRest histories, oldest first."""
+    folders = {"bucket": bucket, "delimiter": "/"}
+    stanzas = (await _objects(asked, prefix=restore_request.BASE_BACKUPS, **folders)).common_prefixes
+    inside = [(await _objects(asked, prefix=stanza, **folders)).common_prefixes for stanza in stanzas]
+    names = [folder.rstrip("/").rsplit("/", 1)[-1] for folders in inside for folder in folders]
+    return sorted(filter(restore_request.is_label, names), key=restore_request.made)
+
+
+async def _objects(asked: pulumi.InvokeOptions, **arguments: Any) -> aws.s3.GetObjectsResult:
+    there = await aws.s3.get_objects_output(**arguments, opts=asked).future()
+    assert there is not None  # a data source returns or raises
+    return there

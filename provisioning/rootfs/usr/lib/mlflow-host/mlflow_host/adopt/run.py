@@ -1,0 +1,348 @@
+"""Unit `mlflow-host-adopt@NAME`: do what scripts/adopt.py requested in the backups bucket for the source NAME.
+
+    prepare   load the source's rows into a database of their own, bring it to this image's schema, settle IDs, names
+              and places; nothing of the database in service changes
+    load      dump the database in service, then merge the prepared rows into it in one transaction
+
+Killed at any moment, the database in service is as before or complete. The formats are in `contract.adoption`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import psycopg2
+
+from mlflow_host.adopt import arriving, loading, placing, settling
+from mlflow_host.contract import adoption
+from mlflow_host.contract.adoption import ADOPTED_TAG, AdoptionError, Manifest, Request
+from mlflow_host.machine import atomic_file, config
+from mlflow_host.postgres import dump_file, ownership, pgbackrest
+from mlflow_host.postgres.catalog import head, read_catalog
+from mlflow_host.postgres.cluster import Cluster, connection, create_empty, databases, drop, major, rows, run
+from mlflow_host.schema import empty_database
+from mlflow_host.schema.copying import CarryError
+from mlflow_host.schema.release import ImageSchema, Release, ReleaseError, of_this_image, release
+from mlflow_host.schema.reporting import LeftBehind
+from mlflow_host.schema.revisions import known_revisions
+from mlflow_host.schema.verifying import check_row_counts, row_counts
+
+HEARTBEAT_SECONDS = 10
+SPACE = 4
+"""Free bytes needed per byte of the rows: twice in the prepared database, once in service, and the log."""
+SPARE = 256 << 20
+
+ENCRYPTED = ("secrets", "webhooks")
+"""Tables with values that only the old server's passphrase decrypts. Their rows and those that need them are left."""
+
+
+@dataclass(frozen=True)
+class AdoptSettings:
+    """Everything an adoption depends on, so that tests can use their own cluster and bucket."""
+
+    cluster: Cluster
+    image: ImageSchema
+    bucket: dump_file.Bucket
+    reports: Path
+    blank: Path | None
+    """Dump of an empty database of the image's schema; None: MLflow creates one (tests only)."""
+    now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+
+
+def main() -> int:
+    settings = from_machine()
+    try:
+        perform(settings, sys.argv[1])
+    except AdoptionError as error:
+        print(f"mlflow-host: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def from_machine() -> AdoptSettings:
+    cluster = Cluster(host=str(config.POSTGRESQL_SOCKETS))
+    bucket = pgbackrest.bucket(config.load().launch)
+    return AdoptSettings(cluster, of_this_image(), bucket, config.DATA / "reports", empty_database.FILE)
+
+
+def perform(settings: AdoptSettings, name: str) -> None:
+    """Do what is requested; the status file says how far, and at the end "done" or "failed". Raises AdoptionError."""
+    store = Store(settings, name)
+    request = adoption.parse_request(store.read("request.json"))
+    with store.progress(request) as say:
+        try:
+            with release(settings.cluster, settings.image) as mlflow:
+                action = prepare if request.action == "prepare" else load
+                action(settings, name, store, request, mlflow, say)
+        except (CarryError, ReleaseError, dump_file.DumpError, psycopg2.Error, OSError) as error:
+            sentence = " ".join(str(error).split())[:500]
+            raise AdoptionError(f"{type(error).__name__}: {sentence}; the database in service is unchanged") from error
+
+
+class Store:
+    """The files of one adoption in the backups bucket."""
+
+    def __init__(self, settings: AdoptSettings, name: str):
+        self._client, self._bucket, self._name = dump_file.s3_client(settings.bucket), settings.bucket.name, name
+
+    def read(self, file: str) -> bytes:
+        key = adoption.key(self._name, file)
+        try:
+            return bytes(self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read())
+        except self._client.exceptions.NoSuchKey:
+            raise AdoptionError(f"the backups bucket has no {key}: run scripts/adopt.py, which writes it") from None
+
+    def write(self, file: str, content: bytes) -> None:
+        self._client.put_object(Bucket=self._bucket, Key=adoption.key(self._name, file), Body=content)
+
+    @contextmanager
+    def rows(self, table: str, digest: str) -> Iterator[IO[bytes]]:
+        with tempfile.TemporaryFile() as file:
+            key = adoption.key(self._name, f"rows/{table}.gz")
+            self._client.download_fileobj(self._bucket, key, file)
+            if (found := dump_file.digest_of(file)) != digest:
+                raise AdoptionError(f"{key} is not the file of the manifest (SHA-256 {found}): run adopt.py again")
+            file.seek(0)
+            yield file
+
+    @contextmanager
+    def progress(self, request: Request) -> Iterator[Callable[[str], None]]:
+        """Write status.json at each message and every HEARTBEAT_SECONDS, which adopt.py waits for."""
+        said, over = ["started"], threading.Event()
+
+        def write(state: str) -> None:
+            at = datetime.now(UTC).isoformat(timespec="seconds")
+            status = {"request": request.id, "state": state, "message": said[0], "at": at}
+            self.write("status.json", json.dumps(status).encode())
+
+        def say(message: str) -> None:
+            said[0] = message
+            print(message, file=sys.stderr, flush=True)
+            write("running")
+
+        def beat() -> None:
+            while not over.wait(HEARTBEAT_SECONDS):
+                write("running")
+
+        beating = threading.Thread(target=beat, daemon=True, name="heartbeat")
+        beating.start()
+        state = "failed"
+        try:
+            say("started")
+            yield say
+            state = "done"
+        except AdoptionError as error:
+            said[0] = str(error)
+            raise
+        except Exception as error:
+            said[0] = f"the machine failed ({type(error).__name__}): its journal has the traceback"
+            raise
+        finally:
+            over.set()
+            beating.join()
+            write(state)
+
+
+# Prepare
+
+
+def prepare(
+    settings: AdoptSettings, name: str, store: Store, request: Request, mlflow: Release, say: Callable[[str], None]
+) -> None:
+    begun = time.monotonic()
+    manifest = adoption.parse_manifest(store.read("manifest.json"))
+    check(settings, manifest)
+    cluster, work = settings.cluster, loading.work_database(name)
+    say(f"creating an empty database at the source's migration {manifest.head}")
+    create_empty(cluster, work)
+    mlflow.create(work, manifest.head)
+    with connection(cluster, work) as opened:
+        catalog = read_catalog(opened)
+        if missing := {"experiments", "runs"} - manifest.tables.keys():
+            raise AdoptionError(f"the source has no table {sorted(missing)[0]}: it is not an MLflow database")
+        say("loading the source's rows")
+        arriving.stage(opened, manifest, lambda table: store.rows(table, manifest.tables[table].sha256))
+        settled = settle(settings, name, store, request, opened)
+        settling.apply(opened, manifest, catalog, settled)
+        say("fitting the rows to MLflow's schema")
+        left = arriving.fill(opened, catalog, manifest)
+        settling.delete_skipped(opened, settled)
+        skipped = arriving.remove_orphans(opened, catalog, "left out with an experiment or model")
+        encrypted = leave_encrypted(opened, catalog)
+        run(opened, f"DROP SCHEMA {arriving.SCHEMA} CASCADE")
+        before = row_counts(opened)
+    say(f"migrating them to {settings.image.head}")
+    mlflow.upgrade(work, settings.image.head)
+    with connection(cluster, work) as opened:
+        catalog = read_catalog(opened)
+        notes = check_row_counts(before, row_counts(opened))
+        say("finding the artifacts")
+        places, others = placing.find(opened, catalog)
+        if not request.leave_artifacts:
+            placing.rewrite(opened, catalog, places)
+        finish_experiments(settings, opened, name, settled)
+        counts = row_counts(opened)
+    left += [
+        LeftBehind(each, None, number, "removed", "NUL or broken UTF-8") for each, number in manifest.removed.items()
+    ]
+    refused = refusals(settled, left, request)
+    prepared = {
+        "request": request.id,
+        "refused": refused,
+        "dry_run": request.dry_run,
+        "experiments": settled.experiments,
+        "names": settled.names,
+        "models": settled.models,
+        "clashes": settled.clashes,
+        "default_is_ours": settled.default_is_ours,
+        "left": [asdict(entry) for entry in left],
+        "skipped": [asdict(entry) for entry in skipped],
+        "encrypted": [asdict(entry) for entry in encrypted],
+        "notes": notes,
+        "places": [] if request.leave_artifacts else [asdict(place) for place in places],
+        "left_places": sorted({root_of(p.source) for p in places}) if request.leave_artifacts else others,
+        "counts": counts,
+        "seconds": round(time.monotonic() - begun, 1),
+        "from_head": manifest.head,
+        "to_head": settings.image.head,
+    }
+    store.write("prepared.json.gz", gzip.compress(json.dumps(prepared).encode()))
+    if request.dry_run or refused:
+        drop(cluster, work)
+    say("prepared")
+
+
+def check(settings: AdoptSettings, manifest: Manifest) -> None:
+    """Raises AdoptionError if this image or its volume cannot take the source."""
+    image = settings.image
+    if manifest.head not in known_revisions(image.python):
+        raise AdoptionError(
+            f"the source is at migration {manifest.head}, which MLflow {image.mlflow_version} of this image does not "
+            "know: upgrade to an image with the source's release of MLflow or a newer one first"
+        )
+    with connection(settings.cluster, settings.cluster.database) as opened:
+        if head(opened) != image.head:
+            raise AdoptionError("the server's database is not at its image's schema: wait until the boot has ended")
+    free = shutil.disk_usage(settings.reports if settings.reports.exists() else settings.reports.parent).free
+    needed = SPACE * sum(table.bytes for table in manifest.tables.values()) + SPARE
+    if free < needed:
+        raise AdoptionError(
+            f"the data volume has {free / 2**30:.1f} GiB free, the adoption needs {needed / 2**30:.1f} GiB: make "
+            "the volume larger (the setting dataVolumeGib)"
+        )
+
+
+def settle(settings: AdoptSettings, name: str, store: Store, request: Request, opened: Any) -> settling.Settlement:
+    try:
+        earlier = json.loads(gzip.decompress(store.read("prepared.json.gz")))
+        reserved = {} if earlier["dry_run"] else {k: v for k, v in earlier["experiments"].items() if v is not None}
+    except AdoptionError:
+        reserved = {}
+    with connection(settings.cluster, settings.cluster.database, autocommit=True) as live:
+        there = settling.read_live(live, name)
+        fresh = settling.fresh_ids(live, reserve=not request.dry_run)
+        settled = settling.settle(opened, name, request, there, reserved, fresh)
+        if not request.dry_run:
+            settling.reserve_kept(live, settled)
+    return settled
+
+
+def leave_encrypted(opened: Any, catalog: Any) -> list[LeftBehind]:
+    """Delete the rows that only the old server's passphrase decrypts."""
+    left = []
+    for table in ENCRYPTED:
+        if table in catalog.tables and (count := run(opened, f"DELETE FROM {table}")):
+            left.append(LeftBehind(table, None, count, "left behind", "encrypted with the old server's passphrase"))
+    if left:
+        left += arriving.remove_orphans(opened, catalog, "needs an encrypted row")
+    return left
+
+
+def finish_experiments(settings: AdoptSettings, opened: Any, name: str, settled: settling.Settlement) -> None:
+    """Tag the adopted experiments. The experiment 0 that is merged into the server's own gets that one's values."""
+    for old, new in settled.experiments.items():
+        if new is None or (new == 0 and settled.default_is_ours):
+            continue
+        run(
+            opened,
+            "INSERT INTO experiment_tags (key, value, experiment_id) SELECT %s, %s, experiment_id FROM experiments "
+            "WHERE experiment_id = %s",
+            (ADOPTED_TAG, f"{name}:{old}", new),
+        )
+    if settled.default_is_ours:
+        columns = ("name", "artifact_location", "lifecycle_stage", "creation_time", "last_update_time")
+        with connection(settings.cluster, settings.cluster.database) as live:
+            found = rows(live, f"SELECT {', '.join(columns)} FROM experiments WHERE experiment_id = 0")
+        listed = ", ".join(f"{column} = %s" for column in columns)
+        run(opened, f"UPDATE experiments SET {listed} WHERE experiment_id = 0", found[0])
+
+
+def refusals(settled: settling.Settlement, left: list[LeftBehind], request: Request) -> list[str]:
+    """Why nothing is loaded; sentences."""
+    told = []
+    if request.on_clash == "refuse" and settled.clashes:
+        told.append(
+            f"{len(settled.clashes)} names are in use on the server: add --prefix NAME/, or --on-clash skip or rename"
+        )
+    if left and not request.lossy:
+        told.append(f"{sum(entry.count for entry in left)} values or rows do not fit: --lossy carries the rest")
+    return told
+
+
+def root_of(uri: str) -> str:
+    """scheme://host of a place, or its first folders."""
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}://{rest.split('/')[0]}" if separator and scheme != "file" else uri.rsplit("/", 3)[0]
+
+
+# Load
+
+
+def load(
+    settings: AdoptSettings, name: str, store: Store, request: Request, mlflow: Release, say: Callable[[str], None]
+) -> None:
+    begun, cluster = time.monotonic(), settings.cluster
+    if loading.work_database(name) not in databases(cluster):
+        raise AdoptionError("the prepared rows are gone, because the machine booted since: run adopt.py again")
+    say("dumping the database in service")
+    now = settings.now()
+    with connection(cluster, cluster.database) as opened:
+        owner, revision = ownership.read(opened, cluster.database), head(opened)
+    metadata = dump_file.dump_metadata(revision, owner, major(cluster))
+    key = dump_file.dump_key(now, "before-adoption", revision)
+    address = dump_file.dump(cluster, cluster.database, settings.bucket, key, metadata)
+    loaded = loading.load(cluster, name, settings.image, mlflow, settings.blank, say)
+    with connection(cluster, cluster.database, autocommit=True) as opened:
+        run(opened, "ANALYZE")
+    report = {
+        "request": request.id,
+        "dump": address,
+        "first": loaded.first,
+        "inserted": loaded.inserted,
+        "updated": loaded.updated,
+        "tables": {
+            table: dict(zip(("compared", "missing", "changed"), n, strict=True)) for table, n in loaded.tables.items()
+        },
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+    store.write("loaded.json", json.dumps(report).encode())
+    settings.reports.mkdir(parents=True, exist_ok=True)
+    at = now.astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
+    atomic_file.write(settings.reports / f"{at}-adoption-{name}.json", json.dumps(report, indent=2) + "\n")
+    say(f"loaded: {loaded.inserted} rows inserted, {loaded.updated} updated")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

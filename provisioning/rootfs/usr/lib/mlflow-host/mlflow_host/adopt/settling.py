@@ -1,0 +1,230 @@
+"""Experiment IDs and names that the database in service already uses, and what the adopted ones are called instead.
+
+Everything that MLflow names by a random ID keeps it: the same ID here is the same object, adopted before. An experiment
+is found again by its tag ADOPTED_TAG, a registered model by its name and creation time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+from psycopg2 import sql
+from psycopg2.extras import execute_values
+
+from mlflow_host.adopt.arriving import SCHEMA
+from mlflow_host.adopt.loading import is_empty
+from mlflow_host.contract.adoption import ADOPTED_TAG, Manifest, Request
+from mlflow_host.postgres.catalog import Catalog
+from mlflow_host.postgres.cluster import rows, run, value
+
+MOST = 2**31
+"""Experiment IDs are 32-bit integers in PostgreSQL; a FileStore's are longer."""
+DEFAULT = "Default"
+
+
+@dataclass(frozen=True)
+class Live:
+    """What is in the database in service that names of the source can clash with."""
+
+    experiments: dict[int, str]
+    adopted: dict[str, int]
+    """Experiment ID here by that of the same source, from an earlier adoption."""
+    models: dict[str, int | None]
+    """Creation time by name."""
+    empty: bool
+
+
+@dataclass
+class Settlement:
+    """By ID and name in the source. None: left out, because of --on-clash skip."""
+
+    experiments: dict[str, int | None] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    """Name here by experiment ID of the source."""
+    models: dict[str, str | None] = field(default_factory=dict)
+    clashes: list[dict[str, str]] = field(default_factory=list)
+    default_is_ours: bool = False
+    """The source's experiment 0 is merged into the experiment 0 here, which keeps its own values."""
+
+
+def read_live(opened: Any, source: str) -> Live:
+    experiments = dict(rows(opened, "SELECT experiment_id, name FROM experiments"))
+    tags = rows(opened, "SELECT value, experiment_id FROM experiment_tags WHERE key = %s", (ADOPTED_TAG,))
+    ours = {text.partition(":")[2]: number for text, number in tags if text.partition(":")[0] == source}
+    models = dict(rows(opened, "SELECT name, creation_time FROM registered_models"))
+    return Live(experiments, ours, models, is_empty(opened))
+
+
+def settle(opened: Any, source: str, request: Request, live: Live, reserved: dict[str, int], fresh: Any) -> Settlement:
+    """Decide on IDs and names. `reserved`: IDs of an interrupted adoption. `fresh` yields IDs that nobody has."""
+    made = Settlement()
+    taken_ids = set(live.experiments)
+    here = {name: number for number, name in live.experiments.items()}
+    found = rows(opened, f"SELECT experiment_id, name FROM {SCHEMA}.experiments ORDER BY length(experiment_id), 1")
+    kept = {int(old) for old, _ in found if _fits(old)}
+    used = taken_ids | kept | set(reserved.values())
+    for old, name in found:
+        known = live.adopted.get(old)
+        if known is None and old == "0" and name == DEFAULT and 0 in live.experiments and not request.prefix:
+            if not live.empty:
+                made.experiments[old], made.names[old], made.default_is_ours = 0, live.experiments[0], True
+                continue
+            known = 0
+        elif known is None and old == "0" and live.empty:
+            known = 0
+        new = f"{request.prefix}{name}"
+        owner = here.get(new)
+        if owner is not None and owner not in (known, *((0,) if live.empty else ())):
+            settled = _clash(made, "experiment", new, request)
+            if settled == "skip":
+                made.experiments[old] = None
+                continue
+            new = _other(f"{new} ({source})", set(here) | set(made.names.values()))
+        made.names[old] = new
+        if known is not None:
+            made.experiments[old] = known
+        elif old in reserved and reserved[old] not in taken_ids:
+            made.experiments[old] = reserved[old]
+        elif _fits(old) and int(old) not in taken_ids:
+            made.experiments[old] = int(old)
+        else:
+            made.experiments[old] = next(number for number in fresh if number not in used)
+            used.add(made.experiments[old] or 0)
+    prefix = request.prefix.replace("/", "-").replace(":", "-")
+    for name, created in _models(opened):
+        new = f"{prefix}{name}"
+        if new in live.models and live.models[new] != created:
+            settled = _clash(made, "registered model", new, request)
+            if settled == "skip":
+                made.models[name] = None
+                continue
+            new = _other(f"{new}-{source}", set(live.models))
+        made.models[name] = new
+    return made
+
+
+def _models(opened: Any) -> list[tuple[str, int | None]]:
+    if value(opened, "SELECT to_regclass(%s) IS NULL", (f"{SCHEMA}.registered_models",)):
+        return []
+    found = rows(opened, f"SELECT name, creation_time FROM {SCHEMA}.registered_models ORDER BY name")
+    return [(name, int(created) if (created or "").isdigit() else None) for name, created in found]
+
+
+def _fits(old: str) -> bool:
+    return old.isascii() and old.isdigit() and int(old) < MOST
+
+
+def _clash(made: Settlement, kind: str, name: str, request: Request) -> str:
+    made.clashes.append({"kind": kind, "name": name, "settled": request.on_clash})
+    return request.on_clash
+
+
+def _other(name: str, taken: set[str]) -> str:
+    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if n not in taken)
+
+
+def fresh_ids(live: Any, *, reserve: bool) -> Any:
+    """Experiment IDs that nobody has. `reserve`: take them from the sequence, so nobody else gets them either."""
+    sequence = value(live, "SELECT pg_get_serial_sequence('experiments', 'experiment_id')")
+    if reserve:
+        return (int(value(live, "SELECT nextval(%s::regclass)", (sequence,))) for _ in itertools.count())
+    return itertools.count(int(value(live, f"SELECT last_value FROM {sequence}")) + 1)
+
+
+def reserve_kept(live: Any, settled: Settlement) -> None:
+    """Continue the sequence after the IDs that are kept, so that no experiment made meanwhile gets one of them."""
+    sequence = value(live, "SELECT pg_get_serial_sequence('experiments', 'experiment_id')")
+    highest = max((number for number in settled.experiments.values() if number), default=0)
+    run(live, f"SELECT setval(%s::regclass, greatest(%s, last_value)) FROM {sequence}", (sequence, max(highest, 1)))
+
+
+def apply(opened: Any, manifest: Manifest, catalog: Catalog, settled: Settlement) -> None:
+    """Write the new IDs and names into the staged rows, everywhere they are named.
+
+    Experiments to skip get negative IDs; `delete_skipped` deletes them once all rows are in their tables."""
+    skipped = itertools.count(1)
+    ids = [
+        (old, str(-next(skipped) if new is None else new))
+        for old, new in settled.experiments.items()
+        if new is None or str(new) != old
+    ]
+    if ids:
+        _mapping(opened, "ids", ids)
+        for name, table in manifest.tables.items():
+            if "experiment_id" in table.columns:
+                _map(opened, name, "experiment_id", "ids")
+        if "entity_associations" in manifest.tables:
+            for side in ("source", "destination"):
+                _map(opened, "entity_associations", f"{side}_id", "ids", f"t.{side}_type = 'experiment'")
+    names = [(old, name) for old, name in settled.names.items()]
+    _mapping(opened, "names", [(str(settled.experiments[old]), name) for old, name in names])
+    run(
+        opened,
+        f"UPDATE {SCHEMA}.experiments t SET name = m.new FROM {SCHEMA}.names m WHERE t.experiment_id = m.old "
+        "AND t.name IS DISTINCT FROM m.new",
+    )
+    renamed = [(old, new) for old, new in settled.models.items() if new is not None and new != old]
+    if renamed:
+        _mapping(opened, "models", renamed)
+        for each, column in _columns_of_models(catalog):
+            if each in manifest.tables and column in manifest.tables[each].columns:
+                _map(opened, each, column, "models")
+        _rename_in_texts(opened, manifest, renamed)
+
+
+def _mapping(opened: Any, name: str, pairs: list[tuple[str, str]]) -> None:
+    run(opened, f"CREATE TABLE {SCHEMA}.{name} (old text PRIMARY KEY, new text NOT NULL)")
+    with opened.cursor() as cursor:
+        execute_values(cursor, f"INSERT INTO {SCHEMA}.{name} VALUES %s", pairs)
+
+
+def _map(opened: Any, table: str, column: str, mapping: str, condition: str = "true") -> None:
+    names = {"t": sql.Identifier(SCHEMA, table), "c": sql.Identifier(column), "m": sql.Identifier(SCHEMA, mapping)}
+    statement = "UPDATE {t} t SET {c} = m.new FROM {m} m WHERE t.{c} = m.old AND "
+    run(opened, sql.SQL(statement).format(**names) + sql.SQL(condition))
+
+
+def _columns_of_models(catalog: Catalog) -> set[tuple[str, str]]:
+    """The columns that hold the name of a registered model."""
+    found = {("registered_models", "name")}
+    while True:
+        more = {
+            (reference.table, here)
+            for reference in catalog.foreign_keys
+            for here, there in zip(reference.columns, reference.parent_columns, strict=True)
+            if (reference.parent, there) in found
+        }
+        if more <= found:
+            return found
+        found |= more
+
+
+def _rename_in_texts(opened: Any, manifest: Manifest, renamed: list[tuple[str, str]]) -> None:
+    """`models:/NAME/…` and `models:/NAME@…` in the versions' sources, and the prompts that runs and traces link."""
+    for old, new in renamed:
+        for column in ("source", "storage_location"):
+            if column in manifest.tables.get("model_versions", manifest.tables["experiments"]).columns:
+                for sign in "/@":
+                    change = (f"models:/{old}{sign}", f"models:/{new}{sign}")
+                    run(
+                        opened,
+                        f"UPDATE {SCHEMA}.model_versions SET {column} = %s || substr({column}, %s) "
+                        f"WHERE starts_with({column}, %s)",
+                        (change[1], len(change[0]) + 1, change[0]),
+                    )
+        for table in ("tags", "trace_tags"):
+            if table in manifest.tables:
+                run(
+                    opened,
+                    f"UPDATE {SCHEMA}.{table} SET value = replace(value, %s, %s) WHERE key = 'mlflow.linkedPrompts'",
+                    (f'"name": "{old}"', f'"name": "{new}"'),
+                )
+
+
+def delete_skipped(opened: Any, settled: Settlement) -> None:
+    run(opened, "DELETE FROM experiments WHERE experiment_id < 0")
+    gone = [name for name, new in settled.models.items() if new is None]
+    if gone:
+        run(opened, "DELETE FROM registered_models WHERE name = ANY (%s)", (gone,))

@@ -1,0 +1,37 @@
+"""Bake: the list of what the installed MLflow release could not be given, and why.
+
+The steps of the bake record what they find; `record_facts.py` copies the list into image.json. MLflow's own way takes
+the place of everything in it, so no entry fails the bake, opens a route or loses data.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FILE = Path("/usr/share/mlflow-host/fallbacks.json")
+
+
+@dataclass(frozen=True, order=True)
+class Fallback:
+    what: str
+    """The feature, and what happens instead: a short text without a full stop."""
+    why: str
+    """What of MLflow is different, by name."""
+
+
+def record(step: str, found: Iterable[Fallback], file: Path = FILE) -> None:
+    """Replace what `step` recorded before, and print each entry."""
+    known = json.loads(file.read_text()) if file.exists() else {}
+    known[step] = [asdict(entry) for entry in found]
+    file.write_text(json.dumps(known, indent=1) + "\n")
+    for entry in known[step]:
+        print(f"fallback: {entry['what']}: {entry['why']}", file=sys.stderr)
+
+
+def recorded(file: Path = FILE) -> list[dict[str, str]]:
+    """All entries, in the order of the steps: `what` and `why` of each."""
+    return [entry for entries in json.loads(file.read_text()).values() for entry in entries] if file.exists() else []

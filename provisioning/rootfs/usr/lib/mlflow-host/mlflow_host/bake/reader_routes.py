@@ -1,0 +1,169 @@
+"""Bake: derive from the installed MLflow's routes which of them a user with the role reader may call.
+
+The HTTP method is not enough, because MLflow also searches with POST. Every POST route must match one of two lists of
+paths, reading or writing. One that matches neither counts as writing: readers get 403, and the image's facts name it
+(`fallbacks`). PUT, PATCH, DELETE and unknown methods count as writing; GET, HEAD and OPTIONS count as reading.
+
+    python -m mlflow_host.bake.reader_routes --write /usr/share/mlflow-host/reader-posts.map
+
+writes the map file that nginx includes, with one pattern per line. A pattern matches the *raw* request target, so a
+target with an encoded or doubled character does not match and is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow_host.bake import fallbacks
+from mlflow_host.bake.fallbacks import Fallback
+from mlflow_host.server.environment import variables
+
+# POST routes that only read. Source: each RPC's definition and handler
+# in mlflow/protos/service.proto, model_registry.proto and mlflow/server/handlers.py, read at 3.12 to 3.18.
+READING_POSTS = re.compile(
+    r"""(
+      /graphql                                   # queries; the one mutation echoes its argument
+    | /(ajax-)?api/\d\.\d/?mlflow/(
+        runs/search
+      | experiments/search
+      | experiments/search-datasets
+      | logged-models/search
+      | registered-models/get-latest-versions
+      | artifacts/presigned-download-url
+      | traces/search
+      | traces/metrics
+      | traces/batchGet(Infos)?
+      | traces/calculate-filter-correlation
+      | datasets/search
+      | issues/search
+      | prompt-optimization/jobs/search
+      )
+    | /ajax-api/\d\.\d/jobs/search
+    )""",
+    re.VERBOSE,
+)
+
+# POST routes that change data, or cause costs or processor load.
+WRITING_POSTS = re.compile(
+    r"""(
+      /v1/traces                                 # OpenTelemetry's exporter
+    | /gateway/.+                                # calls a paid model
+    | /ajax-api/\d\.\d/jobs/?
+    | /(ajax-)?api/\d\.\d/mlflow-artifacts/mpu/(create|complete|abort)/.+
+    | /(ajax-)?api/\d\.\d/mlflow/(
+        artifacts/presigned-upload-url
+      | upload-artifact
+      | gateway-proxy
+      | ui-telemetry
+      | assistant/.+
+      | mcp-servers(/.+)?
+      | webhooks(/<[^>]+>(/test)?)?
+      | workspaces
+      | issues(/invoke|/schedule/state)?
+      | skills(/bulk-register)?
+      | skills/(@<[^>]+>/)?<[^>]+>/(aliases|tags|versions(/<[^>]+>/tags)?)
+      | scorer/invoke
+      | genai/evaluate/invoke
+      | demo/(generate|delete)
+      | traces(/<[^>]+>/assessments)?
+      | logged-models(/<[^>]+>/params)?
+      | prompt-optimization/jobs(/<[^>]+>/cancel)?
+      | [a-z-]+(/[a-z-]+|/<[^>]+>)*/(
+          create|delete|update|rename|restore|register|transition-stage|alias|attach|detach|add|remove|copy
+        | (create|delete|update|set|add|remove|link|log|get-or-create)-[a-z-]+
+        )
+      | runs/outputs
+      | datasets/<[^>]+>/records
+      )
+    )""",
+    re.VERBOSE,
+)
+
+CHANGING_METHODS = frozenset({"PUT", "PATCH", "DELETE"})
+READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+@dataclass(frozen=True, order=True)
+class Route:
+    path: str  # with <name> or <type:name> where the path varies
+    method: str
+
+
+def installed_routes() -> list[Route]:
+    """All routes of the installed MLflow's Flask and FastAPI applications, one entry per method.
+
+    Imports MLflow, which takes seconds.
+    """
+    # Importing the applications opens no store, but requires its URI.
+    with variables({"MLFLOW_BACKEND_STORE_URI": "sqlite://"}):
+        from mlflow.server import app as flask_app
+        from mlflow.server.fastapi_app import app as fastapi_app
+
+    routes = {
+        Route(rule.rule, method)
+        for rule in flask_app.url_map.iter_rules()
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+    }
+    for path, operations in fastapi_app.openapi()["paths"].items():
+        # The schema names an operation by its method in lower case.
+        routes |= {Route(re.sub(r"\{([^}]+)\}", r"<\1>", path), method.upper()) for method in operations}
+    return sorted(routes | set(_hidden(fastapi_app.routes)))
+
+
+def _hidden(routes: object) -> Iterator[Route]:
+    """FastAPI routes that are not in the OpenAPI schema. Their paths lack the prefix of a router that is included."""
+    for route in routes:  # type: ignore[attr-defined]
+        router = getattr(route, "original_router", None)
+        if router is not None:
+            yield from _hidden(router.routes)
+        elif hasattr(route, "methods") and not getattr(route, "include_in_schema", True):
+            yield from (Route(re.sub(r"\{([^}]+)\}", r"<\1>", route.path), method) for method in route.methods)
+
+
+def sort_posts(routes: list[Route]) -> tuple[list[str], list[Route]]:
+    """The paths of the reading POST routes, and the routes that nobody sorted: those in neither list or in both, with
+    an unknown method, or reading with a variable part, for which nginx's map has no pattern."""
+    readable, unsorted = [], []
+    for route in routes:
+        if route.method in READING_METHODS | CHANGING_METHODS:
+            continue
+        reads = bool(READING_POSTS.fullmatch(route.path))
+        writes = bool(WRITING_POSTS.fullmatch(route.path))
+        if route.method != "POST" or reads == writes or (reads and "<" in route.path):
+            unsorted.append(route)
+        elif reads:
+            readable.append(route.path)
+    return readable, unsorted
+
+
+def fallback(unsorted: list[Route]) -> list[Fallback]:
+    """The entry of the image's facts for routes that nobody sorted."""
+    named = ", ".join(f"{route.method} {route.path}" for route in unsorted)
+    what = f"{len(unsorted)} routes for readers: only writers and administrators may call them"
+    return [Fallback(what, f"mlflow_host/bake/reader_routes.py does not sort {named}")] if unsorted else []
+
+
+def nginx_map(paths: list[str]) -> str:
+    """Lines for nginx's `map $request_uri …` block: the raw target of each path, with or without a query."""
+    return "".join(f'"~^{re.escape(path)}(\\?|$)" 1;\n' for path in paths)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the nginx map here; default: print it")
+    arguments = parser.parse_args()
+    readable, unsorted = sort_posts(installed_routes())
+    if arguments.write:
+        arguments.write.write_text(nginx_map(readable))
+        fallbacks.record("reader_routes", fallback(unsorted))
+    else:
+        print(nginx_map(readable), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,194 @@
+"""Boot step `database`: bring the database to this image's schema.
+
+    python -m mlflow_host.boot.database            as the OS user postgres, with PostgreSQL running and MLflow stopped
+    python -m mlflow_host.boot.database --plan     print the action as JSON and change nothing
+
+    database   action
+    empty      create        load the empty database that the bake dumped, flip
+    same       same          do nothing; MLflow is not imported
+    older      upgrade       copy the database, migrate the copy, merge kept databases back, verify, flip
+    newer      carry back    load the empty database, copy all tables and columns in both schemas, verify, flip
+
+The step only reads the database in service until the flip, one transaction that renames it aside and its successor into
+its place. A crash before the flip leaves the database in service, and unfinished databases that the next boot drops.
+The replaced database is kept under a name with its migration head and the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import psycopg2
+from psycopg2 import errors
+
+from mlflow_host.machine.status import StepFailed
+from mlflow_host.postgres import dump_file, flip
+from mlflow_host.postgres.cluster import Cluster, accepts_connections, connection, run, value
+from mlflow_host.schema import empty_database
+from mlflow_host.schema.change import change, create
+from mlflow_host.schema.copying import CarryError
+from mlflow_host.schema.release import ReleaseError, of_this_image
+from mlflow_host.schema.state import (
+    ChangeSettings,
+    Say,
+    decide,
+    drop_leftovers,
+    nothing_left_over,
+    plan,
+    read_state,
+    update_ownership,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mlflow_host.boot.database",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--plan", action="store_true", help="print what would be done as JSON and change nothing")
+    arguments = parser.parse_args()
+    from mlflow_host.machine.status import step
+
+    if arguments.plan:
+        try:
+            print(json.dumps(plan(from_machine())))
+        except StepFailed as failure:
+            print(f"mlflow-host: {failure}", file=sys.stderr)
+            raise SystemExit(2) from None
+        return
+    with step("database") as current:
+        current.say(bring_with_retries(from_machine(), current.say))
+
+
+def from_machine() -> ChangeSettings:
+    """Settings from the host's configuration and image.json. Raises StepFailed when one of them is missing."""
+    from mlflow_host.machine import config
+    from mlflow_host.postgres import pgbackrest
+
+    try:
+        host, image = config.load(), of_this_image()
+    except OSError as error:
+        raise StepFailed(
+            f"{error.filename} cannot be read: the configure step and the bake write these files"
+        ) from None
+    cluster = Cluster(host=str(config.POSTGRESQL_SOCKETS))
+    dumper = dump_file.dumper_to(cluster, pgbackrest.bucket(host.launch))
+    return ChangeSettings(cluster, image, config.DATA / "reports", dumper, empty_database.FILE)
+
+
+class ConnectionLost(StepFailed):
+    """PostgreSQL ended the connection, or does not accept connections yet."""
+
+
+def connection_lost(error: BaseException) -> ConnectionLost:
+    return ConnectionLost(
+        f"the connection to PostgreSQL was lost: {sentence(error)}; the database in service is unchanged: start the "
+        "machine again"
+    )
+
+
+def bring_with_retries(settings: ChangeSettings, say: Say, seconds: float = 60) -> str:
+    """Run `bring`, and again, at most three times in all, if PostgreSQL was killed and accepts connections within
+    `seconds`. systemd restarts PostgreSQL, but not this step once it has failed."""
+    for _ in range(2):
+        try:
+            return bring(settings, say)
+        except ConnectionLost as failure:
+            say(f"waiting for PostgreSQL: {failure}")
+            if not wait_for_postgresql(settings.cluster, seconds):
+                raise
+    return bring(settings, say)
+
+
+def wait_for_postgresql(cluster: Cluster, seconds: float) -> bool:
+    """Whether PostgreSQL accepts connections within `seconds`."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        if accepts_connections(cluster):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def bring(settings: ChangeSettings, say: Say) -> str:
+    """Perform the action that the database needs. Returns a sentence. Raises StepFailed, with the old database in
+    service."""
+    try:
+        state = read_state(settings.cluster)
+        if state.head == settings.image.head and nothing_left_over(settings):
+            update_ownership(settings, state)
+            return f"the database is at this image's schema ({state.head}, MLflow {settings.image.mlflow_version})"
+        with step_lock(settings.cluster):
+            return bring_locked(settings, say)
+    except errors.DiskFull as error:
+        raise StepFailed(
+            f"the data volume is full ({sentence(error)}); the database in service is unchanged: make the volume "
+            "larger (the setting dataVolumeGib), or drop a kept database that you no longer need"
+        ) from error
+    except psycopg2.OperationalError as error:
+        raise connection_lost(error) from error
+    except (psycopg2.Error, CarryError, ReleaseError, dump_file.DumpError, ValueError) as error:
+        raise StepFailed(
+            f"the database could not be brought to MLflow {settings.image.mlflow_version}: {sentence(error)}; it is "
+            "unchanged: pin the image that served it last, and report this with the journal of this machine"
+        ) from error
+    except OSError as error:
+        raise StepFailed(
+            f"{error.filename or 'a file'}: {error.strerror}; the database in service is unchanged"
+        ) from error
+
+
+def bring_locked(settings: ChangeSettings, say: Say) -> str:
+    drop_leftovers(settings, say)
+    state = read_state(settings.cluster)
+    action = decide(state, settings.image)
+    if action == "same":
+        update_ownership(settings, state)
+        return f"the database is at this image's schema ({state.head}, MLflow {settings.image.mlflow_version})"
+    try:
+        if action == "create" and settings.blank:
+            return create(settings, state, settings.blank, say)
+        return change(settings, state, action, say)
+    except BaseException:
+        with suppress(psycopg2.Error):
+            flip.drop_orphans(settings.cluster)
+        raise
+
+
+@contextmanager
+def step_lock(cluster: Cluster, seconds: int = 30) -> Iterator[None]:
+    """Hold an advisory lock, so that one step runs at a time. PostgreSQL releases a killed step's lock.
+
+    Raises ConnectionLost if the lock's connection is lost when the block fails, whatever the exception type, as MLflow
+    wraps connection errors."""
+    with connection(cluster, autocommit=True) as opened:
+        run(opened, f"SET lock_timeout = '{seconds}s'")
+        try:
+            run(opened, "SELECT pg_advisory_lock(hashtext('mlflow-host database step'))")
+        except errors.LockNotAvailable:
+            raise StepFailed(
+                f"another database step has been running for more than {seconds} s: wait for its end, or stop it"
+            ) from None
+        try:
+            yield
+        except (psycopg2.Error, CarryError, ReleaseError) as error:
+            try:
+                value(opened, "SELECT 1")
+            except psycopg2.Error:
+                raise connection_lost(error) from error
+            raise
+
+
+def sentence(error: BaseException) -> str:
+    """The first line of an error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+if __name__ == "__main__":
+    main()

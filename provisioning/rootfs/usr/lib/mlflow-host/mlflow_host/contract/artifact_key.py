@@ -1,0 +1,10 @@
+"""Which of the two buckets holds an artifact."""
+
+from __future__ import annotations
+
+import re
+
+
+def is_of_model(key: str) -> bool:
+    """Whether a key belongs to a logged model: <experiment>/models/m-<32 hexadecimal digits>/…"""
+    return re.search(r"(^|/)models/m-[0-9a-f]{32}(/|$)", key) is not None

@@ -1,0 +1,186 @@
+"""Calls of AWS with the instance's role: Systems Manager parameters and CloudWatch metrics. Standard library only.
+
+Importing botocore would take 0.5 s of processor time per process: at each boot, and every minute in the users timer.
+Requests are signed with Signature Version 4; a test compares the signature with botocore's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import http.client
+import json
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+from xml.etree import ElementTree
+
+from mlflow_host.contract.launch import LaunchDocument
+
+METADATA = "http://169.254.169.254"
+SECONDS = 5
+"""Timeout of a request. Attaching the Elastic IP cuts connections without a reset; callers then try again."""
+
+
+class NoRole(Exception):
+    """The instance metadata service returns no credentials (yet)."""
+
+
+class ServiceUnreachable(Exception):
+    """The connection to the service failed; the text is the reason."""
+
+
+class ServiceError(Exception):
+    """The service returned an error; `code` is AWS's error code."""
+
+    def __init__(self, code: str, message: str):
+        self.code = code
+        super().__init__(f"{code}: {message}" if message else code)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Temporary credentials of a role."""
+
+    access: str
+    secret: str
+    token: str
+    expires: str = ""
+    """ISO 8601; "" if it is not needed."""
+
+
+def role_keys(metadata: str = METADATA) -> Keys:
+    """Read the role's credentials by IMDSv2. Raises NoRole."""
+    try:
+        token = _request(
+            metadata, "PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, seconds=2
+        )
+        header = {"X-aws-ec2-metadata-token": token.decode()}
+        folder = "/latest/meta-data/iam/security-credentials/"
+        role = _request(metadata, "GET", folder, header, seconds=2).decode().split()[0]
+        given = json.loads(_request(metadata, "GET", folder + role, header, seconds=2))
+        return Keys(given["AccessKeyId"], given["SecretAccessKey"], given["Token"], given.get("Expiration", ""))
+    except (ServiceUnreachable, ServiceError, ValueError, KeyError, IndexError) as error:
+        raise NoRole(str(error)) from None
+
+
+def get_parameter(document: LaunchDocument, name: str, keys: Keys) -> str:
+    """A parameter's decrypted value. Raises ServiceUnreachable or ServiceError (ParameterNotFound, …)."""
+    answer = _ssm(document, "GetParameter", {"Name": name, "WithDecryption": True}, keys)
+    return str(answer["Parameter"]["Value"])
+
+
+def put_parameter(document: LaunchDocument, name: str, value: str, keys: Keys) -> None:
+    """Create or overwrite a parameter of type String. Raises ServiceUnreachable or ServiceError."""
+    _ssm(document, "PutParameter", {"Name": name, "Value": value, "Type": "String", "Overwrite": True}, keys)
+
+
+def call_query_api(
+    document: LaunchDocument, service: str, endpoint: str, body: bytes, keys: Keys, now: datetime
+) -> None:
+    """Call a service with the Query protocol and ignore the response. Raises ServiceUnreachable or ServiceError."""
+    address = endpoint or regional_address(document.stack.region, service)
+    headers = {"Content-Type": "application/x-www-form-urlencoded; charset=utf-8", "Accept": "application/json"}
+    headers |= signature(address, headers, body, document.stack.region, service, keys, now)
+    _request(address, "POST", "/", headers, body)
+
+
+def assume_role(document: LaunchDocument, role: str, keys: Keys, now: datetime) -> Keys:
+    """Credentials of another role for an hour, the most that STS gives to a role that assumes one (AssumeRole).
+
+    Raises ServiceUnreachable or ServiceError."""
+    arguments = {
+        "Action": "AssumeRole",
+        "Version": "2011-06-15",
+        "RoleArn": role,
+        "RoleSessionName": "mlflow-server",
+        "DurationSeconds": "3600",
+    }
+    address, body = sts_address(document), urlencode(arguments).encode()
+    headers = {"Content-Type": "application/x-www-form-urlencoded; charset=utf-8"}
+    headers |= signature(address, headers, body, document.stack.region, "sts", keys, now)
+    answer = _request(address, "POST", "/", headers, body)
+    try:
+        found = {each.tag.rpartition("}")[2]: each.text or "" for each in ElementTree.fromstring(answer).iter()}
+        return Keys(found["AccessKeyId"], found["SecretAccessKey"], found["SessionToken"], found["Expiration"])
+    except (ElementTree.ParseError, KeyError):
+        raise ServiceUnreachable(f"{address} does not answer as AWS STS does") from None
+
+
+def sts_address(document: LaunchDocument) -> str:
+    return document.endpoints.sts or regional_address(document.stack.region, "sts")
+
+
+def ssm_address(document: LaunchDocument) -> str:
+    return document.endpoints.ssm or regional_address(document.stack.region, "ssm")
+
+
+def regional_address(region: str, service: str) -> str:
+    """AWS's public endpoint of a service."""
+    return f"https://{service}.{region}.{'amazonaws.com.cn' if region.startswith('cn-') else 'amazonaws.com'}"
+
+
+def _ssm(document: LaunchDocument, action: str, arguments: dict[str, Any], keys: Keys) -> dict[str, Any]:
+    address, body = ssm_address(document), json.dumps(arguments).encode()
+    headers = {"Content-Type": "application/x-amz-json-1.1", "X-Amz-Target": f"AmazonSSM.{action}"}
+    headers |= signature(address, headers, body, document.stack.region, "ssm", keys, datetime.now(UTC))
+    answer: dict[str, Any] = json.loads(_request(address, "POST", "/", headers, body) or b"{}")
+    return answer
+
+
+def signature(
+    address: str, headers: dict[str, str], body: bytes, region: str, service: str, keys: Keys, now: datetime
+) -> dict[str, str]:
+    """The headers that sign a POST of `body` to the path / of `address` with Signature Version 4."""
+    stamp, day = now.strftime("%Y%m%dT%H%M%SZ"), now.strftime("%Y%m%d")
+    added = {"Host": urlsplit(address).netloc, "X-Amz-Date": stamp, "X-Amz-Security-Token": keys.token}
+    signed = sorted((name.lower(), value) for name, value in {**headers, **added}.items())
+    names = ";".join(name for name, _ in signed)
+    lines = [
+        "POST",
+        "/",
+        "",
+        *(f"{name}:{value}" for name, value in signed),
+        "",
+        names,
+        hashlib.sha256(body).hexdigest(),
+    ]
+    scope = f"{day}/{region}/{service}/aws4_request"
+    request = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    key = f"AWS4{keys.secret}".encode()
+    for part in (day, region, service, "aws4_request"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    proof = hmac.digest(key, f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{request}".encode(), "sha256").hex()
+    credential = f"Credential={keys.access}/{scope}, SignedHeaders={names}, Signature={proof}"
+    return {**added, "Authorization": f"AWS4-HMAC-SHA256 {credential}"}
+
+
+def _request(
+    address: str, method: str, path: str, headers: dict[str, str], body: bytes | None = None, seconds: float = SECONDS
+) -> bytes:
+    """The body of a response with status 200. Raises ServiceUnreachable, or ServiceError with the error code in the
+    body."""
+    where = urlsplit(address)
+    kind = http.client.HTTPSConnection if where.scheme == "https" else http.client.HTTPConnection
+    connection = kind(where.netloc, timeout=seconds)
+    try:
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        content = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise ServiceUnreachable(str(error) or type(error).__name__) from None
+    finally:
+        connection.close()
+    if answer.status == 200:
+        return content
+    if named := re.search(rb"<Code>(\w+)</Code>", content):
+        message = re.search(rb"<Message>([^<]*)</Message>", content)
+        raise ServiceError(named[1].decode(), message[1].decode(errors="replace") if message else "")
+    try:
+        found = json.loads(content)
+        code = str(found.get("__type") or found["code"]).split("#")[-1]
+        raise ServiceError(code, str(found.get("message") or found.get("Message") or ""))
+    except (ValueError, KeyError, AttributeError):
+        raise ServiceError(f"HTTP {answer.status}", "") from None

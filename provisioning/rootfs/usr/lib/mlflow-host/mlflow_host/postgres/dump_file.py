@@ -1,0 +1,194 @@
+"""Dump a database to the backups bucket in pg_dump's custom format, streamed without a file on disk; load a dump."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import IO, Any
+
+from mlflow_host.contract.restore_request import DIGEST, DUMPS
+from mlflow_host.postgres.cluster import Cluster
+from mlflow_host.postgres.ownership import OwnershipRecord
+from mlflow_host.postgres.ownership import dump as dump_record
+
+READ_SECONDS = 30
+"""Timeout between two reads from S3. Attaching the Elastic IP cuts connections without a reset; boto3 tries again after
+this time."""
+
+
+class DumpError(Exception):
+    """One sentence: why the dump failed."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The bucket for dumps. `endpoint`: address of an S3-compatible store, "" for AWS. `ca_file`: PEM file of the
+    certificate authority that signed that store's certificate, "" for the public ones."""
+
+    name: str
+    region: str
+    endpoint: str = ""
+    ca_file: str = ""
+
+
+class _CheckedOutput:
+    """pg_dump's output as a file object for boto3. The read that reaches the end raises DumpError unless pg_dump
+    exited with 0, so an incomplete dump is never completed in the bucket."""
+
+    def __init__(self, process: subprocess.Popen[bytes], stderr: IO[bytes]):
+        self._process, self._stderr = process, stderr
+        self.sha256 = hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        assert self._process.stdout
+        data = self._process.stdout.read(size)
+        self.sha256.update(data)
+        if (size < 0 or len(data) < size) and self._process.wait() != 0:
+            self._stderr.seek(0)
+            lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+            raise DumpError(f"pg_dump ended with exit status {self._process.returncode}: {lines[-1] if lines else ''}")
+        return data
+
+
+def dump_command(cluster: Cluster, database: str) -> list[str]:
+    """Use the fastest compression, as the outage lasts as long as the dump: zstd from pg_dump 16 on, else gzip -1."""
+    program = cluster.program("pg_dump")
+    version = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout
+    major = int(version.split()[2].split(".")[0])
+    compress = "--compress=zstd:3" if major >= 16 else "--compress=1"
+    return [program, "--format=custom", compress, *cluster.client_arguments, database]
+
+
+def dump_key(now: datetime, occasion: str, head: str | None) -> str:
+    """Key of a dump in the bucket; `head` is the migration head of its schema."""
+    return f"{DUMPS}{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{occasion}-{head}.dump"
+
+
+def dump(cluster: Cluster, database: str, bucket: Bucket, key: str, metadata: dict[str, str]) -> str:
+    """Stream a dump of `database` into the bucket and return its s3:// address. Raises DumpError.
+
+    Its digest is written beside it. MLflow's own role reaches neither object."""
+    from boto3.s3.transfer import TransferConfig
+
+    address = f"s3://{bucket.name}/{key}"
+    parts = TransferConfig(multipart_chunksize=16 << 20, max_concurrency=4)
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(dump_command(cluster, database), stdout=subprocess.PIPE, stderr=stderr)
+        try:
+            output = _CheckedOutput(process, stderr)
+            s3_client(bucket).upload_fileobj(output, bucket.name, key, ExtraArgs={"Metadata": metadata}, Config=parts)
+            digest = f"{output.sha256.hexdigest()}  {key.rpartition('/')[2]}\n"
+            s3_client(bucket).put_object(Bucket=bucket.name, Key=key + DIGEST, Body=digest.encode())
+        except DumpError:
+            raise
+        except Exception as error:
+            raise DumpError(f"{address} could not be written: {type(error).__name__}: {error}") from error
+        finally:
+            process.kill()
+            process.wait()
+            if process.stdout:
+                process.stdout.close()
+    return address
+
+
+def fetch(bucket: Bucket, key: str, file: IO[bytes], *, recorded: bool = True) -> dict[str, str]:
+    """Download a dump to `file`, in parts that are retried when a connection breaks. Returns the dump's metadata.
+
+    Raises DumpError when the content does not have the digest that was recorded; `recorded`: there is one."""
+    from_bucket = s3_client(bucket)
+    from_bucket.download_fileobj(bucket.name, key, file)
+    if recorded:
+        written = from_bucket.get_object(Bucket=bucket.name, Key=key + DIGEST)["Body"].read(200).decode().split()
+        found = digest_of(file)
+        if written[:1] != [found]:
+            raise DumpError(
+                f"{key} is not the dump that was written: its SHA-256 digest is {found}, and {key}{DIGEST} has "
+                f"{' '.join(written)[:80] or 'none'}: restore another backup"
+            )
+    file.seek(0)
+    return dict(from_bucket.head_object(Bucket=bucket.name, Key=key)["Metadata"])
+
+
+def digest_of(file: IO[bytes]) -> str:
+    """SHA-256 of the whole file, in hexadecimal."""
+    file.seek(0)
+    found = hashlib.sha256()
+    while data := file.read(1 << 20):
+        found.update(data)
+    return found.hexdigest()
+
+
+def load(cluster: Cluster, database: str, dump: IO[bytes]) -> None:
+    """Restore a dump into an empty database; its objects belong to MLflow's role. Raises DumpError.
+
+    A dump is a program. It runs as MLflow's role, not as a superuser who has set that role: a statement of the dump
+    could reset it, and then run any program."""
+    options = ["--no-owner", "--no-privileges", "--single-transaction", f"--dbname={database}"]
+    as_owner = replace(cluster, user=cluster.owner)
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            [cluster.program("pg_restore"), *as_owner.client_arguments, *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+        try:
+            assert process.stdin
+            try:
+                shutil.copyfileobj(dump, process.stdin, 1 << 20)
+                process.stdin.close()
+            except BrokenPipeError:
+                pass  # pg_restore's own error, read below, has the reason
+            if process.wait():
+                stderr.seek(0)
+                lines = stderr.read().decode(errors="replace").strip().splitlines()
+                raise DumpError(f"pg_restore rejected the dump: {lines[0] if lines else 'no reason given'}")
+        finally:
+            process.kill()
+            process.wait()
+
+
+def s3_client(bucket: Bucket) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        s3={"addressing_style": "path" if bucket.endpoint else "auto"},
+        retries={"mode": "standard", "max_attempts": 6},
+        connect_timeout=5,
+        read_timeout=READ_SECONDS,
+    )
+    return boto3.client(
+        "s3",
+        region_name=bucket.region or None,
+        endpoint_url=bucket.endpoint or None,
+        verify=bucket.ca_file or None,
+        config=config,
+    )
+
+
+def dump_metadata(head: str | None, owner: OwnershipRecord | None, postgresql_major: int) -> dict[str, str]:
+    """Metadata of the dump's object: the release of its schema, from which a restore writes the ownership record."""
+    metadata = {
+        "head": head or "",
+        "count": str(owner.count if owner else ""),
+        "mlflow-version": owner.mlflow_version if owner else "",
+        "image-version": owner.image_version if owner else "",
+        "postgresql-major": str(postgresql_major),
+    }
+    record = dump_record(owner) if owner else ""
+    # S3 limits an object's metadata to 2 KB.
+    return {**metadata, "record": record} if record and len(record) < 1500 and record.isascii() else metadata
+
+
+Dumper = Callable[[str, str, dict[str, str]], str]
+"""(database, key, metadata) → s3:// address."""
+
+
+def dumper_to(cluster: Cluster, bucket: Bucket) -> Dumper:
+    return lambda database, key, metadata: dump(cluster, database, bucket, key, metadata)

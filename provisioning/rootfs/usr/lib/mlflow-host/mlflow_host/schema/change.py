@@ -1,0 +1,379 @@
+"""Build the successor of the database in service at this image's schema, verify it, and put it in service."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mlflow_host.machine.status import StepFailed
+from mlflow_host.postgres import dump_file, flip
+from mlflow_host.postgres.catalog import head, read_catalog
+from mlflow_host.postgres.cluster import (
+    WORK_PREFIX,
+    Cluster,
+    connection,
+    copy_database,
+    create_empty,
+    database_bytes,
+    databases,
+    drop,
+    major,
+    run,
+)
+from mlflow_host.postgres.ownership import OwnershipRecord, PendingMerge
+from mlflow_host.schema import empty_database, reporting
+from mlflow_host.schema.copying import CarryResult, carry
+from mlflow_host.schema.merging import merge
+from mlflow_host.schema.release import ImageSchema, Release, release
+from mlflow_host.schema.reporting import ChangeReport, MergedTable
+from mlflow_host.schema.revisions import known_revisions
+from mlflow_host.schema.state import ChangeSettings, Say, SchemaState, ownership_record
+from mlflow_host.schema.verifying import check_row_counts, row_counts, verify
+
+MARGIN = 1.25
+"""Free bytes needed per byte of the source: the copy, its new indexes and the write-ahead log."""
+
+SPARE = 256 << 20
+"""Bytes that must stay free in addition."""
+
+GIB = 1 << 30
+
+
+def create(settings: ChangeSettings, state: SchemaState, empty: Path, say: Say) -> str:
+    """Create the first database of a stack from the dump that the bake made."""
+    say(f"creating the database of MLflow {settings.image.mlflow_version}")
+    clock, work = Clock(), f"{WORK_PREFIX}successor"
+    now = settings.now()
+    empty_database.load(settings.cluster, work, empty)
+    with connection(settings.cluster, work) as opened:
+        check_head(head(opened), settings.image)
+        begun = {"now": int(now.timestamp() * 1000)}  # the dump has the time of the bake
+        run(opened, "UPDATE experiments SET creation_time = %(now)s, last_update_time = %(now)s", begun)
+    clock.lap("create")
+    report = make_report(settings, state, "create", Successor(work), None, {}, clock, now)
+    put_in_service(settings, state, work, ownership_record(settings, ()), "", report, say)
+    return report.summary()
+
+
+def change(settings: ChangeSettings, state: SchemaState, action: str, say: Say) -> str:
+    """Dump the database, build its successor, verify, flip, drop outdated kept databases."""
+    cluster, now = settings.cluster, settings.now()
+    clock = Clock()
+    recorded = state.record.waiting if state.record else ()
+    waiting = existing(recorded, set(databases(cluster)))
+    for missing in {entry.database for entry in recorded} - {entry.database for entry in waiting}:
+        say(f"the kept database {missing} is gone: what only it held does not come back")
+    require_space(settings, state, waiting if action == "upgrade" else (), now)
+    with (
+        release(cluster, settings.image) as mlflow,
+        ThreadPoolExecutor(1) as background,
+        write_lock(cluster, state) as block_writes,
+    ):
+        dumps: list[Future[str | None]] = []
+
+        def freeze() -> None:
+            block_writes()
+            if state.head:
+                dumps.append(background.submit(take_dump, settings, state, now))
+
+        def say_unless_dump_failed(message: str) -> None:
+            if dumps and dumps[0].done():
+                dump_address(dumps)
+            say(message)
+
+        built = build(settings, state, action, waiting, mlflow, freeze, clock, say_unless_dump_failed)
+        clock.lap("build")
+        if dumps and not dumps[0].done():
+            say("waiting for the dump to the backups bucket")
+        address = dump_address(dumps)
+        clock.lap("dump")
+        say("verifying: MLflow opens the copy")
+        answers = verify(cluster, built.database, mlflow, settings.image.head)
+        clock.lap("verify")
+    replaced = flip.kept_name(cluster, state.head, now)
+    report = make_report(settings, state, action, built, address, answers, clock, now, replaced)
+    if action == "carry back" and state.head:
+        old = state.record or OwnershipRecord(state.head, 0)
+        into = settings.image.head
+        entry = PendingMerge(replaced, state.head, old.count, into, old.mlflow_version, old.image_version, report.at)
+        successor = ownership_record(settings, (*built.waiting, entry))
+    else:
+        successor = ownership_record(settings, built.waiting)
+    put_in_service(settings, state, built.database, successor, replaced, report, say)
+    return report.summary()
+
+
+def make_report(
+    settings: ChangeSettings,
+    state: SchemaState,
+    action: str,
+    built: Successor,
+    dump: str | None,
+    answers: dict[str, int],
+    clock: Clock,
+    now: datetime,
+    replaced: str | None = None,
+) -> ChangeReport:
+    return ChangeReport(
+        action=action,
+        at=now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        from_head=state.head,
+        to_head=settings.image.head,
+        from_version=state.record.mlflow_version if state.record else "",
+        to_version=settings.image.mlflow_version,
+        kept_database=replaced if state.head else None,
+        dump=dump,
+        carried=built.outcome.carried,
+        left=built.outcome.left,
+        returned=built.returned,
+        conversions=built.outcome.conversions,
+        notes=built.notes,
+        answers=answers,
+        seconds=clock.laps,
+    )
+
+
+NOTHING_CARRIED = CarryResult((), ())
+
+
+@dataclass(frozen=True)
+class Successor:
+    """A database that is ready for verification, under its working name."""
+
+    database: str
+    waiting: tuple[PendingMerge, ...] = ()
+    outcome: CarryResult = NOTHING_CARRIED
+    returned: dict[str, tuple[MergedTable, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def build(
+    settings: ChangeSettings,
+    state: SchemaState,
+    action: str,
+    waiting: tuple[PendingMerge, ...],
+    mlflow: Release,
+    freeze: Callable[[], None],
+    clock: Clock,
+    say: Say,
+) -> Successor:
+    """Build the successor under its working name. `freeze` blocks writes and starts the dump; an upgrade calls it after
+    copying the database's files, because that copy needs the database without sessions."""
+    cluster, image, work = settings.cluster, settings.image, f"{WORK_PREFIX}successor"
+    if action == "upgrade":
+        say(f"copying the database at {state.head}")
+        copy_database(cluster, cluster.database, work)
+        freeze()
+        clock.lap("copy")
+        check_head(mlflow.head(), image)
+        return upgrade(settings, state, waiting, mlflow, work, say)
+    freeze()
+    if settings.blank:
+        empty_database.load(cluster, work, settings.blank)
+    else:
+        say(f"creating an empty database with MLflow {image.mlflow_version}")
+        create_empty(cluster, work)
+        mlflow.create(work, image.head)
+    clock.lap("create")
+    if action == "create":
+        return Successor(work)
+    outcome = carry(cluster, cluster.database, work, say)
+    check_head(mlflow.head(), image)
+    return Successor(work, waiting, outcome)
+
+
+def check_head(found: str | None, image: ImageSchema) -> None:
+    if found != image.head:
+        raise StepFailed(
+            f"image.json names migration head {image.head}, but the image's MLflow or its empty database has {found}: "
+            "bake the image again"
+        )
+
+
+def upgrade(
+    settings: ChangeSettings,
+    state: SchemaState,
+    waiting: tuple[PendingMerge, ...],
+    mlflow: Release,
+    work: str,
+    say: Say,
+) -> Successor:
+    """Migrate `work`, a copy of the database in service, and merge the kept databases back.
+
+    Each kept database is merged at its own migration head if this release knows that head, so its rows need no
+    conversion. Otherwise only the data that this release can hold is merged, and the merge stays pending."""
+    cluster, image = settings.cluster, settings.image
+    known = known_revisions(image.python)
+    with connection(cluster, work) as opened:
+        before = row_counts(opened)
+    pending, notes = list(waiting), []
+    returned: dict[str, tuple[MergedTable, ...]] = {}
+    while pending and pending[-1].carried_to in known:
+        entry = pending.pop()
+        reached = entry.head in known
+        target = entry.head if reached else image.head
+        say(f"migrating the copy to {target}")
+        mlflow.upgrade(work, target)
+        say(f"merging data back from {entry.database}")
+        returned[entry.database] = merge_back(cluster, mlflow, entry, target, work)
+        if not reached:
+            pending.append(replace(entry, carried_to=target))
+            notes.append(f"{entry.database} is of a newer release and keeps the data that this release cannot hold")
+            break
+    say(f"migrating the copy to {image.head}")
+    mlflow.upgrade(work, image.head)
+    with connection(cluster, work, autocommit=True) as opened:
+        run(opened, "ANALYZE")
+        notes += check_row_counts(before, row_counts(opened))
+    return Successor(work, tuple(pending), returned=returned, notes=tuple(notes))
+
+
+def merge_back(
+    cluster: Cluster, mlflow: Release, entry: PendingMerge, target: str, work: str
+) -> tuple[MergedTable, ...]:
+    """Merge a kept database into `work`, which is at migration `target`. Drops its own temporary databases."""
+    base, fitted = f"{WORK_PREFIX}base", f"{WORK_PREFIX}fitted"
+    create_empty(cluster, base)
+    mlflow.create(base, entry.carried_to)
+    if entry.head == target:
+        fitted = entry.database
+    else:
+        create_empty(cluster, fitted)
+        mlflow.create(fitted, target)
+        carry(cluster, entry.database, fitted)
+    carry(cluster, entry.database, base)
+    mlflow.upgrade(base, target)
+    found = merge(cluster, fitted, base, work)
+    drop(cluster, base)
+    if fitted != entry.database:
+        drop(cluster, fitted)
+    return found
+
+
+@contextmanager
+def write_lock(cluster: Cluster, state: SchemaState) -> Iterator[Callable[[], None]]:
+    """Yields a function that blocks writes to the database in service until the block ends; reads continue. The locks
+    belong to an open transaction, so a crash releases them."""
+    if not state.present:
+        yield lambda: None
+        return
+    opened: list[Any] = []
+
+    def block_writes() -> None:
+        context = connection(cluster, cluster.database)
+        opened.append(context)
+        locker = context.__enter__()
+        tables = [f'public."{table}"' for table in read_catalog(locker).tables]
+        if tables:
+            run(locker, "SET lock_timeout = '10s'")
+            run(locker, f"LOCK TABLE {', '.join(tables)} IN SHARE ROW EXCLUSIVE MODE")
+
+    try:
+        yield block_writes
+    finally:
+        for context in opened:
+            context.__exit__(None, None, None)
+
+
+def take_dump(settings: ChangeSettings, state: SchemaState, now: datetime) -> str | None:
+    if settings.dump is None:
+        return None
+    old = state.record
+    key = dump_file.dump_key(now, "before-change", state.head)
+    return settings.dump(
+        settings.cluster.database, key, dump_file.dump_metadata(state.head, old, major(settings.cluster))
+    )
+
+
+def dump_address(dumps: list[Future[str | None]]) -> str | None:
+    """Wait for the dump and return its address; None without a dump. Raises StepFailed when the dump failed."""
+    if not dumps:
+        return None
+    try:
+        return dumps[0].result()
+    except dump_file.DumpError as error:
+        raise StepFailed(
+            f"the dump before the schema change failed: {error}; the database is unchanged: check the backups bucket "
+            "and the instance role's access to it, and start the machine again"
+        ) from None
+
+
+def existing(waiting: tuple[PendingMerge, ...], there: set[str]) -> tuple[PendingMerge, ...]:
+    """The pending merges whose kept database is among the databases `there`.
+
+    A newer one that was carried to the schema of a missing one counts as carried to where that one was. Otherwise an
+    upgrade would take everything that the missing release could hold, and the older one could not, for deleted."""
+    found: list[PendingMerge] = []
+    for entry in waiting:  # newest head first
+        if entry.database in there:
+            found.append(entry)
+        elif found and found[-1].carried_to == entry.head:
+            found[-1] = replace(found[-1], carried_to=entry.carried_to)
+    return tuple(found)
+
+
+def require_space(
+    settings: ChangeSettings, state: SchemaState, waiting: tuple[PendingMerge, ...], now: datetime
+) -> None:
+    """Drop kept databases until there is space for the copy and for merging `waiting` back.
+
+    Raises StepFailed when that is not enough."""
+    cluster = settings.cluster
+    if state.head is None:
+        return
+    size = database_bytes(cluster, cluster.database)
+    bases = [database_bytes(cluster, entry.database) for entry in waiting]
+    needed = int(MARGIN * (size + 2 * max(bases, default=0))) + SPARE
+    still = {entry.database for entry in state.record.waiting} if state.record else set()
+    made = flip.drop_kept_for_space(cluster, needed, still, now)
+    if made and made[0] < needed:
+        idle = [name for _, name in flip.kept_databases(cluster) if name not in still]
+        raise StepFailed(
+            f"the data volume has {made[0] / GIB:.1f} GiB free, a copy of the database needs {needed / GIB:.1f} GiB: "
+            "make the volume larger (the setting dataVolumeGib)"
+            + (f", or drop a kept database: {', '.join(idle)} hold nothing that waits for an upgrade" if idle else "")
+        )
+
+
+def put_in_service(
+    settings: ChangeSettings,
+    state: SchemaState,
+    work: str,
+    successor: OwnershipRecord,
+    replaced: str,
+    report: ChangeReport,
+    say: Say,
+) -> None:
+    cluster = settings.cluster
+    pending = reporting.write_pending(settings.reports, report)
+    say("putting the copy in service")
+    aside = replaced if state.head else f"{WORK_PREFIX}empty"
+    old = (state.record or OwnershipRecord(state.head, 0)) if state.head else None
+    flip.flip(cluster, work, successor, aside, old)
+    if state.head:
+        reporting.settle_pending(settings.reports, databases(cluster))
+    else:
+        reporting.publish(pending)
+        drop(cluster, aside)
+    flip.drop_kept_for_space(cluster, 0, {entry.database for entry in successor.waiting}, settings.now())
+    for line in reporting.as_text(report).splitlines():
+        print(line, file=sys.stderr, flush=True)
+
+
+class Clock:
+    """Seconds by name of the phase."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self._last = round(now - self._last, 2), now

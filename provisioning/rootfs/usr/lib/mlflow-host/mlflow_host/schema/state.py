@@ -1,0 +1,126 @@
+"""Read the state of the database in service, and decide which action this image's step must perform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from psycopg2 import sql
+
+from mlflow_host.machine.status import StepFailed
+from mlflow_host.postgres import dump_file, flip, ownership
+from mlflow_host.postgres.catalog import BOOKKEEPING, head, read_catalog
+from mlflow_host.postgres.cluster import WORK_PREFIX, Cluster, connection, databases, rows, run
+from mlflow_host.postgres.ownership import OwnershipRecord, PendingMerge
+from mlflow_host.schema import reporting
+from mlflow_host.schema.release import ImageSchema
+from mlflow_host.schema.revisions import known_revisions
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ChangeSettings:
+    """Everything the database step depends on, so that tests can use their own cluster and releases."""
+
+    cluster: Cluster
+    image: ImageSchema
+    reports: Path
+    dump: dump_file.Dumper | None
+    """None: take no dump (tests only)."""
+    blank: Path | None = None
+    """Dump of an empty database of the image's schema; None: MLflow creates one (tests only)."""
+    now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+
+
+@dataclass(frozen=True)
+class SchemaState:
+    """The database in service. `present`: whether it exists; `head`: None without MLflow's tables."""
+
+    present: bool
+    head: str | None
+    record: OwnershipRecord | None
+
+
+def read_state(cluster: Cluster) -> SchemaState:
+    with connection(cluster) as opened:
+        if not rows(opened, "SELECT 1 FROM pg_database WHERE datname = %s", (cluster.database,)):
+            return SchemaState(False, None, None)
+        found = ownership.read(opened, cluster.database)
+    with connection(cluster, cluster.database) as opened:
+        revision = head(opened)
+        if revision is None and set(read_catalog(opened).tables) - {BOOKKEEPING}:
+            raise StepFailed(
+                f"the database {cluster.database} holds tables but none of MLflow's migrations: it is not an MLflow "
+                "database; move it aside (ALTER DATABASE … RENAME TO …) and start the machine again"
+            )
+    return SchemaState(True, revision, found)
+
+
+def nothing_left_over(settings: ChangeSettings) -> bool:
+    """Whether no unfinished database and no pending report of an earlier step exists."""
+    orphans = any(name.startswith(WORK_PREFIX) for name in databases(settings.cluster))
+    return not orphans and not any(settings.reports.glob(f"*{reporting.PENDING}"))
+
+
+def decide(state: SchemaState, image: ImageSchema) -> str:
+    """ "create", "same", "upgrade" or "carry back". Raises StepFailed for an unknown migration without an ownership
+    record."""
+    if state.head is None:
+        return "create"
+    if state.head == image.head:
+        return "same"
+    if state.head in known_revisions(image.python):
+        return "upgrade"
+    if state.record and state.record.head == state.head:
+        return "carry back"
+    raise StepFailed(
+        f"the database is at migration {state.head}, which MLflow {image.mlflow_version} of this image does not know, "
+        "and has no ownership record: pin an image with the MLflow release of that migration or a newer one once, "
+        "which writes the record, then this image"
+    )
+
+
+def plan(settings: ChangeSettings) -> dict[str, Any]:
+    """The action that `bring` would perform, with both releases."""
+    state = read_state(settings.cluster)
+    return {
+        "action": decide(state, settings.image),
+        "from_head": state.head,
+        "from_version": state.record.mlflow_version if state.record else None,
+        "to_head": settings.image.head,
+        "to_version": settings.image.mlflow_version,
+    }
+
+
+def drop_leftovers(settings: ChangeSettings, say: Say) -> None:
+    """Drop the unfinished databases of an interrupted step, and publish or remove its report; idempotent."""
+    for name in flip.drop_orphans(settings.cluster):
+        say(f"dropped {name}, left by an interrupted step")
+    if settings.reports.is_dir():
+        reporting.settle_pending(settings.reports, databases(settings.cluster))
+
+
+def update_ownership(settings: ChangeSettings, state: SchemaState) -> None:
+    """Point the ownership record at this image, and clear read-only mode, which a kept database that was renamed into
+    service by hand still has. Writes nothing if both are as needed."""
+    live, wanted = settings.cluster.database, ownership_record(settings, state.record.waiting if state.record else ())
+    kept_aside = (
+        "SELECT 1 FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase WHERE d.datname = %s "
+        "AND s.setrole = 0 AND 'default_transaction_read_only=on' = ANY (s.setconfig)"
+    )
+    with connection(settings.cluster) as opened:
+        if rows(opened, kept_aside, (live,)):
+            statement = sql.SQL("ALTER DATABASE {} RESET default_transaction_read_only")
+            run(opened, statement.format(sql.Identifier(live)))
+        if not state.record or replace(state.record, at=wanted.at) != wanted:
+            ownership.write(opened, live, wanted)
+
+
+def ownership_record(settings: ChangeSettings, waiting: tuple[PendingMerge, ...]) -> OwnershipRecord:
+    image = settings.image
+    at = settings.now().isoformat(timespec="seconds")
+    return OwnershipRecord(image.head, image.count, image.mlflow_version, image.image_version, at, waiting)

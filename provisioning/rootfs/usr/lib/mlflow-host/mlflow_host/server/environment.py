@@ -1,0 +1,142 @@
+"""The environment of the server processes: public settings, and the private variables that `mlflow server` sets."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hmac
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+
+from mlflow_host.contract.launch import LaunchDocument
+from mlflow_host.machine.config import DATA, POSTGRESQL_SOCKETS, HostConfig, bracketed
+from mlflow_host.server import job_runner
+
+STATEMENT_TIMEOUT = "options=-c%20statement_timeout%3D60s"
+"""The longest that a statement of the server may take. The steps and the restore, which connect as the superuser or for
+a whole dump, have no such limit (`postgres.cluster`)."""
+
+
+@contextlib.contextmanager
+def variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set these variables of this process during the block."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def environment(config: HostConfig, kek_passphrase: str) -> dict[str, str]:
+    """The environment of the server processes, including secrets: the content of mlflow.env.
+
+    `kek_passphrase` encrypts the AI gateway's secrets, and a key derived from it encrypts webhook secrets. Without it
+    those secrets are lost, so it must outlive the machine.
+    """
+    launch, sizing = config.launch, config.sizing
+    return {
+        "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2:///mlflow?host={POSTGRESQL_SOCKETS}&{STATEMENT_TIMEOUT}",
+        **artifact_environment(launch),
+        # Credentials come from a file that root renews; the metadata service is out of reach of these processes.
+        "AWS_CONFIG_FILE": "/usr/share/mlflow-host/aws-config",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(
+            allowed_hosts(launch.web.hostnames, launch.web.tls)
+            + ([job_runner.LOCAL_HOSTS] if launch.mlflow.job_execution else [])
+        ),
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(allowed_origins(launch.web.hostnames, launch.web.tls)),
+        "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": str(sizing.pool_size),
+        "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": str(sizing.pool_overflow),
+        "MLFLOW_HOST_REQUEST_THREADS": str(sizing.request_threads),
+        "MLFLOW_CRYPTO_KEK_PASSPHRASE": kek_passphrase,
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": webhook_key(kek_passphrase),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "true" if launch.mlflow.job_execution else "false",
+        # Two processes for jobs instead of eight; releases before 3.17 ignore it.
+        "MLFLOW_SERVER_JOB_EXECUTION_ENGINE": "executor",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        # No request waits for the internet: prices and models come from the catalogue inside MLflow, and from litellm's
+        # own copy if that is installed.
+        "MLFLOW_MODEL_CATALOG_URI": "",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        # Long enough for a whole download: clients fetch many ranges of a large file with one URL.
+        "MLFLOW_PRESIGNED_DOWNLOAD_URL_TTL_SECONDS": "3600",
+        "TMPDIR": str(DATA / "tmp"),
+        # Otherwise each short-lived thread leaves a malloc arena behind.
+        "MALLOC_ARENA_MAX": "2",
+    }
+
+
+def artifact_environment(launch: LaunchDocument) -> dict[str, str]:
+    """The variables about artifacts; none is secret."""
+    variables = {
+        "MLFLOW_ARTIFACTS_DESTINATION": artifacts_destination(
+            launch.buckets.artifacts, launch.buckets.models, launch.mlflow.artifact_transfer
+        ),
+        **direct_transfers(launch.mlflow.artifact_transfer),
+        "AWS_REGION": launch.stack.region,
+        "AWS_DEFAULT_REGION": launch.stack.region,
+    }
+    if launch.endpoints.s3:
+        variables |= {
+            "AWS_ENDPOINT_URL_S3": launch.endpoints.s3,
+            "MLFLOW_S3_ENDPOINT_URL": launch.endpoints.s3,
+            "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": "path",
+        }
+    return variables
+
+
+def direct_transfers(transfer: str) -> dict[str, str]:
+    """The variables by which MLflow since 3.18 offers presigned URLs to clients; older releases ask the repository."""
+    names = ("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD")
+    return dict.fromkeys(names, "true") if transfer == "direct" else {}
+
+
+def webhook_key(kek_passphrase: str) -> str:
+    """A Fernet key that is the same on every machine of the stack. Without it, each MLflow process generates its own
+    key, and another process cannot even list webhooks with a secret."""
+    derived = hmac.digest(kek_passphrase.encode(), b"mlflow-host: secrets of webhooks", "sha256")
+    return base64.urlsafe_b64encode(derived).decode()
+
+
+def artifacts_destination(artifacts: str, models: str, transfer: str) -> str:
+    """The URI of the artifacts destination. `transfer` is "direct" (clients get presigned URLs) or "proxied"; the URI's
+    scheme selects the class in `plugins`."""
+    scheme = {"direct": "mlflow-host", "proxied": "mlflow-host-proxied"}[transfer]
+    return f"{scheme}://{artifacts}/{models}"
+
+
+def allowed_hosts(hostnames: tuple[str, ...], tls: str) -> list[str]:
+    """Allowed values of the Host header: the stack's host names, with and without port, and localhost for checks on the
+    machine itself. No web page can make a browser send Host: localhost to this machine."""
+    port = 80 if tls == "off" else 443
+    hosts = [bracketed(name) for name in hostnames]
+    return [*hosts, *(f"{host}:{port}" for host in hosts), "localhost"]
+
+
+def allowed_origins(hostnames: tuple[str, ...], tls: str) -> list[str]:
+    """The origins of MLflow's own pages; with TLS, only https:// ones."""
+    scheme = "http" if tls == "off" else "https"
+    return [f"{scheme}://{bracketed(name)}" for name in hostnames]
+
+
+OF_NEWER_RELEASES = {"_MLFLOW_IN_JOB_EXECUTOR", "_MLFLOW_SERVER_BOOT_ID", "_MLFLOW_SERVER_TLS_LISTENER"}
+"""Private variables that some releases since 3.12 do not have."""
+
+
+def private_environment(public: Mapping[str, str]) -> dict[str, str]:
+    """The private variables that `mlflow server` sets for its workers, for the settings in `public`."""
+    return {
+        "_MLFLOW_SERVER_FILE_STORE": public["MLFLOW_BACKEND_STORE_URI"],
+        "_MLFLOW_SERVER_REGISTRY_STORE": public["MLFLOW_BACKEND_STORE_URI"],
+        "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+        "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": public["MLFLOW_ARTIFACTS_DESTINATION"],
+        "_MLFLOW_SGI_NAME": "uvicorn",
+        "_MLFLOW_IN_JOB_EXECUTOR": "false",
+        "_MLFLOW_SERVER_BOOT_ID": uuid.uuid4().hex,
+        "_MLFLOW_SERVER_TLS_LISTENER": "false",
+    }

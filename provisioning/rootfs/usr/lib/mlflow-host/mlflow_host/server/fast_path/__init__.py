@@ -1,0 +1,1 @@
+"""The fast path: the most frequent tracking requests, handled by our own SQL instead of MLflow's Python code."""

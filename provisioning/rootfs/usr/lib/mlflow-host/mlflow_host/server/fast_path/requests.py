@@ -1,0 +1,30 @@
+"""Fast path, requests: parse requests in the form in which clients send them; any other form raises an exception."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.parse import parse_qsl
+
+from mlflow_host.server import json_decode
+from mlflow_host.server.fast_path.store import Unusual, whole_number
+from mlflow_host.server.flask_shortcut import Scope
+
+
+def in_query(scope: Scope, kind: Any) -> Any:
+    """The message of `kind` in a query string."""
+    pairs = parse_qsl(scope["query_string"].decode(), keep_blank_values=True, strict_parsing=True, errors="strict")
+    fields: dict[str, Any] = dict(pairs)
+    if len(fields) != len(pairs):
+        raise Unusual
+    if "max_results" in fields:
+        fields["max_results"] = whole_number(fields["max_results"])
+    return json_decode.plain(fields, kind)
+
+
+def in_body(scope: Scope, body: bytes, kind: Any) -> Any:
+    """The message of `kind` in a JSON body."""
+    (content_type,) = (value for name, value in scope["headers"] if name == b"content-type")
+    if content_type.split(b";")[0] != b"application/json":
+        raise Unusual
+    return json_decode.plain(json.loads(body), kind)

@@ -1,0 +1,183 @@
+"""MLflow's tracking store for PostgreSQL, whose metric writes are one SQL statement.
+
+MLflow's store creates an ORM object for every metric and queries the latest value of each key separately, which takes
+most of the time of logging. `DirectStore` does the same with one statement, also for metrics logged with parameters and
+tags. All other methods are MLflow's. Unusual cases use MLflow's method too: an unknown ID, a deleted run, any error of
+PostgreSQL. A failed statement has changed nothing.
+
+The most frequent requests do not use this store: `mlflow_host.server.fast_path.app` handles them, with the same
+connections.
+"""
+
+# mypy: disable-error-code="no-untyped-call, no-any-return"
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+import psycopg2
+from mlflow.entities import LifecycleStage, Metric
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.utils import validation
+from sqlalchemy.exc import SQLAlchemyError
+
+from mlflow_host.server.fast_path import compatibility
+from mlflow_host.server.refusals import too_dear
+
+Row = tuple[Any, ...]
+
+LARGEST = 1.7976931348623157e308
+"""The value that MLflow stores for infinity."""
+
+
+LOG_METRICS = """
+with run as (select lifecycle_stage from runs where run_uuid = %(run)s),
+logged as (
+    insert into metrics (run_uuid, key, value, timestamp, step, is_nan)
+    select %(run)s, m.*
+    from run, unnest(%(keys)s::varchar[], %(values)s::float8[], %(times)s::bigint[],
+                     %(steps)s::bigint[], %(nans)s::bool[]) m
+    where lifecycle_stage = 'active' /* on conflict */
+),
+latest as (
+    insert into latest_metrics as present (run_uuid, key, value, timestamp, step, is_nan)
+    select %(run)s, m.*
+    from run, unnest(%(last_keys)s::varchar[], %(last_values)s::float8[], %(last_times)s::bigint[],
+                     %(last_steps)s::bigint[], %(last_nans)s::bool[]) m
+    where lifecycle_stage = 'active'
+    on conflict (key, run_uuid) do update
+    set value = excluded.value, timestamp = excluded.timestamp, step = excluded.step, is_nan = excluded.is_nan
+    where (excluded.step, excluded.timestamp, excluded.value) > (present.step, present.timestamp, present.value)
+)
+select lifecycle_stage from run
+"""
+
+LOG_NEW_METRICS = LOG_METRICS.replace("/* on conflict */", "on conflict do nothing")
+"""The same if some rows exist already. Checking that first would make every batch slower."""
+
+
+class Unusual(Exception):
+    """MLflow's own method must handle this; nothing was changed."""
+
+
+class Unreachable(MlflowException):
+    """PostgreSQL does not respond, or ended the statement because it exceeded a limit; MLflow must not retry it."""
+
+
+class DirectStore(SqlAlchemyStore):
+    def _log_metrics(self, run_id: str, metrics: list[Metric]) -> None:
+        """Called by `log_metric`, and by a `log_batch` with more than metrics."""
+        try:
+            if not self.writes_metrics:
+                raise Unusual
+            self.write_metrics(run_id, metrics)
+        except Exception:
+            super()._log_metrics(run_id, metrics)
+
+    @cached_property
+    def writes_metrics(self) -> bool:
+        """Whether the installed MLflow's `_log_metrics` is one that `write_metrics` was compared with."""
+        return compatibility.STORE not in compatibility.switched_off(compatibility.installed_mlflow())
+
+    def write_metrics(self, run_id: str, metrics: Iterable[Any]) -> None:
+        """Log metrics (MLflow's entities or messages), without duplicates, and update the latest value of every key.
+        After any exception except Unreachable nothing was changed; invalid metrics raise one too."""
+        rows = list(dict.fromkeys(map(stored, metrics)))
+        last: dict[str, Row] = {}
+        for row in rows:
+            key, value, time, step, _ = row
+            if key not in last or (step, time, value) > (last[key][3], last[key][2], last[key][1]):
+                last[key] = row
+        for key in last:
+            validation._validate_metric(key, 0.0, 0, 0)
+        if not last:
+            raise Unusual
+        values: dict[str, str] = {"run": run_id}
+        for prefix, some in (("", rows), ("last_", last.values())):
+            keys, *numbers = zip(*sorted(some), strict=True)  # every transaction takes its locks in the same order
+            values |= {f"{prefix}keys": array_of_texts(keys)}
+            for name, column in zip(("values", "times", "steps", "nans"), numbers, strict=True):
+                values[prefix + name] = array(column)
+        with self.cursor() as cursor:
+            try:
+                cursor.execute(LOG_METRICS, values)
+            except psycopg2.errors.UniqueViolation:
+                cursor.execute(LOG_NEW_METRICS, values)
+            if only(cursor.fetchall()) != (LifecycleStage.ACTIVE,):
+                raise Unusual
+
+    @contextlib.contextmanager
+    def cursor(self) -> Iterator[Any]:
+        """A cursor of a pooled connection in autocommit mode. Raises Unusual if PostgreSQL refuses a statement, and
+        Unreachable (an MlflowException, like in MLflow's sessions) if PostgreSQL cannot be reached."""
+        try:
+            pooled = self.engine.raw_connection()
+        except SQLAlchemyError:
+            raise Unusual from None
+        connection: Any = pooled.driver_connection
+        try:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                yield cursor
+        except psycopg2.errors.DeadlockDetected:
+            raise Unusual from None
+        except psycopg2.OperationalError as error:
+            if sentence := too_dear(error):
+                raise Unreachable(sentence, error_code=INVALID_PARAMETER_VALUE) from error
+            raise Unreachable(str(error), error_code=TEMPORARILY_UNAVAILABLE) from error
+        except (psycopg2.Error, ValueError):  # the latter for what cannot be told to it
+            raise Unusual from None
+        finally:
+            if connection.closed:
+                pooled.invalidate()
+            else:
+                connection.autocommit = False
+                pooled.close()
+
+
+def only(rows: list[Row]) -> Row:
+    """The only row. Raises Unusual."""
+    if len(rows) != 1:
+        raise Unusual
+    return rows[0]
+
+
+def whole_number(text: str) -> int:
+    """The number of a string of digits: an experiment's ID, the size of a page. Raises Unusual."""
+    if not isinstance(text, str) or not (text.isascii() and text.isdecimal()):
+        raise Unusual
+    return int(text)
+
+
+def stored(metric: Any) -> tuple[str, float, int, int, bool]:
+    """Key, value, timestamp, step and is_nan in MLflow's stored form: NaN as 0.0, infinity as the largest double, -0.0
+    as 0.0. Raises Unusual for types and times that MLflow may refuse, OverflowError for an integer outside the range of
+    doubles."""
+    value, time, step = metric.value, metric.timestamp, metric.step
+    if type(time) is not int or time < 0 or type(step) is not int or type(value) not in (float, int):
+        raise Unusual
+    value = value + 0.0
+    if math.isfinite(value):
+        return metric.key, value, time, step, False
+    if math.isnan(value):
+        return metric.key, 0.0, time, step, True
+    return metric.key, math.copysign(LARGEST, value), time, step, False
+
+
+def array(values: Iterable[object]) -> str:
+    """A PostgreSQL array literal of numbers or booleans."""
+    return "{" + ",".join(map(repr, values)) + "}"
+
+
+def array_of_texts(texts: Iterable[str]) -> str:
+    return "{" + ",".join(map(quoted, texts)) + "}"
+
+
+def quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

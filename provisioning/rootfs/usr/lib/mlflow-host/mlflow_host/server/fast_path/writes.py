@@ -1,0 +1,102 @@
+"""Fast path, writes: log metrics and create runs with one or two statements each.
+
+MLflow creates a message, an ORM object and a row for every metric and sends several queries, which takes most of the
+time of such a request. Requests with more than metrics, or than the fields of a new run, are passed to MLflow.
+"""
+
+# mypy: disable-error-code="no-untyped-call, no-any-return"
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any
+
+# What a release may lack is looked up at each request, so that only the answers that use it are MLflow's then.
+from mlflow.entities import LifecycleStage
+from mlflow.protos.service_pb2 import CreateRun, LogBatch, LogMetric
+from mlflow.utils import name_utils, uri, validation
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
+
+from mlflow_host.server.fast_path.reads import Found, info, members
+from mlflow_host.server.fast_path.requests import in_body
+from mlflow_host.server.fast_path.store import DirectStore, Unusual, only, whole_number
+from mlflow_host.server.flask_shortcut import Scope
+
+EXPERIMENT = "select artifact_location from experiments where experiment_id = %s and lifecycle_stage = 'active'"
+
+CREATE_RUN = """
+with run as (
+    insert into runs (run_uuid, name, source_type, source_name, entry_point_name, user_id, status, start_time,
+                      source_version, lifecycle_stage, artifact_uri, experiment_id)
+    values (%(run_id)s, %(name)s, 'UNKNOWN', '', '', %(user)s, %(status)s, %(started)s,
+            '', %(lifecycle_stage)s, %(artifact_uri)s, %(experiment_id)s)
+)
+insert into tags (run_uuid, key, value) select %(run_id)s, * from unnest(%(keys)s::varchar[], %(values)s::varchar[])
+"""
+
+NOTHING = "{}"
+
+REQUIRED = ("key", "value", "timestamp")
+LINKS = ("model_id", "dataset_name", "dataset_digest")
+
+
+def log_metric(store: DirectStore, scope: Scope, body: bytes) -> str:
+    request = in_body(scope, body, LogMetric)
+    if not is_plain(request) or request.run_id != (request.run_uuid or request.run_id):
+        raise Unusual
+    store.write_metrics(request.run_id, [request])
+    return NOTHING
+
+
+def log_batch(store: DirectStore, scope: Scope, body: bytes) -> str:
+    request = in_body(scope, body, LogBatch)
+    if request.params or request.tags or not all(map(is_plain, request.metrics)):
+        raise Unusual
+    validation._validate_run_id(request.run_id)
+    validation._validate_batch_log_limits(request.metrics, [], [])
+    store.write_metrics(request.run_id, request.metrics)
+    return NOTHING
+
+
+def is_plain(metric: Any) -> bool:
+    """Whether a metric has all required fields, and none about models or datasets."""
+    return all(map(metric.HasField, REQUIRED)) and not any(map(metric.HasField, LINKS))
+
+
+def create_run(store: DirectStore, scope: Scope, body: bytes) -> str:
+    request = in_body(scope, body, CreateRun)
+    tags = [(tag.key, tag.value) for tag in request.tags]
+    named = next((value for key, value in tags if key == MLFLOW_RUN_NAME), "")
+    if request.run_name and named and request.run_name != named:
+        raise Unusual
+    experiment = whole_number(request.experiment_id)
+    if str(experiment) != request.experiment_id:  # MLflow returns it as it was requested
+        raise Unusual
+    run_id, name = uuid.uuid4().hex, request.run_name or named or name_utils._generate_random_name()
+    if not named:
+        tags.append((MLFLOW_RUN_NAME, name))
+    with store.cursor() as cursor:
+        cursor.execute(EXPERIMENT, (experiment,))
+        (location,) = only(cursor.fetchall())
+        run = Found(
+            run_id=run_id,
+            name=name,
+            experiment_id=experiment,
+            user=request.user_id,
+            status="RUNNING",
+            started=request.start_time,
+            ended=None,
+            artifact_uri=uri.append_to_uri_path(location, run_id, store.ARTIFACTS_FOLDER_NAME),
+            lifecycle_stage=LifecycleStage.ACTIVE,
+            metrics=None,
+            params=None,
+            tags=json.dumps([{"key": key, "value": value} for key, value in tags]),
+            has_datasets=False,
+            models_made=None,
+        )
+        answer = members(run=members(info=info(run), data=members(tags=run.tags), inputs=NOTHING))
+        keys, values = map(list, zip(*tags, strict=True))
+        # Last: after an exception MLflow creates the run.
+        cursor.execute(CREATE_RUN, run._asdict() | {"keys": keys, "values": values})
+    return answer

@@ -1,0 +1,66 @@
+"""MLflow's job runner, started by the first server process if the stack enables job execution.
+
+`mlflow server` starts the runner with the address of its workers. Jobs send HTTP requests to a host and a port, but the
+server processes listen on Unix sockets. Therefore the first process also listens on a free port of the loopback
+interface and forwards connections to its own socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+QUEUES_VARIABLE = "_MLFLOW_HUEY_STORAGE_PATH"
+LOCAL_HOSTS = "127.0.0.1:*"
+"""Host header of requests from jobs. nginx rejects requests with it from outside."""
+
+
+def asked_for() -> bool:
+    return os.environ.get("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "").lower() in ("true", "1")
+
+
+def queues(folder: Path) -> dict[str, str]:
+    """Create the folder of the queues; the variable that names it, for all server processes and the runner."""
+    path = folder / "jobs"
+    path.mkdir(mode=0o700, exist_ok=True)
+    return {QUEUES_VARIABLE: str(path)}
+
+
+async def start(uds: Path) -> tuple[asyncio.Server, subprocess.Popen[bytes]]:
+    """Open the loopback port that forwards to `uds`, and start the runner. The runner ends with this process."""
+    server = await asyncio.start_server(lambda *ends: _pass(uds, *ends), "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    return server, launch({"MLFLOW_TRACKING_URI": url, "MLFLOW_GATEWAY_URI": url})
+
+
+def launch(variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    runner: subprocess.Popen[bytes] = launcher()(variables, os.getpid())
+    return runner
+
+
+def launcher() -> Any:
+    """MLflow's function that starts the runner. Raises ImportError or AttributeError in a release without it."""
+    import mlflow.environment_variables as variables
+    import mlflow.server.jobs.utils as utils
+
+    known: Any = utils
+    # Before 3.17 there was no choice of engines, and the other function started the only one.
+    has_engines = hasattr(variables, "MLFLOW_SERVER_JOB_EXECUTION_ENGINE")
+    return known._launch_job_execution_runner if has_engines else known._launch_job_runner
+
+
+async def _pass(uds: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    to_reader, to_writer = await asyncio.open_unix_connection(str(uds))
+    await asyncio.gather(_copy(reader, to_writer), _copy(to_reader, writer), return_exceptions=True)
+
+
+async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    try:
+        while data := await source.read(2**16):
+            sink.write(data)
+            await sink.drain()
+    finally:
+        sink.close()

@@ -1,0 +1,311 @@
+"""MLflow's server, one process per Unix socket: MLflow's own ASGI application, run by uvicorn without a parent.
+
+    python -m mlflow_host.server.process 1         process 1, on /run/mlflow/server-1.sock
+
+`mlflow server` would start the same application with a parent process, a job runner and workers that share one socket.
+It passes settings to the workers in private variables. `environment.private_environment` sets the same variables, and
+the bake compares them with the installed `mlflow server` and starts a process once (`bake.check_release`).
+
+A process listens only after it has answered a query from PostgreSQL. It never changes the schema; the database step
+does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import logging
+import os
+import socket
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow_host.machine.config import CONFIG, SERVER_SOCKETS
+from mlflow_host.machine.status import wait_until_done
+from mlflow_host.server import (
+    artifact_fence,
+    db_connections,
+    health,
+    job_runner,
+    mlflow_patches,
+    refusals,
+    request_limits,
+)
+from mlflow_host.server.artifact_streaming import streamed
+from mlflow_host.server.environment import private_environment
+from mlflow_host.server.fast_path import compatibility
+from mlflow_host.server.flask_shortcut import Application, Message, Receive, Scope, Send, short_cut
+from mlflow_host.server.mlflow_checks import Refusal, check_schema, forbid_migrations, optional, repository_of
+
+APPLICATION = "mlflow.server.fastapi_app:app"
+FLASK_APPLICATION = "mlflow.server:app"
+
+KEEP_ALIVE_SECONDS = 300
+"""Longer than nginx keeps an idle upstream connection, so that nginx never reuses one that is being closed."""
+
+GRACE_SECONDS = 20
+"""Time for running requests to finish when the process stops."""
+
+COLLECT_AFTER = (50_000, 50, 50)
+"""Thresholds of the garbage collector. With Python's default (700, 10, 10), searches in large experiments take a third
+longer."""
+
+DEFAULT_THREADS = 16
+"""Concurrent requests of one process, if MLFLOW_HOST_REQUEST_THREADS is not set."""
+
+
+LOGGING: dict[str, Any] = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"plain": {"format": "%(levelname)s %(name)s: %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
+    "loggers": {"uvicorn": {"handlers": ["stderr"], "level": "WARNING", "propagate": False}},
+}
+"""The journal adds the time and the unit; nginx writes the access log."""
+
+BACKGROUND_JOBS = "background jobs: jobExecution has no effect"
+
+CHECK_QUERY = "/api/2.0/mlflow/experiments/get?experiment_id=0"
+"""Unlike /health, this request reads from the database."""
+
+
+def serve(uds: Path, *, first: bool = True) -> int:
+    """Run one process until SIGTERM. Returns 0 if it started. Raises Refusal when it cannot start. The `first` process
+    of a machine also starts the job runner, if job execution is enabled."""
+    public = {name: os.environ.get(name, "") for name in ("MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION")}
+    if missing := [name for name, value in public.items() if not value]:
+        raise Refusal(f"{' and '.join(missing)} not set: start the unit mlflow-server@, or load mlflow.env first")
+    # The plug-in avoids round trips to PostgreSQL.
+    uri = public["MLFLOW_BACKEND_STORE_URI"]
+    os.environ.update(private_environment(public | {"MLFLOW_BACKEND_STORE_URI": db_connections.through_plugin(uri)}))
+    if job_runner.asked_for():
+        os.environ.update(job_runner.queues(uds.parent))
+    gc.set_threshold(*COLLECT_AFTER)
+    mlflow_patches.block_import_of_auth()
+    mlflow_patches.apply(mlflow_patches.BEFORE_IMPORT)
+    db_connections.keep_what_was_read()
+    application, flask = load(APPLICATION), load(FLASK_APPLICATION)
+    mlflow_patches.apply(mlflow_patches.AFTER_IMPORT)
+    if job_runner.asked_for() and not optional(BACKGROUND_JOBS, job_runner.launcher, None):
+        os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    forbid_migrations()
+    refusals.install(flask)
+    compatibility.switched_off(compatibility.installed_mlflow())  # half a second, once per process
+    if CONFIG.exists():  # on a booting machine, the imports above run in parallel with the database step
+        wait_until_done("database")
+    check_schema(public["MLFLOW_BACKEND_STORE_URI"])
+
+    from mlflow_host.server.artifact_repository import serve_s3_locations  # imports MLflow
+
+    serve_s3_locations()
+    fence = artifact_fence.Fence.around(public["MLFLOW_ARTIFACTS_DESTINATION"])
+    artifact_fence.close(fence)
+    artifact_fence.refuse_at_creation(flask, fence)
+    request_limits.refuse_dear_requests(flask)
+    repository = repository_of(public["MLFLOW_ARTIFACTS_DESTINATION"])
+    threads = Threads.split(int(os.environ.get("MLFLOW_HOST_REQUEST_THREADS", DEFAULT_THREADS)))
+
+    import uvicorn
+
+    class Announced(uvicorn.Server):
+        """Notifies systemd once the socket is open."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            if first and job_runner.asked_for():
+                self.jobs = await job_runner.start(uds)
+            await super().startup(sockets=sockets)
+            notify("READY=1")
+
+    short = with_clients_scheme(shortened(application, flask, repository, threads))
+    served = request_limits.limited(request_limits.shared(short, max(1, threads.requests - 1)))
+    served = health.with_health(served, os.environ["MLFLOW_BACKEND_STORE_URI"])
+    server = Announced(
+        uvicorn.Config(
+            prepared(served, native_threads=threads.native),
+            uds=str(uds),
+            lifespan="on",
+            ws="none",
+            access_log=False,
+            log_config=LOGGING,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+    )
+    server.run()
+    return 0 if server.started else 1
+
+
+def with_clients_scheme(application: Application) -> Application:
+    """`application`, with the scheme that the client used, from nginx's header X-Forwarded-Proto. Only nginx can reach
+    the socket. Without it, redirects of Flask and FastAPI would lead from https to http."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            for name, value in scope["headers"]:
+                if name == b"x-forwarded-proto" and value in (b"http", b"https"):
+                    scope["scheme"] = value.decode()
+        await application(scope, receive, send)
+
+    return wrapped
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Concurrent requests of one process, by kind.
+
+    A request holds at most two connections of a pool (log_batch does), so a pool of twice the sum is never exhausted.
+    If it were, MLflow would return 400, which clients do not retry.
+    """
+
+    requests: int
+    files: int
+    """Requests that may wait for S3."""
+    native: int
+    """Requests of MLflow's native ASGI routes."""
+
+    @classmethod
+    def split(cls, total: int) -> Threads:
+        files, native = max(2, total // 4), max(2, total // 8)
+        return cls(max(1, total - files - native), files, native)
+
+
+def load(target: str) -> Any:
+    """The object that "module:name" names. Raises Refusal."""
+    module, name = target.split(":")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="starlette.middleware.wsgi is deprecated")
+            return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise Refusal(
+            f"the installed MLflow has no {target} ({error}): bake the image with a release that has it"
+        ) from None
+
+
+def shortened(application: Application, flask: Any, repository: Any, threads: Threads) -> Application:
+    """`application` with the Flask shortcut, the fast path for the most frequent endpoints, and streamed artifacts."""
+    requests = ThreadPoolExecutor(threads.requests, "request")
+    files = ThreadPoolExecutor(threads.files, "file")
+    short = optional(
+        "the Flask shortcut: requests pass all layers of FastAPI",
+        lambda: short_cut(application, flask, requests=requests, files=files),
+        application,
+    )
+    direct = optional("the fast path: MLflow answers", lambda: answered(short, requests), short)
+    if not hasattr(repository, "open"):
+        return direct
+    return optional("streamed artifacts: MLflow spools them", lambda: streamed(direct, repository, files), direct)
+
+
+def answered(application: Application, executor: ThreadPoolExecutor) -> Application:
+    from mlflow_host.server.fast_path.app import answered_directly
+
+    return answered_directly(application, tracking_store(), executor)
+
+
+def tracking_store() -> Any:
+    """MLflow's tracking store of this process."""
+    from mlflow.server import handlers
+
+    untyped: Any = handlers
+    return untyped._get_tracking_store()
+
+
+def prepared(application: Application, *, native_threads: int) -> Application:
+    """The application, whose startup completes only after it has answered a query, so its caches are filled and its
+    connections are open. Objects that exist then are excluded from garbage collection (gc.freeze)."""
+
+    async def warm(send: Send, message: Message) -> None:
+        if message["type"] == "lifespan.startup.complete":
+            import anyio.to_thread
+
+            anyio.to_thread.current_default_thread_limiter().total_tokens = native_threads
+            status = await status_of(application, CHECK_QUERY)
+            if status != 200:
+                message = {
+                    "type": "lifespan.startup.failed",
+                    "message": f"MLflow answers {status} to {CHECK_QUERY}: its reason is above",
+                }
+            gc.collect()
+            gc.freeze()
+        await send(message)
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await application(scope, receive, lambda message: warm(send, message))
+        else:
+            await application(scope, receive, send)
+
+    return wrapped
+
+
+async def status_of(application: Application, target: str) -> int:
+    """The status code of the application's response to a GET with Host: localhost."""
+    path, _, query = target.partition("?")
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "root_path": "",
+        "headers": [(b"host", b"localhost")],
+        "client": None,
+        "server": ("localhost", None),
+        "state": {},
+    }
+    status = 0
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        nonlocal status
+        status = message.get("status", status)
+
+    await application(scope, receive, send)
+    return status
+
+
+def notify(state: str) -> None:
+    """Notify systemd, if the unit has Type=notify."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m mlflow_host.server.process",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Settings are environment variables: /run/mlflow-host/mlflow.env, which the configure step writes.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "number", nargs="?", type=int, metavar="N", help="serve as process N, on /run/mlflow/server-N.sock"
+    )
+    what.add_argument("--socket", type=Path, metavar="PATH", help="serve on this socket instead")
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.socket:
+            return serve(chosen.socket)
+        return serve(SERVER_SOCKETS / f"server-{chosen.number}.sock", first=chosen.number == 1)
+    except Refusal as refusal:
+        logging.shutdown()
+        print(f"mlflow-server: {refusal}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

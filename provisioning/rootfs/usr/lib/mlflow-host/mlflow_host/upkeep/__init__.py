@@ -1,0 +1,1 @@
+"""Modules that timers run: disk space, CloudWatch metrics, users."""

@@ -1,0 +1,63 @@
+"""Timer `mlflow-host-metrics`: send what the stack's alarms watch to CloudWatch, once a minute, in one call.
+
+A failed call is logged; the next run sends the values of its own time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from urllib.parse import urlencode
+
+from mlflow_host.contract import alarms
+from mlflow_host.contract.launch import LaunchDocument
+from mlflow_host.machine import aws, config
+from mlflow_host.upkeep import metrics
+
+
+def main() -> int:
+    document = config.load().launch
+    wanted = {alarm.metric for alarm in alarms.ALARMS if alarm.name in document.monitoring.alarms}
+    if not wanted:
+        print("the stack has no alarm, so nothing is measured")
+        return 0
+    found = metrics.measured(wanted)
+    if not found:
+        print("nothing is measured yet")
+        return 0
+    try:
+        put(document, found, aws.role_keys(), datetime.now(UTC))
+    except (aws.NoRole, aws.ServiceUnreachable, aws.ServiceError) as error:
+        print(
+            f"mlflow-host: {', '.join(sorted(found))} were not sent to CloudWatch: {error}; the role must allow "
+            "cloudwatch:PutMetricData, and the machine must reach CloudWatch (the setting monitoringEndpoint)",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
+
+
+def put(document: LaunchDocument, found: Mapping[str, float], keys: aws.Keys, now: datetime) -> None:
+    """Send the values by their metrics' names. Raises aws.ServiceUnreachable or aws.ServiceError."""
+    units = {alarm.metric: alarm.unit for alarm in alarms.ALARMS}
+    body = {
+        "Action": "PutMetricData",
+        "Version": "2010-08-01",
+        "Namespace": alarms.namespace(document.stack.name),
+    }
+    for number, (name, value) in enumerate(sorted(found.items()), 1):
+        datum = {
+            "MetricName": name,
+            "Unit": units[name],
+            "Value": str(value),
+            "Timestamp": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+        if name == alarms.DISK_USED:
+            datum |= {"Dimensions.member.1.Name": alarms.VOLUME, "Dimensions.member.1.Value": document.data_volume.id}
+        body |= {f"MetricData.member.{number}.{key}": text for key, text in datum.items()}
+    aws.call_query_api(document, "monitoring", document.endpoints.monitoring, urlencode(body).encode(), keys, now)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

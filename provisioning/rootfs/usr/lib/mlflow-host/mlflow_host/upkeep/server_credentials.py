@@ -1,0 +1,58 @@
+"""Timer `mlflow-host-server-credentials`: renew the AWS credentials of MLflow's processes.
+
+They belong to the stack's server role, which can access only objects of the artifacts and models buckets. The processes
+cannot reach the metadata service, which returns the machine's own role. botocore reads this file by the
+`credential_process` of /usr/share/mlflow-host/aws-config, and again before the credentials expire.
+
+The launch document of an older stack names no server role; then MLflow uses the machine's role.
+"""
+
+from __future__ import annotations
+
+import grp
+import json
+import sys
+from datetime import UTC, datetime
+
+from mlflow_host.contract.launch import LaunchDocument
+from mlflow_host.machine import aws, config, nginx
+
+FILE = config.RUN / "server-credentials.json"
+
+
+def main() -> int:
+    document = config.load().launch
+    try:
+        keys = current(document, aws.role_keys(), datetime.now(UTC))
+    except (aws.NoRole, aws.ServiceUnreachable, aws.ServiceError) as error:
+        role = document.mlflow.role or "the machine's role"
+        print(
+            f"mlflow-host: MLflow's AWS credentials are not renewed: {role} cannot be assumed ({error}); the machine's "
+            f"role must allow sts:AssumeRole on it, and {aws.sts_address(document)} must be reachable (the setting "
+            "stsEndpoint)",
+            file=sys.stderr,
+        )
+        return 2
+    nginx.write_private(FILE, as_json(keys), mode=0o640, group=grp.getgrnam("mlflow").gr_gid)
+    return 0
+
+
+def current(document: LaunchDocument, machine: aws.Keys, now: datetime) -> aws.Keys:
+    """Raises aws.ServiceUnreachable or aws.ServiceError."""
+    return aws.assume_role(document, document.mlflow.role, machine, now) if document.mlflow.role else machine
+
+
+def as_json(keys: aws.Keys) -> str:
+    """The format of botocore's credential_process."""
+    content = {
+        "Version": 1,
+        "AccessKeyId": keys.access,
+        "SecretAccessKey": keys.secret,
+        "SessionToken": keys.token,
+        "Expiration": keys.expires,
+    }
+    return json.dumps(content) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,298 @@
+#!/usr/bin/env python3
+"""Move in from any MLflow server: carry its database and artifacts to a stack, and prove that nothing was lost.
+
+  adopt.py ~/mlflow/mlflow.db                      a SQLite file
+  adopt.py postgresql://mlflow@10.0.0.5/mlflow     a PostgreSQL database (RDS, a container, a hand-made EC2 box)
+  adopt.py mlflow.dump                             a file of pg_dump, custom or plain
+  adopt.py ~/experiments/mlruns                    a folder mlruns/
+
+Run it where the source can be read, with AWS credentials for the stack's buckets. The stack is chosen as in connect.py.
+The source is read in one snapshot and never written to. PostgreSQL's password comes from PGPASSWORD or ~/.pgpass: other
+users of this machine see the arguments of a process. IDs, dates and all tables are kept; artifact places are
+rewritten. The server stays up.
+
+  1. rehearse it:     adopt.py SOURCE --dry-run     on the local cloud with --rehearsal, then on AWS
+  2. do it:           adopt.py SOURCE               read the table that it prints
+  3. on the day:      stop writing to the old server, run adopt.py SOURCE again, point the clients at the new one
+
+A second run carries what came since the first, and copies no artifact twice. What was changed on the new server
+meanwhile stays. Interrupted at any point, the new server is as it was or complete, and running it again finishes.
+
+Artifacts are copied from where the database says: s3://… and local folders. If the old server served them itself
+(mlflow-artifacts:/…), name its store with --artifacts. Another account's bucket: --source-profile.
+
+Users cannot come along, as their passwords are hashed another way: the last lines are the users.py commands that add
+them. Gateway secrets and webhooks are encrypted with the old server's passphrase: they are counted and left out.
+
+Exit status 0: everything is there, unchanged; 1: something is missing, changed or does not fit, and is named; 2: an
+error with one sentence; 130: interrupted.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+
+# isort: split
+import argparse
+import dataclasses
+import json
+import os
+import sqlite3
+import sys
+import tempfile
+import time
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+
+from mlflow_host.contract import adoption
+from mlflow_host.contract.adoption import AdoptionError, Manifest, Request
+from scripts import aws_session, connect
+from scripts.adopting import artifacts, row_files, sources, target, verdict
+from scripts.adopting.artifacts import Outcome, Reader
+from scripts.adopting.target import Api, Target
+from scripts.adopting.verdict import Kind
+from scripts.interrupts import end_like_ctrl_c
+
+AUTH = "basic_auth.db"
+"""MLflow's own database of users, beside the server's."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = read_arguments(argv)
+    end_like_ctrl_c()
+    try:
+        name = arguments.name or sources.default_name(arguments.source)
+        adoption.key(name, "")
+        return adopt(arguments, name, target.choose(arguments))
+    except (AdoptionError, connect.NotConnected) as error:
+        say(str(error))
+        return 2
+    except aws_session.ERRORS as error:
+        say(aws_session.explain(error))
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted; the server is as it was or complete: run adopt.py again to finish")
+        return 130
+
+
+def read_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="adopt.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="a file, a folder mlruns/ or postgresql://…")
+    connect.add_choice(parser)
+    parser.add_argument("--dry-run", action="store_true", help="say what would be carried and what does not fit")
+    parser.add_argument("--name", help="name of the source, the same at each run (default: from its file or database)")
+    parser.add_argument("--prefix", default="", help="put this before the names of experiments and registered models")
+    parser.add_argument(
+        "--on-clash",
+        choices=adoption.ON_CLASH,
+        default="refuse",
+        help="experiments and models whose names are in use: leave them out, or rename them (default: refuse all)",
+    )
+    parser.add_argument("--lossy", action="store_true", help="carry the rest when values or rows do not fit")
+    parser.add_argument(
+        "--without-secrets", action="store_true", help="gateway secrets and webhooks that are left out are no loss"
+    )
+    where = parser.add_argument_group("artifacts")
+    where.add_argument("--artifacts", metavar="PLACE", default="", help="the old server's store: s3://…, folder or URL")
+    where.add_argument("--leave-artifacts", action="store_true", help="copy none and rewrite no place")
+    where.add_argument("--source-profile", help="AWS profile that reads the source's buckets")
+    where.add_argument("--source-endpoint", help="address of the source's S3-compatible store")
+    parser.add_argument("--users", metavar="FILE", help=f"the old server's {AUTH}, if it had users")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser.parse_args(argv)
+
+
+# The adoption
+
+
+def adopt(arguments: argparse.Namespace, name: str, stack: Target) -> int:
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mlflow-ami-adopt-") as scratch:
+        folder = Path(scratch)
+        manifest, reader = read_source(arguments, folder, stack)
+        say(f"sending {sum(table.rows for table in manifest.tables.values()):,} rows to the backups bucket")
+        row_files.upload(stack.s3, stack.buckets["backups"], name, manifest, folder)
+        prepared = prepare(arguments, name, stack)
+        if arguments.leave_artifacts:
+            copied = Outcome()
+        else:
+            dry = arguments.dry_run or bool(prepared["refused"])
+            copied = artifacts.copy(prepared["places"], reader, stack, say, dry_run=dry)
+        if arguments.dry_run or prepared["refused"]:
+            return report_dry_run(arguments, manifest, prepared, copied)
+        stack.run(name, Request("", "load"), say)
+        loaded = stack.read(name, "loaded.json")
+        source = verdict.Source(folder, manifest, prepared)
+        kinds = [*verdict.by_api(source, stack.api, say), verdict.by_rows(prepared, loaded)]
+    if not arguments.leave_artifacts:
+        kinds.append(kind_of_artifacts(copied))
+    report = {
+        "source": without_password(arguments.source),
+        "name": name,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "kinds": [dataclasses.asdict(kind) for kind in kinds],
+        "left": prepared["left"],
+        "encrypted": prepared["encrypted"],
+        "skipped": prepared["skipped"],
+        "clashes": prepared["clashes"],
+        "left_places": prepared["left_places"],
+        "empty_places": copied.empty,
+        "experiments": prepared["experiments"],
+        "dump": loaded["dump"],
+        "seconds": {"prepare": prepared["seconds"], "load": loaded["seconds"], "artifacts": round(copied.seconds, 1)},
+        "users": users_lines(arguments),
+    }
+    at = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    stack.write(name, f"report-{at}.json", json.dumps(report, indent=2).encode())
+    forget_rows(stack, name, manifest)
+    return print_verdict(arguments, report, kinds, time.monotonic() - begun)
+
+
+def read_source(arguments: argparse.Namespace, folder: Path, stack: Target) -> tuple[Manifest, Reader]:
+    say(f"reading {without_password(arguments.source)}")
+    with sources.read(arguments.source) as snapshot:
+        manifest = row_files.write(snapshot, folder)
+        say(f"{snapshot.kind} at migration {snapshot.head}, {len(manifest.tables)} tables")
+        base = arguments.artifacts or ""
+        server = None
+        if urlsplit(base).scheme in ("http", "https"):
+            server = Api(base.rstrip("/"), old_login())
+        elif base and not urlsplit(base).scheme:
+            base = str(Path(base).resolve())
+        session = boto3.Session(profile_name=arguments.source_profile, region_name=stack.s3.meta.region_name)
+        s3 = session.client("s3", endpoint_url=arguments.source_endpoint) if session.get_credentials() else stack.s3
+        same = s3.meta.endpoint_url == stack.s3.meta.endpoint_url or all(
+            ".amazonaws.com" in each.meta.endpoint_url for each in (s3, stack.s3)
+        )
+        return manifest, Reader(snapshot.folder, base, s3, same, server)
+
+
+def old_login() -> dict[str, str]:
+    """The login of the old server, from the variables that its clients use."""
+    token, user = os.environ.get("MLFLOW_TRACKING_TOKEN"), os.environ.get("MLFLOW_TRACKING_USERNAME")
+    if token:
+        return {"Authorization": f"Bearer {token}"}
+    return target.basic(user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else {}
+
+
+def prepare(arguments: argparse.Namespace, name: str, stack: Target) -> dict[str, Any]:
+    request = Request(
+        id="",
+        action="prepare",
+        dry_run=arguments.dry_run,
+        prefix=arguments.prefix,
+        on_clash=arguments.on_clash,
+        leave_artifacts=arguments.leave_artifacts,
+        lossy=arguments.lossy,
+    )
+    stack.run(name, request, say)
+    return dict(stack.read(name, "prepared.json.gz"))
+
+
+def forget_rows(stack: Target, name: str, manifest: Manifest) -> None:
+    """Delete the files of rows; the reports stay."""
+    for table in manifest.tables:
+        stack.s3.delete_object(Bucket=stack.buckets["backups"], Key=adoption.key(name, f"rows/{table}.gz"))
+
+
+def users_lines(arguments: argparse.Namespace) -> list[str]:
+    """The commands that add the old server's users."""
+    file = Path(arguments.users) if arguments.users else Path(arguments.source).parent / AUTH
+    if not file.is_file():
+        return []
+    with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as opened:
+        try:
+            found = opened.execute("SELECT username, is_admin FROM users ORDER BY username").fetchall()
+        except sqlite3.DatabaseError as error:
+            raise AdoptionError(f"{file} is not MLflow's database of users: {error}") from None
+    return [f"scripts/users.py add {user} --role {'admin' if admin else 'writer'}" for user, admin in found]
+
+
+# Output
+
+
+def kind_of_artifacts(copied: Outcome) -> Kind:
+    """A place that could not be listed counts as one artifact."""
+    carried = copied.copied + copied.there
+    return Kind("artifacts", carried + len(copied.failed), carried, len(copied.failed), 0, copied.failed)
+
+
+def report_dry_run(arguments: argparse.Namespace, manifest: Manifest, prepared: dict[str, Any], copied: Outcome) -> int:
+    """Exit status 0 if nothing is in the way of the adoption."""
+    tell_about(prepared, copied)
+    counts = {table: entry.rows for table, entry in manifest.tables.items() if entry.rows}
+    if arguments.json:
+        print(json.dumps({**prepared, "rows": counts, "artifacts": dataclasses.asdict(copied)}, indent=2))
+    else:
+        for table, count in counts.items():
+            print(f"{count:>12,}  {table}")
+        print(f"{copied.files:>12,}  artifacts, {artifacts.size(copied.bytes)} to copy")
+        print(f"The rows took the machine {prepared['seconds']:.0f} s; loading them takes about as long again.")
+    for sentence in prepared["refused"]:
+        say(sentence)
+    say("nothing was changed on the server")
+    return 1 if prepared["refused"] or copied.failed or prepared["left"] else 0
+
+
+def tell_about(report: dict[str, Any], copied: Outcome | None = None) -> None:
+    for clash in report["clashes"]:
+        say(f"{clash['kind']} {clash['name']!r} is in use on the server ({clash['settled']})")
+    for entry in [*report["left"], *report.get("encrypted", ())]:
+        where = f"{entry['table']}.{entry['column']}" if entry["column"] else entry["table"]
+        say(f"{where}: {entry['count']:,} {entry['remedy']} ({entry['reason']})")
+    for place in report["left_places"]:
+        say(f"artifacts stay at {place}: clients need s3:ListBucket and s3:GetObject for it")
+    for line in copied.failed[: verdict.SHOWN] if copied else ():
+        say(line)
+
+
+def print_verdict(arguments: argparse.Namespace, report: dict[str, Any], kinds: list[Kind], seconds: float) -> int:
+    tell_about(report)
+    for kind in kinds:
+        for line in kind.lines[: verdict.SHOWN]:
+            say(line)
+    for line in report["empty_places"]:
+        say(line)
+    left = [*report["left"], *(() if arguments.without_secrets else report["encrypted"])]
+    lost = sum(kind.missing + kind.changed for kind in kinds) + sum(entry["count"] for entry in left)
+    print(table(kinds), file=sys.stderr if arguments.json else sys.stdout)
+    if arguments.json:
+        print(json.dumps({**report, "lost": lost}, indent=2))
+    for line in report["users"]:
+        print(line, file=sys.stderr if arguments.json else sys.stdout)
+    say(f"{lost:,} are missing or changed" if lost else f"everything is there, unchanged ({seconds:.0f} s)")
+    say(f"the dump from before the adoption: {report['dump']}")
+    return 1 if lost else 0
+
+
+def table(kinds: list[Kind]) -> str:
+    lines = [("kind", "there", "carried", "missing", "changed")]
+    lines += [(k.kind, f"{k.there:,}", f"{k.carried:,}", f"{k.missing:,}", f"{k.changed:,}") for k in kinds]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        line[0].ljust(widths[0])
+        + "".join(f"  {cell.rjust(width)}" for cell, width in zip(line[1:], widths[1:], strict=True))
+        for line in lines
+    )
+
+
+def without_password(source: str) -> str:
+    where = urlsplit(source)
+    return source.replace(f":{where.password}@", ":…@") if "://" in source and where.password else source
+
+
+def say(text: str) -> None:
+    for line in text.splitlines() or [""]:
+        print(f"adopt: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

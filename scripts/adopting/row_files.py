@@ -1,0 +1,66 @@
+"""The source's rows as one compressed file per table, and the manifest that names them."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+from mlflow_host.contract import adoption
+from mlflow_host.contract.adoption import Manifest, Table
+from scripts.adopting.sources import Snapshot
+
+
+class Counted:
+    """A sink that counts bytes and lines. A line end inside a value is escaped, so lines are rows."""
+
+    def __init__(self, sink: IO[bytes]):
+        self._sink, self.bytes, self.rows = sink, 0, 0
+
+    def write(self, data: bytes) -> int:
+        self.bytes += len(data)
+        self.rows += data.count(b"\n")
+        return self._sink.write(data)
+
+
+def write(snapshot: Snapshot, folder: Path) -> Manifest:
+    tables: dict[str, Table] = {}
+    removed: dict[str, int] = {}
+    for name, columns in sorted(snapshot.columns.items()):
+        path = folder / f"{name}.gz"
+        with gzip.open(path, "wb", compresslevel=1) as packed:
+            sink = Counted(packed)  # type: ignore[arg-type]
+            found = snapshot.write_rows(name, sink)  # type: ignore[arg-type]
+        removed |= {f"{name}.{column}": count for column, count in found.items()}
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        tables[name] = Table(tuple(columns), sink.rows, sink.bytes, digest)
+    return Manifest(snapshot.head, tables, removed)
+
+
+def upload(s3: Any, bucket: str, name: str, manifest: Manifest, folder: Path) -> None:
+    """The manifest goes last, so it never names files that are not there."""
+
+    def put(table: str) -> None:
+        s3.upload_file(str(folder / f"{table}.gz"), bucket, adoption.key(name, f"rows/{table}.gz"))
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(put, table) for table in manifest.tables]:
+            done.result()
+    s3.put_object(Bucket=bucket, Key=adoption.key(name, "manifest.json"), Body=adoption.dump(manifest))
+
+
+def read(folder: Path, manifest: Manifest, table: str, columns: tuple[str, ...]) -> Iterator[tuple[str | None, ...]]:
+    """The rows of a table, with the values of `columns`; None for a column that the source lacks. No rows without the
+    table."""
+    if table not in manifest.tables:
+        return
+    held = manifest.tables[table].columns
+    places = [held.index(column) if column in held else None for column in columns]
+    with gzip.open(folder / f"{table}.gz", "rt", encoding="utf-8", newline="\n") as lines:
+        for line in lines:
+            fields = line.rstrip("\n").split("\t")
+            yield tuple(None if place is None else adoption.unescape(fields[place]) for place in places)

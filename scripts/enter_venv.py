@@ -1,0 +1,97 @@
+"""Run a script with the project's own packages; every script in this folder imports this module first.
+
+After that `scripts`, `tests` and `mlflow_host` can be imported, wherever the script was started.
+
+A script started with another Python starts again with the repository's .venv/bin/python, with the same arguments, from
+any folder and through sudo. Where that cannot be had, one sentence says what to do and the exit status is 2.
+
+The module and the scripts that import it must compile with Python 3.8, so that an old one can print the sentence.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import pwd
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+SCRIPTS = Path(__file__).resolve().parent
+REPOSITORY = SCRIPTS.parent
+HOST_PACKAGE = REPOSITORY / "provisioning/rootfs/usr/lib/mlflow-host"
+"""The folder of the package `mlflow_host`; scripts use its `contract` only."""
+VENV = REPOSITORY / ".venv"
+OLDEST = (3, 11)
+"""The oldest Python that pyproject.toml allows."""
+RESTARTED = "MLFLOW_AMI_RESTARTED"
+"""Environment variable: id of the process that was started again."""
+ROOT_BYTECODE = "/var/cache/mlflow-ami/bytecode"
+"""Where root keeps compiled Python when the checkout is another user's."""
+
+
+def enter(name: str) -> None:
+    """Return if this is the right Python; otherwise start it, or end the process. `name` is the script's."""
+    python = VENV / "bin" / "python"
+    if Path(sys.prefix).resolve() != VENV.resolve() and os.access(python, os.X_OK):
+        if os.environ.get(RESTARTED) == str(os.getpid()):
+            refuse(name, f"{python} is not the Python of a virtual environment: remove .venv and run `make prepare`")
+        os.environ[RESTARTED] = str(os.getpid())
+        os.execv(python, [str(python), *sys.argv])
+    os.environ.pop(RESTARTED, None)
+    if sys.version_info < OLDEST:
+        remove = "remove .venv and " if VENV.exists() else ""
+        found = f"{sys.version_info[0]}.{sys.version_info[1]} ({sys.executable})"
+        refuse(name, f"Python 3.11 or newer is needed, not {found}: install one, then {remove}run `make prepare`")
+    if importlib.util.find_spec("boto3") is None:
+        refuse(name, f"the Python packages are not installed: run `make prepare` in {REPOSITORY}")
+
+
+def refuse(name: str, text: str) -> NoReturn:
+    """End the process with a sentence."""
+    sys.stderr.write(f"{name}: {text}\n")
+    sys.stderr.flush()
+    sys.exit(2)
+
+
+def report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Handle an uncaught exception: a sentence if the user can fix it, else Python's traceback."""
+    name = Path(sys.argv[0]).stem
+    if isinstance(error, KeyboardInterrupt):
+        sys.exit(130)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.split(".")[0]
+        if importlib.util.find_spec(package) is None:
+            remedy = "run `make prepare`, or `make prepare-demo` for the local cloud"
+            refuse(name, f"the Python package {package} is not installed in {sys.prefix}: {remedy}")
+    if isinstance(error, PermissionError) and error.filename and os.geteuid():
+        refuse(name, f"{error.filename} cannot be used by this user: use sudo, or the account that it belongs to")
+    sys.__excepthook__(kind, error, trace)
+
+
+def leave_nothing_of_root() -> None:
+    """For root: keep its programs' files out of the sudo user's home and checkout.
+
+    Python's compiled files go elsewhere; other files written into the checkout get the checkout's owner at the end.
+    """
+    if os.geteuid():
+        return
+    if os.environ.get("SUDO_UID", "0") != "0":
+        os.environ["HOME"] = pwd.getpwuid(0).pw_dir
+    if REPOSITORY.stat().st_uid == 0:
+        return
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = ROOT_BYTECODE
+    from scripts import invoker
+
+    atexit.register(invoker.give_back, REPOSITORY)
+
+
+sys.path[:0] = [path for path in (str(REPOSITORY), str(HOST_PACKAGE)) if path not in sys.path]
+
+_main = getattr(sys.modules["__main__"], "__file__", None)
+if _main and Path(_main).resolve().parent == SCRIPTS:
+    enter(Path(_main).stem)
+    sys.excepthook = report_uncaught
+    leave_nothing_of_root()

@@ -1,0 +1,1 @@
+"""The parts of follow.py: the patch (`proposal`), the page."""

@@ -1,0 +1,128 @@
+"""Verb `promote`: let a channel name an image, after a drill between it and the image that the channel names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from scripts.imaging import channels
+from scripts.imaging.catalog import DRILL, Image, ImageRefused, Place, as_tags, find, named
+
+COMPARED = ("mlflow_version", "migration_head", "postgresql_major")
+"""The facts in which an image and the drilled one must be equal for the drill to count."""
+
+
+def promote(
+    place: Place, image: Image, channel: str, *, without_drill: bool, drill: Mapping[str, Any] | None, dry_run: bool
+) -> dict[str, Any]:
+    """Let the channel name the image; returns what was done. Idempotent. Raises ImageRefused.
+
+    `drill` is the JSON of scripts/drill.py. If it is about these two images' releases it is recorded on the image.
+    """
+    name, before = channels.parameter(channel), channels.read(place.ssm).get(channel)
+    done = {"region": place.region, "channel": channel, "parameter": name, "before": before, "image": image.id}
+    require_usable(image)
+    if before == image.id:
+        return done | {"changed": False}
+    held = named(find(place.ec2), before) if before else None
+    if held and held.architecture != image.architecture:
+        raise ImageRefused(
+            f"{image.id} is for {image.architecture}, and the channel {channel} names {held.id} for "
+            f"{held.architecture}, which its stacks' instance types fit: use a channel per architecture, for example "
+            f"{channel}-{image.architecture.replace('_', '-')}"
+        )
+    tag: dict[str, str] = {}
+    if held and drill is not None:
+        require_drill_of(drill, held, image)
+        tag = {f"{DRILL}{held.version}": about(drill)}
+    if before and not tag and not without_drill:
+        require_drilled(image, held, before, channel, place.region)
+    if not dry_run:
+        if tag:
+            place.ec2.create_tags(Resources=[image.id], Tags=as_tags(tag))
+        channels.write(place.ssm, channel, image.id)
+    return done | {"changed": True}
+
+
+def require_usable(image: Image) -> None:
+    """Raises ImageRefused for an image that no stack should launch."""
+    if not image.finished:
+        raise ImageRefused(f"{image.id} is unfinished: wait for the end of its bake or copy, or delete it with sweep")
+    if image.state != "available":
+        raise ImageRefused(
+            f"{image.id} is {image.state}, so no stack can launch it: "
+            + ("take it back with retire --undo" if image.state == "disabled" else "wait until it is available")
+        )
+    if image.deprecated:
+        raise ImageRefused(
+            f"{image.id} is deprecated since {image.deprecated[:10]}: take that back with deprecate --undo, or promote "
+            "another image"
+        )
+
+
+def drilled(one: Image, other: Image) -> bool:
+    """Whether a drill between the two was passed, in either direction: each drill goes there and back twice."""
+    return other.version in one.drills or one.version in other.drills
+
+
+def require_drilled(image: Image, held: Image | None, before: str, channel: str, region: str) -> None:
+    """Raises ImageRefused without a passed drill between the image and the one that the channel names."""
+    if held is None:
+        raise ImageRefused(
+            f"the channel {channel} names {before}, which is not in {region} any more, so no drill can show that its "
+            "stacks can move: add --without-drill if they are moved already"
+        )
+    if not drilled(image, held):
+        raise ImageRefused(
+            f"no drill between {held.id} (MLflow {held.fact('mlflow-version')}), which the channel {channel} names, "
+            f"and {image.id} (MLflow {image.fact('mlflow-version')}) was passed: run scripts/drill.py "
+            f"{held.fact('mlflow-version')} {image.fact('mlflow-version')} --json > drill.json and add --drill "
+            "drill.json, or add --without-drill"
+        )
+
+
+def read_drill(path: Path) -> dict[str, Any]:
+    """The JSON that scripts/drill.py printed. Raises ImageRefused."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found["lost"], int) and {"older", "newer", "at"} <= found.keys():
+            return dict(found)
+    except OSError as error:
+        raise ImageRefused(f"--drill {path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ImageRefused(f"--drill {path} is not what scripts/drill.py --json prints")
+
+
+def require_drill_of(drill: Mapping[str, Any], held: Image, image: Image) -> None:
+    """Raises ImageRefused unless the drill was passed and went between the releases of these two images."""
+    if drill["lost"]:
+        raise ImageRefused(f"the drill was not passed: {drill['lost']} objects are lost, so {image.id} stays out")
+    ends = sorted([tuple(str(drill[end][name]) for name in COMPARED) for end in ("older", "newer")])
+    if ends != sorted([facts(held), facts(image)]):
+        said = " and ".join(f"MLflow {drill[end]['mlflow_version']}" for end in ("older", "newer"))
+        raise ImageRefused(
+            f"the drill was between {said}, not between {held.id} (MLflow {held.fact('mlflow-version')}, schema "
+            f"{held.fact('migration-head')}, PostgreSQL {held.fact('postgresql-major')}) and {image.id} (MLflow "
+            f"{image.fact('mlflow-version')}, schema {image.fact('migration-head')}, PostgreSQL "
+            f"{image.fact('postgresql-major')}): run it with these"
+        )
+
+
+def facts(image: Image) -> tuple[str, ...]:
+    return tuple(image.fact(name.replace("_", "-")) for name in COMPARED)
+
+
+def about(drill: Mapping[str, Any]) -> str:
+    """The value of the tag that records a drill."""
+    return f"{drill['at']} on {drill['newer'].get('os', '?')}, nothing lost"
+
+
+def record_drill(place: Place, older: Image, newer: Image, at: datetime | None = None) -> None:
+    """Tag the newer image with a passed drill between the two. Idempotent."""
+    moment = (at or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    value = f"{moment} on {newer.fact('os')}, nothing lost"
+    place.ec2.create_tags(Resources=[newer.id], Tags=as_tags({f"{DRILL}{older.version}": value}))

@@ -1,0 +1,91 @@
+"""The certificate authority of a local cloud, and the certificate of its object store's HTTPS port."""
+
+from __future__ import annotations
+
+import ipaddress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from scripts.local_cloud.layout import Places, write_atomically
+
+ADDRESS = "127.0.0.1"
+VALID_DAYS = 3650
+
+
+def authority_file(places: Places) -> Path:
+    """The authority's certificate, with which clients verify the object store. Its key is not kept."""
+    return places.root / "authority.pem"
+
+
+def certificate_file(places: Places) -> Path:
+    return places.root / "object-store-certificate.pem"
+
+
+def key_file(places: Places) -> Path:
+    return places.root / "object-store-certificate.key"
+
+
+def ensure(places: Places) -> Path:
+    """Create authority and certificate unless they exist, and return the authority's file. The certificate is written
+    last."""
+    if certificate_file(places).exists():
+        return authority_file(places)
+    authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    authority = _signed("mlflow-ami local cloud", authority_key, "mlflow-ami local cloud", authority_key, None)
+    # Some clients compare addresses with the DNS names.
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(ADDRESS)), x509.DNSName(ADDRESS)])
+    certificate = _signed("mlflow-ami local cloud", authority_key, ADDRESS, key, names)
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    write_atomically(authority_file(places), authority.public_bytes(serialization.Encoding.PEM))
+    write_atomically(key_file(places), private)
+    write_atomically(certificate_file(places), certificate.public_bytes(serialization.Encoding.PEM))
+    return authority_file(places)
+
+
+def _signed(
+    issuer: str,
+    issuer_key: ec.EllipticCurvePrivateKey,
+    subject: str,
+    subject_key: ec.EllipticCurvePrivateKey,
+    names: x509.SubjectAlternativeName | None,
+) -> x509.Certificate:
+    """A certificate for `names`; without names, that of an authority."""
+    now = datetime.now(UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
+        .public_key(subject_key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=VALID_DAYS))
+        .add_extension(x509.BasicConstraints(ca=names is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(subject_key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
+        .add_extension(_usage(signs_certificates=names is None), critical=True)
+    )
+    if names is not None:
+        builder = builder.add_extension(names, critical=False)
+    return builder.sign(issuer_key, hashes.SHA256())
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    """Clients since Python 3.13 require it in an authority's certificate."""
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )

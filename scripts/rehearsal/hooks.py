@@ -1,0 +1,42 @@
+"""Call the resource hooks that a program registered, over gRPC, as Pulumi's engine does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from pulumi.runtime.proto import callback_pb2, callback_pb2_grpc, resource_pb2
+
+from scripts.rehearsal.wire import to_wire
+
+
+class HookFailed(Exception):
+    """A hook refused the operation; the text is its reason."""
+
+
+@dataclass
+class Hooks:
+    registered: dict[str, Any] = field(default_factory=dict)
+    """resource_pb2.RegisterResourceHookRequest by the hook's name."""
+
+    def register(self, request: Any) -> None:
+        self.registered[request.name] = request
+
+    def call(self, names: Iterable[str], *, dry_run: bool, **about: Any) -> None:
+        """Call these hooks; in a preview, only those for previews. Raises HookFailed.
+
+        `about` contains the other fields of a ResourceHookRequest, with inputs and outputs as properties.
+        """
+        for hook in [self.registered[name] for name in names]:
+            if dry_run and not hook.on_dry_run:
+                continue
+            fields = {name: to_wire(value) if isinstance(value, dict) else value for name, value in about.items()}
+            body = resource_pb2.ResourceHookRequest(**fields).SerializeToString()
+            request = callback_pb2.CallbackInvokeRequest(token=hook.callback.token, request=body)
+            with grpc.insecure_channel(hook.callback.target) as channel:
+                answer = callback_pb2_grpc.CallbacksStub(channel).Invoke(request)
+            refusal = resource_pb2.ResourceHookResponse.FromString(answer.response).error
+            if refusal and not hook.ignore_errors:
+                raise HookFailed(refusal)

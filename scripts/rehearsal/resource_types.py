@@ -1,0 +1,51 @@
+"""The description of a resource type for the engine, and the context of its AWS calls."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from scripts.rehearsal.wire import Props
+
+
+@dataclass(frozen=True)
+class Aws:
+    """An AWS endpoint: boto3 clients by service name, and a function for log lines."""
+
+    client: Callable[[str], Any]
+    region: str
+    note: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One resource type of a provider, with its AWS calls. Property names are the provider's (camelCase).
+
+    create(aws, inputs) returns the new ID; read(aws, id, inputs) the computed outputs, or None if it no longer exists;
+    update(aws, id, old, new) changes it in place; without it every change replaces. `replace_on`: the inputs that the
+    AWS provider's documentation marks "forces new resource"; `replaces` returns those that depend on values. `generate`
+    creates physical names that the program left out, from the logical name and the other inputs; they live as long as
+    the resource. `tokens` are values created for each resource that no program sets: an identifier of the creation, or
+    a random result. `secret_outputs` are always secret. recover(aws, inputs) finds the ID of a resource whose creation
+    was interrupted, by its name or token.
+    """
+
+    create: Callable[[Aws, Props], str]
+    read: Callable[[Aws, str, Props], Props | None]
+    delete: Callable[[Aws, str, Props], None]
+    update: Callable[[Aws, str, Props, Props], None] | None = None
+    replace_on: frozenset[str] = frozenset()
+    replaces: Callable[[set[str], Props, Props], set[str]] | None = None
+    generate: Mapping[str, Callable[[str, Props], Any]] = field(default_factory=dict)
+    tokens: Mapping[str, Callable[[Props], Any]] = field(default_factory=dict)
+    tagged: bool = False
+    delete_before_replace: bool = False
+    secret_outputs: frozenset[str] = frozenset()
+    recover: Callable[[Aws, Props], str | None] | None = None
+
+
+def physical_name(logical: str, inputs: Props) -> str:
+    """A name in Pulumi's format: the logical name and seven random hex digits."""
+    return f"{logical}-{secrets.token_hex(4)[:7]}"

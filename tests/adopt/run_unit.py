@@ -1,0 +1,40 @@
+"""The unit mlflow-host-adopt@NAME as a process on the tests' cluster and object store.
+
+python run_unit.py NAME HOST USER BUCKET ENDPOINT REPORTS BLANK"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import mlflow
+
+from mlflow_host.adopt import run
+from mlflow_host.contract.adoption import AdoptionError
+from mlflow_host.postgres.cluster import Cluster
+from mlflow_host.postgres.dump_file import Bucket
+from mlflow_host.schema.release import ImageSchema
+from mlflow_host.schema.revisions import known_revisions
+from tests.schema.private_cluster import programs
+
+
+def this_image() -> ImageSchema:
+    python = Path(sys.executable)
+    chain = known_revisions(python)
+    return ImageSchema(python, chain[-1], len(chain), mlflow.__version__, "stand-in")
+
+
+def main() -> None:
+    name, host, user, bucket, endpoint, reports, blank = sys.argv[1:]
+    cluster = Cluster(host=host, user=user, programs=programs())
+    where = Bucket(bucket, "eu-central-1", endpoint)
+    settings = run.AdoptSettings(cluster, this_image(), where, Path(reports), Path(blank))
+    try:
+        run.perform(settings, name)
+    except AdoptionError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

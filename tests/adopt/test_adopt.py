@@ -1,0 +1,280 @@
+"""Databases of other servers are adopted with every object, value and artifact."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlflow_host.postgres.cluster import create_empty
+from scripts import adopt as script
+from scripts.drilling.worker_client import WorkerClient
+from tests.adopt import old_client
+from tests.adopt.conftest import Adopt, Stack
+
+pytestmark = pytest.mark.service
+NEWEST = Path(sys.executable)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A source; `run` is a run with artifacts."""
+
+    source: str
+    run: str
+    folder: Path
+
+
+def fill(python: Path, uri: str, place: str) -> dict[str, str]:
+    command = [str(python), "-W", "ignore", old_client.__file__, uri, place]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with every kind of object that the newest release writes, and its artifacts in a folder."""
+    folder = tmp_path_factory.mktemp("everything")
+    worker = WorkerClient(NEWEST, str(folder / "artifacts"))
+    try:
+        worker.write(f"sqlite:///{folder}/mlflow.db", "one")
+        worker.write(f"sqlite:///{folder}/mlflow.db", "two")
+    finally:
+        worker.end()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Filled:
+    folder = tmp_path_factory.mktemp("small")
+    made = fill(NEWEST, f"sqlite:///{folder}/mlflow.db", f"file://{folder}/artifacts")
+    return Filled(str(folder / "mlflow.db"), made["run"], folder)
+
+
+@pytest.fixture
+def reported(adopt: Adopt, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """Adopt; the exit status and the report."""
+
+    def run(*arguments: Any) -> tuple[int, dict[str, Any]]:
+        status = adopt(*arguments, "--json")
+        captured = capsys.readouterr()
+        report = dict(json.loads(captured.out)) if captured.out else {"said": captured.err}
+        for kind in report.get("kinds", ()):
+            print(kind["kind"], kind["there"], *kind["lines"], sep="\n  ", file=sys.stderr)
+        print(
+            *(f"{key}: {text}" for key, text in report.items() if key in ("said", "refused", "left")), file=sys.stderr
+        )
+        return status, report
+
+    return run
+
+
+Reported = Callable[..., tuple[int, dict[str, Any]]]
+
+
+def counted(report: dict[str, Any]) -> dict[str, int]:
+    return {kind["kind"]: kind["there"] for kind in report["kinds"]}
+
+
+def test_sqlite_file_with_everything_is_adopted(stack: Stack, reported: Reported, everything: Path) -> None:
+    status, report = reported(everything, "--without-secrets")
+    assert (report["lost"], status) == (0, 0)
+    assert all(count > 0 for count in counted(report).values())
+    readers = [WorkerClient(NEWEST, str(everything.parent)), WorkerClient(NEWEST, "")]
+    try:
+        before, after = readers[0].read(f"sqlite:///{everything}"), readers[1].read(stack.target.api.url)
+    finally:
+        for reader in readers:
+            reader.end()
+    assert before["runs"].keys() == after["runs"].keys()
+    compared = 0
+    for section in ("runs", "model_versions", "registered_models", "datasets", "scorers", "logged_models"):
+        for key, was in before[section].items():
+            assert without_places(after[section][key]) == without_places(was), (section, key)
+            compared += 1
+    for key, was in before["traces"].items():
+        assert after["traces"][key]["spans"] == was["spans"], key
+        compared += 1
+    assert compared > 30
+
+
+def without_places(thing: Any) -> Any:
+    """Without artifact places, and without what differs between a database and any server that returns it: numbers as
+    text, and empty text for nothing."""
+    if isinstance(thing, dict):
+        return {key: without_places(value) for key, value in thing.items() if key != "artifacts"}
+    if isinstance(thing, list):
+        return [without_places(each) for each in thing]
+    if isinstance(thing, str):
+        return re.sub(r"(file://|mlflow-artifacts:).*|\w+_STATE_UNSPECIFIED$", "", thing)
+    return "" if thing is None else str(thing)
+
+
+@pytest.mark.slow
+def test_second_run_carries_what_came_since_and_copies_nothing_twice(
+    stack: Stack, reported: Reported, tmp_path: Path
+) -> None:
+    uri, place = f"sqlite:///{tmp_path}/mlflow.db", f"file://{tmp_path}/artifacts"
+    made = fill(NEWEST, uri, place)
+    assert reported(tmp_path / "mlflow.db")[0] == 0
+    runs = stack.sql("SELECT count(*) FROM runs")
+    stack.execute("INSERT INTO tags (key, value, run_uuid) SELECT 'ours', 'since', run_uuid FROM runs LIMIT 1")
+    code = (
+        "import sys, mlflow; from mlflow.tracking import MlflowClient as C; c = C(sys.argv[1]); "
+        "c.log_metric(sys.argv[2], 'late', 7.0); c.set_tag(sys.argv[2], 'note', 'changed since'); "
+        "c.log_text(sys.argv[2], 'new', 'late.txt'); c.create_run('0', tags={'mlflow.user': 'eve'})"
+    )
+    subprocess.run([str(NEWEST), "-W", "ignore", "-c", code, uri, made["run"]], check=True)
+    modified = {each["Key"]: each["LastModified"] for each in objects_of(stack)}
+    status, report = reported(tmp_path / "mlflow.db")
+    assert (report["lost"], status) == (0, 0)
+    assert stack.sql("SELECT count(*) FROM runs") == runs + 1
+    assert stack.sql(f"SELECT value FROM tags WHERE key = 'note' AND run_uuid = '{made['run']}'") == "changed since"
+    assert stack.sql("SELECT count(*) FROM tags WHERE key = 'ours'") == 1
+    now = {each["Key"]: each["LastModified"] for each in objects_of(stack)}
+    assert {key for key in now if key not in modified} == {f"1/{made['run']}/artifacts/late.txt"}
+    assert all(now[key] == at for key, at in modified.items())
+
+
+def objects_of(stack: Stack) -> list[Any]:
+    return list(stack.store.client().list_objects_v2(Bucket=stack.target.buckets["artifacts"])["Contents"])
+
+
+def test_postgresql_with_artifacts_in_s3_is_adopted_into_a_used_server(
+    stack: Stack, reported: Reported, objects: Any, tmp_path: Path
+) -> None:
+    bucket = f"old-{tmp_path.name.lower().replace('_', '-')}"[:60]
+    objects.client().create_bucket(Bucket=bucket)
+    create_empty(stack.cluster, "old_server")
+    made = fill(NEWEST, stack.cluster.uri("old_server").replace("role%3Dmlflow", "role%3Dpostgres"), f"s3://{bucket}/a")
+    api = stack.target.api
+    api.post("/api/2.0/mlflow/experiments/create", name="ours")
+    api.post("/api/2.0/mlflow/experiments/create", name="churn ünïcode")
+    own = api.post("/api/2.0/mlflow/runs/create", experiment_id="1", start_time=5)["run"]["info"]["run_id"]
+    api.post("/api/2.0/mlflow/registered-models/create", name="fraud")
+    before = own_rows(stack, own)
+    source = f"postgresql://{stack.cluster.user}@/old_server?host={stack.cluster.host}&port={stack.cluster.port}"
+    status, told = reported(source)
+    assert status == 1 and {c["name"] for c in told["clashes"]} == {"churn ünïcode", "fraud"}
+    assert own_rows(stack, own) == before and stack.sql("SELECT count(*) FROM runs") == 1
+    status, report = reported(source, "--on-clash", "rename")
+    assert (report["lost"], status) == (0, 0)
+    assert own_rows(stack, own) == before
+    new = report["experiments"][made["experiment"]]
+    assert str(new) != made["experiment"]
+    assert stack.sql(f"SELECT experiment_id FROM runs WHERE run_uuid = '{made['run']}'") == new
+    assert stack.sql("SELECT count(*) FROM model_versions WHERE name = 'fraud-old-server'") == 2
+    assert f"{new}/{made['run']}/artifacts/model/data.bin" in stack.keys("artifacts")
+    assert f"{new}/models/{made['model']}/artifacts/MLmodel" in stack.keys("models")
+    place = f"mlflow-artifacts:/{new}/{made['run']}/artifacts/model"
+    assert stack.sql("SELECT DISTINCT source FROM model_versions WHERE name = 'fraud-old-server'") == place
+
+
+def own_rows(stack: Stack, run: str) -> Any:
+    query = "SELECT string_agg(e::text, ';' ORDER BY experiment_id) FROM experiments e WHERE experiment_id <= 2"
+    models = "SELECT m::text FROM registered_models m WHERE name = 'fraud'"
+    return stack.sql(query), stack.sql(models), stack.sql(f"SELECT r::text FROM runs r WHERE run_uuid = '{run}'")
+
+
+@pytest.mark.slow
+def test_prefix_avoids_clashes(stack: Stack, reported: Reported, small: Filled) -> None:
+    stack.target.api.post("/api/2.0/mlflow/registered-models/create", name="fraud")
+    status, report = reported(small.source, "--prefix", "team-a/")
+    assert (report["lost"], status) == (0, 0)
+    names = {each["name"] for each in stack.target.api.post(SEARCH, max_results=100, view_type="ALL")["experiments"]}
+    assert {"Default", "team-a/Default", "team-a/churn ünïcode", "team-a/deleted"} <= names
+    assert stack.sql("SELECT count(*) FROM registered_models WHERE name = 'team-a-fraud'") == 1
+
+
+SEARCH = "/api/2.0/mlflow/experiments/search"
+
+
+@pytest.mark.slow
+def test_skip_leaves_out_what_clashes_with_all_it_contains(stack: Stack, reported: Reported, small: Filled) -> None:
+    stack.target.api.post("/api/2.0/mlflow/experiments/create", name="churn ünïcode")
+    status, report = reported(small.source, "--on-clash", "skip")
+    assert (report["lost"], status) == (0, 0)
+    assert {entry["table"] for entry in report["skipped"]} >= {"runs", "metrics", "params", "tags"}
+    assert (
+        stack.sql("SELECT count(*) FROM runs r JOIN experiments e USING (experiment_id) WHERE e.name LIKE 'churn%'")
+        == 0
+    )
+
+
+@pytest.mark.slow
+def test_dry_run_changes_nothing(stack: Stack, reported: Reported, small: Filled) -> None:
+    before = stack.sql("SELECT last_value FROM experiments_experiment_id_seq"), stack.keys("artifacts")
+    status, told = reported(small.source, "--dry-run")
+    assert status == 0 and told["rows"]["runs"] == 6 and told["artifacts"]["files"] == 4
+    assert (stack.sql("SELECT last_value FROM experiments_experiment_id_seq"), stack.keys("artifacts")) == before
+    assert stack.sql("SELECT count(*) FROM runs") == 0
+
+
+def damaged(small: Filled, folder: Path) -> Path:
+    """A copy of the source with what SQLite allows and PostgreSQL does not."""
+    path = folder / "damaged.db"
+    path.write_bytes(Path(small.source).read_bytes())
+    opened = sqlite3.connect(path)
+    opened.execute("UPDATE runs SET source_name = ? WHERE run_uuid = ?", ("n" * 600, small.run))
+    opened.execute("INSERT INTO params (key, value, run_uuid) VALUES ('orphan', 'x', 'no such run')")
+    opened.execute("INSERT INTO tags (key, value, run_uuid) VALUES ('nul', ?, ?)", ("a\0b", small.run))
+    opened.execute("UPDATE runs SET end_time = 'yesterday' WHERE run_uuid = ?", (small.run,))
+    opened.commit()
+    opened.close()
+    return path
+
+
+@pytest.mark.slow
+def test_values_that_do_not_fit_are_named_and_stop_it(
+    stack: Stack, reported: Reported, small: Filled, tmp_path: Path
+) -> None:
+    source = damaged(small, tmp_path)
+    status, told = reported(source)
+    left = {(entry["table"], entry["column"]): (entry["count"], entry["remedy"]) for entry in told["left"]}
+    assert status == 1 and left == {
+        ("runs", "source_name"): (1, "shortened"),
+        ("runs", "end_time"): (1, "emptied"),
+        ("params", None): (1, "left behind"),
+        ("tags.value", None): (1, "removed"),
+    }
+    assert stack.sql("SELECT count(*) FROM runs") == 0
+    status, _ = reported(source, "--lossy")
+    assert status == 1 and stack.sql("SELECT count(*) FROM runs") == 6
+    assert stack.sql("SELECT value FROM tags WHERE key = 'nul'") == "ab"
+
+
+@pytest.mark.slow
+def test_verdict_names_what_is_lost_after_the_load(
+    stack: Stack, reported: Reported, small: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_back = script.verdict.by_api
+
+    def lose_first(*arguments: Any) -> Any:
+        stack.execute(f"DELETE FROM metrics WHERE key = 'loss' AND step = 7 AND run_uuid = '{small.run}'")
+        stack.execute(f"UPDATE params SET value = '0.1' WHERE key = 'lr' AND run_uuid = '{small.run}'")
+        return read_back(*arguments)
+
+    monkeypatch.setattr(script.verdict, "by_api", lose_first)
+    status, report = reported(small.source)
+    lines = [line for kind in report["kinds"] for line in kind["lines"]]
+    assert status == 1 and report["lost"] == 2
+    assert f"params {small.run} / lr is '0.1' instead of '1e-3'" in lines
+    assert any(line.startswith(f"metric points {small.run} / loss / 0.125") for line in lines)
+
+
+@pytest.mark.slow
+def test_missing_artifact_is_a_line_of_the_report(stack: Stack, reported: Reported, tmp_path: Path) -> None:
+    made = fill(NEWEST, f"sqlite:///{tmp_path}/mlflow.db", f"file://{tmp_path}/artifacts")
+    for path in (tmp_path / "artifacts/one/models" / made["model"]).rglob("MLmodel"):
+        path.unlink()
+    status, report = reported(tmp_path / "mlflow.db")
+    assert status == 0 and made["model"] in report["empty_places"][0]

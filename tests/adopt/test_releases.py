@@ -1,0 +1,95 @@
+"""Databases and folders of older releases, and other kinds of sources, are adopted with every value."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlflow_host.postgres.cluster import create_empty
+from tests.adopt.conftest import Stack
+from tests.adopt.test_adopt import NEWEST, Reported, counted, fill, reported  # noqa: F401
+from tests.schema import environments
+
+pytestmark = pytest.mark.service
+
+OLD = {
+    "1.30.0": ("sqlalchemy<2", "alembic<2", "pandas<2", "numpy<2", "flask<2.3", "werkzeug<2.3", "setuptools<70"),
+    "2.9.2": ("setuptools<70",),
+    "2.22.0": (),
+    "3.1.0": (),
+    "3.9.0": (),
+}
+"""What the release needs besides the packages of `environments.STORES_NEED`."""
+
+
+def client_of(release: str) -> Path:
+    """An interpreter with that release's client. Made on first use."""
+    folder = environments.folder() / f"mlflow-adopt-{release}"
+    python = folder / "bin" / "python"
+    if not (folder / "complete").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        environments._uv("venv", "--quiet", "--python", f"{sys.version_info[0]}.{sys.version_info[1]}", str(folder))
+        named = {each.split("<")[0] for each in OLD[release]}
+        packages = [*OLD[release], *(each for each in environments.STORES_NEED if each not in named), "boto3"]
+        install = ("pip", "install", "--quiet", "--python", str(python), f"mlflow-skinny=={release}", *packages)
+        environments._uv(*install)
+        (folder / "complete").touch()
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", OLD)
+def test_sqlite_file_of_an_older_release_is_adopted(
+    stack: Stack,
+    reported: Reported,  # noqa: F811
+    tmp_path: Path,
+    release: str,
+) -> None:
+    made = fill(client_of(release), f"sqlite:///{tmp_path}/mlflow.db", f"file://{tmp_path}/artifacts")
+    status, report = reported(tmp_path / "mlflow.db")
+    assert (report["lost"], status) == (0, 0)
+    assert counted(report)["metric points"] == 128 and counted(report)["model versions"] == 12
+    assert f"1/{made['run']}/artifacts/model/data.bin" in stack.keys("artifacts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", ["1.30.0", "2.22.0"])
+def test_postgresql_of_an_older_release_is_adopted_by_url_and_by_dump(
+    stack: Stack,
+    reported: Reported,  # noqa: F811
+    tmp_path: Path,
+    release: str,
+) -> None:
+    create_empty(stack.cluster, "old_release")
+    uri = f"postgresql+psycopg2://{stack.cluster.user}@/old_release?host={stack.cluster.host}"
+    fill(client_of(release), uri, f"file://{tmp_path}/artifacts")
+    dump = tmp_path / "old.dump"
+    command = [stack.cluster.program("pg_dump"), "--format=custom", *stack.cluster.client_arguments, "old_release"]
+    with dump.open("wb") as file:
+        subprocess.run(command, check=True, stdout=file)
+    status, report = reported(dump, "--name", "old")
+    assert (report["lost"], status) == (0, 0)
+    rows = stack.sql("SELECT count(*) FROM metrics")
+    status, report = reported(uri.replace("+psycopg2", ""), "--name", "old")
+    assert (report["lost"], status) == (0, 0)
+    assert stack.sql("SELECT count(*) FROM metrics") == rows  # the same source, known by its name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", ["2.9.2", "3.1.0"])
+def test_folder_mlruns_is_adopted(
+    stack: Stack,
+    reported: Reported,  # noqa: F811
+    tmp_path: Path,
+    release: str,
+) -> None:
+    made = fill(client_of(release), f"file://{tmp_path}/mlruns", "")
+    status, report = reported(tmp_path / "mlruns")
+    assert (report["lost"], status) == (0, 0)
+    number = report["experiments"][made["experiment"]]
+    assert number < 2**31, "a FileStore's experiment IDs are longer than PostgreSQL's"
+    assert f"{number}/{made['run']}/artifacts/notes.txt" in stack.keys("artifacts")

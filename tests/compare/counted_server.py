@@ -1,0 +1,32 @@
+"""`python -m mlflow_host.server.process` that also writes a line into a file for every request to a path that is
+answered beside MLflow: whether it was, or was handed on.
+
+    python counted_server.py FILE --socket PATH
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlflow_host.server import process
+from mlflow_host.server.fast_path import app
+
+
+def main() -> int:
+    answer_or_none = app.answer_or_none
+    with Path(sys.argv[1]).open("a", buffering=1) as counted:
+
+        def answer(*arguments: Any) -> Any:
+            found = answer_or_none(*arguments)
+            path = arguments[2]["path"].partition("/mlflow/")[2]
+            counted.write(f"{path} {'handed on' if found is None else 'beside'}\n")
+            return found
+
+        app.answer_or_none = answer
+        return process.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

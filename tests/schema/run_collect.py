@@ -1,0 +1,40 @@
+"""Run the garbage collection on a test database, with the MLflow release of the interpreter that runs this.
+
+`run_collect.py <JSON>`: socket, port, user, artifacts, reports, grace_days, delete, and `meanwhile`: statements that
+run between the plan and the removal. Prints the report as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from mlflow_host.garbage import collect, report
+from mlflow_host.garbage.plan import OwnBuckets
+from mlflow_host.postgres.cluster import Cluster, connection, run
+
+
+def main(given: dict[str, object]) -> None:
+    cluster = Cluster(host=str(given["socket"]), port=int(str(given["port"])), user=str(given["user"]))
+
+    def meanwhile(database: str, key: str, metadata: dict[str, str]) -> str:
+        for statement in given["meanwhile"]:  # type: ignore[attr-defined]
+            with connection(cluster, database) as opened:
+                run(opened, statement)
+        return f"s3://backups/{key}"
+
+    settings = collect.CollectSettings(
+        cluster,
+        {"MLFLOW_ARTIFACTS_DESTINATION": Path(str(given["artifacts"])).as_uri()},
+        OwnBuckets(frozenset({"artifacts", "models"})),
+        timedelta(days=float(str(given["grace_days"]))),
+        Path(str(given["reports"])),
+        meanwhile,
+    )
+    print(json.dumps(report.as_mapping(collect.collect(settings, delete=bool(given["delete"])))))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,32 @@
+"""The database step as a separate process on the tests' cluster, for tests that kill it.
+
+    python run_step.py HOST USER REPORTS VERSION
+
+Prints one line of progress per action on stdout. If the step fails: exit status 2 and one sentence on stderr."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mlflow_host.boot import database
+from mlflow_host.machine.status import StepFailed
+from mlflow_host.postgres.cluster import Cluster
+from mlflow_host.schema import state
+from tests.schema.environments import image
+from tests.schema.private_cluster import programs
+
+
+def main() -> None:
+    host, user, reports, version = sys.argv[1:]
+    cluster = Cluster(host=host, user=user, programs=programs())
+    settings = state.ChangeSettings(cluster, image(version), Path(reports), dump=None)
+    try:
+        print(database.bring(settings, lambda message: print(message, flush=True)), flush=True)
+    except StepFailed as failure:
+        print(failure, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Carry and merge between two made-up schemas with more differences than any two MLflow releases: nothing fails, every
+misfit is reported, and the merge restores what did not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg2
+import pytest
+
+from mlflow_host.postgres.cluster import Cluster, connection, create_empty, rows, run, value
+from mlflow_host.schema.copying import CarryError, CarryResult, carry
+from mlflow_host.schema.merging import merge
+from tests.schema.private_cluster import private_cluster
+
+NEWER = """
+CREATE TABLE parents (
+    id serial PRIMARY KEY, name text NOT NULL, status text, boss integer REFERENCES parents,
+    CHECK (status IN ('on', 'off', 'paused')));
+CREATE TABLE children (
+    parent_id integer NOT NULL REFERENCES parents ON DELETE CASCADE, key text, value text, number bigint, note json,
+    friend integer REFERENCES parents ON DELETE SET NULL, PRIMARY KEY (parent_id, key));
+CREATE TABLE only_newer (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, parent_id integer NOT NULL REFERENCES parents,
+    above bigint REFERENCES only_newer, text text);
+"""
+OLDER = """
+CREATE TABLE parents (
+    id serial PRIMARY KEY, name varchar(10) NOT NULL UNIQUE, status varchar(10), boss integer REFERENCES parents,
+    kind text NOT NULL, shout text GENERATED ALWAYS AS (upper(name)) STORED,
+    CONSTRAINT states CHECK (status IN ('on', 'off')));
+CREATE TABLE children (
+    parent_id integer NOT NULL REFERENCES parents ON DELETE CASCADE, key varchar(5), value varchar(5) NOT NULL,
+    number integer, PRIMARY KEY (parent_id, key));
+CREATE INDEX by_value ON children (value);
+"""
+ROWS = """
+INSERT INTO parents (id, name, status, boss) VALUES
+    (1, 'ann', 'on', NULL), (2, 'bob', 'off', 1), (3, 'twice', 'on', 1), (4, 'twice', 'on', 1),
+    (5, 'cy', 'paused', NULL), (6, 'a long, long name', 'on', 2);
+SELECT setval('parents_id_seq', 40);
+INSERT INTO children VALUES
+    (1, 'k', 'short', 7, '{"a": 1}', 2), (1, 'long', 'too long for it', 1, NULL, NULL),
+    (1, 'longer key', 'v', 1, NULL, NULL),
+    (2, 'k', NULL, 5000000000, NULL, 1), (4, 'k', 'v', 1, NULL, NULL), (5, 'k', 'v', 1, NULL, NULL);
+INSERT INTO only_newer (parent_id, above, text) VALUES (1, NULL, 'one'), (1, 1, 'below one'), (2, NULL, 'two');
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with private_cluster() as server:
+        yield server.cluster
+
+
+@pytest.fixture
+def filled(cluster: Cluster) -> Cluster:
+    make(cluster, "newer", NEWER)
+    make(cluster, "older", OLDER)
+    do(cluster, "newer", ROWS)
+    return cluster
+
+
+def test_fitting_rows_are_carried_and_misfits_counted_by_table_and_column(filled: Cluster) -> None:
+    outcome = carry(filled, "newer", "older")
+    assert {(1, "ann", "on", None, "", "ANN"), (2, "bob", "off", 1, "", "BOB")} <= set(
+        look(filled, "older", "SELECT id, name, status, boss, kind, shout FROM parents")
+    )
+    assert look(filled, "older", "SELECT parent_id, key, value, number FROM children ORDER BY 1, 2") == [
+        (1, "k", "short", 7),
+        (1, "long", "too l", 1),
+        (2, "k", "", None),
+    ]
+    assert misfits(outcome) == {
+        ("only_newer", None, 3, "left behind"),
+        ("parents", "kind", 6, "filled"),
+        ("parents", "name", 1, "left behind"),
+        ("parents", None, 1, "left behind"),  # one for the check, one of the two that share a name
+        ("children", "value", 1, "shortened"),
+        ("children", "value", 1, "filled"),
+        ("children", "number", 1, "emptied"),
+        ("children", "key", 1, "left behind"),
+        ("children", "note", 1, "left behind"),
+        ("children", "friend", 2, "left behind"),
+        ("children", None, 2, "left behind"),  # their parents were left behind
+    }
+
+
+def test_ids_of_deleted_rows_are_not_used_again(filled: Cluster) -> None:
+    carry(filled, "newer", "older")
+    do(filled, "older", "INSERT INTO parents (name, status, kind) VALUES ('new', 'on', '')")
+    assert look(filled, "older", "SELECT id FROM parents WHERE name = 'new'") == [(41,)]
+
+
+def test_carry_restores_all_constraints_and_indexes(filled: Cluster) -> None:
+    query = "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' ORDER BY indexname"
+    constraints = "SELECT conname, contype::text, convalidated FROM pg_constraint WHERE conrelid > 0 ORDER BY conname"
+    before = look(filled, "older", query), look(filled, "older", constraints)
+    carry(filled, "newer", "older")
+    assert (look(filled, "older", query), look(filled, "older", constraints)) == before
+    with pytest.raises(psycopg2.errors.CheckViolation):
+        do(filled, "older", "UPDATE parents SET status = 'paused'")
+
+
+def test_carry_reads_one_snapshot_while_others_write(filled: Cluster) -> None:
+    """Row counts are compared with the same snapshot."""
+    with connection(filled, "newer") as writer:
+        run(writer, "INSERT INTO parents (name) VALUES ('late')")
+        outcome = carry(filled, "newer", "older")
+    assert {entry.table for entry in outcome.carried} == {"parents", "children"}
+    assert look(filled, "older", "SELECT 1 FROM parents WHERE name = 'late'") == []
+
+
+def test_carry_raises_the_error_of_the_reading_side(filled: Cluster) -> None:
+    do(filled, "newer", "ALTER TABLE children ALTER number TYPE text USING 'many'")
+    with pytest.raises(psycopg2.errors.InvalidTextRepresentation, match="many"):
+        carry(filled, "newer", "older")
+
+
+def test_merge_restores_misfits_and_keeps_later_changes(filled: Cluster) -> None:
+    carry(filled, "newer", "older")
+    base, work = "base", "work"
+    for name in (base, work):
+        make(filled, name, NEWER)
+        bring_forward(filled, "older", name)
+    do(
+        filled,
+        work,
+        """DELETE FROM parents WHERE id = 2;
+           UPDATE children SET value = 'mine' WHERE parent_id = 1 AND key = 'k';
+           INSERT INTO parents (name, status) VALUES ('since', 'on');""",
+    )
+    returned = {entry.table: entry for entry in merge(filled, "newer", base, work)}
+
+    parents = look(filled, work, "SELECT id, name, status, boss FROM parents ORDER BY id")
+    assert parents == [
+        (1, "ann", "on", None),
+        (3, "twice", "on", 1),
+        (4, "twice", "on", 1),
+        (5, "cy", "paused", None),
+        (41, "since", "on", None),
+    ], "2 was deleted since and takes 6, whose boss it was, with it; 3 or 4, 5 come back"
+    assert look(
+        filled, work, "SELECT parent_id, key, value, number, note::text, friend FROM children ORDER BY 1, 2"
+    ) == [
+        (1, "k", "mine", 7, '{"a": 1}', None),
+        (1, "long", "too long for it", 1, None, None),
+        (1, "longer key", "v", 1, None, None),
+        (4, "k", "v", 1, None, None),
+        (5, "k", "v", 1, None, None),
+    ]
+    assert look(filled, work, "SELECT id, parent_id, above, text FROM only_newer ORDER BY id") == [
+        (1, 1, None, "one"),
+        (2, 1, 1, "below one"),
+    ]
+    assert (returned["only_newer"].rows, returned["only_newer"].dropped) == (2, 1)
+    assert returned["children"].values == 2
+    do(filled, work, "INSERT INTO only_newer (parent_id) VALUES (1)")
+    assert look(filled, work, "SELECT max(id) FROM only_newer") == [(4,)]
+
+
+def test_merge_without_later_changes_restores_the_newer_database(filled: Cluster) -> None:
+    do(filled, "newer", "DELETE FROM parents WHERE id = 4")
+    carry(filled, "newer", "older")
+    for name in ("base", "work"):
+        make(filled, name, NEWER)
+        bring_forward(filled, "older", name)
+    merge(filled, "newer", "base", "work")
+    for table in ("parents", "children", "only_newer"):
+        query = f"SELECT {table}::text FROM {table} ORDER BY 1"
+        assert look(filled, "work", query) == look(filled, "newer", query)
+
+
+def test_different_row_counts_fail_the_carry(filled: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow_host.schema import copying
+
+    add_foreign_keys = copying._add_foreign_keys
+
+    def lose_a_row(writer: Any, wanted: Any) -> Any:
+        found = add_foreign_keys(writer, wanted)
+        run(writer, "DELETE FROM children WHERE key = 'long'")
+        return found
+
+    monkeypatch.setattr(copying, "_add_foreign_keys", lose_a_row)
+    with pytest.raises(CarryError, match="children has 2 rows in the copy"):
+        carry(filled, "newer", "older")
+
+
+def bring_forward(cluster: Cluster, older: str, newer: str) -> None:
+    """What a migration from OLDER to NEWER would do with the rows."""
+    for table, columns in (("parents", "id, name, status, boss"), ("children", "parent_id, key, value, number")):
+        for row in look(cluster, older, f"SELECT {columns} FROM {table} ORDER BY 1"):
+            with connection(cluster, newer) as opened:
+                places = ", ".join(["%s"] * len(row))
+                run(opened, f"INSERT INTO {table} ({columns}) VALUES ({places})", row)
+    with connection(cluster, newer) as opened:
+        run(opened, "SELECT setval('parents_id_seq', 40)")
+
+
+def make(cluster: Cluster, name: str, schema: str) -> None:
+    create_empty(cluster, name)
+    do(cluster, name, schema)
+
+
+def do(cluster: Cluster, database: str, statements: str) -> None:
+    with connection(cluster, database) as opened:
+        run(opened, statements)
+
+
+def look(cluster: Cluster, database: str, query: str) -> list[tuple[Any, ...]]:
+    with connection(cluster, database) as opened:
+        assert value(opened, "SELECT 1") == 1
+        return rows(opened, query)
+
+
+def misfits(outcome: CarryResult) -> set[tuple[str, str | None, int, str]]:
+    return {(entry.table, entry.column, entry.count, entry.remedy) for entry in outcome.left}

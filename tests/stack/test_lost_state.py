@@ -1,0 +1,113 @@
+"""A state that does not have what AWS has of this stack is refused in preview, with the commands to import it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+
+from tests.stack.program import VOLUME, Account, Volume, data_volume, replace, report, run
+
+PROVIDER = "urn:pulumi:dev::mlflow-ami::pulumi:providers:aws::aws"
+BUCKETS = {f"mlflow-ami:bucket-{name}": f"mlflow-{name}-1a2b3c4" for name in ("artifacts", "models", "backups")}
+LAUNCHED = Account(
+    volumes={VOLUME: Volume({**data_volume()[VOLUME].tags, **BUCKETS})},
+    parameters={"credentials": "AQICAHh…", "certificate-authority": "PEM", **report()},
+    addresses=("eipalloc-0123456789abcdef0",),
+    instances=("i-0123456789abcdef0",),
+)
+
+
+def commands(refusal: str) -> list[list[str]]:
+    return [shlex.split(line) for line in refusal.splitlines() if line.startswith("    ")]
+
+
+@pytest.mark.parametrize("preview", [True, False])
+def test_a_second_data_volume_is_refused(preview: bool) -> None:
+    refused = run(LAUNCHED, state="empty", preview=preview)
+    assert refused.refusal.startswith(
+        f"The data volume {VOLUME} belongs to the stack dev of mlflow-ami, but the selected state does not have it; "
+        "nothing was changed."
+    )
+    assert refused.of_type("ec2.Instance") == [] and refused.of_type("ssm.Parameter") == []
+
+
+def test_printed_commands_import_the_existing_resources() -> None:
+    """Each of them names a resource of this program and the ID of what is there; the rest is made anew."""
+    stated = commands(run(LAUNCHED, state="empty").refusal)
+    assert stated[0] == ["pulumi", "up", "--target", PROVIDER]
+    assert [each[2] for each in stated if each[0] == "aws"] == ["stop-instances", "wait", "terminate-instances"]
+    assert all(each[-1] == "i-0123456789abcdef0" for each in stated if each[0] == "aws")
+    imported = [each[-3:] for each in stated if each[:2] == ["pulumi", "import"]]
+    complete = run(LAUNCHED)
+    known = {(each.type, each.name) for each in complete.registered}
+    assert {(kind, name) for kind, name, _ in imported} <= known
+    assert {id_ for _, _, id_ in imported} == {
+        VOLUME,
+        *BUCKETS.values(),
+        "eipalloc-0123456789abcdef0",
+        *(f"/mlflow-ami/dev/{name}" for name in LAUNCHED.parameters),
+    }
+    # Whatever is protected holds data or identity. The passphrase is in the credentials, which are written once.
+    protected = {(each.type, each.name) for each in complete.registered if each.request.protect}
+    passphrase = ("random:index/randomPassword:RandomPassword", "kek-passphrase")
+    assert {(kind, name) for kind, name, _ in imported} >= protected - {passphrase}
+    for each in stated:
+        if each[:2] == ["pulumi", "import"]:
+            assert each[each.index("--provider") + 1] == f"aws={PROVIDER}"
+
+
+def test_a_bucket_that_was_imported_keeps_its_name() -> None:
+    """Its name was made up by Pulumi at first; without it in the state Pulumi would make up another."""
+    ignored = {each.name: set(each.request.ignoreChanges) for each in run().of_type("s3.Bucket")}
+    assert len(ignored) == 3 and all("bucket" in names for names in ignored.values())
+
+
+def test_the_volume_records_the_buckets_that_belong_to_it() -> None:
+    tags = run().one("ebs.Volume").inputs["tags"]
+    assert {name: value for name, value in tags.items() if "bucket" in name} == BUCKETS
+
+
+def test_a_parameter_of_that_name_is_refused_where_there_is_no_volume() -> None:
+    refused = run(replace(LAUNCHED, volumes={}), state="empty", preview=True).refusal
+    assert refused.startswith("The parameter /mlflow-ami/dev/credentials belongs to the stack dev of mlflow-ami")
+    assert "Import the three buckets in the same way" in refused
+    assert ["aws:ssm/parameter:Parameter", "credentials", "/mlflow-ami/dev/credentials"] in [
+        each[-3:] for each in commands(refused)
+    ]
+
+
+def test_another_parameter_that_is_left_over_is_refused_with_its_own_command() -> None:
+    there = Account(parameters={"certificate-authority": "PEM"})
+    refused = run(there, preview=True).refusal
+    assert refused.startswith("The parameter /mlflow-ami/dev/certificate-authority exists, but the selected state")
+    assert refused.endswith(
+        " aws:ssm/parameter:Parameter certificate-authority /mlflow-ami/dev/certificate-authority`."
+    )
+
+
+def test_failed_look_up_does_not_hide_the_refusal() -> None:
+    there = replace(LAUNCHED, broken={"getEips": "AccessDenied", "getInstances": "AccessDenied"})
+    assert f"The data volume {VOLUME} belongs to" in run(there, state="empty").refusal
+
+
+def test_a_renamed_stack_is_refused_with_its_former_name() -> None:
+    """Tags and parameters carry the stack's name, so after `pulumi stack rename` nothing is found by them."""
+    refused = run(Account(), state="complete prod", preview=True).refusal
+    assert refused == (
+        f"This stack was renamed: {VOLUME} and the parameters belong to the stack prod, and they cannot be renamed. "
+        "Rename the stack back with `pulumi stack rename prod`; nothing was changed."
+    )
+
+
+def test_a_complete_state_is_not_refused() -> None:
+    for there in (LAUNCHED, replace(LAUNCHED, volumes=data_volume())):
+        assert run(there).refusal == run(there, preview=True).refusal == ""
+
+
+def test_no_secret_is_looked_up() -> None:
+    refused = run(LAUNCHED, state="empty")
+    asked = [arguments for function, arguments in refused.lookups if function == "getParametersByPath"]
+    assert [each["withDecryption"] for each in asked] == [False]
+    assert "AQICAHh" not in refused.refusal and "AQICAHh" not in json.dumps(refused.log)

@@ -1,0 +1,56 @@
+"""A user's terminal in a checkout of their own, with the real `pulumi` on a cloud that stands in for AWS."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts.rehearsal import pulumi_cli
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Terminal:
+    """One terminal: the folder it is in, its variables, and the file that its session is written to."""
+
+    folder: Path
+    environment: Mapping[str, str]
+    log: Path
+
+    def run(self, command: str, *, status: int | None = 0, input: str = "", seconds: float = 1800) -> str:
+        """What a command prints, both streams in one. `status` is what it must end with, None for any failure."""
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=self.folder,
+            env=dict(self.environment),
+            input=input,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+        )
+        with self.log.open("a") as file:
+            file.write(f"$ {command}\n{done.stdout}\n")
+        right = done.returncode != 0 if status is None else done.returncode == status
+        assert right, f"{command} ended with {done.returncode}:\n{done.stdout}"
+        return done.stdout
+
+
+def open_terminal(cloud: Any, folder: Path, log: Path) -> Terminal:
+    """A terminal in infra/ of a fresh copy of this checkout below `folder`; the log begins empty."""
+    checkout = folder / "checkout"
+    shutil.copytree(REPOSITORY / "infra", checkout / "infra", ignore=shutil.ignore_patterns("Pulumi.*.yaml"))
+    shutil.copytree(REPOSITORY / "scripts", checkout / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("provisioning", ".venv"):
+        (checkout / name).symlink_to((REPOSITORY / name).resolve())
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    environment = {**os.environ, **pulumi_cli.environment(cloud), "HOME": str(folder)}
+    environment["PATH"] = os.pathsep.join([str(REPOSITORY / ".venv/bin"), environment["PATH"]])
+    return Terminal(checkout / "infra", environment, log)

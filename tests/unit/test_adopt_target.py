@@ -1,0 +1,69 @@
+"""adopt.py and the machine's unit: a start that systemd ignores is repeated until the unit reports the request."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+
+from mlflow_host.contract import adoption
+from mlflow_host.contract.adoption import AdoptionError, Request
+from scripts.adopting import target
+
+
+class Objects:
+    """The backups bucket."""
+
+    class exceptions:
+        class NoSuchKey(Exception): ...
+
+    def __init__(self) -> None:
+        self.held: dict[str, bytes] = {}
+
+    def put_object(self, Bucket: str, Key: str, Body: bytes) -> None:
+        self.held[Key] = Body
+
+    def get_object(self, Bucket: str, Key: str) -> dict[str, Any]:
+        if Key not in self.held:
+            raise self.exceptions.NoSuchKey
+        return {"Body": io.BytesIO(self.held[Key])}
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that the desk waits pass at once."""
+    now = [0.0]
+    monkeypatch.setattr(target.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(target.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    return now
+
+
+def machine(objects: Objects, ignored: int) -> tuple[target.Target, list[str]]:
+    """A machine whose unit still ends from another request at the first `ignored` starts."""
+    starts: list[str] = []
+
+    def start(name: str) -> None:
+        starts.append(name)
+        request = json.loads(objects.held[adoption.key(name, "request.json")])["id"]
+        wrong = "of-the-request-before"
+        status = {"request": wrong if len(starts) <= ignored else request, "at": "now", "state": "done", "message": ""}
+        objects.held[adoption.key(name, "status.json")] = json.dumps(status).encode()
+
+    api: Any = None
+    return target.Target(objects, {"backups": "b"}, start, api), starts
+
+
+@pytest.mark.parametrize("ignored", [0, 1, 3])
+def test_start_is_repeated_until_the_unit_reports_the_request(waited: list[float], ignored: int) -> None:
+    stack, starts = machine(Objects(), ignored)
+    stack.run("old", Request("", "load"), print)
+    assert starts == ["old"] * (ignored + 1)
+    assert waited[0] < target.SILENT_SECONDS
+
+
+def test_unit_that_never_reports_is_named(waited: list[float]) -> None:
+    stack, _ = machine(Objects(), 10**6)
+    with pytest.raises(AdoptionError, match="mlflow-host-adopt@old"):
+        stack.run("old", Request("", "load"), print)

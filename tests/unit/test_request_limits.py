@@ -1,0 +1,351 @@
+"""What one request may cost: too long, too many conditions, too deep is a 4xx with a sentence; the process lives on."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import socket
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fastapi
+import pytest
+import requests
+
+from mlflow_host.server import db_connections, health, refusals, request_limits
+from tests.support.services import create_schema, on_loopback, postgresql, server_processes
+
+pytestmark = pytest.mark.service
+
+MANY = " and ".join(f"metrics.m{n} > {n}" for n in range(200))
+
+
+@pytest.mark.parametrize(
+    ("path", "taken"),
+    [
+        ("/api/2.0/mlflow/runs/search", 2**20),
+        ("/ajax-api/3.0/mlflow/traces/search", 2**20),
+        ("/graphql", 2**17),
+        ("/api/2.0/mlflow/runs/log-batch", 2**24),
+        ("/v1/traces", 2**26),
+        ("/api/2.0/mlflow-artifacts/artifacts/1/search", None),
+        ("/ajax-api/2.0/mlflow/upload-artifact", None),
+    ],
+)
+def test_bytes_of_a_body_are_bounded_by_what_the_route_needs(path: str, taken: int | None) -> None:
+    if taken is None:
+        assert request_limits.refusal(path, 2**40) is None
+    else:
+        assert request_limits.refusal(path, taken) is None
+        refused = request_limits.refusal(path, taken + 1)
+        assert refused and f"{taken + 1:,} bytes" in refused["message"] and f"{taken:,}" in refused["message"]
+
+
+@pytest.mark.parametrize(
+    ("text", "conditions"),
+    [
+        ("", 1),
+        ("metrics.a > 1", 1),
+        ("metrics.a > 1 AND params.b = 'x' and tags.c = 'd'", 3),
+        ("tags.note = 'this and that and those'", 1),
+        ('tags.`and` = "and" and metrics.sand > 1', 2),
+        (MANY, 200),
+    ],
+)
+def test_conditions_are_counted_outside_of_quotes(text: str, conditions: int) -> None:
+    assert request_limits.conditions_of(text) == conditions
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("limits")
+    (folder / "tmp").mkdir()
+    create_schema(f"sqlite:///{folder}/mlflow.db")
+    variables = {
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db",
+        "MLFLOW_ARTIFACTS_DESTINATION": "mlflow-host://artifacts/models",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ALLOWED_HOSTS": "localhost,127.0.0.1:*",
+        "TMPDIR": str(folder / "tmp"),
+    }
+    with server_processes(folder, variables) as (process,), on_loopback(process.socket) as address:
+        yield address
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "sentence"),
+    [
+        ("runs/search", {"experiment_ids": ["0"], "filter": MANY}, "the filter has 200 conditions"),
+        (
+            "runs/search",
+            {"experiment_ids": ["0"], "order_by": [f"metrics.m{n}" for n in range(300)]},
+            "the search has 300 columns to order by",
+        ),
+        ("experiments/search", {"max_results": 5, "filter": MANY}, "the filter has 200 conditions"),
+        ("logged-models/search", {"experiment_ids": ["0"], "filter": MANY}, "the filter has 200 conditions"),
+    ],
+)
+def test_expensive_search_is_refused_with_the_remedy(url: str, route: str, body: object, sentence: str) -> None:
+    refused = requests.post(f"{url}/api/2.0/mlflow/{route}", json=body, timeout=60)
+    assert (refused.status_code, refused.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE"), refused.text
+    assert sentence in refused.json()["message"]
+
+
+def test_a_search_by_get_is_bounded_too(url: str) -> None:
+    query = {"filter": MANY}
+    refused = requests.get(f"{url}/api/2.0/mlflow/registered-models/search", params=query, timeout=60)
+    assert refused.status_code == 400
+    assert "the filter has 200 conditions" in refused.json()["message"]
+
+
+def test_searches_within_the_bounds_are_answered(url: str) -> None:
+    several = " and ".join(f"metrics.m{n} > {n}" for n in range(10))
+    body = {"experiment_ids": ["0"], "filter": several, "order_by": ["metrics.m1", "start_time DESC"]}
+    assert requests.post(f"{url}/api/2.0/mlflow/runs/search", json=body, timeout=60).status_code == 200
+
+
+def test_too_long_body_is_refused_before_parsing(url: str) -> None:
+    content = b'{"experiment_ids": [' + b'"0",' * 300_000 + b'"0"]}'
+    refused = requests.post(f"{url}/api/2.0/mlflow/runs/search", data=content, timeout=60)
+    assert refused.status_code == 413
+    assert f"{len(content):,} bytes" in refused.json()["message"]
+
+
+@pytest.mark.parametrize("route", ["runs/create", "runs/search", "experiments/set-experiment-tag"])
+def test_json_that_nests_too_deeply_is_a_bad_request(url: str, route: str) -> None:
+    content = b'{"experiment_ids": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    headers = {"Content-Type": "application/json"}
+    refused = requests.post(f"{url}/api/2.0/mlflow/{route}", data=content, headers=headers, timeout=60)
+    assert refused.status_code == 400, refused.text
+    assert "nests too deeply" in refused.json()["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("/api/2.0/mlflow/metrics/get-history?run_id=x&metric_key=%00", "NUL character"),
+        ("/ajax-api/2.0/mlflow/metrics/get-history-bulk-interval?run_ids=x&metric_key=a%00b&max_results=5", "NUL"),
+        ("/get-artifact?run_uuid=x&path=..%5cx", "Invalid path"),
+        ("/api/2.0/mlflow-artifacts/artifacts/..%5cx", "Invalid path"),
+        ("/api/2.0/mlflow-artifacts/artifacts?path=..%5cx", "Invalid path"),
+        ("/graphql", "GraphQL"),
+        ("/graphql?operationName=x", "GraphQL"),
+    ],
+)
+def test_a_get_that_nobody_can_answer_is_a_bad_request(url: str, path: str, sentence: str) -> None:
+    refused = requests.get(url + path, timeout=60)
+    assert (refused.status_code, refused.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE"), refused.text
+    assert sentence in refused.json()["message"]
+
+
+@pytest.mark.parametrize("body", [{}, {"query": None}, {"query": 5}, [], {"variables": {}}])
+def test_graphql_without_its_text_is_a_bad_request(url: str, body: object) -> None:
+    refused = requests.post(f"{url}/graphql", json=body, timeout=60)
+    assert refused.status_code == 400, refused.text
+    assert requests.post(f"{url}/graphql", json={"query": "{ __typename }"}, timeout=60).status_code == 200
+
+
+LOCATIONS = [{"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": {"experiment_id": "0"}}]
+TOKENS = ["eyJvZmZzZXQiOiAxZTk5OX0=", "MWU5OTk=", "W10=", "e30=", "bnVsbA==", "//8=", "é", "eyJvZmZzZXQiOiBOYU59"]
+"""base64 of {"offset": 1e999}, 1e999, [], {}, null, two bytes that are no text, {"offset": NaN}."""
+
+
+@pytest.mark.parametrize("token", TOKENS)
+@pytest.mark.parametrize(
+    ("method", "route", "body"),
+    [
+        ("POST", "2.0/mlflow/runs/search", {"experiment_ids": ["0"]}),
+        ("POST", "2.0/mlflow/experiments/search", {"max_results": 5}),
+        ("POST", "2.0/mlflow/logged-models/search", {"experiment_ids": ["0"]}),
+        (
+            "POST",
+            "3.0/mlflow/traces/search",
+            {"locations": LOCATIONS},
+        ),
+        ("GET", "2.0/mlflow/registered-models/search", {}),
+        ("GET", "2.0/mlflow/model-versions/search", {}),
+    ],
+)
+def test_a_page_token_that_is_none_is_a_bad_request(
+    url: str, method: str, route: str, body: dict[str, Any], token: str
+) -> None:
+    sent: Any = {"params" if method == "GET" else "json": {**body, "page_token": token}}
+    refused = requests.request(method, f"{url}/api/{route}", timeout=60, **sent)
+    assert refused.status_code == 400, refused.text
+
+
+@pytest.mark.parametrize("seconds", [3601, "86400", 10**9, -1])
+def test_a_presigned_address_holds_for_an_hour_at_most(url: str, seconds: object) -> None:
+    for way in ("upload", "download"):
+        body = {"run_id": "x", "path": "x", "expiration": seconds}
+        refused = requests.post(f"{url}/api/2.0/mlflow/artifacts/presigned-{way}-url", json=body, timeout=60)
+        assert refused.status_code == 400
+        assert f"expiration is {seconds} seconds" in refused.json()["message"]
+    within = {"run_id": "x", "path": "x", "expiration": 3600}
+    answer = requests.post(f"{url}/api/2.0/mlflow/artifacts/presigned-upload-url", json=within, timeout=60)
+    assert "expiration" not in answer.text, "MLflow answers it"
+
+
+def test_compressed_traces_are_bounded_by_what_they_hold(url: str) -> None:
+    bomb = gzip.compress(bytes(request_limits.DECOMPRESSED_BYTES + 1))
+    headers = {"Content-Type": "application/x-protobuf", "Content-Encoding": "gzip", "x-mlflow-experiment-id": "0"}
+    refused = requests.post(f"{url}/v1/traces", data=bomb, headers=headers, timeout=60)
+    assert refused.status_code == 413 and f"{request_limits.DECOMPRESSED_BYTES:,}" in refused.text
+    damaged = requests.post(f"{url}/v1/traces", data=bomb[:-9], headers=headers, timeout=60)
+    assert damaged.status_code in (400, 413)
+
+
+def test_decompression_within_the_bound_is_mlflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_limits, "DECOMPRESSED_BYTES", 1000)
+    whole = bytes(range(250)) * 4
+    raw = zlib.compressobj(wbits=-15)
+    for encoding, body in (
+        ("gzip", gzip.compress(whole)),
+        ("gzip", gzip.compress(whole[:500]) + gzip.compress(whole[500:]) + b"\0" * 8),
+        ("deflate", zlib.compress(whole)),
+        ("deflate", raw.compress(whole) + raw.flush()),
+    ):
+        assert request_limits.decompressed(body, encoding) == whole
+    for encoding, body, status in (
+        ("gzip", gzip.compress(whole + b"!"), 413),
+        ("gzip", gzip.compress(whole) + gzip.compress(b"!"), 413),
+        ("deflate", zlib.compress(whole + b"!"), 413),
+        ("gzip", gzip.compress(whole)[:-1], 400),
+        ("gzip", b"plain", 400),
+        ("gzip", b"", 400),
+        ("deflate", b"plain", 400),
+        ("br", whole, 400),
+    ):
+        with pytest.raises(fastapi.HTTPException) as refused:
+            request_limits.decompressed(body, encoding)
+        assert refused.value.status_code == status
+
+
+def scope(user: bytes, path: str = "/api/2.0/mlflow/runs/search") -> dict[str, Any]:
+    return {"type": "http", "path": path, "headers": [(request_limits.USER, user)] if user else []}
+
+
+def test_one_user_leaves_a_thread_to_the_others() -> None:
+    """Ten requests of ada's run two at a time; bob's and an artifact's do not wait for them."""
+    running: list[bytes] = []
+    most = 0
+
+    async def slow(given: Any, receive: Any, send: Any) -> None:
+        nonlocal most
+        user = given["headers"][0][1] if given["headers"] else b""
+        running.append(user)
+        most = max(most, running.count(b"ada"))
+        await (asyncio.sleep(0.05) if user == b"ada" else asyncio.sleep(0))
+        running.remove(user)
+
+    async def play() -> None:
+        application = request_limits.shared(slow, 2)
+        everyone = [asyncio.create_task(application(scope(b"ada"), None, None)) for _ in range(10)]  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        for other in (scope(b"bob"), scope(b""), scope(b"bob", "/get-artifact")):
+            await asyncio.wait_for(application(other, None, None), 0.04)  # type: ignore[arg-type]
+        await asyncio.gather(*everyone)
+
+    asyncio.run(play())
+    assert most == 2
+
+
+def test_health_tells_a_busy_process_from_one_whose_database_is_away(url: str, tmp_path: Path) -> None:
+    assert requests.get(url + health.PATH, timeout=10).status_code == 200
+    said: list[int] = []
+
+    async def busy(given: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        said.append(message.get("status", 0))
+
+    async def play(uri: str) -> int:
+        application = health.with_health(busy, uri)
+        long = [asyncio.create_task(application(scope(b"ada"), None, None)) for _ in range(50)]  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        await application(scope(b"", health.PATH), None, send)  # type: ignore[arg-type]
+        for each in long:
+            each.cancel()
+        return said[-2]
+
+    create_schema(f"sqlite:///{tmp_path}/mlflow.db")
+    assert asyncio.run(play(f"sqlite:///{tmp_path}/mlflow.db")) == 200
+    assert asyncio.run(play(f"sqlite:///{tmp_path}/none/mlflow.db")) == 503
+
+
+def test_health_waits_for_a_database_that_hangs_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        application = health.with_health(lambda *_: asyncio.sleep(0), f"postgresql+psycopg2://x@127.0.0.1:{port}/x")
+        said: list[Any] = []
+
+        async def send(message: Any) -> None:
+            said.append(message)
+
+        async def play() -> None:
+            await application(scope(b"", health.PATH), None, send)  # type: ignore[arg-type]
+
+        async def with_end() -> None:
+            await asyncio.wait_for(play(), 2)
+            silent.close()
+
+        asyncio.run(with_end())
+        assert said[0]["status"] == 503
+
+
+@pytest.mark.parametrize("code", ["57014", "53200", "54001"])
+def test_a_statement_that_was_ended_for_its_cost_is_said_so(code: str) -> None:
+    class Ended(Exception):
+        pgcode = code
+
+    sentence = refusals.too_dear(Ended())
+    assert sentence and sentence.endswith("narrow it, or ask for fewer results at once.")
+    assert refusals.too_dear(ValueError()) is None
+
+
+def test_a_statement_that_postgresql_ended_is_a_bad_request(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """MLflow would answer 503, and clients would send it again, seven times."""
+    import sqlalchemy
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.db.utils import create_sqlalchemy_engine
+
+    with postgresql(tmp_path_factory.mktemp("ended") / "cluster") as cluster:
+        limit = "&options=-c%20statement_timeout%3D100ms"
+        engine = create_sqlalchemy_engine(db_connections.through_plugin(cluster.uri("postgres") + limit))
+        with engine.connect() as connection:
+            with pytest.raises(MlflowException, match="longer than the server allows") as refused:
+                connection.execute(sqlalchemy.text("SELECT pg_sleep(5)"))
+            assert refused.value.get_http_status_code() == 400
+        engine.dispose()
+
+
+@pytest.mark.parametrize("body", [b"[]", b"5", b"true", b'[{"run_id": "x"}]'])
+@pytest.mark.parametrize(
+    ("method", "route"),
+    [
+        ("POST", "runs/create"),
+        ("POST", "runs/log-batch"),
+        ("PATCH", "registered-models/update"),
+        ("DELETE", "registered-models/delete"),
+        ("POST", "webhooks"),
+    ],
+)
+def test_json_that_is_no_object_is_a_bad_request(url: str, method: str, route: str, body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    refused = requests.request(method, f"{url}/api/2.0/mlflow/{route}", data=body, headers=headers, timeout=60)
+    assert (refused.status_code, refused.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE"), refused.text
+    assert "must be an object" in refused.json()["message"]
+
+
+def test_a_batch_that_is_no_json_is_a_bad_request_and_double_encoded_json_is_read(url: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    batch = f"{url}/api/2.0/mlflow/runs/log-batch"
+    assert requests.post(batch, data=b"[", headers=headers, timeout=60).status_code == 400
+    twice = json.dumps(json.dumps({"max_results": 1}))
+    found = requests.post(f"{url}/api/2.0/mlflow/experiments/search", data=twice, headers=headers, timeout=60)
+    assert (found.status_code, len(found.json()["experiments"])) == (200, 1)
