@@ -38,7 +38,7 @@ from scripts.baking.request import (
 )
 from scripts.baking.source_images import SOURCE_OWNERS, find_source_image
 from scripts.baking.template import digest, stage, variables
-from scripts.imaging import catalog
+from scripts.imaging import catalog, record
 from scripts.interrupts import end_like_ctrl_c, uninterrupted
 
 
@@ -91,6 +91,7 @@ def bake_image(arguments: argparse.Namespace, clock: StepClock) -> dict[str, Any
 
     finished: str | None = None
     try:
+        record.reserve(ssm, bake.image_version, bake.id)
         with contextlib.nullcontext() if packer.has_plugins else require_tokens(ec2, bake):
             run_packer(packer, command, bake, environment, narrate)
         clock.begin("tag the image with its facts")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from scripts import aws_session
 from scripts.baking.request import BUILDS, Bake
-from scripts.imaging import catalog, retiring
+from scripts.imaging import catalog, record, retiring
 
 if TYPE_CHECKING:
     from mypy_boto3_ec2 import EC2Client
@@ -60,7 +60,17 @@ def sweep(ec2: EC2Client, ssm: SSMClient, bake: Bake, finished_image: str | None
         unfinished = [image for image in catalog.find(ec2, {"mlflow-ami:bake": bake.id}) if image.id != finished_image]
         return [gone for image in unfinished for gone in retiring.delete(ec2, ssm, image)]
 
-    for removal in (remove_builders, remove_security_groups, remove_key_pair, remove_unfinished_image):
+    def remove_reservation() -> list[str]:
+        record.release(ssm, bake.image_version)
+        return []
+
+    for removal in (
+        remove_builders,
+        remove_security_groups,
+        remove_key_pair,
+        remove_unfinished_image,
+        remove_reservation,
+    ):
         try:
             for removed in removal():
                 print(f"bake: removed {removed}", file=sys.stderr)

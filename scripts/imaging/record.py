@@ -46,6 +46,25 @@ def write(ssm: SSMClient, facts: dict[str, Any]) -> None:
         )
 
 
+def reserve(ssm: SSMClient, version: str, bake_id: str) -> None:
+    """Store a parameter that says that the image is being baked; `release` deletes it.
+
+    A bake does so before anything starts: without ssm:PutParameter it would fail at its end. Raises ClientError.
+    """
+    ssm.put_parameter(
+        Name=f"{folder(version)}/baking",
+        Description="mlflow-ami: this image is being baked; the parameter can be deleted when no bake runs",
+        Type="String",
+        Value=bake_id,
+        Overwrite=True,
+    )
+
+
+def release(ssm: SSMClient, version: str) -> list[str]:
+    """Delete what `reserve` stored; returns its name if it was there. Idempotent."""
+    return list(ssm.delete_parameters(Names=[f"{folder(version)}/baking"])["DeletedParameters"])
+
+
 def parts_of(ssm: SSMClient, version: str) -> dict[str, str]:
     """The parameters of a record: name → value."""
     pages = ssm.get_paginator("get_parameters_by_path").paginate(Path=folder(version))

@@ -13,7 +13,7 @@ import pytest
 from botocore.exceptions import ClientError
 from moto import mock_aws
 
-from scripts import aws_session
+from scripts import aws_session, bake
 from scripts.baking import cleanup, packer_run, request, source_images, template
 from scripts.imaging import catalog
 
@@ -157,6 +157,41 @@ def test_ca_bundle_of_this_host_is_used_and_a_missing_one_refused(tmp_path: Path
         request.find_ca_bundle(None, {"SSL_CERT_FILE": "/nonexistent"})
     with pytest.raises(request.BakeRefused, match="--ca-bundle"):
         request.find_ca_bundle("/nonexistent", {})
+
+
+def test_credentials_that_cannot_keep_the_record_are_told_before_packer_starts(
+    ec2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ssm = boto3.client("ssm", "eu-central-1")
+    source = ec2.describe_images(Filters=[{"Name": "name", "Values": ["ubuntu/images/*"]}])["Images"][0]["ImageId"]
+    started: list[list[str]] = []
+
+    def refuse(**_: object) -> None:
+        raise ClientError({"Error": {"Code": "AccessDeniedException", "Message": "not authorized"}}, "PutParameter")
+
+    def run_packer(packer: object, command: list[str], *_: object) -> None:
+        if command[0] == "init":
+            return
+        started.append(command)
+        assert [each["Name"].endswith("/baking") for each in ssm.describe_parameters()["Parameters"]] == [True]
+        raise request.BakeFailed("Packer was started")
+
+    monkeypatch.setattr(bake, "find_packer", lambda: packer_run.Packer("packer", (1, 11, 2)))
+    monkeypatch.setattr(bake, "run_packer", run_packer)
+    monkeypatch.setattr(bake, "connect", lambda *_: (ec2, ssm))
+    with monkeypatch.context() as lacking:
+        lacking.setattr(ssm, "put_parameter", refuse)
+        for module in (bake, cleanup):
+            lacking.setattr(module, "BUILDS", tmp_path / "lacking")
+        assert bake.main(["--source-ami", source]) == 1
+    assert not started
+    assert "lack a right" in capsys.readouterr().err
+
+    for module in (bake, cleanup):
+        monkeypatch.setattr(module, "BUILDS", tmp_path / "enough")
+    assert bake.main(["--source-ami", source]) == 1
+    assert len(started) == 1
+    assert ssm.describe_parameters()["Parameters"] == []  # and nothing of it is left
 
 
 # ── Staging and the digest ──────────────────────────────────────────────────────────────────────────────────────────
