@@ -33,6 +33,7 @@ from mlflow_host.server import (
     health,
     job_runner,
     mlflow_patches,
+    page_transfers,
     refusals,
     request_limits,
 )
@@ -95,6 +96,7 @@ def serve(uds: Path, *, first: bool = True) -> int:
         os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     forbid_migrations()
     refusals.install(flask)
+    page_transfers.offer_none_to_pages(flask)
     compatibility.switched_off(compatibility.installed_mlflow())  # half a second, once per process
     if CONFIG.exists():  # on a booting machine, the imports above run in parallel with the database step
         wait_until_done("database")
