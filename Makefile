@@ -5,8 +5,8 @@
 .DEFAULT_GOAL := help
 PYTHON := .venv/bin/python
 PYTEST := .venv/bin/pytest --durations=15 --durations-min=10
-# The folders that mypy checks; tests/ is not clean yet.
-TYPED := scripts infra provisioning/steps provisioning/rootfs/usr/lib/mlflow-host
+# The folders that mypy checks.
+TYPED := scripts infra provisioning/steps provisioning/rootfs/usr/lib/mlflow-host tests
 # Baking and launching on the embedded cloud mounts file systems and starts machines: that takes root. Root's programs
 # keep their files in root's home (-H) and compiled Python outside the checkout, which stays its owner's.
 ELSEWHERE := $(if $(filter 0,$(shell stat -c %u . 2>/dev/null)),,env PYTHONPYCACHEPREFIX=/var/cache/mlflow-ami/bytecode)

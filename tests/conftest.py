@@ -52,7 +52,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def no_session_is_left() -> Iterator[None]:
     """Reset boto3's default session, which keeps the credentials that it found first."""
     yield
-    if boto3 := sys.modules.get("boto3"):
+    boto3: Any = sys.modules.get("boto3")
+    if boto3:
         boto3.DEFAULT_SESSION = None
 
 

@@ -18,6 +18,7 @@ import pytest
 from mlflow_host.postgres import dump_file
 from mlflow_host.postgres.cluster import Cluster, connection, copy_database, create_empty, databases, drop, run, value
 from mlflow_host.schema.release import release
+from scripts.adopting import target
 from scripts.adopting.target import Api, Target
 from tests.adopt.run_unit import this_image
 from tests.schema.private_cluster import PrivateCluster, private_cluster
@@ -138,5 +139,5 @@ def adopt(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Adopt:
     """Run scripts/adopt.py with the stack as its target. Returns the exit status."""
     from scripts import adopt as script
 
-    monkeypatch.setattr(script.target, "choose", lambda arguments: stack.target)
+    monkeypatch.setattr(target, "choose", lambda arguments: stack.target)
     return lambda *arguments: script.main(list(map(str, arguments)))

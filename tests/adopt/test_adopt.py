@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mlflow_host.postgres.cluster import create_empty
-from scripts import adopt as script
+from scripts.adopting import verdict
 from scripts.drilling.worker_client import WorkerClient
 from tests.adopt import old_client
 from tests.adopt.conftest import Adopt, Stack
@@ -67,7 +67,7 @@ def reported(adopt: Adopt, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
     def run(*arguments: Any) -> tuple[int, dict[str, Any]]:
         status = adopt(*arguments, "--json")
         captured = capsys.readouterr()
-        report = dict(json.loads(captured.out)) if captured.out else {"said": captured.err}
+        report: dict[str, Any] = dict(json.loads(captured.out)) if captured.out else {"said": captured.err}
         for kind in report.get("kinds", ()):
             print(kind["kind"], kind["there"], *kind["lines"], sep="\n  ", file=sys.stderr)
         print(
@@ -256,14 +256,14 @@ def test_values_that_do_not_fit_are_named_and_stop_it(
 def test_verdict_names_what_is_lost_after_the_load(
     stack: Stack, reported: Reported, small: Filled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_back = script.verdict.by_api
+    read_back = verdict.by_api
 
     def lose_first(*arguments: Any) -> Any:
         stack.execute(f"DELETE FROM metrics WHERE key = 'loss' AND step = 7 AND run_uuid = '{small.run}'")
         stack.execute(f"UPDATE params SET value = '0.1' WHERE key = 'lr' AND run_uuid = '{small.run}'")
         return read_back(*arguments)
 
-    monkeypatch.setattr(script.verdict, "by_api", lose_first)
+    monkeypatch.setattr(verdict, "by_api", lose_first)
     status, report = reported(small.source)
     lines = [line for kind in report["kinds"] for line in kind["lines"]]
     assert status == 1 and report["lost"] == 2

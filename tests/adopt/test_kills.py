@@ -45,7 +45,7 @@ def counts(stack: Stack) -> tuple[int, int, int]:
     from mlflow_host.postgres.cluster import connection, rows
 
     with connection(stack.cluster, stack.cluster.database) as opened:
-        return tuple(rows(opened, ROWS)[0])  # type: ignore[return-value]
+        return tuple(rows(opened, ROWS)[0])
 
 
 def kills(seed: int) -> list[tuple[str, float]]:

@@ -211,7 +211,7 @@ def ours(folder: Path, store: services.ObjectStore, transfer: str = "direct") ->
     with contextlib.ExitStack() as stack:
         cluster, data = stack.enter_context(seeded_cluster(folder / "postgresql", postgresql_settings(shipped)))
         (folder / "tmp").mkdir()
-        environment = {
+        variables = {
             **environment.environment(host, "a passphrase for measurements"),
             "MLFLOW_BACKEND_STORE_URI": cluster.uri(),
             "TMPDIR": str(folder / "tmp"),
@@ -220,7 +220,7 @@ def ours(folder: Path, store: services.ObjectStore, transfer: str = "direct") ->
         sockets_folder = folder / "run/mlflow"
         processes = stack.enter_context(
             services.server_processes(
-                sockets_folder, environment, host.sizing.server_processes, str(environments.image())
+                sockets_folder, variables, host.sizing.server_processes, str(environments.image())
             )
         )
         port = services.free_port()

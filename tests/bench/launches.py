@@ -72,7 +72,7 @@ def main() -> int:
 
 def two_images(cloud: Any, bakes: int) -> tuple[list[float], list[str]]:
     """(seconds of each bake, two images of this working copy). With fewer than two bakes: existing images."""
-    from scripts.images import find
+    from scripts.imaging.catalog import find
     from tests.support.servers import script
 
     seconds = []

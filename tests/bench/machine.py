@@ -146,7 +146,9 @@ def summary(measured: load.Measured) -> dict[str, Any]:
 
 
 def upload_files(server: Server, folder: Path, until: float) -> dict[str, Any]:
-    file, seconds, wrong = folder / "large.bin", [], []
+    file = folder / "large.bin"
+    seconds: list[float] = []
+    wrong: list[str] = []
     block = os.urandom(2**20)
     with file.open("wb") as output:
         for start in range(0, GIGABYTE, len(block)):

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from mlflow_host.server import process
 from mlflow_host.server.fast_path import app
+from mlflow_host.server.fast_path.store import DirectStore
+from mlflow_host.server.flask_shortcut import Scope
 
 
 def main() -> int:
     answer_or_none = app.answer_or_none
     with Path(sys.argv[1]).open("a", buffering=1) as counted:
 
-        def answer(*arguments: Any) -> Any:
-            found = answer_or_none(*arguments)
-            path = arguments[2]["path"].partition("/mlflow/")[2]
+        def counting(answer: app.Handler, store: DirectStore, scope: Scope, body: bytes) -> tuple[int, bytes] | None:
+            found = answer_or_none(answer, store, scope, body)
+            path = scope["path"].partition("/mlflow/")[2]
             counted.write(f"{path} {'handed on' if found is None else 'beside'}\n")
             return found
 
-        app.answer_or_none = answer
+        app.answer_or_none = counting
         return process.main(sys.argv[2:])
 
 

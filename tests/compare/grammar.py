@@ -268,7 +268,10 @@ class Clients:
     def create(self) -> Fields:
         self.started += 1
         name = f"{self.chance.choice(NAMES)} {self.chance.choice(('', self.started))}"
-        fields = {"experiment_id": self.chance.choice(SEARCHED), "user_id": self.chance.choice(("ada", "", "bob"))}
+        fields: Fields = {
+            "experiment_id": self.chance.choice(SEARCHED),
+            "user_id": self.chance.choice(("ada", "", "bob")),
+        }
         fields |= {"start_time": TIME + self.started, "tags": tags(self.chance)}
         if self.chance.random() < 0.3:
             fields["tags"].append({"key": "mlflow.runName", "value": name})

@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moto import mock_aws
 
-from scripts import aws_session, images
+from scripts import audit, aws_session, images
 from scripts.imaging import catalog, channels, comparing, listing, record, retiring
 from scripts.imaging.catalog import Place
 from scripts.imaging.claims import Claims
@@ -236,7 +236,7 @@ def test_channel_whose_image_is_deleted_says_so(aws: Place) -> None:
 
 def test_diff_names_migrations_tables_columns_packages_keys_and_size(aws: Place) -> None:
     make(aws, "20261101T000000Z", mlflow_version="3.12.0", migration_head="a", migration_count=1, launch_revision=3)
-    newer = {
+    newer: dict[str, Any] = {
         "migration_head": "c", "migration_count": 3, "disk_used_mib": 3100,
         "packages": {"deb": {"nginx": "1.26", "certbot": "2"}, "python": {"mlflow": "3.19.0"}},
         "migrations": [
@@ -303,7 +303,7 @@ def test_diff_names_vulnerabilities_that_go_and_come(aws: Place, monkeypatch: py
         found = (known.get((each["package"]["name"], each["version"])) for each in body["queries"])
         return {"results": [{"vulns": [{"id": name}]} if name else {} for name in found]}
 
-    monkeypatch.setattr(comparing.audit, "ask", osv)
+    monkeypatch.setattr(audit, "ask", osv)
     found = run("diff", one, two, "--database", "https://osv.example/")["vulnerabilities"]
     assert [each["vulnerability"] for each in found["gone"]] == ["CVE-1"]
     assert [each["vulnerability"] for each in found["new"]] == ["CVE-2"]
@@ -352,7 +352,8 @@ def test_passed_drill_lets_an_image_in_and_back(aws: Place, tmp_path: Path) -> N
     run("promote", one, "staging")
     file = drill_file(tmp_path / "drill.json", one, two, aws)
     run("promote", two, "staging", "--drill", file)
-    assert "20261101T000000Z" in catalog.named(catalog.find(aws.ec2), two).drills  # type: ignore[union-attr]
+    drilled = catalog.named(catalog.find(aws.ec2), two)
+    assert drilled and "20261101T000000Z" in drilled.drills
     assert run("promote", one, "staging")["before"] == two  # a drill goes there and back
 
 
@@ -449,7 +450,9 @@ def test_image_that_somebody_needs_is_refused(aws: Place, verb: str) -> None:
     assert "it is the last image that the stack prod can roll back to" in refused(verb, one)
     run(verb, two, "--dry-run", status=2)  # the stack's current image, which a channel names
     zero = make(aws, "20261031T000000Z")
-    volume = catalog.named(catalog.find(aws.ec2), one).tags[f"{catalog.STACK}prod"]  # type: ignore[union-attr]
+    kept = catalog.named(catalog.find(aws.ec2), one)
+    assert kept
+    volume = kept.tags[f"{catalog.STACK}prod"]
     aws.ec2.create_tags(Resources=[zero], Tags=catalog.as_tags({f"{catalog.STACK}prod": volume}))
     run(verb, one)  # the stack can still roll back to another
     assert "the last image that the stack prod" in refused(verb, zero) if verb == "retire" else True
@@ -474,9 +477,14 @@ def test_only_image_of_a_postgresql_major_is_refused(aws: Place, verb: str) -> N
 
 
 def image(
-    number: int, *, finished: bool = True, kept: bool = False, hours_old: float = 48, **more: str
+    number: int,
+    *,
+    finished: bool = True,
+    kept: bool = False,
+    hours_old: float = 48,
+    more: Mapping[str, str] | None = None,
 ) -> catalog.Image:
-    tags = {catalog.OURS: f"v{number}", "mlflow-ami:postgresql-major": "15"} | more
+    tags = {catalog.OURS: f"v{number}", "mlflow-ami:postgresql-major": "15", **(more or {})}
     tags |= ({catalog.FINISHED: "1"} if finished else {}) | ({"mlflow-ami:keep": ""} if kept else {})
     made = (NOW - timedelta(hours=hours_old)).isoformat().replace("+00:00", "Z")
     return catalog.Image(f"ami-{number}", f"image {number}", made, "available", tags, (f"snap-{number}",))
@@ -504,8 +512,8 @@ def test_old_unfinished_images_are_deleted() -> None:
 def test_sweep_keeps_one_image_to_roll_back_to_and_one_of_each_major() -> None:
     prod = {f"{catalog.STACK}prod": "vol-1"}
     found = [
-        image(0), image(1, hours_old=50, **prod), image(2, hours_old=51, **prod), image(3, hours_old=52),
-        image(4, hours_old=53, **{"mlflow-ami:postgresql-major": "17"}),
+        image(0), image(1, hours_old=50, more=prod), image(2, hours_old=51, more=prod), image(3, hours_old=52),
+        image(4, hours_old=53, more={"mlflow-ami:postgresql-major": "17"}),
     ]  # fmt: skip
     known = Claims(current={"prod": "ami-0"}, volumes={"prod": "vol-1"})
     assert ids(retiring.superfluous(found, known, 1, ALWAYS, NOW)) == ["ami-2", "ami-3"]

@@ -11,7 +11,7 @@ import re
 import socket
 import ssl
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -169,7 +169,7 @@ def test_no_route_answers_without_a_login(server: Server, wire: Wire, paths: lis
 def test_no_route_answers_to_a_wrong_login(server: Server, paths: list[str]) -> None:
     """Each path from another address: whose logins fail often is not asked any more, and would hide what this test is
     after."""
-    wrong = [
+    wrong: list[Callable[[int], dict[str, str]]] = [
         lambda n: login(f"nobody-{n}", "wrong"),
         lambda n: login(f"nobody-{n}", ""),
         lambda n: {"Authorization": f"Bearer {n}"},

@@ -55,7 +55,7 @@ def test_background_job_is_completed(cloud: LocalCloud, own: Server) -> None:
             return "42"
 
         answer()
-        mlflow.flush_trace_async_logging()  # type: ignore[no-untyped-call]
+        mlflow.flush_trace_async_logging()
         (trace,) = mlflow.search_traces(locations=[experiment], return_type="list")
         asked = {
             "experiment_id": experiment,

@@ -144,8 +144,10 @@ def pages_meanwhile(server: Server) -> Iterator[list[requests.Response]]:
                     warnings.simplefilter("ignore", urllib3.exceptions.InsecureRequestWarning)
                     address = server.url.replace("https:", f"{scheme}:", 1)
                     # Until the data volume is there the certificate is a temporary one.
-                    options = {"verify": False, "allow_redirects": False, "headers": {"Accept": "text/html"}}
-                    seen.append(requests.get(f"{address}/", timeout=2, **options))
+                    page = {"Accept": "text/html"}
+                    seen.append(
+                        requests.get(f"{address}/", timeout=2, verify=False, allow_redirects=False, headers=page)
+                    )
 
     looking = threading.Thread(target=look)
     looking.start()

@@ -7,6 +7,8 @@ moment; tests/stack/test_permissions.py looks at the policy itself.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -77,12 +79,13 @@ def test_mlflow_reaches_objects_of_two_buckets_and_not_the_backups(
         mlflow.delete_object(Bucket=server.buckets[bucket], Key="of-mlflow")
     backups = {"Bucket": server.buckets["backups"], "Key": "dumps/secret"}
     role.put_object(**backups, Body=b"everybody's runs")
-    for refused in (
+    calls: list[Callable[[], Any]] = [
         lambda: mlflow.get_object(**backups),
         lambda: mlflow.put_object(**backups, Body=b"planted"),
         lambda: mlflow.delete_object(**backups),
         lambda: mlflow.list_objects_v2(Bucket=backups["Bucket"]),
-    ):
+    ]
+    for refused in calls:
         with pytest.raises(ClientError) as error:
             refused()
         assert error.value.response["Error"]["Code"] == "AccessDenied"
@@ -96,11 +99,12 @@ def test_mlflow_reads_no_parameter_and_becomes_no_other_role(
     caller = sts.get_caller_identity()["Arn"]
     assert caller.endswith("/mlflow-server")
     roles = [each["Arn"] for each in cloud.client("iam").list_roles()["Roles"]]
-    for refused in (
+    calls: list[Callable[[], Any]] = [
         lambda: cloud.client("ssm", **mlflow_keys).get_parameter(Name="/mlflow-ami/rehearsal/credentials"),
         lambda: cloud.client("ssm", **mlflow_keys).describe_parameters(),
-        *(lambda arn=arn: sts.assume_role(RoleArn=arn, RoleSessionName="probe") for arn in roles),
-    ):
+        *(partial(sts.assume_role, RoleArn=arn, RoleSessionName="probe") for arn in roles),
+    ]
+    for refused in calls:
         with pytest.raises(ClientError) as error:
             refused()
         assert error.value.response["Error"]["Code"] in ("AccessDenied", "AccessDeniedException")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scripts.local_cloud import base_images, running_machines
+from scripts.local_cloud import base_images, inventory, running_machines
 from scripts.local_cloud.imds_server import Metadata
 
 SECONDS = 5
@@ -25,7 +25,7 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Any:
     made: Any = object.__new__(running_machines.RunningMachines)
     made.api, made.facts, made.roles = threading.RLock(), {}, None
     made.record = SimpleNamespace(address="127.10.0.2")
-    monkeypatch.setattr(running_machines.inventory, "find", lambda instance_id: made.record)
+    monkeypatch.setattr(inventory, "find", lambda instance_id: made.record)
     monkeypatch.setattr(running_machines, "describe", described)
     with made.api:
         made._renew_facts("i-1")

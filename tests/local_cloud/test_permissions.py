@@ -32,8 +32,8 @@ class Sent(Exception):
 
 @cache
 def client_of(service: str) -> Any:
-    keys = {"aws_access_key_id": "ASIA", "aws_secret_access_key": "x", "aws_session_token": "t"}
-    client = boto3.client(service, region_name=REGION, endpoint_url=HERE, **keys)
+    session: Any = boto3.Session("ASIA", "x", "t", REGION)
+    client = session.client(service, endpoint_url=HERE)
 
     def catch(request: AWSPreparedRequest, **_: Any) -> None:
         raise Sent(request)
@@ -59,7 +59,9 @@ def as_daemon_reads(request: AWSPreparedRequest) -> permissions.Request:
     environ |= {"CONTENT_TYPE": headers.get("Content-Type", ""), "REQUEST_METHOD": request.method or ""}
     path, _, query = (request.url or "").removeprefix(HERE).partition("?")
     environ |= {"PATH_INFO": path, "QUERY_STRING": query}
-    body = request.body.encode() if isinstance(request.body, str) else bytes(request.body or b"")
+    content = request.body or b""
+    assert isinstance(content, (str, bytes, bytearray)), "boto3 streams the body"
+    body = content.encode() if isinstance(content, str) else bytes(content)
     return permissions.read(environ, body, *parse(environ, body))
 
 

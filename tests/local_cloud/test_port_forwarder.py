@@ -58,7 +58,12 @@ def test_slow_reader_loses_nothing_and_fills_no_memory(control: socket.socket) -
         published = open_route(control, server.getsockname())
         with socket.create_connection(published, timeout=30) as client:
             accepted, _ = server.accept()
-            sender = threading.Thread(target=lambda: (accepted.sendall(sent), accepted.close()))
+
+            def send_all() -> None:
+                accepted.sendall(sent)
+                accepted.close()
+
+            sender = threading.Thread(target=send_all)
             sender.start()
             sender.join(0.5)
             assert sender.is_alive(), "64 MiB were taken while nobody read"

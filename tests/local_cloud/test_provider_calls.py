@@ -342,7 +342,7 @@ def test_parameters(replay: Replay, name: str) -> None:
     equal = [{"Key": "Name", "Option": "Equals", "Values": [path]}]
     refused("ParameterNotFound", ssm.get_parameter, Name=path, WithDecryption=True)
     pairs = [{"Key": "Project", "Value": "mlflow-ami"}]
-    secret = {"Name": path, "Type": "SecureString", "Description": "d", "Tier": "Intelligent-Tiering"}
+    secret: dict[str, Any] = {"Name": path, "Type": "SecureString", "Description": "d", "Tier": "Intelligent-Tiering"}
     assert content(ssm.put_parameter, **secret, Value="hush", Tags=pairs) == {"Version": 1, "Tier": "Standard"}
     refused("ParameterAlreadyExists", ssm.put_parameter, **secret, Value="hush")
     found = ssm.get_parameter(Name=path, WithDecryption=True)["Parameter"]
@@ -437,13 +437,13 @@ def test_networks_volumes_addresses_and_machines(replay: Replay, name: str) -> N
 
     # Network
     vpc = ec2.create_vpc(CidrBlock="10.42.0.0/24", TagSpecifications=tags("vpc", name))["Vpc"]["VpcId"]
-    for attribute, value in (
+    for setting, value in (
         ("enableDnsSupport", True),
         ("enableDnsHostnames", False),
         ("enableNetworkAddressUsageMetrics", False),
     ):
-        found = ec2.describe_vpc_attribute(VpcId=vpc, Attribute=attribute)
-        assert found[attribute[0].upper() + attribute[1:]] == {"Value": value}
+        found = ec2.describe_vpc_attribute(VpcId=vpc, Attribute=setting)
+        assert found[setting[0].upper() + setting[1:]] == {"Value": value}
     ec2.modify_vpc_attribute(VpcId=vpc, EnableDnsHostnames={"Value": True})
     assert ec2.describe_vpc_attribute(VpcId=vpc, Attribute="enableDnsHostnames")["EnableDnsHostnames"]["Value"]
     [described] = ec2.describe_vpcs(VpcIds=[vpc])["Vpcs"]

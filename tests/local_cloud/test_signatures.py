@@ -12,7 +12,7 @@ from botocore.awsrequest import AWSPreparedRequest
 
 from mlflow_host.machine import aws
 from scripts.local_cloud import object_store, signatures
-from scripts.local_cloud.layout import Allotment
+from scripts.local_cloud.layout import Allotment, object_store_ports
 from scripts.local_cloud.roles import Roles, mint
 
 REGION, PORT = "eu-central-1", 21000
@@ -197,7 +197,7 @@ def test_another_user_of_this_host_reads_and_writes_no_object(cloud: Any) -> Non
     s3 = cloud.client("s3")
     s3.create_bucket(Bucket="of-the-account", CreateBucketConfiguration={"LocationConstraint": cloud.region})
     s3.put_object(Bucket="of-the-account", Key="secret", Body=b"secret")
-    master, _, filer = object_store.object_store_ports(cloud.allotment.number)
+    master, _, filer = object_store_ports(cloud.allotment.number)
     inner = cloud.allotment.inner_address
 
     def as_nobody(*command: str, told: str = "") -> str:

@@ -49,14 +49,14 @@ def test_failure_between_delete_and_create_is_completed_by_the_next_run() -> Non
 
 def test_failed_deletion_of_a_replaced_resource_is_repeated() -> None:
     cloud, current = RecordingCloud(), State()
-    up(cloud, current, lambda: Thing("one", fixed="a") and None)
+    up(cloud, current, lambda: Thing("one", fixed="a"))
     cloud.failing = {("delete", "one")}
     with pytest.raises(ApplyError):
-        up(cloud, current, lambda: Thing("one", fixed="b") and None)
+        up(cloud, current, lambda: Thing("one", fixed="b"))
     assert len(cloud.things) == 2
     cloud.failing.clear()
     cloud.verbs()
-    up(cloud, current, lambda: Thing("one", fixed="b") and None)
+    up(cloud, current, lambda: Thing("one", fixed="b"))
     assert cloud.verbs() == ["delete one"]
     assert [each["fixed"] for each in cloud.things.values()] == ["b"]
 
@@ -112,7 +112,7 @@ def test_creation_killed_after_its_call_is_adopted(tmp_path: Path) -> None:
 
     (told,) = engine_of(cloud, state.load(path)).recover()
     assert "one-1 exists and is adopted (Pulumi would require `pulumi import`)" in told
-    up(cloud, state.load(path), lambda: Thing("one") and None)
+    up(cloud, state.load(path), lambda: Thing("one"))
     assert cloud.verbs() == []
     assert len(cloud.things) == 1
 
@@ -126,7 +126,7 @@ def test_creation_killed_before_its_call_is_reported_and_repeated(tmp_path: Path
     engine._begin("create", Resource(urn, "test:index:Thing", "", {"name": "one", "label": "x"}))
     (leftover,) = engine_of(cloud, state.load(path)).recover()
     assert "one" in leftover
-    up(cloud, state.load(path), lambda: Thing("one") and None)
+    up(cloud, state.load(path), lambda: Thing("one"))
     assert cloud.verbs() == ["create one"]
 
 

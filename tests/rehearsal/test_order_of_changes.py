@@ -71,9 +71,9 @@ def test_delete_before_replace_deletes_dependents_in_reverse_order() -> None:
 
 def test_resource_with_a_chosen_name_is_deleted_before_its_replacement() -> None:
     cloud, state = RecordingCloud(), State()
-    up(cloud, state, lambda: Thing("named", label="chosen", fixed="a") and None)
+    up(cloud, state, lambda: Thing("named", label="chosen", fixed="a"))
     cloud.verbs()
-    up(cloud, state, lambda: Thing("named", label="chosen", fixed="b") and None)
+    up(cloud, state, lambda: Thing("named", label="chosen", fixed="b"))
     assert cloud.verbs() == ["delete named", "create named"]
 
 
@@ -93,7 +93,7 @@ def test_unregistered_resources_are_deleted_last_dependents_first() -> None:
     cloud, state = RecordingCloud(), State()
     up(cloud, state, lambda: chain("a"))
     cloud.verbs()
-    up(cloud, state, lambda: Thing("other") and None)
+    up(cloud, state, lambda: Thing("other"))
     verbs = cloud.verbs()
     assert verbs[0] == "create other"
     assert verbs.index("delete reader") < verbs.index("delete user") < verbs.index("delete base")
@@ -119,7 +119,7 @@ def test_a_protected_resource_stops_the_run_before_anything_is_lost(left: str) -
 
 def test_a_retained_resource_leaves_the_state_and_stays_in_the_cloud() -> None:
     cloud, state = RecordingCloud(), State()
-    up(cloud, state, lambda: Thing("kept", opts=opts(retain_on_delete=True)) and None)
+    up(cloud, state, lambda: Thing("kept", opts=opts(retain_on_delete=True)))
     up(cloud, state, lambda: None)
     assert [each["name"] for each in cloud.things.values()] == ["kept"]
     assert [each for each in state.resources if each.custom] == []
@@ -141,7 +141,7 @@ def test_ignored_changes_are_not_applied_and_others_are() -> None:
 
 def test_an_alias_keeps_a_renamed_resource() -> None:
     cloud, state = RecordingCloud(), State()
-    up(cloud, state, lambda: Thing("old", label="l") and None)
+    up(cloud, state, lambda: Thing("old", label="l"))
     cloud.verbs()
 
     class Renamed(pulumi.CustomResource):
@@ -149,7 +149,7 @@ def test_an_alias_keeps_a_renamed_resource() -> None:
             props = {"name": "old", "label": "l"}
             super().__init__("test:index:Thing", "new", props, opts(aliases=[pulumi.Alias(name="old")]))
 
-    up(cloud, state, lambda: Renamed() and None)
+    up(cloud, state, lambda: Renamed())
     assert cloud.verbs() == []
     assert [each.name for each in state.resources if each.custom] == ["new"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts import retire_stack
+from scripts import aws_session, retire_stack
 from tests.support.moto_cloud import MotoCloud, moto_cloud
 
 PURPOSES = ("artifacts", "models", "backups")
@@ -133,7 +133,7 @@ def test_machine_is_deleted_first_and_protection_removed_last(
 ) -> None:
     done: list[str] = []
     monkeypatch.setattr(retire_stack, "in_folder", lambda folder, environment: stand_in(done))
-    monkeypatch.setattr(retire_stack.aws_session, "choose", lambda region: SimpleNamespace(client=lambda service: s3))
+    monkeypatch.setattr(aws_session, "choose", lambda region: SimpleNamespace(client=lambda service: s3))
     monkeypatch.setattr("sys.argv", ["retire_stack.py", "--stack", "dev", "--yes"])
     assert retire_stack.main() == 0
     assert [each.split(" --stack")[0] for each in done] == [
@@ -151,7 +151,7 @@ def test_nothing_is_deleted_unless_the_name_is_typed(
 ) -> None:
     done: list[str] = []
     monkeypatch.setattr(retire_stack, "in_folder", lambda folder, environment: stand_in(done))
-    monkeypatch.setattr(retire_stack.aws_session, "choose", lambda region: SimpleNamespace(client=lambda service: s3))
+    monkeypatch.setattr(aws_session, "choose", lambda region: SimpleNamespace(client=lambda service: s3))
     monkeypatch.setattr("sys.argv", ["retire_stack.py", "--stack", "dev", *arguments])
     monkeypatch.setattr(retire_stack, "confirmed", lambda name: False)
     assert retire_stack.main() == (0 if arguments else 2)

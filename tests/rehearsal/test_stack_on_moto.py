@@ -150,8 +150,8 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
     } | {"replace Tag"}  # of the image that is launched; the replaced one keeps its own
     after = reveal(state.outputs)
     assert after["instanceId"] != outputs["instanceId"]
-    for kept in ("dataVolumeId", "buckets", "publicIp", "url", "credentialsParameter"):
-        assert after[kept] == outputs[kept]
+    for output in ("dataVolumeId", "buckets", "publicIp", "url", "credentialsParameter"):
+        assert after[output] == outputs[output]
     [volume] = ec2.describe_volumes(VolumeIds=[after["dataVolumeId"]])["Volumes"]
     assert [each["InstanceId"] for each in volume["Attachments"]] == [after["instanceId"]]
 
@@ -182,7 +182,7 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
     monkeypatch.setenv("MLFLOW_AMI_LOCAL_CLOUD", str(tmp_path))
     save_state(stack.state_path(), state)
     assert all(name in stack.refused_elsewhere()[0] for name in ("Bucket mlflow-backups", "Volume data", "Eip server"))
-    said: list[str] = []
+    lines: list[str] = []
     cloud: Any = SimpleNamespace(region=REGION)
 
     def archive(**_: Any) -> None:
@@ -191,10 +191,10 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
     # PostgreSQL archives its last segment while the machine stops.
     aws.client("s3").delete_bucket_policy(Bucket=outputs["buckets"]["backups"])
     ec2.meta.events.register("before-call.ec2.TerminateInstances", archive)
-    stack.destroy(cloud, aws.client, state, say=said.append, done=lambda step: None)
-    assert "Pulumi refuses to delete what is protected" in said[0] and "Volume data" in said[0]
-    assert said[1].startswith(f"S3 refuses to delete {filled}, which holds objects")
-    assert len(said) == 2
+    stack.destroy(cloud, aws.client, state, say=lines.append, done=lambda step: None)
+    assert "Pulumi refuses to delete what is protected" in lines[0] and "Volume data" in lines[0]
+    assert lines[1].startswith(f"S3 refuses to delete {filled}, which holds objects")
+    assert len(lines) == 2
     assert state.resources == []
     assert not stack.state_path().exists() and stack.refused_elsewhere() == []
     assert aws.client("s3").list_buckets()["Buckets"] == []

@@ -5,6 +5,8 @@ in front of it where the store is ours. Runs under an interpreter that has one r
     python compare_stores.py URI_FOR_MLFLOWS URI_FOR_OURS SEED
 """
 
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 import json
@@ -16,6 +18,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlencode
 
@@ -69,7 +72,7 @@ FILTERS = (
     "metrics.loss >",
     "params.p1 = 1",
 )
-ORDERS = (
+ORDERS: tuple[list[str] | None, ...] = (
     None,
     [],
     ["metrics.loss DESC"],
@@ -220,9 +223,10 @@ def batches(chance: random.Random) -> Iterator[Call]:
         yield logging_of("runs/log-batch", fields)
     one, none = {"key": "loss", "value": 1.0, "timestamp": TIME, "step": 9}, {"key": "loss", "timestamp": TIME}
     good = {"run_id": "<0>", "metrics": [one]}
+    unusual: list[Any] = [[], None, {}, "x", [one] * 1001, [one, none], [none], [[]], [None]]
     odd: list[Any] = [
         {"run_id": "<0>"},
-        *(good | {"metrics": some} for some in ([], None, {}, "x", [one] * 1001, [one, none], [none], [[]], [None])),
+        *(good | {"metrics": some} for some in unusual),
         *(good | {"metrics": [one | {"step": 77, key: None}]} for key in one),
         *(good | {"metrics": [one | {"step": step}]} for step in (2**63, "7", 7.5, True)),
         *(good | {"metrics": [one | {"value": value, "step": 10}]} for value in ("x", True, 10**400, 3)),
@@ -247,14 +251,28 @@ def batches(chance: random.Random) -> Iterator[Call]:
         yield logging_of("runs/log-batch", fields)
     where, text = "runs/log-batch", json.dumps(good)
     for body, kind in ((b"{", "application/json"), (b"", "application/json"), (text.encode(), "text/plain")):
-        yield (
-            f"{where} of {body!r} {kind}",
-            lambda s, runs, b=body, k=kind: ask(s, "POST", where, body=b.replace(b"<0>", runs[0].encode()), kind=k),
-        )
+        yield post_of(f"{where} of {body!r} {kind}", where, body, kind)
 
 
 def logging_of(path: str, fields: Any) -> Call:
     return f"{path} {str(fields)[:300]}", lambda s, runs: post(s, path, filled(fields, runs))
+
+
+def post_of(what: str, path: str, body: bytes, kind: str) -> Call:
+    """Post a body that need not be JSON; in it <0> stands for the first run's ID."""
+    return what, lambda s, runs: ask(s, "POST", path, body=body.replace(b"<0>", runs[0].encode()), kind=kind)
+
+
+def get_of(what: str, path: str, fields: Any) -> Call:
+    return what, lambda s, runs: get(s, path, **filled(fields, runs))
+
+
+def query_of(what: str, path: str, query: str) -> Call:
+    return what, lambda s, _: ask(s, "GET", path, query)
+
+
+def pages_of(what: str, path: str, fields: Any) -> Call:
+    return what, lambda s, _: pages(s, path, fields)
 
 
 def inputs() -> Iterator[Call]:
@@ -278,9 +296,9 @@ def readings(chance: random.Random) -> Iterator[Call]:
 
 def runs_by_id() -> Iterator[Call]:
     for number in range(18):
-        yield f"get run {number}", lambda s, runs, n=number: get(s, "runs/get", run_id=runs[n])
+        yield get_of(f"get run {number}", "runs/get", {"run_id": f"<{number}>"})
     for run in ("0" * 32, "", "it's", "ü", "\x00"):
-        yield f"get run {run!r}", lambda s, _, r=run: get(s, "runs/get", run_id=r)
+        yield get_of(f"get run {run!r}", "runs/get", {"run_id": run})
     odd: tuple[dict[str, Any], ...] = (
         {},
         {"run_uuid": "<0>"},
@@ -291,7 +309,7 @@ def runs_by_id() -> Iterator[Call]:
         {"runId": "<0>"},
     )
     for fields in odd:
-        yield f"get run by {fields}", lambda s, runs, f=fields: get(s, "runs/get", **filled(f, runs))
+        yield get_of(f"get run by {fields}", "runs/get", fields)
 
 
 def searches(chance: random.Random) -> Iterator[Call]:
@@ -303,7 +321,7 @@ def searches(chance: random.Random) -> Iterator[Call]:
             fields |= {} if order is None else {"order_by": order}
             if view := chance.choice([None, "ACTIVE_ONLY", "ALL", "DELETED_ONLY"]):
                 fields["run_view_type"] = view
-            yield f"search {fields}", lambda s, _, f=fields: pages(s, "runs/search", f)
+            yield pages_of(f"search {fields}", "runs/search", fields)
     every = {"experiment_ids": ["0", "1", "3"], "run_view_type": "ALL"}
     odd: tuple[Any, ...] = (
         *({"experiment_ids": scope} for scope in ([], ["abc"], [" 1"], ["-1"], ["99999999999"], "1", [1], None)),
@@ -328,7 +346,7 @@ def searches(chance: random.Random) -> Iterator[Call]:
         None,
     )
     for fields in odd:
-        yield f"search {str(fields)[:200]}", lambda s, _, f=fields: pages(s, "runs/search", f)
+        yield pages_of(f"search {str(fields)[:200]}", "runs/search", fields)
     for body, kind in (
         (b"", "application/json"),
         (b"{", "application/json"),
@@ -337,8 +355,8 @@ def searches(chance: random.Random) -> Iterator[Call]:
         (b'{"experiment_ids": ["1"], "filter": "\xff"}', "application/json"),
         (json.dumps(json.dumps(every)).encode(), "application/json"),
     ):
-        yield f"search {body!r} {kind}", lambda s, _, b=body, k=kind: ask(s, "POST", "runs/search", body=b, kind=k)
-    yield "search by GET", lambda s, _: ask(s, "GET", "runs/search", "experiment_ids=1")
+        yield post_of(f"search {body!r} {kind}", "runs/search", body, kind)
+    yield query_of("search by GET", "runs/search", "experiment_ids=1")
 
 
 def histories() -> Iterator[Call]:
@@ -346,13 +364,13 @@ def histories() -> Iterator[Call]:
     for run in range(5):
         for key in (*KEYS, "none"):
             fields = {"run_id": f"<{run}>", "run_uuid": f"<{run}>", "metric_key": key, "max_results": "25000"}
-            yield f"history {fields}", lambda s, runs, f=fields: get(s, where, **filled(f, runs))
+            yield get_of(f"history {fields}", where, fields)
     yield (
         "history by page",
         lambda s, runs: pages(s, where, {"run_id": runs[0], "metric_key": "loss", "max_results": 2}),
     )
     yield "whole pages", lambda s, runs: pages(s, where, {"run_id": runs[1], "metric_key": "loss", "max_results": 1})
-    good = {"run_id": "<0>", "metric_key": "loss", "max_results": "3"}
+    good: dict[str, Any] = {"run_id": "<0>", "metric_key": "loss", "max_results": "3"}
     odd: tuple[dict[str, Any], ...] = (
         *(good | {"max_results": most} for most in ("0", "-1", "", "x", "2147483647", "2147483648", "1.0", " 2")),
         *(good | {"page_token": token} for token in ("nonsense", "", "Mg==")),
@@ -364,9 +382,9 @@ def histories() -> Iterator[Call]:
         {"metric_key": "loss", "max_results": "3"},
     )
     for fields in odd:
-        yield f"history {fields}", lambda s, runs, f=fields: get(s, where, **filled(f, runs))
+        yield get_of(f"history {fields}", where, fields)
     for query in ("run_id=%ff&metric_key=loss&max_results=3", "metric_key", "run_id=a;metric_key=b", "%", "&"):
-        yield f"history {query}", lambda s, _, q=query: ask(s, "GET", where, q)
+        yield query_of(f"history {query}", where, query)
 
 
 def filled(fields: Any, runs: list[str]) -> Any:
@@ -395,6 +413,18 @@ def pages(store: SqlAlchemyStore, path: str, fields: Any) -> list[Any]:
     return found
 
 
+class CountingStore(DirectStore):
+    """`statements`: number of cursors that the fast path opened."""
+
+    statements = 0
+
+    @contextmanager
+    def cursor(self) -> Iterator[Any]:
+        self.statements += 1
+        with super().cursor() as cursor:
+            yield cursor
+
+
 answered: Counter[str] = Counter()
 """Number of requests by path that the fast path handled itself, and that it passed to MLflow."""
 
@@ -410,7 +440,7 @@ def ask(
         answered[f"{path} {'itself' if found else 'not'}"] += 1
         if found:
             return found[0], json.loads(found[1].decode("ascii"))
-    handlers._tracking_store = store
+    handlers._tracking_store = store  # type: ignore[assignment]  # MLflow annotates it nowhere and begins with None
     address = f"{PREFIXES[0]}/{path}" + (f"?{query}" if query else "")
     told = app.test_client().open(address, method=method, data=body, content_type=kind)
     return told.status_code, told.json if told.is_json else told.get_data(as_text=True)
@@ -474,16 +504,7 @@ def main() -> None:
     logging.disable()  # Flask logs every response with status 500
     own_uri, direct_uri, seed = sys.argv[1:]
     own = SqlAlchemyStore(own_uri, "mlflow-artifacts:/")
-    direct = DirectStore(direct_uri, "mlflow-artifacts:/")
-    answered_itself = 0
-    cursor = direct.cursor
-
-    def counted() -> Any:
-        nonlocal answered_itself
-        answered_itself += 1
-        return cursor()
-
-    direct.cursor = counted
+    direct = CountingStore(direct_uri, "mlflow-artifacts:/")
     print(
         json.dumps(
             {
@@ -491,7 +512,7 @@ def main() -> None:
                 "direct": transcript(direct, int(seed)),
                 "own tables": tables(own),
                 "direct tables": tables(direct),
-                "statements": answered_itself,
+                "statements": direct.statements,
                 "answered": answered,
             }
         )

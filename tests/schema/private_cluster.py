@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import psycopg2
 
@@ -26,6 +27,14 @@ def programs() -> Path:
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
     assert found, "no PostgreSQL under /usr/lib/postgresql: scripts/prepare.sh installs it"
     return found[-1]
+
+
+class Identity(TypedDict, total=False):
+    """Options of `subprocess` that choose the account of a child; none where this process is not root."""
+
+    user: int
+    group: int
+    extra_groups: list[int]
 
 
 @dataclass
@@ -125,7 +134,7 @@ def _account() -> pwd.struct_passwd:
     return pwd.getpwnam("postgres") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
 
 
-def _identity() -> dict[str, object]:
+def _identity() -> Identity:
     account = _account()
     return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []} if os.getuid() == 0 else {}
 

@@ -10,17 +10,18 @@ import json
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from mlflow_host.garbage import collect, report
 from mlflow_host.garbage.plan import OwnBuckets
 from mlflow_host.postgres.cluster import Cluster, connection, run
 
 
-def main(given: dict[str, object]) -> None:
+def main(given: dict[str, Any]) -> None:
     cluster = Cluster(host=str(given["socket"]), port=int(str(given["port"])), user=str(given["user"]))
 
     def meanwhile(database: str, key: str, metadata: dict[str, str]) -> str:
-        for statement in given["meanwhile"]:  # type: ignore[attr-defined]
+        for statement in given["meanwhile"]:
             with connection(cluster, database) as opened:
                 run(opened, statement)
         return f"s3://backups/{key}"

@@ -3,10 +3,13 @@
 Run with the interpreter of a release: `seed_deleted_items.py <database URI> <folder>`; prints the IDs by name.
 """
 
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import mlflow
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as Registry
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as Tracking
 
-SOURCES = {
+SOURCES: dict[str, Callable[[str, str], dict[str, str]]] = {
     "by-run-id": lambda run, at: {"source": "/somewhere", "run_id": run},
     "by-runs-uri": lambda run, at: {"source": f"runs:/{run}/model"},
     "by-proxy-uri": lambda run, at: {"source": f"mlflow-artifacts:/{at}/model"},

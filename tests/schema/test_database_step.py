@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from moto.server import ThreadedMotoServer
@@ -340,6 +341,6 @@ def _objects(bucket: dump_file.Bucket) -> list[str]:
     return [entry["Key"] for entry in listed.get("Contents", [])]
 
 
-def _answer(cluster: Cluster, name: str, query: str) -> list[tuple[object, ...]]:
+def _answer(cluster: Cluster, name: str, query: str) -> list[tuple[Any, ...]]:
     with connection(cluster, name) as opened:
         return rows(opened, query)

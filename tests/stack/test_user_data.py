@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pulumi
@@ -172,14 +173,14 @@ def test_any_text_is_quoted_correctly(text: str) -> None:
 
 
 def test_an_older_image_gets_no_key_that_it_would_refuse() -> None:
-    config = {"backupsEndpoint": "https://10.0.0.1", "backupsAuthority": AUTHORITY, "backupRetentionDays": "7"}
-    older = run(Account(images={NEW: Image(tags=image_tags(launch_revision=""))}), **config)
+    configured = partial(run, backupsEndpoint="https://10.0.0.1", backupsAuthority=AUTHORITY, backupRetentionDays="7")
+    older = configured(Account(images={NEW: Image(tags=image_tags(launch_revision=""))}))
     assert document(older).backups == launch.Backups(retention_days=7)
     assert [line for _, line in older.log if "older" in line] == [
         f"{NEW} (MLflow 3.17.2, image 20261122T101500Z) is older than backups.endpoint and backups.authority of the "
         "launch document: it ignores them until a newer image is pinned."
     ]
-    newer = run(**config)
+    newer = configured()
     assert document(newer).backups.endpoint == "https://10.0.0.1"
     assert not [line for _, line in newer.log if "older" in line]
 

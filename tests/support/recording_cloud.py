@@ -97,17 +97,21 @@ def engine_of(cloud: RecordingCloud, state: State, *, dry_run: bool = False) -> 
 def up(
     cloud: RecordingCloud,
     state: State,
-    body: Callable[[], None],
+    body: Callable[[], object],
     *,
     dry_run: bool = False,
     config: Mapping[str, str] | None = None,
 ) -> Engine:
-    """Recover, refresh, run the program and finish, like `rehearse.py up`."""
+    """Recover, refresh, run the program and finish, like `rehearse.py up`. What `body` returns is not used."""
+
+    def program() -> None:
+        body()
+
     engine = engine_of(cloud, state, dry_run=dry_run)
     engine.recover()
     engine.refresh()
     program_runner.run(
-        body,
+        program,
         engine,
         {},
         project="test",

@@ -17,7 +17,7 @@ from google.protobuf.struct_pb2 import Value
 from mlflow_host.server.json_encode import is_repeated
 
 NUMBERS = [0, 1, -1, 2**31 - 1, -(2**31)]
-VALUES = {
+VALUES: dict[int, list[Any]] = {
     FieldDescriptor.CPPTYPE_INT32: NUMBERS,
     FieldDescriptor.CPPTYPE_UINT32: [0, 1, 2**32 - 1],
     FieldDescriptor.CPPTYPE_INT64: [*NUMBERS, 2**63 - 1, 1_700_000_000_000],
@@ -28,7 +28,7 @@ VALUES = {
     FieldDescriptor.CPPTYPE_STRING: ["", "loss", "µ\n\"'", "\u2028 🙂"],
 }
 
-UNUSUAL_VALUES = [
+UNUSUAL_VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1, 2**31, 2**53 + 1, 2**63, -(2**63) - 1, 10**400, 5.0, 5.5, -0.0, 1e300),
     *(
         math.nan,

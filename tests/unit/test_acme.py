@@ -50,9 +50,9 @@ def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Autho
     threading.Thread(target=site.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(own.ca))
     monkeypatch.setattr(acme, "SECONDS", 120)
-    ports = {"directory": port, "management": free_port(), "httpPort": challenge_port, "tlsPort": free_port()}
+    made = partial(pebble, management=free_port(), httpPort=challenge_port, tlsPort=free_port())
     try:
-        with name_server(names, lambda name: "127.0.0.1"), pebble(tmp_path, own, names, **ports):
+        with name_server(names, lambda name: "127.0.0.1"), made(tmp_path, own, names, directory=port):
             yield Authority(f"https://127.0.0.1:{port}/dir", challenges)
     finally:
         site.shutdown()

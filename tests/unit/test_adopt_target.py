@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from typing import Any
 
 import pytest
@@ -35,8 +36,8 @@ class Objects:
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that the desk waits pass at once."""
     now = [0.0]
-    monkeypatch.setattr(target.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(target.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     return now
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import json_format
+from google.protobuf.message import Message
 from mlflow.protos import service_pb2
 from mlflow.protos.service_pb2 import LogBatch, Metric
 from mlflow.utils import proto_json_utils
@@ -19,26 +20,26 @@ from tests.unit.compare_json import COMPARISONS
 
 
 @pytest.mark.parametrize("comparison", COMPARISONS)
-def test_every_message_of_mlflow_is_read_and_written_as_by_protobuf_and_mlflow(comparison: str):
+def test_every_message_of_mlflow_is_read_and_written_as_by_protobuf_and_mlflow(comparison: str) -> None:
     COMPARISONS[comparison](random.Random(5))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", environments.releases())
-def test_other_releases_pass_the_same_comparison(version: str):
+def test_other_releases_pass_the_same_comparison(version: str) -> None:
     python = environments.environment(version)
     command = [str(python), "-W", "ignore", "-m", "tests.unit.compare_json"]
     folder = Path(__file__).parents[2]
     subprocess.run(command, check=True, cwd=folder, env={"PYTHONPATH": f"{folder}:{HOST_PACKAGE}"})
 
 
-def test_unusual_options_use_protobufs_functions():
+def test_unusual_options_use_protobufs_functions() -> None:
     metric = Metric(key="loss", value=0.5, timestamp=3, step=1)
     assert json_encode.message_to_dict(metric) == json_format.MessageToDict(metric)
     assert json_encode.message_to_dict(metric, True) == json_format.MessageToDict(metric, True)
 
 
-def test_non_empty_message_is_filled_by_protobuf():
+def test_non_empty_message_is_filled_by_protobuf() -> None:
     """ParseDict replaces lists; the fast parser would append to them."""
     message = LogBatch(run_id="a", metrics=[Metric(key="a", value=1)])
     json_decode.parse_dict({"metrics": [{"key": "b", "value": 2.0}]}, message, ignore_unknown_fields=True)
@@ -61,11 +62,11 @@ def test_non_empty_message_is_filled_by_protobuf():
     ],
     ids=lambda sent: type(sent).__name__,
 )
-def test_requests_of_mlflows_client_use_the_fast_parser(sent):
+def test_requests_of_mlflows_client_use_the_fast_parser(sent: Message) -> None:
     assert json_decode.plain(json.loads(proto_json_utils.message_to_json(sent)), type(sent)) == sent
 
 
-def test_mlflows_responses_have_no_line_breaks():
+def test_mlflows_responses_have_no_line_breaks() -> None:
     code = """
 import json
 from mlflow_host.server import json_decode, json_encode, mlflow_patches

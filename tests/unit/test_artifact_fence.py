@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -81,7 +82,7 @@ class Running:
     database: Path
     store: ObjectStore
 
-    def post(self, route: str, **body: object) -> requests.Response:
+    def post(self, route: str, **body: Any) -> requests.Response:
         return requests.post(f"{self.url}/api/2.0/mlflow/{route}", json=body, timeout=60)
 
     def get(self, route: str, **query: str) -> requests.Response:

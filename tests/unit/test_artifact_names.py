@@ -108,6 +108,7 @@ def outcome(act: Callable[[], Any]) -> Any:
     try:
         return act()
     except requests.HTTPError as error:
+        assert error.response is not None
         return error.response.status_code
     except mlflow.MlflowException as error:
         return error.error_code

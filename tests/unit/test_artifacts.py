@@ -1,5 +1,7 @@
 """The artifact repository with two buckets behaves like MLflow's own S3 repository with one."""
 
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 import asyncio
@@ -141,7 +143,11 @@ def test_the_same_calls_have_the_same_outcome(one: Any, two: Any, folder: Path, 
 @pytest.mark.parametrize("path", [f"{RUN}/absent", f"{MODEL}/absent"])
 def test_missing_file_is_not_found(two: Any, path: str, tmp_path: Path) -> None:
     """MLflow's S3 repository returns a server error, its repository of a folder returns "not found"."""
-    for call in (lambda: two.download_artifacts(path, str(tmp_path)), lambda: two.get_download_presigned_url(path)):
+    calls: list[Callable[[], Any]] = [
+        lambda: two.download_artifacts(path, str(tmp_path)),
+        lambda: two.get_download_presigned_url(path),
+    ]
+    for call in calls:
         with pytest.raises(StoreError, match=r"^No such artifact$") as refused:
             call()
         assert refused.value.get_http_status_code() == 404
@@ -580,10 +586,11 @@ def test_unreachable_store_returns_503(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_missing_multipart_upload_must_be_restarted(two: Any) -> None:
     from mlflow.entities.multipart_upload import MultipartUploadPart
 
-    for call in (
+    calls: list[Callable[[], Any]] = [
         lambda: two.abort_multipart_upload("x", "no-such-upload", RUN),
         lambda: two.complete_multipart_upload("x", "no-such-upload", [MultipartUploadPart(1, "e", "")], RUN),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(StoreError, match=r"\(NoSuchUpload\)\. Start the upload again\.$") as refused:
             call()
         assert refused.value.get_http_status_code() == 404

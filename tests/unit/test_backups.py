@@ -23,7 +23,7 @@ from mlflow_host.backups.recovery_points import BaseBackup, Dump, RecoveryPoint,
 from mlflow_host.contract import launch, restore_request, sizing
 from mlflow_host.machine import config, nginx
 from mlflow_host.machine.status import step
-from mlflow_host.postgres import pgbackrest
+from mlflow_host.postgres import dump_file, pgbackrest
 from mlflow_host.postgres.pgbackrest import BackupError, Repository, Stanza
 
 ROOTFS = Path(__file__).parents[2] / "provisioning" / "rootfs"
@@ -167,9 +167,12 @@ def test_dump_is_named_for_its_occasion(
     monkeypatch.setattr(
         config, "load", lambda: config.HostConfig(document(), sizing.size(sizing.MachineSize(2048, 2)), "")
     )
-    monkeypatch.setattr(
-        dump, "take", lambda cluster, bucket, history, now, occasion: taken.append(occasion) or "s3://x"
-    )
+
+    def take(cluster: Any, bucket: Any, history: Any, now: datetime, occasion: str) -> str:
+        taken.append(occasion)
+        return "s3://x"
+
+    monkeypatch.setattr(dump, "take", take)
     monkeypatch.setattr(dump, "expire", lambda bucket, retention, now: [])
     assert dump.main() == 0
     assert taken == [called] * bool(called)
@@ -233,8 +236,8 @@ def test_only_dumps_of_ours_directly_below_dumps_are_listed_and_deleted(monkeypa
     there = recovery_points.list_recovery_points(None, store, "bbb")
     assert [each.key for each in there.dumps] == ours
     assert [each.recorded for each in there.dumps] == [True, False, False]
-    monkeypatch.setattr(dump.dump_file, "s3_client", lambda bucket: store)
-    dump.expire(dump.dump_file.Bucket("bbb", "eu-central-1"), timedelta(days=30), NOW)
+    monkeypatch.setattr(dump_file, "s3_client", lambda bucket: store)
+    dump.expire(dump_file.Bucket("bbb", "eu-central-1"), timedelta(days=30), NOW)
     newest = max(ours)
     assert store.deleted == [key for each in sorted(ours) if each != newest for key in (each, f"{each}.sha256")]
 

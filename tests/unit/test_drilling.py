@@ -16,12 +16,12 @@ from types import SimpleNamespace
 import pytest
 
 from scripts import drill
-from scripts.drilling.expected_writes import ExpectedWrites, Touched, differences, leaves
+from scripts.drilling.expected_writes import ExpectedWrites, Sections, Touched, differences, leaves
 from scripts.imaging import catalog, promoting
 from scripts.local_cloud import LocalCloud
 
 NOTHING = Touched(set(), set())
-FIRST = {"runs": {"a": {"metrics": [1, 2, 3]}, "b": {"metrics": []}}, "queues": {"q": {"items": ["x"]}}}
+FIRST: Sections = {"runs": {"a": {"metrics": [1, 2, 3]}, "b": {"metrics": []}}, "queues": {"q": {"items": ["x"]}}}
 
 
 def one_stop() -> ExpectedWrites:
@@ -31,7 +31,7 @@ def one_stop() -> ExpectedWrites:
     return expected
 
 
-def findings(expected: ExpectedWrites, release: str, now: dict[str, dict[str, object]]) -> list[str]:
+def findings(expected: ExpectedWrites, release: str, now: Sections) -> list[str]:
     return [str(finding) for finding in expected.compare(release, now)]
 
 

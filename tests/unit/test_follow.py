@@ -84,7 +84,7 @@ def test_lists_that_look_otherwise_are_refused() -> None:
 def test_page_names_what_is_new_what_fell_back_and_what_failed(tmp_path: Path) -> None:
     def release(version: str, posts: dict[str, str], text: str, **more: Any) -> dict[str, Any]:
         source = {"run.Run": {"text": text, "hash": version}}
-        given = {"unsorted": [], "different": [], "migrations": {}, "fallbacks": [], "refused": None}
+        given: dict[str, Any] = {"unsorted": [], "different": [], "migrations": {}, "fallbacks": [], "refused": None}
         return {"version": version, "posts": posts, "sources": source, **given, **more}
 
     log = tmp_path / "drill.log"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mlflow_host.backups.last_runs import stamp
 from mlflow_host.garbage import collect, report
 from mlflow_host.garbage.plan import EXPERIMENT, MODEL, RUN, Item, OwnBuckets
 from mlflow_host.garbage.references import ModelVersion, overlap, path_of, references
@@ -106,7 +107,7 @@ def test_only_the_newest_reports_are_kept(tmp_path: Path) -> None:
     for kind in ("json", "txt"):
         assert len(list(tmp_path.glob(f"*{report.SUFFIX}.{kind}"))) == report.KEPT_REPORTS
     newest = json.loads((tmp_path / report.NEWEST).read_text())
-    assert newest["at"] == report.stamp(NOW + timedelta(days=7 * (report.KEPT_REPORTS + 1)))
+    assert newest["at"] == stamp(NOW + timedelta(days=7 * (report.KEPT_REPORTS + 1)))
 
 
 def test_remaining_items_are_left_after_failures_in_a_row() -> None:

@@ -58,8 +58,9 @@ def test_stack_reads_the_machines_report(
     ssm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_machine(monkeypatch, tmp_path, ssm)
-    keys = {"aws_access_key_id": "x", "aws_secret_access_key": "x"}
-    client = boto3.client("ssm", region_name="eu-central-1", endpoint_url=ssm, **keys)
+    client = boto3.client(
+        "ssm", region_name="eu-central-1", endpoint_url=ssm, aws_access_key_id="x", aws_secret_access_key="x"
+    )
     client.put_parameter(Name=NAME, Type="String", Value="not reported yet")
     assert in_service.parse(client.get_parameter(Name=NAME)["Parameter"]["Value"]) is None
     before = datetime.now(UTC).replace(microsecond=0)

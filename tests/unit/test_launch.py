@@ -292,7 +292,7 @@ def test_revision_is_the_newest_of_all_keys_and_later_keys_have_defaults() -> No
 
 
 def test_known_to_omits_newer_keys_and_lists_those_with_a_value() -> None:
-    raw = {
+    raw: dict[str, Any] = {
         "format": 1,
         "backups": {"retention_days": 7, "endpoint": "https://10.0.0.1", "authority": ""},
         "mlflow": {"job_execution": True},

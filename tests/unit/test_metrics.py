@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import socket
 import ssl
 import subprocess
 import threading
@@ -176,8 +177,8 @@ def test_certificate_that_is_served_is_measured(web: Path, tmp_path: Path, monke
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        real, port = metrics.socket.create_connection, server.server_port
-        monkeypatch.setattr(metrics.socket, "create_connection", lambda address, timeout: real((address[0], port)))
+        real, port = socket.create_connection, server.server_port
+        monkeypatch.setattr(socket, "create_connection", lambda address, timeout: real((address[0], port)))
         left = metrics.certificate_days(datetime.now(UTC))
         server.shutdown()
     assert left is not None and 9.9 <= left <= 10

@@ -296,7 +296,7 @@ def test_postgresql_starts_on_a_lock_file_that_names_another_process_of_its_user
         for taken_over, said in (("no", "Is another postmaster"), ("yes", "ready to accept connections")):
             lock_file(cluster, other.pid)
             shutil.chown(cluster / "postmaster.pid", user) if user else None
-            start = ["timeout", "--signal=INT", "5", "/usr/bin/python3", "-c", STEP, cluster, home / "status"]
-            done = as_postgres(*start, PROGRAMS / "postgres", taken_over)
+            start = ["timeout", "--signal=INT", "5", "/usr/bin/python3", "-c", STEP]
+            done = as_postgres(*start, cluster, home / "status", PROGRAMS / "postgres", taken_over)
             assert said in done.stderr, done.stderr
         other.kill()

@@ -198,9 +198,7 @@ with socket.socket(socket.AF_UNIX) as server:
 """
     popen = subprocess.Popen
     uds = tmp_path / "socket"
-    monkeypatch.setattr(
-        check_release.subprocess, "Popen", lambda *_, **__: popen([sys.executable, "-c", code, str(uds)])
-    )
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: popen([sys.executable, "-c", code, str(uds)]))
     seconds, memory, _, info = check_release.start_once(uds)
     assert seconds > 1 and memory > 1 and info == {}
 

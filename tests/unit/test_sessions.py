@@ -26,14 +26,14 @@ class Row(Base):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[services.PostgreSQL]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.PostgreSQL]:
     with services.postgresql(tmp_path_factory.mktemp("cluster") / "postgresql") as running:
         running.execute("create database mlflow")
         yield running
 
 
 @pytest.fixture
-def engine(cluster) -> Iterator[sqlalchemy.Engine]:
+def engine(cluster: services.PostgreSQL) -> Iterator[sqlalchemy.Engine]:
     made = sqlalchemy.create_engine(cluster.uri(), plugins=[db_connections.PLUGIN], pool_pre_ping=True)
     Base.metadata.drop_all(made)
     Base.metadata.create_all(made)
@@ -54,20 +54,20 @@ def engine(cluster) -> Iterator[sqlalchemy.Engine]:
     made.dispose()
 
 
-def test_only_postgresql_on_a_socket_goes_through_the_plugin():
+def test_only_postgresql_on_a_socket_goes_through_the_plugin() -> None:
     assert db_connections.through_plugin(ON_SOCKET) == f"{ON_SOCKET}&plugin=mlflow-host"
     for other in ("sqlite:////tmp/mlflow.db", "postgresql+psycopg2://mlflow@db.example.com/mlflow"):
         assert db_connections.through_plugin(other) == other
 
 
-def test_the_plugin_is_found_by_the_name_in_the_uri(cluster):
+def test_the_plugin_is_found_by_the_name_in_the_uri(cluster: services.PostgreSQL) -> None:
     engine = sqlalchemy.create_engine(f"{cluster.uri()}&plugin={db_connections.PLUGIN}", pool_pre_ping=True)
     with engine.connect() as connection:
         assert connection.scalar(text("select 1")) == 1
     assert engine.pool._pre_ping is False
 
 
-def test_closed_connections_are_replaced(engine, cluster):
+def test_closed_connections_are_replaced(engine: sqlalchemy.Engine, cluster: services.PostgreSQL) -> None:
     held = [engine.connect() for _ in range(3)]
     for connection in held:
         connection.close()
@@ -78,7 +78,7 @@ def test_closed_connections_are_replaced(engine, cluster):
             assert connection.scalar(text("select 1")) == 1
 
 
-def test_after_a_transaction_that_only_read_objects_keep_their_values(engine):
+def test_after_a_transaction_that_only_read_objects_keep_their_values(engine: sqlalchemy.Engine) -> None:
     with Session(engine) as session:
         row = session.get(Row, 1)
         session.commit()
@@ -86,9 +86,10 @@ def test_after_a_transaction_that_only_read_objects_keep_their_values(engine):
 
 
 @pytest.mark.parametrize("how", ["flush", "pending", "statement", "bulk"])
-def test_objects_are_reloaded_after_a_write(engine, how):
+def test_objects_are_reloaded_after_a_write(engine: sqlalchemy.Engine, how: str) -> None:
     with Session(engine) as session:
         row = session.get(Row, 1)
+        assert row is not None
         if how == "statement":
             session.execute(text("update rows set value = 2"))
         elif how == "bulk":
@@ -102,9 +103,10 @@ def test_objects_are_reloaded_after_a_write(engine, how):
         assert row.value == (1 if how == "bulk" else 2)
 
 
-def test_reads_after_a_write_use_a_new_transaction(engine):
+def test_reads_after_a_write_use_a_new_transaction(engine: sqlalchemy.Engine) -> None:
     with Session(engine) as session:
         row = session.get(Row, 1)
+        assert row is not None
         row.value = 2
         session.commit()
         assert row.value == 2  # begins another transaction, which only reads

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from moto import mock_aws
 
 from mlflow_host.contract import credentials
-from scripts import users
+from scripts import prompts, users
 from scripts.connect import ConnectedStack
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -95,7 +95,7 @@ def test_prompted_password_is_entered_twice(
     stack: ConnectedStack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers = iter(["correct-horse-battery", "correct-horse-bttery"])
-    monkeypatch.setattr(users.prompts, "ask_secret", lambda name, instead: next(answers))
+    monkeypatch.setattr(prompts, "ask_secret", lambda name, instead: next(answers))
     assert users.main(["add", "bob", "--prompt"]) == 2
     assert capsys.readouterr().err == "users: the two passwords differ\n"
 
