@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from scripts import invoker
 from tests.support.leftovers import leftovers, orphaned_network_namespaces, running_processes
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
     from scripts.local_cloud import LocalCloud
     from tests.support.servers import Server
+
+# No test is timed: the machines that run them are small and busy.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 BASES = [pytest.param("debian12"), pytest.param("debian13", marks=pytest.mark.slow)]
 

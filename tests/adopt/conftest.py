@@ -103,6 +103,8 @@ def stack(machine_cluster: PrivateCluster, objects: ObjectStore, tmp_path: Path)
         made = Stack(cluster, None, folder, objects, log)  # type: ignore[arg-type]
 
         def start(name: str) -> None:
+            if made.running and made.running[-1].poll() is None:
+                return  # systemd merges a start with that of a unit that runs
             where = [
                 cluster.host,
                 cluster.user,

@@ -372,7 +372,7 @@ def test_thousand_idle_and_slow_clients_keep_nobody_out(server: Server, wire: Wi
 
 
 @pytest.mark.slow
-@hypothesis_settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=400, suppress_health_check=list(HealthCheck))
 @given(
     st.binary(min_size=1, max_size=300), st.binary(max_size=2000), st.sampled_from(["GET", "POST", "PUT", "\x00", ""])
 )

@@ -229,7 +229,7 @@ TEXT = st.one_of(
 )
 
 
-@hypothesis_settings(max_examples=100, deadline=None)
+@hypothesis_settings(max_examples=100)
 @given(
     st.dictionaries(st.sampled_from(sorted(PROJECT["config"])), TEXT, max_size=6), st.text(max_size=60), st.booleans()
 )

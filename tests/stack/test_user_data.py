@@ -158,7 +158,7 @@ def test_undefined_name_in_the_template_is_an_error() -> None:
         user_data.render(content)
 
 
-@hypothesis_settings(max_examples=100, deadline=None)
+@hypothesis_settings(max_examples=100)
 @given(st.text(max_size=200))
 def test_any_text_is_quoted_correctly(text: str) -> None:
     """Whatever a value is, it is either refused, or read back as it was and as nothing more."""

@@ -9,6 +9,14 @@ import pytest
 from tests.support.services import PostgreSQL, create_schema, postgresql
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use `cluster`: `make check` leaves them out, and runs without PostgreSQL."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.service)
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
     """A cluster whose database `mlflow` has the tables of the installed MLflow."""

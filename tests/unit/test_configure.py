@@ -102,7 +102,7 @@ def test_missing_launch_document_is_explained(
 printable = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.dictionaries(st.from_regex(r"[A-Z][A-Z0-9_]{0,9}", fullmatch=True), printable, max_size=4))
 def test_environment_file_gives_every_value_back(variables: dict[str, str]) -> None:
     """Read by bash, whose double quotes follow the same rules as systemd's."""

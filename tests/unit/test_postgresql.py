@@ -219,7 +219,7 @@ def test_failed_initdb_leaves_no_cluster(tmp_path: Path) -> None:
     assert not (clusters / "15").exists()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(900, 500_000), st.integers(1, 128))
 def test_postgresql_accepts_the_settings_of_any_machine_size(memory_mb: int, cores: int) -> None:
     with tempfile.TemporaryDirectory(prefix="mlflow-settings-") as name:

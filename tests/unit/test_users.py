@@ -248,7 +248,7 @@ def test_two_admins_cannot_remove_each_other(
     assert roles(stack) == {"ada": "admin"}
 
 
-@hypothesis_settings(max_examples=150, deadline=None)
+@hypothesis_settings(max_examples=150)
 @given(*[st.dictionaries(st.sampled_from("abc"), st.sampled_from("xyz").map(lambda p: {"password": p}))] * 3)
 def test_two_concurrent_changes_are_both_kept(before: users.Users, ours: users.Users, theirs: users.Users) -> None:
     found = users.merged(before, ours, theirs)
@@ -257,7 +257,7 @@ def test_two_concurrent_changes_are_both_kept(before: users.Users, ours: users.U
         assert found.get(name) == (other if mine == was else mine)
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=300)
 @given(
     st.one_of(
         st.text(max_size=40),

@@ -1,8 +1,8 @@
 """All replacements of names in MLflow and protobuf that a server process makes: target, reason, and the test of each.
 
 Listeners and hooks through public interfaces are in other modules: SQLAlchemy's events (`db_connections`,
-`mlflow_checks`), Flask's before_request (`refusals`, `request_limits`, `artifact_fence`) and after_request
-(`page_transfers`), and MLflow's registry of artifact repositories (`artifact_fence`, `artifact_repository`).
+`mlflow_checks`), Flask's before_request (`refusals`, `request_limits`, `artifact_fence`), and MLflow's registry of
+artifact repositories (`artifact_fence`, `artifact_repository`).
 """
 
 from __future__ import annotations

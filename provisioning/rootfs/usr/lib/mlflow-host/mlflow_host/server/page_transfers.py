@@ -5,28 +5,46 @@ stack's buckets have no CORS rules, so a browser blocks each such response, and 
 Pages ask for /ajax-api/…/server-info, clients for /api/…/server-info.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import json
-from typing import Any
+
+from mlflow_host.server.flask_shortcut import Application, Message, Receive, Scope, Send
 
 OFFERS = ("multipart_uploads_enabled", "multipart_downloads_enabled")
 
 
-def offer_none_to_pages(flask: Any) -> None:
-    """Install the hook in MLflow's Flask application."""
-    flask.after_request(without_offers)
+def without_offers(application: Application) -> Application:
+    """`application`, whose server-info for pages offers no direct transfers."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if not (path.startswith("/ajax-api/") and path.endswith("/server-info")):
+            await application(scope, receive, send)
+            return
+        messages: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            messages.append(message)
+
+        await application(scope, receive, keep)
+        for message in edited(messages):
+            await send(message)
+
+    return wrapped
 
 
-def without_offers(response: Any) -> Any:
-    """Flask's after_request hook: the response, for a page's server-info without direct transfers."""
-    from flask import request
-
-    if not (request.path.startswith("/ajax-api/") and request.path.endswith("/server-info")):
-        return response
-    info = response.get_json(silent=True)
-    if isinstance(info, dict) and any(info.get(name) for name in OFFERS):
-        response.set_data(json.dumps(info | {name: False for name in OFFERS if name in info}))
-    return response
+def edited(messages: list[Message]) -> list[Message]:
+    """The messages of a response; of server-info with offers, two new ones with the same status and headers."""
+    body = b"".join(each.get("body", b"") for each in messages)
+    try:
+        info = json.loads(body)
+    except ValueError:  # an empty or compressed response
+        return messages
+    if not (isinstance(info, dict) and any(info.get(name) for name in OFFERS)):
+        return messages
+    body = json.dumps(info | {name: False for name in OFFERS if name in info}, separators=(",", ":")).encode()
+    start = next(each for each in messages if each["type"] == "http.response.start")
+    kept = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+    headers = [*kept, (b"content-length", str(len(body)).encode())]
+    return [{**start, "headers": headers}, {"type": "http.response.body", "body": body}]

@@ -96,7 +96,6 @@ def serve(uds: Path, *, first: bool = True) -> int:
         os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     forbid_migrations()
     refusals.install(flask)
-    page_transfers.offer_none_to_pages(flask)
     compatibility.switched_off(compatibility.installed_mlflow())  # half a second, once per process
     if CONFIG.exists():  # on a booting machine, the imports above run in parallel with the database step
         wait_until_done("database")
@@ -123,7 +122,7 @@ def serve(uds: Path, *, first: bool = True) -> int:
             await super().startup(sockets=sockets)
             notify("READY=1")
 
-    short = with_clients_scheme(shortened(application, flask, repository, threads))
+    short = with_clients_scheme(page_transfers.without_offers(shortened(application, flask, repository, threads)))
     served = request_limits.limited(request_limits.shared(short, max(1, threads.requests - 1)))
     served = health.with_health(served, os.environ["MLFLOW_BACKEND_STORE_URI"])
     server = Announced(
