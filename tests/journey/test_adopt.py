@@ -15,7 +15,7 @@ from scripts.local_cloud import LocalCloud
 from tests.adopt.test_adopt import fill
 from tests.support.servers import client_of, launch_server, on_machine, own_stack, script
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 
 def test_server_on_a_machine_adopts_a_sqlite_file(cloud: LocalCloud, image: Mapping[str, Any], tmp_path: Path) -> None:
