@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 NEWEST = releases()[-1]
 CLIENTS = ("2.22.0", OLDER, "3.17.2", NEWEST)
-BETWEEN_SWAPS_SECONDS = 20
+PATIENCE_SECONDS = 300
 
 
 @contextmanager
@@ -87,10 +87,25 @@ def differences(server: Server, release: str, file: Path) -> list[str]:
     return found
 
 
-def swap(*arguments: str) -> Server:
-    time.sleep(BETWEEN_SWAPS_SECONDS)
+def swap(files: Mapping[str, Path], *arguments: str) -> Server:
+    """Replace the machine while the trainings run; returns when each has finished a round on the new one.
+
+    A client waits up to two minutes between its last tries. A swap within that time would be the same outage to it.
+    """
+    wait_for_rounds(files)
     launch_server(*arguments)
+    wait_for_rounds(files)
     return describe_server()
+
+
+def wait_for_rounds(files: Mapping[str, Path]) -> None:
+    """Wait until each training has begun and finished a round."""
+    due = {release: len(acknowledged(file)) + 2 for release, file in files.items()}
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while late := [release for release, file in files.items() if len(acknowledged(file)) < due[release]]:
+        told = {release: files[release].with_suffix(".err").read_text()[-1000:] for release in late}
+        assert time.monotonic() < deadline, f"no round for {PATIENCE_SECONDS} s: {told}"
+        time.sleep(1)
 
 
 def test_training_goes_on_while_the_machine_is_replaced(
@@ -99,7 +114,7 @@ def test_training_goes_on_while_the_machine_is_replaced(
     with own_stack(cloud, "swaps"):
         server = launch_server("--ami", image["ami_id"])
         with trainings(server, (NEWEST,), tmp_path) as files:
-            after = swap("--set", "backupRetentionDays=7")
+            after = swap(files, "--set", "backupRetentionDays=7")
             assert after.instance_id != server.instance_id
         assert len(acknowledged(files[NEWEST])) >= 2
         assert differences(after, NEWEST, files[NEWEST]) == []
@@ -114,8 +129,7 @@ def test_trainings_of_old_and_new_clients_go_on_over_ten_swaps(
         server = launch_server("--ami", older_image)
         with trainings(server, CLIENTS, tmp_path) as files:
             for number in range(5):
-                swap("--ami", newer)
-                server = swap("--ami", older_image, "--set", f"backupRetentionDays={7 + number}")
-            time.sleep(BETWEEN_SWAPS_SECONDS)
+                swap(files, "--ami", newer)
+                server = swap(files, "--ami", older_image, "--set", f"backupRetentionDays={7 + number}")
         for release, file in files.items():
             assert differences(server, release, file) == [], release
