@@ -190,12 +190,7 @@ def test_operators_are_told_within_five_minutes_of_a_dead_server_and_of_a_broken
         until(lambda: states(cloud, "dead")["server-down"] == states(cloud, "dead")["backups-late"] == "OK", 300)
         cloud.client("ec2").stop_instances(InstanceIds=[own.instance_id])
         until(lambda: states(cloud, "dead")["server-down"] == "ALARM", 300)
-        received = []
-        while got := cloud.client("sqs").receive_message(QueueUrl=queue, MaxNumberOfMessages=10).get("Messages"):
-            received += [json.loads(json.loads(each["Body"])["Message"]) for each in got]
-            for each in got:
-                cloud.client("sqs").delete_message(QueueUrl=queue, ReceiptHandle=each["ReceiptHandle"])
-    told = [(each["AlarmName"].rsplit("-", 1)[0], each["NewStateValue"]) for each in received]
+    told = [(each["AlarmName"].rsplit("-", 1)[0], each["NewStateValue"]) for each in received(cloud, queue)]
     assert told.count(("server-down", "ALARM")) == 2 and ("backups-late", "ALARM") in told, told
 
 
@@ -209,6 +204,16 @@ def pager(cloud: LocalCloud) -> tuple[str, str]:
     return str(topic), str(queue)
 
 
+def received(cloud: LocalCloud, queue: str) -> list[dict[str, Any]]:
+    """The messages about alarms in a queue, which is empty then."""
+    sqs, found = cloud.client("sqs"), []
+    while got := sqs.receive_message(QueueUrl=queue, MaxNumberOfMessages=10).get("Messages"):
+        found += [dict(json.loads(json.loads(each["Body"])["Message"])) for each in got]
+        for each in got:
+            sqs.delete_message(QueueUrl=queue, ReceiptHandle=each["ReceiptHandle"])
+    return found
+
+
 def states(cloud: LocalCloud, name: str) -> dict[str, str]:
     """The state of each alarm of a stack, by the alarm's name in the setting."""
     found = cloud.client("cloudwatch").describe_alarms()["MetricAlarms"]
@@ -220,7 +225,6 @@ def test_a_volume_that_fills_up_sets_off_the_alarm_then_takes_no_writes_until_th
     cloud: LocalCloud, image: Mapping[str, Any]
 ) -> None:
     """By the machine's own timers; the local cloud evaluates the alarm as CloudWatch would."""
-    sqs = cloud.client("sqs")
     topic, queue = pager(cloud)
     with own_stack(cloud, "full"):
         own = launch_server("--ami", image["ami_id"], "--set", f"alarmTopicArn={topic}", "--set", "dataVolumeGib=8")
@@ -265,8 +269,7 @@ def test_a_volume_that_fills_up_sets_off_the_alarm_then_takes_no_writes_until_th
         until(lambda: write().status_code == 200, 60)
         if own_kernel.has_capability(own_kernel.CAP_SYS_RESOURCE):
             until(lambda: not on_machine(cloud, own, "systemctl", "list-units", "--state=failed", "--no-legend"), 60)
-    received = sqs.receive_message(QueueUrl=queue, MaxNumberOfMessages=10)["Messages"]
-    messages = [json.loads(json.loads(each["Body"])["Message"]) for each in received]
+    messages = [each for each in received(cloud, queue) if each["AlarmName"].startswith("data-volume-full-")]
     assert "ALARM" in [each["NewStateValue"] for each in messages]
     assert all("Enlarge it (the setting dataVolumeGib)" in each["AlarmDescription"] for each in messages)
 
