@@ -138,8 +138,6 @@ def inflated(raw: bytes, window: int) -> bytes:
 
 def oddity(path: str, query: bytes, body: Any) -> str | None:
     """The error of a request that MLflow would answer with 500, or of a presigned URL with too long a validity."""
-    if body is not None and not isinstance(body, (dict, str)):  # old clients send an object as the text of its JSON
-        return "the JSON of the request must be an object, in { and }"
     if b"\0" in unquote_to_bytes(query):
         return "The query of this request contains a NUL character (U+0000), which PostgreSQL cannot store: remove it."
     if path.endswith("/graphql") and not isinstance(body.get("query") if isinstance(body, dict) else None, str):
@@ -174,22 +172,38 @@ def conditions_of(text: str) -> int:
 
 
 def refuse_dear_requests(flask_application: Any) -> None:
-    """Make MLflow's Flask application return 400 to searches beyond the limits and to JSON that nests too deeply."""
+    """Make MLflow's Flask application return 400 to searches beyond the limits and to JSON that nests too deeply, and
+    in place of 500 to JSON that is no object."""
     import flask
+
+    def with_json() -> bool:
+        """Whether the request has a body other than a file."""
+        request = flask.request
+        is_json = not UNSHARED.search(request.path) or PRESIGNED.search(request.path)
+        return bool(request.method not in ("GET", "HEAD") and is_json and request.data)
+
+    @flask_application.after_request  # type: ignore[untyped-decorator]
+    def explain(response: Any) -> Any:
+        if response.status_code != 500 or not with_json():
+            return response
+        body = flask.request.get_json(force=True, silent=True)
+        if body is None or isinstance(body, (dict, str)):  # old clients send an object as the text of its JSON
+            return response
+        return answered("the JSON of the request must be an object, in { and }")
 
     @flask_application.before_request  # type: ignore[untyped-decorator]
     def refuse() -> Any:
         request = flask.request
+        if request.routing_exception is not None:  # MLflow answers with 404, 405 or a redirect
+            return None
         try:
-            is_json = not UNSHARED.search(request.path) or PRESIGNED.search(request.path)
-            with_json = request.method not in ("GET", "HEAD") and is_json and request.data
-            search = request.get_json(force=True, silent=True) if with_json else None
+            search = request.get_json(force=True, silent=True) if with_json() else None
         except RecursionError:
             return answered("the JSON of the request nests too deeply")
         asked = request.args.to_dict() if request.method == "GET" else search
         if sentence := oddity(request.path, request.query_string, asked):
             return answered(sentence)
-        if with_json and search is None and request.path.endswith("/runs/log-batch"):
+        if search is None and request.path.endswith("/runs/log-batch") and with_json():
             return answered("the body of the request is not JSON")
         if not request.path.endswith("/search"):
             return None
