@@ -68,7 +68,7 @@ def drift(stack: str) -> None:
     github.summary(f"## {title}\n\n{github.fenced(text, 'diff')}\n")
     if DRIFTED not in text:
         mark_mistakes(stack, text)
-        raise StepFailed(f"the preview of {stack} failed, so that nothing is known about drift", status)
+        raise StepFailed(f"the preview of {stack} failed, so that nothing is known about drift")
     body = f"{github.run_address()}\n\n{github.fenced(github.shorten(text, COMMENT_LIMIT), 'diff')}\n"
     known = tool("gh", "issue", "list", "--search", f'"{title}" in:title', "--json", "number", "--jq", ".[0].number")
     if known:

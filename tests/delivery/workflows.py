@@ -93,7 +93,9 @@ class Runner:
         program = self.folder / "bin" / tool
         program.parent.mkdir(exist_ok=True)
         log = shlex.quote(str(self.folder / f"{tool}.calls"))
-        program.write_text(f'#!/bin/sh\necho "$*" | tr "\\n" "|" >>{log}; echo >>{log}\ncase "$*" in\n{cases}esac\n')
+        program.write_text(
+            f'#!/bin/sh\nprintf %s "$*" | tr "\\n" "|" >>{log}; echo >>{log}\ncase "$*" in\n{cases}esac\n'
+        )
         program.chmod(0o755)
 
     def _text(self, tool: str, number: int, text: str) -> Path:
