@@ -55,7 +55,9 @@ PACKER = Tool(
 )
 AMAZON = Tool("packer-plugin-amazon", "github.com/hashicorp/packer-plugin-amazon", vendor="packer init packer")
 ACTIONLINT = Tool(
-    "actionlint", "github.com/rhysd/actionlint/cmd/actionlint", vendor="see https://github.com/rhysd/actionlint/releases"
+    "actionlint",
+    "github.com/rhysd/actionlint/cmd/actionlint",
+    vendor="see https://github.com/rhysd/actionlint/releases",
 )
 
 
