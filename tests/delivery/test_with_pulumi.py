@@ -1,4 +1,4 @@
-"""preview, deploy, rollback and drift with the real Pulumi, on moto: what the stand-in of test_stack_steps.py stands for."""
+"""preview, deploy, rollback and drift with the real Pulumi on moto, which test_stack_steps.py has a stand-in for."""
 
 from __future__ import annotations
 
