@@ -32,7 +32,7 @@ prepare-bench:
 	@scripts/prepare.sh bench
 prepare-test: ## install what the tests need as well: PostgreSQL, nginx, Chromium, scanners
 	@scripts/prepare.sh test
-prepare-tools: prepare-demo ## build Pulumi's CLI and a current Packer below build/tools, unless they are on PATH (needs Go)
+prepare-tools: prepare-demo ## build Pulumi's CLI, a current Packer and actionlint below build/tools, unless on PATH (needs Go)
 	@$(PYTHON) scripts/prepare_tools.py >/dev/null
 
 .PHONY: demo demo-down demo-purge

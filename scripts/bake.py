@@ -137,7 +137,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where = parser.add_argument_group("where")
     where.add_argument("--local", action="store_true", help="bake on the embedded cloud: no AWS account, needs root")
     where.add_argument(
-        "--base", choices=("debian12", "debian13"), help="source image on the embedded cloud (default debian12)"
+        "--base",
+        choices=("debian12", "debian13", "ubuntu24.04"),
+        help="source image on the embedded cloud (default debian12; ubuntu24.04 where Ubuntu's archive answers)",
     )
     where.add_argument("--region", help=f"AWS region (default: {aws_session.WHERE})")
     where.add_argument("--instance-type", metavar="TYPE", help="instance type of the builder (default t3.medium)")

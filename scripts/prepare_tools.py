@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build Pulumi's CLI and a current Packer with its amazon plug-in below build/tools, if they are not on PATH.
+"""Build Pulumi's CLI, a current Packer with its amazon plug-in, and actionlint below build/tools, if not on PATH.
 
 A tool on PATH is used as it is. The others are built from their Go modules: `scripts/real_tools/<tool>/go.mod` pins the
 version, go.sum the checksum of every module. Tools that are built already are not built again. A first build takes
@@ -54,6 +54,11 @@ PACKER = Tool(
     vendor="see https://developer.hashicorp.com/packer/install (1.7 or newer)",
 )
 AMAZON = Tool("packer-plugin-amazon", "github.com/hashicorp/packer-plugin-amazon", vendor="packer init packer")
+ACTIONLINT = Tool(
+    "actionlint",
+    "github.com/rhysd/actionlint/cmd/actionlint",
+    vendor="see https://github.com/rhysd/actionlint/releases",
+)
 
 
 class ToolsMissing(Exception):
@@ -87,6 +92,8 @@ def missing() -> list[Tool]:
         found.append(PULUMI)
     if not has_current_packer():
         found += [tool for tool in (PACKER, AMAZON) if not built(tool)]
+    if not elsewhere("actionlint") and not built(ACTIONLINT):
+        found.append(ACTIONLINT)
     return found
 
 
@@ -141,7 +148,7 @@ def digest(tool: Tool) -> str:
 
 def version(tool: Tool) -> str:
     """The version of the tool's own module that go.mod requires, such as 3.274.1."""
-    module = tool.package.removesuffix("/cmd/pulumi")
+    module = tool.package.removesuffix(f"/cmd/{tool.name}")
     text = (MODULES / tool.name / "go.mod").read_text()
     found = re.search(rf"^(?:require)?\s*{re.escape(module)} v(\S+)", text, re.MULTILINE)
     assert found, f"scripts/real_tools/{tool.name}/go.mod does not require {module}"

@@ -25,7 +25,7 @@ from scripts import aws_session
 from scripts.rehearsal.data_sources import LOOKUPS
 from scripts.rehearsal.errors import RehearsalError
 from scripts.rehearsal.plugin_server import serve
-from scripts.rehearsal.resource_types import Aws, Kind
+from scripts.rehearsal.resource_types import Aws, Kind, seeded
 from scripts.rehearsal.resources import KINDS
 from scripts.rehearsal.wire import Props, Secret, default_tags, from_wire, holds_secret, reveal, to_wire
 
@@ -80,7 +80,8 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
     def Check(self, request: Any, context: Any) -> Any:
         kind = _kind(request.type, context)
         inputs, olds = from_wire(request.news), from_wire(request.olds)
-        return provider_pb2.CheckResponse(inputs=to_wire(checked(kind, request.name, inputs, olds, self.tags)))
+        with seeded(request.randomSeed):
+            return provider_pb2.CheckResponse(inputs=to_wire(checked(kind, request.name, inputs, olds, self.tags)))
 
     def Diff(self, request: Any, context: Any) -> Any:
         kind = _kind(request.type, context)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import hashlib
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,5 +50,22 @@ class Kind:
 
 
 def physical_name(logical: str, inputs: Props) -> str:
-    """A name in Pulumi's format: the logical name and seven random hex digits."""
-    return f"{logical}-{secrets.token_hex(4)[:7]}"
+    """A name in Pulumi's format: the logical name and seven random hex digits, which follow from the seed if there is
+    one."""
+    seed = SEED.get()
+    digits = hashlib.sha256(seed + logical.encode()).hexdigest() if seed else secrets.token_hex(4)
+    return f"{logical}-{digits[:7]}"
+
+
+SEED: contextvars.ContextVar[bytes] = contextvars.ContextVar("seed", default=b"")
+
+
+@contextlib.contextmanager
+def seeded(seed: bytes) -> Iterator[None]:
+    """Names made in the block follow from the seed. Pulumi keeps a resource's seed in its plan, so that `up --plan`
+    makes the names that were previewed."""
+    token = SEED.set(seed)
+    try:
+        yield
+    finally:
+        SEED.reset(token)

@@ -7,7 +7,7 @@ from typing import Any
 from pulumi.runtime.proto import provider_pb2
 
 from scripts.rehearsal.provider import GENERATED, checked, difference, outputs
-from scripts.rehearsal.resource_types import Kind
+from scripts.rehearsal.resource_types import Kind, physical_name, seeded
 from scripts.rehearsal.wire import UNKNOWN, Secret
 
 
@@ -34,6 +34,15 @@ def test_a_generated_name_lives_as_long_as_the_resource() -> None:
     assert difference(NAMED, first, kept).diffs == ["size"]
     # A name that the program chose once is not taken for a generated one.
     assert checked(NAMED, "server", {}, {"name": "chosen"}, {})["name"] == "server-0a1b2c3"
+
+
+def test_names_follow_from_the_seed_that_pulumi_keeps_in_a_plan() -> None:
+    def name(seed: bytes) -> str:
+        with seeded(seed):
+            return physical_name("server", {})
+
+    assert name(b"planned") == name(b"planned") != name(b"another")
+    assert name(b"") != name(b"") and physical_name("server", {}) != physical_name("server", {})
 
 
 def test_resource_tags_override_default_tags() -> None:

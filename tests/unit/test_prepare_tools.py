@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts import prepare_tools
-from scripts.prepare_tools import AMAZON, PACKER, PULUMI, ToolsMissing
+from scripts.prepare_tools import ACTIONLINT, AMAZON, PACKER, PULUMI, ToolsMissing
 
 GO = """#!/bin/sh
 echo "$*" >>"$(dirname "$0")/calls"
@@ -31,13 +31,13 @@ def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_second_run_builds_nothing(go: Path) -> None:
-    assert prepare_tools.missing() == [PULUMI, PACKER, AMAZON]
+    assert prepare_tools.missing() == [PULUMI, PACKER, AMAZON, ACTIONLINT]
     prepare_tools.prepare(prepare_tools.missing())
     assert prepare_tools.missing() == []
     calls = (go.parent / "calls").read_text()
     prepare_tools.prepare(prepare_tools.missing())
     assert (go.parent / "calls").read_text() == calls
-    assert calls.count("build ") == 3
+    assert calls.count("build ") == 4
 
 
 def test_a_plug_in_that_was_built_but_not_installed_is_missing(go: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_a_plug_in_that_was_built_but_not_installed_is_missing(go: Path, monkeyp
     monkeypatch.setattr(prepare_tools, "install_plugin", refuse)
     with pytest.raises(ToolsMissing):
         prepare_tools.prepare(prepare_tools.missing())
-    assert prepare_tools.missing() == [AMAZON]
+    assert prepare_tools.missing() == [AMAZON, ACTIONLINT]
 
 
 def test_without_go_the_vendors_ways_are_named(go: Path, monkeypatch: pytest.MonkeyPatch) -> None:

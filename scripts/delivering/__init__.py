@@ -1,0 +1,2 @@
+"""The steps that delivery.py lists: of images (`image_steps`), of a stack (`stack_steps`), the smoke test
+(`smoke_test`), the renewal of MLflow (`renewal`); what they write for GitHub (`github`), what they run (`commands`)."""

@@ -1,0 +1,126 @@
+"""The steps that read or change a stack of infra/: preview, deploy, rollback, drift."""
+
+from __future__ import annotations
+
+import re
+
+from scripts import pulumi_stack
+from scripts.delivering import commands, github
+from scripts.delivering.commands import StepFailed, pulumi, tool
+
+COMMENT_LIMIT = 60_000
+"""Characters. GitHub refuses a comment of more than 65,536."""
+DRIFTED = "no changes were expected"
+"""In Pulumi's error when --expect-no-changes finds some."""
+
+
+def preview(stack: str, plan: str) -> None:
+    """Preview into a plan, as summary and, in a pull request, as its comment. Mistakes become annotations."""
+    file = commands.REPOSITORY / plan
+    file.parent.mkdir(parents=True, exist_ok=True)
+    status, text = pulumi("preview", "--diff", "--save-plan", str(file), stack=stack)
+    head = f"## Preview of `{stack}`" + (": refused" if status else "")
+    body = f"{head}\n\n{github.fenced(github.shorten(text, COMMENT_LIMIT), 'diff')}\n"
+    github.summary(body)
+    mark_mistakes(stack, text)
+    if number := github.pull_request():
+        comment(number, body)
+    if status:
+        raise StepFailed(f"the preview of {stack} was refused; nothing was changed", 2)
+
+
+def deploy(stack: str, plan: str) -> None:
+    """`pulumi up` within the plan. Output: previous, the image that ran before (empty for a new stack).
+
+    Raises StepFailed if the update needs what is not in the plan: preview again then.
+    """
+    github.output(previous=running_image(stack))
+    status, text = pulumi("up", "--yes", "--skip-preview", "--plan", str(commands.REPOSITORY / plan), stack=stack)
+    github.summary(f"## Update of `{stack}`{': failed' if status else ''}\n\n{github.fenced(text)}\n")
+    mark_mistakes(stack, text)
+    if status:
+        raise StepFailed(f"the update of {stack} failed (exit status {status})")
+
+
+def rollback(stack: str, image: str) -> None:
+    """Pin the image and update the stack to it. Settings of the commit stay; the data is carried by the boot."""
+    must(stack, "config", "set", "amiId", image)
+    must(stack, "config", "rm", "channel")
+    status, text = pulumi("up", "--yes", "--skip-preview", stack=stack)
+    github.summary(f"## Rollback of `{stack}` to {image}{': failed' if status else ''}\n\n{github.fenced(text)}\n")
+    if status:
+        raise StepFailed(f"the rollback of {stack} to {image} failed (exit status {status}): the server may be down")
+    github.annotate(
+        "warning",
+        f"{stack} runs {image} again, which is not what the repository says: set amiId to it in "
+        f"infra/Pulumi.{stack}.yaml and remove channel, or the next deployment repeats the failed one",
+        f"infra/Pulumi.{stack}.yaml",
+    )
+
+
+def drift(stack: str) -> None:
+    """Open an issue, or add to the open one, if the stack differs from the repository. Raises StepFailed then."""
+    status, text = pulumi("preview", "--refresh", "--expect-no-changes", "--diff", stack=stack)
+    if not status:
+        github.summary(f"`{stack}` is as the repository describes it.\n")
+        return
+    title = f"Drift of {stack}"
+    github.summary(f"## {title}\n\n{github.fenced(text, 'diff')}\n")
+    if DRIFTED not in text:
+        mark_mistakes(stack, text)
+        raise StepFailed(f"the preview of {stack} failed, so that nothing is known about drift")
+    body = f"{github.run_address()}\n\n{github.fenced(github.shorten(text, COMMENT_LIMIT), 'diff')}\n"
+    known = tool("gh", "issue", "list", "--search", f'"{title}" in:title', "--json", "number", "--jq", ".[0].number")
+    if known:
+        tool("gh", "issue", "comment", known, "--body", body)
+    else:
+        tool("gh", "issue", "create", "--title", title, "--body", body)
+    raise StepFailed(f"{stack} differs from what the repository describes; the issue {title!r} has the difference")
+
+
+def running_image(stack: str) -> str:
+    """The image of the stack's last update; empty for a stack that was never launched. Raises StepFailed."""
+    try:
+        return str(pulumi_stack.run("stack", "output", "--json", stack=stack).get("amiId", ""))
+    except pulumi_stack.PulumiError as error:
+        raise StepFailed(str(error), 2) from None
+
+
+def must(stack: str, *arguments: str) -> None:
+    """Run a Pulumi command that has to succeed. Raises StepFailed."""
+    status, text = pulumi(*arguments, stack=stack)
+    if status:
+        raise StepFailed(f"pulumi {' '.join(arguments)} failed: {text}")
+
+
+def comment(number: int, body: str) -> None:
+    """One comment per pull request: the next preview replaces it."""
+    tool("gh", "pr", "comment", str(number), "--edit-last", "--create-if-none", "--body", body)
+
+
+def mark_mistakes(stack: str, text: str) -> None:
+    """Annotate the mistakes, errors and warnings in Pulumi's output, at the line of the setting that they name."""
+    settings = commands.REPOSITORY / f"infra/Pulumi.{stack}.yaml"
+    lines = settings.read_text(encoding="utf-8").splitlines() if settings.exists() else []
+    for level, sentence in dict.fromkeys(mistakes(text)):
+        key = sentence.partition(":")[0]
+        at = next(
+            (n for n, line in enumerate(lines, start=1) if re.match(rf"\s*mlflow-ami:{re.escape(key)}:", line)), 0
+        )
+        github.annotate(level, sentence, f"infra/{settings.name}" if at else "", at)
+
+
+def mistakes(text: str) -> list[tuple[str, str]]:
+    """(level, sentence) of each diagnostic. Of the program's own list of mistakes, each is one."""
+    found, listing = [], False
+    for line in text.splitlines():
+        if listing and (item := re.match(r"\s+- (.+)", line)):
+            found.append(("error", item[1]))
+            continue
+        listing = False
+        if not (diagnostic := re.match(r"\s*(error|warning): (.+)", line)):
+            continue
+        listing = diagnostic[2].endswith("nothing was changed:")
+        if not listing and "an unhandled error occurred" not in diagnostic[2]:
+            found.append((diagnostic[1], diagnostic[2]))
+    return found

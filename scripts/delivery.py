@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""The steps of the workflows in .github/workflows, one command each. They do at your desk what they do there.
+
+From a commit to a promoted image:
+
+  delivery.py bake                              bake the image, unless one has the same inputs
+  delivery.py diff ami-… staging                what changes from the image that the channel names
+  delivery.py drill ami-… staging               rehearse the way from that image's MLflow and back (needs root)
+  delivery.py promote ami-… staging --drill build/delivery/drill.json
+
+From a merge to production:
+
+  delivery.py preview prod                      preview, and save it as the plan
+  delivery.py deploy prod                       `pulumi up` within that plan
+  delivery.py smoke --stack prod                MLflow's client writes, reads back and deletes
+  delivery.py rollback prod ami-…               pin the image that ran before
+  delivery.py drift prod                        open an issue if somebody changed the stack by hand
+
+And from a release of MLflow to a pull request:
+
+  delivery.py renew production                  try the newest MLflow, against the channel's too (needs root)
+  delivery.py propose 3.19.0                    open a pull request with what `renew` proposes
+
+In a workflow a step sets outputs (GITHUB_OUTPUT), adds to the job's summary (GITHUB_STEP_SUMMARY) and marks mistakes as
+annotations; at your desk all that is printed to standard error. An empty argument counts as left out, so that a
+workflow can pass a variable that is not set. infra/README.md says how to set the workflows up.
+
+Exit status 0: done; 1: a step failed or found drift; 2: refused, with one sentence; 130: interrupted.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+
+# isort: split
+import argparse
+import sys
+
+from scripts import connect
+from scripts.delivering import commands, github, image_steps, renewal, smoke_test, stack_steps
+from scripts.delivering.commands import StepFailed
+from scripts.interrupts import end_like_ctrl_c
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    end_like_ctrl_c()
+    try:
+        take(arguments)
+    except StepFailed as failed:
+        github.annotate("error", str(failed))
+        return failed.status
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def take(arguments: argparse.Namespace) -> None:
+    """Take the step. Raises StepFailed."""
+    match arguments.step:
+        case "bake":
+            image_steps.bake(arguments.source_ami, arguments.source_owner, arguments.mlflow_version)
+        case "diff":
+            image_steps.diff(arguments.image, arguments.channel)
+        case "drill":
+            image_steps.drill(arguments.image, arguments.channel)
+        case "promote":
+            image_steps.promote(arguments.image, arguments.channel, arguments.drill)
+        case "preview":
+            stack_steps.preview(arguments.stack, arguments.plan)
+        case "deploy":
+            stack_steps.deploy(arguments.stack, arguments.plan)
+        case "smoke":
+            smoke_test.smoke(arguments)
+        case "rollback":
+            stack_steps.rollback(arguments.stack, arguments.image)
+        case "drift":
+            stack_steps.drift(arguments.stack)
+        case "renew":
+            renewal.renew(arguments.channel, arguments.mlflow_version)
+        case "propose":
+            renewal.propose(arguments.version, arguments.passed == "True")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="delivery.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+
+    def step(name: str, help: str, *positional: str) -> argparse.ArgumentParser:
+        made = steps.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        for each in positional:
+            made.add_argument(each, metavar=each.upper(), type=given, help=MEANT[each])
+        return made
+
+    baking = step("bake", "bake the machine image on AWS, unless one has the same inputs")
+    baking.add_argument("--source-ami", default="", metavar="IMAGE", help="as of bake.py")
+    baking.add_argument("--source-owner", default="", metavar="ID", help="as of bake.py")
+    baking.add_argument("--mlflow-version", default="", metavar="X", help="as of bake.py")
+    step("diff", "show what changes from the channel's image to this one", "image", "channel")
+    step("drill", "rehearse the change from the channel's image to this one and back", "image", "channel")
+    promoting = step("promote", "let the channel name the image", "image", "channel")
+    promoting.add_argument("--drill", default="", metavar="FILE", help="what `drill` wrote")
+    plan = str(commands.RESULTS / "plan.json")
+    for name, help in (
+        ("preview", "preview the stack's next update, and save it as a plan"),
+        ("deploy", "update the stack within the plan"),
+    ):
+        step(name, help, "stack").add_argument(
+            "--plan", default=plan, metavar="FILE", help=f"the plan (default {plan})"
+        )
+    smoking = step("smoke", "wait for the server, then write, read back and delete with MLflow's client")
+    connect.add_choice(smoking)
+    smoking.add_argument("--wait", type=int, default=900, metavar="SECONDS", help="for its boot (default 900)")
+    step("rollback", "pin an image and update the stack to it", "stack", "image")
+    step("drift", "compare the stack with the repository; open an issue if they differ", "stack")
+    renewing = step("renew", "lock, compare, bake and drill the newest MLflow", "channel")
+    renewing.add_argument("--mlflow-version", default="", metavar="X", help="another release than the newest")
+    proposing = step("propose", "open a pull request with what `renew` proposes", "version")
+    proposing.add_argument("--passed", default="", help="`True` if every step passed; otherwise it is a draft")
+    return parser.parse_args(argv)
+
+
+MEANT = {
+    "image": "the image's ID",
+    "channel": "a channel of scripts/images.py, such as staging",
+    "stack": "a Pulumi stack of infra/, with its settings in infra/Pulumi.STACK.yaml",
+    "version": "a release of MLflow",
+}
+
+
+def given(text: str) -> str:
+    if not text or text.startswith("-"):
+        raise argparse.ArgumentTypeError("it is empty: is the variable of the workflow set?")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The workflows as data, and a GitHub runner's environment for their steps."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scripts import delivery
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2 as GitHub reads it: `on` is a word."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def load(path: Path) -> dict[str, Any]:
+    return dict(yaml.load(path.read_text(encoding="utf-8"), Loader))
+
+
+WORKFLOWS = {path.stem: load(path) for path in FILES}
+
+
+def jobs() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(workflow, name of the job, job)."""
+    for workflow, document in WORKFLOWS.items():
+        for name, job in document["jobs"].items():
+            yield workflow, name, job
+
+
+def steps() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(workflow, step, the variables that it sees)."""
+    for workflow, _, job in jobs():
+        for step in job["steps"]:
+            yield workflow, step, WORKFLOWS[workflow].get("env", {}) | job.get("env", {}) | step.get("env", {})
+
+
+def words(line: str, variables: Mapping[str, str]) -> list[str]:
+    """The words of a `run:` as the shell passes them; only whole, quoted variables are replaced."""
+    return [variables[word[1:]] if re.fullmatch(r"\$\w+", word) else word for word in shlex.split(line)]
+
+
+def line_of(workflow: str, step: str) -> str:
+    """The first `run:` of a workflow that takes this step of delivery.py."""
+    lines = [each["run"] for name, each, _ in steps() if name == workflow and "run" in each]
+    return str(next(line for line in lines if f"delivery.py {step} " in line))
+
+
+@dataclass
+class Runner:
+    """Takes steps as a workflow does: its line, GitHub's files, the variables that the workflow would set."""
+
+    folder: Path
+
+    def take(self, workflow: str, step: str, status: int = 0, **variables: str) -> dict[str, str]:
+        """The step's outputs."""
+        (self.folder / "output").write_text("")
+        line = line_of(workflow, step)
+        assert delivery.main(words(line, variables)[line.split().index("scripts/delivery.py") + 1 :]) == status
+        return dict(each.split("=", 1) for each in (self.folder / "output").read_text().splitlines())
+
+    @property
+    def summary(self) -> str:
+        return (self.folder / "summary").read_text()
+
+    def calls(self, tool: str) -> list[str]:
+        """How a stand-in was called, oldest first."""
+        path = self.folder / f"{tool}.calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def stand_in(self, tool: str, *answers: tuple[str, int, str]) -> None:
+        """A program on PATH that notes its arguments (newlines as |), and answers by the first matching start:
+        (start, exit status, text)."""
+        cases = "".join(
+            f"{shlex.quote(start)}*) cat {shlex.quote(str(self._text(tool, number, text)))}; exit {status};;\n"
+            for number, (start, status, text) in enumerate(answers)
+        )
+        program = self.folder / "bin" / tool
+        program.parent.mkdir(exist_ok=True)
+        log = shlex.quote(str(self.folder / f"{tool}.calls"))
+        program.write_text(
+            f'#!/bin/sh\nprintf %s "$*" | tr "\\n" "|" >>{log}; echo >>{log}\ncase "$*" in\n{cases}esac\n'
+        )
+        program.chmod(0o755)
+
+    def _text(self, tool: str, number: int, text: str) -> Path:
+        path = self.folder / f"{tool}.{number}"
+        path.write_text(text)
+        return path
+
+
+def runner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    """A runner with these files; programs of `stand_in` come first on PATH."""
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_OUTPUT", str(folder / "output"))
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(folder / "summary"))
+    monkeypatch.delenv("GITHUB_EVENT_PATH", raising=False)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    (folder / "summary").write_text("")
+    return Runner(folder)
