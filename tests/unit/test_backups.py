@@ -274,7 +274,7 @@ NONE = SegmentQueue()
 
 
 def problems(history: LastRuns, queue: SegmentQueue = NONE, *, archiving: bool = True) -> list[str]:
-    found = check.summary(history, OURS, queue, NOW, archiving)
+    found = check.summary(history, OURS, queue, NOW, archiving, booted=NOW - timedelta(days=30))
     assert found["state"] == ("late" if found["problems"] else "good")
     return list(found["problems"])
 
@@ -285,12 +285,21 @@ def test_recent_backups_and_an_empty_queue_are_no_problem(tmp_path: Path) -> Non
     assert problems(good(tmp_path), SegmentQueue(1, NOW - timedelta(seconds=110))) == []
 
 
-def test_just_booted_machine_reports_backups_without_problems(tmp_path: Path) -> None:
+def test_just_booted_machine_reports_only_segments_that_wait_since_the_boot(tmp_path: Path) -> None:
+    """A new machine tells of a broken archive within minutes. What was due while it was off is still to be taken."""
     old = good(tmp_path)
     old.write("dump", {"at": stamp(NOW - timedelta(days=9))})
-    found = check.summary(old, OURS, SegmentQueue(3, NOW - timedelta(days=9)), NOW, True, just_booted=True)
+    queue = SegmentQueue(3, NOW - timedelta(days=9))
+
+    def seen(booted: timedelta) -> dict[str, Any]:
+        return check.summary(old, OURS, queue, NOW, True, booted=NOW - booted)
+
+    found = seen(timedelta(seconds=110))
     assert (found["state"], found["problems"], found["segments_waiting"]) == ("good", [], 3)
     assert found["dump"] == {"at": stamp(NOW - timedelta(days=9))}
+    (late,) = seen(timedelta(minutes=3))["problems"]
+    assert late.startswith("3 segments of the write-ahead log wait")
+    assert len(seen(timedelta(minutes=11))["problems"]) == 2
 
 
 def test_each_stale_backup_is_one_sentence(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ DAILY_PATIENCE = timedelta(hours=36)
 FIRST_PATIENCE = timedelta(hours=1)
 """For the first base backup and the first dump of a stanza."""
 BOOT_PATIENCE = timedelta(minutes=10)
-"""Time after a boot in which backups that were due while the machine was off are taken."""
+"""Time after a boot in which base backups and dumps that were due while the machine was off are taken."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,9 @@ class SegmentQueue:
 
 def main() -> int:
     cluster = config.cluster()
-    now, began = datetime.now(UTC), datetime.fromtimestamp(config.CONFIG.stat().st_mtime, UTC)
+    now, booted = datetime.now(UTC), datetime.fromtimestamp(config.CONFIG.stat().st_mtime, UTC)
     archiving = archives(config.load().launch)
-    found = summary(
-        LastRuns(), stanza_of(cluster), segment_queue(cluster), now, archiving, just_booted=now - began < BOOT_PATIENCE
-    )
+    found = summary(LastRuns(), stanza_of(cluster), segment_queue(cluster), now, archiving, booted=booted)
     nginx.write_private(config.RUN / "web" / "backups.json", json.dumps(found) + "\n", mode=0o644)
     status.publish()
     for problem in found["problems"]:
@@ -67,14 +65,15 @@ def summary(
     now: datetime,
     archiving: bool,
     *,
-    just_booted: bool = False,
+    booted: datetime,
 ) -> dict[str, Any]:
     """{"state": "good" | "late", "problems": [sentence, …], "archive": {…}, "base": {…}, "dump": {…}, …}
 
-    `just_booted`: report no problems, because the machine may have been off for days."""
+    The machine may have been off for days before `booted`: a segment's wait counts from then."""
     kept = {what: history.read(what) for what in ("archive", "base", "dump", "gap", "restored")}
-    problems = [*_archiving(kept, stanza, queue, now, archiving), *_daily(kept, stanza, now, archiving)]
-    problems = [] if just_booted else problems
+    problems = _archiving(queue, kept["archive"].get("at", "none yet"), now, archiving, booted)
+    if now - booted > BOOT_PATIENCE:
+        problems += [*(_gap(kept, stanza) if archiving else ()), *_daily(kept, stanza, now, archiving)]
     return {
         "state": "late" if problems else "good",
         "problems": problems,
@@ -83,30 +82,30 @@ def summary(
     }
 
 
-def _archiving(
-    kept: dict[str, dict[str, Any]], stanza: Stanza | None, queue: SegmentQueue, now: datetime, archiving: bool
-) -> list[str]:
+def _archiving(queue: SegmentQueue, last: str, now: datetime, archiving: bool, booted: datetime) -> list[str]:
     if not archiving:
         return [
             "the write-ahead log is not archived, because the endpoint of the backups bucket is http:// and pgBackRest "
             "supports HTTPS only: set backupsEndpoint to an https:// address"
         ]
-    problems = []
-    if queue.since and now - queue.since > ARCHIVE_PATIENCE:
-        last = kept["archive"].get("at", "none yet")
-        problems.append(
-            f"{queue.count} segments of the write-ahead log wait to be archived, for up to {_age(now, queue.since)} "
-            f"(last archived: {last}): see `journalctl -u mlflow-host-archive`; check the backups bucket and the "
-            "instance role's access to it"
-        )
+    if queue.since is None or now - max(queue.since, booted) <= ARCHIVE_PATIENCE:
+        return []
+    return [
+        f"{queue.count} segments of the write-ahead log wait to be archived, for up to {_age(now, queue.since)} "
+        f"(last archived: {last}): see `journalctl -u mlflow-host-archive`; check the backups bucket and the "
+        "instance role's access to it"
+    ]
+
+
+def _gap(kept: dict[str, dict[str, Any]], stanza: Stanza | None) -> list[str]:
     gap, base = time_of(kept["gap"]), time_of(kept["base"])
     ours = stanza is not None and kept["gap"].get("stanza") == stanza.name
-    if gap and ours and (base is None or base <= gap):
-        problems.append(
-            f"the archived write-ahead log has a gap at {kept['gap']['at']}, because the bucket was unreachable for "
-            "too long: a restore ends there until the next base backup, which starts automatically"
-        )
-    return problems
+    if not (gap and ours and (base is None or base <= gap)):
+        return []
+    return [
+        f"the archived write-ahead log has a gap at {kept['gap']['at']}, because the bucket was unreachable for "
+        "too long: a restore ends there until the next base backup, which starts automatically"
+    ]
 
 
 def _daily(kept: dict[str, dict[str, Any]], stanza: Stanza | None, now: datetime, archiving: bool) -> list[str]:
