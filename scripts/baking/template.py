@@ -15,7 +15,7 @@ from scripts.baking.source_images import SourceImage
 def stage(bake: Bake, packer: Packer, mlflow_version: str | None) -> Bake:
     """Copy the template and the provisioning, so that edits during the bake have no effect, and lock
     `mlflow_version`."""
-    unwanted = shutil.ignore_patterns("__pycache__", "*.pyc", ".*.sw?", "README.md")
+    unwanted = shutil.ignore_patterns("__pycache__", "*.pyc", ".*.sw?", "*.md")
     for name in ("packer", "provisioning"):
         shutil.copytree(REPOSITORY / name, bake.directory / name, ignore=unwanted, symlinks=True)
     if not packer.has_plugins:
