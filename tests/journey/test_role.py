@@ -261,7 +261,8 @@ def test_tampered_credentials_are_refused(cloud: LocalCloud, given: dict[str, st
 
 def parameter_of(cloud: LocalCloud, kind: str) -> str:
     """The name of one of the stack's parameters."""
-    found = cloud.client("ssm").describe_parameters()["Parameters"]
+    pages = cloud.client("ssm").get_paginator("describe_parameters").paginate()
+    found = [each for page in pages for each in page["Parameters"]]
     [name] = [str(each["Name"]) for each in found if str(each["Name"]).endswith(f"/rehearsal/{kind}")]
     return name
 
