@@ -220,11 +220,17 @@ class EmbodiedEC2(CorrectedEC2):
 
     # Images
 
-    def create_image(self, instance_id: str, name: str, *args: Any, **kwargs: Any) -> Ami:
+    def create_image(
+        self, instance_id: str, name: str, description: str, tag_specifications: list[dict[str, Any]]
+    ) -> Ami:
         instance = self.get_instance(instance_id)
         _require_state([instance], {"running", "stopped", "stopping"}, "imaged")
         self._require_new_image_name(name)
-        image = super().create_image(instance_id, name, *args, **kwargs)
+        of_snapshots = [each for each in tag_specifications if each["ResourceType"] == "snapshot"]
+        others = [each for each in tag_specifications if each not in of_snapshots]
+        image = super().create_image(instance_id, name, description, others)
+        for tag in (tag for each in of_snapshots for tag in each["Tags"]):  # which moto does not implement
+            image.ebs_snapshot.add_tag(tag["Key"], tag["Value"])
         root = instance.block_device_mapping[instance.root_device_name]
         self._describe_body(image, root.size, encrypted=self.volumes[root.volume_id].encrypted)
         image.root_device_name = instance.root_device_name
