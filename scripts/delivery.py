@@ -36,6 +36,7 @@ if __name__ == "__main__":
 # isort: split
 import argparse
 import sys
+from collections.abc import Callable
 
 from scripts import connect
 from scripts.delivering import commands, github, image_steps, renewal, smoke_test, stack_steps
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     end_like_ctrl_c()
     try:
-        take(arguments)
+        STEPS[arguments.step](arguments)
     except StepFailed as failed:
         github.annotate("error", str(failed))
         return failed.status
@@ -56,31 +57,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def take(arguments: argparse.Namespace) -> None:
-    """Take the step. Raises StepFailed."""
-    match arguments.step:
-        case "bake":
-            image_steps.bake(arguments.source_ami, arguments.source_owner, arguments.mlflow_version)
-        case "diff":
-            image_steps.diff(arguments.image, arguments.channel)
-        case "drill":
-            image_steps.drill(arguments.image, arguments.channel)
-        case "promote":
-            image_steps.promote(arguments.image, arguments.channel, arguments.drill)
-        case "preview":
-            stack_steps.preview(arguments.stack, arguments.plan)
-        case "deploy":
-            stack_steps.deploy(arguments.stack, arguments.plan)
-        case "smoke":
-            smoke_test.smoke(arguments)
-        case "rollback":
-            stack_steps.rollback(arguments.stack, arguments.image)
-        case "drift":
-            stack_steps.drift(arguments.stack)
-        case "renew":
-            renewal.renew(arguments.channel, arguments.mlflow_version)
-        case "propose":
-            renewal.propose(arguments.version, arguments.passed == "True")
+# Not `match`, so that a Python that is too old reads the file and says so.
+STEPS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "bake": lambda given: image_steps.bake(given.source_ami, given.source_owner, given.mlflow_version),
+    "diff": lambda given: image_steps.diff(given.image, given.channel),
+    "drill": lambda given: image_steps.drill(given.image, given.channel),
+    "promote": lambda given: image_steps.promote(given.image, given.channel, given.drill),
+    "preview": lambda given: stack_steps.preview(given.stack, given.plan),
+    "deploy": lambda given: stack_steps.deploy(given.stack, given.plan),
+    "smoke": smoke_test.smoke,
+    "rollback": lambda given: stack_steps.rollback(given.stack, given.image),
+    "drift": lambda given: stack_steps.drift(given.stack),
+    "renew": lambda given: renewal.renew(given.channel, given.mlflow_version),
+    "propose": lambda given: renewal.propose(given.version, given.passed == "True"),
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
