@@ -24,8 +24,8 @@ pytestmark = [
     pytest.mark.skipif(not PACKER.exists(), reason="there is no current Packer: run `make prepare-tools`"),
 ]
 
-BY_THE_RUN = ("bake", "image_version", "git_commit", "git_dirty")
-"""Facts that name the run itself."""
+BY_THE_RUN = ("bake", "image_version", "git_commit", "git_dirty", "disk_used_mib")
+"""Facts that name the run itself. The disk is the host's, on the local cloud."""
 
 
 def packer(*arguments: str, **environment: str) -> str:

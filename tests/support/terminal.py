@@ -52,5 +52,7 @@ def open_terminal(cloud: Any, folder: Path, log: Path) -> Terminal:
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     environment = {**os.environ, **pulumi_cli.environment(cloud), "HOME": str(folder)}
+    # S3 here has a certificate of the cloud's own authority. On AWS it has one that every client knows.
+    environment["REQUESTS_CA_BUNDLE"] = environment["AWS_CA_BUNDLE"]
     environment["PATH"] = os.pathsep.join([str(REPOSITORY / ".venv/bin"), environment["PATH"]])
     return Terminal(checkout / "infra", environment, log)
