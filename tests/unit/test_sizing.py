@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlflow_host.contract import sizing
@@ -69,6 +69,7 @@ def test_parts_never_exceed_the_machine(machine: MachineSize) -> None:
 
 
 @given(machines, st.integers(0, 100_000), st.integers(0, 64))
+@example(MachineSize(3542, 7), 554, 0)
 def test_a_bigger_machine_never_gets_less(machine: MachineSize, memory: int, cores: int) -> None:
     small, big = size(machine), size(MachineSize(machine.memory_mb + memory, machine.cores + cores))
     assert big.server_processes >= small.server_processes

@@ -70,7 +70,8 @@ def size(machine: MachineSize, *, job_execution: bool = False) -> Sizing:
     """Python limits MLflow's throughput, so there is one server process per core if memory allows. PostgreSQL's figures
     follow from the number of connections that those processes can open."""
     memory = machine.memory_mb
-    shared_buffers = _within(32, memory // 8 if memory < 4096 else memory // 4, 16384)
+    # An eighth of the memory, and from 6 GiB on a quarter. A step would take server processes from the larger machine.
+    shared_buffers = _within(32, min(memory // 4, max(memory // 8, memory // 2 - 1536)), 16384)
     for_servers = memory - SYSTEM_MB - shared_buffers - (JOBS_MB if job_execution else 0)
     processes = _within(1, for_servers // SERVER_MB, machine.cores)
     pools = processes * ENGINES_PER_PROCESS
