@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from scripts.imaging import catalog, channels
 from scripts.rehearsal import advice, stack, state
@@ -24,6 +23,7 @@ from scripts.rehearsal.program_runner import ProgramError
 from scripts.rehearsal.state import State
 from scripts.rehearsal.status import PIECES, client_environment, first_user, outline
 from scripts.rehearsal.wire import UNKNOWN, Secret
+from tests.support.moto_server import moto_server
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -276,11 +276,8 @@ HARD = """pa'ss "word" $HOME `id` \\ !x"""
 
 @pytest.fixture
 def parameter_store() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with moto_server() as address:
+        yield address
 
 
 @pytest.fixture

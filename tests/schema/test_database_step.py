@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 from mlflow_host.bake import empty_database
 from mlflow_host.boot import database
@@ -38,6 +37,7 @@ from tests.schema import run_step
 from tests.schema.environments import image, releases
 from tests.schema.journey import Journey
 from tests.schema.private_cluster import PrivateCluster, private_cluster
+from tests.support.moto_server import moto_server
 
 OLDER, NEWER = releases()[-3], releases()[-2]
 ROOT = Path(__file__).parents[2]
@@ -50,11 +50,8 @@ At = Callable[[str, str], state.ChangeSettings]
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """moto's S3 server, a stand-in for the bucket; it keeps uploads in memory."""
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with moto_server() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

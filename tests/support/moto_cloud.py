@@ -10,9 +10,9 @@ from urllib.request import Request, urlopen
 
 import boto3
 from botocore.config import Config
-from moto.server import ThreadedMotoServer
 
 from scripts.local_cloud import moto_corrections
+from tests.support.moto_server import moto_server
 
 REGION = "eu-central-1"
 KEY = "test"
@@ -69,15 +69,9 @@ class MotoCloud:
 def moto_cloud() -> Iterator[MotoCloud]:
     """A new one, with only a default network."""
     moto_corrections.install_images()
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    try:
-        # The backends are the process's: what an earlier server was given is in them.
-        urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
-        yield MotoCloud(f"http://{host}:{port}")
-    finally:
-        server.stop()
+    with moto_server() as address:
+        urlopen(Request(f"{address}/moto-api/reset", method="POST")).close()
+        yield MotoCloud(address)
 
 
 def register_image(cloud: MotoCloud, version: str, **facts: str) -> str:

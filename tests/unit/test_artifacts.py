@@ -421,13 +421,11 @@ def test_locations_in_s3_are_served_by_the_same_client(
 @pytest.fixture
 def literal() -> Iterator[Any]:
     """A repository on a store that treats a backslash like S3, not like a slash as SeaweedFS does."""
-    from moto.server import ThreadedMotoServer
+    from tests.support.moto_server import moto_server
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            store = ObjectStore("http://{}:{}".format(*server.get_host_and_port()))
+        with moto_server() as address, pytest.MonkeyPatch.context() as patch:
+            store = ObjectStore(address)
             for variable, value in store.environment.items():
                 patch.setenv(variable, value)
             artifact_repository.client.cache_clear()
@@ -439,7 +437,6 @@ def literal() -> Iterator[Any]:
             yield DirectTwoBucketRepository("mlflow-host://{}/{}".format(*names))
     finally:
         artifact_repository.client.cache_clear()
-        server.stop()
 
 
 def test_backslash_is_an_ordinary_character(literal: Any, tmp_path: Path) -> None:

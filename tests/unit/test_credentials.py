@@ -22,12 +22,12 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials as BotocoreKeys
 from hypothesis import given
 from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 
 from mlflow_host.contract import credentials, launch
 from mlflow_host.contract.credentials import CredentialsError, User
 from mlflow_host.machine import aws, parameters
 from mlflow_host.machine.status import StepFailed
+from tests.support.moto_server import moto_server
 
 CANARY = "canary-7f3a-do-not-print"
 GOOD: dict[str, Any] = {
@@ -172,12 +172,8 @@ def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Metadata]]:
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
     """The address of moto's SSM."""
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    try:
-        yield f"http://127.0.0.1:{server.get_host_and_port()[1]}"
-    finally:
-        server.stop()
+    with moto_server() as address:
+        yield address
 
 
 @pytest.fixture

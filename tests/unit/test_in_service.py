@@ -11,11 +11,11 @@ from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from mlflow_host.boot import report_in_service
 from mlflow_host.contract import in_service, launch
 from mlflow_host.machine import aws, config
+from tests.support.moto_server import moto_server
 
 NAME = "/mlflow-ami/dev/in-service"
 FACTS = {
@@ -30,11 +30,8 @@ FACTS = {
 
 @pytest.fixture(scope="module")
 def ssm() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with moto_server() as address:
+        yield address
 
 
 def on_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, endpoint: str, parameter: str = NAME) -> None:

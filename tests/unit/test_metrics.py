@@ -16,11 +16,11 @@ from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from mlflow_host.contract import alarms, launch
 from mlflow_host.machine import aws, config
 from mlflow_host.upkeep import cloudwatch, metrics
+from tests.support.moto_server import moto_server
 
 KEYS = aws.Keys("access", "secret", "token")
 NOW = datetime(2026, 11, 29, 12, 0, tzinfo=UTC)
@@ -55,11 +55,8 @@ def launched(monkeypatch: pytest.MonkeyPatch, given: launch.LaunchDocument) -> N
 
 @pytest.fixture
 def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with moto_server() as address:
+        yield address
 
 
 def test_metrics_reach_cloudwatch_in_one_call(endpoint: str) -> None:

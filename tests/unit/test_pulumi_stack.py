@@ -11,9 +11,9 @@ from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from scripts import connect, pulumi_stack
+from tests.support.moto_server import moto_server
 
 ROLE = "arn:aws:iam::123456789012:role/deploy"
 OTHER_ROLE = "arn:aws:iam::210987654321:role/of-another-account"
@@ -21,11 +21,8 @@ OTHER_ROLE = "arn:aws:iam::210987654321:role/of-another-account"
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with moto_server() as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)

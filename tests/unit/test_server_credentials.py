@@ -11,11 +11,11 @@ from pathlib import Path
 import boto3
 import botocore.session
 import pytest
-from moto.server import ThreadedMotoServer
 
 from mlflow_host.contract import launch
 from mlflow_host.machine import aws
 from mlflow_host.upkeep import server_credentials
+from tests.support.moto_server import moto_server
 
 ROLE = "arn:aws:iam::123456789012:role/server-0a1b2c3"
 MACHINE = aws.Keys("ASIAMACHINE", "secret of the machine", "token of the machine", "2026-11-29T18:00:00Z")
@@ -24,12 +24,8 @@ MACHINE = aws.Keys("ASIAMACHINE", "secret of the machine", "token of the machine
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
     """moto in place of AWS STS; its address."""
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    try:
-        yield f"http://127.0.0.1:{server.get_host_and_port()[1]}"
-    finally:
-        server.stop()
+    with moto_server() as address:
+        yield address
 
 
 def document(sts: str, role: str) -> launch.LaunchDocument:
