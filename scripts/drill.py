@@ -37,7 +37,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -54,7 +53,7 @@ from scripts.drilling.expected_writes import ExpectedWrites, leaves
 from scripts.drilling.worker_client import WorkerClient, WorkerError
 from scripts.imaging import catalog, comparing, promoting
 from scripts.imaging.catalog import Place
-from scripts.interrupts import end_like_ctrl_c, uninterrupted
+from scripts.interrupts import end_like_ctrl_c, passed_on, uninterrupted
 from scripts.local_cloud import LocalCloud, LocalCloudError
 from scripts.rehearsal import boot_wait, stack, state
 from scripts.rehearsal.errors import RehearsalError
@@ -336,19 +335,12 @@ def remove_server(cloud: LocalCloud) -> None:
 
 
 def run_script(name: str, *arguments: str) -> dict[str, Any]:
-    """Run one of the scripts and return its JSON from stdout; its stderr goes to the terminal. Raises DrillFailed.
-
-    The script runs in its own session, so that it gets Ctrl-C only once, from this process, which then waits for it."""
+    """Run one of the scripts and return its JSON from stdout; its stderr goes to the terminal. Raises DrillFailed."""
     command = [sys.executable, str(SCRIPTS / name), *arguments]
     say(f"scripts/{name} {shlex.join(arguments)}")
     running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
-    try:
+    with passed_on(running, running.communicate):
         printed, _ = running.communicate()
-    except BaseException:
-        with uninterrupted():
-            running.send_signal(signal.SIGINT)
-            running.communicate()
-        raise
     if running.returncode:
         message = f"scripts/{name} failed (exit status {running.returncode}); its error is above"
         raise DrillFailed(message, running.returncode)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from scripts import invoker
 
@@ -30,6 +31,21 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def passed_on(process: subprocess.Popen[Any], finish: Callable[[], object]) -> Iterator[None]:
+    """If the block is interrupted or fails, send the program SIGINT and call `finish`, which waits for its end.
+
+    For a program in a session of its own: it gets Ctrl-C only once, from this process.
+    """
+    try:
+        yield
+    except BaseException:
+        with uninterrupted():
+            process.send_signal(signal.SIGINT)
+            finish()
+        raise
 
 
 def exit_with(

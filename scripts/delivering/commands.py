@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from scripts.interrupts import uninterrupted
+from scripts.interrupts import passed_on
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path("build/delivery")
@@ -67,9 +66,7 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def run(command: Sequence[str], folder: Path, *, show: bool = False) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr. The latter also goes to the terminal line by line; stdout does with `show`.
-
-    The program has its own session, so that it gets Ctrl-C only once, from this process, which then waits for it."""
+    """Exit status, stdout and stderr. stderr also goes to the terminal line by line; stdout does with `show`."""
     out, errors = list[str](), list[str]()
     process = subprocess.Popen(
         command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -84,13 +81,12 @@ def run(command: Sequence[str], folder: Path, *, show: bool = False) -> tuple[in
 
     reader = threading.Thread(target=read, args=(process.stderr, errors, True), daemon=True)
     reader.start()
-    try:
-        read(process.stdout, out, show)
-        status = process.wait()
-    except BaseException:
-        with uninterrupted():
-            process.send_signal(signal.SIGINT)
-            process.wait()
-        raise
+
+    def finish() -> int:
+        read(process.stdout, out, show)  # a program whose output nobody reads would not end
+        return process.wait()
+
+    with passed_on(process, finish):
+        status = finish()
     reader.join()
     return status, "".join(out), "".join(errors)

@@ -19,10 +19,8 @@ def renew(channel: str, mlflow_version: str) -> None:
     Outputs: version (empty if the newest is locked already), passed (empty if a step failed; the page says which).
     """
     try:
-        locked, newest = (
-            lock.locked_version(commands.REPOSITORY / LOCK, "mlflow"),
-            mlflow_version or lock.newest_release(),
-        )
+        locked = lock.locked_version(commands.REPOSITORY / LOCK, "mlflow")
+        newest = mlflow_version or lock.newest_release()
     except lock.LockError as error:
         raise StepFailed(str(error), 2) from None
     if newest == locked:
@@ -34,10 +32,8 @@ def renew(channel: str, mlflow_version: str) -> None:
         script("follow.py", "--mlflow-version", newest, "--without-bench", "--json", accepted=(0, 1)) or "[]"
     )
     page = folder(newest) / "page.md"
-    text, passed = (
-        page.read_text(encoding="utf-8"),
-        all(step["result"].startswith(("passed", "left")) for step in steps),
-    )
+    text = page.read_text(encoding="utf-8")
+    passed = all(step["result"].startswith(("passed", "left")) for step in steps)
     if running and running not in (locked, newest) and passed:
         drilled = json.loads(script("drill.py", running, newest, "--json", accepted=(0, 1)))
         passed = not drilled["lost"]

@@ -49,7 +49,7 @@ def write(ssm: SSMClient, facts: dict[str, Any]) -> None:
 def reserve(ssm: SSMClient, version: str, bake_id: str) -> None:
     """Store a parameter that says that the image is being baked; `release` deletes it.
 
-    A bake does so before anything starts: without ssm:PutParameter it would fail at its end. Raises ClientError.
+    A bake calls this before Packer starts: without ssm:PutParameter it would fail at its end. Raises ClientError.
     """
     ssm.put_parameter(
         Name=f"{folder(version)}/baking",
@@ -60,9 +60,9 @@ def reserve(ssm: SSMClient, version: str, bake_id: str) -> None:
     )
 
 
-def release(ssm: SSMClient, version: str) -> list[str]:
-    """Delete what `reserve` stored; returns its name if it was there. Idempotent."""
-    return list(ssm.delete_parameters(Names=[f"{folder(version)}/baking"])["DeletedParameters"])
+def release(ssm: SSMClient, version: str) -> None:
+    """Delete what `reserve` stored. Idempotent."""
+    ssm.delete_parameters(Names=[f"{folder(version)}/baking"])
 
 
 def parts_of(ssm: SSMClient, version: str) -> dict[str, str]:

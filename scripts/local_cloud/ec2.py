@@ -226,11 +226,11 @@ class EmbodiedEC2(CorrectedEC2):
         instance = self.get_instance(instance_id)
         _require_state([instance], {"running", "stopped", "stopping"}, "imaged")
         self._require_new_image_name(name)
-        of_snapshots = [each for each in tag_specifications if each["ResourceType"] == "snapshot"]
-        others = [each for each in tag_specifications if each not in of_snapshots]
+        others = [each for each in tag_specifications if each["ResourceType"] != "snapshot"]
         image = super().create_image(instance_id, name, description, others)
-        for tag in (tag for each in of_snapshots for tag in each["Tags"]):  # which moto does not implement
-            image.ebs_snapshot.add_tag(tag["Key"], tag["Value"])
+        for each in tag_specifications:
+            if each["ResourceType"] == "snapshot":  # moto does not implement it
+                image.ebs_snapshot.add_tags({tag["Key"]: tag["Value"] for tag in each["Tags"]})
         root = instance.block_device_mapping[instance.root_device_name]
         self._describe_body(image, root.size, encrypted=self.volumes[root.volume_id].encrypted)
         image.root_device_name = instance.root_device_name

@@ -159,7 +159,11 @@ def inventory(cloud: MotoCloud) -> dict[str, Any]:
         "addresses": [each.get("InstanceId") for each in ec2.describe_addresses()["Addresses"]],
         "networks": len([each for each in ec2.describe_vpcs()["Vpcs"] if not each["IsDefault"]]),
         "buckets": sorted(each["Name"] for each in cloud.client("s3").list_buckets()["Buckets"]),
-        "parameters": sorted((each["Name"], each["Type"]) for each in ssm.describe_parameters()["Parameters"]),
+        "parameters": sorted(
+            (each["Name"], each["Type"])
+            for page in ssm.get_paginator("describe_parameters").paginate()
+            for each in page["Parameters"]
+        ),
         "roles": sorted(each["RoleName"] for each in iam.list_roles()["Roles"]),
         "alarms": len(cloud.client("cloudwatch").describe_alarms()["MetricAlarms"]),
     }
