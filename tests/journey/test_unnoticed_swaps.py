@@ -90,7 +90,7 @@ def differences(server: Server, release: str, file: Path) -> list[str]:
 def swap(files: Mapping[str, Path], *arguments: str) -> Server:
     """Replace the machine while the trainings run; returns when each has finished a round on the new one.
 
-    A client waits up to two minutes between its last tries. A swap within that time would be the same outage to it.
+    A client waits up to two minutes between its last tries, so two swaps within that time are one outage to it.
     """
     wait_for_rounds(files)
     launch_server(*arguments)

@@ -69,7 +69,7 @@ def summary(
 ) -> dict[str, Any]:
     """{"state": "good" | "late", "problems": [sentence, …], "archive": {…}, "base": {…}, "dump": {…}, …}
 
-    The machine may have been off for days before `booted`: a segment's wait counts from then."""
+    A segment's wait counts from `booted` at the earliest, because the machine may have been off for days before."""
     kept = {what: history.read(what) for what in ("archive", "base", "dump", "gap", "restored")}
     problems = _archiving(queue, kept["archive"].get("at", "none yet"), now, archiving, booted)
     if now - booted > BOOT_PATIENCE:

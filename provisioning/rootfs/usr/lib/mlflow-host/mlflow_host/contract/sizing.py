@@ -70,7 +70,8 @@ def size(machine: MachineSize, *, job_execution: bool = False) -> Sizing:
     """Python limits MLflow's throughput, so there is one server process per core if memory allows. PostgreSQL's figures
     follow from the number of connections that those processes can open."""
     memory = machine.memory_mb
-    # An eighth of the memory, and from 6 GiB on a quarter. A step would take server processes from the larger machine.
+    # An eighth of the memory up to 4 GiB, a quarter from 6 GiB on, and linear between: with a jump, a machine with more
+    # memory would get fewer server processes.
     shared_buffers = _within(32, min(memory // 4, max(memory // 8, memory // 2 - 1536)), 16384)
     for_servers = memory - SYSTEM_MB - shared_buffers - (JOBS_MB if job_execution else 0)
     processes = _within(1, for_servers // SERVER_MB, machine.cores)

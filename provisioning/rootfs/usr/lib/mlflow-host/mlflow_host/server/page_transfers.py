@@ -35,7 +35,8 @@ def without_offers(application: Application) -> Application:
 
 
 def edited(messages: list[Message]) -> list[Message]:
-    """The messages of a response; of server-info with offers, two new ones with the same status and headers."""
+    """The messages of a response. If its JSON has offers, they are two new messages with the same status and headers
+    and the edited JSON."""
     body = b"".join(each.get("body", b"") for each in messages)
     try:
         info = json.loads(body)

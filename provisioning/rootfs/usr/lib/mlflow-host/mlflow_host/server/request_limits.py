@@ -172,8 +172,8 @@ def conditions_of(text: str) -> int:
 
 
 def refuse_dear_requests(flask_application: Any) -> None:
-    """Make MLflow's Flask application return 400 to searches beyond the limits and to JSON that nests too deeply, and
-    in place of 500 to JSON that is no object."""
+    """Make MLflow's Flask application return 400 to searches beyond the limits, to JSON that nests too deeply, and to
+    JSON that is no object where MLflow would return 500."""
     import flask
 
     def with_json() -> bool:
