@@ -75,7 +75,7 @@ def cloud(state_dir: Path) -> Iterator[LocalCloud]:
     if os.geteuid() != 0:
         pytest.fail("the tests that bake and boot machines need root: run them with `make test` or sudo", pytrace=False)
     from scripts.local_cloud import LocalCloud
-    from tests.support.servers import destroy_stacks_of_killed_runs
+    from tests.support.used_alone import used_alone
 
     os.environ["MLFLOW_AMI_LOCAL_CLOUD"] = str(state_dir)
     # Other tests compare our engine with Pulumi's.
@@ -83,12 +83,15 @@ def cloud(state_dir: Path) -> Iterator[LocalCloud]:
     processes_before = running_processes()
     namespaces_before = orphaned_network_namespaces()
     cloud = LocalCloud(state_dir)
-    try:
-        cloud.up()
-        destroy_stacks_of_killed_runs(cloud)
-        yield cloud
-    finally:
-        cloud.down()
+    with used_alone(state_dir) as last_was_killed:
+        if last_was_killed:
+            print(f"tests: those that last used {state_dir} were killed: its machines and images are removed")
+            cloud.purge()
+        try:
+            cloud.up()
+            yield cloud
+        finally:
+            cloud.down()
     left = [*leftovers(state_dir, processes_before), *sorted(orphaned_network_namespaces() - namespaces_before)]
     assert not left, "the local cloud is down, but it left on this machine:\n" + "\n".join(left)
 

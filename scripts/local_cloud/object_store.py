@@ -22,7 +22,11 @@ from scripts.local_cloud.layout import ACCOUNT, Allotment, LocalCloudError, Plac
 
 START_SECONDS = 60
 PARTS = ("master", "volume", "filer")
-
+VOLUMES = 2000
+"""How many files of objects SeaweedFS may have, of 1 GiB at most each. By default it takes the free GiB of the disk,
+and refuses to write to a new bucket when there are as many files, however empty."""
+VOLUMES_PER_BUCKET = 2
+"""How many it begins for a new bucket; its default is 7."""
 
 ISSUER = "mlflow-ami-local-cloud"
 INSTANCE_ROLE = "instance"
@@ -94,7 +98,8 @@ def start(places: Places, allotment: Allotment) -> int:
     object_store_ca.ensure(places)
     inner = allotment.inner_address
     argv = [program(), "-logtostderr=true", "server", f"-dir={data}", f"-ip={inner}", f"-ip.bind={inner}"]
-    argv += ["-volume.max=0", "-volume.preStopSeconds=0", "-master.volumeSizeLimitMB=1024", "-master.telemetry=false"]
+    argv += [f"-volume.max={VOLUMES}", "-volume.preStopSeconds=0", "-master.volumeSizeLimitMB=1024"]
+    argv += ["-master.telemetry=false"]
     # A restarted master waits this long, up to twice, for another leader.
     argv += ["-master.electionTimeout=1s"]
     port, tls_port = allotment.inner_s3_ports
@@ -116,7 +121,12 @@ def start(places: Places, allotment: Allotment) -> int:
             stderr=log,
             cwd=places.object_store,
             start_new_session=True,
-            env={**os.environ, "HOME": str(places.object_store), **_inner_secrets(places)},
+            env={
+                **os.environ,
+                "HOME": str(places.object_store),
+                "WEED_MASTER_VOLUME_GROWTH_COPY_1": str(VOLUMES_PER_BUCKET),
+                **_inner_secrets(places),
+            },
         )
     write_json(places.root / "object-store.pid", weed.pid)
     try:

@@ -17,13 +17,13 @@ PROVIDER_CALLS = ROOT / "tests/local_cloud/provider_calls.tsv"
 BAKE = {
     "ec2:AuthorizeSecurityGroupIngress", "ec2:CreateImage", "ec2:CreateKeyPair", "ec2:CreateSecurityGroup",
     "ec2:CreateTags", "ec2:DeleteKeyPair", "ec2:DeleteSecurityGroup", "ec2:DeleteSnapshot", "ec2:DeregisterImage",
-    "ec2:DescribeImages", "ec2:DescribeInstances", "ec2:DescribeKeyPairs", "ec2:DescribeRegions",
-    "ec2:DescribeSecurityGroups", "ec2:DescribeSnapshots", "ec2:DescribeSubnets", "ec2:DescribeVolumes",
-    "ec2:ModifyImageAttribute", "ec2:ModifyInstanceAttribute", "ec2:ModifyInstanceMetadataOptions",
-    "ec2:RunInstances", "ec2:StopInstances", "ec2:TerminateInstances", "ssm:DeleteParameters",
-    "ssm:GetParametersByPath", "ssm:PutParameter",
+    "ec2:DescribeImages", "ec2:DescribeInstanceTypeOfferings", "ec2:DescribeInstances", "ec2:DescribeKeyPairs",
+    "ec2:DescribeRegions", "ec2:DescribeSecurityGroups", "ec2:DescribeSnapshots", "ec2:DescribeSubnets",
+    "ec2:DescribeVolumes", "ec2:DescribeVpcs", "ec2:ModifyImageAttribute", "ec2:ModifyInstanceAttribute",
+    "ec2:ModifyInstanceMetadataOptions", "ec2:RunInstances", "ec2:StopInstances", "ec2:TerminateInstances",
+    "ssm:DeleteParameters", "ssm:GetParametersByPath", "ssm:PutParameter",
 }  # fmt: skip
-"""What Packer, bake.py and images.py called; tests/image/test_operator_calls.py compares it with a bake."""
+"""What Packer (1.6 and 1.16), bake.py and images.py called; tests/image/test_operator_calls.py compares it."""
 
 LATER = {
     "ec2:DeleteTags": "a tag that was taken out of aws:defaultTags",

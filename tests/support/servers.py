@@ -79,14 +79,6 @@ def destroy_server(cloud: LocalCloud) -> None:
             by.destroy(cloud, stack.clients(cloud), current, say=print, done=lambda step: None)
 
 
-def destroy_stacks_of_killed_runs(cloud: LocalCloud) -> None:
-    """Delete every stack on the cloud: a run that was killed leaves its stacks, whose alarms and volumes others see."""
-    for name in stack.state_paths():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(stack.NAMED_BY, name)
-            destroy_server(cloud)
-
-
 @contextmanager
 def own_stack(cloud: LocalCloud, name: str) -> Iterator[None]:
     """Servers launched during the block belong to a stack of that name, which has no server before and after."""
