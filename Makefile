@@ -50,7 +50,7 @@ SECURITY := $(addprefix tests/journey/test_,access.py every_route.py leaks.py ro
 	tests/local_cloud/test_permissions.py tests/stack/test_permissions.py tests/stack/test_secrets.py tests/stack/test_settings.py
 BESIDE := build/test-without-machines.txt
 .PHONY: test test-on-machines test-without-machines test-all test-schema test-compare test-chaos test-restore test-security \
-	test-housekeeping test-adopt test-tools
+	test-housekeeping test-adopt test-tools test-delivery
 test: prepare-test ## lint and all tests that CI runs; PART=schema runs those of tests/schema
 ifdef PART
 	@$(ROOT) $(PYTEST) -m "not slow and not tools" tests/$(PART)
@@ -93,6 +93,8 @@ WITH_TOOLS := env PATH="$(TOOLS)/bin:$$PATH" PACKER_PLUGIN_PATH=$(TOOLS)/packer-
 .PHONY: test-tools-quick
 test-tools: prepare-test prepare-tools ## the real tools: Pulumi's engine against ours, its CLI, a bake by a current Packer
 	@$(ROOT) $(WITH_TOOLS) $(PYTEST) -m tools
+test-delivery: prepare-test prepare-tools ## the workflows' steps: bake, drill, promote, deploy, smoke, retire on the local cloud
+	@$(ROOT) $(WITH_TOOLS) $(PYTEST) tests/delivery tests/journey/test_delivery.py
 test-tools-quick: # those of them that take under five minutes: nothing is baked, and our engine is not compared
 	@$(ROOT) $(WITH_TOOLS) $(PYTEST) -m "tools and not slow"
 

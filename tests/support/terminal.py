@@ -43,11 +43,11 @@ class Terminal:
 
 
 def open_terminal(cloud: Any, folder: Path, log: Path) -> Terminal:
-    """A terminal in infra/ of a fresh copy of this checkout below `folder`; the log begins empty."""
+    """A terminal in infra/ of a copy below `folder` of what baking and launching need; the log begins empty."""
     checkout = folder / "checkout"
     shutil.copytree(REPOSITORY / "infra", checkout / "infra", ignore=shutil.ignore_patterns("Pulumi.*.yaml"))
     shutil.copytree(REPOSITORY / "scripts", checkout / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("provisioning", ".venv"):
+    for name in ("packer", "provisioning", ".venv"):
         (checkout / name).symlink_to((REPOSITORY / name).resolve())
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
