@@ -50,7 +50,7 @@ def sweep(ec2: EC2Client, ssm: SSMClient, bake: Bake, finished_image: str | None
         return [f"security group {group['GroupName']}" for group in left]
 
     def remove_key_pair() -> list[str]:
-        name = f"mlflow-ami-bake-{bake.id}"
+        name = f"{retiring.KEY_PAIR}{bake.id}"
         if not any(pair["KeyName"] == name for pair in ec2.describe_key_pairs()["KeyPairs"]):
             return []
         ec2.delete_key_pair(KeyName=name)

@@ -65,6 +65,13 @@ def release(ssm: SSMClient, version: str) -> None:
     ssm.delete_parameters(Names=[f"{folder(version)}/baking"])
 
 
+def reserved(ssm: SSMClient) -> dict[str, str]:
+    """The image versions that `reserve` stored and nobody released, each with the ID of its bake."""
+    pages = ssm.get_paginator("get_parameters_by_path").paginate(Path=ROOT, Recursive=True)
+    found = {each["Name"]: each["Value"] for page in pages for each in page["Parameters"]}
+    return {name.split("/")[-2]: value for name, value in found.items() if name.endswith("/baking")}
+
+
 def parts_of(ssm: SSMClient, version: str) -> dict[str, str]:
     """The parameters of a record: name → value."""
     pages = ssm.get_paginator("get_parameters_by_path").paginate(Path=folder(version))

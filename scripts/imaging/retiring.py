@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 STALE = timedelta(hours=6)
 """No bake runs longer than this: older builders and unfinished images are left over."""
+KEY_PAIR = "mlflow-ami-bake-"
+"""Start of the name of a bake's key pair; the bake's ID follows."""
 
 
 def require_free(image: Image, others: list[Image], known: Claims, verb: str) -> None:
@@ -124,18 +126,40 @@ def stale_builders(ec2: EC2Client, now: datetime) -> list[str]:
     ]
 
 
+def ended(bake_id: str, now: datetime) -> bool:
+    """Whether no bake of this ID can run any more: an ID begins with the time of its bake."""
+    try:
+        return datetime.strptime(bake_id.partition("-")[0], "%Y%m%dt%H%M%Sz").replace(tzinfo=UTC) < now - STALE
+    except ValueError:
+        return False
+
+
+def abandoned(place: Place, now: datetime) -> tuple[list[str], list[str]]:
+    """What a bake that was killed cannot remove: names of its key pairs, and image versions that it reserved."""
+    pairs = [each["KeyName"] for each in place.ec2.describe_key_pairs()["KeyPairs"]]
+    keys = [name for name in pairs if name.startswith(KEY_PAIR) and ended(name.removeprefix(KEY_PAIR), now)]
+    return keys, sorted(version for version, bake in record.reserved(place.ssm).items() if ended(bake, now))
+
+
 def sweep(place: Place, keep: int, older_than: timedelta, dry_run: bool) -> list[str]:
     """Delete the superfluous resources and return them; with `dry_run` only return them. Idempotent."""
     now, ec2 = datetime.now(UTC), place.ec2
     found = find(ec2)
     going = superfluous(found, claims.read(place), keep, older_than, now)
     stale, lost = stale_builders(ec2, now), orphans(ec2, found)
+    keys, reserved = abandoned(place, now)
     swept = [f"builder {instance}" for instance in stale]
+    swept += [f"key pair {name}" for name in keys]
+    swept += [f"reserved image version {version}" for version in reserved]
     swept += [each for image in going for each in planned(image)]
     swept += [f"snapshot {snapshot}" for snapshot in lost]
     if not dry_run:
         if stale:
             ec2.terminate_instances(InstanceIds=stale)
+        for name in keys:
+            ec2.delete_key_pair(KeyName=name)
+        for version in reserved:
+            record.release(place.ssm, version)
         for image in going:
             delete(ec2, place.ssm, image)
         for snapshot in lost:

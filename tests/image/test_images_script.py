@@ -550,6 +550,18 @@ def test_sweep_deletes_images_with_their_snapshots_and_dry_run_deletes_nothing(a
     assert run("sweep", "--keep", "1")["deleted"] == []
 
 
+def test_what_a_killed_bake_left_is_deleted_and_nothing_of_a_running_one(aws: Place) -> None:
+    running = f"{datetime.now(UTC):%Y%m%dt%H%M%Sz}-7"
+    for bake in ("20261101t000000z-7", running, "not-of-ours"):
+        aws.ec2.create_key_pair(KeyName=f"{retiring.KEY_PAIR}{bake}")
+        record.reserve(aws.ssm, bake.partition("-")[0].upper(), bake)
+    left = ["key pair mlflow-ami-bake-20261101t000000z-7", "reserved image version 20261101T000000Z"]
+    assert run("sweep", "--dry-run")["planned"] == left == run("sweep")["deleted"]
+    assert run("sweep")["deleted"] == []
+    assert record.reserved(aws.ssm) == {running.partition("-")[0].upper(): running, "NOT": "not-of-ours"}
+    assert len(aws.ec2.describe_key_pairs()["KeyPairs"]) == 2
+
+
 def test_snapshot_without_image_is_deleted(aws: Place) -> None:
     ami = make(aws, "20261101T000000Z")
     [snapshot] = catalog.find(aws.ec2)[0].snapshots
@@ -647,6 +659,7 @@ def test_rights_in_the_readme_are_those_that_the_verbs_use(aws: Place, tmp_path:
     builder = aws.ec2.run_instances(ImageId=one, MinCount=1, MaxCount=1)["Instances"][0]["InstanceId"]
     aws.ec2.create_tags(Resources=[builder], Tags=catalog.as_tags({"mlflow-ami:bake": "an-old-one"}))
     instance_of_moto(aws, builder).launch_time = datetime(2026, 1, 1, tzinfo=UTC)
+    aws.ec2.create_key_pair(KeyName=f"{retiring.KEY_PAIR}20261101t000000z-7")
     images_of_moto(aws)[two].ebs_snapshot.encrypted = True
     images_of_moto(aws)[two].ebs_snapshot.kms_key_id = boto3.client("kms", REGION).create_key()["KeyMetadata"]["Arn"]
     run("promote", three, "staging")

@@ -238,8 +238,9 @@ def walked(name: str, cloud: MotoCloud, folder: Path) -> Walk:
         walk.up("restored", **last)
     [machine] = [each.id for each in walk.current().resources if each.type == VM]
     walk.cloud.client("ec2").terminate_instances(InstanceIds=[machine])
-    [alarm] = walk.cloud.client("cloudwatch").describe_alarms()["MetricAlarms"]
-    walk.cloud.client("cloudwatch").delete_alarms(AlarmNames=[alarm["AlarmName"]])
+    alarms = walk.cloud.client("cloudwatch").describe_alarms()["MetricAlarms"]
+    [alarm] = [each["AlarmName"] for each in alarms if each["Namespace"] == "AWS/EC2"]
+    walk.cloud.client("cloudwatch").delete_alarms(AlarmNames=[alarm])
     walk.then(
         "refreshed", lambda by, client, now: by.refresh(cloud, client, now, say=quiet, done=lambda step: None) and None
     )
