@@ -271,7 +271,7 @@ def without_login(site: str, port: int, open_port: int) -> str:
 def seeded_cluster(folder: Path, settings: Mapping[str, str]) -> Iterator[tuple[services.PostgreSQL, Dataset]]:
     with services.postgresql(folder, settings) as cluster:
         cluster.execute("create database mlflow")
-        services.create_schema(cluster.uri())
+        services.create_schema(cluster.uri(), str(environments.image()))
         yield cluster, seed(cluster, "mlflow")
 
 
