@@ -21,7 +21,7 @@ from tests.bench.load import Dataset, Target
 from tests.bench.seed import seed
 from tests.support import services
 from tests.support.services import family
-from tests.support.shipped_nginx import HOST, ROOTFS, move, moved, running_nginx
+from tests.support.shipped_nginx import HOST, ROOTFS, moved, running_nginx, starting_site
 
 USER, PASSWORD = "ada", "correct horse battery staple"
 MACHINE_MEMORY_MB = 2048
@@ -225,7 +225,7 @@ def ours(folder: Path, store: services.ObjectStore, transfer: str = "direct") ->
         )
         port = services.free_port()
         listens = {443: f"{HOST}:{port}", 80: f"unix:{folder}/plain.sock"}
-        configuration = move(folder, listens)
+        configuration = starting_site(folder, listens)
         run = folder / "run/mlflow-host"
         authority = private_ca.ensure((HOST,), folder / "certificates")
         certificate = nginx.Certificate(authority.certificate, authority.key, trusted=False)
