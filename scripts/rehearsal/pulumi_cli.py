@@ -418,6 +418,8 @@ def _take_in(event: dict[str, Any], run: Run) -> None:
     changed = tuple(sorted(each for each in metadata.get("keys") or metadata.get("diffs") or [] if each != "tags"))
     name = metadata["urn"].rsplit("::", 1)[-1]
     operation = OPERATIONS[metadata["op"]]
+    if operation == "delete" and (metadata.get("old") or {}).get("retainOnDelete"):
+        operation = "retain"
     run.steps.append(Step(operation, metadata["urn"], metadata["type"], name, changed, began=float(event["timestamp"])))
 
 

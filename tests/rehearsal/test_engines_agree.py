@@ -58,6 +58,8 @@ class Walk:
     folder: Path
     images: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    gone: dict[str, str] = field(default_factory=dict)
+    """IDs that the outputs still have though the state has them no more → a name."""
 
     @property
     def module(self) -> Any:
@@ -96,7 +98,7 @@ class Walk:
 
     def look(self, outcome: Outcome) -> None:
         current = self.current()
-        known = names_of(current, self.images)
+        known = names_of(current, self.images) | self.gone
         outcome.outputs = renamed(reveal(current.outputs), known)
         outcome.needs = {
             f"{each.type} {each.name}": {
@@ -238,6 +240,7 @@ def walked(name: str, cloud: MotoCloud, folder: Path) -> Walk:
         walk.up("restored", **last)
     [machine] = [each.id for each in walk.current().resources if each.type == VM]
     walk.cloud.client("ec2").terminate_instances(InstanceIds=[machine])
+    walk.gone[machine] = "<the machine that was terminated>"
     alarms = walk.cloud.client("cloudwatch").describe_alarms()["MetricAlarms"]
     [alarm] = [each["AlarmName"] for each in alarms if each["Namespace"] == "AWS/EC2"]
     walk.cloud.client("cloudwatch").delete_alarms(AlarmNames=[alarm])
