@@ -19,7 +19,8 @@ from preflight import Existing
 from settings import ADMIN, Settings
 
 WRITTEN_ONCE = ["value", "description", "tier", "keyId"]
-"""All of them, not the value alone: to change any other property, the provider also writes the value in its state."""
+"""All properties, not only the value: when any other property changes, the provider also writes the value in its
+state."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def build(config: Settings, found: Existing, volume: pulumi.Resource, opts: pulu
         only."""
         return parameter(name, description, "String", value, credentials, ignore_changes=WRITTEN_ONCE)
 
-    # One after the other, so that only the first one is refused when the state was lost.
+    # Created after the data volume and before the other parameters, so that a lost state refuses only the first of them.
     credentials = parameter(
         "credentials",
         "its users, and the passphrase of its key encryption key",
