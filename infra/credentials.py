@@ -75,7 +75,7 @@ def build(config: Settings, found: Existing, volume: pulumi.Resource, opts: pulu
         only."""
         return parameter(name, description, "String", value, credentials, ignore_changes=WRITTEN_ONCE)
 
-    # Created after the data volume and before the other parameters, so that a lost state refuses only the first of them.
+    # After the data volume and before the other parameters, so that with a lost state only the first one is refused.
     credentials = parameter(
         "credentials",
         "its users, and the passphrase of its key encryption key",

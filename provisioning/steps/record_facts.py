@@ -64,7 +64,8 @@ def operating_system() -> str:
 
 
 def companions() -> list[Fallback]:
-    """The packages that MLflow requires in its own version and the image lacks, because the index did not have them."""
+    """The packages that MLflow requires in its own version but that are not in the image, because the index did not
+    have them."""
     named = [Requirement(line) for line in metadata.requires("mlflow") or () if "extra ==" not in line]
     own = [each for each in named if str(each.specifier) == f"=={metadata.version('mlflow')}"]
     present = python_packages()

@@ -545,7 +545,7 @@ def test_a_bucket_that_does_not_exist_is_named_as_the_reason(literal: Any, tmp_p
     assert {status for status, _ in found.values()} == {404}
     assert {sentence for _, sentence in found.values()} == {
         "S3 refuses this: The specified bucket does not exist (NoSuchBucket). "
-        "Whoever runs the server has to name buckets that exist."
+        "Ask the server's administrator to name buckets that exist."
     }
 
 
@@ -563,7 +563,7 @@ def test_wrong_keys_of_the_server_do_not_return_401(
     finally:
         artifact_repository.client.cache_clear()
     assert {status for status, _ in found.values()} == {403}
-    assert all(f"({code}). Whoever runs the server has to give" in sentence for _, sentence in found.values())
+    assert all(f"({code}). Ask the server's administrator to give" in sentence for _, sentence in found.values())
 
 
 def test_unreachable_store_returns_503(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

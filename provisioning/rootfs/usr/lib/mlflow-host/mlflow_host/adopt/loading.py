@@ -1,8 +1,8 @@
 """Merge the prepared rows into the database in service, in one transaction; the server stays up.
 
-The rows of the previous adoption of the same source are the base of a three-way merge (`schema.merging`): what the
-source has changed since comes along, and what was changed here since stays. The same transaction renames the prepared
-database, so it is the next base exactly if its rows are in service.
+The rows of the previous adoption of the same source are the base of a three-way merge (`schema.merging`): later changes
+in the source are merged, and later changes on this server stay. The same transaction renames the prepared database, so
+it is the next base exactly if its rows are in service.
 """
 
 from __future__ import annotations

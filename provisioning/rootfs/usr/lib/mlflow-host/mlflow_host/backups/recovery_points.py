@@ -149,7 +149,7 @@ def choose(value: str, there: RecoveryPoints, major: int, ours: Stanza | None, n
     of_major = [line for line in there.lines if line.stanza.major == major]
     # A machine that first booted on a new volume, before the restore was requested, has an empty stanza of its own.
     usable = [line for line in of_major if not line.bases[-1].empty] or of_major
-    # A dump without a digest may be from anybody who could once write here: it is restored only by its name.
+    # A dump without a digest may come from any program that once had write access: it is restored only by its name.
     newest = next((dump for dump in reversed(there.dumps) if dump.recorded), None)
     if usable and not (newest and newest.at - usable[-1].until > AHEAD):
         return RecoveryPoint(usable[-1], usable[-1].bases[-1], whole=True)

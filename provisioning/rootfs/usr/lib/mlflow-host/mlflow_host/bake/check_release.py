@@ -2,8 +2,8 @@
 
     python -m mlflow_host.bake.check_release       prints the result as JSON and records fallbacks
 
-The bake fails only if the process does not start, answer and stop. What else the release lacks is recorded for
-image.json (`fallbacks`).
+The bake fails only if the process does not start, answer and stop. Other features that the release does not support are
+recorded for image.json (`fallbacks`).
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def main() -> int:
 def check() -> tuple[dict[str, Any], list[Fallback]]:
     """Start the server process once, and compare it with `mlflow server` of the installed MLflow.
 
-    Returns the release, the seconds from start to the first response and the memory then (PSS, MB); and what the
-    release lacks. Raises Refusal when the process cannot serve.
+    Returns the release, the seconds from start to the first response and the memory then (PSS, MB); and the features
+    that the release does not support. Raises Refusal when the process cannot serve.
     """
     import mlflow
 
@@ -94,7 +94,7 @@ def create_database(uri: str) -> None:
 
 
 def fast_path(package: Path) -> list[Fallback]:
-    """The endpoints that MLflow answers itself, because a source of its own differs from every compared release."""
+    """The endpoints that MLflow answers, because one of its sources differs from every compared release."""
     off = switched_off(package)
     if off.keys() == set(SHORTCUTS):
         off = {"all endpoints": sorted(set().union(*off.values()))}

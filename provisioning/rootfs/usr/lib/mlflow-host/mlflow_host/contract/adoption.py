@@ -1,4 +1,4 @@
-"""Adoption: what `scripts/adopt.py` and the machine write for each other in the backups bucket.
+"""Adoption: the files by which `scripts/adopt.py` and the machine communicate in the backups bucket.
 
     adoptions/NAME/manifest.json      the source's migration and tables             written by adopt.py
     adoptions/NAME/rows/TABLE.gz      the rows of one table                         written by adopt.py
@@ -29,7 +29,7 @@ ACTIONS = ("prepare", "load")
 ON_CLASH = ("refuse", "skip", "rename")
 
 ADOPTED_TAG = "mlflow-ami.adopted"
-"""Tag of an adopted experiment: "NAME:<experiment ID of the source>". It is how a second adoption finds it again."""
+"""Tag of an adopted experiment: "NAME:<experiment ID of the source>". A second adoption finds the experiment by it."""
 
 
 class AdoptionError(Exception):
@@ -59,7 +59,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Request:
-    """`id` is new for each request. `dry_run`: nothing of the database in service changes. `prefix` goes before the
+    """`id` is new for each request. `dry_run`: the database in service does not change. `prefix` goes before the
     names of experiments and registered models. `leave_artifacts`: artifact locations stay as they are. `lossy`: carry
     rows with values that do not fit, shortened or left behind."""
 

@@ -34,7 +34,7 @@ class Alarm:
     says: str
     """What is wrong and what to do, about `{title}`, the stack's name."""
     missing: str = "missing"
-    """What a period without data means. Only SERVER_DOWN takes it for a breach: the machine sends all metrics in one
+    """Meaning of a period without data. Only SERVER_DOWN counts it as a breach: the machine sends all metrics in one
     call, so without data that alarm is on, and one message is enough."""
 
 

@@ -112,7 +112,7 @@ def put_users(credentials: Credentials, *, run: Path = RUN) -> bool:
 def prune_markers(run: Path = RUN) -> None:
     """Keep the newest `MARKERS` files of logins and of failed logins; truncate the long ones.
 
-    Each file has one line per event, in memory. A forgotten login is checked again.
+    Each file has one line per event, in memory. A login without a file is checked again.
     """
     for name in ("logins", "suspects"):
         found = sorted(

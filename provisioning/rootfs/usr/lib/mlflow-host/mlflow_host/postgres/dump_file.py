@@ -126,8 +126,8 @@ def digest_of(file: IO[bytes]) -> str:
 def load(cluster: Cluster, database: str, dump: IO[bytes]) -> None:
     """Restore a dump into an empty database; its objects belong to MLflow's role. Raises DumpError.
 
-    A dump is a program. It runs as MLflow's role, not as a superuser who has set that role: a statement of the dump
-    could reset it, and then run any program."""
+    A dump consists of statements that run. They run as MLflow's role, not as a superuser who has set that role: a
+    statement of the dump could reset the role, and then run any program."""
     options = ["--no-owner", "--no-privileges", "--single-transaction", f"--dbname={database}"]
     as_owner = replace(cluster, user=cluster.owner)
     with tempfile.TemporaryFile() as stderr:

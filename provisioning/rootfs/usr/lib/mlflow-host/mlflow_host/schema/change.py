@@ -69,7 +69,7 @@ def change(settings: ChangeSettings, state: SchemaState, action: str, say: Say) 
     recorded = state.record.waiting if state.record else ()
     waiting = existing(recorded, set(databases(cluster)))
     for missing in {entry.database for entry in recorded} - {entry.database for entry in waiting}:
-        say(f"the kept database {missing} is gone: what only it held does not come back")
+        say(f"the kept database {missing} is gone: data that only it held is lost")
     require_space(settings, state, waiting if action == "upgrade" else (), now)
     with (
         release(cluster, settings.image) as mlflow,
@@ -309,7 +309,7 @@ def existing(waiting: tuple[PendingMerge, ...], there: set[str]) -> tuple[Pendin
     """The pending merges whose kept database is among the databases `there`.
 
     A newer one that was carried to the schema of a missing one counts as carried to where that one was. Otherwise an
-    upgrade would take everything that the missing release could hold, and the older one could not, for deleted."""
+    upgrade would treat data that only the missing release could hold as deleted."""
     found: list[PendingMerge] = []
     for entry in waiting:  # newest head first
         if entry.database in there:

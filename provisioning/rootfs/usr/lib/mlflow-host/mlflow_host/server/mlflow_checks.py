@@ -15,8 +15,8 @@ class Refusal(Exception):
 
 
 WITHOUT = "mlflow-server: without "
-"""Start of the line that reports a feature which the installed MLflow cannot be given, and in parentheses why; the bake
-reads it."""
+"""Start of the line that reports a feature which the installed MLflow does not support, with the reason in parentheses;
+the bake reads it."""
 
 
 def report_without(what: str, why: object) -> None:

@@ -1,4 +1,4 @@
-"""All replacements of names in MLflow and protobuf that a server process makes: target, reason, and the test of each.
+"""All patches of MLflow and protobuf in a server process, each with target, reason and test.
 
 Listeners and hooks through public interfaces are in other modules: SQLAlchemy's events (`db_connections`,
 `mlflow_checks`), Flask's before_request (`refusals`, `request_limits`, `artifact_fence`), and MLflow's registry of

@@ -1,5 +1,5 @@
-"""Bounds on what one request may cost: bytes of its body, also decompressed, conditions of a search, nesting of its
-JSON, and on how many requests of one user a process answers at once.
+"""Limits of requests: bytes of the body, also decompressed, conditions of a search, nesting of JSON, and concurrent
+requests of one user per process.
 
 60 MiB of JSON took 1.8 GB to parse, and a search with 200 conditions 1.5 GB in PostgreSQL's planner. Every
 reader could send both. The limits are far above the requests of MLflow's client and pages.
@@ -25,8 +25,8 @@ BODY_BYTES = (
     (re.compile(r"/v1/traces$"), 64 * MEBIBYTE),
     (re.compile(r""), 16 * MEBIBYTE),
 )
-"""The most bytes of a request's body, by the end of its path; the first match counts. None: files, which are bounded by
-the room on the volume. MLflow takes a batch of at most 1 MB."""
+"""The most bytes of a request's body, by the end of its path; the first match counts. None: files, which are limited by
+the space on the volume. MLflow takes a batch of at most 1 MB."""
 
 CONDITIONS, ORDERS = 50, 20
 """Most comparisons in a search's filter, and columns to order by. Each adds a join."""
@@ -46,7 +46,7 @@ USER = b"x-mlflow-host-user"
 PRESIGNED = re.compile(r"/presigned-(up|down)load-url$")
 
 UNSHARED = re.compile(r"artifact|^/gateway/|/mlflow/(assistant/|gateway-proxy)")
-"""Requests that wait for S3 or a model for long; they have threads of their own."""
+"""Requests that may wait long for S3 or a model; they have threads of their own."""
 
 
 def refusal(path: str, length: int) -> dict[str, str] | None:

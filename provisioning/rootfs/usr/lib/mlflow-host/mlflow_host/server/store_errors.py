@@ -48,11 +48,11 @@ REMEDIES = {
     "EntityTooLarge": "S3 takes 5 TiB at most: split the file.",
     "KeyTooLongError": "S3 takes 1,024 bytes of folders and name at most: use shorter names or fewer folders.",
     "NoSuchUpload": "Start the upload again.",
-    "RequestTimeTooSkewed": "The server's clock is wrong: whoever runs the server has to look at chrony.",
+    "RequestTimeTooSkewed": "The server's clock is wrong: ask its administrator to check chrony.",
 }
-NO_ACCESS = "Whoever runs the server has to give its instance role access to the bucket and its key."
-NO_BUCKET = "Whoever runs the server has to name buckets that exist."
-OTHER_REGION = "Whoever runs the server has to start it in the bucket's region."
+NO_ACCESS = "Ask the server's administrator to give its role access to the bucket and its key."
+NO_BUCKET = "Ask the server's administrator to name buckets that exist."
+OTHER_REGION = "Ask the server's administrator to start it in the bucket's region."
 LATER = "Try again later."
 
 ERROR_CODES = {

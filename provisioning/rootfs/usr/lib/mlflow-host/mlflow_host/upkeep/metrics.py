@@ -1,4 +1,4 @@
-"""What the machine measures of itself for the stack's alarms, by the metrics' names in `contract.alarms`.
+"""Measure the machine for the stack's alarms, by the metrics' names in `contract.alarms`.
 
 A measurement that cannot be made yet, or has no meaning (a certificate without TLS), is left out.
 """
@@ -27,7 +27,7 @@ WINDOW = timedelta(minutes=1)
 LOG_BYTES = 16 << 20
 """End of the access log that is read. A line has about 200 bytes, so this is the last minute at 1,000 requests/s."""
 FEW_REQUESTS = 20
-"""A percentage of fewer requests is taken of this number, so that one error at night is no alarm."""
+"""With fewer requests, the percentage is of this number, so that one error at night sets off no alarm."""
 WITH_ALARMS_OF_THEIR_OWN = {"mlflow-host-room.service", "mlflow-host-backups-check.service"}
 """Units that fail to report what another metric reports."""
 
@@ -48,7 +48,7 @@ def measured(wanted: set[str], now: datetime | None = None) -> dict[str, float]:
     for name in sorted(wanted & measures.keys()):
         try:
             value = measures[name]()
-        except Exception as error:  # one measurement that fails does not silence the others
+        except Exception as error:  # one failed measurement does not stop the others
             print(f"mlflow-host: {name} cannot be measured: {type(error).__name__}: {error}", file=sys.stderr)
             continue
         if value is not None:

@@ -198,7 +198,7 @@ ONLY: dict[tuple[str, ...], tuple[str, ...]] = {
     (*_RUNS, LOG_BATCH): ("run_tag.RunTag", "models.SqlTag", "param.Param", "models.SqlParam"),
     (*_LOGGING, HISTORY): ("models.SqlMetric",),
 }
-"""Sources on which only these shortcuts rest. All shortcuts rest on every other source."""
+"""Sources on which only these shortcuts depend. All shortcuts depend on every other source."""
 
 RESTS_ON: dict[str, frozenset[str]] = {
     shortcut: frozenset(COMPARED)

@@ -131,7 +131,7 @@ class DirectStore(SqlAlchemyStore):
             if sentence := too_dear(error):
                 raise Unreachable(sentence, error_code=INVALID_PARAMETER_VALUE) from error
             raise Unreachable(str(error), error_code=TEMPORARILY_UNAVAILABLE) from error
-        except (psycopg2.Error, ValueError):  # the latter for what cannot be told to it
+        except (psycopg2.Error, ValueError):  # ValueError: a value that psycopg2 cannot send
             raise Unusual from None
         finally:
             if connection.closed:

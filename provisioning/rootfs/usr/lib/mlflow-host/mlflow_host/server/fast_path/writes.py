@@ -12,7 +12,8 @@ import json
 import uuid
 from typing import Any
 
-# What a release may lack is looked up at each request, so that only the answers that use it are MLflow's then.
+# Names that a release may lack are looked up at each request, so that without one only the endpoints that use it fall
+# back to MLflow.
 from mlflow.entities import LifecycleStage
 from mlflow.protos.service_pb2 import CreateRun, LogBatch, LogMetric
 from mlflow.utils import name_utils, uri, validation
