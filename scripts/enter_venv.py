@@ -3,7 +3,7 @@
 After that `scripts`, `tests` and `mlflow_host` can be imported, wherever the script was started.
 
 A script started with another Python starts again with the repository's .venv/bin/python, with the same arguments, from
-any folder and through sudo. Where that cannot be had, one sentence says what to do and the exit status is 2.
+any folder and through sudo. If that Python is missing, one sentence states the remedy and the exit status is 2.
 
 The module and the scripts that import it must compile with Python 3.8, so that an old one can print the sentence.
 """

@@ -24,7 +24,7 @@ def end_like_ctrl_c() -> None:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ignore interrupts during the block, which removes resources that would cost money or be left behind."""
+    """Ignore interrupts during the block, which removes resources that would otherwise be left behind or cost money."""
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *ENDING)}
     try:
         yield

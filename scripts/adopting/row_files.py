@@ -42,7 +42,7 @@ def write(snapshot: Snapshot, folder: Path) -> Manifest:
 
 
 def upload(s3: Any, bucket: str, name: str, manifest: Manifest, folder: Path) -> None:
-    """The manifest goes last, so it never names files that are not there."""
+    """The manifest is written last, so it never names missing files."""
 
     def put(table: str) -> None:
         s3.upload_file(str(folder / f"{table}.gz"), bucket, adoption.key(name, f"rows/{table}.gz"))

@@ -1,4 +1,4 @@
-"""Sources of an adoption, each read in one snapshot. Nothing is ever written to a source."""
+"""Sources of an adoption, each read in one snapshot. They are never written to."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ DUMP_MAGIC = b"PGDMP"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A source in one state. `write_rows(table, sink)` writes a table's rows in the format of `contract.adoption`, and
-    returns the number of values by column from which NUL or broken UTF-8 was taken out."""
+    """A snapshot of a source. `write_rows(table, sink)` writes a table's rows in the format of `contract.adoption`, and
+    returns the number of values by column from which NUL or broken UTF-8 was removed."""
 
     kind: str
     head: str
     columns: dict[str, list[str]]
     write_rows: Callable[[str, IO[bytes]], dict[str, int]]
     folder: Path
-    """What relative artifact locations are relative to."""
+    """The base folder of relative artifact locations."""
 
 
 def default_name(source: str) -> str:

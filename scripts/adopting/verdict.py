@@ -1,8 +1,8 @@
 """The verdict: read everything back through the new server's API and compare it with the source's rows, value by value.
 
-The source's side comes from the rows themselves, at the source's own schema; the other side is what clients get. IDs,
-names and places that the adoption changed on purpose are translated first. Kinds of newer releases that no client of
-most releases reads (datasets, scorers, labels, …) are compared on the machine, row by row.
+The source's side comes from the rows themselves, at the source's own schema; the server's side is the API's responses.
+IDs, names and places that the adoption changed on purpose are translated first. Kinds that the clients of most releases
+cannot read (datasets, scorers, labels, …) are compared on the machine, row by row.
 """
 
 from __future__ import annotations
@@ -434,7 +434,7 @@ def _milliseconds(text: Any) -> Any:
 
 
 def by_rows(prepared: dict[str, Any], loaded: dict[str, Any]) -> Kind:
-    """The tables that `by_api` does not read. What the machine compared, it compared in every column."""
+    """The tables that `by_api` does not read. The machine compared every column of them."""
     result = Kind("rows of other tables")
     for table, count in prepared["counts"].items():
         if table in API_TABLES or not count:

@@ -27,7 +27,8 @@ class StepFailed(Exception):
 
 
 def script(name: str, *arguments: str, accepted: Sequence[int] = (0,)) -> str:
-    """What one of our scripts prints on stdout. Its stderr is passed on, and its last line is the reason of a failure.
+    """The stdout of one of our scripts. Its stderr is passed on, and the last line of stderr is the reason of a
+    failure.
 
     Raises StepFailed with the script's exit status unless that is among the accepted ones.
     """
@@ -56,7 +57,7 @@ def keep(name: str, content: bytes) -> Path:
 
 
 def tool(name: str, *arguments: str) -> str:
-    """What git or gh prints in the repository. Raises StepFailed."""
+    """The stdout of git or gh in the repository. Raises StepFailed."""
     if shutil.which(name) is None:
         raise StepFailed(f"there is no {name} on PATH: install it, or run this step on a GitHub runner", 2)
     status, out, errors = run([name, *arguments], REPOSITORY)
@@ -83,7 +84,7 @@ def run(command: Sequence[str], folder: Path, *, show: bool = False) -> tuple[in
     reader.start()
 
     def finish() -> int:
-        read(process.stdout, out, show)  # a program whose output nobody reads would not end
+        read(process.stdout, out, show)  # a program with a full pipe would not end
         return process.wait()
 
     with passed_on(process, finish):

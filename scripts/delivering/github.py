@@ -1,6 +1,6 @@
-"""What a step writes for GitHub Actions: outputs, the job's summary, annotations; and what it reads of the event.
+"""Write outputs, the job's summary and annotations for GitHub Actions, and read its event.
 
-At a desk, where GITHUB_OUTPUT and the others are not set, the same goes to standard error.
+Outside GitHub, where GITHUB_OUTPUT and the other variables are not set, all of it goes to standard error.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def shorten(text: str, limit: int) -> str:
 
 
 def pull_request() -> int | None:
-    """The number of the pull request that the workflow runs for; None for other events and at a desk."""
+    """The number of the pull request that the workflow runs for; None for other events and outside GitHub."""
     event = os.environ.get("GITHUB_EVENT_PATH")
     found = json.loads(Path(event).read_text(encoding="utf-8")).get("pull_request") if event else None
     return int(found["number"]) if found else None
 
 
 def run_address() -> str:
-    """The address of this run's page; empty at a desk."""
+    """The address of this run's page; empty outside GitHub."""
     names = ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY", "GITHUB_RUN_ID")
     server, repository, run = (os.environ.get(name, "") for name in names)
     return f"{server}/{repository}/actions/runs/{run}" if server and repository and run else ""

@@ -1,4 +1,4 @@
-"""Step `smoke`: MLflow's own client writes to the server, reads back, and deletes what it wrote."""
+"""Step `smoke`: Write to the server with MLflow's own client, read the data back, and delete it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def smoke(arguments: argparse.Namespace) -> None:
 
 
 def wait(arguments: argparse.Namespace, until: float) -> dict[str, Any]:
-    """The way in to the server, once it answers. Raises StepFailed."""
+    """The client's variables for the server, once it answers. Raises StepFailed."""
     while True:
         try:
             found = connect.way_in(connect.choose(arguments))

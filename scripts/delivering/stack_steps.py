@@ -15,7 +15,8 @@ DRIFTED = "no changes were expected"
 
 
 def preview(stack: str, plan: str) -> None:
-    """Preview into a plan, as summary and, in a pull request, as its comment. Mistakes become annotations."""
+    """Preview and save the plan; write the preview to the summary and, for a pull request, to a comment. Mistakes
+    become annotations."""
     file = commands.REPOSITORY / plan
     file.parent.mkdir(parents=True, exist_ok=True)
     status, text = pulumi("preview", "--diff", "--save-plan", str(file), stack=stack)
@@ -30,7 +31,7 @@ def preview(stack: str, plan: str) -> None:
 
 
 def deploy(stack: str, plan: str) -> None:
-    """`pulumi up` within the plan. Output: previous, the image that ran before (empty for a new stack).
+    """`pulumi up` within the plan. Output: previous, the previous image (empty for a new stack).
 
     Raises StepFailed if the update needs what is not in the plan: preview again then.
     """
@@ -43,7 +44,7 @@ def deploy(stack: str, plan: str) -> None:
 
 
 def rollback(stack: str, image: str) -> None:
-    """Pin the image and update the stack to it. Settings of the commit stay; the data is carried by the boot."""
+    """Pin the image and update the stack to it. The settings of the commit stay; the boot carries the data back."""
     must(stack, "config", "set", "amiId", image)
     must(stack, "config", "rm", "channel")
     status, text = pulumi("up", "--yes", "--skip-preview", stack=stack)
@@ -111,7 +112,7 @@ def mark_mistakes(stack: str, text: str) -> None:
 
 
 def mistakes(text: str) -> list[tuple[str, str]]:
-    """(level, sentence) of each diagnostic. Of the program's own list of mistakes, each is one."""
+    """(level, sentence) of each diagnostic. Each entry of the program's list of mistakes is one diagnostic."""
     found, listing = [], False
     for line in text.splitlines():
         if listing and (item := re.match(r"\s+- (.+)", line)):

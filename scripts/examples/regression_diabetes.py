@@ -45,7 +45,7 @@ def main() -> None:
             signature=infer_signature(test_x, predicted),
             input_example=test_x.head(3),
             registered_model_name=REGISTERED_MODEL,
-            skops_trusted_types=["sklearn.tree._tree.Tree"],  # what a forest is made of
+            skops_trusted_types=["sklearn.tree._tree.Tree"],  # the classes inside a forest
         )
         print(f"mean squared error {mse:.0f}, R² {r2:.3f} with {PARAMS['n_estimators']} trees")
 

@@ -1,4 +1,4 @@
-"""The page that follow.py writes for the person who decides."""
+"""The report page of follow.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAST_LINES = 25
 
 @dataclass(frozen=True)
 class Step:
-    """A command that was run. `status` is its exit status; None if it was left out, and `why` says for what reason."""
+    """A command that was run. `status` is its exit status; None if it was left out, and `why` is the reason."""
 
     name: str
     command: str
@@ -35,7 +35,7 @@ class Step:
 def page(
     before: Mapping[str, Any], after: Mapping[str, Any], steps: Sequence[Step], patch: str, notes: list[str]
 ) -> str:
-    """Markdown: what is new, what fell back, what was run, and the proposed patch with the evidence for each part."""
+    """Markdown: new features, fallbacks, the steps, and the proposed patch with the evidence for each part."""
     new_posts = {path: text for path, text in after["posts"].items() if path not in before["posts"]}
     gone_posts = sorted(before["posts"].keys() - after["posts"].keys())
     migrations = {key: line for key, line in after["migrations"].items() if key not in before["migrations"]}

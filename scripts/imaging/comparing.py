@@ -1,4 +1,4 @@
-"""Verb `diff`: what changes from one image to another, for the data, for the packages and for the settings."""
+"""Verb `diff`: the changes from one image to another: data, packages and settings."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Facts = Mapping[str, Any]
 
 
 def diff(a: Image, b: Image, a_facts: Facts | None, b_facts: Facts | None, database: str | None) -> dict[str, Any]:
-    """The differences as JSON. The facts are the images' records, None where there is none; `database` is OSV's
-    address, None to look nothing up."""
+    """The differences as JSON. The facts are the images' records, None without a record; `database` is OSV's address,
+    None for no look-up."""
     old, new = a_facts or {}, b_facts or {}
     return {
         "from": about(a),
@@ -63,7 +63,7 @@ def about(image: Image) -> dict[str, str]:
 
 
 def schema(a: Image, b: Image, old: Facts, new: Facts) -> dict[str, Any]:
-    """How the schema changes, and what a rollback to `a` would leave waiting in the kept database."""
+    """The change of the schema, and the data that a rollback to `a` would leave in the kept database."""
     heads = [a.fact("migration-head"), b.fact("migration-head")]
     known = "tables" in old and "tables" in new
     before, after = dict(old.get("tables", {})), dict(new.get("tables", {}))
@@ -117,7 +117,7 @@ def packages(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, A
 
 
 def vulnerabilities(old: Facts, new: Facts, database: str | None) -> dict[str, Any]:
-    """Known vulnerabilities that go and come, by OSV; {"unknown": reason} where it cannot be asked."""
+    """Known vulnerabilities that are removed and added, by OSV; {"unknown": reason} if OSV cannot be queried."""
     if database is None:
         return {"unknown": "they were not looked up (--no-vulnerabilities)"}
     if not old.get("packages") or not new.get("packages"):

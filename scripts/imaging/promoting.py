@@ -1,4 +1,4 @@
-"""Verb `promote`: let a channel name an image, after a drill between it and the image that the channel names."""
+"""Verb `promote`: set a channel to an image, after a drill between it and the channel's current image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPARED = ("mlflow_version", "migration_head", "postgresql_major")
 def promote(
     place: Place, image: Image, channel: str, *, without_drill: bool, drill: Mapping[str, Any] | None, dry_run: bool
 ) -> dict[str, Any]:
-    """Let the channel name the image; returns what was done. Idempotent. Raises ImageRefused.
+    """Set the channel to the image; returns what was done. Idempotent. Raises ImageRefused.
 
     `drill` is the JSON of scripts/drill.py. If it is about these two images' releases it is recorded on the image.
     """
@@ -54,12 +54,12 @@ def require_usable(image: Image) -> None:
     if image.state != "available":
         raise ImageRefused(
             f"{image.id} is {image.state}, so no stack can launch it: "
-            + ("take it back with retire --undo" if image.state == "disabled" else "wait until it is available")
+            + ("reverse that with retire --undo" if image.state == "disabled" else "wait until it is available")
         )
     if image.deprecated:
         raise ImageRefused(
-            f"{image.id} is deprecated since {image.deprecated[:10]}: take that back with deprecate --undo, or promote "
-            "another image"
+            f"{image.id} is deprecated since {image.deprecated[:10]}: reverse that with deprecate --undo, or promote "
+            f"another image"
         )
 
 
@@ -73,7 +73,7 @@ def require_drilled(image: Image, held: Image | None, before: str, channel: str,
     if held is None:
         raise ImageRefused(
             f"the channel {channel} names {before}, which is not in {region} any more, so no drill can show that its "
-            "stacks can move: add --without-drill if they are moved already"
+            f"stacks can change: add --without-drill if they have changed already"
         )
     if not drilled(image, held):
         raise ImageRefused(

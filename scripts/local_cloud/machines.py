@@ -94,7 +94,8 @@ class Podman:
     def stop(self, name: str, *, seconds: int) -> None:
         """Ends a machine, by SIGKILL after `seconds`; returns when it has ended. Raises LocalCloudError.
 
-        podman gives up on a killed process after some seconds; one that waits for a busy disk takes longer to end.
+        podman stops waiting for a killed process after some seconds; a process that waits for a busy disk takes longer
+        to end.
         """
         tries = 10
         for left in reversed(range(tries)):
@@ -286,7 +287,7 @@ def console_text(console: Path) -> str:
 
 
 def running_pid(pid_file: Path) -> int | None:
-    """PID of a machine's init, None if it does not run. Takes a thousandth of the time that podman does.
+    """PID of a machine's init, None if it does not run. Takes a thousandth of the time that podman takes.
 
     A PID that the kernel reused for another process is recognised: its root file system is not the machine's.
     """

@@ -1,4 +1,4 @@
-"""The records of the AWS APIs, kept across restarts: moto's backends, pickled whole.
+"""The records of the AWS APIs, kept across restarts: moto's backends in one pickle.
 
 All services go into one pickle, because their objects refer to each other, with cloudpickle, because some contain
 lambdas. The pickle is written after every request that may have changed something and before its response is sent, so a
@@ -116,7 +116,7 @@ def load(places: Places) -> bool:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Also reads records from before this module was renamed: a demo outlives a `git pull`."""
+    """Also reads records from before this module was renamed, because a demo may run across a `git pull`."""
 
     def find_class(self, module: str, name: str) -> Any:
         return super().find_class(FORMER_MODULES.get(module, module), name)

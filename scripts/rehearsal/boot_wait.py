@@ -22,12 +22,12 @@ from scripts.rehearsal.errors import BootFailed
 QUESTION = "/api/2.0/mlflow/experiments/get?experiment_id=0"
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 20
-"""Seconds during which a refused password may come from the machine that is being replaced."""
+"""Seconds during which the machine that is being replaced may still refuse the password."""
 
 
 @dataclass(frozen=True)
 class ServerReply:
-    """What the server said: HTTP status, 0 when nothing answered, and the JSON document that came with it."""
+    """A response of the server: HTTP status, 0 without a response, and the JSON document in it."""
 
     status: int
     document: dict[str, Any]

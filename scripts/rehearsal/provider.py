@@ -98,7 +98,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
             id_ = kind.create(aws, reveal(whole))
             found = kind.read(aws, id_, reveal(whole))
         if found is None:
-            return context.abort(grpc.StatusCode.UNKNOWN, f"{id_} was made and is already gone")
+            return context.abort(grpc.StatusCode.UNKNOWN, f"{id_} was created and no longer exists")
         return provider_pb2.CreateResponse(id=id_, properties=to_wire(outputs(kind, inputs, found)))
 
     def Read(self, request: Any, context: Any) -> Any:
@@ -168,7 +168,8 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
 
 
 def checked(kind: Kind, name: str, inputs: Props, olds: Props, tags: Mapping[str, str]) -> Props:
-    """`inputs` with generated names and the provider's default tags. A generated name lives as long as the resource."""
+    """`inputs` with generated names and the provider's default tags. A generated name stays the same as long as the
+    resource exists."""
     inputs = {key: value for key, value in inputs.items() if key != GENERATED}
     generated = []
     for key, generate in kind.generate.items():

@@ -211,7 +211,7 @@ def write_settings(cloud: LocalCloud, ami: str, wanted: Props, environment: Mapp
 
 
 def _typed(kind: str, text: str) -> Any:
-    """A value in YAML's type; text that is no value of its type stays text, and the stack refuses it."""
+    """A value in YAML's type; text that is not of its type stays text, and the stack refuses it."""
     if kind == "array":
         with contextlib.suppress(ValueError):
             return json.loads(text)

@@ -95,7 +95,7 @@ def certificates() -> list[Path]:
 
 def keep_trust(cloud: LocalCloud) -> Path:
     """Write a bundle of the authorities that `requests` trusts and the local S3's authority, for direct transfers. On
-    AWS clients trust Amazon's anyway."""
+    AWS, clients already trust Amazon's authority."""
     path = certificate_path().with_name(f"{certificate_path().stem}-s3.pem")
     known = Path(os.environ.get("REQUESTS_CA_BUNDLE") or certifi.where()).read_text()
     return status.keep_certificate(path, known if cloud.s3_authority in known else known + cloud.s3_authority)
@@ -296,7 +296,7 @@ def _images(client: Client, *ids: str) -> list[dict[str, Any]]:
 
 
 def settings_link() -> Path:
-    """The file in infra/ in which `pulumi` looks for the stack's settings."""
+    """The file in infra/ from which `pulumi` reads the stack's settings."""
     return PROGRAM / f"Pulumi.{name()}.yaml"
 
 
@@ -340,7 +340,7 @@ def described() -> str:
 def bring_about(
     cloud: LocalCloud, client: Client, ami: str, settings: Props, current: State, *, say: Say, done: Done
 ) -> Engine:
-    """`pulumi up`: a preview, which refuses what can be refused, and then, if anything differs, the changes.
+    """`pulumi up`: a preview, which finds all refusals, and then, if anything differs, the changes.
 
     Returns the engine with its steps. Raises Refused with the program's message for rejected settings, ApplyError for a
     failed operation, Interrupted after Ctrl-C, once the current operation is recorded.

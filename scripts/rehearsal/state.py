@@ -27,8 +27,9 @@ CIPHER_KEY = "rehearsal:ciphertext"
 class Resource:
     """One resource as it was last applied.
 
-    `inputs` are complete, with generated names and default tags; `outputs` are the program's view. `pending_delete`
-    marks the old half of a replacement that is not deleted yet; `generated` names the inputs that the program left out.
+    `inputs` are complete, with generated names and default tags; `outputs` are those that the program receives.
+    `pending_delete` marks the old half of a replacement that is not deleted yet; `generated` names the inputs that the
+    program left out.
     """
 
     urn: str

@@ -380,7 +380,7 @@ def test_promote_refuses_what_no_stack_can_or_should_launch(aws: Place) -> None:
     run("deprecate", gone)
     assert "is deprecated since" in refused("promote", gone, "staging")
     run("retire", gone)
-    assert "is disabled, so no stack can launch it: take it back with retire --undo" in refused(
+    assert "is disabled, so no stack can launch it: reverse that with retire --undo" in refused(
         "promote", gone, "staging"
     )
     for channel in ("Prod", "ami-1", "a/b", ""):
@@ -731,7 +731,7 @@ def test_every_verb_has_dry_run_and_json_and_a_sentence() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["sweep", "--keep", "0"], "at least one image has to stay"),
+        (["sweep", "--keep", "0"], "at least one image must stay"),
         (["sweep", "--older-than", "-1"], "give a number of days"),
         (["list", "--local", "--region", "eu-west-1"], "the embedded cloud has one region"),
         (["retire", "ami-1", "--undo", "--delete"], "not allowed with"),

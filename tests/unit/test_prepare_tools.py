@@ -42,7 +42,7 @@ def test_a_second_run_builds_nothing(go: Path) -> None:
 
 def test_a_plug_in_that_was_built_but_not_installed_is_missing(go: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
-        raise ToolsMissing("packer does not take the plug-in that was built")
+        raise ToolsMissing("packer does not accept the plug-in that was built")
 
     monkeypatch.setattr(prepare_tools, "install_plugin", refuse)
     with pytest.raises(ToolsMissing):

@@ -1,9 +1,8 @@
-"""Unit `mlflow-host-adopt@NAME`: execute the request that scripts/adopt.py wrote to the backups bucket for the source
-NAME.
+"""Unit `mlflow-host-adopt@NAME`: execute the request of scripts/adopt.py for the source NAME.
 
     prepare   load the source's rows into a database of their own, bring it to this image's schema, resolve IDs, names
-    and locations; the database in service does not change load      dump the database in service, then merge the
-    prepared rows into it in one transaction
+              and locations; the database in service does not change
+    load      dump the database in service, then merge the prepared rows into it in one transaction
 
 After a kill at any moment, the database in service is unchanged or complete. The formats are in `contract.adoption`.
 """
