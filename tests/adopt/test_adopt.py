@@ -108,8 +108,8 @@ def test_sqlite_file_with_everything_is_adopted(stack: Stack, reported: Reported
 
 
 def without_places(thing: Any) -> Any:
-    """Without artifact places, and without what differs between a database and any server that returns it: numbers as
-    text, and empty text for nothing."""
+    """Without artifact locations, and without differences between a database and the responses of any server: numbers
+    as text, and empty text for NULL."""
     if isinstance(thing, dict):
         return {key: without_places(value) for key, value in thing.items() if key != "artifacts"}
     if isinstance(thing, list):
@@ -220,7 +220,7 @@ def test_dry_run_changes_nothing(stack: Stack, reported: Reported, small: Filled
 
 
 def damaged(small: Filled, folder: Path) -> Path:
-    """A copy of the source with what SQLite allows and PostgreSQL does not."""
+    """A copy of the source with values that SQLite allows and PostgreSQL does not."""
     path = folder / "damaged.db"
     path.write_bytes(Path(small.source).read_bytes())
     opened = sqlite3.connect(path)

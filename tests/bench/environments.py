@@ -47,7 +47,7 @@ def tutorial() -> Path:
     wanted.write_text("mlflow\npsycopg2-binary\nboto3\n")
     resolved = wanted.with_suffix(f".{mlflow_version()}.lock")
     if not resolved.exists():
-        # Resolved like the image's packages, for the index may lack companions of the newest MLflow.
+        # Resolved like the image's packages, because the index may lack companions of the newest MLflow.
         lock.resolve(wanted, resolved, (f"mlflow=={mlflow_version()}",))
     return made("bench-tutorial", ["sync", "--require-hashes", str(resolved)], resolved.read_text())
 

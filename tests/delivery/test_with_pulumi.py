@@ -1,4 +1,4 @@
-"""preview, deploy, rollback and drift with the real Pulumi on moto, which test_stack_steps.py has a stand-in for."""
+"""preview, deploy, rollback and drift with the real Pulumi on moto; test_stack_steps.py uses a stand-in for Pulumi."""
 
 from __future__ import annotations
 
