@@ -10,8 +10,8 @@ The intended differences, in `STATED`:
 | JSON that nests too deeply for Python | 500 | 400 with a sentence |
 | more than 50 conditions in a filter or 20 columns to order by | 200, or PostgreSQL's memory | 400 with a sentence |
 
-The reason of the first two: PostgreSQL cannot store such text and such tokens never work, but clients repeat a request
-for minutes after a 500. MLflow stores a part of a batch with such text; here nothing of it is written. The other two
+The reasons: PostgreSQL cannot store such text and such tokens never work, but clients repeat a request
+for minutes after a 500. MLflow stores a part of a batch with such text; here nothing of it is written. The last two
 limit the cost of a request (server/request_limits.py).
 
 The indentation of JSON is not compared, nor are CORS headers in responses to requests without an Origin.

@@ -1,6 +1,6 @@
 """The image made by bake.py: EC2's description, its content, and a planted defect for each check of the last step.
 
-The machine is launched without user-data: the image must contain nothing of a stack.
+The machine is launched without user-data, because the image must contain nothing of a stack.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def test_nothing_temporary_of_the_bake_is_left(cloud: LocalCloud, image: Mapping
     assert not [pair for pair in ec2.describe_key_pairs()["KeyPairs"] if pair["KeyName"].startswith("mlflow-ami-bake-")]
 
 
-# ── What is in it ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Its content ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_facts_are_those_of_the_installed_system(machine: Machine, image: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""images.py: every verb on moto's EC2 and SSM, what it refuses, and that a second run changes nothing."""
+"""images.py: every verb on moto's EC2 and SSM, its refusals, and that a second run changes nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FACTS: dict[str, Any] = {
 
 @pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place]:
-    """An empty account; no bake on this machine has an image of it."""
+    """An empty account; no image of it was baked on this machine."""
     for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -61,7 +61,7 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place]:
 
 
 CALLS: set[str] = set()
-"""The actions that images.py needed in the tests of this module so far."""
+"""The actions that images.py needed so far in the tests of this module."""
 
 
 def note_call(params: Any, model: Any, **_: Any) -> None:
@@ -70,7 +70,7 @@ def note_call(params: Any, model: Any, **_: Any) -> None:
 
 
 INSIDE: list[bool] = []
-"""Not empty while images.py runs; the tests' own calls are not noted."""
+"""Not empty while images.py runs; the tests' own calls are not recorded."""
 
 
 def place(region: str) -> Place:
@@ -79,7 +79,8 @@ def place(region: str) -> Place:
 
 
 def make(aws: Place, version: str, *, finished: bool = True, **facts: Any) -> str:
-    """An image of ours with its snapshot and record; returns its ID. The older the version, the older the image."""
+    """An image of this project with its snapshot and record; returns its ID. The older the version, the older the
+    image."""
     ami = aws.ec2.register_image(
         Name=f"mlflow-ami-{version}",
         Architecture="x86_64",
@@ -117,7 +118,7 @@ def run_text(*arguments: str, status: int = 0) -> str:
 
 
 def refused(*arguments: str) -> str:
-    """The sentence with which the verb was refused, in a rehearsal and in earnest."""
+    """The sentence of the refusal, with and without --dry-run."""
     [rehearsed, said] = [run(*arguments, *more, status=2) for more in (["--dry-run"], [])]
     assert rehearsed == said
     sentence = [line for line in said.splitlines() if not line.startswith("images: in region")]
@@ -126,8 +127,7 @@ def refused(*arguments: str) -> str:
 
 
 def stack(aws: Place, name: str, *ran: str) -> None:
-    """What infra/ leaves of a stack: a tagged data volume, and a tag on each image that it ran; the last one is
-    current."""
+    """The traces of a stack: a tagged data volume, and a tag on each image that it ran; the last one is current."""
     zone = f"{aws.region}a"
     tags = {"mlflow-ami:role": "data", "mlflow-ami:stack": name, "mlflow-ami:last-image": ran[-1]}
     volume = aws.ec2.create_volume(
@@ -156,7 +156,7 @@ def state(aws: Place) -> Any:
 
 
 def drill_file(path: Path, older: str, newer: str, aws: Place, lost: int = 0) -> str:
-    """What drill.py --json prints of a drill between the releases of two images."""
+    """The output of drill.py --json for a drill between the releases of two images."""
     about = {each.id: comparing.about(each) for each in catalog.find(aws.ec2)}
     ends = {"older": about[older], "newer": about[newer]}
     path.write_text(json.dumps({"lost": lost, "at": "2026-11-29T10:00:00Z", **ends, "stops": []}))
@@ -209,7 +209,7 @@ def test_record_survives_however_long_it_is(aws: Place) -> None:
     assert len(names) > 3 and max(map(len, names.values())) <= 4096
     assert record.read(aws.ssm, "20261103T000000Z") == facts
     aws.ssm.delete_parameter(Name=sorted(names)[0])
-    assert record.read(aws.ssm, "20261103T000000Z") is None  # a part is missing, so nothing is claimed
+    assert record.read(aws.ssm, "20261103T000000Z") is None  # a part is missing, so there is no record
     assert record.delete(aws.ssm, "20261103T000000Z") and record.parts_of(aws.ssm, "20261103T000000Z") == {}
 
 
@@ -354,7 +354,7 @@ def test_passed_drill_lets_an_image_in_and_back(aws: Place, tmp_path: Path) -> N
     run("promote", two, "staging", "--drill", file)
     drilled = catalog.named(catalog.find(aws.ec2), two)
     assert drilled and "20261101T000000Z" in drilled.drills
-    assert run("promote", one, "staging")["before"] == two  # a drill goes there and back
+    assert run("promote", one, "staging")["before"] == two  # a drill covers both directions
 
 
 def test_failed_drill_and_another_releases_drill_are_refused(aws: Place, tmp_path: Path) -> None:
@@ -457,7 +457,7 @@ def test_image_that_somebody_needs_is_refused(aws: Place, verb: str) -> None:
     run(verb, one)  # the stack can still roll back to another
     assert "the last image that the stack prod" in refused(verb, zero) if verb == "retire" else True
     aws.ec2.delete_volume(VolumeId=volume)
-    run(verb, zero)  # the stack is gone, and its tags count no more
+    run(verb, zero)  # the stack is deleted, so its tags do not count
 
 
 @pytest.mark.parametrize("verb", ["deprecate", "retire"])
@@ -596,7 +596,7 @@ def test_copy_takes_tags_record_and_encryption_along(aws: Place, monkeypatch: py
     before = state(there)
     assert run("copy", "20261101T000000Z", "--to", OTHER)[0] == {**done, "changed": False}
     assert state(there) == before
-    # With the version in place of the ID a verb runs in both regions.
+    # With the version instead of the ID a verb runs in both regions.
     assert [each["region"] for each in run("show", "20261101T000000Z", "--region", REGION, "--region", OTHER)] == [
         REGION,
         OTHER,
@@ -653,7 +653,7 @@ def test_share_refuses_a_wrong_account_and_awss_own_key(aws: Place) -> None:
 
 
 def test_rights_in_the_readme_are_those_that_the_verbs_use(aws: Place, tmp_path: Path) -> None:
-    """Every verb once, and beside it what only a leftover or another account makes it call."""
+    """Every verb once, and calls that are made only for leftovers or other accounts."""
     CALLS.clear()
     one, two, three = (make(aws, f"2026110{number}T000000Z") for number in (1, 2, 3))
     builder = aws.ec2.run_instances(ImageId=one, MinCount=1, MaxCount=1)["Instances"][0]["InstanceId"]
