@@ -1,6 +1,5 @@
-"""Requests that people reported get the right answer from a launched machine.
-
-That it is plain MLflow's is compared in tests/compare/test_same_answers.py."""
+"""Requests from bug reports get the right response from a launched machine. tests/compare/test_same_answers.py compares
+the responses with plain MLflow's."""
 
 from __future__ import annotations
 

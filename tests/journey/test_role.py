@@ -1,7 +1,7 @@
-"""What the machine's role may do, by the very credentials that the machine is given.
+"""The rights of the machine's role, tested with the machine's own credentials.
 
-The object store and the local cloud's APIs hold each session to the policy that the stack wrote, as it is at that
-moment; tests/stack/test_permissions.py looks at the policy itself.
+The object store and the local cloud's APIs enforce the current policy of the stack for each session;
+tests/stack/test_permissions.py tests the policy itself.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ print(ask("meta-data/iam/security-credentials/" + role, **known))
 
 @pytest.fixture(scope="module")
 def given(server: Server, cloud: LocalCloud) -> dict[str, str]:
-    """What the machine's metadata service gives it to sign with."""
+    """The credentials that the metadata service returns to the machine."""
     done = cloud.exec(server.instance_id, ["python3", "-c", ASK])
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -60,7 +60,7 @@ def test_role_reads_and_writes_the_objects_of_its_buckets(server: Server, role: 
 
 @pytest.fixture(scope="module")
 def mlflow_keys(server: Server, cloud: LocalCloud) -> dict[str, str]:
-    """What MLflow's processes sign with."""
+    """The credentials of MLflow's processes."""
     done = cloud.exec(server.instance_id, ["cat", "/run/mlflow-host/server-credentials.json"])
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -112,7 +112,7 @@ def test_mlflow_reads_no_parameter_and_becomes_no_other_role(
 
 @pytest.fixture
 def elsewhere(cloud: LocalCloud) -> Any:
-    """A bucket of the account that is not the stack's, with an object in it."""
+    """A bucket of the same account, outside the stack, with an object in it."""
     owner = cloud.client("s3")
     owner.create_bucket(Bucket="of-somebody-else", CreateBucketConfiguration={"LocationConstraint": cloud.region})
     owner.put_object(Bucket="of-somebody-else", Key="secret", Body=b"secret")
@@ -155,7 +155,7 @@ def test_role_does_nothing_else(server: Server, cloud: LocalCloud, role: Any, el
 
 @pytest.fixture
 def secret_of_another_stack(cloud: LocalCloud) -> Any:
-    """A parameter that lies beside the stack's own."""
+    """A parameter next to the stack's own."""
     ssm, name = cloud.client("ssm"), "/mlflow-ami/of-another/credentials"
     ssm.put_parameter(Name=name, Value="secret", Type="SecureString")
     yield name
@@ -275,7 +275,7 @@ DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
 
 
 def allowed_of(calls: dict[str, Any]) -> dict[str, str]:
-    """Which of these calls are not refused for want of permission, and what they say."""
+    """The calls that are not refused for a missing permission, with their results."""
     answers = {what: refusal(call) for what, call in calls.items()}
     return {what: answer for what, answer in answers.items() if answer not in DENIED}
 
