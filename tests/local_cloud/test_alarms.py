@@ -1,4 +1,4 @@
-"""CloudWatch's alarms follow their metrics and tell their topics, by boto3 against the daemon's moto."""
+"""CloudWatch's alarms follow their metrics and notify their topics; tested with boto3 on the daemon's moto."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images: what a machine was is what the next one starts as."""
+"""Images: a machine starts with the file system of the machine that the image was made from."""
 
 from __future__ import annotations
 

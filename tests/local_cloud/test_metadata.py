@@ -1,4 +1,4 @@
-"""What a machine is told about itself, and how it must ask."""
+"""The instance metadata service: its content, and the requests that it requires."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_unit_can_be_shut_off_from_the_metadata_service(account: Account, inst
 
 
 def session(account: Account, instance: str, role: str, service: str) -> Any:
-    """A client with the credentials the machine was given."""
+    """A client with the machine's credentials."""
     keys = json.loads(ask(account, instance, f"meta-data/iam/security-credentials/{role}"))
     return account.cloud.client(
         service,

@@ -1,4 +1,4 @@
-"""Ports, addresses and who gets through."""
+"""Ports, addresses, and the networks that security groups allow."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def group(shared: Account) -> str:
 
 @pytest.fixture(scope="module")
 def web(shared: Account, group: str) -> str:
-    """A machine that answers on port 80 with the address of whoever asks."""
+    """A machine that answers on port 80 with the client's address."""
     instance = shared.launch(group)
     shared.run(instance, f"cat > /server.py <<'EOF'\n{SERVER}\nEOF\nsystemd-run -q --unit web python3 /server.py")
     wait_until(lambda: reachable(shared.address(instance), 80), 20, "the server does not answer")
@@ -48,7 +48,7 @@ def web(shared: Account, group: str) -> str:
 
 
 def reachable(address: str, port: int, source: str = "127.0.0.1") -> bool:
-    """Whether something behind the port answers, as seen from `source`."""
+    """Whether a program behind the port answers a client at the address `source`."""
     try:
         connection = http.client.HTTPConnection(address, port, timeout=5, source_address=(source, 0))
         connection.request("GET", "/")
@@ -80,7 +80,7 @@ def test_rule_changes_act_at_once_and_cut_what_is_no_longer_allowed(account: Acc
     address = account.address(web)
     account.allow(group, 8081, "127.9.0.0/16")
     wait_until(lambda: reachable(address, 8081, "127.9.1.1"), 10, "8081 is not open to 127.9.1.1")
-    assert not reachable(address, 8081, "127.8.1.1"), "another network got in"
+    assert not reachable(address, 8081, "127.8.1.1"), "a network that is not allowed has connected"
     with socket.create_connection((address, 8081), source_address=("127.9.1.1", 0)) as connection:
         account.forbid(group, 8081, "127.9.0.0/16")
         assert not reachable(address, 8081, "127.9.1.1")
@@ -113,7 +113,7 @@ def test_elastic_address_moves_with_its_association(account: Account, web: str) 
     association = account.ec2.associate_address(AllocationId=allocation, InstanceId=web)["AssociationId"]
     assert account.address(web) == address
     wait_until(lambda: reachable(address, 80), 10, "the Elastic IP does not answer")
-    assert not reachable(before, 80), "the address given up still answers"
+    assert not reachable(before, 80), "the released address still answers"
     account.ec2.disassociate_address(AssociationId=association)
     assert not reachable(address, 80)
     assert account.address(web) != address

@@ -1,4 +1,4 @@
-"""What a role's policies say about a request, by the rules of IAM's own "Policy evaluation logic"."""
+"""Decisions of a role's policies about requests, by the rules of IAM's "Policy evaluation logic"."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def deny(action: Any, resource: Any = "*", **more: Any) -> dict[str, Any]:
 
 
 class Sent(Exception):
-    """Carries the request that would have left."""
+    """Contains the request that was not sent."""
 
 
 @cache
@@ -43,7 +43,7 @@ def client_of(service: str) -> Any:
 
 
 def sent(service: str, operation: str, **arguments: Any) -> permissions.Request:
-    """What the daemon reads from the request that boto3 makes."""
+    """The daemon's view of a request of boto3."""
     with pytest.raises(Sent) as caught:
         getattr(client_of(service), operation)(**arguments)
     return as_daemon_reads(caught.value.args[0])

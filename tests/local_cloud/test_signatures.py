@@ -1,4 +1,4 @@
-"""Only programs with one of the cloud's keys are answered: signatures as SDKs make them, and no web page."""
+"""The APIs accept only requests signed with one of the cloud's keys, with SDKs' signatures, and none from web pages."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def secret_of(access_key: str, token: str) -> str | None:
 
 
 class Sent(Exception):
-    """Carries the request that would have left."""
+    """Contains the request that was not sent."""
 
 
 def sent(service: str, operation: str, **arguments: Any) -> dict[str, Any]:
-    """The request that boto3 makes, as WSGI gives it to the daemon; its body under "body"."""
+    """A request of boto3 as the WSGI environment for the daemon; its body under "body"."""
     connect: Any = boto3.client
     client = connect(
         service, region_name=REGION, endpoint_url=HERE, aws_access_key_id=KEY, aws_secret_access_key=SECRET
@@ -106,7 +106,7 @@ def test_what_an_sdk_signs_is_accepted_and_nothing_else(
 
 
 def test_what_a_machine_signs_is_accepted() -> None:
-    """The image signs its few calls itself."""
+    """The image has its own code to sign its few calls."""
     keys, body = aws.Keys(KEY, SECRET, "token", ""), b'{"Name": "/own/secret"}'
     headers = {"Content-Type": "application/x-amz-json-1.1", "X-Amz-Target": "AmazonSSM.GetParameter"}
     headers |= aws.signature(HERE, headers, body, REGION, "ssm", keys, datetime.now(UTC))
@@ -175,7 +175,7 @@ def test_the_running_apis_and_the_store_refuse_pages_and_made_up_keys(cloud: Any
     import requests
 
     assert cloud.client("sts").get_caller_identity()["Account"]
-    # pgBackRest sends the host's name without the port: the store asks for a signature, and does not refuse the name.
+    # pgBackRest sends the host's name without the port: the store requires a signature, and does not refuse the name.
     unsigned = requests.get(f"{cloud.s3_plain_endpoint}/", headers={"Host": "127.0.0.1"}, timeout=10)
     assert unsigned.status_code == 403 and "AccessDenied" in unsigned.text
     for address in (cloud.endpoint, cloud.s3_plain_endpoint):
@@ -193,7 +193,7 @@ def test_the_running_apis_and_the_store_refuse_pages_and_made_up_keys(cloud: Any
 
 @pytest.mark.machine
 def test_another_user_of_this_host_reads_and_writes_no_object(cloud: Any) -> None:
-    """The object store's parts have ports of their own, beside S3's."""
+    """The object store's parts have ports of their own, besides S3's."""
     s3 = cloud.client("s3")
     s3.create_bucket(Bucket="of-the-account", CreateBucketConfiguration={"LocationConstraint": cloud.region})
     s3.put_object(Bucket="of-the-account", Key="secret", Body=b"secret")

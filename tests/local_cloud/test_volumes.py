@@ -1,4 +1,4 @@
-"""Volumes: there when attached, gone when detached, and what was written stays."""
+"""Volumes: the device appears when attached and disappears when detached, and the data stays."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What somebody meets who uses `pulumi` with this program for the first time: its real CLI and engine, on moto.
+"""The messages that a first-time user of `pulumi` sees with this program: the real CLI and engine, on moto.
 
-The tests run in their order: they are one user's session, which is kept in build/first-time-user.txt.
+The tests run in this order, as one user's session, which is written to build/first-time-user.txt.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def terminal(cloud: MotoCloud, tmp_path_factory: pytest.TempPathFactory) -> Term
 
 
 def quiet(said: str) -> None:
-    """No traceback, and nothing of how program and engine talk: what was said is for the user."""
+    """The output contains no traceback and no internals of Pulumi's protocol."""
     for noise in NOISE:
         assert noise not in said, said
 
@@ -80,7 +80,7 @@ def test_all_mistakes_are_told_at_once(terminal: Terminal) -> None:
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_name(terminal: Terminal, command: str) -> None:
-    """The CLI itself refuses it at preview, by the schema in Pulumi.yaml."""
+    """The CLI refuses it at preview, by the schema in Pulumi.yaml."""
     [name] = re.findall(r"allowedCidrs|dataVolumeGib|jobExecution", command)
     terminal.run(command)
     said = terminal.run("pulumi preview", status=None)
@@ -120,7 +120,7 @@ def test_a_mistake_keeps_what_runs(terminal: Terminal) -> None:
 
 
 def test_a_lock_that_a_killed_run_left_is_named_and_cancelled(terminal: Terminal) -> None:
-    """The remedy is the CLI's own."""
+    """The CLI prints the remedy."""
     home = Path(terminal.environment["PULUMI_BACKEND_URL"].removeprefix("file://")) / ".pulumi"
     lock = home / "locks/organization" / stack.project() / "dev/0a1b2c3d.json"
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def test_retire_stack_leaves_with_the_data_and_deletes_the_rest(cloud: MotoCloud
     buckets = json.loads(terminal.run("pulumi stack output --json"))["buckets"]
     s3 = cloud.client("s3")
     for bucket in buckets.values():
-        s3.delete_bucket_policy(Bucket=bucket)  # moto refuses by it whatever the condition says
+        s3.delete_bucket_policy(Bucket=bucket)  # moto ignores conditions, so this policy would deny every request
     s3.put_object(Bucket=buckets["backups"], Key="dumps/20261122T013300Z-nightly-dc11669786a5.dump", Body=b"dump")
     for text in (b"old", b"new"):
         s3.put_object(Bucket=buckets["artifacts"], Key="1/run/artifacts/model.txt", Body=text)

@@ -140,7 +140,7 @@ def test_merge_restores_misfits_and_keeps_later_changes(filled: Cluster) -> None
         (4, "twice", "on", 1),
         (5, "cy", "paused", None),
         (41, "since", "on", None),
-    ], "2 was deleted since and takes 6, whose boss it was, with it; 3 or 4, 5 come back"
+    ], "2 was deleted since, and so is 6, whose boss it was; 3 or 4, 5 come back"
     assert look(
         filled, work, "SELECT parent_id, key, value, number, note::text, friend FROM children ORDER BY 1, 2"
     ) == [
@@ -188,7 +188,7 @@ def test_different_row_counts_fail_the_carry(filled: Cluster, monkeypatch: pytes
 
 
 def bring_forward(cluster: Cluster, older: str, newer: str) -> None:
-    """What a migration from OLDER to NEWER would do with the rows."""
+    """The effect of a migration from OLDER to NEWER on the rows."""
     for table, columns in (("parents", "id, name, status, boss"), ("children", "parent_id, key, value, number")):
         for row in look(cluster, older, f"SELECT {columns} FROM {table} ORDER BY 1"):
             with connection(cluster, newer) as opened:

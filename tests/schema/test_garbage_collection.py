@@ -1,4 +1,4 @@
-"""Garbage collection removes what was deleted long ago, and nothing that a model version uses, in any release."""
+"""In any release, garbage collection removes items that were deleted long ago, and none that a model version uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Releases that do not exist yet pass the bake's check: the server starts, nothing opens, fallbacks are named."""
+"""Invented future releases pass the bake's check: the server starts, no route opens to readers, fallbacks are
+reported."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ STORE = "store/tracking/sqlalchemy_store.py"
 
 @pytest.fixture
 def release(tmp_path: Path) -> Iterator[MadeRelease]:
-    """A copy of the newest release with what a server needs."""
+    """A copy of the newest release with the packages of a server."""
     made = MadeRelease(server_environment(releases()[-1]), tmp_path / "release")
     yield made
     made.remove()
