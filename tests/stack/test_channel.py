@@ -1,4 +1,4 @@
-"""The setting `channel`: which image it stands for, what is refused, and what a launch leaves on the image."""
+"""The setting `channel`: the image that it selects, the refusals, and the tag that a launch writes to the image."""
 
 from __future__ import annotations
 

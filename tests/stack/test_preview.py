@@ -1,4 +1,4 @@
-"""What cannot work, or would lose data, is refused at preview; and preview says what the boot will do to the data."""
+"""Preview refuses settings that cannot work or would lose data, and prints what the boot will do to the data."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def account(**changes: Any) -> Account:
             account(images={NEW: Image(tags=image_tags(migration_count="many"))}),
             {},
             "so its schema is unknown",
-            id="image with a count that is no number",
+            id="image with a count that is not a number",
         ),
         pytest.param(
             account(images={NEW: Image(architecture="arm64")}),
@@ -106,7 +106,7 @@ def account(**changes: Any) -> Account:
             account(),
             {"instanceType": "x1.none"},
             "instanceType: EC2 offers no 'x1.none' in eu-central-1.",
-            id="instance type that is not",
+            id="instance type that does not exist",
         ),
         pytest.param(
             account(volumes=data_volume()),
@@ -140,7 +140,7 @@ def account(**changes: Any) -> Account:
             {"availabilityZone": "eu-central-1f"},
             "availabilityZone: eu-central-1 has no zone 'eu-central-1f'; it has eu-central-1a, eu-central-1b, "
             "eu-central-1c.",
-            id="zone that is not",
+            id="zone that does not exist",
         ),
         pytest.param(
             account(zones=("eu-central-1a",)), {}, "eu-central-1 offers one zone only, eu-central-1a", id="one zone"
@@ -231,7 +231,7 @@ def test_look_ups_go_through_the_same_provider_as_the_resources() -> None:
 
 
 def on(schema: str, last: str | None, last_image: str = OLD, reported: str = "") -> str:
-    """What preview says with an image of `schema`, after an `up` of `last` and a machine's report of `reported`."""
+    """The message of preview for an image of `schema`, after an `up` of `last` and a machine's report of `reported`."""
     volumes = data_volume(last_image, **SCHEMAS[last]) if last else {}
     parameters = report(**SCHEMAS[reported]) if reported else {"in-service": "not reported yet"}
     there = account(
@@ -315,7 +315,7 @@ UNREPORTED = "no machine reported that its boot finished"
     ],
 )
 def test_preview_does_not_state_what_no_machine_reported(schema: str, meant_for: str, reported: str, line: str) -> None:
-    """Pulumi writes the volume's tags ahead of a boot, which may be interrupted or fail."""
+    """Pulumi writes the volume's tags before the boot, which may be interrupted or fail."""
     assert on(schema, meant_for, reported=reported) == line
 
 
@@ -345,7 +345,7 @@ def test_a_volume_without_a_record_is_said_to_have_none() -> None:
 
 
 def test_recorded_tags_are_read_by_the_next_run() -> None:
-    """The record is written with the volume, so ahead of the boot that it announces."""
+    """The tag is written with the volume, before the boot that restores."""
     images = {
         OLD: Image(tags=image_tags(**SCHEMAS["3.16.0"])),
         NEW: Image(tags=image_tags(**SCHEMAS["3.18.0"])),

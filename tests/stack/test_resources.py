@@ -1,4 +1,4 @@
-"""What the stack is made of: every resource, its options, and the names that keep what holds data where it is."""
+"""All resources of the stack, their options, and the names that resources with data must keep."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ PINNED = {
     "urn:pulumi:dev::mlflow-ami::aws:ssm/parameter:Parameter::credentials",
     "urn:pulumi:dev::mlflow-ami::random:index/randomPassword:RandomPassword::kek-passphrase",
 }
-"""What holds data or identity. A changed URN is a deletion to Pulumi: whoever moves one of these adds an alias."""
+"""Resources with data or identity. Pulumi treats a changed URN as a deletion: add an alias when you move one of
+these."""
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +43,14 @@ def test_what_holds_data_keeps_its_urn_and_is_protected(stack: Run) -> None:
 
 
 def test_only_the_instance_is_deleted_before_its_replacement(stack: Run) -> None:
-    """The data volume can be attached to one instance only, so the old one goes before the new one comes."""
+    """The data volume can be attached to one instance only, so the old one is deleted before the new one is created."""
     first = {each.urn.split("::")[-2:][0] for each in stack.registered if each.request.deleteBeforeReplace}
     assert first == {"aws:ec2/instance:Instance", "aws:ec2/volumeAttachment:VolumeAttachment"}
 
 
 def test_no_resource_hides_changes_but_the_parameters(stack: Run) -> None:
-    """People are changed in the parameter itself; an `up` must not bring back who was removed there. The authority's
-    certificate is the machine's to write."""
+    """Users are managed in the parameter itself; an `up` must not restore a removed user. The machine writes the
+    authority's certificate."""
     ignoring = {each.name: list(each.request.ignoreChanges) for each in stack.registered if each.request.ignoreChanges}
     written_once = ["value", "description", "tier", "keyId"]
     assert {name: names for name, names in ignoring.items() if not name.startswith("mlflow-")} == {
@@ -73,7 +74,8 @@ PROPERTIES = {
 
 
 def test_refresh_does_not_undo_separate_bucket_settings(stack: Run) -> None:
-    """pulumi/pulumi-aws#6244: a refresh reads them into the bucket's state, and `up` then takes them off the bucket."""
+    """pulumi/pulumi-aws#6244: a refresh reads them into the bucket's state, and the next `up` would remove them from
+    the bucket."""
     arguments = inspect.signature(aws.s3.Bucket._internal_init).parameters
     for bucket in stack.of_type("s3.Bucket"):
         beside = {
@@ -215,7 +217,7 @@ def test_each_bucket_is_versioned_encrypted_private_and_tidied(stack: Run, name:
     assert part("BucketOwnershipControls")["rule"] == {"objectOwnership": "BucketOwnerEnforced"}
     old, unfinished = part("BucketLifecycleConfiguration")["rules"]
     assert old["noncurrentVersionExpiration"] == {"noncurrentDays": 30}
-    assert old["expiration"] == {"expiredObjectDeleteMarker": True}, "present objects never expire"
+    assert old["expiration"] == {"expiredObjectDeleteMarker": True}, "current objects never expire"
     assert unfinished["abortIncompleteMultipartUpload"] == {"daysAfterInitiation": 7}
     assert all(rule["status"] == "Enabled" and rule["filter"] == {"prefix": ""} for rule in (old, unfinished))
     lifecycle, versioning = stack.one("s3.BucketLifecycleConfiguration", name), stack.one("s3.BucketVersioning", name)
@@ -313,7 +315,7 @@ def where(found: Run) -> tuple[str, str]:
         (Account(volumes=data_volume(zone="eu-central-1c")), {}, "eu-central-1c"),
         (Account(volumes=data_volume(), zones=("eu-central-1b", "eu-central-1c")), {}, "eu-central-1a"),
     ],
-    ids=["first", "asked for", "that has the type", "of the volume", "of the volume, though AWS lists it no more"],
+    ids=["first", "asked for", "that has the type", "of the volume", "of the volume, although AWS no longer lists it"],
 )
 def test_server_and_data_volume_are_in_one_zone_and_stay_there(
     there: Account, config: dict[str, Any], zone: str
@@ -364,7 +366,7 @@ def test_the_root_volume_is_as_large_as_the_image_unless_asked_to_be_larger() ->
 
 
 def needed_for(found: Run, resource: Registration) -> set[tuple[str, str]]:
-    """Type and name of all that a resource waits for, however far."""
+    """Type and name of all resources that a resource depends on, also indirectly."""
     by_urn = {each.urn: each for each in found.registered}
     seen: set[str] = set()
     waiting = [resource.urn]
@@ -377,7 +379,7 @@ def needed_for(found: Run, resource: Registration) -> set[tuple[str, str]]:
 
 
 def test_instance_is_created_after_all_that_its_boot_needs(stack: Run) -> None:
-    """Whatever is missing when it boots, it would only find out by failing."""
+    """A boot fails if one of these resources is missing."""
     there = needed_for(stack, stack.one("ec2.Instance"))
     assert there >= {
         ("Route", "internet"),
@@ -436,7 +438,7 @@ def test_a_name_is_written_only_into_a_hosted_zone() -> None:
 
 
 def test_nothing_of_the_stack_is_deprecated_in_the_provider(stack: Run) -> None:
-    """Types and arguments, against what the installed pulumi-aws marks."""
+    """Compares types and arguments with the deprecations in the installed pulumi-aws."""
     for each in stack.registered:
         if not each.type.startswith("aws:"):
             continue
@@ -452,7 +454,7 @@ def test_nothing_of_the_stack_is_deprecated_in_the_provider(stack: Run) -> None:
 
 
 def test_a_preview_of_a_new_stack_registers_what_an_up_does(stack: Run) -> None:
-    """At a first preview no id, address or name is known yet, and the program must get to its end all the same."""
+    """At a first preview IDs, addresses and names are unknown, and the program must still run to its end."""
     previewed = run(preview=True)
     assert previewed.refusal == ""
     assert {each.urn for each in previewed.registered} == {each.urn for each in stack.registered}

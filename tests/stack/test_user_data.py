@@ -1,4 +1,4 @@
-"""User-data is a cloud-config with a launch document the machine accepts, and nothing it does not need."""
+"""User-data is a cloud-config with a launch document that the machine accepts, and nothing else."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ AUTHORITY = "-----BEGIN CERTIFICATE-----\nMIIBszCCAVmgAwIBAgIUQ==\n-----END CERT
 
 
 def read(text: str) -> launch.LaunchDocument:
-    """What cloud-init would write and the machine would read."""
+    """The launch document that cloud-init would write and the machine would read."""
     assert text.startswith("#cloud-config\n")
     config = yaml.safe_load(text)
     assert list(config) == ["write_files"]
@@ -161,7 +161,7 @@ def test_undefined_name_in_the_template_is_an_error() -> None:
 @hypothesis_settings(max_examples=100)
 @given(st.text(max_size=200))
 def test_any_text_is_quoted_correctly(text: str) -> None:
-    """Whatever a value is, it is either refused, or read back as it was and as nothing more."""
+    """Any value is either refused, or read back unchanged without affecting other keys."""
     content = copy.deepcopy(CONTENT)
     content["endpoints"] = {"s3": text}
     try:
