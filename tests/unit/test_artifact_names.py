@@ -1,15 +1,15 @@
-"""Artifacts with names that are hard to write are served as a plain MLflow server serves them from a folder.
+"""Artifacts with difficult names are served like those of a plain MLflow server with a folder.
 
 Each name is uploaded by MLflow's client and by HTTP, listed, downloaded, and shown by the artifact page, from a server
-of ours with direct transfer, one with proxied transfer, and a plain one whose artifacts lie in a local folder. Answers
+of ours with direct transfer, one with proxied transfer, and a plain one with its artifacts in a local folder. Answers
 are compared by status, by MLflow's error code, by content, and by the headers of a download. What differs:
 
 | names | plain MLflow | ours | reason |
 |---|---|---|---|
 | a path of more than 1,024 bytes | 200; 500 beyond the system's 4,096 | 400 | S3 stores no longer keys |
-| `..` between backslashes (`a\\..\\b`) | 200 | 400 | an object store may take it for a path out of its folder |
+| `..` between backslashes (`a\\..\\b`) | 200 | 400 | an object store may interpret it as a path outside the folder |
 | `.artifact.uploading.…` | 400 | 200 | MLflow needs such names for uploads to a folder, not to S3 |
-| other backslashes | 200 | not compared | SeaweedFS takes them for slashes, S3 does not: test_artifacts.py |
+| other backslashes | 200 | not compared | SeaweedFS treats them as slashes, S3 does not: test_artifacts.py |
 | errors | some in plain text or HTML | MLflow's JSON | compared by status |
 | paths that MLflow's decoding cannot read (`http://[x`) | 500 | 400 | clients repeat a 500 for minutes |
 """

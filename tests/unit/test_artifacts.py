@@ -270,7 +270,7 @@ def test_a_stream_that_ends_early_leaves_nothing(
     async def broken() -> AsyncIterator[bytes]:
         async for chunk in in_chunks(b"x" * before_failure):
             yield chunk
-        raise ConnectionResetError("the client is gone")
+        raise ConnectionResetError("the client has disconnected")
 
     with pytest.raises(ConnectionResetError):
         asyncio.run(two.log_artifact_from_async_stream(broken(), "weights.bin", MODEL))
@@ -403,7 +403,7 @@ def test_an_object_that_was_stored_with_an_encoding_is_read_as_it_is(
 def test_locations_in_s3_are_served_by_the_same_client(
     store: ObjectStore, buckets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as s3://<artifacts bucket>/team, where an experiment was given that location."""
+    """Such as s3://<artifacts bucket>/team, if an experiment has that location."""
     from mlflow.store.artifact import artifact_repository_registry as registry
 
     untyped: Any = registry
@@ -535,7 +535,7 @@ def test_a_key_that_is_too_long_is_refused_with_400(two: Any, tmp_path: Path) ->
     assert {name: found[name] for name in writes} == dict.fromkeys(writes, (400, sentence))
     reads = ("open", "size", "presigned")
     assert {name: found[name] for name in reads} == dict.fromkeys(reads, (404, "No such artifact"))
-    assert found["download"][0] in (400, 404)  # longer than a path may be on this machine
+    assert found["download"][0] in (400, 404)  # longer than the limit of paths on this machine
 
 
 def test_a_bucket_that_does_not_exist_is_named_as_the_reason(literal: Any, tmp_path: Path) -> None:

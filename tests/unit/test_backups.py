@@ -286,7 +286,8 @@ def test_recent_backups_and_an_empty_queue_are_no_problem(tmp_path: Path) -> Non
 
 
 def test_just_booted_machine_reports_only_segments_that_wait_since_the_boot(tmp_path: Path) -> None:
-    """A new machine tells of a broken archive within minutes. What was due while it was off is still to be taken."""
+    """A new machine reports a broken archive within minutes. Backups that were due while it was off are still to be
+    taken."""
     old = good(tmp_path)
     old.write("dump", {"at": stamp(NOW - timedelta(days=9))})
     queue = SegmentQueue(3, NOW - timedelta(days=9))
@@ -397,7 +398,7 @@ def test_unreachable_bucket_never_fills_the_volume(tmp_path: Path, monkeypatch: 
     assert archive.push(here, history, first, 2048, NOW) == ""
     assert history.read("gap") == {"at": stamp(NOW), "segment": f"{1:024X}", "stanza": OURS.name}
     assert archive.push(here, history, second, 2048, NOW + timedelta(seconds=2)) == ""
-    assert tried == [first, first], "the next segment is skipped without a try"
+    assert tried == [first, first], "the next segment is skipped without an attempt"
     assert archive.push(here, history, third, 2048, NOW + timedelta(seconds=70)) == ""
     assert tried == [first, first, third]
     assert history.read("archive") == {}

@@ -1,4 +1,4 @@
-"""follow.py proposes lists that the bake then takes, and its page says what a person has to know."""
+"""follow.py proposes lists that the bake accepts, and its page contains all facts for the decision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def module(monkeypatch: pytest.MonkeyPatch, text: str, name: str) -> Any:
     made = types.ModuleType(name)
-    monkeypatch.setitem(sys.modules, name, made)  # where dataclasses look for the module of a class
+    monkeypatch.setitem(sys.modules, name, made)  # dataclasses look up the module of a class there
     exec(compile(text, name, "exec"), made.__dict__)
     return made
 

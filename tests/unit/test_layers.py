@@ -1,4 +1,4 @@
-"""Layers of the image's package: a folder says who starts its code, and imports only go down."""
+"""Layers of the image's package: each folder is named for what starts its code, and imports only go down."""
 
 from __future__ import annotations
 

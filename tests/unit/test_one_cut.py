@@ -1,5 +1,5 @@
-"""The boot survives the change to the Elastic IP, which cuts open connections: each AWS call survives one cut, with a
-reset or in silence."""
+"""The boot survives the change to the Elastic IP, which cuts open connections: each AWS call survives one cut, with or
+without a reset."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ DUMP = os.urandom(1 << 20) * 40
 
 
 class OneCut:
-    """A port in front of a service. The first connection ends after `carried` bytes in both directions, with a reset or
-    in silence; all others are forwarded."""
+    """A port in front of a service. The first connection ends after `carried` bytes in both directions, with or without
+    a reset; all others are forwarded."""
 
     def __init__(self, target: tuple[str, int], carried: int, kind: str):
         self._target, self._left, self._kind = target, carried, kind

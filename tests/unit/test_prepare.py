@@ -16,7 +16,7 @@ GROUPS = ("aws", "check", "demo", "lint", "bench", "test")
 
 
 def plan(group: str, folder: Path) -> tuple[set[str], str]:
-    """The Debian packages and the extras that a group asks for on a machine that has nothing; nothing is installed."""
+    """The Debian packages and the extras that a group requests on an empty machine; nothing is installed."""
     (folder / "scripts").mkdir(exist_ok=True)
     text = (REPOSITORY / "scripts" / "prepare.sh").read_text()
     head = text[: text.index("\nsay()")]

@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do [ "$1" = -o ] && echo built >"$2"; shift; done
 
 @pytest.fixture
 def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A `go` that writes what it is to build, alone on PATH; the tools go below `tmp_path`."""
+    """A `go` that writes the file that it should build, alone on PATH; the tools are written below `tmp_path`."""
     program = tmp_path / "path/go"
     program.parent.mkdir()
     program.write_text(GO)

@@ -1,7 +1,7 @@
 """Every command in the READMEs runs exactly as printed in a new user's shell, or is listed here with a reason.
 
 The shell has an empty environment, a new user's PATH and home, no virtual environment, and a checkout in another
-folder whose .venv is this one's. What needs a server is run on one by tests/journey/test_readme_commands.py.
+folder whose .venv is this one's. tests/journey/test_readme_commands.py runs the commands that need a server.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def test_each_script_starts_from_any_folder(name: str, checkout: Path, tmp_path:
 
 
 def test_no_command_names_a_program_that_debian_lacks() -> None:
-    """Debian has no command `python`, nor does a shell without a virtual environment."""
+    """A shell without a virtual environment has no command `python` on Debian."""
     words = [word for command in commands() for word in re.split(r"[\s$()\"]+", command)]
     assert not {"python", "pip", "python3"} & set(words)
 

@@ -1,4 +1,5 @@
-"""What one request may cost: too long, too many conditions, too deep is a 4xx with a sentence; the process lives on."""
+"""Limits of requests: a body that is too long or nests too deeply, or a search with too many conditions, gets a 4xx
+with a sentence; the process keeps running."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -240,7 +241,7 @@ async def unsent(message: Message) -> None:
 
 
 def test_one_user_leaves_a_thread_to_the_others() -> None:
-    """Ten requests of ada's run two at a time; bob's and an artifact's do not wait for them."""
+    """Ten requests of ada run two at a time; a request of bob and one for an artifact do not wait for them."""
     running: list[bytes] = []
     most = 0
 
@@ -320,7 +321,7 @@ def test_a_statement_that_was_ended_for_its_cost_is_said_so(code: str) -> None:
 
 
 def test_a_statement_that_postgresql_ended_is_a_bad_request(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """MLflow would answer 503, and clients would send it again, seven times."""
+    """MLflow would answer 503, and clients would repeat the request seven times."""
     import sqlalchemy
     from mlflow.exceptions import MlflowException
     from mlflow.store.db.utils import create_sqlalchemy_engine

@@ -1,4 +1,4 @@
-"""The shorter way to PostgreSQL loses nothing: dead connections are replaced, what was written is read anew."""
+"""The faster use of PostgreSQL is safe: dead connections are replaced, and written data is read again."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,5 @@
-"""Every step tells where it is, and a failure says why in all places that somebody might look."""
+"""Every step reports its progress, and a failure's reason is in the status file, the journal, the console and on the
+page."""
 
 from __future__ import annotations
 

@@ -117,7 +117,8 @@ def test_every_module_that_a_unit_or_command_starts_exists() -> None:
 
 @pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.stem)
 def test_no_unit_starts_the_mount_of_the_data_volume(unit: Path) -> None:
-    """The data-volume step does, once the volume is attached. A required mount is started, and fails, before that."""
+    """The data-volume step mounts it, once the volume is attached. A required mount would be started, and fail, before
+    that."""
     text = unit.read_text()
     assert not re.search(r"^(Requires|Wants|BindsTo|RequiresMountsFor)=.*srv[-/]mlflow", text, re.MULTILINE)
     assert not re.search(r"^(Working|Root|State|Logs|Cache)Directory=/srv/", text, re.MULTILINE)
