@@ -1,4 +1,5 @@
-"""The stack's parameters in Systems Manager: credentials and their passphrase, and what the machine publishes.
+"""The stack's parameters in Systems Manager: credentials and their passphrase, and the values that the machine
+publishes.
 
 The credentials are generated once and stored in two places: encrypted in Pulumi's state, and in an SSM SecureString.
 Pulumi writes the parameter only when it creates the stack. Later the users are managed in the parameter itself

@@ -1,4 +1,4 @@
-"""CloudWatch alarms on what the machine reports about itself, and on EC2's status checks."""
+"""CloudWatch alarms on the machine's own metrics, and on EC2's status checks."""
 
 from __future__ import annotations
 

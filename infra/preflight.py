@@ -112,7 +112,7 @@ def inspect(config: Settings, provider: pulumi.ProviderResource) -> tuple[Existi
 
 
 def upgrade_summary(found: Existing) -> str:
-    """One line: what the boot of this image will do with the data."""
+    """One line: the effect of this image's boot on the data."""
     image, volume = found.image, found.volume
     if volume is None:
         return f"New data volume: {image.described} creates schema {image.migration_head} on it."
@@ -149,13 +149,13 @@ def _change(image: Facts, last: Facts) -> str:
 def channel_summary(config: Settings, found: Existing) -> str:
     """One line: which image the channel names now. It is recorded in the output amiId."""
     return (
-        f"The channel {config.channel} names {found.image.described}. To stay on it whatever is promoted: "
+        f"The channel {config.channel} names {found.image.described}. To stay on this image after later promotions: "
         f"`pulumi config rm channel && pulumi config set amiId {found.image.image_id}`."
     )
 
 
 def restore_summary(config: Settings) -> str:
-    """One line on what restoreFrom will do."""
+    """One line: the effect of restoreFrom."""
     return (
         f"Restore of {config.restore_from}, unless this data volume has it already: the current database is kept "
         "aside, and the restored schema is changed to the image's."
@@ -232,7 +232,7 @@ def _image(config: Settings, ami_id: str, asked: pulumi.InvokeOptions, refusals:
         return _no_image(ami_id), ami.architecture, 0
     if kind != IMAGE_FORMAT:
         refusals.append(
-            f"{setting}: {ami_id} is of image format {kind}, but this stack knows format {IMAGE_FORMAT}: launch it "
+            f"{setting}: {ami_id} is of image format {kind}, but this stack reads format {IMAGE_FORMAT}: launch it "
             "with the release of this project that baked it."
         )
         return _no_image(ami_id), ami.architecture, 0

@@ -260,7 +260,7 @@ def _contradictions(found: Settings) -> list[str]:
     if (found.backups_endpoint or found.s3_endpoint).startswith("http://"):
         mistakes.append(
             "backupsEndpoint must be an https:// address where s3Endpoint is http://: pgBackRest, which archives the "
-            "write-ahead log, takes HTTPS only."
+            "write-ahead log, supports HTTPS only."
         )
     elif found.backups_authority and not (found.backups_endpoint or found.s3_endpoint):
         mistakes.append("backupsAuthority is set but backupsEndpoint is not: set the endpoint that it certifies.")

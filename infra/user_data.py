@@ -140,7 +140,7 @@ def render(content: Mapping[str, Any], revision: int = launch.REVISION) -> str:
     text = environment.from_string(TEMPLATE.read_text()).render(format=launch.FORMAT, tables=tables)
     size = len(text.encode())
     if size > LIMIT_BYTES:
-        raise pulumi.RunError(f"The user-data has {size} bytes, more than the {LIMIT_BYTES} that EC2 takes.")
+        raise pulumi.RunError(f"The user-data has {size} bytes, more than the {LIMIT_BYTES} that EC2 allows.")
     (file,) = yaml.safe_load(text)["write_files"]
     try:
         launch.parse(file["content"])

@@ -235,7 +235,7 @@ def report_dry_run(arguments: argparse.Namespace, manifest: Manifest, prepared: 
         for table, count in counts.items():
             print(f"{count:>12,}  {table}")
         print(f"{copied.files:>12,}  artifacts, {artifacts.size(copied.bytes)} to copy")
-        print(f"The rows took the machine {prepared['seconds']:.0f} s; loading them takes about as long again.")
+        print(f"The machine prepared the rows in {prepared['seconds']:.0f} s; loading them takes about as long again.")
     for sentence in prepared["refused"]:
         say(sentence)
     say("nothing was changed on the server")

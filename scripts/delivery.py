@@ -19,7 +19,7 @@ From a merge to production:
 And from a release of MLflow to a pull request:
 
   delivery.py renew production                  test the newest MLflow, also against the channel's (needs root)
-  delivery.py propose 3.19.0                    open a pull request with what `renew` proposes
+  delivery.py propose 3.19.0                    open a pull request with the proposal of `renew`
 
 In a workflow a step sets outputs (GITHUB_OUTPUT), adds to the job's summary (GITHUB_STEP_SUMMARY) and writes
 annotations for mistakes; on your own machine all of it is printed to standard error. An empty argument counts as left
@@ -89,7 +89,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     baking.add_argument("--source-ami", default="", metavar="IMAGE", help="as of bake.py")
     baking.add_argument("--source-owner", default="", metavar="ID", help="as of bake.py")
     baking.add_argument("--mlflow-version", default="", metavar="X", help="as of bake.py")
-    step("diff", "show what changes from the channel's image to this one", "image", "channel")
+    step("diff", "show the changes from the channel's image to this one", "image", "channel")
     step("drill", "rehearse the change from the channel's image to this one and back", "image", "channel")
     promoting = step("promote", "set the channel to the image", "image", "channel")
     promoting.add_argument("--drill", default="", metavar="FILE", help="what `drill` wrote")
@@ -108,7 +108,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     step("drift", "compare the stack with the repository; open an issue if they differ", "stack")
     renewing = step("renew", "lock, compare, bake and drill the newest MLflow", "channel")
     renewing.add_argument("--mlflow-version", default="", metavar="X", help="another release than the newest")
-    proposing = step("propose", "open a pull request with what `renew` proposes", "version")
+    proposing = step("propose", "open a pull request with the proposal of `renew`", "version")
     proposing.add_argument("--passed", default="", help="`True` if every step passed; otherwise it is a draft")
     return parser.parse_args(argv)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Bake the image, launch it and log the example experiments, all on this machine: what `make demo` runs.
+"""Bake the image, launch it and log the example experiments, all on this machine. `make demo` runs this script.
 
 Work that is already done is skipped: the image is baked again only if packer/ or provisioning/ changed, the server is
 changed only if it differs from the stack, and an example runs only if the server has no finished run of it. The server

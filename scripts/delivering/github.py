@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 SUMMARY_LIMIT = 1_000_000
-"""Characters. GitHub takes a summary of up to 1 MiB for a step, and drops a larger one."""
+"""Characters. GitHub accepts a summary of up to 1 MiB per step, and drops a larger one."""
 
 
 def output(**values: object) -> None:

@@ -33,7 +33,7 @@ def preview(stack: str, plan: str) -> None:
 def deploy(stack: str, plan: str) -> None:
     """`pulumi up` within the plan. Output: previous, the previous image (empty for a new stack).
 
-    Raises StepFailed if the update needs what is not in the plan: preview again then.
+    Raises StepFailed if the update needs a change that is not in the plan: then preview again.
     """
     github.output(previous=running_image(stack))
     status, text = pulumi("up", "--yes", "--skip-preview", "--plan", str(commands.REPOSITORY / plan), stack=stack)
@@ -53,7 +53,7 @@ def rollback(stack: str, image: str) -> None:
         raise StepFailed(f"the rollback of {stack} to {image} failed (exit status {status}): the server may be down")
     github.annotate(
         "warning",
-        f"{stack} runs {image} again, which is not what the repository says: set amiId to it in "
+        f"{stack} runs {image} again, which is not the repository's image: set amiId to it in "
         f"infra/Pulumi.{stack}.yaml and remove channel, or the next deployment repeats the failed one",
         f"infra/Pulumi.{stack}.yaml",
     )
@@ -76,7 +76,7 @@ def drift(stack: str) -> None:
         tool("gh", "issue", "comment", known, "--body", body)
     else:
         tool("gh", "issue", "create", "--title", title, "--body", body)
-    raise StepFailed(f"{stack} differs from what the repository describes; the issue {title!r} has the difference")
+    raise StepFailed(f"{stack} differs from the repository; the issue {title!r} has the difference")
 
 
 def running_image(stack: str) -> str:

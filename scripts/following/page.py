@@ -42,7 +42,7 @@ def page(
     unsorted = {each["path"] for each in after["unsorted"]}
     lines = [f"# MLflow {before['version']} → {after['version']}", ""]
     lines += [*notes, *([""] if notes else [])]
-    lines += ["## What fell back before the proposal", ""]
+    lines += ["## Fallbacks before the proposal", ""]
     lines += [f"- {each['what']}: {each['why']}" for each in after["fallbacks"]] or ["Nothing."]
     if after["refused"]:
         lines.append(f"- **The server process does not start**: {after['refused']}")
@@ -61,13 +61,16 @@ def page(
     lines += ["", "## The proposal", ""]
     lines += fenced(patch.splitlines(), "diff") if patch else ["No change of the lists is proposed."]
     if unsorted:
-        lines += ["", "## Evidence: the handlers of the routes that nobody had sorted"]
+        lines += ["", "## Evidence: the handlers of the unsorted routes"]
         for path in sorted(unsorted):
             kind = "reading" if proposal.reads(path) else "writing"
             text = after["posts"].get(path, "not a POST route")
             lines += ["", f"POST `{path}`, proposed as {kind}:", "", *fenced(text.splitlines(), "python")]
     if after["different"]:
-        lines += ["", f"## Evidence: sources that differ from every compared release, beside {before['version']}'s"]
+        lines += [
+            "",
+            f"## Evidence: sources that differ from every compared release, with those of {before['version']}",
+        ]
         for name in after["different"]:
             old, new = (each["sources"][name]["text"].splitlines() for each in (before, after))
             changed = list(difflib.unified_diff(old, new, before["version"], after["version"], lineterm=""))

@@ -131,7 +131,7 @@ def tags_of(resource: Mapping[str, Any]) -> dict[str, str]:
 
 
 def as_tags(tags: Mapping[str, str]) -> list[Any]:
-    """Tags as EC2 takes them."""
+    """Tags in EC2's form."""
     return [{"Key": key, "Value": value} for key, value in tags.items()]
 
 

@@ -198,7 +198,7 @@ def camel(name: str) -> str:
 
 
 def describe(found: Mapping[str, Any]) -> str:
-    """The document of `diff` as text for people."""
+    """The document of `diff` as readable text."""
     a, b = found["from"], found["to"]
     lines = [
         f"{a['id']} → {b['id']}",
@@ -238,7 +238,7 @@ def schema_lines(schema: Mapping[str, Any]) -> list[str]:
         ]
     waiting = schema["waiting_after_rollback"]
     kept = [*waiting["tables"], *(f"{table}.{name}" for table, names in waiting["columns"].items() for name in names)]
-    lines.append(f"  A rollback leaves waiting in the kept database: {', '.join(kept) or 'nothing'}")
+    lines.append(f"  A rollback leaves in the kept database: {', '.join(kept) or 'nothing'}")
     return lines
 
 

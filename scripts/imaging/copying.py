@@ -26,7 +26,7 @@ def copy(
     say: Callable[[str], None],
     pause: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Copy the image to another region and wait for it; returns what is there. Idempotent: an interrupted copy is
+    """Copy the image to another region and wait for it; returns the copy. Idempotent: an interrupted copy is
     continued. The tag mlflow-ami:format is written last. Raises ImageRefused."""
     require_usable(image)
     if to.region == source.region:

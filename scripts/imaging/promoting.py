@@ -64,7 +64,7 @@ def require_usable(image: Image) -> None:
 
 
 def drilled(one: Image, other: Image) -> bool:
-    """Whether a drill between the two was passed, in either direction: each drill goes there and back twice."""
+    """Whether a drill between the two was passed, in either direction: each drill upgrades and rolls back twice."""
     return other.version in one.drills or one.version in other.drills
 
 
@@ -98,7 +98,7 @@ def read_drill(path: Path) -> dict[str, Any]:
 
 
 def require_drill_of(drill: Mapping[str, Any], held: Image, image: Image) -> None:
-    """Raises ImageRefused unless the drill was passed and went between the releases of these two images."""
+    """Raises ImageRefused unless the drill was passed and was between the releases of these two images."""
     if drill["lost"]:
         raise ImageRefused(f"the drill was not passed: {drill['lost']} objects are lost, so {image.id} stays out")
     ends = sorted([tuple(str(drill[end][name]) for name in COMPARED) for end in ("older", "newer")])

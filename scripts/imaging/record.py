@@ -23,7 +23,7 @@ ROOT = "/mlflow-ami/facts"
 PART = 4000
 """Characters in a parameter; a standard one holds 4096."""
 AT_ONCE = 10
-"""Most parameters that DeleteParameters takes."""
+"""Most parameters that DeleteParameters accepts."""
 
 
 def folder(version: str) -> str:
@@ -61,7 +61,7 @@ def reserve(ssm: SSMClient, version: str, bake_id: str) -> None:
 
 
 def release(ssm: SSMClient, version: str) -> None:
-    """Delete what `reserve` stored. Idempotent."""
+    """Delete the parameter of `reserve`. Idempotent."""
     ssm.delete_parameters(Names=[f"{folder(version)}/baking"])
 
 

@@ -11,7 +11,7 @@ from scripts.imaging.copying import customer_key
 from scripts.imaging.promoting import require_usable
 
 KEY_ACTIONS = ["kms:CreateGrant", "kms:Decrypt", "kms:DescribeKey", "kms:ReEncrypt*"]
-"""What an account needs on the key to launch a shared image ("Share an AMI", EC2 User Guide)."""
+"""The rights on the key that an account needs to launch a shared image ("Share an AMI", EC2 User Guide)."""
 
 
 def share(place: Place, image: Image, accounts: list[str], *, undo: bool, dry_run: bool) -> dict[str, Any]:

@@ -198,7 +198,7 @@ class EmbodiedEC2(CorrectedEC2):
                 address.eni.public_ip = address.public_ip
 
     def finish_termination(self, instance: Instance) -> None:
-        """Record that the machine is gone, and delete its volumes and addresses that end with it."""
+        """Record that the machine is terminated, and delete the volumes and addresses that are deleted with it."""
         for address in list(self.addresses):
             if address.instance is instance or (address.eni and address.eni.instance is instance):
                 self.disassociate_address(address=address.public_ip)
@@ -346,7 +346,7 @@ class EmbodiedEC2(CorrectedEC2):
 
 
 def image_asks_for_tokens(image: Ami) -> bool:
-    """Whether machines of an image accept IMDSv2 only, unless their launch says otherwise."""
+    """Whether machines of an image accept IMDSv2 only, unless their launch sets another value."""
     return getattr(image, "imds_support", None) == "v2.0"
 
 

@@ -130,8 +130,8 @@ def wait(
                 trusted = certificate()
             if answer.status == 0 and not told and (name := unresolved(url)):
                 told = (
-                    f"{name} cannot be resolved here: write it into /etc/hosts, beside the address that "
-                    "`rehearse.py status --json` gives as public_ip"
+                    f"{name} cannot be resolved here: add it to /etc/hosts with the address that `rehearse.py status "
+                    f"--json` prints as public_ip"
                 )
                 say(told)
             if (state := alive()) not in ("pending", "running"):

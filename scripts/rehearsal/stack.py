@@ -420,7 +420,7 @@ def destroy(cloud: LocalCloud, client: Client, current: State, *, say: Say, done
 
 
 def say_refusals(client: Client, current: State, say: Say) -> None:
-    """Log which deletions `pulumi destroy` and S3 would refuse, and what this command does instead."""
+    """Log which deletions `pulumi destroy` and S3 would refuse, and the actions of this command instead."""
     if protected := _protected(current):
         say(f"Pulumi refuses to delete {protected}: unprotected first, as scripts/retire_stack.py does on AWS")
     for each in current.resources:

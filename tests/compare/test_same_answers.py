@@ -44,8 +44,8 @@ STATED: tuple[tuple[str, set[int]], ...] = (
     ("the JSON of the request must be an object", {500}),
     ("send the next_page_token of the previous answer, or none.", {500}),
     ("the JSON of the request nests too deeply", {400, 500}),
-    ("columns to order by; at most 20 are taken", {200, 400, 500}),
-    ("conditions; a search takes at most 50: narrow it on the client", {200, 400, 500}),
+    ("columns to order by; at most 20 are allowed", {200, 400, 500}),
+    ("conditions; the limit is 50: narrow it on the client", {200, 400, 500}),
 )
 """Text in our response where it may differ, and the allowed statuses of MLflow's response."""
 PART = 500

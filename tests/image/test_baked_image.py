@@ -438,7 +438,7 @@ DEFECTS = (
         "not owned by root: /opt/mlflow/bin/mlflow",
     ),
     Defect(
-        "code anybody may change",
+        "code that any user may change",
         "owned_by_root",
         "chmod o+w /opt/mlflow/bin/mlflow",
         "chmod o-w /opt/mlflow/bin/mlflow",

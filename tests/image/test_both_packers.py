@@ -76,7 +76,7 @@ def test_every_way_to_bake_makes_the_same_image(
 
 
 def bake_facts(image: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that bake.py read back from the image, kept beside its log."""
+    """The facts that bake.py read back from the image, stored with its log."""
     return dict(json.loads((Path(image["log"]).parent / "image.json").read_text()))
 
 

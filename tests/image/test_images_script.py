@@ -262,7 +262,7 @@ def test_diff_names_migrations_tables_columns_packages_keys_and_size(aws: Place)
     text = run_text("diff", "20261101T000000Z", "20261102T000000Z", "--no-vulnerabilities")
     for expected in (
         "Schema: upgrade a → c", "apply b  add jobs", "+ table jobs", "- column runs.name", "Size: 3072 MiB → 3100 MiB",
-        "A rollback leaves waiting in the kept database: jobs, runs.status", "3.12.0 → 3.19.0", "nginx 1.22 → 1.26",
+        "A rollback leaves in the kept database: jobs, runs.status", "3.12.0 → 3.19.0", "nginx 1.22 → 1.26",
     ):  # fmt: skip
         assert expected in text
     back = run("diff", "20261102T000000Z", "20261101T000000Z", "--no-vulnerabilities")["schema"]

@@ -43,7 +43,7 @@ def test_preview_names_the_schema_in_service_until_a_boot_has_changed_it(
             Filters=[{"Name": "tag:mlflow-ami:stack", "Values": ["interrupted"]}]
         )["Volumes"]
         tags = {tag["Key"]: tag["Value"] for tag in volume["Tags"]}
-        assert tags["mlflow-ami:mlflow-version"] == release, "the interruption came too early to prove anything"
+        assert tags["mlflow-ami:mlflow-version"] == release, "the interruption was too early for this test"
 
         again = preview(newer)
         assert "Upgrade over" in again and f"MLflow {OLDER}" in again and "Same image" not in again

@@ -120,7 +120,7 @@ def test_what_cannot_be_streamed_is_refused_when_it_would_not_fit_and_the_rest_a
         run = client.create_run(client.create_experiment("many at once")).info
     folder = f"/api/2.0/mlflow-artifacts/artifacts/{run.experiment_id}/{run.run_id}/artifacts"
     body = os.urandom(2 * MEBIBYTE)
-    # 6 % is left, so it takes writes, but no temporary file.
+    # 6 % is free, so the server accepts writes, but no temporary file.
     size, available = map(int, shell(cloud, own, "df --output=size,avail -B1M /srv/mlflow | tail -1").split())
     shell(cloud, own, f"fallocate -l {available - size * 6 // 100}M /srv/mlflow/ballast")
     try:

@@ -34,7 +34,7 @@ def test_testssl_finds_nothing_but_the_private_authority(server: Server, tmp_pat
     )
     said.write_text(done.stdout)
     findings = json.loads(found.read_text())
-    # The scan has run: these findings are the protocols and the header.
+    # These findings, about the protocols and the header, prove that the scan has run.
     assert {"TLS1_2", "TLS1_3", "cipher_order", "heartbleed", "X-Frame-Options"} <= {each["id"] for each in findings}
     bad = {each["id"]: each["finding"] for each in findings if each["severity"] in ("MEDIUM", "HIGH", "CRITICAL")}
     assert {name: finding for name, finding in bad.items() if name not in OF_A_PRIVATE_AUTHORITY} == {}

@@ -1,4 +1,4 @@
-"""The rehearsal's own engine does what Pulumi's does, with the same program and the same changes.
+"""The rehearsal's own engine gives the same results as Pulumi's, for the same program and changes.
 
 Each runs infra/ on its own moto, with the same cases in the same order. The test compares the operations, their order
 where one resource depends on the other, the stack's outputs, and the resources left in the cloud.

@@ -88,7 +88,7 @@ def test_private_variables_and_functions_that_are_new_or_gone_are_named(release:
     assert by_feature.keys() == {
         "background jobs",
         "streamed artifacts",
-        "the weekly removal of what users deleted",
+        "the weekly removal of deleted items",
     }
 
 

@@ -57,7 +57,7 @@ def account(**changes: Any) -> Account:
         pytest.param(
             account(images={NEW: Image(tags=image_tags(format="2"))}),
             {},
-            f"amiId: {NEW} is of image format 2, but this stack knows format 1: launch it with the release of this "
+            f"amiId: {NEW} is of image format 2, but this stack reads format 1: launch it with the release of this "
             "project that baked it.",
             id="image of another format",
         ),

@@ -118,7 +118,7 @@ def test_user_data_that_ec2_would_not_take_is_refused_without_printing_it() -> N
     content["web"]["hostnames"] = [f"host-{n}.example.com" for n in range(1000)]
     with pytest.raises(pulumi.RunError) as refused:
         user_data.render(content)
-    assert "bytes, more than the 16384 that EC2 takes" in str(refused.value)
+    assert "bytes, more than the 16384 that EC2 allows" in str(refused.value)
     assert len(str(refused.value)) < 200
 
 

@@ -185,7 +185,7 @@ def is_too_long(path: str) -> bool:
 
 SPECIAL = [path for path in PATHS if is_too_long(path) or path.startswith(".artifact.uploading.")]
 SOME = list(dict.fromkeys([*PATHS[::5], *SPECIAL]))
-"""What `make test` compares; `make test-compare` compares all, by both transfers."""
+"""The names that `make test` compares; `make test-compare` compares all, with both transfers."""
 
 
 @pytest.mark.parametrize(

@@ -530,7 +530,7 @@ def test_a_key_that_is_too_long_is_refused_with_400(two: Any, tmp_path: Path) ->
     writes = ("log_artifact", "stream", "stream in parts", "spooled", "create_multipart_upload")
     sentence = (
         "S3 refuses this: Your key is too long (KeyTooLongError). "
-        "S3 takes 1,024 bytes of folders and name at most: use shorter names or fewer folders."
+        "S3 allows at most 1,024 bytes of folders and name: use shorter names or fewer folders."
     )
     assert {name: found[name] for name in writes} == dict.fromkeys(writes, (400, sentence))
     reads = ("open", "size", "presigned")

@@ -103,7 +103,7 @@ def test_page_names_what_is_new_what_fell_back_and_what_failed(tmp_path: Path) -
     text = page.page(before, after, steps, "+ proposed", ["A remark."])
     for expected in (
         *("# MLflow 3.9.8 → 3.9.9", "A remark.", "- the fast path: run.Run differs", "- migration `abc`: add a column"),
-        *("- POST `/new/search` (sorted by nobody)", "- gone: POST `/gone`", "| drill | exit 1 | 61 | drill.log |"),
+        *("- POST `/new/search` (unsorted)", "- gone: POST `/gone`", "| drill | exit 1 | 61 | drill.log |"),
         *("| bench | left out: no time | 0 |  |", "1 3.9.9 lost", "+ proposed", "proposed as reading", "def search()"),
         *("-    a = 1", "+    a = 2"),
     ):

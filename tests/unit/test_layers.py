@@ -28,7 +28,7 @@ BELOW = {
     "adopt": {"contract", "machine", "postgres", "schema"},
     "bake": {"contract", "machine", "postgres", "schema", "server", "backups", "garbage"},
 }
-"""What each folder of mlflow_host may import besides itself."""
+"""The folders that each folder of mlflow_host may import, besides itself."""
 
 
 def imported(file: Path, package: str, *, at_import_only: bool = False) -> Iterator[str]:

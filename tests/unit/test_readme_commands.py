@@ -22,7 +22,7 @@ RUN_HERE: dict[str, tuple[int, str]] = {
     "cd infra": (0, ""),
     "cd ..": (0, ""),
 }
-"""Command → exit status and a part of what it prints on a machine without account, Pulumi and server."""
+"""Command → exit status and a part of its output on a machine without account, Pulumi and server."""
 
 ON_A_SERVER = {
     "make demo", "make demo-down", 'eval "$(scripts/connect.py)"',
@@ -90,7 +90,7 @@ def test_each_command_is_run_or_listed() -> None:
 )
 def test_command_runs_as_printed(command: str, checkout: Path) -> None:
     if "connect.py --stack" in command and any(shutil.which("pulumi", path=p) for p in ("/usr/bin", "/usr/local/bin")):
-        pytest.skip("Pulumi is installed, so it answers itself")
+        pytest.skip("Pulumi is installed, so the sentence about its absence is not printed")
     status, part = RUN_HERE[command]
     done = run(command, checkout if command != "cd .." else checkout / "infra")
     assert done.returncode == status, done.stdout + done.stderr

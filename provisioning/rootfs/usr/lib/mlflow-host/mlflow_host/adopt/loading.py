@@ -95,7 +95,7 @@ def base_or_empty(
     cluster: Cluster, base: str, empty: str, image: ImageSchema, mlflow: Release, blank: Path | None, say: Say
 ) -> Iterator[tuple[str, bool]]:
     """(the database to compare with, whether it is empty). A base of another schema is not used: rows that it has are
-    in service, and what the source has changed in them since is not carried."""
+    in service, and later changes of the source in these rows are not carried."""
     if base in databases(cluster):
         with connection(cluster, base) as opened:
             revision = head(opened)

@@ -227,7 +227,7 @@ def prepare(
 
 
 def check(settings: AdoptSettings, manifest: Manifest) -> None:
-    """Raises AdoptionError if this image or its volume cannot take the source."""
+    """Raises AdoptionError if this image or its volume cannot hold the source."""
     image = settings.image
     if manifest.head not in known_revisions(image.python):
         raise AdoptionError(
@@ -318,7 +318,7 @@ def load(
 ) -> None:
     begun, cluster = time.monotonic(), settings.cluster
     if loading.work_database(name) not in databases(cluster):
-        raise AdoptionError("the prepared rows are gone, because the machine booted since: run adopt.py again")
+        raise AdoptionError("the prepared rows were deleted by a boot of the machine: run adopt.py again")
     say("dumping the database in service")
     now = settings.now()
     with connection(cluster, cluster.database) as opened:

@@ -62,7 +62,7 @@ REQUEST, FLIP, RESTORED = "restore-request", "restore-flip", "restored"
 
 
 class RestoreState(StrEnum):
-    """What the boot step has to do. `state_of` reads it from the files on the data volume.
+    """The action of the boot step. `state_of` reads it from the files on the data volume.
 
     state               files                            action of the step       state after it
     EXCHANGE_DECIDED    FLIP                             finish the exchange      NOTHING_TO_DO

@@ -120,9 +120,7 @@ def removal() -> list[Fallback]:
     try:
         check_removal()
     except RemovalRefused as refusal:
-        return [
-            Fallback("the weekly removal of what users deleted: it stays until an image can remove it", str(refusal))
-        ]
+        return [Fallback("the weekly removal of deleted items: they stay until an image can remove them", str(refusal))]
     return []
 
 
@@ -135,7 +133,7 @@ def jobs() -> list[Fallback]:
 
 
 def private_variables(ours: Mapping[str, str]) -> list[Fallback]:
-    """What differs between the private variables that `mlflow server` sets for its workers and `ours`."""
+    """The differences between the private variables that `mlflow server` sets for its workers and `ours`."""
     what = "settings that `mlflow server` passes to its workers: they may differ"
     try:
         problems = compare_with_cli(*what_cli_starts(), ours)

@@ -1,6 +1,6 @@
 """Bake: the fallbacks, features that the installed MLflow release does not support, with the reasons.
 
-The steps of the bake record what they find; `record_facts.py` copies the list into image.json. MLflow's own code
+The steps of the bake record their fallbacks here; `record_facts.py` copies the list into image.json. MLflow's own code
 replaces each of these features, so no entry fails the bake, opens a route or loses data.
 """
 

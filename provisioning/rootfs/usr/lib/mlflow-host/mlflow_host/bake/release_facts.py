@@ -23,7 +23,7 @@ from mlflow_host.server.mlflow_checks import Refusal
 
 def facts() -> dict[str, Any]:
     """`version`; `posts`: the source of each POST route's handler, by path; `unsorted`: the routes that are in neither
-    list of bake/reader_routes.py; `sources`: text and hash of what the fast path was compared with;
+    list of bake/reader_routes.py; `sources`: text and hash of the sources that the fast path was compared with;
     `different`: those of them that equal no compared release; `migrations`: the title of each, by revision;
     `fallbacks`: features that the release does not support; `refused`: why the server process cannot start, or None."""
     import mlflow

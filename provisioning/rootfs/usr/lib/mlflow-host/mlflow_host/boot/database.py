@@ -165,7 +165,7 @@ def bring_locked(settings: ChangeSettings, say: Say) -> str:
 def step_lock(cluster: Cluster, seconds: int = 30) -> Iterator[None]:
     """Hold an advisory lock, so that one step runs at a time. PostgreSQL releases a killed step's lock.
 
-    Raises ConnectionLost if the lock's connection is lost when the block fails, whatever the exception type, as MLflow
+    Raises ConnectionLost if the lock's connection is lost when the block fails, for any exception type, because MLflow
     wraps connection errors."""
     with connection(cluster, autocommit=True) as opened:
         run(opened, f"SET lock_timeout = '{seconds}s'")

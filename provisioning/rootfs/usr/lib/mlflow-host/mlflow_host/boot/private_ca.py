@@ -26,7 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 DIRECTORY = Path("/srv/mlflow/certificates")
 CA_LIFETIME = datetime.timedelta(days=3650)
 # Apple and Chromium accept server certificates for at most 398 days (CA/Browser Forum baseline requirements 6.3.2,
-# before the reductions of 2026). 90 days, renewed 30 days before the end, is what Let's Encrypt uses.
+# before the reductions of 2026). Let's Encrypt uses 90 days, with a renewal 30 days before the end.
 SERVER_LIFETIME = datetime.timedelta(days=90)
 RENEW_BEFORE = datetime.timedelta(days=30)
 

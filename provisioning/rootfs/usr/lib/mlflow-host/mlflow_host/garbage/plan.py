@@ -56,7 +56,7 @@ class OwnBuckets:
 
 @dataclass(frozen=True)
 class Criteria:
-    """What decides whether a deleted item can be removed."""
+    """The criteria by which a deleted item can be removed."""
 
     references: References
     buckets: OwnBuckets

@@ -173,7 +173,7 @@ def publish(run: Path = RUN, page: Path = PAGE) -> None:
         with suppress(OSError, ValueError):
             status["fallbacks"] = [entry["what"] for entry in json.loads(IMAGE.read_text()).get("fallbacks", [])]
         _write_pages(web / "status", status, page)
-        # nginx tells programs to ask again while a boot goes on, and not after it has failed.
+        # nginx lets clients retry during a boot, but not after it has failed.
         if status["state"] == "failed":
             (web / "failed").touch()
         else:

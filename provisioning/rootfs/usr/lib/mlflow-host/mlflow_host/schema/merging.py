@@ -62,7 +62,7 @@ def merge(cluster: Cluster, kept: str, base: str, work: str) -> tuple[MergedTabl
 
 
 def merge_rows(from_kept: Any, from_base: Any, writer: Any) -> tuple[MergedTable, ...]:
-    """`merge` in open transactions; the caller commits. `compare_rows` can then count what is in place."""
+    """`merge` in open transactions; the caller commits. `compare_rows` can then count the rows that are in place."""
     catalog, source = read_catalog(writer), read_catalog(from_kept)
     run(writer, "SET LOCAL session_replication_role = replica")
     differing = []

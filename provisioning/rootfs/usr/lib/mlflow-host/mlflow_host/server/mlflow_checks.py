@@ -24,7 +24,7 @@ def report_without(what: str, why: object) -> None:
 
 
 def optional(what: str, make: Callable[[], Layer], instead: Layer) -> Layer:
-    """`make()`; `instead`, with a report, where the installed MLflow lacks what it uses."""
+    """`make()`; `instead`, with a report, if the installed MLflow lacks a name that `make` uses."""
     try:
         return make()
     except (ImportError, AttributeError, TypeError) as error:

@@ -52,7 +52,7 @@ BEFORE_IMPORT = (
     ),
     Patch(
         "mlflow.tracing.utils.otlp:decompress_otlp_body",
-        "bounds what a compressed body may hold: 64 MiB of gzip may hold 64 GiB",
+        "limits the decompressed size of a body: 64 MiB of gzip may contain 64 GiB",
         "unit/test_request_limits.py::test_decompression_within_the_bound_is_mlflows",
         lambda _: request_limits.decompressed,
         optional=True,

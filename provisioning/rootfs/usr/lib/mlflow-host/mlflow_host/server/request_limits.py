@@ -26,7 +26,7 @@ BODY_BYTES = (
     (re.compile(r""), 16 * MEBIBYTE),
 )
 """The most bytes of a request's body, by the end of its path; the first match counts. None: files, which are limited by
-the space on the volume. MLflow takes a batch of at most 1 MB."""
+the space on the volume. MLflow accepts a batch of at most 1 MB."""
 
 CONDITIONS, ORDERS = 50, 20
 """Most comparisons in a search's filter, and columns to order by. Each adds a join."""
@@ -56,7 +56,7 @@ def refusal(path: str, length: int) -> dict[str, str] | None:
         return None
     return {
         "error_code": "INVALID_PARAMETER_VALUE",
-        "message": f"the request has {length:,} bytes; {path} takes at most {limit:,}: send it in parts",
+        "message": f"the request has {length:,} bytes; {path} accepts at most {limit:,}: send it in parts",
     }
 
 
@@ -126,7 +126,7 @@ def inflated(raw: bytes, window: int) -> bytes:
         found += stream.decompress(raw, DECOMPRESSED_BYTES + 1 - len(found))
         if len(found) > DECOMPRESSED_BYTES:
             raise HTTPException(
-                413, f"the body has more than {DECOMPRESSED_BYTES:,} bytes decompressed, the most that is taken"
+                413, f"the body has more than {DECOMPRESSED_BYTES:,} bytes decompressed, more than the limit"
             )
         if not stream.eof:
             raise zlib.error("incomplete")
@@ -159,10 +159,10 @@ def problem(search: Any) -> str | None:
     texts = [search[name] for name in FILTERS if isinstance(search.get(name), str)]
     conditions = max((conditions_of(text) for text in texts), default=0)
     if conditions > CONDITIONS:
-        return f"the filter has {conditions} conditions; a search takes at most {CONDITIONS}: narrow it on the client"
+        return f"the filter has {conditions} conditions; the limit is {CONDITIONS}: narrow it on the client"
     orders = search.get("order_by")
     if isinstance(orders, list) and len(orders) > ORDERS:
-        return f"the search has {len(orders)} columns to order by; at most {ORDERS} are taken"
+        return f"the search has {len(orders)} columns to order by; at most {ORDERS} are allowed"
     return None
 
 

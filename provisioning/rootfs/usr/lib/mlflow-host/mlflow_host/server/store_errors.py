@@ -45,8 +45,8 @@ RETRYABLE = {
 WRONG_REGION = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "Redirect"}
 
 REMEDIES = {
-    "EntityTooLarge": "S3 takes 5 TiB at most: split the file.",
-    "KeyTooLongError": "S3 takes 1,024 bytes of folders and name at most: use shorter names or fewer folders.",
+    "EntityTooLarge": "S3 allows at most 5 TiB: split the file.",
+    "KeyTooLongError": "S3 allows at most 1,024 bytes of folders and name: use shorter names or fewer folders.",
     "NoSuchUpload": "Start the upload again.",
     "RequestTimeTooSkewed": "The server's clock is wrong: ask its administrator to check chrony.",
 }
