@@ -63,7 +63,7 @@ SCRIPTS = Path(__file__).resolve().parent
 LOCKED = SCRIPTS.parent / "provisioning" / "requirements.lock"
 STACK = "drill"
 SHOWN = 20
-"""Most losses that are printed one by one."""
+"""Maximum number of losses that are printed one by one."""
 
 
 class DrillFailed(Exception):

@@ -1,4 +1,4 @@
-"""The data that each stop of a journey wrote, and the differences to what a later stop reads."""
+"""The data that each stop of a journey wrote, and the differences to the data that a later stop reads."""
 
 from __future__ import annotations
 

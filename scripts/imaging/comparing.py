@@ -19,7 +19,7 @@ from scripts.imaging.listing import used_mib
 SETTINGS = Path(__file__).resolve().parents[2] / "infra" / "Pulumi.yaml"
 COMPARED = ("mlflow-version", "postgresql-major", "os", "architecture", "python-version", "launch-revision")
 SHOWN = 40
-"""Most packages or vulnerabilities of a kind that the text names."""
+"""Maximum number of packages or vulnerabilities of a kind in the text."""
 
 Facts = Mapping[str, Any]
 

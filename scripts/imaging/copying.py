@@ -53,7 +53,8 @@ def copy(
 
 
 def start(source: Place, image: Image, to: Place, tags: dict[str, str], key: dict[str, Any]) -> str:
-    """Begin the copy; returns its ID. The tag with the image version is there from the start, so that it is found."""
+    """Begin the copy; returns its ID. The tag with the image version is set from the start, so that the copy can be
+    found."""
     copied = to.ec2.copy_image(
         SourceImageId=image.id,
         SourceRegion=source.region,

@@ -23,7 +23,7 @@ ROOT = "/mlflow-ami/facts"
 PART = 4000
 """Characters in a parameter; a standard one holds 4096."""
 AT_ONCE = 10
-"""Most parameters that DeleteParameters accepts."""
+"""Maximum number of parameters that DeleteParameters accepts."""
 
 
 def folder(version: str) -> str:

@@ -42,7 +42,7 @@ for _example in (rsa.generate_private_key(65537, 1024), ec.generate_private_key(
 
 
 def _reduce_parameters(parameters: ParameterDict) -> tuple[Any, ...]:
-    """A defaultdict is restored by calling its class with the default; this subclass wants other arguments."""
+    """A defaultdict is restored by calling its class with the default; this subclass has other arguments."""
     made_from = (parameters.account_id, parameters.region_name)
     return ParameterDict, made_from, vars(parameters), None, iter(parameters.items())
 

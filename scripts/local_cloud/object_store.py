@@ -23,8 +23,8 @@ from scripts.local_cloud.layout import ACCOUNT, Allotment, LocalCloudError, Plac
 START_SECONDS = 60
 PARTS = ("master", "volume", "filer")
 VOLUMES = 2000
-"""Most files for objects, of 1 GiB at most each. By default SeaweedFS allows as many as the disk has free GiB, and
-refuses to write to a new bucket when there are that many, even if they are nearly empty."""
+"""Maximum number of files for objects, each of at most 1 GiB. By default SeaweedFS allows as many as the disk has free
+GiB, and refuses to write to a new bucket when there are that many, even if they are nearly empty."""
 VOLUMES_PER_BUCKET = 2
 """Number of such files for a new bucket; SeaweedFS's default is 7."""
 

@@ -395,8 +395,8 @@ class Engine:
     def _kind(self, resource: Resource) -> Kind:
         if resource.type not in self.kinds:
             raise ApplyError(
-                f"the rehearsal cannot make {resource.type} ({resource.name}) yet: "
-                "describe its AWS calls in scripts/rehearsal/resources"
+                f"the rehearsal does not support {resource.type} ({resource.name}) yet: describe its AWS calls in "
+                f"scripts/rehearsal/resources"
             )
         return self.kinds[resource.type]
 

@@ -129,7 +129,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
             kind.update(aws, request.id, reveal(old), reveal(new))
             found = kind.read(aws, request.id, reveal({**kept, **new}))
         if found is None:
-            return context.abort(grpc.StatusCode.UNKNOWN, f"{request.id} is gone: run `pulumi refresh`")
+            return context.abort(grpc.StatusCode.UNKNOWN, f"{request.id} no longer exists: run `pulumi refresh`")
         return provider_pb2.UpdateResponse(properties=to_wire(outputs(kind, {**_kept(kind, known), **new}, found)))
 
     def Delete(self, request: Any, context: Any) -> Any:
@@ -252,7 +252,7 @@ def _kind(type_: str, context: Any) -> Kind:
     if type_ not in KINDS:
         context.abort(
             grpc.StatusCode.UNIMPLEMENTED,
-            f"the rehearsal cannot make {type_} yet: describe its AWS calls in scripts/rehearsal/resources",
+            f"the rehearsal does not support {type_} yet: describe its AWS calls in scripts/rehearsal/resources",
         )
     return KINDS[type_]
 

@@ -1,7 +1,7 @@
 """A grammar of requests to the six endpoints of the fast path, and to those that change their results.
 
-Every request is made by one `random.Random`: the same seed makes the same requests. Most begin as a client writes
-them; then a field, the body, the headers or the path is changed. IDs of runs differ between two servers, so a request
+Every request is made by one `random.Random`: the same seed makes the same requests. Most requests begin in a client's
+form; then a field, the body, the headers or the path is changed. IDs of runs differ between two servers, so a request
 contains `RUN0003RUN` in place of the ID of the fourth run.
 
 Requests whose responses cannot be compared are not generated. A server chooses IDs and names at random, so no search

@@ -176,7 +176,7 @@ def test_unknown_backup_is_refused_with_the_available_ones(running: Server, clou
     with client_of(running) as client:
         before = logged(client)
         said = shell(cloud, running, f"mlflow-host-restore {name} --yes")
-        assert said.count("\n") == 1 and "there is any moment from" in said, said
+        assert said.count("\n") == 1 and "available: any moment from" in said, said
         assert logged(client) == before
 
 
@@ -207,7 +207,7 @@ def test_a_name_that_is_not_there_fails_the_boot_and_touches_nothing(running: Se
     with client_of(running) as client:
         before = logged(client)
     refused = script("rehearse.py", "up", "--ami", running.ami_id, "--set", "restoreFrom=20200101-000000F", expect=2)
-    assert "there is no base backup 20200101-000000F in the backups bucket; there is" in refused.stderr
+    assert "there is no base backup 20200101-000000F in the backups bucket; available:" in refused.stderr
     answering = launch_server("--ami", running.ami_id, "--set", "restoreFrom=")
     with client_of(answering) as client:
         assert logged(client) == before

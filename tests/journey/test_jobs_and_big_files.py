@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 GIBIBYTE = 1024 * MEBIBYTE
 MEMORY_BYTES = 64 * MEBIBYTE
-"""The most memory that a transfer may add to the server processes."""
+"""Maximum memory that a transfer may add to the server processes."""
 
 
 @pytest.fixture(scope="module", params=["direct", "proxied"])
@@ -170,7 +170,7 @@ class Look:
 
 def look(cloud: LocalCloud, server: Server) -> Look:
     line = "for p in $(pgrep -f 'mlflow_host[.]server'); do grep ^Pss: /proc/$p/smaps_rollup; done; "
-    line += "{ du -sb /srv/mlflow/tmp || true; } 2>/dev/null"  # a file may have been deleted meanwhile
+    line += "{ du -sb /srv/mlflow/tmp || true; } 2>/dev/null"  # a file may have been deleted since
     found = [line.split() for line in shell(cloud, server, line).splitlines()]
     return Look(sum(int(words[1]) * 1024 for words in found if words[0] == "Pss:"), int(found[-1][0]))
 

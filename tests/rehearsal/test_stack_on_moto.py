@@ -129,7 +129,7 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
     for value in ("latest", key, "20261122-010000F", "2026-11-22T02:00:00Z"):
         assert "replace Instance" in done(up(aws, state, first, dry_run=True, restoreFrom=value))
     with pytest.raises(
-        program_runner.ProgramError, match=f"is base backups 20261122-010000F and dumps {key}; nothing was"
+        program_runner.ProgramError, match=f"available: base backups 20261122-010000F and dumps {key}; nothing was"
     ):
         up(aws, state, first, dry_run=True, restoreFrom="20200101-000000F")
     for name in (key, f"{stanza}/backup.info", f"{stanza}/20261122-010000F/backup.manifest"):

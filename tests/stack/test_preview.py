@@ -179,7 +179,7 @@ def account(**changes: Any) -> Account:
             account(hosted_zones={"Z0": "ample.com."}),
             {"hostedZoneId": "Z0", "domainName": "mlflow.example.com"},
             "is not in the hosted zone Z0",
-            id="name that only ends alike",
+            id="name with the same end only",
         ),
     ],
 )
@@ -401,16 +401,16 @@ def backed_up(objects: tuple[str, ...] = KEPT, **changes: Any) -> Account:
 @pytest.mark.parametrize(
     ("value", "objects", "sentence"),
     [
-        ("lost.dump", KEPT, f"there is no dump dumps/lost.dump in the backups bucket; there is {THERE}"),
+        ("lost.dump", KEPT, f"there is no dump dumps/lost.dump in the backups bucket; available: {THERE}"),
         (
             "20200101-000000F",
             KEPT,
-            f"there is no base backup 20200101-000000F in the backups bucket; there is {THERE}",
+            f"there is no base backup 20200101-000000F in the backups bucket; available: {THERE}",
         ),
-        ("2026-11-01T00:30:00Z", KEPT, f"no base backup was made before 2026-11-01T00:30:00Z; there is {THERE}"),
+        ("2026-11-01T00:30:00Z", KEPT, f"no base backup was made before 2026-11-01T00:30:00Z; available: {THERE}"),
         ("2999-01-01T00:00:00Z", KEPT, "2999-01-01T00:00:00Z is in the future"),
         ("latest", (), "the backups bucket holds no backup"),
-        ("2026-11-02T00:00:00Z", NIGHTS, "no base backup was made before 2026-11-02T00:00:00Z; there is dumps"),
+        ("2026-11-02T00:00:00Z", NIGHTS, "no base backup was made before 2026-11-02T00:00:00Z; available: dumps"),
     ],
 )
 @pytest.mark.parametrize("preview", [True, False])

@@ -484,7 +484,7 @@ def test_latest_ignores_the_stanza_of_a_new_empty_volume() -> None:
 def test_latest_for_another_major_is_the_newest_dump() -> None:
     assert chosen("latest", major=17).dump == DUMPS[-1]
     assert chosen("latest", RecoveryPoints((FIRST,), DUMPS)).dump == DUMPS[-1], "a dump days newer is the latest"
-    with pytest.raises(BackupError, match="nothing to restore in the backups bucket: there is no backup at all"):
+    with pytest.raises(BackupError, match="nothing to restore in the backups bucket; available: no backup"):
         chosen("latest", RecoveryPoints())
 
 
@@ -501,7 +501,7 @@ def test_point_in_time_is_restored_from_the_stanza_in_service_then() -> None:
 def test_uncovered_point_in_time_is_refused_with_the_available_backups(moment: datetime) -> None:
     with pytest.raises(BackupError) as refused:
         chosen(stamp(moment))
-    assert f"no backup covers {stamp(moment)}; there is any moment from 2026-11-02T08:00:00Z" in str(refused.value)
+    assert f"no backup covers {stamp(moment)}; available: any moment from 2026-11-02T08:00:00Z" in str(refused.value)
     assert "dumps dumps/a.dump, dumps/b.dump" in str(refused.value)
 
 
@@ -514,7 +514,7 @@ def test_backups_are_found_by_name() -> None:
 
 @pytest.mark.parametrize("name", ["20200101-000000F", "dumps/none.dump", "yesterday", "main; rm"])
 def test_unknown_name_is_refused_with_the_available_backups(name: str) -> None:
-    with pytest.raises(BackupError, match="; there is any moment from") as refused:
+    with pytest.raises(BackupError, match="; available: any moment from") as refused:
         chosen(name)
     assert "\n" not in str(refused.value)
 

@@ -77,7 +77,7 @@ def load(cluster: Cluster, name: str, image: ImageSchema, mlflow: Release, blank
             if first and lost:
                 listed = ", ".join(f"{table} ({count})" for table, count in lost.items())
                 raise AdoptionError(
-                    f"rows could not be inserted, because their names or IDs were taken meanwhile: {listed}; nothing "
+                    f"rows could not be inserted, because their names or IDs are now in use: {listed}; nothing "
                     "was changed: run adopt.py again"
                 )
             rename = sql.SQL("ALTER DATABASE {} RENAME TO {}")

@@ -9,8 +9,8 @@
     older      upgrade       copy the database, migrate the copy, merge kept databases back, verify, flip
     newer      carry back    load the empty database, copy all tables and columns in both schemas, verify, flip
 
-The step only reads the database in service until the flip, one transaction that renames it aside and its successor into
-its place. A crash before the flip leaves the database in service, and unfinished databases that the next boot drops.
+The step only reads the database in service until the flip, one transaction that renames it and gives its name to its
+successor. A crash before the flip leaves the database in service, and unfinished databases that the next boot drops.
 The replaced database is kept under a name with its migration head and the time.
 """
 

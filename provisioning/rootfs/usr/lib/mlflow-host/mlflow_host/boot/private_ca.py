@@ -69,7 +69,7 @@ def _authority(
         key = serialization.load_pem_private_key(key_path.read_bytes(), password=None)
         certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
         if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ValueError(f"{key_path} holds no elliptic-curve key; move {directory} aside to have a new authority")
+            raise ValueError(f"{key_path} holds no elliptic-curve key; move {directory} away to create a new authority")
         if certificate.not_valid_after_utc - now > SERVER_LIFETIME:
             return key, certificate
     key = ec.generate_private_key(ec.SECP256R1())

@@ -22,7 +22,7 @@ CHALLENGES = Path("/run/mlflow-host/challenges")
 TEMPLATES = Path("/usr/share/mlflow-host/templates")
 
 MARKERS, MARKER_BYTES = 10_000, 64 << 10
-"""The most files of a kind that `prune_markers` keeps, and the bytes of one."""
+"""Maximum number of files of a kind that `prune_markers` keeps, and maximum size of one in bytes."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The flip: rename the database in service aside and its successor into its place, in one transaction.
+"""The flip: rename the database in service, and give its name to its successor, in one transaction.
 
 PostgreSQL renames databases transactionally, so at any moment either the old or the new database is in service. The
 replaced one stays as a kept database until `drop_kept_for_space` drops it. Databases under construction have
@@ -49,7 +49,7 @@ def kept_databases(cluster: Cluster) -> list[tuple[datetime, str]]:
 def flip(
     cluster: Cluster, work: str, record: OwnershipRecord, replaced: str, replaced_record: OwnershipRecord | None
 ) -> None:
-    """Rename the database in service to `replaced` and `work` into its place. Either both or neither happens."""
+    """Rename the database in service to `replaced`, and `work` to its name. Either both or neither happens."""
     live = cluster.database
     for attempt in range(RENAME_ATTEMPTS):
         disconnect(cluster, work)

@@ -47,7 +47,7 @@ def launcher() -> Any:
     import mlflow.server.jobs.utils as utils
 
     known: Any = utils
-    # Before 3.17 there was no choice of engines, and the other function started the only one.
+    # Releases before 3.17 have only one engine, which the other function starts.
     has_engines = hasattr(variables, "MLFLOW_SERVER_JOB_EXECUTION_ENGINE")
     return known._launch_job_execution_runner if has_engines else known._launch_job_runner
 

@@ -25,11 +25,11 @@ BODY_BYTES = (
     (re.compile(r"/v1/traces$"), 64 * MEBIBYTE),
     (re.compile(r""), 16 * MEBIBYTE),
 )
-"""The most bytes of a request's body, by the end of its path; the first match counts. None: files, which are limited by
-the space on the volume. MLflow accepts a batch of at most 1 MB."""
+"""Maximum size of a request's body in bytes, by the end of its path; the first match counts. None: files, which are
+limited by the space on the volume. MLflow accepts a batch of at most 1 MB."""
 
 CONDITIONS, ORDERS = 50, 20
-"""Most comparisons in a search's filter, and columns to order by. Each adds a join."""
+"""Maximum number of comparisons in a search's filter, and of columns to order by. Each adds a join."""
 
 FILTERS = ("filter", "filter_string")
 
@@ -38,7 +38,8 @@ PRESIGNED_SECONDS = 3600
 """Longest validity of a presigned URL: enough for a large file."""
 
 DECOMPRESSED_BYTES = 64 * MEBIBYTE
-"""The most bytes of traces that a compressed body may hold; those of an uncompressed one (`BODY_BYTES`)."""
+"""Maximum decompressed size of a body with traces, in bytes; equal to the limit of an uncompressed one
+(`BODY_BYTES`)."""
 
 USER = b"x-mlflow-host-user"
 """The header with the logged-in user, set by nginx, which removes a client's own."""
