@@ -309,7 +309,7 @@ def _domain(value: str) -> str | None:
 def _names_of_alarms(values: tuple[str, ...]) -> str | None:
     known = (*alarms.NAMES, alarms.STATUS_CHECK)
     if wrong := [value for value in values if value not in known]:
-        return f"has {wrong[0]!r}, which is no alarm: there are {', '.join(known)}"
+        return f"has {wrong[0]!r}, which is not an alarm; the alarms are {', '.join(known)}"
     return "names an alarm twice" if len(set(values)) < len(values) else None
 
 
@@ -321,7 +321,7 @@ def _network(value: str) -> str | None:
     try:
         found = ipaddress.ip_interface(value)
     except ValueError:
-        return f"has {value!r}, which is no network in CIDR notation such as 203.0.113.0/24"
+        return f"has {value!r}, which is not a network in CIDR notation such as 203.0.113.0/24"
     if found.version == 6:
         return f"has {value!r}, which is IPv6: the server has an IPv4 address only"
     if "/" not in value:

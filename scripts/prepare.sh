@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what a group of commands needs: Debian packages that are missing, and Python packages in .venv. Safe to run
-# again. On a system without apt only `aws` works, and installs Python packages only.
+# Installs the packages of a group of commands: missing Debian packages, and Python packages in .venv. Idempotent. On a
+# system without apt only `aws` works, and installs Python packages only.
 #   scripts/prepare.sh aws     bake and launch on AWS, run the examples
 #   scripts/prepare.sh demo    and the local cloud
 #   scripts/prepare.sh check   Python packages for `make check`, nothing from apt

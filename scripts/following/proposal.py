@@ -20,7 +20,7 @@ class ProposalError(Exception):
 
 
 def reads(path: str) -> bool:
-    """Whether a POST route looks like one that only reads. With a variable part in its path it counts as writing:
+    """Whether a POST route probably only reads, by its path. With a variable part in its path it counts as writing:
     nginx's map of reading routes has no patterns for those."""
     return "<" not in path and bool(READING_NAMES.fullmatch(path.rsplit("/", 1)[-1]))
 

@@ -108,7 +108,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
             found = kind.read(aws, request.id, reveal({**known, **inputs}))
         if found is None:
             return provider_pb2.ReadResponse()
-        # An import. The region comes from the provider and is no input of the resource.
+        # An import. The region comes from the provider and is not an input of the resource.
         imported = {name: value for name, value in found.items() if (name, value) != ("region", aws.region)}
         inputs = {name: _as(value, found.get(name, reveal(value))) for name, value in inputs.items()}
         return provider_pb2.ReadResponse(

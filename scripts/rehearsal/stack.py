@@ -155,7 +155,7 @@ def project() -> str:
 
 def with_changes(settings: Props, assignments: list[str], secret_names: list[str]) -> tuple[Props, list[str]]:
     """`settings` with each `key=value` applied, `key=` reset to its default, and secrets read from standard input; and
-    a sentence for each argument that is no assignment, or a secret on the command line.
+    a sentence for each argument that is not an assignment, or a secret on the command line.
 
     Lists may be written a,b,c. The stack checks names and values, because its sentences are better. Raises Refused for
     a missing secret.

@@ -129,7 +129,7 @@ def test_names_that_are_hard_to_write_pass_the_proxy(server: Server, client: Mlf
 def test_packed_files_come_back_byte_for_byte(
     server: Server, client: MlflowClient, cloud: LocalCloud, tmp_path: Path
 ) -> None:
-    """Also if an earlier image stored them with an encoding, which stays."""
+    """Including files that an earlier image stored with an encoding, which stays."""
     table = gzip.compress(b"a,b\n" * 200_000, mtime=0)
     contents = {"table.csv.gz": table, "no.tar.gz": b"this is no gzip", "big.nii.gz": table * 24_000, "empty.tgz": b""}
     run_id = client.create_run("0").info.run_id

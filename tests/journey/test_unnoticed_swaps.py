@@ -123,7 +123,7 @@ def test_training_goes_on_while_the_machine_is_replaced(
 def test_trainings_of_old_and_new_clients_go_on_over_ten_swaps(
     cloud: LocalCloud, image: Mapping[str, Any], older_image: str, tmp_path: Path
 ) -> None:
-    """To the same schema, forward and back, with clients of four releases."""
+    """Swaps to the same schema, forward and back, with clients of four releases."""
     newer = image["ami_id"]
     with own_stack(cloud, "swaps"):
         server = launch_server("--ami", older_image)

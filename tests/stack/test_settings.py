@@ -71,9 +71,9 @@ BACKED_UP = Account(
         ),
         (
             {"allowedCidrs": '["my office"]'},
-            "has 'my office', which is no network in CIDR notation such as 203.0.113.0/24.",
+            "has 'my office', which is not a network in CIDR notation such as 203.0.113.0/24.",
         ),
-        ({"allowedCidrs": '["203.0.113.0/33"]'}, "which is no network in CIDR notation"),
+        ({"allowedCidrs": '["203.0.113.0/33"]'}, "which is not a network in CIDR notation"),
         ({"allowedCidrs": '["2001:db8::/32"]'}, "which is IPv6: the server has an IPv4 address only."),
         ({"allowedCidrs": "[1, 2]"}, "allowedCidrs: '[1, 2]' must be a list of strings."),
         ({"allowedCidrs": '{"a": "b"}'}, "must be a list of strings."),

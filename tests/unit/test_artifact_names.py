@@ -169,7 +169,7 @@ def seen_by_http(url: str, run_id: str, path: str, number: int) -> dict[str, Any
 
 
 def seen(url: str, folder: Path, paths: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By path, a server's results."""
+    """The results of a server, by path."""
     client = MlflowClient(tracking_uri=url)
     run_id = client.create_run("0").info.run_id
     found = {}
@@ -248,8 +248,8 @@ def big(size: int) -> bytes:
 def test_packed_files_come_back_byte_for_byte(
     urls: dict[str, str], store: ObjectStore, transfer: str, size: int, tmp_path: Path
 ) -> None:
-    """Of a run and of a model, each in its bucket: logged by MLflow's client or by curl, downloaded by both and by the
-    artifact page."""
+    """Files of a run and of a model, each in its bucket: logged by MLflow's client or by curl, downloaded by both and
+    by the artifact page."""
     url, content = urls[transfer], big(size)
     client = MlflowClient(tracking_uri=url)
     run_id = client.create_run("0").info.run_id

@@ -403,7 +403,7 @@ def test_an_object_that_was_stored_with_an_encoding_is_read_as_it_is(
 def test_locations_in_s3_are_served_by_the_same_client(
     store: ObjectStore, buckets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as s3://<artifacts bucket>/team, if an experiment has that location."""
+    """An experiment may have a location such as s3://<artifacts bucket>/team."""
     from mlflow.store.artifact import artifact_repository_registry as registry
 
     untyped: Any = registry

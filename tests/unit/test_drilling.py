@@ -1,4 +1,5 @@
-"""The drill's comparison: it finds every loss between two stops, and nothing else. Also exit status and outage."""
+"""The drill's comparison: it finds every loss between two stops, and nothing else. Also tests the exit status and the
+outage."""
 
 from __future__ import annotations
 

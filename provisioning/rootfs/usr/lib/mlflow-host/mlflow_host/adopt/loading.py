@@ -82,7 +82,7 @@ def load(cluster: Cluster, name: str, image: ImageSchema, mlflow: Release, blank
                 )
             rename = sql.SQL("ALTER DATABASE {} RENAME TO {}")
             for each in (base, work):
-                disconnect(cluster, each)  # a killed unit's session ends only when PostgreSQL notices
+                disconnect(cluster, each)  # the session of a killed unit ends only when PostgreSQL detects it
             if base in databases(cluster):
                 run(writer, rename.format(sql.Identifier(base), sql.Identifier(old)))
             run(writer, rename.format(sql.Identifier(work), sql.Identifier(base)))

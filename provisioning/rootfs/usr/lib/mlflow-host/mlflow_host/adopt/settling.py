@@ -1,8 +1,8 @@
 """Resolve conflicts: experiment IDs and names that the database in service already uses, and the new ones of the
 adopted objects.
 
-Objects with a random ID keep it: an object with the same ID here is the same object, adopted before. An experiment
-is found again by its tag ADOPTED_TAG, a registered model by its name and creation time.
+Objects with a random ID keep it: an object with the same ID here is the same object, adopted before. A second run finds
+an experiment by its tag ADOPTED_TAG, and a registered model by its name and creation time.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class RestoreState(StrEnum):
     NOTHING_TO_DO       none of these                    delete the work folder   NOTHING_TO_DO
 
     A restore of a base backup writes FLIP before the exchange, so a crash after that leads to EXCHANGE_DECIDED. A crash
-    before that leaves the state unchanged. Success writes RESTORED: NOTHING_TO_DO. Failure of a request by hand forgets
+    before that leaves the state unchanged. Success writes RESTORED: NOTHING_TO_DO. Failure of a request by hand deletes
     REQUEST; failure of the stack's request leaves REQUESTED_BY_STACK, so the next boot tries again.
     """
 

@@ -33,7 +33,7 @@ ADOPTED_TAG = "mlflow-ami.adopted"
 
 
 class AdoptionError(Exception):
-    """A file of an adoption cannot be used, or the adoption cannot go on; one sentence."""
+    """A file of an adoption cannot be used, or the adoption cannot continue; one sentence with the reason."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def parse_request(text: bytes) -> Request:
     except TypeError as error:
         raise AdoptionError(f"the request of the adoption is not one ({error}): run adopt.py again") from None
     if request.action not in ACTIONS or request.on_clash not in ON_CLASH:
-        raise AdoptionError(f"the request asks for {request.action!r} and {request.on_clash!r}, which this image lacks")
+        raise AdoptionError(f"the request has {request.action!r} and {request.on_clash!r}, which this image lacks")
     return request
 
 

@@ -145,7 +145,7 @@ def put_login_page(config: HostConfig, *, templates: Path = TEMPLATES, run: Path
     parameter, region = config.launch.credentials.parameter, config.launch.stack.region
     page = render("login.html.j2", templates, parameter=parameter, region=region)
     message = (
-        "This server asks for a user name and a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. "
+        "This server requires a user name and a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. "
         f"The passwords are in the parameter {parameter} of AWS Systems Manager in {region}; scripts/connect.py reads "
         "them, and scripts/users.py adds users."
     )

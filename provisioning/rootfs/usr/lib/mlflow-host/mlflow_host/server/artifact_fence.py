@@ -97,5 +97,6 @@ def refuse_at_creation(flask_application: Any, fence: Fence) -> None:
 
 
 def is_a_placeholder(location: str) -> bool:
-    """Whether it is a word instead of a location: MLflow stores such words for prompts, which have no artifacts."""
+    """Whether the text is a word instead of a location: MLflow stores such words for prompts, which have no
+    artifacts."""
     return location.replace("-", "").isalnum()
