@@ -120,7 +120,7 @@ def without_places(thing: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_second_run_carries_what_came_since_and_copies_nothing_twice(
+def test_second_run_carries_later_changes_and_copies_nothing_twice(
     stack: Stack, reported: Reported, tmp_path: Path
 ) -> None:
     uri, place = f"sqlite:///{tmp_path}/mlflow.db", f"file://{tmp_path}/artifacts"
@@ -199,7 +199,9 @@ SEARCH = "/api/2.0/mlflow/experiments/search"
 
 
 @pytest.mark.slow
-def test_skip_leaves_out_what_clashes_with_all_it_contains(stack: Stack, reported: Reported, small: Filled) -> None:
+def test_skip_leaves_out_conflicting_objects_with_their_content(
+    stack: Stack, reported: Reported, small: Filled
+) -> None:
     stack.target.api.post("/api/2.0/mlflow/experiments/create", name="churn ünïcode")
     status, report = reported(small.source, "--on-clash", "skip")
     assert (report["lost"], status) == (0, 0)
@@ -253,7 +255,7 @@ def test_values_that_do_not_fit_are_named_and_stop_it(
 
 
 @pytest.mark.slow
-def test_verdict_names_what_is_lost_after_the_load(
+def test_verdict_names_objects_lost_after_the_load(
     stack: Stack, reported: Reported, small: Filled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_back = verdict.by_api

@@ -157,7 +157,7 @@ def test_refused_batch_writes_nothing(both: Pair, name: str) -> None:
 @pytest.mark.parametrize(
     "path", ["runs/search", "metrics/get-history", "experiments/search", "registered-models/search"]
 )
-def test_page_tokens_of_odd_json_are_refused(both: Pair, path: str, token: str) -> None:
+def test_page_tokens_of_malformed_json_are_refused(both: Pair, path: str, token: str) -> None:
     told = base64.b64encode(token.encode()).decode()
     fields = {"runs/search": {"experiment_ids": ["0"]}, "experiments/search": {}}.get(path)
     query = f"run_id={run(1)}&metric_key=loss&max_results=2&page_token={told}"

@@ -93,7 +93,7 @@ def test_from_the_first_preview_to_a_rollback(
     assert "::error file=infra/Pulumi.delivery.yaml,line=" in capsys.readouterr().out
 
 
-def test_what_is_not_in_the_plan_is_not_done(
+def test_changes_outside_the_plan_are_refused(
     cloud: MotoCloud, hosted: Runner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hosted.take("deploy", "preview", STACK=STACK)

@@ -55,7 +55,7 @@ def test_an_action_has_one_version_in_all_workflows() -> None:
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS)
-def test_token_may_write_only_what_the_workflow_writes(workflow: str) -> None:
+def test_token_has_only_the_write_permissions_that_the_workflow_uses(workflow: str) -> None:
     document = WORKFLOWS[workflow]
     assert {name for name, right in document["permissions"].items() if right == "write"} == WRITES[workflow]
     assert document["permissions"].keys() <= WRITES[workflow] | {"contents"}

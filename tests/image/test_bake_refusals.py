@@ -159,7 +159,7 @@ def test_ca_bundle_of_this_host_is_used_and_a_missing_one_refused(tmp_path: Path
         request.find_ca_bundle("/nonexistent", {})
 
 
-def test_credentials_that_cannot_keep_the_record_are_told_before_packer_starts(
+def test_credentials_that_cannot_store_the_record_are_refused_before_packer_starts(
     ec2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ssm = boto3.client("ssm", "eu-central-1")

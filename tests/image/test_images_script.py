@@ -226,7 +226,7 @@ def test_unknown_image_is_refused(aws: Place, verb: list[str]) -> None:
         assert repr(wanted) in said and "images.py list" in said
 
 
-def test_channel_whose_image_is_deleted_says_so(aws: Place) -> None:
+def test_channel_with_a_deleted_image_is_reported(aws: Place) -> None:
     channels.write(aws.ssm, "production", "ami-0123456789abcdef0")
     assert "names ami-0123456789abcdef0, which is deleted" in refused("show", "production")
 
@@ -280,7 +280,7 @@ def test_settings_of_keys_are_named_as_pulumi_yaml_has_them() -> None:
     assert named == ["deletedRetentionDays", "backupsEndpoint", "restoreFrom", "tls"]
 
 
-def test_diff_without_records_says_what_is_unknown(aws: Place) -> None:
+def test_diff_without_records_lists_the_unknown_parts(aws: Place) -> None:
     one, two = make(aws, "20261101T000000Z"), make(aws, "20261102T000000Z", migration_head="other")
     record.delete(aws.ssm, "20261101T000000Z")
     found = run("diff", one, two)
@@ -311,7 +311,7 @@ def test_diff_names_vulnerabilities_that_go_and_come(aws: Place, monkeypatch: py
     assert "1 gone, 1 new, 1 in both" in run_text("diff", one, two, "--database", "https://osv.example")
 
 
-def test_diff_goes_on_where_the_vulnerability_database_is_out_of_reach(aws: Place) -> None:
+def test_diff_continues_without_the_vulnerability_database(aws: Place) -> None:
     one, two = make(aws, "20261101T000000Z"), make(aws, "20261102T000000Z")
     found = run("diff", one, two, "--database", "http://127.0.0.1:9")
     assert "127.0.0.1:9 is unreachable" in found["vulnerabilities"]["unknown"]
@@ -333,7 +333,7 @@ def test_promote_sets_a_parameter_of_the_image_type_and_keeps_history(aws: Place
     assert "names" in run_text("promote", "20261101T000000Z", "staging")
 
 
-def test_promote_without_drill_is_refused_unless_told_otherwise(aws: Place) -> None:
+def test_promote_without_drill_is_refused_without_the_option(aws: Place) -> None:
     one, two = make(aws, "20261101T000000Z", mlflow_version="3.12.0"), make(aws, "20261102T000000Z")
     run("promote", one, "staging")
     said = refused("promote", two, "staging")
@@ -373,7 +373,7 @@ def test_failed_drill_and_another_releases_drill_are_refused(aws: Place, tmp_pat
     assert channels.read(aws.ssm) == {"staging": one}
 
 
-def test_promote_refuses_what_no_stack_can_or_should_launch(aws: Place) -> None:
+def test_promote_refuses_images_that_no_stack_can_or_should_launch(aws: Place) -> None:
     make(aws, "20261101T000000Z")
     gone, raw = make(aws, "20261102T000000Z"), make(aws, "20261103T000000Z", finished=False)
     assert "is unfinished" in refused("promote", raw, "staging")
@@ -387,7 +387,7 @@ def test_promote_refuses_what_no_stack_can_or_should_launch(aws: Place) -> None:
         assert "is not the name of a channel" in refused("promote", "20261101T000000Z", channel)
 
 
-def test_promote_refuses_another_architecture_and_a_channel_whose_image_is_gone(
+def test_promote_refuses_another_architecture_and_a_channel_with_a_deleted_image(
     aws: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = make(aws, "20261101T000000Z"), make(aws, "20261102T000000Z")
@@ -435,7 +435,7 @@ def test_retire_is_reversible_until_the_last_step(aws: Place) -> None:
 
 
 @pytest.mark.parametrize("verb", ["deprecate", "retire"])
-def test_image_that_somebody_needs_is_refused(aws: Place, verb: str) -> None:
+def test_image_in_use_is_refused(aws: Place, verb: str) -> None:
     one, two = make(aws, "20261101T000000Z"), make(aws, "20261102T000000Z")
     machine = launch(aws, one, "prod")
     assert f"it runs on {machine} of the stack prod" in refused(verb, one)
@@ -499,7 +499,7 @@ def test_newest_finished_images_stay() -> None:
     assert ids(retiring.superfluous(found, Claims(), 5, ALWAYS, NOW)) == ["ami-5", "ami-6"]
 
 
-def test_images_younger_than_asked_stay() -> None:
+def test_images_younger_than_the_limit_stay() -> None:
     found = [image(number, hours_old=24 * number) for number in range(7)]
     assert ids(retiring.superfluous(found, Claims(), 1, timedelta(days=4, hours=12), NOW)) == ["ami-5", "ami-6"]
 
@@ -550,7 +550,7 @@ def test_sweep_deletes_images_with_their_snapshots_and_dry_run_deletes_nothing(a
     assert run("sweep", "--keep", "1")["deleted"] == []
 
 
-def test_what_a_killed_bake_left_is_deleted_and_nothing_of_a_running_one(aws: Place) -> None:
+def test_leftovers_of_a_killed_bake_are_deleted_and_nothing_of_a_running_one(aws: Place) -> None:
     running = f"{datetime.now(UTC):%Y%m%dt%H%M%Sz}-7"
     for bake in ("20261101t000000z-7", running, "not-of-ours"):
         aws.ec2.create_key_pair(KeyName=f"{retiring.KEY_PAIR}{bake}")
@@ -624,7 +624,7 @@ def test_customers_key_of_one_region_needs_another_for_the_copy(aws: Place) -> N
     assert images_of_moto(place(OTHER))[copied.id].ebs_snapshot.kms_key_id == other
 
 
-def test_share_names_what_the_key_needs_and_unshare_ends_it(aws: Place) -> None:
+def test_share_prints_the_key_policy_and_unshare_reverses_it(aws: Place) -> None:
     ami, account = make(aws, "20261101T000000Z"), "111122223333"
     key = boto3.client("kms", REGION).create_key()["KeyMetadata"]["Arn"]
     snapshot = images_of_moto(aws)[ami].ebs_snapshot
@@ -697,7 +697,7 @@ ROUTES = {"what": "2 routes for readers: only writers may call them", "why": "PO
 JOBS = {"what": "background jobs", "why": "AttributeError"}
 
 
-def test_tags_of_an_image_name_what_its_release_lacks(aws: Place) -> None:
+def test_tags_of_an_image_name_its_fallbacks(aws: Place) -> None:
     tags = catalog.fact_tags(FACTS | {"fallbacks": [ROUTES, JOBS]})
     assert tags["mlflow-ami:fallbacks"] == f"{ROUTES['what']} / background jobs"
     make(aws, "20261101T000000Z", fallbacks=[ROUTES, JOBS])

@@ -45,7 +45,7 @@ def test_only_the_region_has_to_be_given() -> None:
     assert [name for name, body in variables().items() if "default" not in body] == ["region"]
 
 
-def test_image_is_encrypted_unless_told_otherwise() -> None:
+def test_image_is_encrypted_by_default() -> None:
     assert re.search(r"default\s+= true", variables()["encrypted"])
     assert re.search(r"encrypted\s+= var\.encrypted", hcl()["source.pkr.hcl"])
 

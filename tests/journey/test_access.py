@@ -78,7 +78,7 @@ def test_own_page_can_write(server: Server, client: MlflowClient) -> None:
     assert answer.status_code == 200
 
 
-def test_healthz_tells_whether_the_database_answers(server: Server, cloud: LocalCloud) -> None:
+def test_healthz_reports_whether_the_database_answers(server: Server, cloud: LocalCloud) -> None:
     assert_healthz_becomes(server, 200)
     machine(cloud, server, "systemctl", "kill", "--signal=SIGSTOP", "mlflow-host-postgresql")
     try:

@@ -43,7 +43,7 @@ def write_noise(path: Path, mebibytes: int) -> str:
         pytest.param(520, id="multipart"),  # from 500 MiB on in parts, with presigned URLs if allowed
     ],
 )
-def test_big_file_comes_back_unchanged(server: Server, client: MlflowClient, tmp_path: Path, mebibytes: int) -> None:
+def test_big_file_is_returned_unchanged(server: Server, client: MlflowClient, tmp_path: Path, mebibytes: int) -> None:
     sent = write_noise(tmp_path / "weights.bin", mebibytes)
     run = client.create_run(client.create_experiment(f"big-files-{mebibytes}"))
     client.log_artifact(run.info.run_id, str(tmp_path / "weights.bin"), "checkpoint")
@@ -126,7 +126,7 @@ def test_names_that_are_hard_to_write_pass_the_proxy(server: Server, client: Mlf
     assert wrong == []
 
 
-def test_packed_files_come_back_byte_for_byte(
+def test_compressed_files_are_returned_unchanged(
     server: Server, client: MlflowClient, cloud: LocalCloud, tmp_path: Path
 ) -> None:
     """Including files that an earlier image stored with an encoding, which stays."""

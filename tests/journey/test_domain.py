@@ -53,14 +53,14 @@ Person = Callable[..., str]
 """Runs a command as a user whose resolver knows the zone; returns its output."""
 
 
-def test_a_stack_launched_with_a_domain_is_certified_and_its_next_machine_asks_for_nothing(
+def test_stack_with_a_domain_gets_a_certificate_and_its_next_machine_requests_none(
     cloud: LocalCloud, image: Mapping[str, Any], tmp_path: Path
 ) -> None:
     own = private_ca.ensure(("127.0.0.1",), tmp_path / "pebble")
     with hosted_zone(cloud) as zone, own_stack(cloud, STACK), name_server(NAMES, addresses(cloud, zone)):
         with pebble(tmp_path, own, NAMES, directory=DIRECTORY) as root, trusting(cloud, own.ca.read_text()):
             issuer = root()
-            person = one_whose_resolver_knows_the_zone(tmp_path, issuer)
+            person = user_with_the_zones_resolver(tmp_path, issuer)
             settings = {
                 "domainName": DOMAIN,
                 "hostedZoneId": zone,
@@ -121,7 +121,7 @@ def addresses(cloud: LocalCloud, zone: str) -> Callable[[str], str | None]:
     return address_of
 
 
-def one_whose_resolver_knows_the_zone(folder: Path, root: str) -> Person:
+def user_with_the_zones_resolver(folder: Path, root: str) -> Person:
     """It also trusts Pebble's root, as clients trust Let's Encrypt's."""
     resolver, trusted = folder / "resolv.conf", folder / "root.pem"
     resolver.write_text(f"nameserver {NAMES[0]}\n")

@@ -41,7 +41,7 @@ def keys(cloud: LocalCloud, server: Server) -> Callable[[str, str], set[str]]:
     return keys
 
 
-def test_the_weekly_unit_removes_what_was_deleted_long_ago_and_nothing_that_is_registered(
+def test_weekly_unit_removes_old_deleted_items_and_none_that_is_registered(
     cloud: LocalCloud, server: Server, client: MlflowClient, tmp_path: Path, keys: Callable[..., set[str]]
 ) -> None:
     experiment = client.create_experiment("deleted long ago")
@@ -140,7 +140,7 @@ def test_artifacts_under_another_layout_stay_readable(
     assert server.ask(asked, auth=server.login).content == b"up and to the right"
 
 
-def test_cloudwatch_gets_what_the_alarms_watch(cloud: LocalCloud, server: Server) -> None:
+def test_cloudwatch_gets_the_metrics_of_the_alarms(cloud: LocalCloud, server: Server) -> None:
     for unit in ("mlflow-host-room.service", "mlflow-host-backups-check.service", "mlflow-host-metrics.service"):
         on_machine(cloud, server, "systemctl", "start", unit)
     client = cloud.client("cloudwatch")
@@ -173,7 +173,7 @@ def is_of(alarm: Mapping[str, Any], name: str) -> bool:
 
 
 @pytest.mark.slow
-def test_operators_are_told_within_five_minutes_of_a_dead_server_and_of_a_broken_archive(
+def test_operators_are_notified_within_five_minutes_of_a_dead_server_and_of_a_broken_archive(
     cloud: LocalCloud, image: Mapping[str, Any]
 ) -> None:
     """With the machine's own timers: MLflow, the archive and then the machine are stopped."""

@@ -78,7 +78,7 @@ def test_background_job_is_completed(cloud: LocalCloud, own: Server) -> None:
     assert int(processes) == 2, "a runner and its scheduler, and no process for each kind of job"
 
 
-def test_a_file_of_a_gibibyte_goes_up_and_comes_down(cloud: LocalCloud, own: Server, tmp_path: Path) -> None:
+def test_file_of_a_gibibyte_is_uploaded_and_downloaded(cloud: LocalCloud, own: Server, tmp_path: Path) -> None:
     sent = write_noise(tmp_path / "weights.bin", 1024)
     before = look(cloud, own)
     with client_of(own) as client, watched(cloud, own) as peak:
@@ -112,7 +112,7 @@ def test_a_file_of_a_gibibyte_goes_up_and_comes_down(cloud: LocalCloud, own: Ser
     assert look(cloud, own).spooled < MEBIBYTE, "nothing is left behind"
 
 
-def test_what_cannot_be_streamed_is_refused_when_it_would_not_fit_and_the_rest_arrives(
+def test_uploads_that_cannot_be_streamed_are_refused_when_they_would_not_fit_and_others_arrive(
     cloud: LocalCloud, own: Server
 ) -> None:
     """A process streams six uploads at once, and spools further ones to the disk if there is space."""

@@ -130,7 +130,7 @@ def test_a_secret_that_is_anywhere_on_the_machine_is_found(server: Server, cloud
     assert {("canary", what, f"{name}.service") for what in ("cmdline", "environ")} <= found
 
 
-def test_nothing_on_the_machine_holds_a_secret_but_what_has_to(
+def test_only_the_necessary_places_on_the_machine_contain_a_secret(
     server: Server, cloud: LocalCloud, secrets: Mapping[str, str]
 ) -> None:
     """MLflow reads the passphrase from its environment: only a file of root, and its own processes, may contain it."""

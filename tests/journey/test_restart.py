@@ -42,7 +42,7 @@ def everything(client: MlflowClient) -> dict[str, Any]:
     }
 
 
-def test_reboot_loses_nothing_and_tells_what_it_does(
+def test_reboot_loses_nothing_and_shows_its_progress(
     server: Server, cloud: LocalCloud, client: MlflowClient, example_runs: Mapping[str, str], tmp_path: Path
 ) -> None:
     before = everything(client)

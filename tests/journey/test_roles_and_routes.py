@@ -62,7 +62,7 @@ def changes(route: Route, readable: set[str]) -> bool:
     return route.method in CHANGING_METHODS or (route.method == "POST" and route.path not in readable)
 
 
-def test_a_reader_is_refused_what_changes_and_nothing_else(
+def test_reader_is_refused_only_changes(
     server: Server, logins: dict[str, tuple[str, str]], routes: list[Route]
 ) -> None:
     readable = set(reader_routes.sort_posts(routes)[0])
@@ -82,7 +82,7 @@ def test_a_writer_and_an_admin_are_refused_no_route(
 
 
 @pytest.mark.parametrize("role", ["reader", "writer", "admin"])
-def test_no_route_fails_on_what_it_cannot_read(
+def test_no_route_returns_500_for_an_unreadable_body(
     role: str, server: Server, logins: dict[str, tuple[str, str]], routes: list[Route]
 ) -> None:
     """After a 500 clients repeat the request for minutes, and each time a traceback is logged."""

@@ -102,7 +102,7 @@ def test_exposure_of_each_unit_stays_below_its_ceiling(server: Server, cloud: Lo
     assert {u: e for u, e in ours.items() if e > (4.0 if u == "nginx.service" else 2.5)} == {}
 
 
-def test_server_sees_nothing_that_is_not_its_own(server: Server, cloud: LocalCloud) -> None:
+def test_server_cannot_access_data_of_others(server: Server, cloud: LocalCloud) -> None:
     found = in_the_sandbox_of("mlflow-server@1", cloud, server)
     assert found["uid"] != 0
     assert found["metadata"] in ("PermissionError", "TimeoutError", "OSError"), "the machine's role can be read there"

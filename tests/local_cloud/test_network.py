@@ -76,7 +76,7 @@ def test_only_the_groups_ports_are_open(account: Account, web: str) -> None:
     assert not reachable(account.address(web), 8081)
 
 
-def test_rule_changes_act_at_once_and_cut_what_is_no_longer_allowed(account: Account, web: str, group: str) -> None:
+def test_rule_changes_act_at_once_and_cut_connections_no_longer_allowed(account: Account, web: str, group: str) -> None:
     address = account.address(web)
     account.allow(group, 8081, "127.9.0.0/16")
     wait_until(lambda: reachable(address, 8081, "127.9.1.1"), 10, "8081 is not open to 127.9.1.1")
@@ -98,7 +98,7 @@ def test_service_on_the_machines_loopback_is_not_published(account: Account, web
     account.forbid(group, 8082)
 
 
-def test_rule_for_all_ports_opens_what_listens(account: Account) -> None:
+def test_rule_for_all_ports_publishes_listening_ports(account: Account) -> None:
     group = account.group()
     permission = {"IpProtocol": "-1", "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}
     account.ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[permission])
@@ -193,7 +193,7 @@ def test_ports_are_back_after_the_forwarder_died(account: Account, web: str) -> 
     account.run(web, f"curl -sf {account.cloud.s3_endpoint}/healthz")
 
 
-def test_nothing_is_published_for_a_machine_that_is_gone(account: Account) -> None:
+def test_nothing_is_published_for_a_terminated_machine(account: Account) -> None:
     instance = account.launch()
     address = account.address(instance)
     account.ec2.terminate_instances(InstanceIds=[instance])

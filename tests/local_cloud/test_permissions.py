@@ -120,7 +120,7 @@ def test_every_resource_of_a_request_must_be_allowed() -> None:
     assert not refused(both, allow("ssm:GetParameters", OWN[:-6] + "*"))
 
 
-def test_what_is_not_known_to_be_for_a_resource_is_allowed_for_all_of_them_only() -> None:
+def test_calls_with_an_unknown_resource_need_a_statement_for_all_resources() -> None:
     call = sent("ec2", "terminate_instances", InstanceIds=["i-0"])
     assert refused(call, allow("ec2:TerminateInstances", "arn:aws:ec2:*:*:instance/*"))
     assert not refused(call, allow("ec2:TerminateInstances"))

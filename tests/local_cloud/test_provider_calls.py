@@ -157,7 +157,7 @@ def require_settings(s3: Any, bucket: str, wanted: dict[str, tuple[int, Any]]) -
             refused(answer, getattr(s3, call), status, Bucket=bucket)
 
 
-def test_buckets_have_aws_defaults_keep_what_is_put_and_lose_what_is_deleted(replay: Replay, name: str) -> None:
+def test_buckets_have_aws_defaults_and_keep_settings_until_deleted(replay: Replay, name: str) -> None:
     s3, region = replay.clients["s3"], replay.cloud.region
     where = {"LocationConstraint": region}
     refused("404", s3.head_bucket, 404, Bucket=name)
@@ -262,7 +262,7 @@ def test_the_tls_only_policy_shuts_http_out_of_objects_and_settings(replay: Repl
     s3.delete_bucket(Bucket=name)
 
 
-def test_settings_are_refused_to_a_wrong_key_and_to_nobody(replay: Replay, name: str) -> None:
+def test_settings_are_refused_with_a_wrong_key_and_without_a_key(replay: Replay, name: str) -> None:
     s3, region = replay.clients["s3"], replay.cloud.region
     s3.create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": region})
     wrong = replay.cloud.client("s3", aws_secret_access_key="x" * 40)
@@ -366,7 +366,7 @@ def test_parameters(replay: Replay, name: str) -> None:
     replay.require_all("ssm")
 
 
-def test_alarms_are_unknown_at_first_and_gone_with_their_tags(replay: Replay, name: str) -> None:
+def test_alarms_begin_without_data_and_are_deleted_with_their_tags(replay: Replay, name: str) -> None:
     watch = replay.clients["cloudwatch"]
     alarm: dict[str, Any] = {
         "AlarmName": name,

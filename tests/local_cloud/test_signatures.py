@@ -77,9 +77,7 @@ CALLS: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("service", "operation", "arguments"), CALLS, ids=[f"{s} {o}" for s, o, _ in CALLS])
-def test_what_an_sdk_signs_is_accepted_and_nothing_else(
-    service: str, operation: str, arguments: dict[str, Any]
-) -> None:
+def test_only_requests_signed_like_an_sdk_are_accepted(service: str, operation: str, arguments: dict[str, Any]) -> None:
     request = sent(service, operation, **arguments)
     assert problem(request) == ""
     path, _, query = request["RAW_URI"].partition("?")
@@ -105,7 +103,7 @@ def test_what_an_sdk_signs_is_accepted_and_nothing_else(
         assert problem(request, now=(datetime.now(UTC) + timedelta(hours=hours)).timestamp())
 
 
-def test_what_a_machine_signs_is_accepted() -> None:
+def test_requests_signed_by_a_machine_are_accepted() -> None:
     """The image has its own code to sign its few calls."""
     keys, body = aws.Keys(KEY, SECRET, "token", ""), b'{"Name": "/own/secret"}'
     headers = {"Content-Type": "application/x-amz-json-1.1", "X-Amz-Target": "AmazonSSM.GetParameter"}
@@ -156,7 +154,7 @@ def test_a_session_signs_with_its_own_secret_and_its_token(roles: Roles) -> None
         ({"HTTP_ORIGIN": HERE}, False),
     ],
 )
-def test_a_web_page_is_refused_whatever_it_signs(headers: dict[str, str], passes: bool) -> None:
+def test_signed_requests_of_a_web_page_are_refused(headers: dict[str, str], passes: bool) -> None:
     request = {**sent("sts", "get_caller_identity"), **headers}
     assert (signatures.of_a_page(request, (PORT, PORT + 1)) is None) == passes
 

@@ -49,14 +49,14 @@ def quiet(said: str) -> None:
         assert noise not in said, said
 
 
-def test_a_stack_without_settings_says_what_to_set(terminal: Terminal) -> None:
+def test_stack_without_settings_lists_the_required_ones(terminal: Terminal) -> None:
     said = terminal.run("pulumi preview", status=None)
     assert "pulumi config set amiId" in said
     assert "pulumi config set --path 'allowedCidrs[0]'" in said
     quiet(said)
 
 
-def test_all_mistakes_are_told_at_once(terminal: Terminal) -> None:
+def test_all_mistakes_are_reported_at_once(terminal: Terminal) -> None:
     terminal.run("pulumi config set amiId ami-0123456789abcdef0")
     terminal.run("pulumi config set --path 'allowedCidrs[0]' everybody")
     terminal.run("pulumi config set --path 'sshCidrs[0]' 203.0.113.7")
@@ -110,7 +110,7 @@ def test_refresh_finds_nothing(terminal: Terminal) -> None:
     assert re.search(r"\d+ unchanged", said) and "updated" not in said
 
 
-def test_a_mistake_keeps_what_runs(terminal: Terminal) -> None:
+def test_mistake_does_not_change_the_running_stack(terminal: Terminal) -> None:
     terminal.run("pulumi config set dataVolumeGib 1")
     said = terminal.run("pulumi up --yes", status=None)
     assert "dataVolumeGib" in said
@@ -136,7 +136,7 @@ def test_an_exported_stack_is_imported_again(terminal: Terminal) -> None:
     assert "updated" not in terminal.run("pulumi up --yes")
 
 
-def test_destroy_refuses_and_names_what_is_protected(terminal: Terminal) -> None:
+def test_destroy_refuses_and_names_the_protected_resources(terminal: Terminal) -> None:
     said = terminal.run("pulumi destroy --yes", status=None)
     assert "protect" in said
 

@@ -71,7 +71,7 @@ def test_changed_model_of_the_database_switches_off_the_whole_fast_path(release:
     }
 
 
-def test_private_variables_and_functions_that_are_new_or_gone_are_named(release: MadeRelease) -> None:
+def test_new_and_missing_private_variables_and_functions_are_named(release: MadeRelease) -> None:
     release.replace(
         "server/__init__.py",
         r"^( +)env_map\[_MLFLOW_SGI_NAME.name\] = \"uvicorn\"",

@@ -118,7 +118,7 @@ def allows(actions: list[str], action: str) -> bool:
     return any(fnmatch.fnmatchcase(action, pattern) for pattern in actions)
 
 
-def test_the_launch_statements_allow_what_the_provider_calls_each_by_itself(policy: dict[str, list[str]]) -> None:
+def test_each_launch_statement_allows_the_providers_calls_of_its_services(policy: dict[str, list[str]]) -> None:
     needed = launch() | LATER.keys()
     assert len(needed) > 100
     for sid, services in STATEMENTS.items():
@@ -127,7 +127,7 @@ def test_the_launch_statements_allow_what_the_provider_calls_each_by_itself(poli
     assert {each.split(":")[0] for each in needed} == {service for names in STATEMENTS.values() for service in names}
 
 
-def test_the_bake_statement_allows_what_a_bake_calls(policy: dict[str, list[str]]) -> None:
+def test_bake_statement_allows_the_calls_of_a_bake(policy: dict[str, list[str]]) -> None:
     assert {each for each in BAKE if not allows(policy["Bake"], each)} == set()
 
 
@@ -143,7 +143,7 @@ def test_policy_allows_no_unused_call(policy: dict[str, list[str]]) -> None:
         assert [each for each in actions if not fnmatch.filter(used, each)] == [], sid
 
 
-def test_reasons_are_for_what_was_not_recorded() -> None:
+def test_reasons_are_for_unrecorded_actions() -> None:
     assert launch() & LATER.keys() == set()
 
 

@@ -107,7 +107,7 @@ def test_the_machine_may_write_the_authority_and_no_other_parameter(policy: dict
     assert not allowed(without, "ssm:PutParameter", authority)
 
 
-def test_the_machine_may_report_what_is_in_service_and_read_nothing_there(policy: dict[str, Any]) -> None:
+def test_machine_can_write_the_in_service_report_but_not_read_it(policy: dict[str, Any]) -> None:
     report = CREDENTIALS.replace("credentials", "in-service")
     assert allowed(policy, "ssm:PutParameter", report)
     assert not allowed(policy, "ssm:GetParameter", report) and not allowed(policy, "ssm:DeleteParameter", report)

@@ -263,7 +263,7 @@ def on(schema: str, last: str | None, last_image: str = OLD, reported: str = "")
         ("3.17.0", "3.18.0", "Rollback over 1 migration, schema f4a9b2c7d1e6 → dc11669786a5:"),
     ],
 )
-def test_preview_says_in_one_line_what_will_happen_to_the_data(schema: str, last: str | None, line: str) -> None:
+def test_preview_prints_the_effect_on_the_data_in_one_line(schema: str, last: str | None, line: str) -> None:
     assert on(schema, last, reported=last or "").startswith(line)
 
 
@@ -314,7 +314,7 @@ UNREPORTED = "no machine reported that its boot finished"
         ),
     ],
 )
-def test_preview_does_not_state_what_no_machine_reported(schema: str, meant_for: str, reported: str, line: str) -> None:
+def test_preview_states_only_reported_schemas(schema: str, meant_for: str, reported: str, line: str) -> None:
     """Pulumi writes the volume's tags before the boot, which may be interrupted or fail."""
     assert on(schema, meant_for, reported=reported) == line
 
@@ -454,7 +454,7 @@ def test_a_lost_volume_is_restored_onto_a_new_one() -> None:
     assert run(there, restoreFrom="latest", state="complete").refusal == ""
 
 
-def test_a_bucket_that_cannot_be_listed_says_why() -> None:
+def test_reason_is_printed_for_a_bucket_that_cannot_be_listed() -> None:
     there = account(volumes=data_volume(), broken={"getObjects": "AccessDenied: not\nallowed"})
     refused = run(there, restoreFrom="latest").refusal
     assert refused.startswith("restoreFrom: the backups bucket mlflow-backups-1a2b3c4 could not be listed: ")

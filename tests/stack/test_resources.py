@@ -38,7 +38,7 @@ def stack() -> Run:
     return found
 
 
-def test_what_holds_data_keeps_its_urn_and_is_protected(stack: Run) -> None:
+def test_resources_with_data_keep_their_urn_and_are_protected(stack: Run) -> None:
     assert {each.urn for each in stack.registered if each.request.protect} == PINNED
 
 
@@ -164,7 +164,7 @@ def test_without_tls_only_port_80_is_open() -> None:
     assert rules(run(tls="off")) == {("tcp", 80, 80, "203.0.113.7/32")}
 
 
-def test_a_public_authority_reaches_the_port_it_asks_on_and_no_other() -> None:
+def test_public_authority_can_reach_the_challenge_port_only() -> None:
     found = run(tls="acme", domainName="mlflow.example.com")
     assert rules(found) == {("tcp", 80, 80, "0.0.0.0/0"), ("tcp", 443, 443, "203.0.113.7/32")}
     assert [each.name for each in found.of_type("ssm.Parameter")] == ["credentials", "in-service"]
@@ -179,7 +179,7 @@ def test_there_is_a_parameter_for_the_authority_that_the_machine_writes(stack: R
     assert [each.name for each in run(tls="off").of_type("ssm.Parameter")] == ["credentials", "in-service"]
 
 
-def test_ssh_only_from_where_it_was_asked_for() -> None:
+def test_ssh_only_from_the_networks_of_the_setting() -> None:
     found = run(
         Account(key_pairs=("ours",)),
         allowedCidrs='["203.0.113.0/24", "198.51.100.0/24"]',
@@ -191,7 +191,7 @@ def test_ssh_only_from_where_it_was_asked_for() -> None:
     assert found.one("ec2.Instance").inputs["keyName"] == "ours"
 
 
-def test_postgresql_only_from_where_it_was_asked_for_and_with_a_password_of_its_own(stack: Run) -> None:
+def test_postgresql_only_from_the_networks_of_the_setting_and_with_its_own_password(stack: Run) -> None:
     found = run(postgresCidrs='["192.0.2.0/24"]')
     assert rules(found) - rules(stack) == {("tcp", 5432, 5432, "192.0.2.0/24")}
     parameter = found.one("ssm.Parameter", "postgres-reader")
@@ -224,7 +224,7 @@ def test_each_bucket_is_versioned_encrypted_private_and_tidied(stack: Run, name:
     assert versioning.urn in lifecycle.dependencies
 
 
-def test_old_versions_are_kept_as_long_as_was_asked_for() -> None:
+def test_old_versions_are_kept_for_the_days_of_the_setting() -> None:
     found = run(backupRetentionDays="90")
     kept = {
         each.inputs["rules"][0]["noncurrentVersionExpiration"]["noncurrentDays"]
@@ -252,7 +252,7 @@ def alarms_of(stack: Run) -> dict[str, Any]:
     return {each.name: each.inputs for each in stack.of_type("cloudwatch.MetricAlarm")}
 
 
-def test_every_alarm_of_the_setting_is_created_and_told_to_the_machine() -> None:
+def test_every_alarm_of_the_setting_is_created_and_in_the_launch_document() -> None:
     found = alarms_of(run())
     assert set(found) == {*alarms.NAMES, alarms.STATUS_CHECK}
     assert document(run()).monitoring.alarms == alarms.NAMES
@@ -327,7 +327,7 @@ def test_server_and_data_volume_are_in_one_zone_and_stay_there(
     assert len(zones) == 2 and zone in zones
 
 
-def test_a_zones_subnet_is_the_same_whatever_other_zones_there_are() -> None:
+def test_a_zones_subnet_does_not_depend_on_other_zones() -> None:
     def block(zones: tuple[str, ...]) -> str:
         found = run(Account(volumes=data_volume(zone="eu-central-1b"), zones=zones))
         return str(found.one("ec2.Subnet", "public-eu-central-1b").inputs["cidrBlock"])
@@ -357,7 +357,7 @@ def test_instance_has_imdsv2_and_the_stacks_user_data(stack: Run) -> None:
     assert "keyName" not in inputs
 
 
-def test_the_root_volume_is_as_large_as_the_image_unless_asked_to_be_larger() -> None:
+def test_root_volume_has_the_size_of_the_image_unless_set_larger() -> None:
     def size(image_gib: int, **config: str) -> Any:
         found = run(Account(images={NEW: Image(root_gib=image_gib)}), **config)  # type: ignore[arg-type]
         return found.one("ec2.Instance").inputs["rootBlockDevice"].get("volumeSize")
@@ -453,7 +453,7 @@ def test_nothing_of_the_stack_is_deprecated_in_the_provider(stack: Run) -> None:
             assert "@_utilities.deprecated" not in source, f"{each.type}.{snake}"
 
 
-def test_a_preview_of_a_new_stack_registers_what_an_up_does(stack: Run) -> None:
+def test_preview_of_a_new_stack_registers_the_same_resources_as_up(stack: Run) -> None:
     """At a first preview IDs, addresses and names are unknown, and the program must still run to its end."""
     previewed = run(preview=True)
     assert previewed.refusal == ""

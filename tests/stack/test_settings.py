@@ -32,7 +32,7 @@ def test_every_setting_has_a_type_a_default_of_it_and_a_description() -> None:
         assert entry["type"] != "array" or entry["items"] == {"type": "string"}, name
 
 
-def test_settings_are_what_pulumi_yaml_declares() -> None:
+def test_settings_are_those_that_pulumi_yaml_declares() -> None:
     declared = {re.sub(r"([A-Z])", r"_\1", name).lower() for name in PROJECT["config"]}
     assert {field.name for field in fields(settings.Settings)} - {"project", "stack", "region"} == declared
 

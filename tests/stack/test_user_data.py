@@ -50,7 +50,7 @@ def document(found: Run) -> launch.LaunchDocument:
     return read(found.one("ec2.Instance").inputs["userData"])
 
 
-def test_the_machine_is_told_what_the_stack_made() -> None:
+def test_launch_document_names_the_resources_of_the_stack() -> None:
     assert document(run()) == launch.LaunchDocument(
         stack=launch.Stack("dev", "eu-central-1"),
         buckets=launch.Buckets("mlflow-artifacts-1a2b3c4", "mlflow-models-1a2b3c4", "mlflow-backups-1a2b3c4"),
@@ -104,12 +104,12 @@ def test_settings_reach_the_machine(config: dict[str, Any], expected: dict[str, 
             assert getattr(getattr(found, table), key) == value
 
 
-def test_the_url_is_what_clients_must_use() -> None:
+def test_url_is_the_address_for_clients() -> None:
     assert run(domainName="mlflow.example.com").outputs["url"] == "https://mlflow.example.com"
     assert run(tls="off").outputs["url"] == f"http://{ADDRESS}"
 
 
-def test_user_data_is_well_below_what_ec2_takes() -> None:
+def test_user_data_is_well_below_ec2s_limit() -> None:
     assert len(run(domainName=f"{'m' * 60}.{'x' * 60}.example.com").one("ec2.Instance").inputs["userData"]) < 4096
 
 

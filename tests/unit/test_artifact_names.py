@@ -245,7 +245,7 @@ def big(size: int) -> bytes:
 
 @pytest.mark.parametrize("size", [0, 1, 817, PART_BYTES - 1, 2 * PART_BYTES + 5])
 @pytest.mark.parametrize("transfer", DESTINATIONS)
-def test_packed_files_come_back_byte_for_byte(
+def test_compressed_files_are_returned_unchanged(
     urls: dict[str, str], store: ObjectStore, transfer: str, size: int, tmp_path: Path
 ) -> None:
     """Files of a run and of a model, each in its bucket: logged by MLflow's client or by curl, downloaded by both and

@@ -370,7 +370,7 @@ def test_no_upload_stores_a_content_encoding(
     assert all(client.get_object(Bucket=buckets[kind], Key=key)["Body"].read() == content for key in keys)
 
 
-def test_an_encoding_that_mlflow_asks_for_is_not_stored(
+def test_encoding_that_mlflow_requests_is_not_stored(
     store: ObjectStore, buckets: dict[str, str], two: Any, tmp_path: Path
 ) -> None:
     """From 3.18 on MLflow's repository requests it when it creates a multipart upload."""

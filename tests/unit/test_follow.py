@@ -81,7 +81,7 @@ def test_lists_that_look_otherwise_are_refused() -> None:
         proposal.accept_sources("", {"run.Run": "0123456789"})
 
 
-def test_page_names_what_is_new_what_fell_back_and_what_failed(tmp_path: Path) -> None:
+def test_page_lists_new_features_fallbacks_and_failures(tmp_path: Path) -> None:
     def release(version: str, posts: dict[str, str], text: str, **more: Any) -> dict[str, Any]:
         source = {"run.Run": {"text": text, "hash": version}}
         given: dict[str, Any] = {"unsorted": [], "different": [], "migrations": {}, "fallbacks": [], "refused": None}

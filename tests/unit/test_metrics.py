@@ -198,7 +198,7 @@ def test_failed_units_are_counted_but_not_those_with_an_alarm_of_their_own(
     assert metrics.failed_units() == 1
 
 
-def test_memory_is_what_the_kernel_cannot_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_counts_only_what_the_kernel_cannot_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "meminfo"
     file.write_text("MemTotal:       2000 kB\nMemFree:        100 kB\nMemAvailable:   500 kB\n")
     monkeypatch.setattr(metrics, "MEMORY", file)

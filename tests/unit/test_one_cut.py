@@ -188,7 +188,7 @@ def test_interrupted_dump_upload_and_download_are_complete(
         assert fetched.read() == DUMP
 
 
-def test_a_dump_that_is_not_what_was_written_is_refused(
+def test_dump_with_another_content_is_refused(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name, value in store.environment.items():

@@ -58,7 +58,7 @@ def test_extras_exist(group: str, tmp_path: Path) -> None:
     assert set(plan(group, tmp_path)[1].split(",")) <= project["optional-dependencies"].keys()
 
 
-def test_each_make_target_that_runs_python_is_prepared_or_says_so() -> None:
+def test_each_make_target_that_runs_python_is_prepared_or_prints_an_error() -> None:
     """Targets without a `prepare-…` only stop things; the script's own sentence is enough."""
     makefile = (REPOSITORY / "Makefile").read_text()
     targets = re.findall(r"^([a-z-]+):(.*?)(?: ##.*)?\n((?:\t.*\n)+)", makefile, re.MULTILINE)

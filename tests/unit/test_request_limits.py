@@ -39,7 +39,7 @@ MANY = " and ".join(f"metrics.m{n} > {n}" for n in range(200))
         ("/ajax-api/2.0/mlflow/upload-artifact", None),
     ],
 )
-def test_bytes_of_a_body_are_bounded_by_what_the_route_needs(path: str, taken: int | None) -> None:
+def test_bytes_of_a_body_are_limited_per_route(path: str, taken: int | None) -> None:
     if taken is None:
         assert request_limits.refusal(path, 2**40) is None
     else:
@@ -139,7 +139,7 @@ def test_json_that_nests_too_deeply_is_a_bad_request(url: str, route: str) -> No
         ("/graphql?operationName=x", "GraphQL"),
     ],
 )
-def test_a_get_that_nobody_can_answer_is_a_bad_request(url: str, path: str, sentence: str) -> None:
+def test_get_that_cannot_be_answered_is_a_bad_request(url: str, path: str, sentence: str) -> None:
     refused = requests.get(url + path, timeout=60)
     assert (refused.status_code, refused.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE"), refused.text
     assert sentence in refused.json()["message"]
@@ -193,7 +193,7 @@ def test_a_presigned_address_holds_for_an_hour_at_most(url: str, seconds: Any) -
     assert "expiration" not in answer.text, "MLflow answers it"
 
 
-def test_compressed_traces_are_bounded_by_what_they_hold(url: str) -> None:
+def test_compressed_traces_are_limited_by_their_decompressed_size(url: str) -> None:
     bomb = gzip.compress(bytes(request_limits.DECOMPRESSED_BYTES + 1))
     headers = {"Content-Type": "application/x-protobuf", "Content-Encoding": "gzip", "x-mlflow-experiment-id": "0"}
     refused = requests.post(f"{url}/v1/traces", data=bomb, headers=headers, timeout=60)
@@ -265,7 +265,7 @@ def test_one_user_leaves_a_thread_to_the_others() -> None:
     assert most == 2
 
 
-def test_health_tells_a_busy_process_from_one_whose_database_is_away(url: str, tmp_path: Path) -> None:
+def test_health_distinguishes_a_busy_process_from_a_lost_database(url: str, tmp_path: Path) -> None:
     assert requests.get(url + health.PATH, timeout=10).status_code == 200
     said: list[int] = []
 

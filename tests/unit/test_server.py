@@ -131,7 +131,7 @@ def test_the_check_names_each_difference_to_mlflow_server() -> None:
     ]
 
 
-def test_a_release_whose_command_starts_workers_otherwise_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_release_that_starts_workers_in_another_way_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow.server
 
     monkeypatch.delattr(mlflow.server, "_exec_cmd")
@@ -158,7 +158,7 @@ def test_direct_transfers_that_are_not_offered_are_reported(info: dict[str, Any]
     assert [entry.what for entry in check_release.advertised(info)] == what
 
 
-def test_server_offers_direct_transfers_only_where_the_stack_asks_for_them() -> None:
+def test_server_offers_direct_transfers_only_if_the_stack_sets_them() -> None:
     names = {"MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD"}
     direct = environment(host_config(), "")
     assert {direct[name] for name in names} == {"true"}

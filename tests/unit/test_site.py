@@ -608,7 +608,7 @@ def test_the_socket_of_the_login_is_in_a_folder_that_only_nginx_may_enter(site: 
 
 
 @pytest.mark.parametrize("pair", ["127.0.0.1 ../x", "../../x", "127.0.0.1 a/b", "/tmp/x", "127.0.0.1 ada\t"])
-def test_the_login_makes_no_file_of_what_is_no_pair(pair: str, site: Site) -> None:
+def test_login_writes_no_file_for_an_invalid_pair(pair: str, site: Site) -> None:
     """A request of another process that can connect to the socket."""
     before = sorted(site.folder.rglob("*"))
     for user, name in (("ada:correct horse", "X-New-Pair"), ("ada:wrong", "X-Known-Pair")):
@@ -621,7 +621,7 @@ def test_the_login_makes_no_file_of_what_is_no_pair(pair: str, site: Site) -> No
     assert sorted(site.folder.rglob("*")) == before
 
 
-def test_what_is_remembered_of_logins_is_bounded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_login_files_is_limited(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nginx, "MARKERS", 3)
     for number in range(5):
         marker = site.run / f"logins/192.0.2.{number} ada"

@@ -151,7 +151,7 @@ def test_page_names_the_state(state: str, heading: str) -> None:
     assert "$" not in page
 
 
-def test_page_names_what_the_room_check_found(run: Path) -> None:
+def test_page_shows_the_result_of_the_disk_space_check(run: Path) -> None:
     (run / "web/room.json").write_text('{"problem": "the data volume has 3.0 GiB & its file system 1.0"}')
     status.publish(run)
     assert "the data volume has 3.0 GiB &amp; its file system 1.0<br>" in (run / "web/status.html").read_text()
@@ -189,7 +189,7 @@ def test_recorded_reason_is_not_overwritten(run: Path, monkeypatch: pytest.Monke
     assert recorded(run, "database")["message"] == "its own reason"
 
 
-def test_page_names_what_the_release_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_lists_the_fallbacks_of_the_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "web").mkdir()
     facts = tmp_path / "image.json"
     facts.write_text(json.dumps({"fallbacks": [{"what": "2 routes <for> readers", "why": "POST /x"}]}))

@@ -138,7 +138,7 @@ def test_each_boot_step_has_the_failure_handler() -> None:
             assert "OnFailure=mlflow-host-failure@%n.service" in unit.read_text(), unit.name
 
 
-def test_strangers_cannot_push_other_lines_out_of_the_journal() -> None:
+def test_requests_without_a_login_cannot_displace_other_journal_lines() -> None:
     """nginx writes a line of up to 500 bytes for each request without a login; the journal keeps 200 MB."""
     found = dict(line.split("=", 1) for line in NGINX.read_text().splitlines() if line.startswith("LogRateLimit"))
     lines_a_day = int(found["LogRateLimitBurst"]) / int(found["LogRateLimitIntervalSec"].removesuffix("s")) * 86400

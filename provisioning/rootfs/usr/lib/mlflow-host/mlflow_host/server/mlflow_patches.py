@@ -71,7 +71,7 @@ AFTER_IMPORT = (
     Patch(
         "mlflow.utils.search_utils:SearchUtils.parse_start_offset_from_page_token",
         "returns 400, not 500, for malformed page tokens",
-        "compare/test_same_answers.py::test_page_tokens_of_odd_json_are_refused",
+        "compare/test_same_answers.py::test_page_tokens_of_malformed_json_are_refused",
         refusals.strict_page_token,
         optional=True,
     ),
