@@ -2,7 +2,7 @@
 
 The rows of the previous adoption of the same source are the base of a three-way merge (`schema.merging`): later changes
 in the source are merged, and later changes on this server stay. The same transaction renames the prepared database, so
-it is the next base exactly if its rows are in service.
+it becomes the next base if, and only if, its rows are in service.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def base_database(name: str) -> str:
 
 @dataclass(frozen=True)
 class Loaded:
-    """By table: (rows that were new or changed in the source, missing here, other here)."""
+    """By table: (number of rows that are new or changed in the source, that are missing here, that differ here)."""
 
     tables: dict[str, tuple[int, int, int]]
     inserted: int

@@ -273,8 +273,8 @@ def leave_encrypted(opened: Any, catalog: Any) -> list[LeftBehind]:
 
 
 def finish_experiments(settings: AdoptSettings, opened: Any, name: str, settled: settling.Settlement) -> None:
-    """Tag the adopted experiments. An experiment 0 that is merged into the server's own gets the values of the
-    server's."""
+    """Tag the adopted experiments. An experiment 0 that is merged into the server's experiment 0 gets the values of the
+    latter."""
     for old, new in settled.experiments.items():
         if new is None or (new == 0 and settled.default_is_ours):
             continue

@@ -81,7 +81,7 @@ class RecoveryPoint:
 
 
 def list_recovery_points(repository: Repository | None, client: Any, bucket: str) -> RecoveryPoints:
-    """All backups in the bucket, without objects that are not named like a dump of ours.
+    """All backups in the bucket, without objects whose names are not those of dumps.
 
     Raises BackupError or botocore's exceptions when the bucket cannot be read."""
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=DUMPS)

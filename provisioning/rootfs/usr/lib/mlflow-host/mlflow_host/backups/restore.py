@@ -66,7 +66,7 @@ class RestoreState(StrEnum):
 
     state               files                            action of the step       state after it
     EXCHANGE_DECIDED    FLIP                             finish the exchange      NOTHING_TO_DO
-    REQUESTED_BY_HAND   REQUEST, no FLIP                 restore; forget REQUEST  see below
+    REQUESTED_BY_HAND   REQUEST, no FLIP                 restore; delete REQUEST  see below
     REQUESTED_BY_STACK  no FLIP, no REQUEST; RESTORED    restore                  see below
                         has another value than the
                         launch document's restoreFrom
@@ -357,7 +357,7 @@ def open_once(place: RestorePaths, options: dict[str, str], log: list[str]) -> N
 
 
 def gap_in(chosen: RecoveryPoint, log: list[str]) -> str:
-    """A phrase about a missing segment, if replaying ended before the last archived segment; else ""."""
+    """The part of a sentence about a missing segment, if replaying ended before the last archived segment; else ""."""
     assert chosen.line
     replayed = [found[1] for line in log if (found := re.search(r'restored log file "([0-9A-F]{24})"', line))]
     if replayed and max(replayed) >= chosen.line.last_segment:

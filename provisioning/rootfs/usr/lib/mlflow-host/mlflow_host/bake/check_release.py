@@ -144,7 +144,7 @@ def private_variables(ours: Mapping[str, str]) -> list[Fallback]:
 
 def what_cli_starts() -> tuple[list[str], dict[str, str]]:
     """The command and environment variables with which `mlflow server` would start its workers. Raises Refusal when
-    MLflow starts no worker or in an unknown way."""
+    MLflow starts no worker, or starts it in an unknown way."""
     import mlflow.cli
     import mlflow.server
     from click.testing import CliRunner

@@ -2,9 +2,9 @@
 
     adoptions/NAME/manifest.json      the source's migration and tables             written by adopt.py
     adoptions/NAME/rows/TABLE.gz      the rows of one table                         written by adopt.py
-    adoptions/NAME/request.json       what the machine has to do                    written by adopt.py
+    adoptions/NAME/request.json       the action for the machine                    written by adopt.py
     adoptions/NAME/status.json        which request, how far, why it failed         written by the machine
-    adoptions/NAME/prepared.json.gz   ids, names, places and what does not fit      written by the machine
+    adoptions/NAME/prepared.json.gz   IDs, names, locations, misfits      written by the machine
     adoptions/NAME/loaded.json        rows there, carried, missing, changed         written by the machine
     adoptions/NAME/report-….json      the verdict                                   written by adopt.py
 
@@ -48,8 +48,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`head`: the source's migration. `removed`: by "table.column", number of values that had NUL characters or broken
-    UTF-8 taken out, which PostgreSQL cannot store."""
+    """`head`: the source's migration. `removed`: by "table.column", number of values from which NUL characters or
+    broken UTF-8 were removed, because PostgreSQL cannot store them."""
 
     head: str
     tables: Mapping[str, Table]
@@ -136,7 +136,7 @@ _SPECIAL = re.compile(r"[\\\n\r\t]")
 
 
 def escape(value: str | None) -> str:
-    """One value for a line of a file of rows. NUL characters must have been taken out."""
+    """One value for a line of a file of rows. NUL characters must have been removed."""
     if value is None:
         return "\\N"
     return _SPECIAL.sub(lambda found: _ESCAPES[found[0]], value)

@@ -168,7 +168,7 @@ def reload() -> None:
 
 
 def write_private(path: Path, content: str, *, mode: int, group: int = -1) -> None:
-    """Replace a file atomically; it is never more readable than `mode`."""
+    """Replace a file atomically; its permissions never exceed `mode`."""
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

@@ -144,7 +144,7 @@ def read(run: Path = RUN) -> dict[str, Any]:
             "message": "MLflow was started but does not respond: it is restarting",
             "steps": steps,
         }
-    # Steps run in parallel: the message is that of the last one. Between two steps it is that of the next.
+    # Steps run in parallel: the message is that of the last one. Between two steps, the message is that of the next.
     running = next((s for s in reversed(steps) if s["state"] == "running"), None)
     if running:
         doing = running["message"] or STEPS.get(running["step"], running["step"])

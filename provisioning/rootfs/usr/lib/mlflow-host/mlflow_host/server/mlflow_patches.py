@@ -86,7 +86,7 @@ AFTER_IMPORT = (
 
 
 def apply(patches: Iterable[Patch]) -> None:
-    """Raises Refusal when a release has no target of one that is not optional."""
+    """Raises Refusal if the release lacks the target of a patch that is not optional."""
     for patch in patches:
         try:
             owner, name = located(patch.target)

@@ -3,7 +3,7 @@ clients.
 
 Pages of MLflow 3.18 and newer fetch an artifact from S3 by a presigned URL if server-info offers direct downloads. The
 stack's buckets have no CORS rules, so a browser blocks each such response, and the page then requests the file from the
-server. Pages request /ajax-api/…/server-info, clients for /api/…/server-info.
+server. Pages request /ajax-api/…/server-info, clients /api/…/server-info.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ def limited(application: Application) -> Application:
 
 
 def shared(application: Application, at_once: int) -> Application:
-    """`application`, with at most `at_once` concurrent requests per user; further ones of that user wait. This is fewer
-    than there are threads, so that one is left for other users."""
+    """`application`, with at most `at_once` concurrent requests per user; further ones of that user wait. The limit is
+    lower than the number of threads, so that a thread is free for other users."""
     turns: dict[bytes, tuple[asyncio.Semaphore, list[object]]] = {}
 
     async def in_turn(scope: Scope, receive: Receive, send: Send) -> None:
@@ -174,7 +174,7 @@ def conditions_of(text: str) -> int:
 
 def refuse_dear_requests(flask_application: Any) -> None:
     """Make MLflow's Flask application return 400 to searches beyond the limits, to JSON that nests too deeply, and to
-    JSON that is no object where MLflow would return 500."""
+    JSON that is not an object where MLflow would return 500."""
     import flask
 
     def with_json() -> bool:

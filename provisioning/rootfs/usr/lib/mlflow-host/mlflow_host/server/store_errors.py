@@ -5,7 +5,7 @@ S3's own status and sentence are used, except:
 - 503 for errors that may be temporary: 5xx except 501, throttling, timeouts, a wrong clock, expired keys, a conflict of
   two writers, no response. MLflow's clients retry 503, but not S3's 400, 403 or 409.
 - 403 for 401 and for wrong keys of the server: a 401 would mean that the client's own login is wrong.
-- 400 for 3xx and a wrong region, because clients must not follow S3's redirect. Also for a request that botocore
+- 400 for 3xx and a wrong region, because clients must not follow S3's redirect. Also 400 for a request that botocore
   refuses to send.
 """
 

@@ -73,7 +73,7 @@ def answers() -> float:
 
 
 def unverified() -> ssl.SSLContext:
-    """For connections to the machine's own nginx, whose certificate names its public address."""
+    """TLS settings for the machine's own nginx, whose certificate names its public address."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

@@ -231,7 +231,7 @@ def installed_mlflow() -> Path:
 
 
 def not_compared(package: Path) -> list[str]:
-    """The names in `SOURCES` whose source, in the MLflow in the folder `package`, equals that of no compared
+    """The names in `SOURCES` whose source, in the MLflow in the folder `package`, differs from that of every compared
     release."""
     return sorted(name for name, found in hashes(package).items() if found not in COMPARED.get(name, ()))
 

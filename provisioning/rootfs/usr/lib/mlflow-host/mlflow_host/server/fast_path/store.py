@@ -72,7 +72,7 @@ class Unreachable(MlflowException):
 
 class DirectStore(SqlAlchemyStore):
     def _log_metrics(self, run_id: str, metrics: list[Metric]) -> None:
-        """Called by `log_metric`, and by a `log_batch` with more than metrics."""
+        """Called by `log_metric`, and by a `log_batch` that contains not only metrics."""
         try:
             if not self.writes_metrics:
                 raise Unusual
@@ -87,7 +87,7 @@ class DirectStore(SqlAlchemyStore):
 
     def write_metrics(self, run_id: str, metrics: Iterable[Any]) -> None:
         """Log metrics (MLflow's entities or messages), without duplicates, and update the latest value of every key.
-        After any exception except Unreachable nothing was changed; invalid metrics raise one too."""
+        After any exception except Unreachable nothing was changed. Invalid metrics raise an exception too."""
         rows = list(dict.fromkeys(map(stored, metrics)))
         last: dict[str, Row] = {}
         for row in rows:

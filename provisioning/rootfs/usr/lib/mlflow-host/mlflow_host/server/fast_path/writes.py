@@ -1,7 +1,8 @@
 """Fast path, writes: log metrics and create runs with one or two statements each.
 
 MLflow creates a message, an ORM object and a row for every metric and sends several queries, which takes most of the
-time of such a request. Requests with more than metrics, or than the fields of a new run, are passed to MLflow.
+time of such a request. Requests with other data than metrics, or other fields than those of a new run, are passed to
+MLflow.
 """
 
 # mypy: disable-error-code="no-untyped-call, no-any-return"
