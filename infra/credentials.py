@@ -3,7 +3,7 @@ publishes.
 
 The credentials are generated once and stored in two places: encrypted in Pulumi's state, and in an SSM SecureString.
 Pulumi writes the parameter only when it creates the stack. Later the users are managed in the parameter itself
-(scripts/users.py); if Pulumi wrote it again, an `up` would bring removed users back.
+(scripts/users.py); if Pulumi wrote it again, an `up` would restore removed users.
 """
 
 from __future__ import annotations

@@ -315,7 +315,7 @@ def _reported(report: in_service.InService | None, volume: str, meant_for: Facts
 
 
 def _beside(config: Settings, asked: pulumi.InvokeOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The stack's addresses and machines. They appear in messages only, so a failed look-up refuses nothing."""
+    """The stack's addresses and machines. They are only printed in messages, so a failed look-up is not an error."""
     tags, states = identity(config), ["pending", "running", "stopping", "stopped"]
     try:
         addresses = aws.ec2.get_eips(tags=tags, opts=asked).allocation_ids
@@ -392,7 +392,7 @@ def _instance_type(
 
 
 def _names(config: Settings, asked: pulumi.InvokeOptions, refusals: list[str]) -> None:
-    """Check the key pair and the hosted zone, whose absence would otherwise fail in the middle of an `up`."""
+    """Check that the key pair and the hosted zone exist; otherwise an `up` would fail halfway."""
     if config.key_name:
         try:
             aws.ec2.get_key_pair(key_name=config.key_name, opts=asked)

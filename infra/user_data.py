@@ -68,7 +68,7 @@ def problems(config: Settings, image: Facts) -> list[str]:
 
 
 def cautions(config: Settings, image: Facts) -> list[str]:
-    """Settings that an older image ignores, and alarms that it does not feed."""
+    """Warnings: settings that an older image ignores, and alarms whose metrics it does not send."""
     _, left_out = launch.known_to(image.launch_revision, _sample(config))
     ignored = [key for key in left_out if key != "monitoring.alarms"]
     found = []

@@ -2,7 +2,7 @@
 """Move from any MLflow server to a stack: copy its database and artifacts, and check that nothing was lost.
 
   adopt.py ~/mlflow/mlflow.db                      a SQLite file
-  adopt.py postgresql://mlflow@10.0.0.5/mlflow     a PostgreSQL database (RDS, a container, a hand-made EC2 box)
+  adopt.py postgresql://mlflow@10.0.0.5/mlflow     a PostgreSQL database (RDS, a container, an EC2 instance)
   adopt.py mlflow.dump                             a file of pg_dump, custom or plain
   adopt.py ~/experiments/mlruns                    a folder mlruns/
 

@@ -1,11 +1,11 @@
 """Run a script with the project's own packages; every script in this folder imports this module first.
 
-After that `scripts`, `tests` and `mlflow_host` can be imported, wherever the script was started.
+After that `scripts`, `tests` and `mlflow_host` can be imported, from any current folder.
 
 A script started with another Python starts again with the repository's .venv/bin/python, with the same arguments, from
 any folder and through sudo. If that Python is missing, one sentence states the remedy and the exit status is 2.
 
-The module and the scripts that import it must compile with Python 3.8, so that an old one can print the sentence.
+The module and the scripts that import it must compile with Python 3.8, so that an old Python can print the sentence.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shared fixtures: one local cloud, one baked image per base, one launched server, all real.
+"""Shared fixtures: one local cloud, one baked image per base, one launched server, none of them a stand-in.
 
 The local cloud keeps its images between test runs in a folder of its own (`state_dir`), so a second run bakes nothing
 while packer/ and provisioning/ are unchanged. Machines, daemons, mounts and loop devices are removed when the tests
@@ -49,7 +49,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Root's tests leave no file of root's in the checkout of the sudo user."""
+    """Tests that run as root leave no file owned by root in the checkout of the sudo user."""
     invoker.give_back(Path(__file__).parents[1])
 
 

@@ -82,7 +82,7 @@ def _begins_with(path: Path, sign: bytes) -> bool:
 
 @contextlib.contextmanager
 def from_sqlite(path: Path, folder: Path | None = None) -> Iterator[Snapshot]:
-    """A copy of the file by SQLite's backup, which is consistent while a server writes to it."""
+    """A copy of the file by SQLite's backup, which is consistent even while a server writes to the file."""
     if not path.exists():
         raise AdoptionError(f"{path} does not exist")
     with tempfile.TemporaryDirectory(prefix="mlflow-ami-adopt-") as scratch:

@@ -1,8 +1,8 @@
 """The verdict: read everything back through the new server's API and compare it with the source's rows, value by value.
 
 The source's side comes from the rows themselves, at the source's own schema; the server's side is the API's responses.
-IDs, names and places that the adoption changed on purpose are translated first. Kinds that the clients of most releases
-cannot read (datasets, scorers, labels, …) are compared on the machine, row by row.
+IDs, names and locations that the adoption changed on purpose are translated first. Kinds that the clients of most
+releases cannot read (datasets, scorers, labels, …) are compared on the machine, row by row.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Values = dict[tuple[str, ...], Any]
 
 @dataclass
 class Kind:
-    """Numbers of one kind; `lines` name what is missing or changed."""
+    """Numbers of one kind; `lines` name the missing and the changed objects."""
 
     kind: str
     there: int = 0

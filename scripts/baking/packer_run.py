@@ -78,7 +78,7 @@ def step_of(line: str) -> str | None:
 
 @contextlib.contextmanager
 def interrupted_if_killed(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Have another process interrupt Packer if this process is killed during the block, so that Packer cleans up.
+    """Start a process that interrupts Packer if this process is killed during the block, so that Packer cleans up.
 
     prctl(PR_SET_PDEATHSIG) would not work: its signal reaches one process, here Packer's wrapper, which ignores
     interrupts and expects them to reach its whole process group.

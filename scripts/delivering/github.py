@@ -24,7 +24,7 @@ def output(**values: object) -> None:
 
 
 def summary(markdown: str) -> None:
-    """Add to the page that GitHub shows of the job."""
+    """Add text to the job's summary page on GitHub."""
     append("GITHUB_STEP_SUMMARY", shorten(markdown, SUMMARY_LIMIT) + "\n")
 
 

@@ -40,7 +40,8 @@ def diff(image: str, channel: str) -> None:
 def drill(image: str, channel: str) -> None:
     """Drill the change from the channel's release of MLflow to the image's and back. Needs root.
 
-    Output: drill, the file for `promote`; empty if the channel names no image, or one that was drilled with this one.
+    Output: drill, the file for `promote`; empty if the channel names no image, or an image that was drilled with this
+    one.
     """
     new, held = ends(image, channel)
     if held is None or held["id"] == new["id"] or held["version"] in new["drills"] or new["version"] in held["drills"]:

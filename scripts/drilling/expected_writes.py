@@ -95,8 +95,8 @@ class ExpectedWrites:
 
 
 def differences(was: Any, found: Any, *, exact: bool, path: str = "") -> list[str]:
-    """Sentences about the differences of two values. Unless `exact`, fields of one release only and cut texts are
-    equal."""
+    """Sentences about the differences of two values. Unless `exact`, fields that only one release has, and shortened
+    texts, do not count as differences."""
     if isinstance(was, dict) and isinstance(found, dict):
         only = sorted((set(was) ^ set(found)) - LISTS_OF_LATEST) if exact else []
         texts = [f"{path}/{key} is only {'before' if key in was else 'now'}" for key in only]

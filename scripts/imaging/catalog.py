@@ -103,7 +103,7 @@ class Image:
         return {key.removeprefix(DRILL): value for key, value in self.tags.items() if key.startswith(DRILL)}
 
     def fact(self, name: str) -> str:
-        """A fact from its tags; "?" if it has none of that name."""
+        """A fact from its tags; "?" if it has no fact of that name."""
         return self.tags.get(f"mlflow-ami:{name}", "?")
 
 
@@ -167,7 +167,7 @@ def created(text: str) -> datetime:
 
 
 def accepted(call: Any, gone: str, **arguments: Any) -> bool:
-    """Call EC2; False if it returns that the resource does not exist (an error code that starts with `gone`)."""
+    """Call EC2; False if AWS returns that the resource does not exist (an error code that starts with `gone`)."""
     try:
         call(**arguments)
     except ClientError as error:

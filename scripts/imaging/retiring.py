@@ -103,7 +103,7 @@ def superfluous(found: list[Image], known: Claims, keep: int, older_than: timede
 
 
 def orphans(ec2: EC2Client, found: list[Image]) -> list[str]:
-    """IDs of snapshots of deleted images of ours."""
+    """IDs of snapshots of this project's deleted images."""
     kept = {snapshot for image in found for snapshot in image.snapshots}
     pages = ec2.get_paginator("describe_snapshots").paginate(
         OwnerIds=["self"], Filters=[{"Name": "tag-key", "Values": [OURS]}]

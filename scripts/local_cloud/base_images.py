@@ -238,7 +238,7 @@ def trust(root: Path, certificate: str) -> None:
 
 
 def choose(name: str) -> Base:
-    """The base of that name. Raises LocalCloudError for an unknown one."""
+    """The base of that name. Raises LocalCloudError for an unknown name."""
     if name not in BASES:
         raise LocalCloudError(f"no base named {name!r}: choose one of {', '.join(BASES)}")
     return BASES[name]

@@ -221,7 +221,7 @@ def disconnect(machine: Machine) -> None:
 
 
 def kill(machine: Machine) -> None:
-    """Kill every process of the machine at once, like a crash: when its init ends, all end."""
+    """Kill every process of the machine at once, like a crash: when its init ends, all its processes end."""
     with contextlib.suppress(OSError):
         signal.pidfd_send_signal(machine.pidfd, signal.SIGKILL)
 
@@ -424,7 +424,7 @@ def _connect_outward(namespace: int) -> tuple[subprocess.Popen[bytes], int]:
 def _connect_metadata(namespace: int, private_address: str) -> int:
     """Link the machine to a second namespace in which the metadata service listens; returns that namespace.
 
-    If the machine itself had the service's address, nothing in it could listen on port 80 of all addresses.
+    If the machine itself had the service's address, no program in it could listen on port 80 of all addresses.
     """
     beyond = namespaces.create()
     try:

@@ -3,7 +3,7 @@
 EC2's are methods of CorrectedEC2, the parent of EmbodiedEC2 (ec2.py); `install` replaces the others. S3's are in
 bucket_settings.py. The documents are the services' API References, by the name of the call.
 
-- DeleteSubnet: DependencyViolation while an interface is in it; its route table associations go with it.
+- DeleteSubnet: DependencyViolation while an interface is in it; its route table associations are deleted with it.
 - DeleteVpcEndpoints: a deleted endpoint is InvalidVpcEndpointId.NotFound to DescribeVpcEndpoints; one that does not
   exist is reported in `unsuccessful`. moto keeps it, "deleted", and fails on the deleted route.
 - RevokeSecurityGroupEgress, -Ingress: InvalidPermission.NotFound for a missing rule, also for IPv6, and

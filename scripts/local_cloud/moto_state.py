@@ -69,8 +69,8 @@ FORMER_MODULES = {"local_cloud.records": __name__, "local_cloud.ec2": "scripts.l
 def check(places: Places) -> bool:
     """Whether the records on disk can be read; if not, the next `save` leaves out the service that causes it.
 
-    A newly used service may store an object that pickles and does not unpickle. Without this check all services would
-    lose their records. Needs no lock as long as it returns True.
+    A newly used service may store an object that can be pickled, but not unpickled. Without this check all services
+    would lose their records. Needs no lock as long as it returns True.
     """
     try:
         pickle.loads(places.records.read_bytes())

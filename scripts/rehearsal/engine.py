@@ -65,7 +65,7 @@ class Diff:
 class Engine:
     """Apply one run of a program. Owns the state during the run.
 
-    `save` is called with the state around each operation, `done` with each step after it. With `dry_run` nothing is
+    `save` is called with the state around each operation, `done` after each step. With `dry_run` nothing is
     applied or saved: the steps are the plan.
     """
 
@@ -307,7 +307,7 @@ class Engine:
         return self._create(wanted, "replace", diff)
 
     def followers(self, root: Resource) -> list[Resource]:
-        """Resources to replace because an input from `root`, or from another follower, changed."""
+        """Resources to replace because an input from `root`, or from another of these resources, changed."""
         replaced = {root.urn}
         followers = []
         for each in self.state.resources:

@@ -186,7 +186,7 @@ def difference(kind: Kind, old: Props, new: Props) -> Any:
     """The changed inputs, and whether one of them requires a replacement, as a DiffResponse.
 
     An input that is not known yet counts as changed. A resource whose name the program chose is deleted before its
-    replacement is created, because two cannot have one name.
+    replacement is created, because two resources cannot have the same name.
     """
     before, after = reveal(old), reveal(new)
     keys = (before.keys() | after.keys()) - {GENERATED}
@@ -224,7 +224,7 @@ def outputs(kind: Kind, inputs: Props, found: Props) -> Props:
 
 
 def _kept(kind: Kind, known: Props) -> Props:
-    """Outputs that exist only at the creation and that no read returns."""
+    """Outputs that only the creation returns, and no later read."""
     return {name: known[name] for name in kind.tokens if name in known}
 
 

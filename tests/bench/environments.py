@@ -2,7 +2,7 @@
 
 uv creates them on first use, outside the repository, and again when the lock file changes. Each contender has its own,
 because the image's packages include some that `pip install mlflow` does not install (uvloop, httptools) and that would
-make the others faster, and this project's own environment has still more packages.
+make the others faster. This project's own environment has even more packages.
 """
 
 from __future__ import annotations

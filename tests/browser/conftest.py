@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tests.support.servers import Server
 
-# Without the switches on networking, Chromium keeps asking for Google's hosts.
+# Without the switches about networking, Chromium sends requests to Google's hosts.
 SWITCHES = [
     "--headless=new",
     "--no-sandbox",

@@ -87,7 +87,7 @@ def test_without_a_default_vpc_the_remedies_are_named(ec2: Any) -> None:
 
 
 def test_packer_gets_the_credentials_of_any_kind_of_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here with a profile whose credentials a program prints, which old Packer releases do not support."""
+    """The profile gets its credentials from a program, which old Packer releases do not support."""
     printed = {"Version": 1, "AccessKeyId": "AKIAX", "SecretAccessKey": "hush", "SessionToken": "token"}
     (tmp_path / "keys").write_text(json.dumps(printed))
     (tmp_path / "config").write_text(f"[profile odd]\ncredential_process = cat {tmp_path / 'keys'}\n")

@@ -241,7 +241,7 @@ def test_no_header_bypasses_the_login(server: Server, wire: Wire, paths: list[st
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "evil.example", "169.254.169.254", "", "[::1]", "a b", "_"])
 def test_other_hosts_are_refused_with_any_login(server: Server, wire: Wire, host: str) -> None:
-    """MLflow itself trusts localhost."""
+    """MLflow itself accepts the host localhost."""
     for target in ("/version", f"http://{host or 'x'}/version", "/api/2.0/mlflow/experiments/search?max_results=1"):
         for extra in ({}, {"X-Forwarded-Host": host_of(server)}, {"Origin": server.url}):
             right = login(*server.login)

@@ -26,7 +26,7 @@ class MadeRelease:
         (self.package,) = folder.glob("lib/python*/site-packages/mlflow")
 
     def replace(self, file: str, pattern: str, text: str) -> None:
-        """Replace what the regular expression finds in a file of the package, which must be at least once."""
+        """Replace all matches of the regular expression in a file of the package; at least one must exist."""
         path = self.package / file
         changed, found = re.subn(pattern, text, path.read_text(), flags=re.MULTILINE)
         assert found, f"{file} of MLflow {releases()[-1]} has no {pattern}: adapt the test"

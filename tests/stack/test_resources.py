@@ -67,7 +67,7 @@ PROPERTIES = {
         "serverSideEncryptionConfiguration"
     ),
     "aws:s3/bucketVersioning:BucketVersioning": "versioning",
-    # These are no properties of a bucket.
+    # These are not properties of a bucket.
     "aws:s3/bucketOwnershipControls:BucketOwnershipControls": "",
     "aws:s3/bucketPublicAccessBlock:BucketPublicAccessBlock": "",
 }

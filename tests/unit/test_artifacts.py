@@ -142,7 +142,7 @@ def test_the_same_calls_have_the_same_outcome(one: Any, two: Any, folder: Path, 
 
 @pytest.mark.parametrize("path", [f"{RUN}/absent", f"{MODEL}/absent"])
 def test_missing_file_is_not_found(two: Any, path: str, tmp_path: Path) -> None:
-    """MLflow's S3 repository returns a server error, its repository of a folder returns "not found"."""
+    """MLflow's S3 repository returns a server error, its repository for a local folder returns "not found"."""
     calls: list[Callable[[], Any]] = [
         lambda: two.download_artifacts(path, str(tmp_path)),
         lambda: two.get_download_presigned_url(path),

@@ -380,7 +380,8 @@ def waits(cluster: Path, segments: int) -> None:
 
 
 def test_unreachable_bucket_never_fills_the_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments wait up to a limit. Beyond it they are skipped, the gap is recorded, and one per minute is tried."""
+    """Segments wait up to a limit. Beyond it they are skipped, the gap is recorded, and one segment per minute is
+    tried."""
     tried: list[str] = []
 
     def dead(where: Repository, stanza: Stanza, segment: str) -> str:

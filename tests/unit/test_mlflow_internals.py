@@ -1,4 +1,4 @@
-"""provisioning/mlflow-internals.md lists every name of MLflow's insides that mlflow_host uses, and no other."""
+"""provisioning/mlflow-internals.md lists every internal name of MLflow that mlflow_host uses, and no other."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class OneCut:
 
 @contextmanager
 def cut(address: str, carried: int, kind: str) -> Iterator[tuple[OneCut, str]]:
-    """The cut and the address in front of a service's."""
+    """The cut, and the port's address."""
     where = urlsplit(address)
     assert where.hostname and where.port
     between = OneCut((where.hostname, where.port), carried, kind)

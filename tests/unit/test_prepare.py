@@ -1,4 +1,4 @@
-"""scripts/prepare.sh installs the packages of each group of commands, and for AWS none of the local cloud's."""
+"""scripts/prepare.sh installs the packages of each group of commands, and for AWS no package of the local cloud."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plan(group: str, folder: Path) -> tuple[set[str], str]:
 
 def test_the_local_clouds_tools_are_in_the_demos_packages(tmp_path: Path) -> None:
     packages, extras = plan("demo", tmp_path)
-    assert set(TOOLS.values()) - {"mount"} <= packages  # `mount` is essential to Debian
+    assert set(TOOLS.values()) - {"mount"} <= packages  # `mount` is an essential package of Debian
     assert "local-cloud" in extras.split(",")
 
 

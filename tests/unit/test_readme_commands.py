@@ -1,7 +1,7 @@
 """Every command in the READMEs runs exactly as printed in a new user's shell, or is listed here with a reason.
 
-The shell has an empty environment, a new user's PATH and home, no virtual environment, and a checkout in another
-folder whose .venv is this one's. tests/journey/test_readme_commands.py runs the commands that need a server.
+The shell has an empty environment, a new user's PATH and home, no virtual environment, and a checkout in another folder
+that uses this checkout's .venv. tests/journey/test_readme_commands.py runs the commands that need a server.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def test_release_that_starts_workers_in_another_way_is_reported(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("info", "what"),
     [
-        ({}, []),  # a release that has no server-info, or no such keys
+        ({}, []),  # a release without server-info, or without these keys
         ({"multipart_uploads_enabled": True, "multipart_downloads_enabled": True}, []),
         (
             {"multipart_uploads_enabled": False, "multipart_downloads_enabled": False},

@@ -40,8 +40,8 @@ def chain(sources: Iterable[str]) -> tuple[str, ...]:
     unknown = set().union(*follows.values()) - follows.keys()
     if len(first) != 1 or len(heads) != 1 or unknown:
         raise ValueError(
-            f"the migrations need one first and one head: first {sorted(first) or 'none'}, heads {sorted(heads) or 'none'}, "
-            f"unknown predecessors {sorted(unknown) or 'none'}"
+            f"the migrations need one first and one head: first {sorted(first) or 'none'}, "
+            f"heads {sorted(heads) or 'none'}, unknown predecessors {sorted(unknown) or 'none'}"
         )
     sorter = TopologicalSorter({revision: sorted(follows[revision]) for revision in sorted(follows)})
     return tuple(sorter.static_order())
