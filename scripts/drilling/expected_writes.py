@@ -40,7 +40,7 @@ class Difference:
         of = f"{' '.join(self.key)} of stop {self.stop}"
         return {
             "missing": f"{of} is missing",
-            "back": f"{of} was deleted and is back",
+            "back": f"{of} was deleted and exists again",
             "changed": f"{of}: {self.what}",
         }[self.problem]
 

@@ -1,4 +1,5 @@
-"""bake, diff, drill and promote by the lines of bake.yml, with the real images.py on moto's EC2 and Systems Manager.
+"""The steps `bake`, `diff`, `drill` and `promote`, as in the lines of bake.yml, with the real images.py on moto's EC2
+and Systems Manager.
 
 bake.py and drill.py, which need a machine, are stand-ins: they accept the arguments of the real ones, and print
 documents that the functions of the real ones created.

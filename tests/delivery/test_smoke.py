@@ -1,4 +1,5 @@
-"""smoke by the line of deploy.yml: a real MLflow server and client, moto's Systems Manager, a stand-in for Pulumi."""
+"""The step `smoke`, as in the line of deploy.yml: a real MLflow server and client, moto's Systems Manager, a stand-in
+for Pulumi."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""preview, deploy, rollback and drift by the lines of the workflows, with stand-ins for pulumi and gh.
+"""The steps `preview`, `deploy`, `rollback` and `drift`, as in the workflows, with stand-ins for pulumi and gh.
 
 tests/delivery/test_with_pulumi.py runs the same with the real Pulumi.
 """

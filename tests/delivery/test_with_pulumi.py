@@ -1,4 +1,5 @@
-"""preview, deploy, rollback and drift with the real Pulumi on moto; test_stack_steps.py uses a stand-in for Pulumi."""
+"""The steps `preview`, `deploy`, `rollback` and `drift` with the real Pulumi on moto; test_stack_steps.py uses a
+stand-in for Pulumi."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""From two bakes to production, and the removal of the stack, by the lines of the workflows, with the real Pulumi on
-the local cloud.
+"""From two bakes to production, and the removal of the stack: the lines of the workflows, with the real Pulumi on the
+local cloud.
 
 `make test-delivery` runs it, after tests/delivery. Each step is a `run:` of .github/workflows, run by bash with
 GitHub's files and variables; AWS is the local cloud. The output is written to build/delivery-walk.txt.

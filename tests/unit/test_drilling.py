@@ -70,8 +70,8 @@ def test_deliberate_changes_and_deletions_are_no_losses_but_deleted_objects_must
     expected.add("2", Touched({("runs", "a")}, {("runs", "b")}), now)
     assert findings(expected, "2", now) == []
     back = {**now, "runs": {**now["runs"], "b": {}}}
-    assert findings(expected, "2", back) == ["runs b of stop 0 was deleted and is back"]
-    assert findings(expected, "2", FIRST)[0] == "runs b of stop 0 was deleted and is back"
+    assert findings(expected, "2", back) == ["runs b of stop 0 was deleted and exists again"]
+    assert findings(expected, "2", FIRST)[0] == "runs b of stop 0 was deleted and exists again"
 
 
 def test_fields_of_only_one_release_are_compared_between_stops_of_that_release() -> None:

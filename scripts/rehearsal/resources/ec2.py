@@ -32,7 +32,8 @@ def _find(aws: Aws, operation: str, key: str, **arguments: Any) -> Props | None:
 
 
 def _await(what: str, reached: Callable[[], bool]) -> None:
-    """Poll until `reached` is true. boto3's waiters sleep 15 s between polls, which is most of a local boot."""
+    """Poll until `reached` is true. boto3's waiters are not used: they sleep 15 s between polls, as long as a local
+    boot."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not reached():
         if time.monotonic() > deadline:
