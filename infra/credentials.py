@@ -27,7 +27,8 @@ state."""
 @dataclass(frozen=True)
 class Parameters:
     credentials: aws.ssm.Parameter
-    """SecureString, JSON, format 1: users, and the passphrase MLflow encrypts the secrets in its database with."""
+    """SecureString, JSON, format 1: users, and the passphrase with which MLflow encrypts the secrets in its
+    database."""
     authority: aws.ssm.Parameter | None
     """String: certificate of the private authority, published by the machine. None if tls is not private."""
     reader: aws.ssm.Parameter | None

@@ -19,17 +19,17 @@ from settings import Settings
 
 BUCKETS = ("artifacts", "models", "backups")
 IMAGE_FORMAT = "1"
-"""Version of the image facts this stack understands (tag mlflow-ami:format)."""
+"""Version of the image facts that this stack reads (tag mlflow-ami:format)."""
 ROLE_OF_DATA_VOLUME = "data"
 CHANNELS = "/mlflow-ami/images"
-"""Where Systems Manager has the channels: each parameter holds an image ID (scripts/images.py promote)."""
+"""Path of the channels in Systems Manager: each parameter holds an image ID (scripts/images.py promote)."""
 REPORTS = 4
 """The first launch revision whose images report the schema in service."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts in an image's tags, or those stored for the image that the data volume was last on."""
+    """The facts in an image's tags, or those stored for the image that last used the data volume."""
 
     image_id: str
     """Empty in a machine's report, which contains no image ID."""
@@ -124,7 +124,7 @@ def upgrade_summary(found: Existing) -> str:
         silence = "no machine reported that its boot finished"
         if last.launch_revision < REPORTS:
             silence = "whose machines do not report whether their boot finished"
-        caution = f"{volume.id} was last meant for {last.described}, {silence}"
+        caution = f"{volume.id} was last assigned to {last.described}, {silence}"
         if same:
             return f"Same image as at the last `up`, with schema {image.migration_head}: {caution}."
         return f"{_change(image, last)}: {caution}; now {image.described}."
@@ -227,7 +227,7 @@ def _image(config: Settings, ami_id: str, asked: pulumi.InvokeOptions, refusals:
     if kind is None:
         refusals.append(
             f"{setting}: {ami_id} ({ami.name}) is not an image that scripts/bake.py made: it has no tag "
-            "mlflow-ami:format. Tags are seen only in the account that owns the image."
+            "mlflow-ami:format. Tags are visible only in the account that owns the image."
         )
         return _no_image(ami_id), ami.architecture, 0
     if kind != IMAGE_FORMAT:

@@ -267,13 +267,13 @@ def _contradictions(found: Settings) -> list[str]:
     if found.tls == "acme" and not found.domain_name:
         mistakes.append("tls is acme but domainName is not set: name the domain to certify, or set tls to private.")
     if found.acme_email and found.tls != "acme":
-        mistakes.append(f"acmeEmail is set but tls is {found.tls}: set tls to acme, or no address.")
+        mistakes.append(f"acmeEmail is set but tls is {found.tls}: set tls to acme, or remove acmeEmail.")
     if found.acme_directory and found.tls != "acme":
-        mistakes.append(f"acmeDirectory is set but tls is {found.tls}: set tls to acme, or no directory.")
+        mistakes.append(f"acmeDirectory is set but tls is {found.tls}: set tls to acme, or remove acmeDirectory.")
     if found.postgres_cidrs and found.tls != "private":
         mistakes.append(
             f"postgresCidrs is set but tls is {found.tls}: PostgreSQL's certificate comes from the stack's "
-            "private authority, so set tls to private, or no networks."
+            "private authority, so set tls to private, or remove postgresCidrs."
         )
     topic_region = found.alarm_topic_arn.split(":")[3] if found.alarm_topic_arn else ""
     if topic_region and found.region and topic_region != found.region:
@@ -327,7 +327,7 @@ def _network(value: str) -> str | None:
     if "/" not in value:
         return f"has {value!r}, which has no prefix length: write {value}/32 for this one address"
     if str(found.network) != value:
-        return f"has {value!r}, which has bits set behind its prefix: write {found.network} or {found.ip}/32"
+        return f"has {value!r}, which has host bits set: write {found.network} or {found.ip}/32"
     return None
 
 

@@ -67,7 +67,7 @@ def report_uncaught(kind: type[BaseException], error: BaseException, trace: Trac
             remedy = "run `make prepare`, or `make prepare-demo` for the local cloud"
             refuse(name, f"the Python package {package} is not installed in {sys.prefix}: {remedy}")
     if isinstance(error, PermissionError) and error.filename and os.geteuid():
-        refuse(name, f"{error.filename} cannot be used by this user: use sudo, or the account that it belongs to")
+        refuse(name, f"{error.filename} cannot be used by this user: use sudo, or the account of its owner")
     sys.__excepthook__(kind, error, trace)
 
 

@@ -57,7 +57,7 @@ def read(source: str) -> Iterator[Snapshot]:
             f"{source} is a tracking server, and adopt.py reads databases: name the database, dump or folder behind it"
         )
     elif scheme:
-        raise AdoptionError(f"{scheme}:// is no source: use a file, a folder mlruns/ or postgresql://…")
+        raise AdoptionError(f"{scheme}:// is not a source: use a file, a folder mlruns/ or postgresql://…")
     elif Path(source).is_dir():
         opened = from_mlruns(Path(source))
     elif not Path(source).exists():

@@ -45,7 +45,8 @@ def find_packer() -> Packer:
     path = shutil.which("packer")
     if path is None:
         raise BakeRefused(
-            "Packer is not installed: run make prepare (Debian's packer will do), or see https://developer.hashicorp.com/packer"
+            "Packer is not installed: run make prepare (Debian's packer is sufficient), or see "
+            "https://developer.hashicorp.com/packer"
         )
     said = subprocess.run([path, "version"], check=False, capture_output=True, text=True).stdout
     found = re.search(r"v(\d+)\.(\d+)\.(\d+)", said)

@@ -1,4 +1,4 @@
-"""Run the scripts and tools that the steps consist of."""
+"""Run the scripts and tools of the steps."""
 
 from __future__ import annotations
 

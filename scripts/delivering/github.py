@@ -38,7 +38,7 @@ def annotate(level: str, text: str, file: str = "", line: int = 0) -> None:
 
 
 def escape(text: str, more: str = "") -> str:
-    """Text of a workflow command: one line, and in a property no comma and colon."""
+    """Text of a workflow command: one line, and without commas and colons in a property."""
     for character in "%\r\n" + more:
         text = text.replace(character, f"%{ord(character):02X}")
     return text

@@ -100,7 +100,7 @@ def read_drill(path: Path) -> dict[str, Any]:
 def require_drill_of(drill: Mapping[str, Any], held: Image, image: Image) -> None:
     """Raises ImageRefused unless the drill was passed and was between the releases of these two images."""
     if drill["lost"]:
-        raise ImageRefused(f"the drill was not passed: {drill['lost']} objects are lost, so {image.id} stays out")
+        raise ImageRefused(f"the drill was not passed: {drill['lost']} objects are lost, so {image.id} is not promoted")
     ends = sorted([tuple(str(drill[end][name]) for name in COMPARED) for end in ("older", "newer")])
     if ends != sorted([facts(held), facts(image)]):
         said = " and ".join(f"MLflow {drill[end]['mlflow_version']}" for end in ("older", "newer"))

@@ -304,7 +304,7 @@ def enter_command(pid: int, argv: Sequence[str]) -> list[str]:
     inside = ["nsenter", "--target", str(pid), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
     environment = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8"]
     environment += [f"TERM={os.environ.get('TERM', 'dumb')}", "USER=root", "LOGNAME=root"]
-    environment += [f"AWS_CA_BUNDLE={TRUSTED}"]  # as for a login, from /etc/environment
+    environment += [f"AWS_CA_BUNDLE={TRUSTED}"]  # a login gets it from /etc/environment
     return [*inside, "--root", "--wdns=/root", "--", "env", "-i", *environment, *argv]
 
 

@@ -70,7 +70,7 @@ def write_identities(places: Places, allotment: Allotment) -> None:
 
 
 def signing_key(places: Places) -> bytes:
-    """The key that sessions are signed with."""
+    """The key that signs sessions."""
     return base64.b64decode(json.loads(sessions_file(places).read_text())["sts"]["signingKey"])
 
 

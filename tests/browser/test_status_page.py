@@ -117,7 +117,7 @@ def until_shown(chromium: Chrome, text: str, seconds: float = 60) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed (scripts/prepare.sh does)")
+@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed (scripts/prepare.sh installs it)")
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_open_tab_recovers_after_an_outage(
     scheme: str, chromium: Chrome, machine: Path, monkeypatch: pytest.MonkeyPatch

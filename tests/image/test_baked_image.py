@@ -383,7 +383,7 @@ DEFECTS = (
         "units_in_order",
         "printf '[Service]\\nExecStart=no/such\\n' >/usr/lib/systemd/system/mlflow-defect.service",
         "rm /usr/lib/systemd/system/mlflow-defect.service",
-        "systemd refuses a unit of ours",
+        "systemd rejects a unit of this project",
     ),
     Defect(
         "package not held",
@@ -414,7 +414,7 @@ DEFECTS = (
         "environment_as_locked",
         f"mv {SITE}/mlflow-host.pth /var/tmp/",
         f"mv /var/tmp/mlflow-host.pth {SITE}/",
-        "boot package in /usr/lib/mlflow-host is not seen",
+        "boot package in /usr/lib/mlflow-host is not found",
     ),
     Defect(
         "server that cannot be imported",

@@ -33,7 +33,7 @@ from tests.support.servers import SCRIPTS, own_stack, run
 pytestmark = [
     pytest.mark.machine,
     pytest.mark.slow,
-    pytest.mark.skipif(not shutil.which("pebble"), reason="pebble is not installed (scripts/prepare.sh does)"),
+    pytest.mark.skipif(not shutil.which("pebble"), reason="pebble is not installed (scripts/prepare.sh installs it)"),
 ]
 
 STACK = "domain"

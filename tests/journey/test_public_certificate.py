@@ -32,7 +32,7 @@ from tests.support.servers import REPOSITORY, Server
 pytestmark = [
     pytest.mark.machine,
     pytest.mark.slow,
-    pytest.mark.skipif(not shutil.which("pebble"), reason="pebble is not installed (scripts/prepare.sh does)"),
+    pytest.mark.skipif(not shutil.which("pebble"), reason="pebble is not installed (scripts/prepare.sh installs it)"),
 ]
 
 DOMAIN = "mlflow.example.test"

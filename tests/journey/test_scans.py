@@ -25,7 +25,7 @@ LYNIS = ("usr/share/lynis", "usr/sbin/lynis", "etc/lynis")
 
 def test_testssl_finds_nothing_but_the_private_authority(server: Server, tmp_path: Path) -> None:
     if not shutil.which("testssl"):
-        pytest.fail("testssl is not installed: make prepare-test does", pytrace=False)
+        pytest.fail("testssl is not installed: run make prepare-test", pytrace=False)
     found, said = tmp_path / "testssl.json", BUILD / "testssl.txt"
     said.parent.mkdir(exist_ok=True)
     command = ["testssl", "--quiet", "--color", "0", "--warnings", "off", "--jsonfile", str(found)]
@@ -44,7 +44,7 @@ def test_testssl_finds_nothing_but_the_private_authority(server: Server, tmp_pat
 def test_lynis_finds_the_machine_hardened(server: Server, cloud: LocalCloud) -> None:
     """It runs from a folder that is deleted afterwards, because the image has no scanner."""
     if not Path("/usr/share/lynis").exists():
-        pytest.fail("lynis is not installed: make prepare-test does", pytrace=False)
+        pytest.fail("lynis is not installed: run make prepare-test", pytrace=False)
     packed = f"tar -C / -cz {' '.join(LYNIS)} | base64 --wrap=0"
     tree = subprocess.run(["sh", "-c", packed], capture_output=True, text=True, check=True).stdout
     scan = """

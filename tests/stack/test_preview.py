@@ -51,7 +51,7 @@ def account(**changes: Any) -> Account:
             account(images={NEW: Image(tags={"Name": "ubuntu"})}),
             {},
             f"amiId: {NEW} (mlflow-ami-3.17.2-20261122T101500Z) is not an image that scripts/bake.py made: it has no "
-            "tag mlflow-ami:format. Tags are seen only in the account that owns the image.",
+            "tag mlflow-ami:format. Tags are visible only in the account that owns the image.",
             id="foreign image",
         ),
         pytest.param(
@@ -300,7 +300,7 @@ UNREPORTED = "no machine reported that its boot finished"
             "3.18.0",
             "3.18.0",
             "",
-            f"Same image as at the last `up`, with schema f4a9b2c7d1e6: {VOLUME} was last meant for {OLD} (MLflow "
+            f"Same image as at the last `up`, with schema f4a9b2c7d1e6: {VOLUME} was last assigned to {OLD} (MLflow "
             f"3.18.0, image v3.18.0), {UNREPORTED}.",
             id="no report yet",
         ),
@@ -308,8 +308,8 @@ UNREPORTED = "no machine reported that its boot finished"
             "3.18.0",
             "3.16.0",
             "",
-            f"Upgrade over 5 migrations, schema b7e2c1a4d9f3 → f4a9b2c7d1e6: {VOLUME} was last meant for {OLD} (MLflow "
-            f"3.16.0, image v3.16.0), {UNREPORTED}; now {NEW} (MLflow 3.18.0, image v3.18.0).",
+            f"Upgrade over 5 migrations, schema b7e2c1a4d9f3 → f4a9b2c7d1e6: {VOLUME} was last assigned to {OLD} "
+            f"(MLflow 3.16.0, image v3.16.0), {UNREPORTED}; now {NEW} (MLflow 3.18.0, image v3.18.0).",
             id="upgrade without a report",
         ),
     ],
@@ -327,7 +327,7 @@ def test_a_report_of_another_volume_or_from_before_an_image_that_reports_nothing
     there = account(images={NEW: Image(tags=image_tags(**SCHEMAS["3.18.0"]))}, volumes=volumes, parameters=stale)
     ((_, line),) = run(there).log
     assert line == (
-        f"Upgrade over 1 migration, schema dc11669786a5 → f4a9b2c7d1e6: {VOLUME} was last meant for {OLD} (MLflow "
+        f"Upgrade over 1 migration, schema dc11669786a5 → f4a9b2c7d1e6: {VOLUME} was last assigned to {OLD} (MLflow "
         "3.17.0, image v3.17.0), whose machines do not report whether their boot finished; now "
         f"{NEW} (MLflow 3.18.0, image v3.18.0)."
     )

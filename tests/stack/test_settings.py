@@ -67,7 +67,7 @@ BACKED_UP = Account(
         ({"allowedCidrs": '["203.0.113.7"]'}, "no prefix length: write 203.0.113.7/32 for this one address."),
         (
             {"allowedCidrs": '["203.0.113.7/24"]'},
-            "has bits set behind its prefix: write 203.0.113.0/24 or 203.0.113.7/32.",
+            "has host bits set: write 203.0.113.0/24 or 203.0.113.7/32.",
         ),
         (
             {"allowedCidrs": '["my office"]'},
@@ -81,7 +81,7 @@ BACKED_UP = Account(
         ({"sshCidrs": '["10.0.0.1/8"]', "keyName": "ours"}, "sshCidrs: '[\"10.0.0.1/8\"]' has '10.0.0.1/8'"),
         ({"sshCidrs": '["10.0.0.0/8"]'}, "sshCidrs is set but keyName is not"),
         ({"postgresCidrs": '["10.0.0.0/8"]', "tls": "off"}, "postgresCidrs is set but tls is off"),
-        ({"postgresCidrs": '["10.0.0.1/8"]'}, "has bits set behind its prefix"),
+        ({"postgresCidrs": '["10.0.0.1/8"]'}, "has host bits set"),
         ({"instanceType": "small"}, "instanceType: 'small' is not an instance type such as t3.small."),
         ({"dataVolumeGib": "twenty"}, "dataVolumeGib: 'twenty' must be a whole number."),
         ({"dataVolumeGib": "0"}, "dataVolumeGib: '0' must be from 1 to 16384 GiB."),
@@ -112,7 +112,10 @@ BACKED_UP = Account(
         ({"tls": "acme"}, "tls is acme but domainName is not set: name the domain to certify"),
         ({"tls": "acme", "domainName": "mlflow.example.com"}, None),
         ({"acmeEmail": "nobody"}, "acmeEmail: 'nobody' is not an e-mail address."),
-        ({"acmeEmail": "ops@example.com"}, "acmeEmail is set but tls is private: set tls to acme, or no address."),
+        (
+            {"acmeEmail": "ops@example.com"},
+            "acmeEmail is set but tls is private: set tls to acme, or remove acmeEmail.",
+        ),
         (
             {"tls": "acme", "domainName": "mlflow.example.com", "acmeDirectory": "http://a"},
             "acmeDirectory: 'http://a' is not the https:// address of an ACME directory.",

@@ -69,7 +69,7 @@ def test_short_form_makes_the_first_user_the_admin() -> None:
         ),
         ({"users": {"ada": {"password": CANARY, "mail": CANARY}}}, '"mail" is not a key of user ada'),
         ({"users": {"ada": {"password": CANARY, "role": "reader"}}}, 'no user has the role "admin"'),
-        ({"password": CANARY}, '"password" is not a key of it'),
+        ({"password": CANARY}, '"password" is not a known key'),
     ],
 )
 def test_mistakes_are_named_without_the_secret(changed: dict[str, Any], sentence: str) -> None:

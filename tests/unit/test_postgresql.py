@@ -27,7 +27,7 @@ MAJOR = int(PROGRAMS.parent.name) if PROGRAMS.parent.name.isdigit() else 0
 
 pytestmark = [
     pytest.mark.service,
-    pytest.mark.skipif(not MAJOR, reason="PostgreSQL is not installed (scripts/prepare.sh does)"),
+    pytest.mark.skipif(not MAJOR, reason="PostgreSQL is not installed (scripts/prepare.sh installs it)"),
 ]
 
 

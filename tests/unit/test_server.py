@@ -146,11 +146,11 @@ def test_release_that_starts_workers_in_another_way_is_reported(monkeypatch: pyt
         ({"multipart_uploads_enabled": True, "multipart_downloads_enabled": True}, []),
         (
             {"multipart_uploads_enabled": False, "multipart_downloads_enabled": False},
-            ["direct uploads and downloads of artifacts: they pass the server"],
+            ["direct uploads and downloads of artifacts: they pass through the server"],
         ),
         (
             {"multipart_uploads_enabled": True, "multipart_downloads_enabled": False},
-            ["direct downloads of artifacts: they pass the server"],
+            ["direct downloads of artifacts: they pass through the server"],
         ),
     ],
 )

@@ -40,7 +40,7 @@ TEMPLATES = ROOTFS / "usr/share/mlflow-host/templates"
 
 pytestmark = [
     pytest.mark.service,
-    pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed (scripts/prepare.sh does)"),
+    pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed (scripts/prepare.sh installs it)"),
 ]
 
 

@@ -55,7 +55,7 @@ def stage(opened: Any, manifest: Manifest, open_rows: OpenRows) -> None:
             count = int(cursor.rowcount)
         if count != table.rows:
             raise AdoptionError(
-                f"{count} rows of {name} arrived, and the manifest names {table.rows}: run adopt.py again"
+                f"{count} rows of {name} were loaded, but the manifest has {table.rows}: run adopt.py again"
             )
 
 

@@ -112,7 +112,7 @@ def advertised(info: dict[str, Any]) -> list[Fallback]:
     refused = [name for name in ("uploads", "downloads") if info.get(f"multipart_{name}_enabled") is False]
     if not refused:
         return []
-    what = f"direct {' and '.join(refused)} of artifacts: they pass the server"
+    what = f"direct {' and '.join(refused)} of artifacts: they pass through the server"
     return [Fallback(what, f"{SERVER_INFO} does not offer them with {' and '.join(direct_transfers('direct'))}")]
 
 
@@ -157,7 +157,8 @@ def what_cli_starts() -> tuple[list[str], dict[str, str]]:
 
     if not hasattr(mlflow.server, "_exec_cmd"):
         raise Refusal(
-            f"`mlflow server` {mlflow.__version__} has no function _exec_cmd, by which others start their workers"
+            f"`mlflow server` {mlflow.__version__} has no function _exec_cmd, with which other releases start their "
+            f"workers"
         )
     untyped: Any = mlflow.server
     real, untyped._exec_cmd = untyped._exec_cmd, record

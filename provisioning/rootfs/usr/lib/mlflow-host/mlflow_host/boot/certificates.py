@@ -23,7 +23,7 @@ from mlflow_host.postgres import reader_role
 
 ATTEMPTS_AFTER = (0, 60, 300, 900)
 """Seconds before each attempt at a public certificate, because DNS record and address may be created after the machine.
-Let's Encrypt allows five failures per hour; later attempts are the timer's."""
+Let's Encrypt allows five failures per hour; the timer makes later attempts."""
 
 
 def main() -> None:

@@ -95,7 +95,7 @@ def parse_manifest(text: bytes) -> Manifest:
         }
         manifest = Manifest(str(raw["head"]), tables, {str(k): int(v) for k, v in raw["removed"].items()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AdoptionError(f"the manifest of the adoption is not one ({error!r}): run adopt.py again") from None
+        raise AdoptionError(f"the manifest of the adoption is invalid ({error!r}): run adopt.py again") from None
     names = [*tables, *(column for table in tables.values() for column in table.columns)]
     if bad := [each for each in names if not TABLE.fullmatch(each)]:
         raise AdoptionError(f"the source has a table or column named {bad[0]!r}, which no release of MLflow has")
@@ -115,7 +115,7 @@ def parse_request(text: bytes) -> Request:
     try:
         request = Request(**raw)
     except TypeError as error:
-        raise AdoptionError(f"the request of the adoption is not one ({error}): run adopt.py again") from None
+        raise AdoptionError(f"the request of the adoption is invalid ({error}): run adopt.py again") from None
     if request.action not in ACTIONS or request.on_clash not in ON_CLASH:
         raise AdoptionError(f"the request has {request.action!r} and {request.on_clash!r}, which this image lacks")
     return request

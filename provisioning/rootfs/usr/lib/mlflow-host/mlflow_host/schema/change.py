@@ -69,7 +69,7 @@ def change(settings: ChangeSettings, state: SchemaState, action: str, say: Say) 
     recorded = state.record.waiting if state.record else ()
     waiting = existing(recorded, set(databases(cluster)))
     for missing in {entry.database for entry in recorded} - {entry.database for entry in waiting}:
-        say(f"the kept database {missing} is gone: data that only it held is lost")
+        say(f"the kept database {missing} no longer exists: data that only it held is lost")
     require_space(settings, state, waiting if action == "upgrade" else (), now)
     with (
         release(cluster, settings.image) as mlflow,
@@ -338,7 +338,7 @@ def require_space(
         raise StepFailed(
             f"the data volume has {made[0] / GIB:.1f} GiB free, a copy of the database needs {needed / GIB:.1f} GiB: "
             "make the volume larger (the setting dataVolumeGib)"
-            + (f", or drop a kept database: {', '.join(idle)} hold nothing that waits for an upgrade" if idle else "")
+            + (f", or drop a kept database: {', '.join(idle)} hold no data for a later upgrade" if idle else "")
         )
 
 

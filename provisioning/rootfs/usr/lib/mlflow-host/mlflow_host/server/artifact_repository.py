@@ -337,7 +337,7 @@ def location(repository: Repository, path: str) -> tuple[str, str]:
 
 
 def owner() -> dict[str, str]:
-    """Set ExpectedBucketOwner for S3 if MLflow is configured to."""
+    """Set ExpectedBucketOwner for S3 if MLflow's configuration has it."""
     account = os.environ.get("MLFLOW_S3_EXPECTED_BUCKET_OWNER")
     return {"ExpectedBucketOwner": account} if account else {}
 

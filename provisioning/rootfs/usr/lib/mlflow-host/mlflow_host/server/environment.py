@@ -14,7 +14,7 @@ from mlflow_host.machine.config import DATA, POSTGRESQL_SOCKETS, HostConfig, bra
 from mlflow_host.server import job_runner
 
 STATEMENT_TIMEOUT = "options=-c%20statement_timeout%3D60s"
-"""The longest that a statement of the server may take. The steps and the restore, which connect as the superuser or for
+"""Maximum duration of a statement of the server. The steps and the restore, which connect as the superuser or for
 a whole dump, have no such limit (`postgres.cluster`)."""
 
 

@@ -126,9 +126,7 @@ def inflated(raw: bytes, window: int) -> bytes:
         stream = zlib.decompressobj(window)
         found += stream.decompress(raw, DECOMPRESSED_BYTES + 1 - len(found))
         if len(found) > DECOMPRESSED_BYTES:
-            raise HTTPException(
-                413, f"the body has more than {DECOMPRESSED_BYTES:,} bytes decompressed, more than the limit"
-            )
+            raise HTTPException(413, f"the decompressed body has more bytes than the limit of {DECOMPRESSED_BYTES:,}")
         if not stream.eof:
             raise zlib.error("incomplete")
         raw = stream.unused_data.lstrip(b"\0") if window == 31 else b""
@@ -149,7 +147,7 @@ def oddity(path: str, query: bytes, body: Any) -> str | None:
         except (TypeError, ValueError, OverflowError):
             return None  # MLflow refuses values of the wrong type
         if not 0 < seconds <= PRESIGNED_SECONDS:
-            return f"expiration is {seconds} seconds; a presigned address holds for 1 to {PRESIGNED_SECONDS}"
+            return f"expiration is {seconds} seconds; a presigned URL is valid for 1 to {PRESIGNED_SECONDS}"
     return None
 
 

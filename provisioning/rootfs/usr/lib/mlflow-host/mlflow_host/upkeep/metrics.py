@@ -23,13 +23,13 @@ HEALTH = "/healthz"
 """nginx answers 200 only after a process of MLflow has queried PostgreSQL."""
 SECONDS = 15
 WINDOW = timedelta(minutes=1)
-"""Requests that are counted; the timer runs as often."""
+"""Age of the requests that are counted; equal to the timer's interval."""
 LOG_BYTES = 16 << 20
 """End of the access log that is read. A line has about 200 bytes, so this is the last minute at 1,000 requests/s."""
 FEW_REQUESTS = 20
 """With fewer requests, the percentage is of this number, so that one error at night sets off no alarm."""
 WITH_ALARMS_OF_THEIR_OWN = {"mlflow-host-room.service", "mlflow-host-backups-check.service"}
-"""Units that fail to report what another metric reports."""
+"""Units whose failure another metric already reports."""
 
 
 def measured(wanted: set[str], now: datetime | None = None) -> dict[str, float]:

@@ -82,7 +82,7 @@ class DirectStore(SqlAlchemyStore):
 
     @cached_property
     def writes_metrics(self) -> bool:
-        """Whether the installed MLflow's `_log_metrics` is one that `write_metrics` was compared with."""
+        """Whether the installed MLflow's `_log_metrics` is a version with which `write_metrics` was compared."""
         return compatibility.STORE not in compatibility.switched_off(compatibility.installed_mlflow())
 
     def write_metrics(self, run_id: str, metrics: Iterable[Any]) -> None:
