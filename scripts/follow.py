@@ -150,7 +150,7 @@ def facts_of(version: str, copy: Path, folder: Path) -> dict[str, Any]:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         (folder / f"facts-{version}.log").write_text(done.stderr)
-        raise FollowError(f"MLflow {version} cannot be read: {reason}; all of it is in facts-{version}.log")
+        raise FollowError(f"MLflow {version} cannot be read: {reason}; the whole output is in facts-{version}.log")
     path.write_text(done.stdout)
     return page.read_facts(path)
 

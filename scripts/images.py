@@ -161,8 +161,8 @@ def resolve(place: Place, wanted: str) -> Image:
         )
     kind = "no image and no channel" if re.fullmatch(channels.NAME, wanted) else "no image"
     raise ImageRefused(
-        f"{wanted!r} is {kind} of this project in {place.region}: scripts/images.py list shows them; an ID is of one "
-        "region only, a name or version of all"
+        f"{wanted!r} is {kind} of this project in {place.region}: scripts/images.py list shows them; an ID belongs to "
+        f"one region, a name or version to all"
     )
 
 

@@ -25,7 +25,7 @@ def renew(channel: str, mlflow_version: str) -> None:
         raise StepFailed(str(error), 2) from None
     if newest == locked:
         github.output(version=None, passed=None)
-        github.summary(f"MLflow {locked} is the newest release, and locked.\n")
+        github.summary(f"MLflow {locked} is the newest release and already locked.\n")
         return
     running = released(channel)  # first, because the following steps take longer than the session of a role lasts
     steps = json.loads(

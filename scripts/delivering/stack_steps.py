@@ -9,9 +9,9 @@ from scripts.delivering import commands, github
 from scripts.delivering.commands import StepFailed, pulumi, tool
 
 COMMENT_LIMIT = 60_000
-"""Characters. GitHub refuses a comment of more than 65,536."""
+"""Characters. GitHub refuses a comment of more than 65,536 characters."""
 DRIFTED = "no changes were expected"
-"""In Pulumi's error when --expect-no-changes finds some."""
+"""Part of Pulumi's error when --expect-no-changes finds changes."""
 
 
 def preview(stack: str, plan: str) -> None:

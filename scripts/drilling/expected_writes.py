@@ -99,7 +99,7 @@ def differences(was: Any, found: Any, *, exact: bool, path: str = "") -> list[st
     texts, do not count as differences."""
     if isinstance(was, dict) and isinstance(found, dict):
         only = sorted((set(was) ^ set(found)) - LISTS_OF_LATEST) if exact else []
-        texts = [f"{path}/{key} is only {'before' if key in was else 'now'}" for key in only]
+        texts = [f"{path}/{key} exists only {'before' if key in was else 'now'}" for key in only]
         for key in sorted((set(was) & set(found)) - LISTS_OF_LATEST):
             texts += differences(was[key], found[key], exact=exact, path=f"{path}/{key}")
         return texts

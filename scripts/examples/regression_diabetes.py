@@ -51,7 +51,7 @@ def main() -> None:
 
     loaded = mlflow.pyfunc.load_model(f"models:/{REGISTERED_MODEL}/{logged.registered_model_version}")
     np.testing.assert_allclose(loaded.predict(test_x), predicted)
-    print(f"{REGISTERED_MODEL} version {logged.registered_model_version}: loaded back, predicts the same")
+    print(f"{REGISTERED_MODEL} version {logged.registered_model_version}: loaded again, it makes the same predictions")
 
 
 if __name__ == "__main__":

@@ -225,10 +225,10 @@ def describe(found: Mapping[str, Any]) -> str:
 def schema_lines(schema: Mapping[str, Any]) -> list[str]:
     heads = schema["heads"]
     if schema["direction"] == "same":
-        return [f"Schema: the same, {heads[0]}; nothing to migrate, nothing waits after a rollback"]
+        return [f"Schema: the same, {heads[0]}; nothing to migrate, and a rollback leaves nothing in the kept database"]
     lines = [f"Schema: {schema['direction']} {heads[0]} → {heads[1]}"]
     if not schema["known"]:
-        return [*lines, "  which tables and columns change is not recorded"]
+        return [*lines, "  the changes of tables and columns are not recorded"]
     for word, verb in (("applied", "apply"), ("taken_back", "take back")):
         lines += [f"  {verb} {each['revision']}  {each['title']}" for each in schema["migrations"][word]]
     for word, sign in (("added", "+"), ("removed", "-")):

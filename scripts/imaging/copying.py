@@ -101,7 +101,8 @@ def key_for(source: Place, image: Image, to: Place, kms_key: str | None) -> dict
         return {"Encrypted": True, "KmsKeyId": own.replace(f":{source.region}:", f":{to.region}:")}
     if own:
         raise ImageRefused(
-            f"{image.id} is encrypted with {own}, and a key is of one region: name one of {to.region} with --kms-key"
+            f"{image.id} is encrypted with {own}, and a key belongs to one region: name a key of {to.region} with "
+            f"--kms-key"
         )
     return {"Encrypted": True}
 

@@ -31,7 +31,8 @@ def promote(
     if held and held.architecture != image.architecture:
         raise ImageRefused(
             f"{image.id} is for {image.architecture}, and the channel {channel} names {held.id} for "
-            f"{held.architecture}, which its stacks' instance types fit: use a channel per architecture, for example "
+            f"{held.architecture}, the architecture of its stacks' instance types: use a channel per architecture, "
+            f"for example "
             f"{channel}-{image.architecture.replace('_', '-')}"
         )
     tag: dict[str, str] = {}
@@ -94,7 +95,7 @@ def read_drill(path: Path) -> dict[str, Any]:
         raise ImageRefused(f"--drill {path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         pass
-    raise ImageRefused(f"--drill {path} is not what scripts/drill.py --json prints")
+    raise ImageRefused(f"--drill {path} is not the output of scripts/drill.py --json")
 
 
 def require_drill_of(drill: Mapping[str, Any], held: Image, image: Image) -> None:

@@ -81,7 +81,7 @@ def describe(done: dict[str, Any], undo: bool) -> str:
         lines += ["Add this statement to the policy of the image's key:", json.dumps(each, indent=2)]
     if not undo:
         lines.append(
-            "Tags are not shared, and stacks need them: that account copies the image with `aws ec2 copy-image`, and "
-            "adds the tags that scripts/images.py show --json prints."
+            "Tags are not shared, and stacks need them: the other account must copy the image with `aws ec2 "
+            "copy-image`, and add the tags that scripts/images.py show --json prints."
         )
     return "\n".join(lines)

@@ -91,7 +91,7 @@ def _survives(service: str, accounts: dict[str, dict[str, Any]]) -> bool:
 def _leave_out(services: Iterable[str]) -> None:
     for service in list(services):
         print(
-            f"the records of {service} cannot be kept: they are lost when the cloud stops", file=sys.stderr, flush=True
+            f"the records of {service} cannot be saved: they are lost when the cloud stops", file=sys.stderr, flush=True
         )
         _excluded.add(service)
 

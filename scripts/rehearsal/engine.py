@@ -300,7 +300,7 @@ class Engine:
             if each.protect:
                 raise ApplyError(
                     f"{old.type} {old.name} must be deleted before its replacement, and {each.type} {each.name} with "
-                    "it, but that one is protected; nothing was changed"
+                    f"it, but the latter is protected; nothing was changed"
                 )
         self._delete_all([*followers, old], reason=tuple(sorted(diff.replace)))
         self._deleted_first.update(each.urn for each in followers)

@@ -287,7 +287,7 @@ def test_diff_without_records_lists_the_unknown_parts(aws: Place) -> None:
     assert found["unknown"] == [one] and found["packages"] is None and found["schema"]["known"] is False
     text = run_text("diff", one, two)
     assert "Packages: not recorded" in text and f"{one} has no record" in text
-    assert "which tables and columns change is not recorded" in text
+    assert "the changes of tables and columns are not recorded" in text
 
 
 def test_diff_names_vulnerabilities_that_go_and_come(aws: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,7 +368,7 @@ def test_failed_drill_and_another_releases_drill_are_refused(aws: Place, tmp_pat
         "promote", two, "staging", "--drill", other
     )
     (tmp_path / "nothing.json").write_text("{}")
-    for name, reason in (("nothing.json", "is not what scripts/drill.py"), ("none.json", "cannot be read")):
+    for name, reason in (("nothing.json", "is not the output of scripts/drill.py"), ("none.json", "cannot be read")):
         assert reason in refused("promote", two, "staging", "--drill", str(tmp_path / name))
     assert channels.read(aws.ssm) == {"staging": one}
 
@@ -617,7 +617,7 @@ def test_customers_key_of_one_region_needs_another_for_the_copy(aws: Place) -> N
     key = boto3.client("kms", REGION).create_key()["KeyMetadata"]["Arn"]
     snapshot = images_of_moto(aws)[ami].ebs_snapshot
     snapshot.encrypted, snapshot.kms_key_id = True, key
-    assert f"is encrypted with {key}, and a key is of one region" in refused("copy", ami, "--to", OTHER)
+    assert f"is encrypted with {key}, and a key belongs to one region" in refused("copy", ami, "--to", OTHER)
     other = boto3.client("kms", OTHER).create_key()["KeyMetadata"]["Arn"]
     run("copy", ami, "--to", OTHER, "--kms-key", other)
     [copied] = catalog.find(place(OTHER).ec2)

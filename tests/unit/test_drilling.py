@@ -77,7 +77,7 @@ def test_deliberate_changes_and_deletions_are_no_losses_but_deleted_objects_must
 def test_fields_of_only_one_release_are_compared_between_stops_of_that_release() -> None:
     was, found = {"name": "n", "new": 1}, {"name": "n"}
     assert differences(was, found, exact=False) == []
-    assert differences(was, found, exact=True) == ["/new is only before"]
+    assert differences(was, found, exact=True) == ["/new exists only before"]
 
 
 def test_text_cut_to_the_column_of_an_older_release_is_equal() -> None:
