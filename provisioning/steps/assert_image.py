@@ -177,7 +177,7 @@ def canonical(name: str) -> str:
 
 
 def ask_environment(program: str, *arguments: str) -> dict[str, str]:
-    """Run a program with the server's Python; the package names and versions that it prints as JSON pairs."""
+    """Run a program with the server's Python; returns the package names and versions that it prints as JSON pairs."""
     pairs = json.loads(output(f"{ENVIRONMENT}/bin/python", "-B", "-c", program, *arguments) or "[]")
     return {canonical(name): version for name, version in pairs}
 

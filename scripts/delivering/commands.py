@@ -50,7 +50,7 @@ def pulumi(*arguments: str, stack: str) -> tuple[int, str]:
 
 
 def keep(name: str, content: bytes) -> Path:
-    """Write a file of the results; its path below the repository."""
+    """Write a file of the results; returns its path below the repository."""
     (REPOSITORY / RESULTS).mkdir(parents=True, exist_ok=True)
     (REPOSITORY / RESULTS / name).write_bytes(content)
     return RESULTS / name

@@ -29,7 +29,7 @@ def summary(markdown: str) -> None:
 
 
 def annotate(level: str, text: str, file: str = "", line: int = 0) -> None:
-    """An error, warning or notice, at a line of a file if that is known."""
+    """Print an error, warning or notice, at a line of a file if the line is known."""
     if os.environ.get("GITHUB_ACTIONS") != "true":
         print(f"delivery: {text}" if level == "error" else f"delivery: {level}: {text}", file=sys.stderr, flush=True)
         return

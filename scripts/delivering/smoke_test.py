@@ -50,7 +50,7 @@ def wait(arguments: argparse.Namespace, until: float) -> dict[str, Any]:
 
 
 def exercise() -> float:
-    """Write with MLflow's client, read back, delete; the seconds that took. Raises StepFailed.
+    """Write with MLflow's client, read back, delete; returns the seconds that this took. Raises StepFailed.
 
     The server is the one of MLFLOW_TRACKING_URI."""
     import mlflow

@@ -62,7 +62,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Filled:
 
 @pytest.fixture
 def reported(adopt: Adopt, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str, Any]]]:
-    """Adopt; the exit status and the report."""
+    """Run adopt.py; returns the exit status and the report."""
 
     def run(*arguments: Any) -> tuple[int, dict[str, Any]]:
         status = adopt(*arguments, "--json")

@@ -97,7 +97,7 @@ def make(aws: Place, version: str, *, finished: bool = True, **facts: Any) -> st
 
 
 def run(*arguments: str, status: int = 0) -> Any:
-    """images.py with these arguments, as a user runs it; the document of --json."""
+    """Run images.py with these arguments, like a user; returns the document of --json."""
     said = run_text(*arguments, "--json", status=status)
     return json.loads(said) if status == 0 else said
 

@@ -40,7 +40,7 @@ class Job:
     files: Path
 
     def take(self, workflow: str, step: str, *more: str, status: int | None = 0, **variables: str) -> dict[str, str]:
-        """Run the step's line as the workflow does; the step's outputs."""
+        """Run the step's line like the workflow; returns the step's outputs."""
         (self.files / "output").write_text("")
         line = " ".join([line_of(workflow, step).removeprefix("sudo -E "), *more])
         given = " ".join(f"{name}='{value}'" for name, value in variables.items())

@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def take(cluster: Cluster, bucket: dump_file.Bucket, history: LastRuns, now: datetime, occasion: str) -> str:
-    """Dump the database; the dump's s3:// address. `occasion` ("nightly", "manual") is part of its name. Raises
+    """Dump the database; returns the dump's s3:// address. `occasion` ("nightly", "manual") is part of its name. Raises
     DumpError."""
     with connection(cluster, cluster.database) as opened:
         owner, revision = ownership.read(opened, cluster.database), head(opened)

@@ -23,7 +23,7 @@ def asked_for() -> bool:
 
 
 def queues(folder: Path) -> dict[str, str]:
-    """Create the folder of the queues; the variable that names it, for all server processes and the runner."""
+    """Create the folder of the queues; returns the variable that names it, for all server processes and the runner."""
     path = folder / "jobs"
     path.mkdir(mode=0o700, exist_ok=True)
     return {QUEUES_VARIABLE: str(path)}
