@@ -278,7 +278,7 @@ def _contradictions(found: Settings) -> list[str]:
     topic_region = found.alarm_topic_arn.split(":")[3] if found.alarm_topic_arn else ""
     if topic_region and found.region and topic_region != found.region:
         mistakes.append(
-            f"alarmTopicArn is of the region {topic_region}, not of {found.region}: an alarm can only "
+            f"alarmTopicArn is in region {topic_region}, not in {found.region}: an alarm can only "
             "use a topic in its own region."
         )
     rules = sum(len(networks) for _, _, networks in found.doors)

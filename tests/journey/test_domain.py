@@ -39,7 +39,7 @@ pytestmark = [
 STACK = "domain"
 DIRECTORY = 14001
 NAMES = ("127.10.255.53", 53)
-"""The port of the clients' name server: a resolver uses no other."""
+"""Address and port of the clients' name server: resolvers use only port 53."""
 
 CLIENT = """
 import mlflow

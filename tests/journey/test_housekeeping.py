@@ -80,7 +80,7 @@ def test_weekly_unit_removes_old_deleted_items_and_none_that_is_registered(
     assert told["failed"] == [] and f"s3://{server.buckets['backups']}/dumps/" in told["dump"]
     for each in going:
         assert keys(each) == set()
-        assert keys(each, "Versions"), "an object that was removed can be had back for the buckets' retention"
+        assert keys(each, "Versions"), "a removed object can be recovered during the buckets' retention"
     for each in staying:
         assert keys(each)
     assert client.get_model_version("stays", "1").name == "stays"

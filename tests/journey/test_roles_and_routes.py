@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.machine, pytest.mark.slow]
 WITHOUT_WORKSPACES = re.compile(r"/mlflow/workspaces(/|$)")
 """MLflow answers 503 there unless the server was started with workspaces."""
 MAKES_DATA = re.compile(r"/demo/")
-"""Routes that act on any body."""
+"""Routes that create data for any request body."""
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def report(volume: str = "", **changes: str) -> dict[str, str]:
 
 
 def data_volume(last: str = OLD, zone: str = "eu-central-1a", gib: int = 20, **changes: str) -> dict[str, Volume]:
-    """The stack's data volume as an earlier run left it, last on the image `last`."""
+    """The stack's data volume after an earlier run, which used the image `last`."""
     tags = image_tags(**changes)
     del tags["mlflow-ami:format"]
     stack_tags = {"mlflow-ami:project": "mlflow-ami", "mlflow-ami:stack": "dev", "mlflow-ami:role": "data"}

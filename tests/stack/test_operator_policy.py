@@ -91,7 +91,7 @@ STATEMENTS = {
     "LaunchAlarm": ("cloudwatch",),
     "LaunchRoleAndSecret": ("iam", "ssm"),
 }
-"""Statement → the services that it is for, alone."""
+"""Statement → the only services that it may allow."""
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,7 @@ BACKED_UP = Account(
         ({"alarmTopicArn": "ops"}, "alarmTopicArn: 'ops' is not the ARN of an SNS topic."),
         (
             {"alarmTopicArn": "arn:aws:sns:us-east-1:123456789012:ops"},
-            "alarmTopicArn is of the region us-east-1, not of eu-central-1",
+            "alarmTopicArn is in region us-east-1, not in eu-central-1",
         ),
         ({"backupRetentionDays": "0"}, "backupRetentionDays: '0' must be from 1 to 3650 days."),
         ({"backupRetentionDays": "3651"}, "must be from 1 to 3650 days."),

@@ -41,7 +41,8 @@ from mlflow_host.schema.verifying import check_row_counts, row_counts
 
 HEARTBEAT_SECONDS = 10
 SPACE = 4
-"""Free bytes needed per byte of the rows: twice in the prepared database, once in service, and the log."""
+"""Free bytes needed per byte of the rows: two in the prepared database, one in the database in service, one in the
+log."""
 SPARE = 256 << 20
 
 ENCRYPTED = ("secrets", "webhooks")

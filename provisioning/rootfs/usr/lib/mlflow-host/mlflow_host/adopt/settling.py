@@ -31,7 +31,7 @@ class Live:
 
     experiments: dict[int, str]
     adopted: dict[str, int]
-    """Experiment ID here by that of the same source, from an earlier adoption."""
+    """Experiment ID here by experiment ID of the source, from an earlier adoption."""
     models: dict[str, int | None]
     """Creation time by name."""
     empty: bool

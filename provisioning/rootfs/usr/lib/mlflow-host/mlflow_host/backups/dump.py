@@ -61,8 +61,8 @@ def take(cluster: Cluster, bucket: dump_file.Bucket, history: LastRuns, now: dat
 
 
 def expire(bucket: dump_file.Bucket, retention: timedelta, now: datetime) -> list[str]:
-    """Delete this stack's dumps older than `retention`, with their digests; the bucket keeps the deleted versions as
-    long again."""
+    """Delete this stack's dumps older than `retention`, with their digests; the bucket keeps the deleted versions for
+    the same time again."""
     client = dump_file.s3_client(bucket)
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket.name, Prefix=DUMPS)
     found = [(each["LastModified"], each["Key"]) for page in pages for each in page.get("Contents", ())]
