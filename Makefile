@@ -16,7 +16,7 @@ BASE ?= debian12
 .PHONY: help
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
-	@echo "Each target first installs what it needs by scripts/prepare.sh, and names it. This needs apt, and root or sudo."
+	@echo "Each target first installs what it needs with scripts/prepare.sh, and prints it. This needs apt, and root or sudo."
 	@echo "Targets that start machines run as root, with sudo if necessary; audit, lint, lock and prepare do not."
 
 .PHONY: prepare prepare-demo prepare-check prepare-lint prepare-bench prepare-test prepare-tools

@@ -80,8 +80,8 @@ def cautions(config: Settings, image: Facts) -> list[str]:
     fed = (*alarms.fed_by(image.launch_revision), alarms.STATUS_CHECK)
     if unfed := [name for name in config.alarms if name not in fed]:
         found.append(
-            f"{image.described} does not send what these alarms watch: {', '.join(unfed)}. They are left out until an "
-            "image that does is pinned."
+            f"{image.described} does not send the metrics of these alarms: {', '.join(unfed)}. They are left out "
+            f"until an image that sends them is pinned."
         )
     return found
 

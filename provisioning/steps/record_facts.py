@@ -80,7 +80,7 @@ def migrations() -> tuple[str, int]:
     """The head of MLflow's migrations, and their number.
 
     The number orders images as long as there is one head: a newer release has all migrations of an older one. Branches
-    that were merged again are counted like the others. Two heads fail the bake.
+    that were merged again are counted like the others. The bake fails if there are two heads.
     """
     chain = mlflow_migrations.directory()
     heads = chain.get_heads()

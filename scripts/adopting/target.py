@@ -1,4 +1,4 @@
-"""The stack that adopts: its buckets, its machine, and its API."""
+"""The stack that receives the data: its buckets, its machine, and its API."""
 
 from __future__ import annotations
 

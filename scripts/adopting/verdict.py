@@ -36,7 +36,7 @@ Values = dict[tuple[str, ...], Any]
 
 @dataclass
 class Kind:
-    """Numbers of one kind; `lines` name the missing and the changed objects."""
+    """Numbers of objects of one kind; `lines` name the missing and the changed objects."""
 
     kind: str
     there: int = 0
@@ -64,7 +64,7 @@ def compare(kind: str, source: Values, found: Values) -> Kind:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Two NaN are the same."""
+    """Whether the values are equal; two NaN count as equal."""
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, float) and isinstance(other, float):

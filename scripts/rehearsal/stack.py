@@ -422,8 +422,10 @@ def destroy(cloud: LocalCloud, client: Client, current: State, *, say: Say, done
 def say_refusals(client: Client, current: State, say: Say) -> None:
     """Log which deletions `pulumi destroy` and S3 would refuse, and the actions of this command instead."""
     if protected := _protected(current):
-        say(f"Pulumi refuses to delete {protected}: its protection is removed first, as scripts/retire_stack.py does "
-        f"on AWS")
+        say(
+            f"Pulumi refuses to delete {protected}: its protection is removed first, as scripts/retire_stack.py does "
+            f"on AWS"
+        )
     for each in current.resources:
         if each.type == BUCKET:
             found = client("s3").list_object_versions(Bucket=each.id, MaxKeys=1)

@@ -77,11 +77,12 @@ class State:
 
 
 def deletion_order(doomed: Iterable[Resource]) -> Iterator[Resource]:
-    """`doomed` in an order in which dependents are deleted first; among equals the youngest first."""
+    """The resources in an order for deletion: dependents first, otherwise the newest first."""
     left = list(doomed)
     while left:
         needed = {urn for each in left for urn in each.needs() if urn != each.urn}
-        # A replaced resource and its successor share a URN: delete the older one once no doomed resource names it.
+        # A replaced resource and its successor share a URN: delete the older one once no resource to delete depends on
+        # it.
         free = [each for each in left if each.urn not in needed] or left
         chosen = free[-1]
         left.remove(chosen)

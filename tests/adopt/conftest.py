@@ -32,7 +32,7 @@ BLANK = Path(tempfile.gettempdir()) / f"mlflow-ami-blank-{os.getpid()}.dump"
 
 @dataclass
 class Stack:
-    """An empty server, and adopt.py's view of it. `running`: the unit's processes."""
+    """An empty server, and the `Target` with which adopt.py uses it. `running`: the unit's processes."""
 
     cluster: Cluster
     target: Target

@@ -74,7 +74,7 @@ def test_every_image_gets_all_required_packages(python: str) -> None:
 
 
 def test_excluded_packages_are_in_no_image() -> None:
-    """The bake starts the server, which proves that it works without them."""
+    """The bake starts the server without them, so they are not needed."""
     text = (PROVISIONING / "requirements.exclude").read_text(encoding="utf-8")
     left_out = {canonicalize_name(line) for line in text.splitlines() if line and not line.startswith("#")}
     assert left_out

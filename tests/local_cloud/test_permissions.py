@@ -27,7 +27,7 @@ def deny(action: Any, resource: Any = "*", **more: Any) -> dict[str, Any]:
 
 
 class Sent(Exception):
-    """Contains the request that was not sent."""
+    """Raised instead of sending the request, which it contains."""
 
 
 @cache

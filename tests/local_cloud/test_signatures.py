@@ -25,7 +25,7 @@ def secret_of(access_key: str, token: str) -> str | None:
 
 
 class Sent(Exception):
-    """Contains the request that was not sent."""
+    """Raised instead of sending the request, which it contains."""
 
 
 def sent(service: str, operation: str, **arguments: Any) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def test_merge_restores_misfits_and_keeps_later_changes(filled: Cluster) -> None
         (4, "twice", "on", 1),
         (5, "cy", "paused", None),
         (41, "since", "on", None),
-    ], "2 was deleted since, and so is 6, whose boss it was; 3 or 4, 5 come back"
+    ], "row 2 was deleted since, and so is row 6, which refers to it; 3 or 4, 5 come back"
     assert look(
         filled, work, "SELECT parent_id, key, value, number, note::text, friend FROM children ORDER BY 1, 2"
     ) == [

@@ -277,10 +277,10 @@ def test_machine_that_fails_its_status_check_is_rebooted() -> None:
     assert reboot == "arn:aws:automate:eu-central-1:ec2:reboot"
 
 
-def test_older_image_gets_the_alarm_that_it_feeds_and_the_preview_names_the_others() -> None:
+def test_older_image_gets_the_alarm_whose_metric_it_sends_and_the_preview_names_the_others() -> None:
     older = run(Account(images={NEW: Image(tags=image_tags(launch_revision="4"))}))
     assert set(alarms_of(older)) == {"data-volume-full", "status-check"}
-    (told,) = [line for _, line in older.log if "alarms watch" in line]
+    (told,) = [line for _, line in older.log if "metrics of these alarms" in line]
     assert "server-down, backups-late, memory-full, server-errors, certificate-ends, unit-failed. They are" in told
 
 

@@ -210,7 +210,7 @@ def test_names_that_are_hard_to_write_are_served_as_by_plain_mlflow(
         if ours[path][step] != expected
     }
     assert different == {}
-    # A comparison of failures only would prove nothing.
+    # If all requests failed, the comparison would prove nothing.
     downloads = {path: ours[path]["download"] for path in compared if isinstance(ours[path]["download"], tuple)}
     assert len(downloads) > 0.9 * len(compared)
     assert {path: found[-1] for path, found in downloads.items()} == {path: content_of(path) for path in downloads}

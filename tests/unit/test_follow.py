@@ -58,7 +58,7 @@ def test_proposed_routes_are_sorted_by_the_patched_list(monkeypatch: pytest.Monk
     assert (readable, unsorted) == (paths[:2], [])
     assert patched.count("widgets/search") == text.count("widgets/search") + 1, "one pattern for both prefixes"
     other = after.Route("/api/9x0/mlflow/widgets/search", "POST")
-    assert after.sort_posts([other]) == ([], [other]), "a dot is a dot"
+    assert after.sort_posts([other]) == ([], [other]), "a dot in a pattern matches only a dot"
 
 
 def test_accepted_sources_are_compared_by_the_patched_list(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,7 +198,7 @@ def test_page_lists_the_fallbacks_of_the_release(tmp_path: Path, monkeypatch: py
     status.publish(tmp_path, page)
     assert json.loads((tmp_path / "web/status.json").read_text())["fallbacks"] == ["2 routes <for> readers"]
     shown = (tmp_path / "web/status.html").read_text()
-    assert "This release of MLflow does without 2 routes &lt;for&gt; readers<br>" in shown
+    assert "This release of MLflow does not support 2 routes &lt;for&gt; readers<br>" in shown
     facts.write_text("{}")  # of an older image
     status.publish(tmp_path, page)
-    assert "does without" not in (tmp_path / "web/status.html").read_text()
+    assert "does not support" not in (tmp_path / "web/status.html").read_text()

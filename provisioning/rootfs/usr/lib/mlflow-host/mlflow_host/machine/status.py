@@ -209,7 +209,7 @@ def render(status: dict[str, Any], page: str) -> str:
     problem = status.get("room", {}).get("problem")
     housekeeping = [problem] if problem else []
     housekeeping += [*last_backups(status.get("backups", {})), *last_removal(status.get("removal", {}))]
-    housekeeping += [f"This release of MLflow does without {what}" for what in status.get("fallbacks", [])]
+    housekeeping += [f"This release of MLflow does not support {what}" for what in status.get("fallbacks", [])]
     return Template(page).substitute(
         state=html.escape(status["state"]),
         heading=headings[status["state"]],

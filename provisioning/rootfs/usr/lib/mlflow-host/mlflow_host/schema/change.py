@@ -306,7 +306,7 @@ def dump_address(dumps: list[Future[str | None]]) -> str | None:
 
 
 def existing(waiting: tuple[PendingMerge, ...], there: set[str]) -> tuple[PendingMerge, ...]:
-    """The pending merges whose kept database is among the databases `there`.
+    """The pending merges whose kept database exists, that is, is in `there`.
 
     If a newer one was carried to the schema of a missing one, it counts as carried to the schema to which the missing
     one was carried. Otherwise an upgrade would treat data that only the missing release could hold as deleted."""

@@ -149,7 +149,7 @@ def only(rows: list[Row]) -> Row:
 
 
 def whole_number(text: str) -> int:
-    """The number of a string of digits: an experiment's ID, the size of a page. Raises Unusual."""
+    """Convert a string of digits to a number: an experiment's ID, the size of a page. Raises Unusual."""
     if not isinstance(text, str) or not (text.isascii() and text.isdecimal()):
         raise Unusual
     return int(text)
