@@ -74,7 +74,7 @@ test-all: prepare-test ## every test: Debian 13 and the slow matrices included
 	@$(ROOT) $(PYTEST)
 test-schema: prepare-test ## schema carry-over between the last eight MLflow releases, every pair of neighbours
 	@$(ROOT) $(PYTEST) tests/schema
-test-security: prepare-test ## who gets in and what leaks: route walk, canaries, fuzzers, scanners, missing guards (Debian 12)
+test-security: prepare-test ## access and leaks: route walk, canaries, fuzzers, scanners, missing guards (Debian 12)
 	@$(ROOT) $(PYTEST) -k "not debian13" $(SECURITY)
 test-compare: prepare-test ## beside plain MLflow: 10,000 generated requests to two releases, 220 hard names of files
 	@$(ROOT) $(PYTEST) tests/compare tests/unit/test_artifact_names.py

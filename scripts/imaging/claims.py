@@ -16,7 +16,7 @@ from scripts.imaging.catalog import STACK, Image, Place, tags_of
 
 @dataclass(frozen=True)
 class Claims:
-    """The claims on the images of one region."""
+    """The users of the images of one region, by which an image must stay."""
 
     running: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Image ID → the instances that run it, with the names of their stacks."""
@@ -41,7 +41,7 @@ class Claims:
 
 
 def read(place: Place) -> Claims:
-    """The claims on the images of a region."""
+    """Look up the users of the images of a region."""
     running: dict[str, list[str]] = {}
     for page in place.ec2.get_paginator("describe_instances").paginate():
         for instance in (each for reservation in page["Reservations"] for each in reservation["Instances"]):

@@ -41,7 +41,8 @@ OPERATIONS: Mapping[str, Operation] = {
     "delete-replaced": "delete",
     "import": "create",
 }
-"""The engine's operations that change something, and the rehearsal's names; `replace` itself is only announced."""
+"""The engine's operations that change something, and the rehearsal's names; `replace` is omitted, because the engine
+only announces with it the two operations of a replacement."""
 
 NOISE = "program exited with non-zero exit code"
 """The line that the CLI adds after the program's own error."""
@@ -68,7 +69,7 @@ class Run:
 
 
 def described() -> str:
-    """The CLI and its version, for the first line of a run."""
+    """The CLI's path and version, which are printed as the first line of a run."""
     cli = _require()
     version = subprocess.run([cli, "version"], capture_output=True, text=True, env=_plain_environment()).stdout.strip()
     return f"{cli} {version}"

@@ -333,7 +333,7 @@ def engine_for(asked: str, current: State) -> Any:
 
 
 def described() -> str:
-    """The engine, for the first line of a run."""
+    """The engine's name, which is printed as the first line of a run."""
     return "the rehearsal's own engine; `make prepare-tools` builds Pulumi's"
 
 

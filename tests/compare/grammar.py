@@ -692,7 +692,7 @@ def one_request(chance: random.Random, clients: Clients) -> Request:
 
 
 def in_one_piece(fields: Fields) -> Fields:
-    """A batch that MLflow writes completely or not at all: with a NUL character in a tag it keeps the rest."""
+    """The batch, or only its part with a NUL character: MLflow would refuse that part and write the rest."""
     for name in ("params", "tags"):
         if "\\u0000" in json.dumps(fields.get(name)):
             return {key: value for key, value in fields.items() if key in ("run_id", name)}

@@ -1,4 +1,4 @@
-"""Settings are declared once, every mistake in them is reported at preview, and all of them together."""
+"""Settings are declared once, and preview reports all mistakes in them together."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_readme_lists_the_settings() -> None:
         default = "**required**" if name in REQUIRED else _shown(entry["default"])
         rows.append(f"| `{name}` | {default} | {entry['description'].strip().removeprefix('Required. ')} |")
     readme = (INFRA / "README.md").read_text().splitlines()
-    start = readme.index("| setting | default | what it is |") + 2
+    start = readme.index("| setting | default | meaning |") + 2
     assert readme[start : start + len(rows) + 1] == [*rows, ""]
 
 

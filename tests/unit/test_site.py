@@ -339,7 +339,7 @@ def test_reason_of_a_failure_is_on_the_page(folder: Path) -> None:
         assert "attach it & reboot <now>" in json.loads(body)["message"]
 
 
-# ── Who gets in ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Access ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("user", [None, "ada:wrong", "ada:", "bob:no", "eve:correct horse", "ADA:correct horse"])
