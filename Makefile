@@ -56,7 +56,7 @@ ifdef PART
 	@$(ROOT) $(PYTEST) -m "not slow and not tools" tests/$(PART)
 else
 	@$(MAKE) --no-print-directory lint
-	@echo "tests: those on machines, and in parallel those without; the output of the latter follows at the end"
+	@echo "tests: on machines, and in parallel all others, whose output follows at the end"
 	@exec $(ROOT) $(MAKE) --no-print-directory --jobs=2 test-on-machines test-without-machines
 	@if $(PYTHON) scripts/prepare_tools.py --check; then exec $(MAKE) --no-print-directory test-tools-quick; else \
 		echo "tests: those with the real Pulumi and Packer were left out: neither is built here (make test-tools)"; fi
