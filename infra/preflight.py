@@ -118,7 +118,8 @@ def upgrade_summary(found: Existing) -> str:
         return f"New data volume: {image.described} creates schema {image.migration_head} on it."
     last = volume.last
     if last is None:
-        return f"Data volume {volume.id} has no record of an image: {image.described} chooses its schema at boot."
+        return f"Data volume {volume.id} has no record of an image: the boot of {image.described} determines the "
+        f"schema change."
     same = (image.image_version, image.migration_head) == (last.image_version, last.migration_head)
     if volume.reported is None:
         silence = "no machine reported that its boot finished"

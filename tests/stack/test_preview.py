@@ -341,7 +341,7 @@ def test_the_cluster_on_the_volume_is_of_the_reported_major() -> None:
 def test_a_volume_without_a_record_is_said_to_have_none() -> None:
     bare = {VOLUME: Volume({"mlflow-ami:project": "mlflow-ami", "mlflow-ami:stack": "dev", "mlflow-ami:role": "data"})}
     ((_, line),) = run(account(volumes=bare)).log
-    assert line.startswith(f"Data volume {VOLUME} has no record of an image: {NEW} ")
+    assert line.startswith(f"Data volume {VOLUME} has no record of an image: the boot of {NEW} ")
 
 
 def test_recorded_tags_are_read_by_the_next_run() -> None:

@@ -237,7 +237,7 @@ def perform(place: RestorePaths, document: LaunchDocument, s: BootStep) -> str:
             return f"finished the exchange that an earlier boot began: {finish_exchange(place)} is in service"
         case RestoreState.NOTHING_TO_DO:
             shutil.rmtree(place.work, ignore_errors=True)  # left by an interrupted restore that is no longer requested
-            return "no restore is requested that was not done before"
+            return "no restore is requested, or it is done already"
         case RestoreState.REQUESTED_BY_HAND:
             value = str(history.read(REQUEST)["value"])
         case RestoreState.REQUESTED_BY_STACK:

@@ -308,8 +308,8 @@ def dump_address(dumps: list[Future[str | None]]) -> str | None:
 def existing(waiting: tuple[PendingMerge, ...], there: set[str]) -> tuple[PendingMerge, ...]:
     """The pending merges whose kept database exists, that is, is in `there`.
 
-    If a newer one was carried to the schema of a missing one, it counts as carried to the schema to which the missing
-    one was carried. Otherwise an upgrade would treat data that only the missing release could hold as deleted."""
+    If a newer database was carried to the schema of a missing one, its `carried_to` becomes that of the missing one.
+    Otherwise an upgrade would treat data that only the missing release could hold as deleted."""
     found: list[PendingMerge] = []
     for entry in waiting:  # newest head first
         if entry.database in there:
