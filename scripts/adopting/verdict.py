@@ -422,7 +422,7 @@ def compare_models_and_traces(source: Source, api: Api, experiments: list[str]) 
 
 
 def _milliseconds(text: Any) -> Any:
-    """The milliseconds of a time such as 2026-11-29T10:00:00.123Z, or of a number of milliseconds."""
+    """Milliseconds since 1970, from a time such as 2026-11-29T10:00:00.123Z or a number of milliseconds."""
     from datetime import datetime
 
     if text is None or isinstance(text, int) or str(text).isdigit():

@@ -76,8 +76,8 @@ def test_fitting_rows_are_carried_and_misfits_counted_by_table_and_column(filled
         ("only_newer", None, 3, "left behind"),
         ("parents", "kind", 6, "filled"),
         ("parents", "name", 1, "left behind"),
-        ("parents", None, 1, "left "
-        "behind"),  # one row breaks the check, and one of the two that share a name is removed
+        # one row breaks the check, and one of the two that share a name is removed
+        ("parents", None, 1, "left behind"),
         ("children", "value", 1, "shortened"),
         ("children", "value", 1, "filled"),
         ("children", "number", 1, "emptied"),

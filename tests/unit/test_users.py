@@ -208,7 +208,7 @@ def test_missing_or_unusable_parameter_is_reported(stack: ConnectedStack, capsys
     assert "ParameterNotFound" in capsys.readouterr().err
 
 
-# ── Two at the same time ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── Concurrent changes ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def others_first(stack: ConnectedStack, monkeypatch: pytest.MonkeyPatch, *others: Callable[[], object]) -> None:

@@ -306,7 +306,7 @@ def dump_address(dumps: list[Future[str | None]]) -> str | None:
 
 
 def existing(waiting: tuple[PendingMerge, ...], there: set[str]) -> tuple[PendingMerge, ...]:
-    """The pending merges whose kept database exists, that is, is in `there`.
+    """The pending merges whose kept database still exists; `there` has the names of the existing databases.
 
     If a newer database was carried to the schema of a missing one, its `carried_to` becomes that of the missing one.
     Otherwise an upgrade would treat data that only the missing release could hold as deleted."""

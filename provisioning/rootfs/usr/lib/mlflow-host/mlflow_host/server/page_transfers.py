@@ -36,8 +36,8 @@ def without_offers(application: Application) -> Application:
 
 
 def edited(messages: list[Message]) -> list[Message]:
-    """The messages of a response. If its JSON offers direct transfers, they are two new messages with the same status
-    and headers and the edited JSON."""
+    """The messages of a response. A response whose JSON offers direct transfers becomes two messages with the same
+    status and headers and the edited JSON."""
     body = b"".join(each.get("body", b"") for each in messages)
     try:
         info = json.loads(body)
