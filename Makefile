@@ -8,7 +8,8 @@ PYTEST := .venv/bin/pytest --durations=15 --durations-min=10
 # The folders that mypy checks.
 TYPED := scripts infra provisioning/steps provisioning/rootfs/usr/lib/mlflow-host tests
 # Baking and launching on the embedded cloud mounts file systems and starts machines, which needs root. Programs of root
-# write to root's home (-H), and compiled Python goes outside the checkout, so all files in it stay its owner's.
+# write to root's home (-H), and compiled Python goes outside the checkout, so the checkout's owner owns all files in
+# it.
 ELSEWHERE := $(if $(filter 0,$(shell stat -c %u . 2>/dev/null)),,env PYTHONPYCACHEPREFIX=/var/cache/mlflow-ami/bytecode)
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo -E -H) $(ELSEWHERE)
 BASE ?= debian12

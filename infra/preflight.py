@@ -118,8 +118,10 @@ def upgrade_summary(found: Existing) -> str:
         return f"New data volume: {image.described} creates schema {image.migration_head} on it."
     last = volume.last
     if last is None:
-        return f"Data volume {volume.id} has no record of an image: the boot of {image.described} determines the "
-        f"schema change."
+        return (
+            f"Data volume {volume.id} has no record of an image: the boot of {image.described} determines the schema "
+            "change."
+        )
     same = (image.image_version, image.migration_head) == (last.image_version, last.migration_head)
     if volume.reported is None:
         silence = "no machine reported that its boot finished"
@@ -276,7 +278,7 @@ def _data_volume(
         if len(ids) > 1:
             refusals.append(
                 f"The volumes {', '.join(sorted(ids))} all carry the tags of this stack's data volume: remove the tag "
-                "mlflow-ami:role from those that are not."
+                f"mlflow-ami:role from all but the data volume."
             )
         if len(ids) != 1:
             return None

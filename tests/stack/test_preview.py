@@ -157,7 +157,7 @@ def account(**changes: Any) -> Account:
             account(volumes={**data_volume(), "vol-2": data_volume()[VOLUME]}),
             {},
             f"The volumes {VOLUME}, vol-2 all carry the tags of this stack's data volume: remove the tag "
-            "mlflow-ami:role from those that are not.",
+            f"mlflow-ami:role from all but the data volume.",
             id="two data volumes",
         ),
         pytest.param(
