@@ -71,8 +71,7 @@ def companions() -> list[Fallback]:
     present = python_packages()
     lacking = [f"{each.name} {metadata.version('mlflow')}" for each in own if each.name not in present]
     what = f"{' and '.join(lacking)}: the package mlflow contains the same modules"
-    why = "the package index did not have them; the requirements of their newest release are installed "
-    "(requirements.lock)"
+    why = "the index did not have them; the requirements of their newest release are installed (requirements.lock)"
     return [Fallback(what, why)] if lacking else []
 
 

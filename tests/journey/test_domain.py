@@ -1,8 +1,8 @@
 """A stack with a domain and tls acme gets a certificate automatically, and the next machine requests none.
 
 The authority is Pebble, on this host: it resolves the machine's name by the record that the stack wrote to its hosted
-zone, and connects through the security group. So do the clients, whose name server serves the zone. The only change on
-the machine is that its list of authorities contains Pebble.
+zone, and connects through the security group. The clients do the same, with a name server that serves the zone. The
+only change on the machine is that its list of authorities contains Pebble.
 """
 
 from __future__ import annotations

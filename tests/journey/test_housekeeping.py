@@ -152,8 +152,7 @@ def test_cloudwatch_gets_the_metrics_of_the_alarms(cloud: LocalCloud, server: Se
     for name, alarm in ours.items():
         watched = {"Namespace": alarm["Namespace"], "MetricName": name, "Dimensions": alarm["Dimensions"]}
         # moto lists a metric without dimensions once for each of its values.
-        assert watched in client.list_metrics(**watched)["Metrics"], "the machine sends the metric that the alarm "
-        "watches"
+        assert watched in client.list_metrics(**watched)["Metrics"], "the machine sends the alarm's metric"
         (point, *_) = client.get_metric_statistics(
             **watched,
             StartTime=now - timedelta(minutes=5),

@@ -24,7 +24,7 @@ PERSON = "leak.canary"
 
 @pytest.fixture(scope="module")
 def secrets(server: Server, cloud: LocalCloud, example_runs: Mapping[str, str]) -> Any:
-    """Name → value. Among them is the password of a user with a successful and a failed login."""
+    """Name → value. They include the password of a user with a successful and a failed login."""
     parameter = json.loads(script("rehearse.py", "status", "--json").stdout)["credentials_parameter"]
     document = json.loads(cloud.client("ssm").get_parameter(Name=parameter, WithDecryption=True)["Parameter"]["Value"])
     password = script("users.py", "add", PERSON).stdout.strip()
