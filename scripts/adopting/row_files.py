@@ -54,8 +54,8 @@ def upload(s3: Any, bucket: str, name: str, manifest: Manifest, folder: Path) ->
 
 
 def read(folder: Path, manifest: Manifest, table: str, columns: tuple[str, ...]) -> Iterator[tuple[str | None, ...]]:
-    """The rows of a table, with the values of `columns`; None for a column that the source lacks. No rows without the
-    table."""
+    """The rows of a table, with the values of `columns`; None for a column that the source lacks. There are no rows if
+    the source lacks the table."""
     if table not in manifest.tables:
         return
     held = manifest.tables[table].columns

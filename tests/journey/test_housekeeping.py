@@ -118,7 +118,7 @@ GC_TIMER = "mlflow-host-gc.timer"
 
 
 def last_removal(server: Server) -> datetime:
-    """The time of the last report; long ago without one."""
+    """The time of the last report, or a time long ago if there is none."""
     answer = server.ask("/mlflow-host/garbage.json", auth=server.login)
     return datetime.fromisoformat(answer.json()["at"] or "2000-01-01T00:00:00Z")
 
