@@ -7,8 +7,9 @@ PYTHON := .venv/bin/python
 PYTEST := .venv/bin/pytest --durations=15 --durations-min=10
 # The folders that mypy checks.
 TYPED := scripts infra provisioning/steps provisioning/rootfs/usr/lib/mlflow-host tests
-# Baking and launching on the embedded cloud mounts file systems and starts machines: that takes root. Root's programs
-# keep their files in root's home (-H) and compiled Python outside the checkout, which stays its owner's.
+# Baking and launching on the embedded cloud mounts file systems and starts machines, which needs root. Programs of root
+# write to root's home (-H), and compiled Python goes outside the checkout, so the checkout's owner owns all files in
+# it.
 ELSEWHERE := $(if $(filter 0,$(shell stat -c %u . 2>/dev/null)),,env PYTHONPYCACHEPREFIX=/var/cache/mlflow-ami/bytecode)
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo -E -H) $(ELSEWHERE)
 BASE ?= debian12
@@ -16,8 +17,8 @@ BASE ?= debian12
 .PHONY: help
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
-	@echo "Each target installs what it needs first, by scripts/prepare.sh, and names it: that takes apt, and root or sudo."
-	@echo "What starts machines runs as root, through sudo where need be; audit, lint, lock and prepare do not."
+	@echo "Each target first installs what it needs with scripts/prepare.sh, and prints it. This needs apt, and root or sudo."
+	@echo "Targets that start machines run as root, with sudo if necessary; audit, lint, lock and prepare do not."
 
 .PHONY: prepare prepare-demo prepare-check prepare-lint prepare-bench prepare-test prepare-tools
 prepare: ## install what AWS and the examples need: Packer, git, Python packages in .venv
@@ -56,16 +57,16 @@ ifdef PART
 	@$(ROOT) $(PYTEST) -m "not slow and not tools" tests/$(PART)
 else
 	@$(MAKE) --no-print-directory lint
-	@echo "tests: on machines, and beside them those that need none, which are shown when they have ended"
+	@echo "tests: on machines, and in parallel all others, whose output follows at the end"
 	@exec $(ROOT) $(MAKE) --no-print-directory --jobs=2 test-on-machines test-without-machines
 	@if $(PYTHON) scripts/prepare_tools.py --check; then exec $(MAKE) --no-print-directory test-tools-quick; else \
-		echo "tests: those of the real Pulumi and Packer were left out, which are not built here (make test-tools)"; fi
+		echo "tests: those with the real Pulumi and Packer were left out: neither is built here (make test-tools)"; fi
 endif
-# Half of it waits for machines much of the time. Without `exec` a SIGTERM would end the shell and leave pytest running.
+# These tests wait for machines much of the time. Without `exec` a SIGTERM would end the shell and leave pytest running.
 test-on-machines:
 	@exec $(ROOT) $(PYTEST) -m "machine and not slow and not tools"
-# The other half writes to a file, or its lines would run into the others'. The cloud's folder is not for it to know:
-# whoever names that is taken for something the cloud left running. SIGTERM, which the shell alone gets, is passed on.
+# Their output goes to a file, so that it does not mix with that of the other tests. The variable with the cloud's
+# folder is removed, because the check for leftovers counts processes that have it. The shell passes SIGTERM on.
 test-without-machines:
 	@mkdir -p build; env -u MLFLOW_AMI_LOCAL_CLOUD $(ROOT) $(PYTEST) -m "not machine and not slow and not tools" >$(BESIDE) 2>&1 & \
 	trap 'kill $$!' TERM; trap : INT; while kill -0 $$! 2>/dev/null; do wait $$!; status=$$?; done; \
@@ -74,7 +75,7 @@ test-all: prepare-test ## every test: Debian 13 and the slow matrices included
 	@$(ROOT) $(PYTEST)
 test-schema: prepare-test ## schema carry-over between the last eight MLflow releases, every pair of neighbours
 	@$(ROOT) $(PYTEST) tests/schema
-test-security: prepare-test ## who gets in and what leaks: route walk, canaries, fuzzers, scanners, missing guards (Debian 12)
+test-security: prepare-test ## access and leaks: route walk, canaries, fuzzers, scanners, missing guards (Debian 12)
 	@$(ROOT) $(PYTEST) -k "not debian13" $(SECURITY)
 test-compare: prepare-test ## beside plain MLflow: 10,000 generated requests to two releases, 220 hard names of files
 	@$(ROOT) $(PYTEST) tests/compare tests/unit/test_artifact_names.py
@@ -95,7 +96,7 @@ test-tools: prepare-test prepare-tools ## the real tools: Pulumi's engine agains
 	@$(ROOT) $(WITH_TOOLS) $(PYTEST) -m tools
 test-delivery: prepare-test prepare-tools ## the workflows' steps: bake, drill, promote, deploy, smoke, retire on the local cloud
 	@$(ROOT) $(WITH_TOOLS) $(PYTEST) tests/delivery tests/journey/test_delivery.py
-test-tools-quick: # those of them that take under five minutes: nothing is baked, and our engine is not compared
+test-tools-quick: # the tests with real tools that take under five minutes: no bake, no comparison of the engines
 	@$(ROOT) $(WITH_TOOLS) $(PYTEST) -m "tools and not slow"
 
 .PHONY: check fix lint lock bench audit follow

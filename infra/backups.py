@@ -59,5 +59,5 @@ async def _labels(bucket: str, asked: pulumi.InvokeOptions) -> list[str]:
 
 async def _objects(asked: pulumi.InvokeOptions, **arguments: Any) -> aws.s3.GetObjectsResult:
     there = await aws.s3.get_objects_output(**arguments, opts=asked).future()
-    assert there is not None  # a data source returns or raises
+    assert there is not None  # a data source returns a result or raises
     return there

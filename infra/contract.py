@@ -1,4 +1,5 @@
-"""The launch document's format and checks, imported from the code in the image: preview refuses what the boot would."""
+"""The launch document's format and checks, imported from the code in the image: preview refuses every document that the
+boot would refuse."""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,9 @@
-"""The stack's parameters in Systems Manager: credentials and their passphrase, and what the machine publishes.
+"""The stack's parameters in Systems Manager: credentials and their passphrase, and the values that the machine
+publishes.
 
 The credentials are generated once and stored in two places: encrypted in Pulumi's state, and in an SSM SecureString.
 Pulumi writes the parameter only when it creates the stack. Later the users are managed in the parameter itself
-(scripts/users.py); if Pulumi wrote it again, an `up` would bring removed users back.
+(scripts/users.py); if Pulumi wrote it again, an `up` would restore removed users.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from preflight import Existing
 from settings import ADMIN, Settings
 
 WRITTEN_ONCE = ["value", "description", "tier", "keyId"]
-"""All of them, not the value alone: to change any other property, the provider also writes the value in its state."""
+"""All properties, not only the value: when any other property changes, the provider also writes the value in its
+state."""
 
 
 @dataclass(frozen=True)
 class Parameters:
     credentials: aws.ssm.Parameter
-    """SecureString, JSON, format 1: users, and the passphrase MLflow encrypts the secrets in its database with."""
+    """SecureString, JSON, format 1: users, and the passphrase with which MLflow encrypts the secrets in its
+    database."""
     authority: aws.ssm.Parameter | None
     """String: certificate of the private authority, published by the machine. None if tls is not private."""
     reader: aws.ssm.Parameter | None
@@ -74,7 +77,7 @@ def build(config: Settings, found: Existing, volume: pulumi.Resource, opts: pulu
         only."""
         return parameter(name, description, "String", value, credentials, ignore_changes=WRITTEN_ONCE)
 
-    # One after the other, so that only the first one is refused when the state was lost.
+    # After the data volume and before the other parameters, so that with a lost state only the first one is refused.
     credentials = parameter(
         "credentials",
         "its users, and the passphrase of its key encryption key",

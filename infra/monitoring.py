@@ -1,4 +1,4 @@
-"""CloudWatch alarms on what the machine reports about itself, and on EC2's status checks."""
+"""CloudWatch alarms on the machine's own metrics, and on EC2's status checks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from settings import Settings
 from storage import Storage
 
 STATUS_CHECK_MINUTES = 3
-"""After so many failed checks in a row the machine is rebooted. A machine that boots passes its check within two."""
+"""Minutes of failed checks in a row after which the machine is rebooted. A booting machine passes within two."""
 
 
 def build(

@@ -19,17 +19,17 @@ from settings import Settings
 
 BUCKETS = ("artifacts", "models", "backups")
 IMAGE_FORMAT = "1"
-"""Version of the image facts this stack understands (tag mlflow-ami:format)."""
+"""Version of the image facts that this stack reads (tag mlflow-ami:format)."""
 ROLE_OF_DATA_VOLUME = "data"
 CHANNELS = "/mlflow-ami/images"
-"""Where Systems Manager has the channels: each parameter holds an image ID (scripts/images.py promote)."""
+"""Path of the channels in Systems Manager: each parameter holds an image ID (scripts/images.py promote)."""
 REPORTS = 4
 """The first launch revision whose images report the schema in service."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts in an image's tags, or those stored for the image that the data volume was last on."""
+    """The facts in an image's tags, or those stored for the image that last used the data volume."""
 
     image_id: str
     """Empty in a machine's report, which contains no image ID."""
@@ -112,19 +112,22 @@ def inspect(config: Settings, provider: pulumi.ProviderResource) -> tuple[Existi
 
 
 def upgrade_summary(found: Existing) -> str:
-    """One line: what the boot of this image will do with the data."""
+    """One line: the effect of this image's boot on the data."""
     image, volume = found.image, found.volume
     if volume is None:
         return f"New data volume: {image.described} creates schema {image.migration_head} on it."
     last = volume.last
     if last is None:
-        return f"Data volume {volume.id} has no record of an image: {image.described} chooses its schema at boot."
+        return (
+            f"Data volume {volume.id} has no record of an image: the boot of {image.described} determines the schema "
+            "change."
+        )
     same = (image.image_version, image.migration_head) == (last.image_version, last.migration_head)
     if volume.reported is None:
         silence = "no machine reported that its boot finished"
         if last.launch_revision < REPORTS:
             silence = "whose machines do not report whether their boot finished"
-        caution = f"{volume.id} was last meant for {last.described}, {silence}"
+        caution = f"{volume.id} was last assigned to {last.described}, {silence}"
         if same:
             return f"Same image as at the last `up`, with schema {image.migration_head}: {caution}."
         return f"{_change(image, last)}: {caution}; now {image.described}."
@@ -149,13 +152,13 @@ def _change(image: Facts, last: Facts) -> str:
 def channel_summary(config: Settings, found: Existing) -> str:
     """One line: which image the channel names now. It is recorded in the output amiId."""
     return (
-        f"The channel {config.channel} names {found.image.described}. To stay on it whatever is promoted: "
+        f"The channel {config.channel} names {found.image.described}. To stay on this image after later promotions: "
         f"`pulumi config rm channel && pulumi config set amiId {found.image.image_id}`."
     )
 
 
 def restore_summary(config: Settings) -> str:
-    """One line on what restoreFrom will do."""
+    """One line: the effect of restoreFrom."""
     return (
         f"Restore of {config.restore_from}, unless this data volume has it already: the current database is kept "
         "aside, and the restored schema is changed to the image's."
@@ -227,12 +230,12 @@ def _image(config: Settings, ami_id: str, asked: pulumi.InvokeOptions, refusals:
     if kind is None:
         refusals.append(
             f"{setting}: {ami_id} ({ami.name}) is not an image that scripts/bake.py made: it has no tag "
-            "mlflow-ami:format. Tags are seen only in the account that owns the image."
+            "mlflow-ami:format. Tags are visible only in the account that owns the image."
         )
         return _no_image(ami_id), ami.architecture, 0
     if kind != IMAGE_FORMAT:
         refusals.append(
-            f"{setting}: {ami_id} is of image format {kind}, but this stack knows format {IMAGE_FORMAT}: launch it "
+            f"{setting}: {ami_id} is of image format {kind}, but this stack reads format {IMAGE_FORMAT}: launch it "
             "with the release of this project that baked it."
         )
         return _no_image(ami_id), ami.architecture, 0
@@ -275,7 +278,7 @@ def _data_volume(
         if len(ids) > 1:
             refusals.append(
                 f"The volumes {', '.join(sorted(ids))} all carry the tags of this stack's data volume: remove the tag "
-                "mlflow-ami:role from those that are not."
+                f"mlflow-ami:role from all but the data volume."
             )
         if len(ids) != 1:
             return None
@@ -315,7 +318,7 @@ def _reported(report: in_service.InService | None, volume: str, meant_for: Facts
 
 
 def _beside(config: Settings, asked: pulumi.InvokeOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The stack's addresses and machines. They appear in messages only, so a failed look-up refuses nothing."""
+    """The stack's addresses and machines. They are only printed in messages, so a failed look-up is not an error."""
     tags, states = identity(config), ["pending", "running", "stopping", "stopped"]
     try:
         addresses = aws.ec2.get_eips(tags=tags, opts=asked).allocation_ids
@@ -392,7 +395,7 @@ def _instance_type(
 
 
 def _names(config: Settings, asked: pulumi.InvokeOptions, refusals: list[str]) -> None:
-    """Check the key pair and the hosted zone, whose absence would otherwise fail in the middle of an `up`."""
+    """Check that the key pair and the hosted zone exist; otherwise an `up` would fail halfway."""
     if config.key_name:
         try:
             aws.ec2.get_key_pair(key_name=config.key_name, opts=asked)

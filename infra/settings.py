@@ -260,25 +260,25 @@ def _contradictions(found: Settings) -> list[str]:
     if (found.backups_endpoint or found.s3_endpoint).startswith("http://"):
         mistakes.append(
             "backupsEndpoint must be an https:// address where s3Endpoint is http://: pgBackRest, which archives the "
-            "write-ahead log, takes HTTPS only."
+            "write-ahead log, supports HTTPS only."
         )
     elif found.backups_authority and not (found.backups_endpoint or found.s3_endpoint):
         mistakes.append("backupsAuthority is set but backupsEndpoint is not: set the endpoint that it certifies.")
     if found.tls == "acme" and not found.domain_name:
         mistakes.append("tls is acme but domainName is not set: name the domain to certify, or set tls to private.")
     if found.acme_email and found.tls != "acme":
-        mistakes.append(f"acmeEmail is set but tls is {found.tls}: set tls to acme, or no address.")
+        mistakes.append(f"acmeEmail is set but tls is {found.tls}: set tls to acme, or remove acmeEmail.")
     if found.acme_directory and found.tls != "acme":
-        mistakes.append(f"acmeDirectory is set but tls is {found.tls}: set tls to acme, or no directory.")
+        mistakes.append(f"acmeDirectory is set but tls is {found.tls}: set tls to acme, or remove acmeDirectory.")
     if found.postgres_cidrs and found.tls != "private":
         mistakes.append(
             f"postgresCidrs is set but tls is {found.tls}: PostgreSQL's certificate comes from the stack's "
-            "private authority, so set tls to private, or no networks."
+            "private authority, so set tls to private, or remove postgresCidrs."
         )
     topic_region = found.alarm_topic_arn.split(":")[3] if found.alarm_topic_arn else ""
     if topic_region and found.region and topic_region != found.region:
         mistakes.append(
-            f"alarmTopicArn is of the region {topic_region}, not of {found.region}: an alarm can only "
+            f"alarmTopicArn is in region {topic_region}, not in {found.region}: an alarm can only "
             "use a topic in its own region."
         )
     rules = sum(len(networks) for _, _, networks in found.doors)
@@ -309,7 +309,7 @@ def _domain(value: str) -> str | None:
 def _names_of_alarms(values: tuple[str, ...]) -> str | None:
     known = (*alarms.NAMES, alarms.STATUS_CHECK)
     if wrong := [value for value in values if value not in known]:
-        return f"has {wrong[0]!r}, which is no alarm: there are {', '.join(known)}"
+        return f"has {wrong[0]!r}, which is not an alarm; the alarms are {', '.join(known)}"
     return "names an alarm twice" if len(set(values)) < len(values) else None
 
 
@@ -321,13 +321,13 @@ def _network(value: str) -> str | None:
     try:
         found = ipaddress.ip_interface(value)
     except ValueError:
-        return f"has {value!r}, which is no network in CIDR notation such as 203.0.113.0/24"
+        return f"has {value!r}, which is not a network in CIDR notation such as 203.0.113.0/24"
     if found.version == 6:
         return f"has {value!r}, which is IPv6: the server has an IPv4 address only"
     if "/" not in value:
         return f"has {value!r}, which has no prefix length: write {value}/32 for this one address"
     if str(found.network) != value:
-        return f"has {value!r}, which has bits set behind its prefix: write {found.network} or {found.ip}/32"
+        return f"has {value!r}, which has host bits set: write {found.network} or {found.ip}/32"
     return None
 
 

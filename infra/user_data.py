@@ -68,7 +68,7 @@ def problems(config: Settings, image: Facts) -> list[str]:
 
 
 def cautions(config: Settings, image: Facts) -> list[str]:
-    """Settings that an older image ignores, and alarms that it does not feed."""
+    """Warnings: settings that an older image ignores, and alarms whose metrics it does not send."""
     _, left_out = launch.known_to(image.launch_revision, _sample(config))
     ignored = [key for key in left_out if key != "monitoring.alarms"]
     found = []
@@ -80,8 +80,8 @@ def cautions(config: Settings, image: Facts) -> list[str]:
     fed = (*alarms.fed_by(image.launch_revision), alarms.STATUS_CHECK)
     if unfed := [name for name in config.alarms if name not in fed]:
         found.append(
-            f"{image.described} does not send what these alarms watch: {', '.join(unfed)}. They are left out until an "
-            "image that does is pinned."
+            f"{image.described} does not send the metrics of these alarms: {', '.join(unfed)}. They are left out "
+            f"until an image that sends them is pinned."
         )
     return found
 
@@ -140,7 +140,7 @@ def render(content: Mapping[str, Any], revision: int = launch.REVISION) -> str:
     text = environment.from_string(TEMPLATE.read_text()).render(format=launch.FORMAT, tables=tables)
     size = len(text.encode())
     if size > LIMIT_BYTES:
-        raise pulumi.RunError(f"The user-data has {size} bytes, more than the {LIMIT_BYTES} that EC2 takes.")
+        raise pulumi.RunError(f"The user-data has {size} bytes, more than the {LIMIT_BYTES} that EC2 allows.")
     (file,) = yaml.safe_load(text)["write_files"]
     try:
         launch.parse(file["content"])

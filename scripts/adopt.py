@@ -1,27 +1,27 @@
 #!/usr/bin/env python3
-"""Move in from any MLflow server: carry its database and artifacts to a stack, and prove that nothing was lost.
+"""Move from any MLflow server to a stack: copy its database and artifacts, and check that nothing was lost.
 
   adopt.py ~/mlflow/mlflow.db                      a SQLite file
-  adopt.py postgresql://mlflow@10.0.0.5/mlflow     a PostgreSQL database (RDS, a container, a hand-made EC2 box)
+  adopt.py postgresql://mlflow@10.0.0.5/mlflow     a PostgreSQL database (RDS, a container, an EC2 instance)
   adopt.py mlflow.dump                             a file of pg_dump, custom or plain
   adopt.py ~/experiments/mlruns                    a folder mlruns/
 
 Run it where the source can be read, with AWS credentials for the stack's buckets. The stack is chosen as in connect.py.
 The source is read in one snapshot and never written to. PostgreSQL's password comes from PGPASSWORD or ~/.pgpass: other
-users of this machine see the arguments of a process. IDs, dates and all tables are kept; artifact places are
+users of this machine see the arguments of a process. IDs, dates and all tables are kept; artifact locations are
 rewritten. The server stays up.
 
   1. rehearse it:     adopt.py SOURCE --dry-run     on the local cloud with --rehearsal, then on AWS
   2. do it:           adopt.py SOURCE               read the table that it prints
   3. on the day:      stop writing to the old server, run adopt.py SOURCE again, point the clients at the new one
 
-A second run carries what came since the first, and copies no artifact twice. What was changed on the new server
-meanwhile stays. Interrupted at any point, the new server is as it was or complete, and running it again finishes.
+A second run copies the changes since the first, and no artifact twice. Changes on the new server since then stay. After
+an interrupt at any point, the new server is unchanged or complete; run the script again to finish.
 
-Artifacts are copied from where the database says: s3://… and local folders. If the old server served them itself
+Artifacts are copied from the locations in the database: s3://… and local folders. If the old server served them itself
 (mlflow-artifacts:/…), name its store with --artifacts. Another account's bucket: --source-profile.
 
-Users cannot come along, as their passwords are hashed another way: the last lines are the users.py commands that add
+Users are not copied, because their passwords are hashed another way: the last lines are the users.py commands that add
 them. Gateway secrets and webhooks are encrypted with the old server's passphrase: they are counted and left out.
 
 Exit status 0: everything is there, unchanged; 1: something is missing, changed or does not fit, and is named; 2: an
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         say(aws_session.explain(error))
         return 2
     except KeyboardInterrupt:
-        say("interrupted; the server is as it was or complete: run adopt.py again to finish")
+        say("interrupted; the server is unchanged or complete: run adopt.py again to finish")
         return 130
 
 
@@ -87,7 +87,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("source", help="a file, a folder mlruns/ or postgresql://…")
     connect.add_choice(parser)
-    parser.add_argument("--dry-run", action="store_true", help="say what would be carried and what does not fit")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be copied and what does not fit")
     parser.add_argument("--name", help="name of the source, the same at each run (default: from its file or database)")
     parser.add_argument("--prefix", default="", help="put this before the names of experiments and registered models")
     parser.add_argument(
@@ -96,13 +96,13 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="refuse",
         help="experiments and models whose names are in use: leave them out, or rename them (default: refuse all)",
     )
-    parser.add_argument("--lossy", action="store_true", help="carry the rest when values or rows do not fit")
+    parser.add_argument("--lossy", action="store_true", help="copy the rest when values or rows do not fit")
     parser.add_argument(
-        "--without-secrets", action="store_true", help="gateway secrets and webhooks that are left out are no loss"
+        "--without-secrets", action="store_true", help="do not count left-out gateway secrets and webhooks as a loss"
     )
     where = parser.add_argument_group("artifacts")
     where.add_argument("--artifacts", metavar="PLACE", default="", help="the old server's store: s3://…, folder or URL")
-    where.add_argument("--leave-artifacts", action="store_true", help="copy none and rewrite no place")
+    where.add_argument("--leave-artifacts", action="store_true", help="copy no artifacts and keep their locations")
     where.add_argument("--source-profile", help="AWS profile that reads the source's buckets")
     where.add_argument("--source-endpoint", help="address of the source's S3-compatible store")
     parser.add_argument("--users", metavar="FILE", help=f"the old server's {AUTH}, if it had users")
@@ -220,13 +220,13 @@ def users_lines(arguments: argparse.Namespace) -> list[str]:
 
 
 def kind_of_artifacts(copied: Outcome) -> Kind:
-    """A place that could not be listed counts as one artifact."""
+    """A location that could not be listed counts as one artifact."""
     carried = copied.copied + copied.there
     return Kind("artifacts", carried + len(copied.failed), carried, len(copied.failed), 0, copied.failed)
 
 
 def report_dry_run(arguments: argparse.Namespace, manifest: Manifest, prepared: dict[str, Any], copied: Outcome) -> int:
-    """Exit status 0 if nothing is in the way of the adoption."""
+    """Exit status 0 if nothing prevents the adoption."""
     tell_about(prepared, copied)
     counts = {table: entry.rows for table, entry in manifest.tables.items() if entry.rows}
     if arguments.json:
@@ -235,7 +235,7 @@ def report_dry_run(arguments: argparse.Namespace, manifest: Manifest, prepared: 
         for table, count in counts.items():
             print(f"{count:>12,}  {table}")
         print(f"{copied.files:>12,}  artifacts, {artifacts.size(copied.bytes)} to copy")
-        print(f"The rows took the machine {prepared['seconds']:.0f} s; loading them takes about as long again.")
+        print(f"The machine prepared the rows in {prepared['seconds']:.0f} s; loading them takes about as long again.")
     for sentence in prepared["refused"]:
         say(sentence)
     say("nothing was changed on the server")

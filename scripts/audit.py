@@ -37,7 +37,8 @@ QUERIES = 1000
 AT_ONCE = 8
 SECONDS = 30
 OURS = "mlflow-host"
-"""This project's package in the image. No index has it, so a package of that name there would be another one."""
+"""This project's package in the image. It is in no package index; a package of this name in an index would be a
+different one."""
 
 
 class NotLookedUp(Exception):

@@ -85,7 +85,7 @@ def brief(error: Exception) -> str:
 
 @functools.cache
 def regions() -> frozenset[str]:
-    """The regions that the installed botocore lists EC2 in."""
+    """The regions in which the installed botocore lists EC2."""
     session: Any = boto3.Session(region_name=DEFAULT_REGION)
     return frozenset(
         name for part in session.get_available_partitions() for name in session.get_available_regions("ec2", part)

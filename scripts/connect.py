@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print the variables that point an MLflow client at the server: `eval "$(scripts/connect.py)"`.
+"""Print the variables with which an MLflow client connects to the server: `eval "$(scripts/connect.py)"`.
 
 The server is that of a Pulumi stack (--stack) or of the rehearsal on this machine (--rehearsal). Without either option
 it is the rehearsal if there is one, else the Pulumi stack selected in infra/. The password is read from the stack's

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The steps of the workflows in .github/workflows, one command each. They do at your desk what they do there.
+"""The steps of the workflows in .github/workflows, one command each. They also work on your own machine.
 
 From a commit to a promoted image:
 
   delivery.py bake                              bake the image, unless one has the same inputs
-  delivery.py diff ami-… staging                what changes from the image that the channel names
-  delivery.py drill ami-… staging               rehearse the way from that image's MLflow and back (needs root)
+  delivery.py diff ami-… staging                the changes from the image that the channel names
+  delivery.py drill ami-… staging               drill the change from that image's MLflow and back (needs root)
   delivery.py promote ami-… staging --drill build/delivery/drill.json
 
 From a merge to production:
@@ -14,16 +14,16 @@ From a merge to production:
   delivery.py deploy prod                       `pulumi up` within that plan
   delivery.py smoke --stack prod                MLflow's client writes, reads back and deletes
   delivery.py rollback prod ami-…               pin the image that ran before
-  delivery.py drift prod                        open an issue if somebody changed the stack by hand
+  delivery.py drift prod                        open an issue if the stack was changed by hand
 
 And from a release of MLflow to a pull request:
 
-  delivery.py renew production                  try the newest MLflow, against the channel's too (needs root)
-  delivery.py propose 3.19.0                    open a pull request with what `renew` proposes
+  delivery.py renew production                  test the newest MLflow, also against the channel's (needs root)
+  delivery.py propose 3.19.0                    open a pull request with the proposal of `renew`
 
-In a workflow a step sets outputs (GITHUB_OUTPUT), adds to the job's summary (GITHUB_STEP_SUMMARY) and marks mistakes as
-annotations; at your desk all that is printed to standard error. An empty argument counts as left out, so that a
-workflow can pass a variable that is not set. infra/README.md says how to set the workflows up.
+In a workflow a step sets outputs (GITHUB_OUTPUT), adds to the job's summary (GITHUB_STEP_SUMMARY) and writes
+annotations for mistakes; on your own machine all of it is printed to standard error. An empty argument counts as left
+out, so that a workflow can pass a variable that is not set. infra/README.md says how to set the workflows up.
 
 Exit status 0: done; 1: a step failed or found drift; 2: refused, with one sentence; 130: interrupted.
 """
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-# Not `match`, so that a Python that is too old reads the file and says so.
+# Not `match`, so that a Python that is too old can parse the file and print an error.
 STEPS: dict[str, Callable[[argparse.Namespace], None]] = {
     "bake": lambda given: image_steps.bake(given.source_ami, given.source_owner, given.mlflow_version),
     "diff": lambda given: image_steps.diff(given.image, given.channel),
@@ -89,9 +89,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     baking.add_argument("--source-ami", default="", metavar="IMAGE", help="as of bake.py")
     baking.add_argument("--source-owner", default="", metavar="ID", help="as of bake.py")
     baking.add_argument("--mlflow-version", default="", metavar="X", help="as of bake.py")
-    step("diff", "show what changes from the channel's image to this one", "image", "channel")
+    step("diff", "show the changes from the channel's image to this one", "image", "channel")
     step("drill", "rehearse the change from the channel's image to this one and back", "image", "channel")
-    promoting = step("promote", "let the channel name the image", "image", "channel")
+    promoting = step("promote", "set the channel to the image", "image", "channel")
     promoting.add_argument("--drill", default="", metavar="FILE", help="what `drill` wrote")
     plan = str(commands.RESULTS / "plan.json")
     for name, help in (
@@ -108,7 +108,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     step("drift", "compare the stack with the repository; open an issue if they differ", "stack")
     renewing = step("renew", "lock, compare, bake and drill the newest MLflow", "channel")
     renewing.add_argument("--mlflow-version", default="", metavar="X", help="another release than the newest")
-    proposing = step("propose", "open a pull request with what `renew` proposes", "version")
+    proposing = step("propose", "open a pull request with the proposal of `renew`", "version")
     proposing.add_argument("--passed", default="", help="`True` if every step passed; otherwise it is a draft")
     return parser.parse_args(argv)
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Bake the image, launch it and log the example experiments, all on this machine: what `make demo` runs.
+"""Bake the image, launch it and log the example experiments, all on this machine. `make demo` runs this script.
 
 Work that is already done is skipped: the image is baked again only if packer/ or provisioning/ changed, the server is
-changed only if it differs from the stack, and an example runs only if the server has no finished run of it. The server
-stays up until `scripts/rehearse.py down`.
+changed only if it differs from the stack, and an example runs only if the server has no finished run of that example.
+The server stays up until `scripts/rehearse.py down`.
 
 The question-answering example uses the endpoint of OPENAI_API_KEY (and OPENAI_BASE_URL, OPENAI_MODEL). If none of them
-is set, it uses scripts/stand_ins/chat_completions.py, a substitute on loopback.
+is set, it uses scripts/stand_ins/chat_completions.py, a stand-in on loopback.
 """
 
 if __name__ == "__main__":

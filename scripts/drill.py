@@ -3,8 +3,8 @@
 
 The drill launches a server of its own on the local cloud from FROM. An ordinary MLflow client writes every kind of
 object that MLflow stores: runs with long metric histories, nested and deleted runs, datasets, logged and registered
-models with aliases and tags, traces with spans and assessments, prompts, webhooks, artifacts, and whatever else the
-release supports. Then the image is replaced three times. At each stop, everything written before is read back and
+models with aliases and tags, traces with spans and assessments, prompts, webhooks, artifacts, and all other kinds that
+the release supports. Then the image is replaced three times. At each stop, everything written before is read back and
 compared; then more is written, changed and deleted.
 
   drill.py 3.12.0 3.17.2                    bake an image with each release of MLflow, if there is none yet
@@ -63,7 +63,7 @@ SCRIPTS = Path(__file__).resolve().parent
 LOCKED = SCRIPTS.parent / "provisioning" / "requirements.lock"
 STACK = "drill"
 SHOWN = 20
-"""Most losses that are printed one by one."""
+"""Maximum number of losses that are printed one by one."""
 
 
 class DrillFailed(Exception):

@@ -1,11 +1,11 @@
 """Run a script with the project's own packages; every script in this folder imports this module first.
 
-After that `scripts`, `tests` and `mlflow_host` can be imported, wherever the script was started.
+After that `scripts`, `tests` and `mlflow_host` can be imported, from any current folder.
 
 A script started with another Python starts again with the repository's .venv/bin/python, with the same arguments, from
-any folder and through sudo. Where that cannot be had, one sentence says what to do and the exit status is 2.
+any folder and through sudo. If that Python is missing, one sentence states the remedy and the exit status is 2.
 
-The module and the scripts that import it must compile with Python 3.8, so that an old one can print the sentence.
+The module and the scripts that import it must compile with Python 3.8, so that an old Python can print the sentence.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def report_uncaught(kind: type[BaseException], error: BaseException, trace: Trac
             remedy = "run `make prepare`, or `make prepare-demo` for the local cloud"
             refuse(name, f"the Python package {package} is not installed in {sys.prefix}: {remedy}")
     if isinstance(error, PermissionError) and error.filename and os.geteuid():
-        refuse(name, f"{error.filename} cannot be used by this user: use sudo, or the account that it belongs to")
+        refuse(name, f"{error.filename} cannot be used by this user: use sudo, or the account of its owner")
     sys.__excepthook__(kind, error, trace)
 
 

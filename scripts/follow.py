@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""Follow MLflow: try its newest release with this checkout, and write one page for the person who decides.
+"""Follow MLflow: test its newest release with this checkout, and write one report page.
 
   follow.py                              the newest release in the package index
   follow.py --mlflow-version 3.19.0rc1   another one, release candidates included
-  follow.py --without-machines           what needs no root: packages, routes, sources, request by request
+  follow.py --without-machines     without root: packages, routes, sources, comparison with plain MLflow
 
-In a copy of the checkout's last commit, follow.py locks the release with everything that it needs, proposes the lists
-that a person keeps by hand (sorted routes, sources of the fast path), and then runs with the proposal: the comparison
-with plain MLflow request by request, a bake, the drill from the locked release and back, and the bench. Sources are
-proposed only if the comparison finds no difference. Nothing in the checkout itself is changed.
+In a copy of the checkout's last commit, follow.py locks the release with everything that it needs, proposes changes of
+the lists that are kept by hand (sorted routes, sources of the fast path), and then runs with the proposal: the
+comparison with plain MLflow request by request, a bake, the drill from the locked release and back, and the bench.
+Sources are proposed only if the comparison finds no difference. Nothing in the checkout itself is changed.
 
-In build/follow/X: page.md (what is new, what fell back, what each step ended with, the evidence), proposal.patch, and
-a log of each step. Read the page, then: git apply build/follow/X/proposal.patch
+In build/follow/X: page.md (new features, fallbacks, the result of each step, the evidence), proposal.patch, and a log
+of each step. Read the page, then: git apply build/follow/X/proposal.patch
 
 Exit status 0: every step passed; 1: a step failed, and the page says which; 2: an error with one sentence on stderr;
-130: interrupted. The next run for the same commit and release repeats no step that passed, except with --again.
+130: interrupted. The next run for the same commit and release skips the steps that passed, except with --again.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--mlflow-version", metavar="X", help="the release to try (default: the newest)")
     parser.add_argument("--without-machines", action="store_true", help="leave out the bake, the drill and the bench")
-    parser.add_argument("--without-bench", action="store_true", help="leave out the bench, which takes the longest")
+    parser.add_argument("--without-bench", action="store_true", help="leave out the bench, which takes longest")
     parser.add_argument("--again", action="store_true", help="repeat the steps that passed before")
     parser.add_argument("--json", action="store_true", help="print the steps as JSON")
     return parser.parse_args(argv)
@@ -82,7 +82,7 @@ def follow(arguments: argparse.Namespace) -> int:
     wanted = arguments.mlflow_version or lock.newest_release()
     lock.require_bakeable(wanted)
     if wanted == current:
-        say(f"MLflow {current} is what the image has: nothing to follow")
+        say(f"the image has MLflow {current}, the newest release: nothing to do")
         return 0
     if not arguments.without_machines and os.geteuid():
         raise FollowError("the bake and the drill need root: use sudo, or --without-machines")
@@ -150,7 +150,7 @@ def facts_of(version: str, copy: Path, folder: Path) -> dict[str, Any]:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         (folder / f"facts-{version}.log").write_text(done.stderr)
-        raise FollowError(f"MLflow {version} cannot be read: {reason}; all of it is in facts-{version}.log")
+        raise FollowError(f"MLflow {version} cannot be read: {reason}; the whole output is in facts-{version}.log")
     path.write_text(done.stdout)
     return page.read_facts(path)
 
@@ -184,7 +184,7 @@ def try_release(
     ]
     if hashes and steps[0].status:
         compared.write_text(known)
-        notes.append("The comparison found differences, so that no source is proposed: MLflow answers those requests.")
+        notes.append("The comparison found differences, so no source is proposed: MLflow answers those requests.")
     steps.append(run("routes", ".venv/bin/pytest", "-q", "-p", "no:cacheprovider", "tests/unit/test_routes.py"))
     if arguments.without_machines:
         return [
@@ -226,7 +226,7 @@ def run_step(name: str, command: tuple[str, ...], copy: Path, folder: Path) -> S
 
 
 def wait(process: subprocess.Popen[bytes], name: str, begun: float) -> int:
-    """The exit status; a line every minute. On Ctrl-C the command gets SIGTERM and ends first."""
+    """The exit status; logs a line every minute. On Ctrl-C the command gets SIGTERM and ends first."""
     try:
         while True:
             try:

@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
 """List and compare machine images, promote one to a channel, deprecate, retire, sweep, copy and share them.
 
-An IMAGE is an ID, a name, an image version such as 20261129T123147Z, or a channel, which stands for the image that it
-names. A channel is an SSM parameter, /mlflow-ami/images/<channel>; a stack with `pulumi config set channel staging`
-launches the image that it names at each `pulumi up`, and at no other moment.
+An IMAGE is an ID, a name, an image version such as 20261129T123147Z, or a channel, which means the image that it names.
+A channel is an SSM parameter, /mlflow-ami/images/<channel>; a stack with `pulumi config set channel staging` launches
+the image that it names at each `pulumi up`, and at no other time.
 
-  images.py list                                     what there is, where it runs, what it costs
-  images.py diff production ami-0123456789abcdef0    what changes for the data, the packages and the settings
-  images.py promote ami-… staging --drill drill.json let a channel name an image that passed a drill
-  images.py retire ami-…                             no stack can launch it; --undo takes that back, --delete ends it
-  images.py sweep --keep 5 --older-than 90           delete old images that nobody needs
-  images.py copy ami-… --to us-east-1 eu-west-1      the same image in other regions
+  images.py list                                     the images, where they run, what they cost
+  images.py diff production ami-0123456789abcdef0    changes of the data, the packages and the settings
+  images.py promote ami-… staging --drill drill.json set a channel to an image that passed a drill
+  images.py retire ami-…                             no stack can launch it; --undo reverses that, --delete deletes it
+  images.py sweep --keep 5 --older-than 90           delete old images that are not in use
+  images.py copy ami-… --to us-east-1 eu-west-1      copy the image to other regions
 
-Every verb can be run twice: the second time changes nothing. --dry-run changes nothing at all and says what would be
-done; --json prints a document. With several --region the verb runs in each; name the image by its version then, for IDs
-differ. Exit status 2: refused, with the reason and the remedy in one sentence.
+Every verb is idempotent. --dry-run changes nothing and prints what would be done; --json prints a document. With
+several --region the verb runs in each; then name the image by its version, because IDs differ. Exit status 2: refused,
+with the reason and the remedy in one sentence.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def deprecate(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
 def retire(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
     image = named(find(place.ec2), arguments.image) if arguments.delete else resolve(place, arguments.image)
     if image is None:
-        return {"image": arguments.image, "done": []}, f"{arguments.image} is deleted already, or never was"
+        return {"image": arguments.image, "done": []}, f"{arguments.image} is deleted already, or never existed"
     done = retiring.retire(place, image, undo=arguments.undo, for_good=arguments.delete, dry_run=arguments.dry_run)
     return told(arguments, image, done)
 
@@ -161,8 +161,8 @@ def resolve(place: Place, wanted: str) -> Image:
         )
     kind = "no image and no channel" if re.fullmatch(channels.NAME, wanted) else "no image"
     raise ImageRefused(
-        f"{wanted!r} is {kind} of this project in {place.region}: scripts/images.py list shows them; an ID is of one "
-        "region only, a name or version of all"
+        f"{wanted!r} is {kind} of this project in {place.region}: scripts/images.py list shows them; an ID belongs to "
+        f"one region, a name or version to all"
     )
 
 
@@ -204,7 +204,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--region", action="append", help=f"AWS region, repeatable (default: {aws_session.WHERE})")
     where.add_argument("--local", action="store_true", help="the embedded cloud's images")
     where.add_argument("--json", action="store_true", help="JSON on stdout; with several regions, a list")
-    where.add_argument("--dry-run", action="store_true", help="change nothing, only say what would be done")
+    where.add_argument("--dry-run", action="store_true", help="change nothing, only print what would be done")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
 
@@ -215,16 +215,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             made.add_argument("image", metavar="IMAGE", help="ID, name, image version or channel")
         return made
 
-    verb("list", list_, "our images, newest first, and why each one stays", image=False)
+    verb("list", list_, "the project's images, newest first, and why each one stays", image=False)
     verb("show", show, "facts, packages, bake log, drills and channels of one image")
     comparing_ = verb(
         "diff",
         diff,
-        "what changes from one image to another",
+        "the changes from one image to another",
         "Migrations, tables and columns; packages; known vulnerabilities, by OSV; launch keys and settings; size.",
     )
-    comparing_.add_argument("other", metavar="OTHER", help="the image to go to")
-    comparing_.add_argument("--no-vulnerabilities", action="store_true", help="ask no vulnerability database")
+    comparing_.add_argument("other", metavar="OTHER", help="the image to change to")
+    comparing_.add_argument("--no-vulnerabilities", action="store_true", help="query no vulnerability database")
     comparing_.add_argument("--database", default=audit.DATABASE, metavar="URL", help="OSV's API or a mirror")
     promoting_ = verb(
         "promote",
@@ -247,22 +247,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "sweep",
         sweep,
         "delete old images and their snapshots",
-        f"Also unfinished images, snapshots whose image is gone, and forgotten builders. {protected}",
+        f"Also deletes unfinished images, snapshots of deleted images, and builders of ended bakes. {protected}",
         image=False,
     )
     sweeping.add_argument("--keep", type=int, default=5, metavar="N", help="finished images to keep (default 5)")
     sweeping.add_argument(
         "--older-than", type=int, default=0, metavar="DAYS", help="delete older ones only (default 0)"
     )
-    copying_ = verb("copy", copy, "the same image in other regions, with tags, record and encryption; waits for it")
+    copying_ = verb("copy", copy, "copy the image to other regions, with tags, record and encryption, and wait for it")
     copying_.add_argument("--to", nargs="+", required=True, metavar="REGION")
     copying_.add_argument("--kms-key", metavar="ARN", help="encrypt the copy with this key of the other region")
     for name, help in (("share", "let other accounts launch an image"), ("unshare", "end that")):
-        sharing_ = verb(name, share, help, "The key of an encrypted image must be a customer's and be shared as well.")
+        sharing_ = verb(name, share, help, "The key of an encrypted image must be a customer's, and be shared too.")
         sharing_.add_argument("--with", dest="accounts", nargs="+", required=True, metavar="ACCOUNT")
     arguments = parser.parse_args(argv)
     if arguments.verb == "sweep" and arguments.keep < 1:
-        parser.error(f"--keep {arguments.keep}: at least one image has to stay, or a stack has none to launch")
+        parser.error(f"--keep {arguments.keep}: at least one image must stay, or a stack has none to launch")
     if arguments.verb == "sweep" and arguments.older_than < 0:
         parser.error(f"--older-than {arguments.older_than}: give a number of days")
     if arguments.local and arguments.region:

@@ -24,7 +24,7 @@ def end_like_ctrl_c() -> None:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ignore interrupts during the block, which removes resources that would cost money or be left behind."""
+    """Ignore interrupts during the block, which removes resources that would otherwise be left behind or cost money."""
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *ENDING)}
     try:
         yield
@@ -37,7 +37,7 @@ def uninterrupted() -> Iterator[None]:
 def passed_on(process: subprocess.Popen[Any], finish: Callable[[], object]) -> Iterator[None]:
     """If the block is interrupted or fails, send the program SIGINT and call `finish`, which waits for its end.
 
-    For a program in a session of its own: it gets Ctrl-C only once, from this process.
+    For a program in a session of its own, so that it gets Ctrl-C only once, from this process.
     """
     try:
         yield

@@ -45,7 +45,7 @@ def make_folder(path: Path) -> None:
 
 
 def make_private_folder(path: Path) -> None:
-    """Create a folder of root's. The user can pass through it to files of their own, but not list it."""
+    """Create a folder of root's. The user can enter it to reach files of their own, but not list it."""
     make_folder(path.parent)
     path.mkdir(mode=0o700, exist_ok=True)
     user = person()

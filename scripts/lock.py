@@ -22,7 +22,8 @@ OLDEST_PYTHON = "3.11"
 
 
 COMPANIONS = ("mlflow-skinny", "mlflow-tracing")
-"""Packages that `mlflow` requires in its own version. They contain parts of its modules and name what these require."""
+"""Packages that `mlflow` requires in its own version. They contain parts of its modules, and require the packages that
+these need."""
 
 
 class LockError(Exception):
@@ -72,8 +73,9 @@ def resolve(source: Path, destination: Path, constraints: tuple[str, ...] = (), 
     the versions in an existing `destination` are kept where possible. The file contains no index URL and no path of
     this machine, so it is the same on every machine. Raises LockError when the resolution fails.
 
-    Where the index has a release of MLflow but not yet its companions (`COMPANIONS`), the lock file does without them:
-    the `mlflow` wheel contains the same modules. It then names what their newest release in the index requires.
+    Where the index has a release of MLflow but not yet its companions (`COMPANIONS`), the lock file omits them: the
+    `mlflow` wheel contains the same modules. It then contains the packages that their newest release in the index
+    requires.
     """
     with tempfile.TemporaryDirectory(prefix="mlflow-ami-lock-") as scratch:
         folder = Path(scratch)
@@ -98,7 +100,7 @@ def resolve(source: Path, destination: Path, constraints: tuple[str, ...] = (), 
 
 
 def compile_lock(folder: Path, sources: list[str]) -> str | None:
-    """Write `folder`/lock from the requirements in `sources`. Returns what uv said if there is no solution."""
+    """Write `folder`/lock from the requirements in `sources`. Returns uv's message if there is no solution."""
     done = subprocess.run(
         [
             find_uv(), "pip", "compile", *sources, "--no-config",
@@ -131,8 +133,8 @@ def lacking_companions(said: str, constraints: tuple[str, ...]) -> str | None:
 
 
 def requirements_of(name: str, folder: Path) -> str:
-    """Write what the newest release of the package `name` in the index requires, and return the file's name, which has
-    the package's name and version and appears in the lock file. Raises LockError."""
+    """Write the requirements of the newest release of the package `name` in the index to a file. Returns the file's
+    name, which contains the package's name and version and appears in the lock file. Raises LockError."""
     wheel = folder / name
     command = [find_uv(), "pip", "install", "--no-config", "--quiet", "--no-deps", "--only-binary", ":all:"]
     done = subprocess.run(
@@ -140,7 +142,7 @@ def requirements_of(name: str, folder: Path) -> str:
     )
     if done.returncode:
         raise LockError(
-            f"{name} cannot be had from the index, to read its requirements: {' '.join(done.stderr.split())}"
+            f"{name} cannot be downloaded from the index, to read its requirements: {' '.join(done.stderr.split())}"
         )
     (found,) = metadata.distributions(path=[str(wheel)])
     file = folder / f"{name}-{found.version}.in"

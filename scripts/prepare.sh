@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what a group of commands needs: Debian packages that are missing, and Python packages in .venv. Safe to run
-# again. On a system without apt only `aws` works, and installs Python packages only.
+# Installs the packages of a group of commands: missing Debian packages, and Python packages in .venv. Idempotent. On a
+# system without apt only `aws` works, and installs Python packages only.
 #   scripts/prepare.sh aws     bake and launch on AWS, run the examples
 #   scripts/prepare.sh demo    and the local cloud
 #   scripts/prepare.sh check   Python packages for `make check`, nothing from apt
@@ -30,7 +30,7 @@ as_root() {
   elif command -v sudo >/dev/null; then sudo "$@"
   else say "installing packages needs root: install sudo, or run this as root"; exit 2; fi
 }
-# Through sudo the checkout stays its owner's: .venv is made by them.
+# With sudo, the owner of the checkout creates .venv, so all files in it stay theirs.
 as_owner() {
   local owner group
   owner=$(stat -c %u . 2>/dev/null || stat -f %u .) group=$(stat -c %g . 2>/dev/null || stat -f %g .)
@@ -51,13 +51,14 @@ if command -v apt-get >/dev/null; then
     installed "$package" || missing+=("$package")
   done
 elif [ "$1" != aws ] && [ "$1" != check ]; then
-  say "the local cloud and the tests run on Debian 12 or Ubuntu 24.04, and here is no apt: \`make prepare\` does for AWS"
+  say "the local cloud and the tests run on Debian 12 or Ubuntu 24.04, and this system has no apt: \`make prepare\` is enough for AWS"
   exit 2
 fi
 if [ ${#missing[@]} -gt 0 ]; then
   say "installing with apt: ${missing[*]}"
   log=$(mktemp -t mlflow-ami-apt.XXXXXX)
-  # Services of which only the programs are wanted (PostgreSQL, nginx) are neither started now nor at the next boot.
+  # Only the programs of some services (PostgreSQL, nginx) are needed: do not start these services now or at the next
+  # boot.
   held=
   if [ ! -e /usr/sbin/policy-rc.d ]; then
     held=1
@@ -92,8 +93,8 @@ if ! new_enough .venv/bin/python || { [ ! -e ".venv/prepared-$inputs-$1" ] && [ 
   say "installing Python packages into .venv"
   new_enough .venv/bin/python || as_owner "$python" -m venv --clear .venv
   as_owner .venv/bin/python -m pip install -q --disable-pip-version-check uv
-  # The client in .venv is the release that the server's lock file names, or the newest before it if the index lacks that
-  # release's companions, without which the lock file does (scripts/lock.py).
+  # The client in .venv is the release in the server's lock file. If the index lacks that release's companion packages,
+  # which the lock file then omits (scripts/lock.py), it is the newest older release.
   same='=='
   grep -q '^mlflow-skinny==' provisioning/requirements.lock || same='<='
   mlflow=$(sed -n "s/^mlflow==\([^ ;]*\).*/mlflow$same\1/p" provisioning/requirements.lock)

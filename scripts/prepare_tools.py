@@ -131,12 +131,13 @@ def has_current_packer() -> bool:
 
 
 def built(tool: Tool) -> bool:
-    """Whether build/tools has this tool, built from today's go.mod and go.sum, and all that goes with it."""
+    """Whether build/tools has this tool and its other files, built from the current go.mod and go.sum."""
     return (BIN / tool.name).exists() and mark(tool).exists() and mark(tool).read_text() == digest(tool)
 
 
 def mark(tool: Tool) -> Path:
-    """The file that says what the tool was built from; it is written last, so an interrupted build is repeated."""
+    """The file with the hash of the modules that the tool was built from; it is written last, so an interrupted build
+    is repeated."""
     return BIN / f".{tool.name}"
 
 
@@ -196,7 +197,7 @@ def install_plugin() -> None:
     )
     if done.returncode != 0:
         raise ToolsMissing(
-            f"packer does not take the plug-in that was built: {done.stderr.strip() or done.stdout.strip()}"
+            f"packer does not accept the plug-in that was built: {done.stderr.strip() or done.stdout.strip()}"
         )
 
 

@@ -132,7 +132,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     down = commands.add_parser("down", help="stop the machine and the local cloud; keep all data")
     more = down.add_mutually_exclusive_group()
     more.add_argument("--data", action="store_true", help="also delete data volume, buckets and parameters")
-    more.add_argument("--purge", action="store_true", help="delete those, the images, and the local cloud")
+    more.add_argument("--purge", action="store_true", help="like --data, and delete the images and the local cloud")
     down.add_argument("--yes", action="store_true", help="do not ask before --data or --purge")
     down.set_defaults(run=run_down)
 

@@ -38,7 +38,7 @@ from scripts import aws_session
 PROGRAM = Path(__file__).resolve().parents[1] / "infra"
 INSTANCE = "aws:ec2/instance:Instance"
 BATCH = 1000
-"""Most objects that S3 deletes in one request."""
+"""Maximum number of objects that S3 deletes in one request."""
 
 
 class DeletionRefused(Exception):
@@ -112,7 +112,7 @@ def retire(arguments: argparse.Namespace) -> None:
         empty(s3, bucket)
     unprotect(pulumi, stack.name)
     pulumi("destroy", "--yes", "--skip-preview", "--stack", stack.name)
-    say(f"the stack {stack.name} is gone; `pulumi stack rm {stack.name}` forgets its name and settings")
+    say(f"the stack {stack.name} is deleted; `pulumi stack rm {stack.name}` removes its name and settings")
 
 
 # Reading the stack

@@ -38,7 +38,8 @@ from scripts import prompts
 from scripts.connect import ConnectedStack, NotConnected, add_choice, choose
 
 LENGTH = 24
-"""Characters of a generated password: letters and digits (142 bits), which no shell, URL or header quotes."""
+"""Characters of a generated password: letters and digits (142 bits), which need no quoting in a shell, URL or
+header."""
 OVERTAKEN = 20
 """Attempts at a change while other clients write the parameter at the same time."""
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: one local cloud, one baked image per base, one launched server, all real.
+"""Shared fixtures: one local cloud, one baked image per base, one launched server, none of them a stand-in.
 
 The local cloud keeps its images between test runs in a folder of its own (`state_dir`), so a second run bakes nothing
 while packer/ and provisioning/ are unchanged. Machines, daemons, mounts and loop devices are removed when the tests
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from scripts.local_cloud import LocalCloud
     from tests.support.servers import Server
 
-# No test is timed: the machines that run them are small and busy.
+# No test asserts a duration: the machines that run the tests are small and busy.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
@@ -49,7 +49,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Root's tests leave no file of root's in the checkout of the sudo user."""
+    """Tests that run as root leave no file owned by root in the checkout of the sudo user."""
     invoker.give_back(Path(__file__).parents[1])
 
 
@@ -85,7 +85,7 @@ def cloud(state_dir: Path) -> Iterator[LocalCloud]:
     cloud = LocalCloud(state_dir)
     with used_alone(state_dir) as last_was_killed:
         if last_was_killed:
-            print(f"tests: those that last used {state_dir} were killed: its machines and images are removed")
+            print(f"tests: the last session that used {state_dir} was killed: its machines and images are removed")
             cloud.purge()
         try:
             cloud.up()
@@ -122,7 +122,8 @@ def older_image(cloud: LocalCloud, base: str) -> str:
 
 @pytest.fixture(scope="session")
 def images_by_packer(cloud: LocalCloud) -> Mapping[str, Mapping[str, Any]]:
-    """What bake.py prints of one image by the current Packer and one by Debian's, of the generation before plug-ins."""
+    """The output of bake.py for one image by the current Packer and one by Debian's older Packer, which has no
+    plug-ins."""
     from scripts.rehearsal import tools
     from tests.support.servers import bake_with
 

@@ -161,7 +161,7 @@ def units_in_order() -> Iterator[str]:
         command = ["systemd-analyze", "verify", "--recursive-errors=no", *shipped]
         verified = subprocess.run(command, check=False, capture_output=True, text=True)
         if verified.returncode:
-            yield f"systemd refuses a unit of ours: {' / '.join(verified.stderr.strip().splitlines())}"
+            yield f"systemd rejects a unit of this project: {' / '.join(verified.stderr.strip().splitlines())}"
 
 
 def packages_held() -> Iterator[str]:
@@ -177,7 +177,7 @@ def canonical(name: str) -> str:
 
 
 def ask_environment(program: str, *arguments: str) -> dict[str, str]:
-    """Run a program with the server's Python; the package names and versions that it prints as JSON pairs."""
+    """Run a program with the server's Python; returns the package names and versions that it prints as JSON pairs."""
     pairs = json.loads(output(f"{ENVIRONMENT}/bin/python", "-B", "-c", program, *arguments) or "[]")
     return {canonical(name): version for name, version in pairs}
 
@@ -206,7 +206,7 @@ def environment_as_locked() -> Iterator[str]:
     if not locked:
         yield f"{SHARE / 'requirements.lock'} names no package"
     if installed.pop("mlflow-host", None) is None:
-        yield f"the boot package in {BOOT_PACKAGE} is not seen by {ENVIRONMENT}/bin/python"
+        yield f"the boot package in {BOOT_PACKAGE} is not found by {ENVIRONMENT}/bin/python"
     for name in sorted(locked.keys() | installed.keys()):
         if locked.get(name) != installed.get(name):
             wanted, found = locked.get(name, "no such package"), installed.get(name, "none")

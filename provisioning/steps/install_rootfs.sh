@@ -31,8 +31,9 @@ systemctl enable --quiet mlflow-host.target
 mapfile -t names < <(shipped usr/lib/systemd/system 'mlflow-*')
 systemd-analyze verify --recursive-errors=no "${names[@]/#//usr/lib/systemd/system/}"
 
-# Start the server process once, as the boot does, on a temporary database. Only a server that cannot serve fails the
-# bake: what else this release of MLflow lacks is recorded in fallbacks.json, and from there in image.json.
+# Start the server process once, as the boot does, on a temporary database. The bake fails only if the server cannot
+# serve. Other features that this release of MLflow does not support are recorded in fallbacks.json, and from there in
+# image.json.
 /opt/mlflow/bin/python -W ignore -m mlflow_host.bake.check_release
 
 # Dump an empty database of this release's schema, so that no boot needs to run the migrations for one.
@@ -40,5 +41,5 @@ systemd-analyze verify --recursive-errors=no "${names[@]/#//usr/lib/systemd/syst
 install -o root -g root -m 0644 /tmp/mlflow-host-blank.dump /usr/share/mlflow-host/blank.dump
 rm /tmp/mlflow-host-blank.dump
 
-# Write the list of POST routes that readers may use. A route that nobody sorted is closed to them.
+# Write the list of POST routes that readers may use. A route that is in neither list is closed to readers.
 /opt/mlflow/bin/python -W ignore -m mlflow_host.bake.reader_routes --write /usr/share/mlflow-host/reader-posts.map

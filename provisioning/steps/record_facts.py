@@ -64,13 +64,14 @@ def operating_system() -> str:
 
 
 def companions() -> list[Fallback]:
-    """The packages that MLflow requires in its own version and the image lacks, because the index did not have them."""
+    """The packages that MLflow requires in its own version but that are not in the image, because the index did not
+    have them."""
     named = [Requirement(line) for line in metadata.requires("mlflow") or () if "extra ==" not in line]
     own = [each for each in named if str(each.specifier) == f"=={metadata.version('mlflow')}"]
     present = python_packages()
     lacking = [f"{each.name} {metadata.version('mlflow')}" for each in own if each.name not in present]
     what = f"{' and '.join(lacking)}: the package mlflow contains the same modules"
-    why = "the package index did not have them; what their newest release requires is installed (requirements.lock)"
+    why = "the index did not have them; the requirements of their newest release are installed (requirements.lock)"
     return [Fallback(what, why)] if lacking else []
 
 
@@ -78,7 +79,7 @@ def migrations() -> tuple[str, int]:
     """The head of MLflow's migrations, and their number.
 
     The number orders images as long as there is one head: a newer release has all migrations of an older one. Branches
-    that were merged again are counted like the others. Two heads fail the bake.
+    that were merged again are counted like the others. The bake fails if there are two heads.
     """
     chain = mlflow_migrations.directory()
     heads = chain.get_heads()

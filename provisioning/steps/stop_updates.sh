@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Bake step: turn off automatic updates. An update is a new image.
+# Bake step: turn off automatic updates. Updates are installed by baking a new image.
 set -euo pipefail
 
 systemctl mask --quiet apt-daily.timer apt-daily-upgrade.timer apt-daily.service apt-daily-upgrade.service

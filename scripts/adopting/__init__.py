@@ -3,6 +3,6 @@
 sources     read a SQLite file, a PostgreSQL database, a pg_dump file or a folder mlruns/, in one snapshot
 row_files   one compressed file of rows per table, and the manifest
 target      the stack: its buckets, its machine, its API
-artifacts   copy artifacts into the two buckets, side by side, resumable
+artifacts   copy artifacts into the two buckets, in parallel, resumable
 verdict     read everything back through the new server's API and compare it with the source
 """

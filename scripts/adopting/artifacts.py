@@ -1,5 +1,5 @@
-"""Copy artifacts from the places of the source into the two buckets, several at a time. A second run copies only what
-is missing: an object that is there with the same size, and not older than the source's, is not copied again."""
+"""Copy artifacts from the source's locations into the two buckets, several at a time. A second run copies only what
+is missing: an object that exists with the same size, and is not older than the source's, is not copied again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ DENIED = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "NoSuchBucke
 
 @dataclass(frozen=True)
 class File:
-    """One file of the source: where it is, and the key it gets. `modified` in seconds since 1970; 0 if unknown."""
+    """One file of the source: its location, and its key in the bucket. `modified` in seconds since 1970; 0 if
+    unknown."""
 
     source: str
     key: str
@@ -38,8 +39,8 @@ class File:
 
 @dataclass
 class Reader:
-    """How places are read. `base`: the old server's artifact store, for places such as mlflow-artifacts:/1/…; an s3://
-    address, a folder, or "" for none. `s3`: a client for the source's buckets. `server`: the old server."""
+    """How locations are read. `base`: the old server's artifact store, for locations such as mlflow-artifacts:/1/…; an
+    s3:// address, a folder, or "" for none. `s3`: a client for the source's buckets. `server`: the old server."""
 
     folder: Path
     base: str = ""
@@ -56,13 +57,13 @@ class Outcome:
     bytes: int = 0
     files: int = 0
     empty: list[str] = field(default_factory=list)
-    """Logged models and model versions whose place holds no file at the source."""
+    """Logged models and model versions whose location holds no file at the source."""
     failed: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
 def resolve(place: str, reader: Reader) -> str:
-    """The address of a place: s3://…, a folder, or http(s)://… for the old server."""
+    """The address of a location: s3://…, a folder, or http(s)://… for the old server."""
     where = urlsplit(place)
     if where.scheme == "mlflow-artifacts":
         path = unquote(where.path).lstrip("/")
@@ -85,7 +86,7 @@ def resolve(place: str, reader: Reader) -> str:
 
 
 def files_of(place: str, target: str, reader: Reader) -> Iterator[File]:
-    """The files of one place. Raises AdoptionError, OSError or botocore's errors."""
+    """The files of one location. Raises AdoptionError, OSError or botocore's errors."""
     address, key = resolve(place, reader), target.removeprefix(ROOT)
     where = urlsplit(address)
     if where.scheme == "s3":
@@ -134,7 +135,7 @@ def present(target: Target, keys: list[str]) -> dict[str, tuple[int, float]]:
 
 
 def plan(places: list[dict[str, Any]], reader: Reader, outcome: Outcome) -> list[File]:
-    """All files of all places, listed side by side. What cannot be listed is a line of the report."""
+    """All files of all locations, listed in parallel. A location that cannot be listed becomes a line of the report."""
     lock = threading.Lock()
     found: list[File] = []
 
@@ -161,8 +162,8 @@ def copy(
 ) -> Outcome:
     outcome, begun = Outcome(), time.monotonic()
     for place in places:
-        resolve(place["source"], reader)  # a place that cannot be read for want of an option ends it here
-    say(f"listing the artifacts of {len(places):,} places")
+        resolve(place["source"], reader)  # a location that needs a missing option raises here
+    say(f"listing the artifacts of {len(places):,} locations")
     files = plan(places, reader, outcome)
     there = present(target, [file.key for file in files])
     missing = [file for file in files if not _same(file, there.get(file.key))]
@@ -206,7 +207,7 @@ def copy(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     outcome.seconds = time.monotonic() - begun
-    say(f"{outcome.copied:,} artifacts copied in {outcome.seconds:.0f} s, {outcome.there:,} were there")
+    say(f"{outcome.copied:,} artifacts copied in {outcome.seconds:.0f} s, {outcome.there:,} existed already")
     return outcome
 
 
@@ -226,7 +227,7 @@ def _put(file: File, reader: Reader, target: Target) -> None:
             except ClientError as error:
                 if error.response["Error"]["Code"] not in DENIED:
                     raise
-        # Our credentials do not reach the source's bucket: read with the source's, write with ours.
+        # Our credentials cannot read the source's bucket: read with the source's, write with ours.
         body = reader.s3.get_object(**source)["Body"]
         with body:
             target.s3.upload_fileobj(body, bucket, file.key)

@@ -42,7 +42,7 @@ def write(snapshot: Snapshot, folder: Path) -> Manifest:
 
 
 def upload(s3: Any, bucket: str, name: str, manifest: Manifest, folder: Path) -> None:
-    """The manifest goes last, so it never names files that are not there."""
+    """The manifest is written last, so it never names missing files."""
 
     def put(table: str) -> None:
         s3.upload_file(str(folder / f"{table}.gz"), bucket, adoption.key(name, f"rows/{table}.gz"))
@@ -54,8 +54,8 @@ def upload(s3: Any, bucket: str, name: str, manifest: Manifest, folder: Path) ->
 
 
 def read(folder: Path, manifest: Manifest, table: str, columns: tuple[str, ...]) -> Iterator[tuple[str | None, ...]]:
-    """The rows of a table, with the values of `columns`; None for a column that the source lacks. No rows without the
-    table."""
+    """The rows of a table, with the values of `columns`; None for a column that the source lacks. There are no rows if
+    the source lacks the table."""
     if table not in manifest.tables:
         return
     held = manifest.tables[table].columns

@@ -1,4 +1,4 @@
-"""Sources of an adoption, each read in one snapshot. Nothing is ever written to a source."""
+"""Sources of an adoption, each read in one snapshot. They are never written to."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ DUMP_MAGIC = b"PGDMP"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A source in one state. `write_rows(table, sink)` writes a table's rows in the format of `contract.adoption`, and
-    returns the number of values by column from which NUL or broken UTF-8 was taken out."""
+    """A snapshot of a source. `write_rows(table, sink)` writes a table's rows in the format of `contract.adoption`, and
+    returns the number of values by column from which NUL or broken UTF-8 was removed."""
 
     kind: str
     head: str
     columns: dict[str, list[str]]
     write_rows: Callable[[str, IO[bytes]], dict[str, int]]
     folder: Path
-    """What relative artifact locations are relative to."""
+    """The base folder of relative artifact locations."""
 
 
 def default_name(source: str) -> str:
@@ -57,7 +57,7 @@ def read(source: str) -> Iterator[Snapshot]:
             f"{source} is a tracking server, and adopt.py reads databases: name the database, dump or folder behind it"
         )
     elif scheme:
-        raise AdoptionError(f"{scheme}:// is no source: use a file, a folder mlruns/ or postgresql://…")
+        raise AdoptionError(f"{scheme}:// is not a source: use a file, a folder mlruns/ or postgresql://…")
     elif Path(source).is_dir():
         opened = from_mlruns(Path(source))
     elif not Path(source).exists():
@@ -82,7 +82,7 @@ def _begins_with(path: Path, sign: bytes) -> bool:
 
 @contextlib.contextmanager
 def from_sqlite(path: Path, folder: Path | None = None) -> Iterator[Snapshot]:
-    """A copy of the file by SQLite's backup, which is consistent while a server writes to it."""
+    """A copy of the file by SQLite's backup, which is consistent even while a server writes to the file."""
     if not path.exists():
         raise AdoptionError(f"{path} does not exist")
     with tempfile.TemporaryDirectory(prefix="mlflow-ami-adopt-") as scratch:

@@ -1,4 +1,4 @@
-"""The stack that adopts: its buckets, its machine, and its API."""
+"""The stack that receives the data: its buckets, its machine, and its API."""
 
 from __future__ import annotations
 
@@ -109,10 +109,10 @@ class Target:
         self.s3.put_object(Bucket=self.buckets["backups"], Key=adoption.key(name, file), Body=content)
 
     def run(self, name: str, request: Request, say: Callable[[str], None]) -> None:
-        """Have the machine do what is requested, and wait for it. Raises AdoptionError with the machine's reason.
+        """Let the machine execute the request, and wait for the result. Raises AdoptionError with the machine's reason.
 
-        The unit is started until it reports this request: systemd ignores a start while the unit still ends from the
-        request before.
+        The unit is started again until it reports this request: systemd ignores a start while the unit still stops
+        after the previous request.
         """
         request = replace(request, id=uuid.uuid4().hex)
         self.write(name, "request.json", adoption.dump(request))
@@ -155,7 +155,7 @@ def start_command(name: str) -> list[str]:
 
 
 def session_command(shell: str, name: str) -> list[str]:
-    """`shell`: the stack's output, `aws ssm start-session …`. Session Manager's shell is no root's."""
+    """`shell`: the stack's output, `aws ssm start-session …`. Session Manager's shell does not run as root."""
     parameters = json.dumps({"command": [" ".join(["sudo", *start_command(name)])]})
     return [*shell.split(), "--document-name", "AWS-StartNonInteractiveCommand", "--parameters", parameters]
 

@@ -1,8 +1,8 @@
 """The verdict: read everything back through the new server's API and compare it with the source's rows, value by value.
 
-The source's side comes from the rows themselves, at the source's own schema; the other side is what clients get. IDs,
-names and places that the adoption changed on purpose are translated first. Kinds of newer releases that no client of
-most releases reads (datasets, scorers, labels, …) are compared on the machine, row by row.
+The source's side comes from the rows themselves, at the source's own schema; the server's side is the API's responses.
+IDs, names and locations that the adoption changed on purpose are translated first. Kinds that the clients of most
+releases cannot read (datasets, scorers, labels, …) are compared on the machine, row by row.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Values = dict[tuple[str, ...], Any]
 
 @dataclass
 class Kind:
-    """Numbers of one kind; `lines` name what is missing or changed."""
+    """Numbers of objects of one kind; `lines` name the missing and the changed objects."""
 
     kind: str
     there: int = 0
@@ -64,7 +64,7 @@ def compare(kind: str, source: Values, found: Values) -> Kind:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Two NaN are the same."""
+    """Whether the values are equal; two NaN count as equal."""
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, float) and isinstance(other, float):
@@ -422,7 +422,7 @@ def compare_models_and_traces(source: Source, api: Api, experiments: list[str]) 
 
 
 def _milliseconds(text: Any) -> Any:
-    """Of a time such as 2026-11-29T10:00:00.123Z, or a number of milliseconds."""
+    """Milliseconds since 1970, from a time such as 2026-11-29T10:00:00.123Z or a number of milliseconds."""
     from datetime import datetime
 
     if text is None or isinstance(text, int) or str(text).isdigit():
@@ -434,7 +434,7 @@ def _milliseconds(text: Any) -> Any:
 
 
 def by_rows(prepared: dict[str, Any], loaded: dict[str, Any]) -> Kind:
-    """The tables that `by_api` does not read. What the machine compared, it compared in every column."""
+    """The tables that `by_api` does not read. The machine compared every column of them."""
     result = Kind("rows of other tables")
     for table, count in prepared["counts"].items():
         if table in API_TABLES or not count:

@@ -1,4 +1,4 @@
-"""Remove what a bake left in the account, and old files in build/bake."""
+"""Remove a bake's remaining resources in the account, and old files in build/bake."""
 
 from __future__ import annotations
 

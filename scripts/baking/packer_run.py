@@ -45,7 +45,8 @@ def find_packer() -> Packer:
     path = shutil.which("packer")
     if path is None:
         raise BakeRefused(
-            "Packer is not installed: run make prepare (Debian's packer will do), or see https://developer.hashicorp.com/packer"
+            "Packer is not installed: run make prepare (Debian's packer is sufficient), or see "
+            "https://developer.hashicorp.com/packer"
         )
     said = subprocess.run([path, "version"], check=False, capture_output=True, text=True).stdout
     found = re.search(r"v(\d+)\.(\d+)\.(\d+)", said)
@@ -78,7 +79,7 @@ def step_of(line: str) -> str | None:
 
 @contextlib.contextmanager
 def interrupted_if_killed(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Have another process interrupt Packer if this process is killed during the block, so that Packer cleans up.
+    """Start a process that interrupts Packer if this process is killed during the block, so that Packer cleans up.
 
     prctl(PR_SET_PDEATHSIG) would not work: its signal reaches one process, here Packer's wrapper, which ignores
     interrupts and expects them to reach its whole process group.

@@ -69,7 +69,7 @@ def finish_image(ec2: EC2Client, ssm: SSMClient, bake: Bake, inputs_digest: str)
 
 
 def report(image: catalog.Image, region: str, local: bool, log: Path | None, clock: StepClock) -> str:
-    """The text for people: the image, its versions, and the commands that launch it."""
+    """The text output: the image, its versions, and the commands that launch it."""
     tags = {key.removeprefix("mlflow-ami:"): value for key, value in image.tags.items()}
     if local:
         launch = [f"scripts/rehearse.py up --ami {image.id}", 'eval "$(scripts/connect.py --rehearsal)"']
@@ -104,7 +104,7 @@ def reusable(ec2: EC2Client, inputs_digest: str) -> catalog.Image | None:
 def result(
     image: catalog.Image, arguments: argparse.Namespace, clock: StepClock, log: Path | None = None, reused: bool = False
 ) -> dict[str, Any]:
-    """The JSON document about an image; its key `report` is the text for people."""
+    """The JSON document about an image; its key `report` is the text output."""
     facts = {
         key.removeprefix("mlflow-ami:").replace("-", "_"): value for key, value in image.tags.items() if ":" in key
     }

@@ -71,7 +71,7 @@ def read_checkout() -> Checkout:
 
 
 def require_bakeable(mlflow_version: str | None) -> None:
-    """Raises BakeRefused for a release that is too old. None is the release in the lock file."""
+    """Raises BakeRefused for a release that is too old. None means the release in the lock file."""
     try:
         if mlflow_version:
             lock.require_bakeable(mlflow_version)

@@ -1,4 +1,4 @@
-"""The Packer template of one bake: copy it beside its provisioning, adapt it to the Packer, hash it."""
+"""The Packer template of one bake: copy it with its provisioning, adapt it to the version of Packer, hash it."""
 
 import argparse
 import hashlib

@@ -1,2 +1,2 @@
-"""The steps that delivery.py lists: of images (`image_steps`), of a stack (`stack_steps`), the smoke test
-(`smoke_test`), the renewal of MLflow (`renewal`); what they write for GitHub (`github`), what they run (`commands`)."""
+"""The steps of delivery.py: for images (`image_steps`), for a stack (`stack_steps`), the smoke test (`smoke_test`), the
+renewal of MLflow (`renewal`). They write their output for GitHub with `github` and run programs with `commands`."""

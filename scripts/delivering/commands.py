@@ -1,4 +1,4 @@
-"""Run the scripts and tools that the steps consist of."""
+"""Run the scripts and tools of the steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class StepFailed(Exception):
 
 
 def script(name: str, *arguments: str, accepted: Sequence[int] = (0,)) -> str:
-    """What one of our scripts prints on stdout. Its stderr is passed on, and its last line is the reason of a failure.
+    """The stdout of one of our scripts. Its stderr is passed on, and the last line of stderr is the reason of a
+    failure.
 
     Raises StepFailed with the script's exit status unless that is among the accepted ones.
     """
@@ -49,14 +50,14 @@ def pulumi(*arguments: str, stack: str) -> tuple[int, str]:
 
 
 def keep(name: str, content: bytes) -> Path:
-    """Write a file of the results; its path below the repository."""
+    """Write a file of the results; returns its path below the repository."""
     (REPOSITORY / RESULTS).mkdir(parents=True, exist_ok=True)
     (REPOSITORY / RESULTS / name).write_bytes(content)
     return RESULTS / name
 
 
 def tool(name: str, *arguments: str) -> str:
-    """What git or gh prints in the repository. Raises StepFailed."""
+    """The stdout of git or gh in the repository. Raises StepFailed."""
     if shutil.which(name) is None:
         raise StepFailed(f"there is no {name} on PATH: install it, or run this step on a GitHub runner", 2)
     status, out, errors = run([name, *arguments], REPOSITORY)
@@ -83,7 +84,7 @@ def run(command: Sequence[str], folder: Path, *, show: bool = False) -> tuple[in
     reader.start()
 
     def finish() -> int:
-        read(process.stdout, out, show)  # a program whose output nobody reads would not end
+        read(process.stdout, out, show)  # a program with a full pipe would not end
         return process.wait()
 
     with passed_on(process, finish):

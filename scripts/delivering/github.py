@@ -1,6 +1,6 @@
-"""What a step writes for GitHub Actions: outputs, the job's summary, annotations; and what it reads of the event.
+"""Write outputs, the job's summary and annotations for GitHub Actions, and read its event.
 
-At a desk, where GITHUB_OUTPUT and the others are not set, the same goes to standard error.
+Outside GitHub, where GITHUB_OUTPUT and the other variables are not set, all of it goes to standard error.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 SUMMARY_LIMIT = 1_000_000
-"""Characters. GitHub takes a summary of up to 1 MiB for a step, and drops a larger one."""
+"""Characters. GitHub accepts a summary of up to 1 MiB per step, and drops a larger one."""
 
 
 def output(**values: object) -> None:
@@ -24,12 +24,12 @@ def output(**values: object) -> None:
 
 
 def summary(markdown: str) -> None:
-    """Add to the page that GitHub shows of the job."""
+    """Add text to the job's summary page on GitHub."""
     append("GITHUB_STEP_SUMMARY", shorten(markdown, SUMMARY_LIMIT) + "\n")
 
 
 def annotate(level: str, text: str, file: str = "", line: int = 0) -> None:
-    """An error, warning or notice, at a line of a file if that is known."""
+    """Print an error, warning or notice, at a line of a file if the line is known."""
     if os.environ.get("GITHUB_ACTIONS") != "true":
         print(f"delivery: {text}" if level == "error" else f"delivery: {level}: {text}", file=sys.stderr, flush=True)
         return
@@ -38,7 +38,7 @@ def annotate(level: str, text: str, file: str = "", line: int = 0) -> None:
 
 
 def escape(text: str, more: str = "") -> str:
-    """Text of a workflow command: one line, and in a property no comma and colon."""
+    """Text of a workflow command: one line, and without commas and colons in a property."""
     for character in "%\r\n" + more:
         text = text.replace(character, f"%{ord(character):02X}")
     return text
@@ -57,14 +57,14 @@ def shorten(text: str, limit: int) -> str:
 
 
 def pull_request() -> int | None:
-    """The number of the pull request that the workflow runs for; None for other events and at a desk."""
+    """The number of the pull request that the workflow runs for; None for other events and outside GitHub."""
     event = os.environ.get("GITHUB_EVENT_PATH")
     found = json.loads(Path(event).read_text(encoding="utf-8")).get("pull_request") if event else None
     return int(found["number"]) if found else None
 
 
 def run_address() -> str:
-    """The address of this run's page; empty at a desk."""
+    """The address of this run's page; empty outside GitHub."""
     names = ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY", "GITHUB_RUN_ID")
     server, repository, run = (os.environ.get(name, "") for name in names)
     return f"{server}/{repository}/actions/runs/{run}" if server and repository and run else ""

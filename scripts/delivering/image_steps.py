@@ -13,7 +13,7 @@ TAG = "mlflow-ami:"
 
 
 def bake(source_ami: str, source_owner: str, mlflow_version: str) -> None:
-    """Outputs: image, mlflow_version, sbom (empty if an image with the same inputs was there)."""
+    """Outputs: image, mlflow_version, sbom (empty if an image with the same inputs existed)."""
     options = {"--source-ami": source_ami, "--source-owner": source_owner, "--mlflow-version": mlflow_version}
     given = [word for name, value in options.items() if value for word in (name, value)]
     baked = json.loads(script("bake.py", "--if-changed", "--json", *given))
@@ -28,7 +28,7 @@ def bake(source_ami: str, source_owner: str, mlflow_version: str) -> None:
 
 
 def diff(image: str, channel: str) -> None:
-    """The summary has what changes from the image that the channel names."""
+    """The summary lists the changes from the image that the channel names."""
     _, held = ends(image, channel)
     if held is None:
         github.annotate("notice", f"the channel {channel} names no image yet: there is nothing to compare {image} with")
@@ -38,9 +38,10 @@ def diff(image: str, channel: str) -> None:
 
 
 def drill(image: str, channel: str) -> None:
-    """Rehearse the way from the channel's release of MLflow to the image's and back. Needs root.
+    """Drill the change from the channel's release of MLflow to the image's and back. Needs root.
 
-    Output: drill, the file for `promote`; empty if the channel names no image, or one that was drilled with this one.
+    Output: drill, the file for `promote`; empty if the channel names no image, or an image that was drilled with this
+    one.
     """
     new, held = ends(image, channel)
     if held is None or held["id"] == new["id"] or held["version"] in new["drills"] or new["version"] in held["drills"]:

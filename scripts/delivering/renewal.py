@@ -1,4 +1,4 @@
-"""The steps of a new MLflow: try it (follow.py, and a drill with the release in production), and propose it."""
+"""The steps for a new MLflow: test it (follow.py, and a drill with the release in production), and propose it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def renew(channel: str, mlflow_version: str) -> None:
         raise StepFailed(str(error), 2) from None
     if newest == locked:
         github.output(version=None, passed=None)
-        github.summary(f"MLflow {locked} is the newest release, and locked.\n")
+        github.summary(f"MLflow {locked} is the newest release and already locked.\n")
         return
-    running = released(channel)  # before the hours of the steps, which the session of a role does not outlast
+    running = released(channel)  # first, because the following steps take longer than the session of a role lasts
     steps = json.loads(
         script("follow.py", "--mlflow-version", newest, "--without-bench", "--json", accepted=(0, 1)) or "[]"
     )

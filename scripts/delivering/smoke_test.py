@@ -1,4 +1,4 @@
-"""Step `smoke`: MLflow's own client writes to the server, reads back, and deletes what it wrote."""
+"""Step `smoke`: Write to the server with MLflow's own client, read the data back, and delete it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def smoke(arguments: argparse.Namespace) -> None:
 
 
 def wait(arguments: argparse.Namespace, until: float) -> dict[str, Any]:
-    """The way in to the server, once it answers. Raises StepFailed."""
+    """The client's variables for the server, once it answers. Raises StepFailed."""
     while True:
         try:
             found = connect.way_in(connect.choose(arguments))
@@ -50,7 +50,7 @@ def wait(arguments: argparse.Namespace, until: float) -> dict[str, Any]:
 
 
 def exercise() -> float:
-    """Write with MLflow's client, read back, delete; the seconds that took. Raises StepFailed.
+    """Write with MLflow's client, read back, delete; returns the seconds that this took. Raises StepFailed.
 
     The server is the one of MLFLOW_TRACKING_URI."""
     import mlflow

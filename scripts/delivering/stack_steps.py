@@ -9,13 +9,14 @@ from scripts.delivering import commands, github
 from scripts.delivering.commands import StepFailed, pulumi, tool
 
 COMMENT_LIMIT = 60_000
-"""Characters. GitHub refuses a comment of more than 65,536."""
+"""Characters. GitHub refuses a comment of more than 65,536 characters."""
 DRIFTED = "no changes were expected"
-"""In Pulumi's error when --expect-no-changes finds some."""
+"""Part of Pulumi's error when --expect-no-changes finds changes."""
 
 
 def preview(stack: str, plan: str) -> None:
-    """Preview into a plan, as summary and, in a pull request, as its comment. Mistakes become annotations."""
+    """Preview and save the plan; write the preview to the summary and, for a pull request, to a comment. Mistakes
+    become annotations."""
     file = commands.REPOSITORY / plan
     file.parent.mkdir(parents=True, exist_ok=True)
     status, text = pulumi("preview", "--diff", "--save-plan", str(file), stack=stack)
@@ -30,9 +31,9 @@ def preview(stack: str, plan: str) -> None:
 
 
 def deploy(stack: str, plan: str) -> None:
-    """`pulumi up` within the plan. Output: previous, the image that ran before (empty for a new stack).
+    """`pulumi up` within the plan. Output: previous, the previous image (empty for a new stack).
 
-    Raises StepFailed if the update needs what is not in the plan: preview again then.
+    Raises StepFailed if the update needs a change that is not in the plan: then preview again.
     """
     github.output(previous=running_image(stack))
     status, text = pulumi("up", "--yes", "--skip-preview", "--plan", str(commands.REPOSITORY / plan), stack=stack)
@@ -43,7 +44,7 @@ def deploy(stack: str, plan: str) -> None:
 
 
 def rollback(stack: str, image: str) -> None:
-    """Pin the image and update the stack to it. Settings of the commit stay; the data is carried by the boot."""
+    """Pin the image and update the stack to it. The settings of the commit stay; the boot carries the data back."""
     must(stack, "config", "set", "amiId", image)
     must(stack, "config", "rm", "channel")
     status, text = pulumi("up", "--yes", "--skip-preview", stack=stack)
@@ -52,7 +53,7 @@ def rollback(stack: str, image: str) -> None:
         raise StepFailed(f"the rollback of {stack} to {image} failed (exit status {status}): the server may be down")
     github.annotate(
         "warning",
-        f"{stack} runs {image} again, which is not what the repository says: set amiId to it in "
+        f"{stack} runs {image} again, which is not the repository's image: set amiId to it in "
         f"infra/Pulumi.{stack}.yaml and remove channel, or the next deployment repeats the failed one",
         f"infra/Pulumi.{stack}.yaml",
     )
@@ -75,7 +76,7 @@ def drift(stack: str) -> None:
         tool("gh", "issue", "comment", known, "--body", body)
     else:
         tool("gh", "issue", "create", "--title", title, "--body", body)
-    raise StepFailed(f"{stack} differs from what the repository describes; the issue {title!r} has the difference")
+    raise StepFailed(f"{stack} differs from the repository; the issue {title!r} has the difference")
 
 
 def running_image(stack: str) -> str:
@@ -111,7 +112,7 @@ def mark_mistakes(stack: str, text: str) -> None:
 
 
 def mistakes(text: str) -> list[tuple[str, str]]:
-    """(level, sentence) of each diagnostic. Of the program's own list of mistakes, each is one."""
+    """(level, sentence) of each diagnostic. Each entry of the program's list of mistakes is one diagnostic."""
     found, listing = [], False
     for line in text.splitlines():
         if listing and (item := re.match(r"\s+- (.+)", line)):

@@ -2,5 +2,5 @@
 
 mlflow_worker     process that writes and reads every kind of data that MLflow stores
 worker_client     starts that process and sends it requests
-expected_writes   the data of each stop, and the differences to what a later stop reads
+expected_writes   the data of each stop, and the differences to the data that a later stop reads
 """

@@ -1,4 +1,4 @@
-"""The data that each stop of a journey wrote, and the differences to what a later stop reads."""
+"""The data that each stop of a journey wrote, and the differences to the data that a later stop reads."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Difference:
         of = f"{' '.join(self.key)} of stop {self.stop}"
         return {
             "missing": f"{of} is missing",
-            "back": f"{of} was deleted and is back",
+            "back": f"{of} was deleted and exists again",
             "changed": f"{of}: {self.what}",
         }[self.problem]
 
@@ -95,11 +95,11 @@ class ExpectedWrites:
 
 
 def differences(was: Any, found: Any, *, exact: bool, path: str = "") -> list[str]:
-    """Sentences about the differences of two values. Unless `exact`, fields of one release only and cut texts are
-    equal."""
+    """Sentences about the differences of two values. Unless `exact`, fields that only one release has, and shortened
+    texts, do not count as differences."""
     if isinstance(was, dict) and isinstance(found, dict):
         only = sorted((set(was) ^ set(found)) - LISTS_OF_LATEST) if exact else []
-        texts = [f"{path}/{key} is only {'before' if key in was else 'now'}" for key in only]
+        texts = [f"{path}/{key} exists only {'before' if key in was else 'now'}" for key in only]
         for key in sorted((set(was) & set(found)) - LISTS_OF_LATEST):
             texts += differences(was[key], found[key], exact=exact, path=f"{path}/{key}")
         return texts

@@ -30,7 +30,7 @@ class WorkerClient:
 
     def __init__(self, python: Path, folder: str, environment: Mapping[str, str] | None = None):
         self._folder = folder
-        self._stderr = TemporaryFile()  # noqa: SIM115, as it lives as long as the process
+        self._stderr = TemporaryFile()  # noqa: SIM115, as it stays open as long as the process runs
         self._process = subprocess.Popen(
             [python, "-W", "ignore", WORKER],
             stdin=subprocess.PIPE,

@@ -46,9 +46,12 @@ def main() -> None:
             classifier,
             name="model",
             signature=infer_signature(test[measurements], predicted),
-            skops_trusted_types=["sklearn.tree._tree.Tree"],  # what a forest is made of
+            skops_trusted_types=["sklearn.tree._tree.Tree"],  # the classes inside a forest
         )
-        print(f"accuracy {accuracy:.3f} on {len(test)} flowers it had not seen; logged confusion_matrix.png")
+        print(
+            f"accuracy {accuracy:.3f} on {len(test)} flowers that were not in the training data; logged "
+            f"confusion_matrix.png"
+        )
 
 
 if __name__ == "__main__":

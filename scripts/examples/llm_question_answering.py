@@ -48,7 +48,7 @@ def main() -> None:
         return completion.choices[0].message.content or ""
 
     mlflow.set_experiment(EXPERIMENT)
-    mlflow.openai.autolog()  # adds to each trace what went to the model and came back, and the tokens it took
+    mlflow.openai.autolog()  # adds the requests and responses of the model, and their tokens, to each trace
     with mlflow.start_run(run_name=MODEL):
         mlflow.log_params({"model": MODEL, "system_prompt": SYSTEM_PROMPT, "questions": len(GROUND_TRUTH)})
         evaluation = mlflow.genai.evaluate(

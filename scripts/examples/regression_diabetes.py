@@ -45,13 +45,13 @@ def main() -> None:
             signature=infer_signature(test_x, predicted),
             input_example=test_x.head(3),
             registered_model_name=REGISTERED_MODEL,
-            skops_trusted_types=["sklearn.tree._tree.Tree"],  # what a forest is made of
+            skops_trusted_types=["sklearn.tree._tree.Tree"],  # the classes inside a forest
         )
         print(f"mean squared error {mse:.0f}, R² {r2:.3f} with {PARAMS['n_estimators']} trees")
 
     loaded = mlflow.pyfunc.load_model(f"models:/{REGISTERED_MODEL}/{logged.registered_model_version}")
     np.testing.assert_allclose(loaded.predict(test_x), predicted)
-    print(f"{REGISTERED_MODEL} version {logged.registered_model_version}: loaded back, predicts the same")
+    print(f"{REGISTERED_MODEL} version {logged.registered_model_version}: loaded again, it makes the same predictions")
 
 
 if __name__ == "__main__":

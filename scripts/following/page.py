@@ -1,4 +1,4 @@
-"""The page that follow.py writes for the person who decides."""
+"""The report page of follow.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAST_LINES = 25
 
 @dataclass(frozen=True)
 class Step:
-    """A command that was run. `status` is its exit status; None if it was left out, and `why` says for what reason."""
+    """A command that was run. `status` is its exit status; None if it was left out, and `why` is the reason."""
 
     name: str
     command: str
@@ -35,14 +35,14 @@ class Step:
 def page(
     before: Mapping[str, Any], after: Mapping[str, Any], steps: Sequence[Step], patch: str, notes: list[str]
 ) -> str:
-    """Markdown: what is new, what fell back, what was run, and the proposed patch with the evidence for each part."""
+    """Markdown: new features, fallbacks, the steps, and the proposed patch with the evidence for each part."""
     new_posts = {path: text for path, text in after["posts"].items() if path not in before["posts"]}
     gone_posts = sorted(before["posts"].keys() - after["posts"].keys())
     migrations = {key: line for key, line in after["migrations"].items() if key not in before["migrations"]}
     unsorted = {each["path"] for each in after["unsorted"]}
     lines = [f"# MLflow {before['version']} → {after['version']}", ""]
     lines += [*notes, *([""] if notes else [])]
-    lines += ["## What fell back before the proposal", ""]
+    lines += ["## Fallbacks before the proposal", ""]
     lines += [f"- {each['what']}: {each['why']}" for each in after["fallbacks"]] or ["Nothing."]
     if after["refused"]:
         lines.append(f"- **The server process does not start**: {after['refused']}")
@@ -61,13 +61,16 @@ def page(
     lines += ["", "## The proposal", ""]
     lines += fenced(patch.splitlines(), "diff") if patch else ["No change of the lists is proposed."]
     if unsorted:
-        lines += ["", "## Evidence: the handlers of the routes that nobody had sorted"]
+        lines += ["", "## Evidence: the handlers of the unsorted routes"]
         for path in sorted(unsorted):
             kind = "reading" if proposal.reads(path) else "writing"
             text = after["posts"].get(path, "not a POST route")
             lines += ["", f"POST `{path}`, proposed as {kind}:", "", *fenced(text.splitlines(), "python")]
     if after["different"]:
-        lines += ["", f"## Evidence: sources that differ from every compared release, beside {before['version']}'s"]
+        lines += [
+            "",
+            f"## Evidence: sources that differ from every compared release, with those of {before['version']}",
+        ]
         for name in after["different"]:
             old, new = (each["sources"][name]["text"].splitlines() for each in (before, after))
             changed = list(difflib.unified_diff(old, new, before["version"], after["version"], lineterm=""))

@@ -11,15 +11,16 @@ ROUTES = HOST / "bake/reader_routes.py"
 COMPARED = HOST / "server/fast_path/compatibility.py"
 
 READING_NAMES = re.compile(r"(search|list|get|query|calculate)\b.*|batchGet\w*|.*[-/]search|.*-infos?", re.IGNORECASE)
-"""The last part of the path of a POST route that probably reads. A person decides, with the handler beside it."""
+"""The last part of the path of a POST route that probably reads. A person decides, with the handler's source on the
+page."""
 
 
 class ProposalError(Exception):
-    """The lists do not look as expected, so that no patch can be made; the text says which."""
+    """The lists do not have the expected form, so that no patch can be made; the text names them."""
 
 
 def reads(path: str) -> bool:
-    """Whether a POST route looks like one that only reads. With a variable part in its path it counts as writing:
+    """Whether a POST route probably only reads, by its path. With a variable part in its path it counts as writing:
     nginx's map of reading routes has no patterns for those."""
     return "<" not in path and bool(READING_NAMES.fullmatch(path.rsplit("/", 1)[-1]))
 

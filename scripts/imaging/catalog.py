@@ -1,4 +1,5 @@
-"""Our images in one account and region: what EC2 describes, their tags, and the names that a user gives them."""
+"""This project's images in one account and region: EC2's descriptions, tags, and look-up by the name that a user
+gives."""
 
 from __future__ import annotations
 
@@ -26,16 +27,16 @@ STACK = "mlflow-ami:stack:"
 FALLBACK_SEPARATOR = " / "
 TAG_LENGTH = 256
 SOON = timedelta(minutes=5)
-"""EC2 takes no time in the past and rounds to minutes, so an image is deprecated from a moment ahead."""
+"""EC2 refuses a time in the past and rounds to minutes, so the time of deprecation is slightly in the future."""
 NAMED = (
     "image_version", "git_commit", "git_dirty", "source_ami", "os", "architecture", "mlflow_version", "migration_head",
     "migration_count", "postgresql_major", "python_version", "launch_revision", "disk_used_mib",
 )  # fmt: skip
-"""The facts that are tags, so that they are known without starting the image."""
+"""The facts that are also tags, so that they can be read without starting the image."""
 
 
 class ImageRefused(Exception):
-    """A verb cannot do what was asked; the text is one sentence with the reason and the remedy."""
+    """A verb was refused; the text is one sentence with the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Image:
-    """One of our images, from EC2's description."""
+    """One image of this project, from EC2's description."""
 
     id: str
     name: str
@@ -87,12 +88,12 @@ class Image:
 
     @property
     def version(self) -> str:
-        """Image version: the time of its bake. The same in every region that it was copied to."""
+        """Image version: the time of its bake. A copy in another region has the same version."""
         return self.tags.get(OURS, "")
 
     @property
     def fallbacks(self) -> list[str]:
-        """What its MLflow release could not be given (mlflow_host.bake.fallbacks)."""
+        """Features that its MLflow release does not support (mlflow_host.bake.fallbacks)."""
         tag = self.tags.get("mlflow-ami:fallbacks", "")
         return tag.split(FALLBACK_SEPARATOR) if tag else []
 
@@ -102,20 +103,20 @@ class Image:
         return {key.removeprefix(DRILL): value for key, value in self.tags.items() if key.startswith(DRILL)}
 
     def fact(self, name: str) -> str:
-        """A fact from its tags; "?" if it has none of that name."""
+        """A fact from its tags; "?" if it has no fact of that name."""
         return self.tags.get(f"mlflow-ami:{name}", "?")
 
 
 def fact_tags(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Tags with the part of image.json that must be known without starting the image, except the format's tag."""
+    """Tags with the part of image.json that must be readable without starting the image, except the format's tag."""
     without = {"mlflow-ami:fallbacks": fallbacks_tag(facts["fallbacks"])} if facts.get("fallbacks") else {}
     known = {f"mlflow-ami:{name.replace('_', '-')}": tag_value(facts[name]) for name in NAMED if name in facts}
     return known | without
 
 
 def fallbacks_tag(fallbacks: list[dict[str, str]]) -> str:
-    """What the release could not be given, in the characters and the length that AWS allows in a tag's value. The
-    reasons are in image.json only."""
+    """The fallbacks, in the characters and the length that AWS allows in a tag's value. The reasons are in image.json
+    only."""
     text = FALLBACK_SEPARATOR.join(re.sub(r"[^\w +=.:/@-]", "", entry["what"]) for entry in fallbacks)
     return text if len(text) <= TAG_LENGTH else f"{text[: TAG_LENGTH - 4]} ..."
 
@@ -130,7 +131,7 @@ def tags_of(resource: Mapping[str, Any]) -> dict[str, str]:
 
 
 def as_tags(tags: Mapping[str, str]) -> list[Any]:
-    """Tags as EC2 takes them."""
+    """Tags in EC2's form."""
     return [{"Key": key, "Value": value} for key, value in tags.items()]
 
 
@@ -166,7 +167,7 @@ def created(text: str) -> datetime:
 
 
 def accepted(call: Any, gone: str, **arguments: Any) -> bool:
-    """Call EC2; False if it returns that the resource does not exist (an error code that starts with `gone`)."""
+    """Call EC2; False if AWS returns that the resource does not exist (an error code that starts with `gone`)."""
     try:
         call(**arguments)
     except ClientError as error:

@@ -1,6 +1,6 @@
 """Channels: parameters in Systems Manager of data type aws:ec2:image, each with the ID of one image.
 
-A stack with the setting `channel` resolves one at preview. Systems Manager keeps the last hundred values of each.
+A stack with the setting `channel` looks it up at preview. Systems Manager keeps the last hundred values of a parameter.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def read(ssm: SSMClient) -> dict[str, str]:
 
 
 def write(ssm: SSMClient, channel: str, image_id: str) -> None:
-    """Let the channel name an image; the former value stays in its history."""
+    """Set the channel to an image; the previous value stays in the parameter's history."""
     ssm.put_parameter(
         Name=parameter(channel),
         Description="mlflow-ami: the image of a channel, set by scripts/images.py promote",

@@ -1,7 +1,7 @@
-"""Who needs an image: instances that run it, channels that name it, stacks that can roll back to it.
+"""Why an image must stay: instances that run it, channels that name it, stacks that can roll back to it.
 
-`pulumi up` tags the image that it launches with the stack's name and data volume. The tag stays when the stack goes on
-to another image, so the tagged images are those that the stack can go back to. A stack whose data volume is deleted
+`pulumi up` tags the image that it launches with the stack's name and data volume. The tag stays when the stack changes
+to another image, so the tagged images are those that the stack can roll back to. A stack whose data volume is deleted
 does not count.
 """
 
@@ -16,7 +16,7 @@ from scripts.imaging.catalog import STACK, Image, Place, tags_of
 
 @dataclass(frozen=True)
 class Claims:
-    """The claims on the images of one region."""
+    """The users of the images of one region, by which an image must stay."""
 
     running: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Image ID → the instances that run it, with the names of their stacks."""
@@ -41,7 +41,7 @@ class Claims:
 
 
 def read(place: Place) -> Claims:
-    """The claims on the images of a region."""
+    """Look up the users of the images of a region."""
     running: dict[str, list[str]] = {}
     for page in place.ec2.get_paginator("describe_instances").paginate():
         for instance in (each for reservation in page["Reservations"] for each in reservation["Instances"]):
@@ -62,8 +62,8 @@ def read(place: Place) -> Claims:
 
 
 def objections(image: Image, others: list[Image], claims: Claims) -> list[str]:
-    """Why this image must stay, one sentence each, while `others` are there. None for an unfinished image that nobody
-    runs."""
+    """Why this image must stay while `others` exist, one sentence per reason. None for an unfinished image without
+    instances."""
     reasons = []
     if by := claims.running.get(image.id):
         reasons.append(f"it runs on {', '.join(by)}: launch another image there first")
@@ -77,8 +77,8 @@ def objections(image: Image, others: list[Image], claims: Claims) -> list[str]:
     for stack in claims.rollbacks_of(image):
         if not any(stack in claims.rollbacks_of(each) for each in left):
             reasons.append(
-                f"it is the last image that the stack {stack} can roll back to: launch another one there, and keep "
-                "that for a while"
+                f"it is the last image that the stack {stack} can roll back to: launch another image there, and keep "
+                f"it for some time"
             )
     major = image.fact("postgresql-major")
     same = [each for each in left if (each.fact("postgresql-major"), each.architecture) == (major, image.architecture)]

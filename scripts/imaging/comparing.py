@@ -1,4 +1,4 @@
-"""Verb `diff`: what changes from one image to another, for the data, for the packages and for the settings."""
+"""Verb `diff`: the changes from one image to another: data, packages and settings."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from scripts.imaging.listing import used_mib
 SETTINGS = Path(__file__).resolve().parents[2] / "infra" / "Pulumi.yaml"
 COMPARED = ("mlflow-version", "postgresql-major", "os", "architecture", "python-version", "launch-revision")
 SHOWN = 40
-"""Most packages or vulnerabilities of a kind that the text names."""
+"""Maximum number of packages or vulnerabilities of a kind in the text."""
 
 Facts = Mapping[str, Any]
 
 
 def diff(a: Image, b: Image, a_facts: Facts | None, b_facts: Facts | None, database: str | None) -> dict[str, Any]:
-    """The differences as JSON. The facts are the images' records, None where there is none; `database` is OSV's
-    address, None to look nothing up."""
+    """The differences as JSON. The facts are the images' records, None without a record; `database` is OSV's address,
+    None for no look-up."""
     old, new = a_facts or {}, b_facts or {}
     return {
         "from": about(a),
@@ -63,7 +63,7 @@ def about(image: Image) -> dict[str, str]:
 
 
 def schema(a: Image, b: Image, old: Facts, new: Facts) -> dict[str, Any]:
-    """How the schema changes, and what a rollback to `a` would leave waiting in the kept database."""
+    """The change of the schema, and the data that a rollback to `a` would leave in the kept database."""
     heads = [a.fact("migration-head"), b.fact("migration-head")]
     known = "tables" in old and "tables" in new
     before, after = dict(old.get("tables", {})), dict(new.get("tables", {}))
@@ -117,7 +117,7 @@ def packages(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, A
 
 
 def vulnerabilities(old: Facts, new: Facts, database: str | None) -> dict[str, Any]:
-    """Known vulnerabilities that go and come, by OSV; {"unknown": reason} where it cannot be asked."""
+    """Known vulnerabilities that are removed and added, by OSV; {"unknown": reason} if OSV cannot be queried."""
     if database is None:
         return {"unknown": "they were not looked up (--no-vulnerabilities)"}
     if not old.get("packages") or not new.get("packages"):
@@ -198,7 +198,7 @@ def camel(name: str) -> str:
 
 
 def describe(found: Mapping[str, Any]) -> str:
-    """The document of `diff` as text for people."""
+    """The document of `diff` as readable text."""
     a, b = found["from"], found["to"]
     lines = [
         f"{a['id']} → {b['id']}",
@@ -225,10 +225,10 @@ def describe(found: Mapping[str, Any]) -> str:
 def schema_lines(schema: Mapping[str, Any]) -> list[str]:
     heads = schema["heads"]
     if schema["direction"] == "same":
-        return [f"Schema: the same, {heads[0]}; nothing to migrate, nothing waits after a rollback"]
+        return [f"Schema: the same, {heads[0]}; nothing to migrate, and a rollback leaves nothing in the kept database"]
     lines = [f"Schema: {schema['direction']} {heads[0]} → {heads[1]}"]
     if not schema["known"]:
-        return [*lines, "  which tables and columns change is not recorded"]
+        return [*lines, "  the changes of tables and columns are not recorded"]
     for word, verb in (("applied", "apply"), ("taken_back", "take back")):
         lines += [f"  {verb} {each['revision']}  {each['title']}" for each in schema["migrations"][word]]
     for word, sign in (("added", "+"), ("removed", "-")):
@@ -238,7 +238,7 @@ def schema_lines(schema: Mapping[str, Any]) -> list[str]:
         ]
     waiting = schema["waiting_after_rollback"]
     kept = [*waiting["tables"], *(f"{table}.{name}" for table, names in waiting["columns"].items() for name in names)]
-    lines.append(f"  A rollback leaves waiting in the kept database: {', '.join(kept) or 'nothing'}")
+    lines.append(f"  A rollback leaves in the kept database: {', '.join(kept) or 'nothing'}")
     return lines
 
 

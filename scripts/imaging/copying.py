@@ -26,7 +26,7 @@ def copy(
     say: Callable[[str], None],
     pause: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Copy the image to another region and wait for it; returns what is there. Idempotent: an interrupted copy is
+    """Copy the image to another region and wait for it; returns the copy. Idempotent: an interrupted copy is
     continued. The tag mlflow-ami:format is written last. Raises ImageRefused."""
     require_usable(image)
     if to.region == source.region:
@@ -53,7 +53,8 @@ def copy(
 
 
 def start(source: Place, image: Image, to: Place, tags: dict[str, str], key: dict[str, Any]) -> str:
-    """Begin the copy; returns its ID. The tag with the image version is there from the start, so that it is found."""
+    """Begin the copy; returns its ID. The tag with the image version is set from the start, so that the copy can be
+    found."""
     copied = to.ec2.copy_image(
         SourceImageId=image.id,
         SourceRegion=source.region,
@@ -100,7 +101,8 @@ def key_for(source: Place, image: Image, to: Place, kms_key: str | None) -> dict
         return {"Encrypted": True, "KmsKeyId": own.replace(f":{source.region}:", f":{to.region}:")}
     if own:
         raise ImageRefused(
-            f"{image.id} is encrypted with {own}, and a key is of one region: name one of {to.region} with --kms-key"
+            f"{image.id} is encrypted with {own}, and a key belongs to one region: name a key of {to.region} with "
+            f"--kms-key"
         )
     return {"Encrypted": True}
 

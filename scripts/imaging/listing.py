@@ -1,4 +1,4 @@
-"""Verbs `list` and `show`: what an image holds, who needs it, and what it costs."""
+"""Verbs `list` and `show`: the content of an image, why it must stay, and its cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verb `promote`: let a channel name an image, after a drill between it and the image that the channel names."""
+"""Verb `promote`: set a channel to an image, after a drill between it and the channel's current image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPARED = ("mlflow_version", "migration_head", "postgresql_major")
 def promote(
     place: Place, image: Image, channel: str, *, without_drill: bool, drill: Mapping[str, Any] | None, dry_run: bool
 ) -> dict[str, Any]:
-    """Let the channel name the image; returns what was done. Idempotent. Raises ImageRefused.
+    """Set the channel to the image; returns what was done. Idempotent. Raises ImageRefused.
 
     `drill` is the JSON of scripts/drill.py. If it is about these two images' releases it is recorded on the image.
     """
@@ -31,7 +31,8 @@ def promote(
     if held and held.architecture != image.architecture:
         raise ImageRefused(
             f"{image.id} is for {image.architecture}, and the channel {channel} names {held.id} for "
-            f"{held.architecture}, which its stacks' instance types fit: use a channel per architecture, for example "
+            f"{held.architecture}, the architecture of its stacks' instance types: use a channel per architecture, "
+            f"for example "
             f"{channel}-{image.architecture.replace('_', '-')}"
         )
     tag: dict[str, str] = {}
@@ -54,17 +55,17 @@ def require_usable(image: Image) -> None:
     if image.state != "available":
         raise ImageRefused(
             f"{image.id} is {image.state}, so no stack can launch it: "
-            + ("take it back with retire --undo" if image.state == "disabled" else "wait until it is available")
+            + ("reverse that with retire --undo" if image.state == "disabled" else "wait until it is available")
         )
     if image.deprecated:
         raise ImageRefused(
-            f"{image.id} is deprecated since {image.deprecated[:10]}: take that back with deprecate --undo, or promote "
-            "another image"
+            f"{image.id} is deprecated since {image.deprecated[:10]}: reverse that with deprecate --undo, or promote "
+            f"another image"
         )
 
 
 def drilled(one: Image, other: Image) -> bool:
-    """Whether a drill between the two was passed, in either direction: each drill goes there and back twice."""
+    """Whether a drill between the two was passed, in either direction: each drill upgrades and rolls back twice."""
     return other.version in one.drills or one.version in other.drills
 
 
@@ -73,7 +74,7 @@ def require_drilled(image: Image, held: Image | None, before: str, channel: str,
     if held is None:
         raise ImageRefused(
             f"the channel {channel} names {before}, which is not in {region} any more, so no drill can show that its "
-            "stacks can move: add --without-drill if they are moved already"
+            f"stacks can change: add --without-drill if they have changed already"
         )
     if not drilled(image, held):
         raise ImageRefused(
@@ -94,13 +95,13 @@ def read_drill(path: Path) -> dict[str, Any]:
         raise ImageRefused(f"--drill {path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         pass
-    raise ImageRefused(f"--drill {path} is not what scripts/drill.py --json prints")
+    raise ImageRefused(f"--drill {path} is not the output of scripts/drill.py --json")
 
 
 def require_drill_of(drill: Mapping[str, Any], held: Image, image: Image) -> None:
-    """Raises ImageRefused unless the drill was passed and went between the releases of these two images."""
+    """Raises ImageRefused unless the drill was passed and was between the releases of these two images."""
     if drill["lost"]:
-        raise ImageRefused(f"the drill was not passed: {drill['lost']} objects are lost, so {image.id} stays out")
+        raise ImageRefused(f"the drill was not passed: {drill['lost']} objects are lost, so {image.id} is not promoted")
     ends = sorted([tuple(str(drill[end][name]) for name in COMPARED) for end in ("older", "newer")])
     if ends != sorted([facts(held), facts(image)]):
         said = " and ".join(f"MLflow {drill[end]['mlflow_version']}" for end in ("older", "newer"))

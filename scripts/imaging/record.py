@@ -1,8 +1,8 @@
-"""The record of an image: its image.json, kept in Systems Manager beside the image.
+"""The record of an image: its image.json, stored in Systems Manager.
 
 Tags hold the facts that a launch needs. The rest (packages, migrations, tables) is packed into a few standard
 parameters of 4 KiB, which cost nothing: /mlflow-ami/facts/<image version>/<part>-of-<parts>. So two images can be
-compared from any machine, whoever baked them.
+compared from any machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = "/mlflow-ami/facts"
 PART = 4000
 """Characters in a parameter; a standard one holds 4096."""
 AT_ONCE = 10
-"""Most parameters that DeleteParameters takes."""
+"""Maximum number of parameters that DeleteParameters accepts."""
 
 
 def folder(version: str) -> str:
@@ -47,7 +47,7 @@ def write(ssm: SSMClient, facts: dict[str, Any]) -> None:
 
 
 def reserve(ssm: SSMClient, version: str, bake_id: str) -> None:
-    """Store a parameter that says that the image is being baked; `release` deletes it.
+    """Store a parameter that marks the image as being baked; `release` deletes it.
 
     A bake calls this before Packer starts: without ssm:PutParameter it would fail at its end. Raises ClientError.
     """
@@ -61,12 +61,12 @@ def reserve(ssm: SSMClient, version: str, bake_id: str) -> None:
 
 
 def release(ssm: SSMClient, version: str) -> None:
-    """Delete what `reserve` stored. Idempotent."""
+    """Delete the parameter of `reserve`. Idempotent."""
     ssm.delete_parameters(Names=[f"{folder(version)}/baking"])
 
 
 def reserved(ssm: SSMClient) -> dict[str, str]:
-    """The image versions that `reserve` stored and nobody released, each with the ID of its bake."""
+    """The image versions that `reserve` stored and `release` did not delete, each with the ID of its bake."""
     pages = ssm.get_paginator("get_parameters_by_path").paginate(Path=ROOT, Recursive=True)
     found = {each["Name"]: each["Value"] for page in pages for each in page["Parameters"]}
     return {name.split("/")[-2]: value for name, value in found.items() if name.endswith("/baking")}
@@ -79,7 +79,7 @@ def parts_of(ssm: SSMClient, version: str) -> dict[str, str]:
 
 
 def read(ssm: SSMClient, version: str) -> dict[str, Any] | None:
-    """The facts of an image: of its record, else of its bake on this machine; None if neither is there or whole."""
+    """The facts of an image: of its record, else of its bake on this machine; None if neither exists completely."""
     numbered = {}
     for name, value in parts_of(ssm, version).items():
         if found := re.fullmatch(r".*/(\d+)-of-(\d+)", name):
@@ -104,7 +104,8 @@ def delete(ssm: SSMClient, version: str) -> list[str]:
 
 
 def build(version: str) -> Path | None:
-    """The folder of the image's bake on this machine, with its log; None if it was baked elsewhere or is pruned."""
+    """The folder of the image's bake on this machine, with its log; None if it was baked elsewhere or the folder was
+    deleted."""
     for path in BUILDS.glob("*/facts.json"):
         try:
             if json.loads(path.read_text(encoding="utf-8")).get("image_version") == version:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mypy_boto3_ssm import SSMClient
 
 STALE = timedelta(hours=6)
-"""No bake runs longer than this: older builders and unfinished images are left over."""
+"""No bake runs longer than this: older builders and unfinished images are leftovers."""
 KEY_PAIR = "mlflow-ami-bake-"
 """Start of the name of a bake's key pair; the bake's ID follows."""
 
@@ -28,7 +28,7 @@ def require_free(image: Image, others: list[Image], known: Claims, verb: str) ->
 
 
 def deprecate(place: Place, image: Image, *, undo: bool, dry_run: bool) -> list[str]:
-    """Mark the image as deprecated, or take that back; returns what was done. Idempotent. Raises ImageRefused."""
+    """Mark the image as deprecated, or reverse that; returns what was done. Idempotent. Raises ImageRefused."""
     if bool(image.deprecated) is not undo:
         return []
     if undo:
@@ -42,7 +42,7 @@ def deprecate(place: Place, image: Image, *, undo: bool, dry_run: bool) -> list[
 
 
 def retire(place: Place, image: Image, *, undo: bool, for_good: bool, dry_run: bool) -> list[str]:
-    """Deprecate and disable the image; with `undo` take both back; with `for_good` delete a disabled one with its
+    """Deprecate and disable the image; with `undo` reverse both; with `for_good` delete a disabled one with its
     snapshots and its record. Returns what was done. Idempotent. Raises ImageRefused."""
     if undo:
         done = []
@@ -55,8 +55,8 @@ def retire(place: Place, image: Image, *, undo: bool, for_good: bool, dry_run: b
     if for_good:
         if image.state != "disabled":
             raise ImageRefused(
-                f"{image.id} is {image.state}, not disabled, and deleting it cannot be taken back: retire it without "
-                "--delete first, and delete it when nobody missed it"
+                f"{image.id} is {image.state}, not disabled, and deleting it cannot be reversed: retire it without "
+                f"--delete first, and delete it later if it is not needed"
             )
         return planned(image) if dry_run else delete(place.ec2, place.ssm, image)
     done = deprecate(place, image, undo=False, dry_run=dry_run)
@@ -65,7 +65,7 @@ def retire(place: Place, image: Image, *, undo: bool, for_good: bool, dry_run: b
             place.ec2.disable_image(ImageId=image.id)
         done.append(
             f"{image.id} is disabled: no stack can launch it, and accounts that it was shared with lose it; "
-            "retire --undo enables it again, retire --delete ends it"
+            "retire --undo enables it again, retire --delete deletes it"
         )
     return done
 
@@ -89,7 +89,8 @@ def delete(ec2: EC2Client, ssm: SSMClient, image: Image) -> list[str]:
 
 def superfluous(found: list[Image], known: Claims, keep: int, older_than: timedelta, now: datetime) -> list[Image]:
     """Images to delete, oldest first: finished ones older than `older_than` that are not among the newest `keep`, and
-    unfinished ones of ended bakes; never one that `claims.objections` speaks for while the others are gone."""
+    unfinished ones of ended bakes; never one for which `claims.objections` gives a reason to stay without the
+    others."""
     newest = {image.id for image in [image for image in found if image.finished][:keep]}
     left, going = list(found), []
     for image in sorted(found, key=lambda image: (image.created, image.id)):
@@ -102,7 +103,7 @@ def superfluous(found: list[Image], known: Claims, keep: int, older_than: timede
 
 
 def orphans(ec2: EC2Client, found: list[Image]) -> list[str]:
-    """IDs of snapshots of deleted images of ours."""
+    """IDs of snapshots of this project's deleted images."""
     kept = {snapshot for image in found for snapshot in image.snapshots}
     pages = ec2.get_paginator("describe_snapshots").paginate(
         OwnerIds=["self"], Filters=[{"Name": "tag-key", "Values": [OURS]}]
@@ -127,7 +128,7 @@ def stale_builders(ec2: EC2Client, now: datetime) -> list[str]:
 
 
 def ended(bake_id: str, now: datetime) -> bool:
-    """Whether no bake of this ID can run any more: an ID begins with the time of its bake."""
+    """Whether the bake of this ID can no longer run: an ID begins with the time of its bake."""
     try:
         return datetime.strptime(bake_id.partition("-")[0], "%Y%m%dt%H%M%Sz").replace(tzinfo=UTC) < now - STALE
     except ValueError:
@@ -135,7 +136,7 @@ def ended(bake_id: str, now: datetime) -> bool:
 
 
 def abandoned(place: Place, now: datetime) -> tuple[list[str], list[str]]:
-    """What a bake that was killed cannot remove: names of its key pairs, and image versions that it reserved."""
+    """Leftovers of killed bakes: names of their key pairs, and image versions that they reserved."""
     pairs = [each["KeyName"] for each in place.ec2.describe_key_pairs()["KeyPairs"]]
     keys = [name for name in pairs if name.startswith(KEY_PAIR) and ended(name.removeprefix(KEY_PAIR), now)]
     return keys, sorted(version for version, bake in record.reserved(place.ssm).items() if ended(bake, now))

@@ -11,7 +11,7 @@ from scripts.imaging.copying import customer_key
 from scripts.imaging.promoting import require_usable
 
 KEY_ACTIONS = ["kms:CreateGrant", "kms:Decrypt", "kms:DescribeKey", "kms:ReEncrypt*"]
-"""What an account needs on the key to launch a shared image ("Share an AMI", EC2 User Guide)."""
+"""The rights on the key that an account needs to launch a shared image ("Share an AMI", EC2 User Guide)."""
 
 
 def share(place: Place, image: Image, accounts: list[str], *, undo: bool, dry_run: bool) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def describe(done: dict[str, Any], undo: bool) -> str:
         lines += ["Add this statement to the policy of the image's key:", json.dumps(each, indent=2)]
     if not undo:
         lines.append(
-            "Tags are not shared, and stacks need them: that account copies the image with `aws ec2 copy-image`, and "
-            "adds the tags that scripts/images.py show --json prints."
+            "Tags are not shared, and stacks need them: the other account must copy the image with `aws ec2 "
+            "copy-image`, and add the tags that scripts/images.py show --json prints."
         )
     return "\n".join(lines)

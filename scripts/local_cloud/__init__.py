@@ -1,4 +1,4 @@
-"""The embedded cloud: EC2, S3 and the rest of AWS that this project touches, on one machine.
+"""The embedded cloud: EC2, S3 and the other AWS services that this project uses, on one machine.
 
 moto implements the AWS APIs; EC2 instances are real systemd machines, S3 is a real object store. No code outside this
 package depends on it: Packer, Pulumi, boto3 and the machines use it like any other AWS endpoint.

@@ -200,7 +200,7 @@ def _sources(base: Base) -> list[str]:
 
 
 def finish(root: Path) -> None:
-    """What an image's maker does after the installation: remove the identity, configure cloud-init."""
+    """Prepare the installed system as an image: remove the identity, configure cloud-init."""
     (root / "etc/cloud/cloud.cfg.d/90_ec2.cfg").write_text(CLOUD_CONFIG)
     # Debian 13's unit waits for udev events of network cards; udev does not run here.
     modules = root / "etc/cloud/cloud.cfg"
@@ -238,7 +238,7 @@ def trust(root: Path, certificate: str) -> None:
 
 
 def choose(name: str) -> Base:
-    """The base of that name. Raises LocalCloudError for an unknown one."""
+    """The base of that name. Raises LocalCloudError for an unknown name."""
     if name not in BASES:
         raise LocalCloudError(f"no base named {name!r}: choose one of {', '.join(BASES)}")
     return BASES[name]

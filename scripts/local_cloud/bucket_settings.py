@@ -9,11 +9,11 @@ Reference" and "Amazon S3 User Guide":
 - GetBucketEncryption, DeleteBucketEncryption: every bucket has a configuration, deleting it brings the default back.
 - GetPublicAccessBlock, "Blocking public access": all four are on in a new bucket. SeaweedFS answers 501.
 - GetBucketOwnershipControls, "Controlling ownership of objects": BucketOwnerEnforced in a new bucket, absent once
-  deleted. SeaweedFS goes on answering BucketOwnerEnforced.
+  deleted. SeaweedFS still returns BucketOwnerEnforced.
 - GetBucketLocation: the region. SeaweedFS leaves it empty, which is us-east-1.
 - GetBucketAccelerateConfiguration: empty for a bucket that never had one. SeaweedFS answers Suspended.
-- GetBucketAcl: the owner's canonical user id. SeaweedFS answers the name of an identity.
-- PutBucketAcl with BucketOwnerEnforced: AccessControlListNotSupported. SeaweedFS and moto take it.
+- GetBucketAcl: the owner's canonical user id. SeaweedFS returns the name of an identity.
+- PutBucketAcl with BucketOwnerEnforced: AccessControlListNotSupported. SeaweedFS and moto accept it.
 - GetBucketRequestPayment: NoSuchBucket for an absent bucket. SeaweedFS answers BucketOwner.
 - DeleteBucketPolicy: 204 where there is none. SeaweedFS answers 404.
 - DeleteBucket: BucketNotEmpty as long as a version or a delete marker is left. SeaweedFS deletes them all.

@@ -284,7 +284,7 @@ class LocalCloud:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
         except (OSError, ValueError):
             return None
-        # One that an earlier checkout started calls its module `local_cloud.daemon`.
+        # A daemon of an earlier checkout has the module name `local_cloud.daemon`.
         words = arguments.split(b"\0")
         ours = os.fsencode(self.places.root) in words and any(word.endswith(b"local_cloud.daemon") for word in words)
         return pid if ours else None

@@ -14,7 +14,7 @@ from scripts.local_cloud.layout import LocalCloudError
 
 
 def serve(path: Path, obey: Callable[[dict[str, Any]], Any], shut_down: Callable[[], None]) -> None:
-    """Serve for ever: one JSON line in, one out. Calls `shut_down` after a successful command `down`."""
+    """Serve forever: one JSON line in, one JSON line out. Calls `shut_down` after a successful command `down`."""
     path.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(path))

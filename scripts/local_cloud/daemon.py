@@ -1,4 +1,4 @@
-"""The daemon: serves the AWS APIs and keeps machines, volumes and published ports in the state of the records.
+"""The daemon: serves the AWS APIs, and brings machines, volumes and published ports to the state in the records.
 
 LocalCloud.up() runs `python -m scripts.local_cloud.daemon <state folder>`. Requests are handled one at a time; threads
 do the slow work (starting and stopping machines, copying) and then update the records. After each change the state in

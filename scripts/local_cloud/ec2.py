@@ -198,7 +198,7 @@ class EmbodiedEC2(CorrectedEC2):
                 address.eni.public_ip = address.public_ip
 
     def finish_termination(self, instance: Instance) -> None:
-        """Record that the machine is gone, and delete its volumes and addresses that end with it."""
+        """Record that the machine is terminated, and delete the volumes and addresses that are deleted with it."""
         for address in list(self.addresses):
             if address.instance is instance or (address.eni and address.eni.instance is instance):
                 self.disassociate_address(address=address.public_ip)
@@ -209,7 +209,7 @@ class EmbodiedEC2(CorrectedEC2):
 
     def modify_instance_security_groups(self, instance_id: str, new_group_id_list: list[str]) -> Instance:
         instance = super().modify_instance_security_groups(instance_id, new_group_id_list)
-        instance.nics[0]._group_set = list(instance.security_groups)  # otherwise moto counts the old ones too
+        instance.nics[0]._group_set = list(instance.security_groups)  # otherwise moto also counts the previous groups
         return instance
 
     def modify_network_interface_attribute(self, eni_id: str, group_ids: list[str], *args: Any, **kwargs: Any) -> None:
@@ -239,7 +239,7 @@ class EmbodiedEC2(CorrectedEC2):
         return image
 
     def register_source_image(self, name: str, description: str, gib: int = ROOT_GIB) -> Ami:
-        """A public image of Canonical's account; the caller records the body under the image's snapshot."""
+        """A public image of Canonical's account; the caller records the layers under the image's snapshot."""
         image = self.register_image(name, description)
         image.owner_id, image.owner_alias = CANONICAL, "amazon"
         image.architecture, image.virtualization_type, image.hypervisor = "x86_64", "hvm", "xen"
@@ -346,7 +346,7 @@ class EmbodiedEC2(CorrectedEC2):
 
 
 def image_asks_for_tokens(image: Ami) -> bool:
-    """Whether machines of an image accept IMDSv2 only, unless their launch says otherwise."""
+    """Whether machines of an image accept IMDSv2 only, unless their launch sets another value."""
     return getattr(image, "imds_support", None) == "v2.0"
 
 
@@ -366,7 +366,7 @@ def size_of(instance_type: str) -> tuple[int, int]:
 
 
 def install(behind: Bodies, free_address: Callable[[], str]) -> None:
-    """Connect moto's EC2 to the bodies; call once, before any region is used."""
+    """Connect moto's EC2 to the real machines and volumes; call once, before any region is used."""
     _bodies[:] = [behind]
     ec2_backends.backend = EmbodiedEC2
     eni_module.random_public_ip = free_address  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """Root file systems: an image is a stack of layers, a machine is that stack with a writable folder on top.
 
 Layers are plain folders joined by overlayfs. CreateImage is a rename: the machine's writable folder becomes the image's
-newest layer, and the machine gets a new writable folder above it. So it takes no time and no space, whatever the
-image's size.
+newest layer, and the machine gets a new writable folder above it. So it takes no time and no space, for any size of the
+image.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def mount(places: Places, root: RootFileSystem) -> Path:
         (root.writable / "upper").rename(newest)
     _make_writable(root)
     root.mounted_at.mkdir(exist_ok=True)
-    # relative paths: overlayfs takes at most a page of options, and a layer's name is long
+    # relative paths: overlayfs accepts at most a page of options, and a layer's name is long
     lower = ":".join(root.layers)
     options = f"lowerdir={lower},upperdir={root.writable / 'upper'},workdir={root.writable / 'work'}"
     subprocess.run(

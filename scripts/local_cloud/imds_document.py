@@ -27,7 +27,7 @@ def describe(instance: Any, roles: Roles) -> Metadata:
 
 
 def _user_data(instance: Any) -> bytes | None:
-    """moto stores user-data as it arrived, in Base64."""
+    """moto stores user-data as received, in Base64."""
     data = instance.user_data
     if not data:
         return None

@@ -1,8 +1,8 @@
-"""The folders and files of a local cloud, and the addresses, ports and keys that it keeps for life.
+"""The folders and files of a local cloud, and the addresses, ports and keys that it keeps until it is purged.
 
 One folder contains everything that survives `down`: the records of the AWS APIs (`api.pickle`), root file systems
-(`layers/`, `images/`), machines (`machines/`), volumes, buckets. Another, under /run, contains what must not survive a
-restart of the host.
+(`layers/`, `images/`), machines (`machines/`), volumes, buckets. Another, under /run, contains files that must not
+survive a restart of the host.
 """
 
 from __future__ import annotations

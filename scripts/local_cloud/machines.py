@@ -94,7 +94,8 @@ class Podman:
     def stop(self, name: str, *, seconds: int) -> None:
         """Ends a machine, by SIGKILL after `seconds`; returns when it has ended. Raises LocalCloudError.
 
-        podman gives up on a killed process after some seconds; one that waits for a busy disk takes longer to end.
+        podman stops waiting for a killed process after some seconds; a process that waits for a busy disk takes longer
+        to end.
         """
         tries = 10
         for left in reversed(range(tries)):
@@ -220,7 +221,7 @@ def disconnect(machine: Machine) -> None:
 
 
 def kill(machine: Machine) -> None:
-    """Kill every process of the machine at once, like a crash: when its init ends, all end."""
+    """Kill every process of the machine at once, like a crash: when its init ends, all its processes end."""
     with contextlib.suppress(OSError):
         signal.pidfd_send_signal(machine.pidfd, signal.SIGKILL)
 
@@ -286,7 +287,7 @@ def console_text(console: Path) -> str:
 
 
 def running_pid(pid_file: Path) -> int | None:
-    """PID of a machine's init, None if it does not run. Takes a thousandth of the time that podman does.
+    """PID of a machine's init, None if it does not run. Takes a thousandth of the time that podman takes.
 
     A PID that the kernel reused for another process is recognised: its root file system is not the machine's.
     """
@@ -303,7 +304,7 @@ def enter_command(pid: int, argv: Sequence[str]) -> list[str]:
     inside = ["nsenter", "--target", str(pid), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
     environment = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8"]
     environment += [f"TERM={os.environ.get('TERM', 'dumb')}", "USER=root", "LOGNAME=root"]
-    environment += [f"AWS_CA_BUNDLE={TRUSTED}"]  # as for a login, from /etc/environment
+    environment += [f"AWS_CA_BUNDLE={TRUSTED}"]  # a login gets it from /etc/environment
     return [*inside, "--root", "--wdns=/root", "--", "env", "-i", *environment, *argv]
 
 
@@ -423,7 +424,7 @@ def _connect_outward(namespace: int) -> tuple[subprocess.Popen[bytes], int]:
 def _connect_metadata(namespace: int, private_address: str) -> int:
     """Link the machine to a second namespace in which the metadata service listens; returns that namespace.
 
-    If the machine itself had the service's address, nothing in it could listen on port 80 of all addresses.
+    If the machine itself had the service's address, no program in it could listen on port 80 of all addresses.
     """
     beyond = namespaces.create()
     try:

@@ -3,28 +3,28 @@
 EC2's are methods of CorrectedEC2, the parent of EmbodiedEC2 (ec2.py); `install` replaces the others. S3's are in
 bucket_settings.py. The documents are the services' API References, by the name of the call.
 
-- DeleteSubnet: DependencyViolation while an interface is in it; its route table associations go with it.
+- DeleteSubnet: DependencyViolation while an interface is in it; its route table associations are deleted with it.
 - DeleteVpcEndpoints: a deleted endpoint is InvalidVpcEndpointId.NotFound to DescribeVpcEndpoints; one that does not
-  exist is reported in `unsuccessful`. moto keeps it, "deleted", and fails on the route that is gone.
-- RevokeSecurityGroupEgress, -Ingress: InvalidPermission.NotFound for a rule that is not there, IPv6 ones too, and
+  exist is reported in `unsuccessful`. moto keeps it, "deleted", and fails on the deleted route.
+- RevokeSecurityGroupEgress, -Ingress: InvalidPermission.NotFound for a missing rule, also for IPv6, and
   InvalidSecurityGroupRuleId.NotFound for an id.
 - DeleteSecurityGroup: DependencyViolation for a group that an interface is in.
 - ModifyInstanceAttribute: IncorrectInstanceState for the type and the user-data of a machine that is not stopped.
-- DescribeInstanceCreditSpecifications: as asked for at the launch, else unlimited (standard for T2).
+- DescribeInstanceCreditSpecifications: as requested at the launch, else unlimited (standard for T2).
 - ReleaseAddress: InvalidIPAddress.InUse for one that is associated.
 - DetachInternetGateway: DependencyViolation while a machine of the network has a public address.
-- CreateVolume, DescribeVolumes: gp3 has a throughput of 125 MiB/s unless another is asked for.
-- DescribeAddresses: no instance and no interface in an address without one; the pool and the border group.
+- CreateVolume, DescribeVolumes: gp3 has a throughput of 125 MiB/s unless another is requested.
+- DescribeAddresses: an unassociated address has no instance and no interface; the pool and the border group are set.
 - DescribePrefixLists: the CIDR blocks.
 - DescribeVpcs: a DHCP options set has an id that begins with dopt-.
-- RemoveRoleFromInstanceProfile: NoSuchEntity for a role that is not in it. moto answers 500.
+- RemoveRoleFromInstanceProfile: NoSuchEntity for a role that is not in it. moto returns 500.
 - "IAM identifiers" (IAM User Guide): an instance profile's id begins with AIPA.
 - EnableImageDeprecation, DisableImageDeprecation: moto has neither.
 - DescribeImages: no disabled image unless IncludeDisabled is set. DisableImage: its launch permissions are removed.
 - CopyImage: the copy has the tags and the key that the request names, and the encryption of its source.
 - PutMetricAlarm: a new alarm is in INSUFFICIENT_DATA, an updated one keeps its state.
 - ListTagsForResource of CloudWatch, TagResource: ResourceNotFoundException once the alarm is deleted.
-- GetParameter without decryption: the ciphertext. moto answers the clear text behind a prefix.
+- GetParameter without decryption: the ciphertext. moto returns the clear text after a prefix.
 - PutParameter, "Managing parameter tiers" (Systems Manager User Guide): Intelligent-Tiering makes a standard parameter,
   or an advanced one for more than 4 KiB or with policies.
 - GetCallerIdentity: the account's own keys are its root user's.
@@ -316,6 +316,7 @@ def install_images() -> None:
 
 def _deprecate(self: AmisResponse, at: Any) -> ActionResult:
     image: Any = self.ec2_backend.describe_images(ami_ids=[self._get_param("ImageId")])[0]
-    # "If you specify a value for seconds, Amazon EC2 rounds the seconds to the nearest minute." Down is enough here.
+    # "If you specify a value for seconds, Amazon EC2 rounds the seconds to the nearest minute." Rounding down is enough
+    # here.
     image.deprecation_time = at and f"{at:%Y-%m-%dT%H:%M}:00.000Z"
     return ActionResult({"Return": True})

@@ -1,4 +1,4 @@
-"""The records of the AWS APIs, kept across restarts: moto's backends, pickled whole.
+"""The records of the AWS APIs, kept across restarts: moto's backends in one pickle.
 
 All services go into one pickle, because their objects refer to each other, with cloudpickle, because some contain
 lambdas. The pickle is written after every request that may have changed something and before its response is sent, so a
@@ -42,7 +42,7 @@ for _example in (rsa.generate_private_key(65537, 1024), ec.generate_private_key(
 
 
 def _reduce_parameters(parameters: ParameterDict) -> tuple[Any, ...]:
-    """A defaultdict is restored by calling its class with the default; this subclass wants other arguments."""
+    """A defaultdict is restored by calling its class with the default; this subclass has other arguments."""
     made_from = (parameters.account_id, parameters.region_name)
     return ParameterDict, made_from, vars(parameters), None, iter(parameters.items())
 
@@ -69,8 +69,8 @@ FORMER_MODULES = {"local_cloud.records": __name__, "local_cloud.ec2": "scripts.l
 def check(places: Places) -> bool:
     """Whether the records on disk can be read; if not, the next `save` leaves out the service that causes it.
 
-    A newly used service may store an object that pickles and does not unpickle. Without this check all services would
-    lose their records. Needs no lock as long as it returns True.
+    A newly used service may store an object that can be pickled, but not unpickled. Without this check all services
+    would lose their records. Needs no lock as long as it returns True.
     """
     try:
         pickle.loads(places.records.read_bytes())
@@ -91,7 +91,7 @@ def _survives(service: str, accounts: dict[str, dict[str, Any]]) -> bool:
 def _leave_out(services: Iterable[str]) -> None:
     for service in list(services):
         print(
-            f"the records of {service} cannot be kept: they are lost when the cloud stops", file=sys.stderr, flush=True
+            f"the records of {service} cannot be saved: they are lost when the cloud stops", file=sys.stderr, flush=True
         )
         _excluded.add(service)
 
@@ -116,7 +116,7 @@ def load(places: Places) -> bool:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Also reads records from before this module was renamed: a demo outlives a `git pull`."""
+    """Also reads records from before this module was renamed, because a demo may run across a `git pull`."""
 
     def find_class(self, module: str, name: str) -> Any:
         return super().find_class(FORMER_MODULES.get(module, module), name)

@@ -23,10 +23,10 @@ from scripts.local_cloud.layout import ACCOUNT, Allotment, LocalCloudError, Plac
 START_SECONDS = 60
 PARTS = ("master", "volume", "filer")
 VOLUMES = 2000
-"""How many files of objects SeaweedFS may have, of 1 GiB at most each. By default it takes the free GiB of the disk,
-and refuses to write to a new bucket when there are as many files, however empty."""
+"""Maximum number of files for objects, each of at most 1 GiB. By default SeaweedFS allows as many as the disk has free
+GiB, and refuses to write to a new bucket when there are that many, even if they are nearly empty."""
 VOLUMES_PER_BUCKET = 2
-"""How many it begins for a new bucket; its default is 7."""
+"""Number of such files for a new bucket; SeaweedFS's default is 7."""
 
 ISSUER = "mlflow-ami-local-cloud"
 INSTANCE_ROLE = "instance"
@@ -70,7 +70,7 @@ def write_identities(places: Places, allotment: Allotment) -> None:
 
 
 def signing_key(places: Places) -> bytes:
-    """The key that sessions are signed with."""
+    """The key that signs sessions."""
     return base64.b64decode(json.loads(sessions_file(places).read_text())["sts"]["signingKey"])
 
 

@@ -1,9 +1,9 @@
 """Policies of roles: decide whether a request with a role's credentials is allowed, before moto handles it.
 
-moto checks neither resources nor conditions. This module follows "Policy evaluation logic" in the IAM user guide: one
-statement that denies outweighs all that allow, and anything else is denied. It knows the request's action, its resource
-where this project's stack names resources for the action, and a few condition keys. Unknown parts deny: an unknown
-resource matches "*" only, an unknown condition allows nothing.
+moto checks neither resources nor conditions. This module follows "Policy evaluation logic" in the IAM user guide: a
+statement that denies overrides all that allow, and anything else is denied. It supports the request's action, its
+resource where this project's stack names resources for the action, and a few condition keys. Unknown parts deny: an
+unknown resource matches "*" only, an unknown condition allows nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Denial:
 
 
 def read(environ: Mapping[str, Any], body: bytes, action: str, parameters: Mapping[str, str]) -> Request:
-    """A signed request as policies see it; `action` and `parameters` from the daemon, "" for REST."""
+    """A signed request in the form that policies use; `action` and `parameters` from the daemon, "" for REST."""
     _, _, region, service = credential_scope(environ)
     asked: Mapping[str, Any] = parameters
     if environ.get("HTTP_X_AMZ_TARGET"):
@@ -111,7 +111,7 @@ def _denial(request: Request, caller: str, resource: str, reason: str) -> Denial
 
 
 def unknown_caller(service: str) -> Denial:
-    """The denial for credentials that do not exist, or no longer."""
+    """The denial for credentials that do not exist or have expired."""
     if service == "ec2":
         return Denial("AuthFailure", "AWS was not able to validate the provided access credentials")
     code = "InvalidClientTokenId" if service in ("sts", "iam") else "UnrecognizedClient"

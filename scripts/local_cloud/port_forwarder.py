@@ -225,8 +225,7 @@ class Forwarder:
         self.watch(other)
 
     def abort(self, side: Side) -> None:
-        """End a connection with a reset on both sides, so that neither side takes a partial transfer for a complete
-        one."""
+        """End a connection with a reset on both sides, so that neither side treats a partial transfer as complete."""
         for end in (side, side.other):
             if end is not None and end.sock.fileno() >= 0:
                 end.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)

@@ -86,8 +86,8 @@ class Roles:
         return permissions.denial(request, caller, policy_documents(role)) or untrusted(request, role.arn, caller)
 
     def secret(self, access_key: str, token: str) -> str | None:
-        """The secret key of the account's own access key or of a session; None for any other, and for a session's key
-        without its token."""
+        """The secret key of the account's own access key or of a session; None for any other access key, and for a
+        session's key without its token."""
         if not token:
             return self.account[1] if hmac.compare_digest(access_key.encode(), self.account[0].encode()) else None
         with contextlib.suppress(ValueError, KeyError):
@@ -234,7 +234,7 @@ def _role_named(name: str) -> Any:
 
 
 def _verified(token: str, signing_key: bytes) -> dict[str, Any]:
-    """The claims in a token of ours. Raises ValueError for any other."""
+    """The claims in a token of this cloud. Raises ValueError for any other token."""
     signed, _, signature = token.encode().rpartition(b".")
     if not hmac.compare_digest(_unpadded(_signature(signed, signing_key)), signature):
         raise ValueError("not signed here")

@@ -261,7 +261,7 @@ class RunningMachines:
         self.settle_network()
 
     def _watch(self, machine: Machine) -> None:
-        """Wait until the machine ends and react if it ended by itself: power-off, reboot or crash from inside."""
+        """Wait until the machine ends, and handle an end from inside: power-off, reboot or crash."""
         machines.wait_for_exit(machine)
         with self._only_one(machine.instance):
             if self.machines.get(machine.instance) is not machine or self.stopping.is_set():

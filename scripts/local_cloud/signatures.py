@@ -32,11 +32,11 @@ def of_a_page(environ: Mapping[str, Any], ports: Iterable[int]) -> str | None:
     """Why a request may come from a web page: it has an Origin, or a Host that is not a loopback name. A port in Host
     must be one of `ports`. None for a request of a program."""
     if origin := environ.get("HTTP_ORIGIN"):
-        return f"the local cloud is not for web pages, and this request is of {origin!r}: send no Origin header"
+        return f"the local cloud refuses requests of web pages, such as of {origin!r}: send no Origin header"
     host = environ.get("HTTP_HOST", "")
     # pgBackRest sends the name without the port.
     if host not in {*LOOPBACK, *(f"{name}:{port}" for name in LOOPBACK for port in ports)}:
-        return f"the local cloud is not {host!r}: ask 127.0.0.1 with its port"
+        return f"the local cloud does not serve the host {host!r}: use 127.0.0.1 with its port"
     return None
 
 

@@ -22,12 +22,12 @@ from scripts.rehearsal.errors import BootFailed
 QUESTION = "/api/2.0/mlflow/experiments/get?experiment_id=0"
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 20
-"""Seconds during which a refused password may come from the machine that is being replaced."""
+"""Seconds during which the machine that is being replaced may still refuse the password."""
 
 
 @dataclass(frozen=True)
 class ServerReply:
-    """What the server said: HTTP status, 0 when nothing answered, and the JSON document that came with it."""
+    """A response of the server: HTTP status, 0 without a response, and the JSON document in it."""
 
     status: int
     document: dict[str, Any]
@@ -130,8 +130,8 @@ def wait(
                 trusted = certificate()
             if answer.status == 0 and not told and (name := unresolved(url)):
                 told = (
-                    f"{name} cannot be resolved here: write it into /etc/hosts, beside the address that "
-                    "`rehearse.py status --json` gives as public_ip"
+                    f"{name} cannot be resolved here: add it to /etc/hosts with the address that `rehearse.py status "
+                    f"--json` prints as public_ip"
                 )
                 say(told)
             if (state := alive()) not in ("pending", "running"):

@@ -65,7 +65,7 @@ class Diff:
 class Engine:
     """Apply one run of a program. Owns the state during the run.
 
-    `save` is called with the state around each operation, `done` with each step after it. With `dry_run` nothing is
+    `save` is called with the state around each operation, `done` after each step. With `dry_run` nothing is
     applied or saved: the steps are the plan.
     """
 
@@ -300,14 +300,14 @@ class Engine:
             if each.protect:
                 raise ApplyError(
                     f"{old.type} {old.name} must be deleted before its replacement, and {each.type} {each.name} with "
-                    "it, but that one is protected; nothing was changed"
+                    f"it, but the latter is protected; nothing was changed"
                 )
         self._delete_all([*followers, old], reason=tuple(sorted(diff.replace)))
         self._deleted_first.update(each.urn for each in followers)
         return self._create(wanted, "replace", diff)
 
     def followers(self, root: Resource) -> list[Resource]:
-        """Resources to replace because an input from `root`, or from another follower, changed."""
+        """Resources to replace because an input from `root`, or from another of these resources, changed."""
         replaced = {root.urn}
         followers = []
         for each in self.state.resources:
@@ -395,8 +395,8 @@ class Engine:
     def _kind(self, resource: Resource) -> Kind:
         if resource.type not in self.kinds:
             raise ApplyError(
-                f"the rehearsal cannot make {resource.type} ({resource.name}) yet: "
-                "describe its AWS calls in scripts/rehearsal/resources"
+                f"the rehearsal does not support {resource.type} ({resource.name}) yet: describe its AWS calls in "
+                f"scripts/rehearsal/resources"
             )
         return self.kinds[resource.type]
 

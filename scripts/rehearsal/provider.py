@@ -98,7 +98,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
             id_ = kind.create(aws, reveal(whole))
             found = kind.read(aws, id_, reveal(whole))
         if found is None:
-            return context.abort(grpc.StatusCode.UNKNOWN, f"{id_} was made and is already gone")
+            return context.abort(grpc.StatusCode.UNKNOWN, f"{id_} was created and no longer exists")
         return provider_pb2.CreateResponse(id=id_, properties=to_wire(outputs(kind, inputs, found)))
 
     def Read(self, request: Any, context: Any) -> Any:
@@ -108,7 +108,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
             found = kind.read(aws, request.id, reveal({**known, **inputs}))
         if found is None:
             return provider_pb2.ReadResponse()
-        # An import. The region comes from the provider and is no input of the resource.
+        # An import. The region comes from the provider and is not an input of the resource.
         imported = {name: value for name, value in found.items() if (name, value) != ("region", aws.region)}
         inputs = {name: _as(value, found.get(name, reveal(value))) for name, value in inputs.items()}
         return provider_pb2.ReadResponse(
@@ -129,7 +129,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
             kind.update(aws, request.id, reveal(old), reveal(new))
             found = kind.read(aws, request.id, reveal({**kept, **new}))
         if found is None:
-            return context.abort(grpc.StatusCode.UNKNOWN, f"{request.id} is gone: run `pulumi refresh`")
+            return context.abort(grpc.StatusCode.UNKNOWN, f"{request.id} no longer exists: run `pulumi refresh`")
         return provider_pb2.UpdateResponse(properties=to_wire(outputs(kind, {**_kept(kind, known), **new}, found)))
 
     def Delete(self, request: Any, context: Any) -> Any:
@@ -168,7 +168,8 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
 
 
 def checked(kind: Kind, name: str, inputs: Props, olds: Props, tags: Mapping[str, str]) -> Props:
-    """`inputs` with generated names and the provider's default tags. A generated name lives as long as the resource."""
+    """`inputs` with generated names and the provider's default tags. A generated name stays the same as long as the
+    resource exists."""
     inputs = {key: value for key, value in inputs.items() if key != GENERATED}
     generated = []
     for key, generate in kind.generate.items():
@@ -185,7 +186,7 @@ def difference(kind: Kind, old: Props, new: Props) -> Any:
     """The changed inputs, and whether one of them requires a replacement, as a DiffResponse.
 
     An input that is not known yet counts as changed. A resource whose name the program chose is deleted before its
-    replacement is created, because two cannot have one name.
+    replacement is created, because two resources cannot have the same name.
     """
     before, after = reveal(old), reveal(new)
     keys = (before.keys() | after.keys()) - {GENERATED}
@@ -223,7 +224,7 @@ def outputs(kind: Kind, inputs: Props, found: Props) -> Props:
 
 
 def _kept(kind: Kind, known: Props) -> Props:
-    """Outputs that exist only at the creation and that no read returns."""
+    """Outputs that only the creation returns, and no later read."""
     return {name: known[name] for name in kind.tokens if name in known}
 
 
@@ -251,7 +252,7 @@ def _kind(type_: str, context: Any) -> Kind:
     if type_ not in KINDS:
         context.abort(
             grpc.StatusCode.UNIMPLEMENTED,
-            f"the rehearsal cannot make {type_} yet: describe its AWS calls in scripts/rehearsal/resources",
+            f"the rehearsal does not support {type_} yet: describe its AWS calls in scripts/rehearsal/resources",
         )
     return KINDS[type_]
 

@@ -41,7 +41,8 @@ OPERATIONS: Mapping[str, Operation] = {
     "delete-replaced": "delete",
     "import": "create",
 }
-"""The engine's operations that change something, and the rehearsal's names; `replace` itself is only announced."""
+"""The engine's operations that change something, and the rehearsal's names; `replace` is omitted, because the engine
+only announces with it the two operations of a replacement."""
 
 NOISE = "program exited with non-zero exit code"
 """The line that the CLI adds after the program's own error."""
@@ -68,7 +69,7 @@ class Run:
 
 
 def described() -> str:
-    """The CLI and its version, for the first line of a run."""
+    """The CLI's path and version, which are printed as the first line of a run."""
     cli = _require()
     version = subprocess.run([cli, "version"], capture_output=True, text=True, env=_plain_environment()).stdout.strip()
     return f"{cli} {version}"
@@ -211,7 +212,7 @@ def write_settings(cloud: LocalCloud, ami: str, wanted: Props, environment: Mapp
 
 
 def _typed(kind: str, text: str) -> Any:
-    """A value in YAML's type; text that is no value of its type stays text, and the stack refuses it."""
+    """A value in YAML's type; text that is not of its type stays text, and the stack refuses it."""
     if kind == "array":
         with contextlib.suppress(ValueError):
             return json.loads(text)

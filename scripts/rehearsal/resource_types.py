@@ -27,12 +27,12 @@ class Kind:
     """One resource type of a provider, with its AWS calls. Property names are the provider's (camelCase).
 
     create(aws, inputs) returns the new ID; read(aws, id, inputs) the computed outputs, or None if it no longer exists;
-    update(aws, id, old, new) changes it in place; without it every change replaces. `replace_on`: the inputs that the
-    AWS provider's documentation marks "forces new resource"; `replaces` returns those that depend on values. `generate`
-    creates physical names that the program left out, from the logical name and the other inputs; they live as long as
-    the resource. `tokens` are values created for each resource that no program sets: an identifier of the creation, or
-    a random result. `secret_outputs` are always secret. recover(aws, inputs) finds the ID of a resource whose creation
-    was interrupted, by its name or token.
+    update(aws, id, old, new) changes it in place; without it every change is a replacement. `replace_on`: the inputs
+    that the AWS provider's documentation marks "forces new resource"; `replaces` returns those that depend on values.
+    `generate` creates physical names that the program left out, from the logical name and the other inputs; they stay
+    the same as long as the resource exists. `tokens` are created for each resource and are not inputs of the program:
+    an identifier of the creation, or a random result. `secret_outputs` are always secret. recover(aws, inputs) finds
+    the ID of a resource whose creation was interrupted, by its name or token.
     """
 
     create: Callable[[Aws, Props], str]
@@ -63,7 +63,7 @@ SEED: contextvars.ContextVar[bytes] = contextvars.ContextVar("seed", default=b""
 @contextlib.contextmanager
 def seeded(seed: bytes) -> Iterator[None]:
     """Names made in the block follow from the seed. Pulumi keeps a resource's seed in its plan, so that `up --plan`
-    makes the names that were previewed."""
+    creates the previewed names."""
     token = SEED.set(seed)
     try:
         yield

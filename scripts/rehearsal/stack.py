@@ -95,7 +95,7 @@ def certificates() -> list[Path]:
 
 def keep_trust(cloud: LocalCloud) -> Path:
     """Write a bundle of the authorities that `requests` trusts and the local S3's authority, for direct transfers. On
-    AWS clients trust Amazon's anyway."""
+    AWS, clients already trust Amazon's authority."""
     path = certificate_path().with_name(f"{certificate_path().stem}-s3.pem")
     known = Path(os.environ.get("REQUESTS_CA_BUNDLE") or certifi.where()).read_text()
     return status.keep_certificate(path, known if cloud.s3_authority in known else known + cloud.s3_authority)
@@ -155,7 +155,7 @@ def project() -> str:
 
 def with_changes(settings: Props, assignments: list[str], secret_names: list[str]) -> tuple[Props, list[str]]:
     """`settings` with each `key=value` applied, `key=` reset to its default, and secrets read from standard input; and
-    a sentence for each argument that is no assignment, or a secret on the command line.
+    a sentence for each argument that is not an assignment, or a secret on the command line.
 
     Lists may be written a,b,c. The stack checks names and values, because its sentences are better. Raises Refused for
     a missing secret.
@@ -296,7 +296,7 @@ def _images(client: Client, *ids: str) -> list[dict[str, Any]]:
 
 
 def settings_link() -> Path:
-    """The file in infra/ in which `pulumi` looks for the stack's settings."""
+    """The file in infra/ from which `pulumi` reads the stack's settings."""
     return PROGRAM / f"Pulumi.{name()}.yaml"
 
 
@@ -333,14 +333,14 @@ def engine_for(asked: str, current: State) -> Any:
 
 
 def described() -> str:
-    """The engine, for the first line of a run."""
+    """The engine's name, which is printed as the first line of a run."""
     return "the rehearsal's own engine; `make prepare-tools` builds Pulumi's"
 
 
 def bring_about(
     cloud: LocalCloud, client: Client, ami: str, settings: Props, current: State, *, say: Say, done: Done
 ) -> Engine:
-    """`pulumi up`: a preview, which refuses what can be refused, and then, if anything differs, the changes.
+    """`pulumi up`: a preview, which finds all refusals, and then, if anything differs, the changes.
 
     Returns the engine with its steps. Raises Refused with the program's message for rejected settings, ApplyError for a
     failed operation, Interrupted after Ctrl-C, once the current operation is recorded.
@@ -420,9 +420,12 @@ def destroy(cloud: LocalCloud, client: Client, current: State, *, say: Say, done
 
 
 def say_refusals(client: Client, current: State, say: Say) -> None:
-    """Log which deletions `pulumi destroy` and S3 would refuse, and what this command does instead."""
+    """Log which deletions `pulumi destroy` and S3 would refuse, and the actions of this command instead."""
     if protected := _protected(current):
-        say(f"Pulumi refuses to delete {protected}: unprotected first, as scripts/retire_stack.py does on AWS")
+        say(
+            f"Pulumi refuses to delete {protected}: its protection is removed first, as scripts/retire_stack.py does "
+            f"on AWS"
+        )
     for each in current.resources:
         if each.type == BUCKET:
             found = client("s3").list_object_versions(Bucket=each.id, MaxKeys=1)

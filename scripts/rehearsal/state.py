@@ -27,8 +27,9 @@ CIPHER_KEY = "rehearsal:ciphertext"
 class Resource:
     """One resource as it was last applied.
 
-    `inputs` are complete, with generated names and default tags; `outputs` are the program's view. `pending_delete`
-    marks the old half of a replacement that is not deleted yet; `generated` names the inputs that the program left out.
+    `inputs` are complete, with generated names and default tags; `outputs` are those that the program receives.
+    `pending_delete` marks the old half of a replacement that is not deleted yet; `generated` names the inputs that the
+    program left out.
     """
 
     urn: str
@@ -76,11 +77,12 @@ class State:
 
 
 def deletion_order(doomed: Iterable[Resource]) -> Iterator[Resource]:
-    """`doomed` in an order in which dependents are deleted first; among equals the youngest first."""
+    """The resources in an order for deletion: dependents first, otherwise the newest first."""
     left = list(doomed)
     while left:
         needed = {urn for each in left for urn in each.needs() if urn != each.urn}
-        # A replaced resource and its successor share a URN: delete the older one once no doomed resource names it.
+        # A replaced resource and its successor share a URN: delete the older one once no resource to delete depends on
+        # it.
         free = [each for each in left if each.urn not in needed] or left
         chosen = free[-1]
         left.remove(chosen)

@@ -61,8 +61,8 @@ def outline(current: State) -> dict[str, Any]:
 
 
 def authority(client: Any, parameter: str | None) -> str | None:
-    """The certificate (PEM) that verifies the server: empty if clients need none of ours, None while the machine has
-    published none yet."""
+    """The certificate (PEM) that verifies the server: "" without an authority of the stack, None if it is not published
+    yet."""
     if not parameter:
         return ""
     text = str(client.get_parameter(Name=parameter)["Parameter"]["Value"])

@@ -82,7 +82,7 @@ class ChatCompletions(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Print nothing: stdout and stderr belong to the program that runs this."""
+        """Print nothing: stdout and stderr are used by the program that runs this."""
 
 
 def answer(question: str) -> str:

@@ -27,12 +27,12 @@ from tests.support.services import HOST_PACKAGE, ObjectStore, object_store, on_l
 ROOT = Path(__file__).parents[2]
 EMPTY = "empty_server"
 BLANK = Path(tempfile.gettempdir()) / f"mlflow-ami-blank-{os.getpid()}.dump"
-"""What the bake leaves at schema.empty_database.FILE."""
+"""The dump that the bake writes to schema.empty_database.FILE."""
 
 
 @dataclass
 class Stack:
-    """An empty server, and adopt.py's view of it. `running`: the unit's processes."""
+    """An empty server, and the `Target` with which adopt.py uses it. `running`: the unit's processes."""
 
     cluster: Cluster
     target: Target
@@ -104,7 +104,7 @@ def stack(machine_cluster: PrivateCluster, objects: ObjectStore, tmp_path: Path)
 
         def start(name: str) -> None:
             if made.running and made.running[-1].poll() is None:
-                return  # systemd merges a start with that of a unit that runs
+                return  # systemd ignores a start of a unit that is running
             where = [
                 cluster.host,
                 cluster.user,

@@ -1,4 +1,4 @@
-"""Fill a server or database with what one release's client writes; runs with the interpreter of that release.
+"""Fill a server or database with the client of one release; runs with the interpreter of that release.
 
     python old_client.py URI PLACE
 

@@ -62,7 +62,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Filled:
 
 @pytest.fixture
 def reported(adopt: Adopt, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str, Any]]]:
-    """Adopt; the exit status and the report."""
+    """Run adopt.py; returns the exit status and the report."""
 
     def run(*arguments: Any) -> tuple[int, dict[str, Any]]:
         status = adopt(*arguments, "--json")
@@ -108,8 +108,8 @@ def test_sqlite_file_with_everything_is_adopted(stack: Stack, reported: Reported
 
 
 def without_places(thing: Any) -> Any:
-    """Without artifact places, and without what differs between a database and any server that returns it: numbers as
-    text, and empty text for nothing."""
+    """Without artifact locations, and without differences between a database and the responses of any server: numbers
+    as text, and empty text for NULL."""
     if isinstance(thing, dict):
         return {key: without_places(value) for key, value in thing.items() if key != "artifacts"}
     if isinstance(thing, list):
@@ -120,7 +120,7 @@ def without_places(thing: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_second_run_carries_what_came_since_and_copies_nothing_twice(
+def test_second_run_carries_later_changes_and_copies_nothing_twice(
     stack: Stack, reported: Reported, tmp_path: Path
 ) -> None:
     uri, place = f"sqlite:///{tmp_path}/mlflow.db", f"file://{tmp_path}/artifacts"
@@ -199,7 +199,9 @@ SEARCH = "/api/2.0/mlflow/experiments/search"
 
 
 @pytest.mark.slow
-def test_skip_leaves_out_what_clashes_with_all_it_contains(stack: Stack, reported: Reported, small: Filled) -> None:
+def test_skip_leaves_out_conflicting_objects_with_their_content(
+    stack: Stack, reported: Reported, small: Filled
+) -> None:
     stack.target.api.post("/api/2.0/mlflow/experiments/create", name="churn ünïcode")
     status, report = reported(small.source, "--on-clash", "skip")
     assert (report["lost"], status) == (0, 0)
@@ -220,7 +222,7 @@ def test_dry_run_changes_nothing(stack: Stack, reported: Reported, small: Filled
 
 
 def damaged(small: Filled, folder: Path) -> Path:
-    """A copy of the source with what SQLite allows and PostgreSQL does not."""
+    """A copy of the source with values that SQLite allows and PostgreSQL does not."""
     path = folder / "damaged.db"
     path.write_bytes(Path(small.source).read_bytes())
     opened = sqlite3.connect(path)
@@ -253,7 +255,7 @@ def test_values_that_do_not_fit_are_named_and_stop_it(
 
 
 @pytest.mark.slow
-def test_verdict_names_what_is_lost_after_the_load(
+def test_verdict_names_objects_lost_after_the_load(
     stack: Stack, reported: Reported, small: Filled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_back = verdict.by_api

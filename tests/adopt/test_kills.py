@@ -1,4 +1,4 @@
-"""The unit killed at any moment leaves the server as it was or complete, and a second run finishes."""
+"""If the unit is killed at any moment, the server is unchanged or complete, and a second run finishes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = "SELECT (SELECT count(*) FROM runs), (SELECT count(*) FROM metrics), (SEL
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Filled:
-    """A source whose rows take a moment to load."""
+    """A source with so many rows that loading takes some time."""
     import sqlite3
 
     folder = tmp_path_factory.mktemp("large")
@@ -49,7 +49,7 @@ def counts(stack: Stack) -> tuple[int, int, int]:
 
 
 def kills(seed: int) -> list[tuple[str, float]]:
-    """(what the unit last said, seconds after that) of each kill."""
+    """(the unit's last message before a kill, seconds from that message to the kill) by kill."""
     chance = random.Random(seed)
     moments = [
         "creating an empty database", "loading the source's rows", "fitting the rows", "finding the artifacts",
@@ -59,7 +59,7 @@ def kills(seed: int) -> list[tuple[str, float]]:
 
 
 def adopt_with_a_kill(stack: Stack, adopt: Adopt, source: Filled, moment: str, after: float) -> int:
-    """Kill the unit `after` seconds after it said `moment`; adopt.py's exit status."""
+    """Kill the unit `after` seconds after its message `moment`; returns adopt.py's exit status."""
 
     def kill_then() -> None:
         seen = 0

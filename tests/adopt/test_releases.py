@@ -23,7 +23,7 @@ OLD = {
     "3.1.0": (),
     "3.9.0": (),
 }
-"""What the release needs besides the packages of `environments.STORES_NEED`."""
+"""The packages that the release needs besides `environments.STORES_NEED`."""
 
 
 def client_of(release: str) -> Path:
@@ -76,7 +76,7 @@ def test_postgresql_of_an_older_release_is_adopted_by_url_and_by_dump(
     rows = stack.sql("SELECT count(*) FROM metrics")
     status, report = reported(uri.replace("+psycopg2", ""), "--name", "old")
     assert (report["lost"], status) == (0, 0)
-    assert stack.sql("SELECT count(*) FROM metrics") == rows  # the same source, known by its name
+    assert stack.sql("SELECT count(*) FROM metrics") == rows  # the same source, recognized by its name
 
 
 @pytest.mark.slow

@@ -34,7 +34,8 @@ OURS_ONE_ARENA = "ours, MALLOC_ARENA_MAX=1"
 """File transfers with the glibc setting that the README recommends for large downloads."""
 
 MOST_FOR_BASIC_AUTH = 8
-"""Most concurrent clients of basic-auth, in one round: with more, a turn takes minutes and shows nothing new."""
+"""Maximum number of concurrent clients of basic-auth, in one round: with more, a turn takes minutes and gives no new
+result."""
 
 MOST_ROUNDS_OF_FILES = 5
 

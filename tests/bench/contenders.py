@@ -238,7 +238,7 @@ def ours(folder: Path, store: services.ObjectStore, transfer: str = "direct") ->
         stack.enter_context(running_nginx(configuration, port, folder / "nginx.log"))
         yield Contender(
             folder.name,
-            f"what the image ships: {len(processes)} processes on Unix sockets, sized for {MACHINE_MEMORY_MB} MiB, "
+            f"the image's: {len(processes)} processes on Unix sockets, sized for {MACHINE_MEMORY_MB} MiB, "
             f"its settings of PostgreSQL and nginx, HTTPS and login, files {transfer}",
             Target((HOST, port), HOST, (authorization(),), authority=str(authority.ca)),
             f"https://{HOST}:{port}",

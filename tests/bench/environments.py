@@ -2,7 +2,7 @@
 
 uv creates them on first use, outside the repository, and again when the lock file changes. Each contender has its own,
 because the image's packages include some that `pip install mlflow` does not install (uvloop, httptools) and that would
-make the others faster, and this project's own environment has still more packages.
+make the others faster. This project's own environment has even more packages.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def tutorial() -> Path:
     wanted.write_text("mlflow\npsycopg2-binary\nboto3\n")
     resolved = wanted.with_suffix(f".{mlflow_version()}.lock")
     if not resolved.exists():
-        # Resolved like the image's packages, for the index may lack companions of the newest MLflow.
+        # Resolved like the image's packages, because the index may lack companions of the newest MLflow.
         lock.resolve(wanted, resolved, (f"mlflow=={mlflow_version()}",))
     return made("bench-tutorial", ["sync", "--require-hashes", str(resolved)], resolved.read_text())
 

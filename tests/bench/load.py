@@ -250,7 +250,7 @@ def run(target: Target, operation: str, data: Dataset, clients: int, seconds: fl
     return measured
 
 
-@uninterrupted()  # by what interrupts the bench, which waits for the end of a turn
+@uninterrupted()  # by an interrupt of the bench, which waits for the end of a turn
 def _clients(sender: Any, target: Target, operation: str, data: Dataset, clients: int, seconds: float) -> None:
     measured = Measured(seconds)
     begin = threading.Barrier(clients + 1)

@@ -1,4 +1,4 @@
-"""A headless Chromium, logged in to the server as a person would be."""
+"""A headless Chromium that is logged in to the server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tests.support.servers import Server
 
-# Without the switches on networking, Chromium keeps asking for Google's hosts.
+# Without the switches about networking, Chromium sends requests to Google's hosts.
 SWITCHES = [
     "--headless=new",
     "--no-sandbox",
@@ -40,7 +40,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
         options.add_argument(switch)
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    # As a person does who goes on past the warning; that the certificate is right is tested with clients that verify.
+    # Like a user who accepts the warning; other tests verify the certificate.
     options.accept_insecure_certs = True
     driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
     try:
@@ -51,7 +51,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 @pytest.fixture
 def browser(chromium: Chrome, server: Server, request: pytest.FixtureRequest) -> Iterator[Chrome]:
-    """The browser, logged in; a screenshot of where it ended goes to build/browser/, pass or fail."""
+    """The logged-in browser; a screenshot of its last page is written to build/browser/, also after a failure."""
     from tests.support.servers import BUILD
 
     log_in(chromium, server)
@@ -63,7 +63,7 @@ def browser(chromium: Chrome, server: Server, request: pytest.FixtureRequest) ->
 
 
 def log_in(chromium: Chrome, server: Server) -> None:
-    """Answer the browser's question for a password, by an address that holds it; it asks no more after that."""
+    """Log in with a URL that contains the password; the browser does not ask for it again."""
     secret = f"{server.username}:{urllib.parse.quote(server.password, safe='')}@"
     chromium.get(f"{server.url}/version".replace("://", f"://{secret}", 1))
 

@@ -1,4 +1,4 @@
-"""What a person sees in a browser after the examples have run: every page by itself, behind the login."""
+"""MLflow's pages in a browser after the examples have run: each page works, behind the login."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -17,16 +17,17 @@ pytestmark = pytest.mark.machine
 PATIENCE_SECONDS = 30
 
 EXPECTED_ERRORS = (
-    # The page asks MLflow's own basic-auth app who is logged in; the server runs without that app.
+    # The page requests the current user from MLflow's basic-auth app; the server runs without that app.
     "/mlflow/users/current - Failed to load resource: the server responded with a status of 404",
-    # MLflow's pages name their icon; the address that logs the browser in is no page and makes it guess.
+    # MLflow's pages name their icon; the URL that logs the browser in is not a page, so the browser tries a default
+    # name.
     "/favicon.ico - Failed to load resource: the server responded with a status of 404",
 )
 
 
 def open_page(browser: Chrome, server: Server, place: str, *wanted: str) -> str:
     """Open the page at `place` of MLflow's UI and wait until it shows all `wanted` texts; returns the page's text."""
-    browser.get("about:blank")  # else a change after the # alone would not load the page anew
+    browser.get("about:blank")  # otherwise a change only after the # would not reload the page
     browser.get(f"{server.url}/{place}")
     shown = ""
 
@@ -109,7 +110,7 @@ def test_traces_of_the_questions(browser: Chrome, server: Server, example_runs: 
 
 @pytest.fixture
 def elsewhere() -> Iterator[tuple[str, list[str]]]:
-    """The address of a web server that is not this server's, and the paths that were asked of it."""
+    """The address of another web server, and the paths that were requested from it."""
     asked: list[str] = []
 
     class Recorded(BaseHTTPRequestHandler):
@@ -130,7 +131,7 @@ def elsewhere() -> Iterator[tuple[str, list[str]]]:
 def test_a_note_loads_no_picture_of_another_host(
     browser: Chrome, server: Server, example_runs: Mapping[str, str], elsewhere: tuple[str, list[str]]
 ) -> None:
-    """The host would learn who reads the note."""
+    """Otherwise that host would see who reads the note."""
     address, asked = elsewhere
     run_id = example_runs["classification_iris.py"]
     with client_of(server) as client:
@@ -149,7 +150,7 @@ def test_a_note_loads_no_picture_of_another_host(
 def test_a_page_that_a_run_logged_is_shown_and_its_script_runs(
     browser: Chrome, server: Server, example_runs: Mapping[str, str]
 ) -> None:
-    """As Plotly's figures do, in a frame that cannot reach the server."""
+    """Like Plotly's figures, in a frame that cannot access the server."""
     run_id = example_runs["classification_iris.py"]
     page = "<p id=said>nothing</p><script>document.getElementById('said').textContent = 'the script ran'</script>"
     with client_of(server) as client:

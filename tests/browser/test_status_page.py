@@ -117,7 +117,7 @@ def until_shown(chromium: Chrome, text: str, seconds: float = 60) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed (scripts/prepare.sh does)")
+@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed (scripts/prepare.sh installs it)")
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_open_tab_recovers_after_an_outage(
     scheme: str, chromium: Chrome, machine: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,7 +131,7 @@ def test_open_tab_recovers_after_an_outage(
         publish(run, page)
 
     if scheme == "https":
-        # The stack's: after a temporary one the browser itself has to be asked.
+        # The stack's certificate: a page with a temporary one would reload.
         made = private_ca.ensure((HOST,), machine / "srv/mlflow/certificates")
         monkeypatch.setattr(nginx, "reload", lambda: None)
         nginx.put_starting_certificate(nginx.Certificate(made.certificate, made.key, trusted=False), run=run)
@@ -162,5 +162,5 @@ def test_open_tab_recovers_after_an_outage(
 
 
 def test_page_loads_no_external_resource() -> None:
-    """The page is shown when nothing else works, and must not reveal its viewers to another site."""
+    """The page must work when nothing else does, and must not reveal its viewers to another site."""
     assert not re.search(r"(?:src|href|@import|url\()\s*=?\s*[\"'(]?(?:https?:)?//", PAGE.read_text())

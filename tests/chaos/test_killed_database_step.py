@@ -171,7 +171,7 @@ def _kill_and_recover(ready: Prepared, seed: int, operation: str, victim: str) -
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     else:
-        ready.server.kill()  # the step must notice it and end
+        ready.server.kill()  # the step must detect it and end
         process.communicate(timeout=120)
         ready.server.start()
 

@@ -1,5 +1,5 @@
-"""`python -m mlflow_host.server.process` that also writes a line into a file for every request to a path that is
-answered beside MLflow: whether it was, or was handed on.
+"""`python -m mlflow_host.server.process` that also logs, for every request to an endpoint of the fast path, whether the
+fast path answered it or passed it to MLflow.
 
     python counted_server.py FILE --socket PATH
 """

@@ -1,11 +1,12 @@
-"""A grammar of requests to the six paths that are answered beside MLflow, and to those that change what they answer.
+"""A grammar of requests to the six endpoints of the fast path, and to those that change their results.
 
-Every request is made by one `random.Random`: the same seed makes the same requests. Most begin as a client writes
-them; then a field, the body, the headers or the path is changed. Ids of runs differ between two servers, so a request
-holds `RUN0003RUN` where the id of the fourth run belongs.
+Every request is made by one `random.Random`: the same seed makes the same requests. Most requests begin in a client's
+form; then a field, the body, the headers or the path is changed. IDs of runs differ between two servers, so a request
+contains `RUN0003RUN` in place of the ID of the fourth run.
 
-What cannot be compared is not made. Ids and names that a server makes up are random, so no search sorts by ids, and
-every run that searches may find has a name and a start of its own; all others are in the experiment `ODD`.
+Requests whose responses cannot be compared are not generated. A server chooses IDs and names at random, so no search
+sorts by IDs, and every run that searches may find has its own name and start time; all others are in the experiment
+`ODD`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def run(number: int) -> str:
 
 
 def with_run_ids(text: bytes, runs: list[str]) -> bytes:
-    """`text` with the ids of one server's runs; a run that was not made has an id that no run has."""
+    """`text` with the IDs of one server's runs; a run that was not created has an unused ID."""
 
     def run_id(found: re.Match[bytes]) -> bytes:
         number = int(found[1])
@@ -56,7 +57,7 @@ def with_run_ids(text: bytes, runs: list[str]) -> bytes:
     return re.sub(rb"RUN([0-9]{4})RUN", run_id, text)
 
 
-# What values are made of
+# Parts of values
 
 KEYS = ("loss", "val/acc", "a b", "ü", "m-0", "m_1", "m.2", "x:y", "Loss", "none")
 NAMES = ("first", "renamed", "é'\\", "a%b_c", "two words", "FIRST", "naïve", "nai\u0308ve", "🦊", "-", "'", '"')
@@ -70,7 +71,7 @@ NUMBERS_AS_TEXT = ("0", "1", "-1", "+1", "01", " 1", "1 ", "1.0", "1.5", "1e3", 
 HUGE = 10**400
 DIGITS = "9" * 5000
 NUMBER_OF_DIGITS = "<a number of 5,000 digits>"
-"""Stands for what Python's own JSON refuses to write."""
+"""Replaced by JSON that Python's own module cannot write."""
 OTHER_TYPES: tuple[Any, ...] = (None, True, False, 0, 7, 1.5, [], {}, [1], ["x"], {"a": 1}, [None], [[]])
 WHOLE: tuple[Any, ...] = (
     *(0, 1, -1, 2, 3, 1000, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53, 2**53 + 1, 2**63 - 1, 2**63, -(2**63)),
@@ -179,7 +180,7 @@ VALID = (
     ),
     (("params.p1", "tags.team", "metrics.loss"), ("IS NULL", "IS NOT NULL"), ("",)),
 )
-"""What clients compare, in threes of identifiers, comparisons and values that fit one another."""
+"""Conditions of clients: identifiers, comparisons and values that fit together."""
 
 
 def comparison(chance: random.Random) -> str:
@@ -362,7 +363,7 @@ def query_of(fields: Fields) -> str:
     return "&".join(f"{quote_plus(name)}={quote_plus(str(value))}" for name, value in fields.items())
 
 
-# What is changed in them
+# Changes of those requests
 
 ODD_FIELDS: dict[str, tuple[Any, ...]] = {
     "experiment_id": (*("77", "abc", "", "01", " 1", "-1", "1.0", "１", DIGITS, "9" * 19), *OTHER_TYPES, 1),
@@ -440,7 +441,7 @@ def written(fields: Any) -> bytes:
 
 def other_body(chance: random.Random, fields: Fields, body: bytes) -> bytes:
     """The same fields in another form, or text that is almost JSON."""
-    names = [name for name in fields if name != "step"]  # for a NaN's sake, as in `metric`
+    names = [name for name in fields if name != "step"]  # because of NaN, as in `metric`
     name = chance.choice(names or ["run_id"])
     twice = written({name: chance.choice(("x", 1, None, fields.get(name)))})[1:-1]
     ways: tuple[Callable[[], bytes], ...] = (
@@ -580,7 +581,7 @@ def other_query(chance: random.Random, fields: Fields) -> str:
         "%ed%a0%80",
         "%F0%9F%A6%8A",
     )
-    run_or_key = run(1) if name.startswith("run") else "loss"  # in a token a run's id would be random bytes
+    run_or_key = run(1) if name.startswith("run") else "loss"  # in a token, the ID of a run would be random bytes
     value = chance.choice(
         (*odd, run_or_key, quote("nul\x00"), quote('quo"te'), "a%s", "k" * 300, "a+b", "%zz", "%", "é", "true")
     )
@@ -641,7 +642,8 @@ def foundation() -> Iterator[Request]:
 
 
 def generated(seed: int, count: int, started: int = 0) -> Iterator[Request]:
-    """`count` requests. Runs are created to start after `started`: MLflow lists two of one start in any order."""
+    """`count` requests. Runs are created to start after `started`: MLflow lists two runs with the same start in any
+    order."""
     chance = random.Random(seed)
     clients = Clients(chance, started)
     for _ in range(count):
@@ -667,7 +669,7 @@ def one_request(chance: random.Random, clients: Clients) -> Request:
     if path in ("runs/get", "metrics/get-history"):
         fields = clients.get_run() if path == "runs/get" else clients.history()
         request = get(path, other_query(chance, fields) if changes < 0.5 else query_of(fields))
-        if chance.random() < 0.04:  # MLflow takes the body of a GET without a query
+        if chance.random() < 0.04:  # MLflow reads the body of a GET without a query
             request = Request("GET", f"/api/2.0/mlflow/{path}".encode(), json_headers(), written(fields))
     else:
         fields = {
@@ -690,7 +692,7 @@ def one_request(chance: random.Random, clients: Clients) -> Request:
 
 
 def in_one_piece(fields: Fields) -> Fields:
-    """A batch that MLflow writes completely or not at all: with a NUL character in a tag it keeps the rest."""
+    """The batch, or only its part with a NUL character: MLflow would refuse that part and write the rest."""
     for name in ("params", "tags"):
         if "\\u0000" in json.dumps(fields.get(name)):
             return {key: value for key, value in fields.items() if key in ("run_id", name)}

@@ -22,8 +22,8 @@ from tests.support.services import HOST_PACKAGE, PostgreSQL, create_schema, proc
 
 HERE = Path(__file__).parent
 COMPARED_HEADERS = re.compile("content-type|location|allow|www-authenticate|set-cookie|x-.*")
-"""JSON is written with and without line breaks, so lengths differ. Headers for other origins are compared where the
-request names its own: Flask sends them always, FastAPI to those who ask."""
+"""JSON is written with and without line breaks, so lengths differ. CORS headers are compared only if the request has an
+Origin: Flask always sends them, FastAPI only for such requests."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Side:
     connection: socket.socket | None = None
 
     def ask(self, request: Request) -> Answer:
-        """Send it with this server's ids of runs, and note the id of the run that was made."""
+        """Send it with this server's IDs of runs, and record the ID of the created run."""
         body = with_run_ids(request.body, self.runs)
         lines = [f"{request.method} ".encode() + with_run_ids(request.target, self.runs) + b" HTTP/1.1"]
         lines += [f"{name}: {value}".encode() for name, value in request.headers]
@@ -110,7 +110,7 @@ class Side:
                 )
                 if name not in made_up
             ]
-            # As text, for JSON has no -0.
+            # As text, because JSON has no -0.
             row = ", ".join(f"'{name}', {name}::text" for name in columns)
             rows = self.cluster.execute(f"select json_build_object({row})::text from {table}", self.database)
             numbers = {run_id: f"<run {number}>" for number, run_id in enumerate(self.runs)}
@@ -162,7 +162,7 @@ class Pair:
     pool: ThreadPoolExecutor
 
     def ask(self, request: Request) -> tuple[Answer, Answer]:
-        """What MLflow answers, and what ours does; at the same time."""
+        """The responses of MLflow and of our server, requested at the same time."""
         own = self.pool.submit(self.own.ask, request)
         ours = self.ours.ask(request)
         return own.result(), ours
@@ -174,7 +174,7 @@ class Pair:
 
 @contextlib.contextmanager
 def pair(folder: Path, cluster: PostgreSQL, python: Path, name: str) -> Iterator[Pair]:
-    """Both servers of the release that `python` has, with empty databases named after `name`."""
+    """Both servers of the release in the environment of `python`, with empty databases named after `name`."""
     folder.mkdir(parents=True)
     sides, counted = [], folder / "counted"
     with contextlib.ExitStack() as stack:
@@ -204,7 +204,7 @@ def started(which: str, uri: str, uds: Path, counted: Path) -> tuple[dict[str, s
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "AWS_EC2_METADATA_DISABLED": "true",
         "AWS_DEFAULT_REGION": "eu-central-1",
-        "PYTHONHASHSEED": "0",  # MLflow shows sets in its messages
+        "PYTHONHASHSEED": "0",  # MLflow prints sets in its messages
     }
     private = ("MLFLOW_", "_MLFLOW", "PYTEST")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(private)}

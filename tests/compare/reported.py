@@ -1,4 +1,5 @@
-"""Requests that people reported, with the status of plain MLflow, and those that are refused before MLflow fails."""
+"""Requests from bug reports, with the status of plain MLflow, and requests that are refused because MLflow would
+fail."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ DEAR = {
     "51 conditions": search(filter=" and ".join(["metrics.loss > 0"] * 51)),
 }
 
-# What MLflow answers with 500
+# Requests that MLflow answers with 500
 
 NUL = "nul\x00"
 REFUSED = {

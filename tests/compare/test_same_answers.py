@@ -1,20 +1,20 @@
-"""Requests made by a grammar, and those of bug reports, are answered as plain MLflow answers them, and leave the same
-rows. The differences that are meant, in `STATED`:
+"""Requests from a grammar and from bug reports get the same responses as from plain MLflow, and write the same rows.
+The intended differences, in `STATED`:
 
 | request | MLflow | here |
 |---|---|---|
 | text with a NUL character or half a surrogate pair | 500, 400 in other words, 200 if unused | 400 with a sentence |
 | a body that is not JSON | 500, 400 in other words | 400 with a sentence |
-| a body that is JSON, but no object | 500 | 400 with a sentence |
-| page token that is base64 of JSON, and yet no token | 500 | 400 with a sentence |
+| a body that is JSON, but not an object | 500 | 400 with a sentence |
+| a page token that is base64 of JSON, but not a token | 500 | 400 with a sentence |
 | JSON that nests too deeply for Python | 500 | 400 with a sentence |
 | more than 50 conditions in a filter or 20 columns to order by | 200, or PostgreSQL's memory | 400 with a sentence |
 
-The reason of the first two: PostgreSQL stores no such text and no such token leads anywhere, but clients repeat for
-minutes what was answered with 500. Of a batch with such a text MLflow keeps a part; here nothing of it is written. The
-other two bound what one request costs (server/request_limits.py).
+The reasons: PostgreSQL cannot store such text and such tokens never work, but clients repeat a request
+for minutes after a 500. MLflow stores a part of a batch with such text; here nothing of it is written. The last two
+limit the cost of a request (server/request_limits.py).
 
-Not compared are the indentation of JSON, and headers for other origins in answers to requests that name no origin.
+The indentation of JSON is not compared, nor are CORS headers in responses to requests without an Origin.
 """
 
 from __future__ import annotations
@@ -44,17 +44,18 @@ STATED: tuple[tuple[str, set[int]], ...] = (
     ("the JSON of the request must be an object", {500}),
     ("send the next_page_token of the previous answer, or none.", {500}),
     ("the JSON of the request nests too deeply", {400, 500}),
-    ("columns to order by; at most 20 are taken", {200, 400, 500}),
-    ("conditions; a search takes at most 50: narrow it on the client", {200, 400, 500}),
+    ("columns to order by; at most 20 are allowed", {200, 400, 500}),
+    ("conditions; the limit is 50: narrow it on the client", {200, 400, 500}),
 )
-"""What an answer of ours says where it may differ, and what status MLflow's may have then."""
+"""Text in our response where it may differ, and the allowed statuses of MLflow's response."""
 PART = 500
 """Requests after which the tables are compared."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[PostgreSQL]:
-    """Outside pytest's folder, which another session of pytest closes to PostgreSQL's user when it begins."""
+    """Outside pytest's folder, because another session of pytest removes the access of PostgreSQL's user to it when it
+    begins."""
     with (
         tempfile.TemporaryDirectory(prefix="mlflow-ami-compare-") as folder,
         postgresql(Path(folder) / "postgresql") as running,
@@ -64,7 +65,7 @@ def cluster() -> Iterator[PostgreSQL]:
 
 @pytest.fixture(scope="module", params=["default", "newest"])
 def both(request: pytest.FixtureRequest, cluster: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Servers of the release that the image has by default, with the image's packages, and of the newest."""
+    """Servers of the image's default release, with the image's packages, and of the newest release."""
     python = installed.image() if request.param == "default" else server_environment(releases()[-1])
     with pair(tmp_path_factory.mktemp("servers") / request.param, cluster, python, request.param) as started:
         for one in foundation():
@@ -129,7 +130,7 @@ def test_negative_zero_is_stored_as_zero(both: Pair, path: str) -> None:
     assert_same_tables(both, 1)
 
 
-# What is refused before MLflow fails on it
+# Requests that are refused because MLflow would fail
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -156,7 +157,7 @@ def test_refused_batch_writes_nothing(both: Pair, name: str) -> None:
 @pytest.mark.parametrize(
     "path", ["runs/search", "metrics/get-history", "experiments/search", "registered-models/search"]
 )
-def test_page_tokens_of_odd_json_are_refused(both: Pair, path: str, token: str) -> None:
+def test_page_tokens_of_malformed_json_are_refused(both: Pair, path: str, token: str) -> None:
     told = base64.b64encode(token.encode()).decode()
     fields = {"runs/search": {"experiment_ids": ["0"]}, "experiments/search": {}}.get(path)
     query = f"run_id={run(1)}&metric_key=loss&max_results=2&page_token={told}"

@@ -1,7 +1,8 @@
-"""bake, diff, drill and promote by the lines of bake.yml, with the real images.py on moto's EC2 and Systems Manager.
+"""The steps `bake`, `diff`, `drill` and `promote`, as in the lines of bake.yml, with the real images.py on moto's EC2
+and Systems Manager.
 
-Stand-ins for what needs a machine: bake.py and drill.py take the arguments that the real ones take, and print documents
-that the real ones' functions made.
+bake.py and drill.py, which need a machine, are stand-ins: they accept the arguments of the real ones, and print
+documents that the functions of the real ones created.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ FACTS: dict[str, Any] = {
 
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[MotoCloud]:
-    """An empty account; OSV is out of reach."""
+    """An empty account; OSV is unreachable."""
     with moto_cloud() as made:
         for name, value in made.environment().items():
             monkeypatch.setenv(name, value)
@@ -86,7 +87,7 @@ def make(cloud: MotoCloud, version: str, mlflow: str) -> catalog.Image:
 
 
 def baked(hosted: Runner, image: catalog.Image, *, log: Path | None) -> None:
-    """What the stand-in for bake.py prints: the document of the real one."""
+    """The output of the stand-in for bake.py: the document of the real one."""
     arguments = argparse.Namespace(region="eu-central-1", local=False)
     document = report.result(image, arguments, StepClock(), log=log, reused=log is None)
     document.pop("report")
@@ -94,7 +95,7 @@ def baked(hosted: Runner, image: catalog.Image, *, log: Path | None) -> None:
 
 
 def drilled(hosted: Runner, older: catalog.Image, newer: catalog.Image, *, lost: int = 0) -> None:
-    """What the stand-in for drill.py prints: the document of the real one."""
+    """The output of the stand-in for drill.py: the document of the real one."""
     stop = Stop(newer.id, newer.fact("mlflow-version"), "migrated", 27, 1650, lost, 0, 0, 33, 43.0, ())
     ends = {"older": comparing.about(older), "newer": comparing.about(newer)}
     document = {"lost": lost, "at": "2026-11-29T20:00:00Z", **ends, "stops": [dataclasses.asdict(stop)]}

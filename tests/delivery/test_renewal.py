@@ -1,4 +1,5 @@
-"""renew and propose by the lines of renew.yml, with the real git; stand-ins for our scripts and gh."""
+"""The steps `renew` and `propose`, as in the lines of renew.yml, with the real git; stand-ins for our scripts and
+gh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""infra/delivery-roles.yaml, created by moto's CloudFormation: who may take which role, and the rights of each."""
+"""infra/delivery-roles.yaml, created by moto's CloudFormation: which jobs can assume which role, and the rights of each
+role."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class Role:
 
 @pytest.fixture(scope="module")
 def roles() -> Iterator[dict[str, Role]]:
-    """The roles of a stack for `example/mlflow-ami`. Moto has no identity providers, so it is given one that exists."""
+    """The roles of a stack for `example/mlflow-ami`. moto has no identity providers, so the ARN of an existing one is
+    passed."""
     with mock_aws(), pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "testing")
@@ -67,7 +69,7 @@ def roles() -> Iterator[dict[str, Role]]:
 
 
 def policy_of(iam: Any, role: str) -> dict[str, Any]:
-    """Moto keeps the policies of CloudFormation as Python prints them."""
+    """moto stores the policies of CloudFormation in Python's notation."""
     return dict(ast.literal_eval(iam.get_role_policy(RoleName=role, PolicyName="delivery")["PolicyDocument"]))
 
 
@@ -142,5 +144,5 @@ def test_state_is_the_only_bucket_whose_objects_are_read_by_name(roles: dict[str
 
 
 def test_policies_fit_into_a_role(roles: dict[str, Role]) -> None:
-    """IAM takes 10,240 characters of inline policies per role."""
+    """IAM allows 10,240 characters of inline policies per role."""
     assert all(len(json.dumps(role.policy, separators=(",", ":"))) < 10_000 for role in roles.values())

@@ -1,4 +1,5 @@
-"""smoke by the line of deploy.yml: a real MLflow server and client, moto's Systems Manager, a stand-in for Pulumi."""
+"""The step `smoke`, as in the line of deploy.yml: a real MLflow server and client, moto's Systems Manager, a stand-in
+for Pulumi."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def hosted(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         for name, value in cloud.environment().items():
             monkeypatch.setenv(name, value)
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-            monkeypatch.setenv(name, "")  # smoke sets them; they are taken back
+            monkeypatch.setenv(name, "")  # smoke sets them; they are removed at the end
         monkeypatch.delenv("MLFLOW_TRACKING_SERVER_CERT_PATH", raising=False)
         users = {"users": {"admin": {"password": "a password", "role": "admin"}}}
         cloud.client("ssm").put_parameter(Name=PARAMETER, Value=json.dumps(users), Type="SecureString")

@@ -1,4 +1,4 @@
-"""preview, deploy, rollback and drift by the lines of the workflows, with stand-ins for pulumi and gh.
+"""The steps `preview`, `deploy`, `rollback` and `drift`, as in the workflows, with stand-ins for pulumi and gh.
 
 tests/delivery/test_with_pulumi.py runs the same with the real Pulumi.
 """
@@ -83,7 +83,7 @@ def test_one_mistake_and_pulumis_own_error_are_annotations() -> None:
     assert stack_steps.mistakes(own) == [("error", own.splitlines()[0].removeprefix("error: "))]
 
 
-def test_deploy_stays_within_the_plan_and_remembers_what_ran(hosted: Runner) -> None:
+def test_deploy_stays_within_the_plan_and_outputs_the_previous_image(hosted: Runner) -> None:
     hosted.stand_in("pulumi", ("stack output", 0, OUTPUTS), ("up", 0, "Resources:\n    +-3 replaced\n"))
     options = "--non-interactive --color never --stack prod"
     plan = hosted.folder / "checkout/build/delivery/plan.json"
@@ -95,7 +95,7 @@ def test_deploy_stays_within_the_plan_and_remembers_what_ran(hosted: Runner) -> 
     assert "+-3 replaced" in hosted.summary
 
 
-def test_what_ran_is_known_when_the_update_fails(hosted: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+def test_previous_image_is_output_when_the_update_fails(hosted: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     hosted.stand_in("pulumi", ("stack output", 0, OUTPUTS), ("up", 255, "error: resource violates plan: x\n"))
     assert hosted.take("deploy", "deploy", status=1, STACK="prod") == {"previous": "ami-0fedcba9876543210"}
     assert "::error::resource violates plan: x" in capsys.readouterr().out
@@ -106,7 +106,7 @@ def test_new_stack_has_nothing_to_roll_back_to(hosted: Runner) -> None:
     assert hosted.take("deploy", "deploy", STACK="prod") == {"previous": ""}
 
 
-def test_rollback_pins_the_image_and_says_that_the_repository_differs(
+def test_rollback_pins_the_image_and_warns_that_the_repository_differs(
     hosted: Runner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hosted.stand_in("pulumi", ("", 0, ""))

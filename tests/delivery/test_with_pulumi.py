@@ -1,4 +1,5 @@
-"""preview, deploy, rollback and drift with the real Pulumi on moto, which test_stack_steps.py has a stand-in for."""
+"""The steps `preview`, `deploy`, `rollback` and `drift` with the real Pulumi on moto; test_stack_steps.py uses a
+stand-in for Pulumi."""
 
 from __future__ import annotations
 
@@ -93,7 +94,7 @@ def test_from_the_first_preview_to_a_rollback(
     assert "::error file=infra/Pulumi.delivery.yaml,line=" in capsys.readouterr().out
 
 
-def test_what_is_not_in_the_plan_is_not_done(
+def test_changes_outside_the_plan_are_refused(
     cloud: MotoCloud, hosted: Runner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hosted.take("deploy", "preview", STACK=STACK)

@@ -1,4 +1,4 @@
-"""The workflows: what they may do, pinned actions, and lines that are commands of ours with arguments that parse."""
+"""The workflows: their permissions, pinned actions, and lines that are this project's commands with valid arguments."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_an_action_has_one_version_in_all_workflows() -> None:
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS)
-def test_token_may_write_only_what_the_workflow_writes(workflow: str) -> None:
+def test_token_has_only_the_write_permissions_that_the_workflow_uses(workflow: str) -> None:
     document = WORKFLOWS[workflow]
     assert {name for name, right in document["permissions"].items() if right == "write"} == WRITES[workflow]
     assert document["permissions"].keys() <= WRITES[workflow] | {"contents"}
@@ -75,7 +75,7 @@ def test_no_static_key_is_used() -> None:
 
 
 def test_each_role_is_taken_where_it_is_trusted() -> None:
-    """tests/delivery/test_roles.py has whom the roles trust."""
+    """tests/delivery/test_roles.py tests which jobs the roles trust."""
     roles = {
         (workflow, name, step["with"]["role-to-assume"], job.get("environment"))
         for workflow, name, job in jobs()
@@ -101,7 +101,7 @@ def test_each_run_is_a_target_or_a_script_that_takes_its_arguments() -> None:
     lines = [(step["run"], variables) for _, step, variables in steps() if "run" in step]
     assert len(lines) > 15
     for line, variables in lines:
-        assert "${{" not in line, "an expression in a line is code of whoever can set it"
+        assert "${{" not in line, "the value of an expression in a line would run as code"
         assert not set(line) & set(";|&><`\n("), line
         given = {name: SAMPLES.get(name, "") for name in variables}
         called = words(line.removeprefix("sudo -E "), given | {"PREVIOUS": SAMPLES["IMAGE"]})

@@ -56,14 +56,14 @@ def words(line: str, variables: Mapping[str, str]) -> list[str]:
 
 
 def line_of(workflow: str, step: str) -> str:
-    """The first `run:` of a workflow that takes this step of delivery.py."""
+    """The first `run:` of a workflow with this step of delivery.py."""
     lines = [each["run"] for name, each, _ in steps() if name == workflow and "run" in each]
     return str(next(line for line in lines if f"delivery.py {step} " in line))
 
 
 @dataclass
 class Runner:
-    """Takes steps as a workflow does: its line, GitHub's files, the variables that the workflow would set."""
+    """Runs steps like a workflow: its line, GitHub's files, the variables that the workflow would set."""
 
     folder: Path
 
@@ -79,12 +79,12 @@ class Runner:
         return (self.folder / "summary").read_text()
 
     def calls(self, tool: str) -> list[str]:
-        """How a stand-in was called, oldest first."""
+        """The calls of a stand-in, oldest first."""
         path = self.folder / f"{tool}.calls"
         return path.read_text().splitlines() if path.exists() else []
 
     def stand_in(self, tool: str, *answers: tuple[str, int, str]) -> None:
-        """A program on PATH that notes its arguments (newlines as |), and answers by the first matching start:
+        """A program on PATH that records its arguments (newlines as |), and responds by the first matching start:
         (start, exit status, text)."""
         cases = "".join(
             f"{shlex.quote(start)}*) cat {shlex.quote(str(self._text(tool, number, text)))}; exit {status};;\n"

@@ -23,7 +23,7 @@ REGION = "eu-central-1"
 
 @pytest.fixture
 def ec2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An EC2 API that knows only moto's own images."""
+    """An EC2 API with moto's own images only."""
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_EC2", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
@@ -33,7 +33,7 @@ def ec2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def run_bake(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """bake.py like a user runs it, with only the given credentials."""
+    """bake.py as a user runs it, with only the given credentials."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
     nowhere = {"AWS_CONFIG_FILE": "/nonexistent", "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent"}
     return subprocess.run(
@@ -87,7 +87,7 @@ def test_without_a_default_vpc_the_remedies_are_named(ec2: Any) -> None:
 
 
 def test_packer_gets_the_credentials_of_any_kind_of_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here with a profile whose credentials a program prints, which old Packer releases do not support."""
+    """The profile gets its credentials from a program, which old Packer releases do not support."""
     printed = {"Version": 1, "AccessKeyId": "AKIAX", "SecretAccessKey": "hush", "SessionToken": "token"}
     (tmp_path / "keys").write_text(json.dumps(printed))
     (tmp_path / "config").write_text(f"[profile odd]\ncredential_process = cat {tmp_path / 'keys'}\n")
@@ -159,7 +159,7 @@ def test_ca_bundle_of_this_host_is_used_and_a_missing_one_refused(tmp_path: Path
         request.find_ca_bundle("/nonexistent", {})
 
 
-def test_credentials_that_cannot_keep_the_record_are_told_before_packer_starts(
+def test_credentials_that_cannot_store_the_record_are_refused_before_packer_starts(
     ec2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ssm = boto3.client("ssm", "eu-central-1")
@@ -191,7 +191,7 @@ def test_credentials_that_cannot_keep_the_record_are_told_before_packer_starts(
         monkeypatch.setattr(module, "BUILDS", tmp_path / "enough")
     assert bake.main(["--source-ami", source]) == 1
     assert len(started) == 1
-    assert ssm.describe_parameters()["Parameters"] == []  # and nothing of it is left
+    assert ssm.describe_parameters()["Parameters"] == []  # and no part of it is left
 
 
 # ── Staging and the digest ──────────────────────────────────────────────────────────────────────────────────────────
@@ -199,7 +199,7 @@ def test_credentials_that_cannot_keep_the_record_are_told_before_packer_starts(
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small checkout of ours."""
+    """A small checkout of this project."""
     for name, text in {
         "packer/build.pkr.hcl": "build {}\n",
         "packer/plugins.pkr.hcl": "packer {}\n",
@@ -315,7 +315,7 @@ def test_sweep_removes_all_of_one_bake_and_nothing_of_another(ec2: Any, tmp_path
     )
     snapshot = catalog.find(ec2)[0].snapshots[0]
 
-    for _ in range(2):  # the second time there is nothing left to remove, and that is no error
+    for _ in range(2):  # a second removal finds nothing, which is not an error
         cleanup.sweep(ec2, boto3.client("ssm", "eu-central-1"), ours, finished_image=None)
         states = {
             instance["InstanceId"]: instance["State"]["Name"]

@@ -1,6 +1,6 @@
 """The image made by bake.py: EC2's description, its content, and a planted defect for each check of the last step.
 
-The machine is launched without user-data: the image must contain nothing of a stack.
+The machine is launched without user-data, because the image must contain nothing of a stack.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def test_nothing_temporary_of_the_bake_is_left(cloud: LocalCloud, image: Mapping
     assert not [pair for pair in ec2.describe_key_pairs()["KeyPairs"] if pair["KeyName"].startswith("mlflow-ami-bake-")]
 
 
-# ── What is in it ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Its content ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_facts_are_those_of_the_installed_system(machine: Machine, image: Mapping[str, Any]) -> None:
@@ -383,7 +383,7 @@ DEFECTS = (
         "units_in_order",
         "printf '[Service]\\nExecStart=no/such\\n' >/usr/lib/systemd/system/mlflow-defect.service",
         "rm /usr/lib/systemd/system/mlflow-defect.service",
-        "systemd refuses a unit of ours",
+        "systemd rejects a unit of this project",
     ),
     Defect(
         "package not held",
@@ -414,7 +414,7 @@ DEFECTS = (
         "environment_as_locked",
         f"mv {SITE}/mlflow-host.pth /var/tmp/",
         f"mv /var/tmp/mlflow-host.pth {SITE}/",
-        "boot package in /usr/lib/mlflow-host is not seen",
+        "boot package in /usr/lib/mlflow-host is not found",
     ),
     Defect(
         "server that cannot be imported",
@@ -438,7 +438,7 @@ DEFECTS = (
         "not owned by root: /opt/mlflow/bin/mlflow",
     ),
     Defect(
-        "code anybody may change",
+        "code that any user may change",
         "owned_by_root",
         "chmod o+w /opt/mlflow/bin/mlflow",
         "chmod o-w /opt/mlflow/bin/mlflow",

@@ -1,4 +1,5 @@
-"""The template as it is, through the current Packer's own commands, and the same image by every way to bake it."""
+"""The unchanged template works with the current Packer's own commands, and every way to bake it makes the same
+image."""
 
 from __future__ import annotations
 
@@ -25,11 +26,11 @@ pytestmark = [
 ]
 
 BY_THE_RUN = ("bake", "image_version", "git_commit", "git_dirty", "disk_used_mib")
-"""Facts that name the run itself. The disk is the host's, on the local cloud."""
+"""Facts that differ between two bakes. The disk is the host's, on the local cloud."""
 
 
 def packer(*arguments: str, **environment: str) -> str:
-    """What the current Packer prints in packer/, as it is in the checkout."""
+    """The output of the current Packer for the unchanged folder packer/."""
     known = {**os.environ, "PACKER_PLUGIN_PATH": str(tools.PACKER_PLUGINS), "CHECKPOINT_DISABLE": "1", **environment}
     command = [str(PACKER), *arguments, "."]
     done = subprocess.run(command, cwd=REPOSITORY / "packer", env=known, capture_output=True, text=True)
@@ -75,12 +76,12 @@ def test_every_way_to_bake_makes_the_same_image(
 
 
 def bake_facts(image: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that bake.py read back from the image, kept beside its log."""
+    """The facts that bake.py read back from the image, stored with its log."""
     return dict(json.loads((Path(image["log"]).parent / "image.json").read_text()))
 
 
 def comparable(ec2: Any, image: dict[str, Any]) -> dict[str, Any]:
-    """What two images of one checkout have in common: facts, disks, and how the metadata service answers."""
+    """The properties that two images of one checkout share: facts, disks, and the settings of the metadata service."""
     described = ec2.describe_images(ImageIds=[image["ami_id"]])["Images"][0]
     disks = [each["Ebs"] for each in described["BlockDeviceMappings"] if "Ebs" in each]
     return {

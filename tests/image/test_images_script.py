@@ -1,4 +1,4 @@
-"""images.py: every verb on moto's EC2 and SSM, what it refuses, and that a second run changes nothing."""
+"""images.py: every verb on moto's EC2 and SSM, its refusals, and that a second run changes nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FACTS: dict[str, Any] = {
 
 @pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place]:
-    """An empty account; no bake on this machine has an image of it."""
+    """An empty account; no image of it was baked on this machine."""
     for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -61,7 +61,7 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place]:
 
 
 CALLS: set[str] = set()
-"""The actions that images.py needed in the tests of this module so far."""
+"""The actions that images.py needed so far in the tests of this module."""
 
 
 def note_call(params: Any, model: Any, **_: Any) -> None:
@@ -70,7 +70,7 @@ def note_call(params: Any, model: Any, **_: Any) -> None:
 
 
 INSIDE: list[bool] = []
-"""Not empty while images.py runs; the tests' own calls are not noted."""
+"""Not empty while images.py runs; the tests' own calls are not recorded."""
 
 
 def place(region: str) -> Place:
@@ -79,7 +79,8 @@ def place(region: str) -> Place:
 
 
 def make(aws: Place, version: str, *, finished: bool = True, **facts: Any) -> str:
-    """An image of ours with its snapshot and record; returns its ID. The older the version, the older the image."""
+    """An image of this project with its snapshot and record; returns its ID. The older the version, the older the
+    image."""
     ami = aws.ec2.register_image(
         Name=f"mlflow-ami-{version}",
         Architecture="x86_64",
@@ -96,7 +97,7 @@ def make(aws: Place, version: str, *, finished: bool = True, **facts: Any) -> st
 
 
 def run(*arguments: str, status: int = 0) -> Any:
-    """images.py with these arguments, as a user runs it; the document of --json."""
+    """Run images.py with these arguments, like a user; returns the document of --json."""
     said = run_text(*arguments, "--json", status=status)
     return json.loads(said) if status == 0 else said
 
@@ -117,7 +118,7 @@ def run_text(*arguments: str, status: int = 0) -> str:
 
 
 def refused(*arguments: str) -> str:
-    """The sentence with which the verb was refused, in a rehearsal and in earnest."""
+    """The sentence of the refusal, with and without --dry-run."""
     [rehearsed, said] = [run(*arguments, *more, status=2) for more in (["--dry-run"], [])]
     assert rehearsed == said
     sentence = [line for line in said.splitlines() if not line.startswith("images: in region")]
@@ -126,8 +127,7 @@ def refused(*arguments: str) -> str:
 
 
 def stack(aws: Place, name: str, *ran: str) -> None:
-    """What infra/ leaves of a stack: a tagged data volume, and a tag on each image that it ran; the last one is
-    current."""
+    """The traces of a stack: a tagged data volume, and a tag on each image that it ran; the last one is current."""
     zone = f"{aws.region}a"
     tags = {"mlflow-ami:role": "data", "mlflow-ami:stack": name, "mlflow-ami:last-image": ran[-1]}
     volume = aws.ec2.create_volume(
@@ -156,7 +156,7 @@ def state(aws: Place) -> Any:
 
 
 def drill_file(path: Path, older: str, newer: str, aws: Place, lost: int = 0) -> str:
-    """What drill.py --json prints of a drill between the releases of two images."""
+    """The output of drill.py --json for a drill between the releases of two images."""
     about = {each.id: comparing.about(each) for each in catalog.find(aws.ec2)}
     ends = {"older": about[older], "newer": about[newer]}
     path.write_text(json.dumps({"lost": lost, "at": "2026-11-29T10:00:00Z", **ends, "stops": []}))
@@ -209,7 +209,7 @@ def test_record_survives_however_long_it_is(aws: Place) -> None:
     assert len(names) > 3 and max(map(len, names.values())) <= 4096
     assert record.read(aws.ssm, "20261103T000000Z") == facts
     aws.ssm.delete_parameter(Name=sorted(names)[0])
-    assert record.read(aws.ssm, "20261103T000000Z") is None  # a part is missing, so nothing is claimed
+    assert record.read(aws.ssm, "20261103T000000Z") is None  # a part is missing, so there is no record
     assert record.delete(aws.ssm, "20261103T000000Z") and record.parts_of(aws.ssm, "20261103T000000Z") == {}
 
 
@@ -226,7 +226,7 @@ def test_unknown_image_is_refused(aws: Place, verb: list[str]) -> None:
         assert repr(wanted) in said and "images.py list" in said
 
 
-def test_channel_whose_image_is_deleted_says_so(aws: Place) -> None:
+def test_channel_with_a_deleted_image_is_reported(aws: Place) -> None:
     channels.write(aws.ssm, "production", "ami-0123456789abcdef0")
     assert "names ami-0123456789abcdef0, which is deleted" in refused("show", "production")
 
@@ -262,7 +262,7 @@ def test_diff_names_migrations_tables_columns_packages_keys_and_size(aws: Place)
     text = run_text("diff", "20261101T000000Z", "20261102T000000Z", "--no-vulnerabilities")
     for expected in (
         "Schema: upgrade a → c", "apply b  add jobs", "+ table jobs", "- column runs.name", "Size: 3072 MiB → 3100 MiB",
-        "A rollback leaves waiting in the kept database: jobs, runs.status", "3.12.0 → 3.19.0", "nginx 1.22 → 1.26",
+        "A rollback leaves in the kept database: jobs, runs.status", "3.12.0 → 3.19.0", "nginx 1.22 → 1.26",
     ):  # fmt: skip
         assert expected in text
     back = run("diff", "20261102T000000Z", "20261101T000000Z", "--no-vulnerabilities")["schema"]
@@ -280,14 +280,14 @@ def test_settings_of_keys_are_named_as_pulumi_yaml_has_them() -> None:
     assert named == ["deletedRetentionDays", "backupsEndpoint", "restoreFrom", "tls"]
 
 
-def test_diff_without_records_says_what_is_unknown(aws: Place) -> None:
+def test_diff_without_records_lists_the_unknown_parts(aws: Place) -> None:
     one, two = make(aws, "20261101T000000Z"), make(aws, "20261102T000000Z", migration_head="other")
     record.delete(aws.ssm, "20261101T000000Z")
     found = run("diff", one, two)
     assert found["unknown"] == [one] and found["packages"] is None and found["schema"]["known"] is False
     text = run_text("diff", one, two)
     assert "Packages: not recorded" in text and f"{one} has no record" in text
-    assert "which tables and columns change is not recorded" in text
+    assert "the changes of tables and columns are not recorded" in text
 
 
 def test_diff_names_vulnerabilities_that_go_and_come(aws: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +311,7 @@ def test_diff_names_vulnerabilities_that_go_and_come(aws: Place, monkeypatch: py
     assert "1 gone, 1 new, 1 in both" in run_text("diff", one, two, "--database", "https://osv.example")
 
 
-def test_diff_goes_on_where_the_vulnerability_database_is_out_of_reach(aws: Place) -> None:
+def test_diff_continues_without_the_vulnerability_database(aws: Place) -> None:
     one, two = make(aws, "20261101T000000Z"), make(aws, "20261102T000000Z")
     found = run("diff", one, two, "--database", "http://127.0.0.1:9")
     assert "127.0.0.1:9 is unreachable" in found["vulnerabilities"]["unknown"]
@@ -333,7 +333,7 @@ def test_promote_sets_a_parameter_of_the_image_type_and_keeps_history(aws: Place
     assert "names" in run_text("promote", "20261101T000000Z", "staging")
 
 
-def test_promote_without_drill_is_refused_unless_told_otherwise(aws: Place) -> None:
+def test_promote_without_drill_is_refused_without_the_option(aws: Place) -> None:
     one, two = make(aws, "20261101T000000Z", mlflow_version="3.12.0"), make(aws, "20261102T000000Z")
     run("promote", one, "staging")
     said = refused("promote", two, "staging")
@@ -354,7 +354,7 @@ def test_passed_drill_lets_an_image_in_and_back(aws: Place, tmp_path: Path) -> N
     run("promote", two, "staging", "--drill", file)
     drilled = catalog.named(catalog.find(aws.ec2), two)
     assert drilled and "20261101T000000Z" in drilled.drills
-    assert run("promote", one, "staging")["before"] == two  # a drill goes there and back
+    assert run("promote", one, "staging")["before"] == two  # a drill covers both directions
 
 
 def test_failed_drill_and_another_releases_drill_are_refused(aws: Place, tmp_path: Path) -> None:
@@ -368,26 +368,26 @@ def test_failed_drill_and_another_releases_drill_are_refused(aws: Place, tmp_pat
         "promote", two, "staging", "--drill", other
     )
     (tmp_path / "nothing.json").write_text("{}")
-    for name, reason in (("nothing.json", "is not what scripts/drill.py"), ("none.json", "cannot be read")):
+    for name, reason in (("nothing.json", "is not the output of scripts/drill.py"), ("none.json", "cannot be read")):
         assert reason in refused("promote", two, "staging", "--drill", str(tmp_path / name))
     assert channels.read(aws.ssm) == {"staging": one}
 
 
-def test_promote_refuses_what_no_stack_can_or_should_launch(aws: Place) -> None:
+def test_promote_refuses_images_that_no_stack_can_or_should_launch(aws: Place) -> None:
     make(aws, "20261101T000000Z")
     gone, raw = make(aws, "20261102T000000Z"), make(aws, "20261103T000000Z", finished=False)
     assert "is unfinished" in refused("promote", raw, "staging")
     run("deprecate", gone)
     assert "is deprecated since" in refused("promote", gone, "staging")
     run("retire", gone)
-    assert "is disabled, so no stack can launch it: take it back with retire --undo" in refused(
+    assert "is disabled, so no stack can launch it: reverse that with retire --undo" in refused(
         "promote", gone, "staging"
     )
     for channel in ("Prod", "ami-1", "a/b", ""):
         assert "is not the name of a channel" in refused("promote", "20261101T000000Z", channel)
 
 
-def test_promote_refuses_another_architecture_and_a_channel_whose_image_is_gone(
+def test_promote_refuses_another_architecture_and_a_channel_with_a_deleted_image(
     aws: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = make(aws, "20261101T000000Z"), make(aws, "20261102T000000Z")
@@ -435,7 +435,7 @@ def test_retire_is_reversible_until_the_last_step(aws: Place) -> None:
 
 
 @pytest.mark.parametrize("verb", ["deprecate", "retire"])
-def test_image_that_somebody_needs_is_refused(aws: Place, verb: str) -> None:
+def test_image_in_use_is_refused(aws: Place, verb: str) -> None:
     one, two = make(aws, "20261101T000000Z"), make(aws, "20261102T000000Z")
     machine = launch(aws, one, "prod")
     assert f"it runs on {machine} of the stack prod" in refused(verb, one)
@@ -457,7 +457,7 @@ def test_image_that_somebody_needs_is_refused(aws: Place, verb: str) -> None:
     run(verb, one)  # the stack can still roll back to another
     assert "the last image that the stack prod" in refused(verb, zero) if verb == "retire" else True
     aws.ec2.delete_volume(VolumeId=volume)
-    run(verb, zero)  # the stack is gone, and its tags count no more
+    run(verb, zero)  # the stack is deleted, so its tags do not count
 
 
 @pytest.mark.parametrize("verb", ["deprecate", "retire"])
@@ -499,7 +499,7 @@ def test_newest_finished_images_stay() -> None:
     assert ids(retiring.superfluous(found, Claims(), 5, ALWAYS, NOW)) == ["ami-5", "ami-6"]
 
 
-def test_images_younger_than_asked_stay() -> None:
+def test_images_younger_than_the_limit_stay() -> None:
     found = [image(number, hours_old=24 * number) for number in range(7)]
     assert ids(retiring.superfluous(found, Claims(), 1, timedelta(days=4, hours=12), NOW)) == ["ami-5", "ami-6"]
 
@@ -550,7 +550,7 @@ def test_sweep_deletes_images_with_their_snapshots_and_dry_run_deletes_nothing(a
     assert run("sweep", "--keep", "1")["deleted"] == []
 
 
-def test_what_a_killed_bake_left_is_deleted_and_nothing_of_a_running_one(aws: Place) -> None:
+def test_leftovers_of_a_killed_bake_are_deleted_and_nothing_of_a_running_one(aws: Place) -> None:
     running = f"{datetime.now(UTC):%Y%m%dt%H%M%Sz}-7"
     for bake in ("20261101t000000z-7", running, "not-of-ours"):
         aws.ec2.create_key_pair(KeyName=f"{retiring.KEY_PAIR}{bake}")
@@ -596,7 +596,7 @@ def test_copy_takes_tags_record_and_encryption_along(aws: Place, monkeypatch: py
     before = state(there)
     assert run("copy", "20261101T000000Z", "--to", OTHER)[0] == {**done, "changed": False}
     assert state(there) == before
-    # With the version in place of the ID a verb runs in both regions.
+    # With the version instead of the ID a verb runs in both regions.
     assert [each["region"] for each in run("show", "20261101T000000Z", "--region", REGION, "--region", OTHER)] == [
         REGION,
         OTHER,
@@ -617,14 +617,14 @@ def test_customers_key_of_one_region_needs_another_for_the_copy(aws: Place) -> N
     key = boto3.client("kms", REGION).create_key()["KeyMetadata"]["Arn"]
     snapshot = images_of_moto(aws)[ami].ebs_snapshot
     snapshot.encrypted, snapshot.kms_key_id = True, key
-    assert f"is encrypted with {key}, and a key is of one region" in refused("copy", ami, "--to", OTHER)
+    assert f"is encrypted with {key}, and a key belongs to one region" in refused("copy", ami, "--to", OTHER)
     other = boto3.client("kms", OTHER).create_key()["KeyMetadata"]["Arn"]
     run("copy", ami, "--to", OTHER, "--kms-key", other)
     [copied] = catalog.find(place(OTHER).ec2)
     assert images_of_moto(place(OTHER))[copied.id].ebs_snapshot.kms_key_id == other
 
 
-def test_share_names_what_the_key_needs_and_unshare_ends_it(aws: Place) -> None:
+def test_share_prints_the_key_policy_and_unshare_reverses_it(aws: Place) -> None:
     ami, account = make(aws, "20261101T000000Z"), "111122223333"
     key = boto3.client("kms", REGION).create_key()["KeyMetadata"]["Arn"]
     snapshot = images_of_moto(aws)[ami].ebs_snapshot
@@ -653,7 +653,7 @@ def test_share_refuses_a_wrong_account_and_awss_own_key(aws: Place) -> None:
 
 
 def test_rights_in_the_readme_are_those_that_the_verbs_use(aws: Place, tmp_path: Path) -> None:
-    """Every verb once, and beside it what only a leftover or another account makes it call."""
+    """Every verb once, and calls that are made only for leftovers or other accounts."""
     CALLS.clear()
     one, two, three = (make(aws, f"2026110{number}T000000Z") for number in (1, 2, 3))
     builder = aws.ec2.run_instances(ImageId=one, MinCount=1, MaxCount=1)["Instances"][0]["InstanceId"]
@@ -697,7 +697,7 @@ ROUTES = {"what": "2 routes for readers: only writers may call them", "why": "PO
 JOBS = {"what": "background jobs", "why": "AttributeError"}
 
 
-def test_tags_of_an_image_name_what_its_release_lacks(aws: Place) -> None:
+def test_tags_of_an_image_name_its_fallbacks(aws: Place) -> None:
     tags = catalog.fact_tags(FACTS | {"fallbacks": [ROUTES, JOBS]})
     assert tags["mlflow-ami:fallbacks"] == f"{ROUTES['what']} / background jobs"
     make(aws, "20261101T000000Z", fallbacks=[ROUTES, JOBS])
@@ -731,7 +731,7 @@ def test_every_verb_has_dry_run_and_json_and_a_sentence() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["sweep", "--keep", "0"], "at least one image has to stay"),
+        (["sweep", "--keep", "0"], "at least one image must stay"),
         (["sweep", "--older-than", "-1"], "give a number of days"),
         (["list", "--local", "--region", "eu-west-1"], "the embedded cloud has one region"),
         (["retire", "ami-1", "--undo", "--delete"], "not allowed with"),

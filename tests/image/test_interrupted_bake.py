@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.machine
 
 PACKER_SECONDS = 300
-"""Packer ends the command it is at before it cleans up."""
+"""Packer finishes its current command before it cleans up."""
 
 BAKE = Path(__file__).resolve().parents[2] / "scripts" / "bake.py"
 
@@ -49,7 +49,7 @@ def bake_until(line: str) -> subprocess.Popen[str]:
         told.append(said)
         if line in said:
             return process
-    pytest.fail(f"the bake never said {line!r}:\n{''.join(told)}", pytrace=False)
+    pytest.fail(f"the bake never logged {line!r}:\n{''.join(told)}", pytrace=False)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The lock file: hashed, for every Python an image may carry, made by anybody anywhere with the same result."""
+"""The lock file: hashed, for every Python version of an image, and the same on every machine."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ PYTHONS = {"debian 12": "3.11", "ubuntu 24.04": "3.12", "debian 13": "3.13"}
 
 
 def entries(path: Path) -> dict[Requirement, list[str]]:
-    """What a lock file names, with the hashes of each."""
+    """The entries of a lock file, each with its hashes."""
     found: dict[Requirement, list[str]] = {}
     hashes: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -54,7 +54,7 @@ def test_every_package_is_pinned_by_version_and_hash(path: Path) -> None:
 def test_lock_names_no_index_and_no_path(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"://|^--|(^|\s)/\w|\bfile:", text, re.MULTILINE), (
-        "where a package comes from is no part of it"
+        "the lock file contains no address of an index"
     )
 
 
@@ -74,7 +74,7 @@ def test_every_image_gets_all_required_packages(python: str) -> None:
 
 
 def test_excluded_packages_are_in_no_image() -> None:
-    """The bake starts the server, which proves that it works without them."""
+    """The bake starts the server without them, so they are not needed."""
     text = (PROVISIONING / "requirements.exclude").read_text(encoding="utf-8")
     left_out = {canonicalize_name(line) for line in text.splitlines() if line and not line.startswith("#")}
     assert left_out

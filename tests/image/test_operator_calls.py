@@ -16,7 +16,7 @@ pytestmark = pytest.mark.machine
 
 def test_bake_makes_only_calls_that_the_policy_allows(cloud: LocalCloud, image: Mapping[str, Any]) -> None:
     calls = [line.split(" ", 1) for line in Places(default_state_dir()).calls.read_text().splitlines()]
-    # Packer 1.6 has the name of its SDK only; nothing else here uses that.
+    # Packer 1.6 has only the name of its SDK; no other program here uses that SDK.
     packer = {action for program, action in calls if program in ("Packer", "aws-sdk-go")}
     if "ec2:CreateImage" not in packer:
         pytest.skip("the image of this cloud was baked before its calls were recorded")

@@ -45,7 +45,7 @@ def test_only_the_region_has_to_be_given() -> None:
     assert [name for name, body in variables().items() if "default" not in body] == ["region"]
 
 
-def test_image_is_encrypted_unless_told_otherwise() -> None:
+def test_image_is_encrypted_by_default() -> None:
     assert re.search(r"default\s+= true", variables()["encrypted"])
     assert re.search(r"encrypted\s+= var\.encrypted", hcl()["source.pkr.hcl"])
 
@@ -68,7 +68,7 @@ def test_image_and_builder_answer_imdsv2_only_with_every_packer() -> None:
 def test_build_names_every_step_and_every_step_exists() -> None:
     named = re.findall(r"/provisioning/steps/([\w.]+)\"", hcl()["build.pkr.hcl"])
     assert sorted(named) == sorted(path.name for path in STEPS.iterdir() if path.is_file())
-    assert named[-1] == "assert_image.py", "something runs after the image was asserted"
+    assert named[-1] == "assert_image.py", "a step runs after assert_image"
     assert named[-2] == "clean.sh"
 
 
@@ -76,7 +76,7 @@ def test_steps_stop_at_the_first_error_and_fit_on_a_page() -> None:
     for step in sorted(STEPS.glob("*.sh")):
         lines = step.read_text(encoding="utf-8").splitlines()
         assert lines[0] == "#!/usr/bin/env bash", step.name
-        assert lines[1].startswith("# "), f"{step.name} does not say what it is for"
+        assert lines[1].startswith("# "), f"{step.name} has no comment with its purpose"
         assert "set -euo pipefail" in lines[:6], step.name
         assert len(lines) <= 70, step.name
         assert step.stat().st_mode & 0o111, f"{step.name} is not executable"

@@ -1,4 +1,4 @@
-"""The drill goes on beside a test that waits much of its time."""
+"""Run the drill in parallel with a test that mostly waits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drill:
-    """A drill that was started; `story` is what it says, to be read when it has ended."""
+    """A started drill; `story` is its output, complete when it has ended."""
 
     process: subprocess.Popen[bytes]
     result: Path
@@ -29,7 +29,7 @@ class Drill:
 def drill(
     cloud: LocalCloud, image: Mapping[str, Any], older_image: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Drill]:
-    """Between the older image and ours, on a stack of its own; interrupted if it outlives the tests."""
+    """Between the older image and ours, on a stack of its own; interrupted if it still runs at the end of the tests."""
     from tests.support.servers import SCRIPTS
 
     folder = tmp_path_factory.mktemp("drill")
@@ -46,6 +46,6 @@ def drill(
 
 @pytest.fixture(scope="session")
 def drill_meanwhile(request: pytest.FixtureRequest, image: Mapping[str, Any]) -> None:
-    """Where its own test is to run as well, the drill begins now: who asks for this has time to wait for."""
+    """Start the drill now if its own test is selected too: the test that uses this fixture mostly waits."""
     if any("drill" in getattr(item, "fixturenames", ()) for item in request.session.items):
         request.getfixturevalue("drill")

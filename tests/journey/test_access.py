@@ -1,4 +1,4 @@
-"""Logins, and information that is not visible without one."""
+"""Logins, and information that must not be visible without one."""
 
 import json
 import re
@@ -56,11 +56,12 @@ def test_password_lets_in(server: Server) -> None:
 def test_host_that_is_not_ours_is_refused(server: Server, host: str) -> None:
     answer = server.ask("/", auth=server.login, headers={"Host": host})
     assert 400 <= answer.status_code < 500
-    assert answer.status_code != 401, "the login was right; it is the host that must be refused"
+    assert answer.status_code != 401, "the login was right; only the host must be refused"
 
 
 def test_page_of_another_site_cannot_write(server: Server, client: MlflowClient) -> None:
-    """A logged-in browser sends the password with another site's request too; the Origin header reveals it."""
+    """A logged-in browser sends the password also with requests of another site; their Origin header names that
+    site."""
     answer = server.ask(
         "/api/2.0/mlflow/experiments/create",
         "POST",
@@ -77,7 +78,7 @@ def test_own_page_can_write(server: Server, client: MlflowClient) -> None:
     assert answer.status_code == 200
 
 
-def test_healthz_tells_whether_the_database_answers(server: Server, cloud: LocalCloud) -> None:
+def test_healthz_reports_whether_the_database_answers(server: Server, cloud: LocalCloud) -> None:
     assert_healthz_becomes(server, 200)
     machine(cloud, server, "systemctl", "kill", "--signal=SIGSTOP", "mlflow-host-postgresql")
     try:
@@ -95,7 +96,7 @@ def assert_healthz_becomes(server: Server, status: int) -> None:
 
 
 def test_mlflow_cannot_reach_the_instance_role_s_secret(server: Server, cloud: LocalCloud) -> None:
-    """MLflow runs users' paths and URIs: what it can read must not include the password file."""
+    """MLflow opens paths and URIs of users, so it must not be able to read the password file."""
     found = cloud.exec(
         server.instance_id,
         ["runuser", "-u", "mlflow", "--", "sh", "-c", "cat /run/mlflow-host/mlflow.env /run/mlflow-host/nginx/*"],

@@ -1,4 +1,4 @@
-"""A booted server adopts another server's database and artifacts by its unit, and serves them."""
+"""A booted server adopts another server's database and artifacts with its unit, and serves them."""
 
 from __future__ import annotations
 

@@ -40,10 +40,10 @@ def write_noise(path: Path, mebibytes: int) -> str:
     "mebibytes",
     [
         pytest.param(300, id="through-the-server"),
-        pytest.param(520, id="multipart"),  # from 500 MiB a client uploads in parts, by presigned URL where it may
+        pytest.param(520, id="multipart"),  # from 500 MiB on in parts, with presigned URLs if allowed
     ],
 )
-def test_big_file_comes_back_unchanged(server: Server, client: MlflowClient, tmp_path: Path, mebibytes: int) -> None:
+def test_big_file_is_returned_unchanged(server: Server, client: MlflowClient, tmp_path: Path, mebibytes: int) -> None:
     sent = write_noise(tmp_path / "weights.bin", mebibytes)
     run = client.create_run(client.create_experiment(f"big-files-{mebibytes}"))
     client.log_artifact(run.info.run_id, str(tmp_path / "weights.bin"), "checkpoint")
@@ -77,7 +77,7 @@ FILES = "/api/2.0/mlflow-artifacts/artifacts"
 
 
 def stored_as(path: str) -> str | None:
-    """The name that MLflow gives a file uploaded to this path; None if it refuses it."""
+    """The name that MLflow gives a file uploaded to this path; None if MLflow refuses the path."""
     try:
         return None if "\n" in path else str(validate_path_is_safe(path))
     except MlflowException:
@@ -107,7 +107,7 @@ def test_names_that_are_hard_to_write_pass_the_proxy(server: Server, client: Mlf
             continue
         got, head = ask("GET", file, headers={"Accept-Encoding": "gzip"}), ask("HEAD", file)
         page = "/get-artifact?" + urllib.parse.urlencode({"run_uuid": run_id, "path": f"{number}/{path}"})
-        # The client strips names, and takes a file in a folder of its own name for the folder, on any server.
+        # On any server, the client strips names, and confuses a file in a folder of the same name with that folder.
         inside = "?" + urllib.parse.urlencode({"path": f"{root}/{folder}"})
         listed = [each["path"] for each in json.loads(ask("GET", f"{FILES}{inside}")[2]).get("files", [])]
         for what, seen, expected in (
@@ -126,10 +126,10 @@ def test_names_that_are_hard_to_write_pass_the_proxy(server: Server, client: Mlf
     assert wrong == []
 
 
-def test_packed_files_come_back_byte_for_byte(
+def test_compressed_files_are_returned_unchanged(
     server: Server, client: MlflowClient, cloud: LocalCloud, tmp_path: Path
 ) -> None:
-    """Also where an earlier image stored them with an encoding, which stays."""
+    """Including files that an earlier image stored with an encoding, which stays."""
     table = gzip.compress(b"a,b\n" * 200_000, mtime=0)
     contents = {"table.csv.gz": table, "no.tar.gz": b"this is no gzip", "big.nii.gz": table * 24_000, "empty.tgz": b""}
     run_id = client.create_run("0").info.run_id

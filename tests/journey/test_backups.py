@@ -63,7 +63,7 @@ def log(client: MlflowClient, name: str) -> None:
 
 
 def logged(client: MlflowClient) -> dict[str, Any]:
-    """All that `log` wrote, as the client reads it."""
+    """Everything that `log` wrote, as the client reads it."""
     runs = {run.info.run_name: run for run in client.search_runs(["0"])}
     return {
         "losses": {
@@ -75,7 +75,7 @@ def logged(client: MlflowClient) -> dict[str, Any]:
 
 
 def archived_since(cloud: LocalCloud, server: Server, moment: datetime) -> bool:
-    """Whether a segment was archived that was finished after `moment`."""
+    """Whether a segment that was finished after `moment` has been archived."""
     at = history(cloud, server, "archive").get("at")
     return at is not None and datetime.fromisoformat(at) > moment
 
@@ -104,9 +104,9 @@ def test_a_lost_volume_loses_at_most_a_minute(backed_up: Server, cloud: LocalClo
         log(client, "after-the-restore")
         after = logged(client)
         assert after["losses"]["after-the-restore"]
-        # The setting stays as it is; what was restored is not restored again.
+        # The setting is unchanged, and the same backup is not restored again.
         again = shell(cloud, restored, f"{AS_POSTGRES} -m mlflow_host.backups.restore --step")
-        assert "no restore is requested that was not done before" in again
+        assert "no restore is requested, or it is done already" in again
         assert logged(client) == after
     assert history(cloud, restored, "restored")["value"] == "latest"
 
@@ -135,7 +135,7 @@ def restore(cloud: LocalCloud, server: Server, what: str) -> dict[str, Any]:
 
 @pytest.fixture
 def running(backed_up: Server) -> Server:
-    """The machine there is now: an earlier test has lost its volume and launched another."""
+    """The current machine: an earlier test has lost its volume and launched another machine."""
     return describe_server()
 
 
@@ -176,14 +176,14 @@ def test_unknown_backup_is_refused_with_the_available_ones(running: Server, clou
     with client_of(running) as client:
         before = logged(client)
         said = shell(cloud, running, f"mlflow-host-restore {name} --yes")
-        assert said.count("\n") == 1 and "there is any moment from" in said, said
+        assert said.count("\n") == 1 and "available: any moment from" in said, said
         assert logged(client) == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0.5, 2.0, 4.0, 6.0, 8.0])
 def test_a_restore_that_is_killed_loses_nothing(running: Server, cloud: LocalCloud, after: float) -> None:
-    """The machine loses its power in the middle; the next boot finishes, or starts over."""
+    """The machine loses power during the restore; the next boot finishes it, or starts it again."""
     with client_of(running) as client:
         log(client, f"before-the-kill-{after}")
         before = logged(client)
@@ -207,7 +207,7 @@ def test_a_name_that_is_not_there_fails_the_boot_and_touches_nothing(running: Se
     with client_of(running) as client:
         before = logged(client)
     refused = script("rehearse.py", "up", "--ami", running.ami_id, "--set", "restoreFrom=20200101-000000F", expect=2)
-    assert "there is no base backup 20200101-000000F in the backups bucket; there is" in refused.stderr
+    assert "there is no base backup 20200101-000000F in the backups bucket; available:" in refused.stderr
     answering = launch_server("--ami", running.ami_id, "--set", "restoreFrom=")
     with client_of(answering) as client:
         assert logged(client) == before

@@ -1,4 +1,4 @@
-"""With postgresCidrs PostgreSQL is reached over TLS, by one role, which reads and changes nothing."""
+"""With postgresCidrs, one read-only role can connect to PostgreSQL over TLS."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_without_networks_nothing_but_nginx_listens(server: Server, cloud: Local
 
 @pytest.fixture(scope="module")
 def readers(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
-    """A server of a stack of its own that lets readers in from loopback, where the forwarded connections come from."""
+    """A server in its own stack that allows readers from loopback, the source of the forwarded connections."""
     os.environ["MLFLOW_AMI_REHEARSAL"] = STACK
     try:
         yield launch_server("--ami", image["ami_id"], "--set", "postgresCidrs=127.0.0.0/8")

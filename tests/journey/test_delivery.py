@@ -1,7 +1,8 @@
-"""From two bakes to production and back out, by the lines of the workflows, with the real Pulumi on the local cloud.
+"""From two bakes to production, and the removal of the stack: the lines of the workflows, with the real Pulumi on the
+local cloud.
 
 `make test-delivery` runs it, after tests/delivery. Each step is a `run:` of .github/workflows, run by bash with
-GitHub's files and variables in place; AWS is the local cloud. What they print is kept in build/delivery-walk.txt.
+GitHub's files and variables; AWS is the local cloud. The output is written to build/delivery-walk.txt.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ STACK, CHANNEL, BEFORE = "production", "staging", "3.17.2"
 
 @dataclass
 class Job:
-    """A job of GitHub's on this machine: a terminal, and the files that its steps write."""
+    """A job of a workflow on this machine: a terminal, and the files that its steps write."""
 
     terminal: Terminal
     files: Path
 
     def take(self, workflow: str, step: str, *more: str, status: int | None = 0, **variables: str) -> dict[str, str]:
-        """Run the step's line as the workflow does; the step's outputs."""
+        """Run the step's line like the workflow; returns the step's outputs."""
         (self.files / "output").write_text("")
         line = " ".join([line_of(workflow, step).removeprefix("sudo -E "), *more])
         given = " ".join(f"{name}='{value}'" for name, value in variables.items())
@@ -56,7 +57,7 @@ class Job:
 
 @pytest.fixture
 def job(cloud: LocalCloud, tmp_path: Path) -> Job:
-    """A runner with a checkout of its own, whose account has no image of this project's and no stack."""
+    """A runner with its own checkout, whose account has no image of this project and no stack."""
     terminal = open_terminal(cloud, tmp_path, REPOSITORY / "build/delivery-walk.txt")
     github = {"GITHUB_ACTIONS": "true"}
     github |= {

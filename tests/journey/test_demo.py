@@ -1,4 +1,4 @@
-"""`make demo` on a machine that has it already: up within a minute, nothing baked, launched or logged twice."""
+"""A second `make demo`: the server is up within a minute, and nothing is baked, launched or logged twice."""
 
 import time
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
-"""A stack launched with a domain and tls acme is certified by itself, and a machine that follows asks for nothing.
+"""A stack with a domain and tls acme gets a certificate automatically, and the next machine requests none.
 
-The authority is Pebble, on this host as on the internet: it finds the machine by the record that the stack wrote to its
-hosted zone, and reaches it through the security group. So do the clients, whose name server knows the zone. The machine
-trusts Pebble as it trusts Let's Encrypt, by its list of authorities, which is the one thing done to it.
+The authority is Pebble, on this host: it resolves the machine's name by the record that the stack wrote to its hosted
+zone, and connects through the security group. The clients do the same, with a name server that serves the zone. The
+only change on the machine is that its list of authorities contains Pebble.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from tests.support.servers import SCRIPTS, own_stack, run
 pytestmark = [
     pytest.mark.machine,
     pytest.mark.slow,
-    pytest.mark.skipif(not shutil.which("pebble"), reason="pebble is not installed (scripts/prepare.sh does)"),
+    pytest.mark.skipif(not shutil.which("pebble"), reason="pebble is not installed (scripts/prepare.sh installs it)"),
 ]
 
 STACK = "domain"
 DIRECTORY = 14001
 NAMES = ("127.10.255.53", 53)
-"""Where clients find their name server: a resolver asks no other port."""
+"""Address and port of the clients' name server: resolvers use only port 53."""
 
 CLIENT = """
 import mlflow
@@ -50,17 +50,17 @@ print(mlflow.artifacts.load_text(f"{run.artifact_uri}/note.txt"))
 """
 
 Person = Callable[..., str]
-"""Runs a command as a person would whose resolver knows the zone; answers with what it prints."""
+"""Runs a command as a user whose resolver knows the zone; returns its output."""
 
 
-def test_a_stack_launched_with_a_domain_is_certified_and_its_next_machine_asks_for_nothing(
+def test_stack_with_a_domain_gets_a_certificate_and_its_next_machine_requests_none(
     cloud: LocalCloud, image: Mapping[str, Any], tmp_path: Path
 ) -> None:
     own = private_ca.ensure(("127.0.0.1",), tmp_path / "pebble")
     with hosted_zone(cloud) as zone, own_stack(cloud, STACK), name_server(NAMES, addresses(cloud, zone)):
         with pebble(tmp_path, own, NAMES, directory=DIRECTORY) as root, trusting(cloud, own.ca.read_text()):
             issuer = root()
-            person = one_whose_resolver_knows_the_zone(tmp_path, issuer)
+            person = user_with_the_zones_resolver(tmp_path, issuer)
             settings = {
                 "domainName": DOMAIN,
                 "hostedZoneId": zone,
@@ -81,7 +81,7 @@ def test_a_stack_launched_with_a_domain_is_certified_and_its_next_machine_asks_f
         page = person("curl", "-sSf", "--noproxy", "*", "--config", "-", f"https://{DOMAIN}/", given=f"user = {user}")
         assert "<title>MLflow</title>" in page
 
-        # Pebble is gone: what it issued is on the data volume.
+        # Pebble no longer runs: its certificate is on the data volume.
         second = launched(person, image["ami_id"], jobExecution="true")
         assert second["instance_id"] != first["instance_id"]
         assert ask(second["public_ip"], trusted)[2] == certificate
@@ -89,7 +89,7 @@ def test_a_stack_launched_with_a_domain_is_certified_and_its_next_machine_asks_f
 
 
 def launched(person: Person, ami: str, **settings: str) -> dict[str, Any]:
-    """What `rehearse.py up` says of the server, after its first answer to a login by its name."""
+    """The output of `rehearse.py up`, after the server's first response to a login by its name."""
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     found: dict[str, Any] = json.loads(
         person(sys.executable, str(SCRIPTS / "rehearse.py"), "up", "--ami", ami, *words, "--json")
@@ -110,7 +110,7 @@ def hosted_zone(cloud: LocalCloud) -> Iterator[str]:
 
 
 def addresses(cloud: LocalCloud, zone: str) -> Callable[[str], str | None]:
-    """What the zone says of a name."""
+    """The zone's records of a name."""
     route53 = cloud.client("route53")
 
     def address_of(name: str) -> str | None:
@@ -121,8 +121,8 @@ def addresses(cloud: LocalCloud, zone: str) -> Callable[[str], str | None]:
     return address_of
 
 
-def one_whose_resolver_knows_the_zone(folder: Path, root: str) -> Person:
-    """And who trusts Pebble's root, as everybody trusts Let's Encrypt's."""
+def user_with_the_zones_resolver(folder: Path, root: str) -> Person:
+    """It also trusts Pebble's root, as clients trust Let's Encrypt's."""
     resolver, trusted = folder / "resolv.conf", folder / "root.pem"
     resolver.write_text(f"nameserver {NAMES[0]}\n")
     trusted.write_text(root)
@@ -138,7 +138,8 @@ def one_whose_resolver_knows_the_zone(folder: Path, root: str) -> Person:
 
 @contextmanager
 def trusting(cloud: LocalCloud, authority: str) -> Iterator[None]:
-    """While the block runs, the stack's machine reaches Pebble's directory where this host does, and trusts it."""
+    """During the block, the stack's machine can reach Pebble's directory at the same address as this host, and trusts
+    it."""
     done = threading.Event()
     preparing = threading.Thread(target=prepare_machine, args=(cloud, authority, done))
     preparing.start()
@@ -170,7 +171,8 @@ def running_machine(cloud: LocalCloud) -> str | None:
 
 @contextmanager
 def forwarded(namespace: int) -> Iterator[None]:
-    """Pebble's directory is at the same address in a network as on this host; closes the descriptor it is given."""
+    """Make Pebble's directory available in a network at the same address as on this host; closes the given
+    descriptor."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         command = [sys.executable, "-m", "scripts.local_cloud.port_forwarder", str(theirs.fileno())]

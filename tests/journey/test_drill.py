@@ -1,4 +1,4 @@
-"""The promise itself, with two baked images: upgrade and roll back, twice, with writes at every stop, and nothing is
+"""The main promise, with two baked images: upgrade and roll back, twice, with writes at every stop, and nothing is
 lost."""
 
 import json
@@ -29,7 +29,7 @@ def test_a_drill_from_3_12_and_back_twice_loses_nothing(
         assert stop["written"] > 20
     compared = [stop["compared"] for stop in stops]
     assert compared[0] == 0 and compared == sorted(compared) and compared[3] > 60
-    # What only the newer release knows waits while the older one serves, and is compared again at the end.
+    # Data of the newer release only waits while the older one is in service, and is compared again at the end.
     assert [stop["waiting"] > 0 for stop in stops] == [False, False, True, False]
     assert [stop["database"].split(" from ")[0] for stop in stops[1:]] == ["upgrade", "carry back", "upgrade"]
     assert "merged back from kept databases" in stops[3]["database"]
@@ -39,7 +39,7 @@ def test_a_drill_from_3_12_and_back_twice_loses_nothing(
 
 
 def tags_of_machines(cloud: LocalCloud) -> list[dict[str, str]]:
-    """Of every machine that is not terminated."""
+    """The tags of all machines that are not terminated."""
     described = cloud.client("ec2").describe_instances()["Reservations"]
     machines = [each for reservation in described for each in reservation["Instances"]]
     return [tag for each in machines if each["State"]["Name"] != "terminated" for tag in each.get("Tags", [])]

@@ -1,6 +1,5 @@
-"""Every route of the installed MLflow is asked for in every way a stranger could think of, and none answers.
-
-The requests are written by hand, byte by byte: a client library would mend what is wrong with them.
+"""No route of the installed MLflow answers a request without a login, however it is written. The requests are written
+byte by byte, because a client library would correct their mistakes.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from tests.support.servers import Server
 pytestmark = pytest.mark.machine
 
 REFUSALS = {400, 401, 403, 404, 405, 408, 411, 413, 414, 421, 429, 431, 501, 505}
-"""What a stranger may hear. Never an answer (2xx), a way on (3xx), or a failure behind the login (5xx)."""
+"""Allowed statuses without a login. Never a result (2xx), a redirect (3xx), or a failure behind the login (5xx)."""
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND", "get")
 UNUSUAL = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -35,15 +34,15 @@ UNUSUAL = {"Content-Type": "application/json", "Accept": "application/json"}
 
 @dataclass
 class Wire:
-    """A connection to the server, made anew whenever the server has closed it."""
+    """A connection to the server, opened again when the server has closed it."""
 
     server: Server
     connection: socket.socket | None = None
     source: str = ""
-    """The address it comes from, when it is not to be this machine's usual one."""
+    """The source address, if it is not this machine's usual one."""
 
     def ask(self, request: bytes) -> int:
-        """Status of the answer to these bytes; 0 when the server closed without one."""
+        """Status of the response to these bytes; 0 if the server closed the connection without one."""
         for fresh in (False, True):
             if self.connection is None:
                 self.connection, fresh = connect(self.server, self.source), True
@@ -72,7 +71,7 @@ def connect(server: Server, source: str = "") -> socket.socket:
 
 
 def read_answer(connection: socket.socket, *, head: bool) -> tuple[int, bool]:
-    """Status of the next answer, and whether the connection may be used again. No answer asked for is long."""
+    """Status of the next response, and whether the connection can be used again. No expected response is long."""
     received = b""
     while b"\r\n\r\n" not in received:
         if not (more := connection.recv(65536)):
@@ -99,7 +98,7 @@ def wire(server: Server) -> Iterator[Wire]:
 
 @pytest.fixture(scope="module")
 def paths() -> list[str]:
-    """Every path that the installed MLflow serves, with something in place of what varies."""
+    """Every path that the installed MLflow serves, with a value in place of each variable part."""
     found = {re.sub(r"<(\w+:)?[^>]+>", "1", route.path) for route in reader_routes.installed_routes()}
     assert len(found) > 150
     assert {"/version", "/health", "/graphql", "/api/2.0/mlflow/runs/search", "/v1/traces"} <= found
@@ -125,7 +124,7 @@ def login(name: str, password: str) -> dict[str, str]:
 
 
 def spellings(path: str) -> Iterator[str]:
-    """A path as another that a careless guard takes for it, or for something open."""
+    """Other spellings of a path, which a careless check would treat as that path or as an open one."""
     yield "/" + path
     yield path.replace("/", "//")
     yield path + "/"
@@ -152,7 +151,7 @@ def spellings(path: str) -> Iterator[str]:
 
 
 def first(found: Iterable[Any], count: int = 10) -> list[Any]:
-    """Enough of them to see what is wrong; all would take long, with each answer a page of MLflow's."""
+    """A few of them, enough to find the mistake; all would take long, because each response is a page of MLflow."""
     return list(islice(found, count))
 
 
@@ -167,8 +166,8 @@ def test_no_route_answers_without_a_login(server: Server, wire: Wire, paths: lis
 
 
 def test_no_route_answers_to_a_wrong_login(server: Server, paths: list[str]) -> None:
-    """Each path from another address: whose logins fail often is not asked any more, and would hide what this test is
-    after."""
+    """Each path from another address: an address with many failed logins gets 429, which would hide the result of this
+    test."""
     wrong: list[Callable[[int], dict[str, str]]] = [
         lambda n: login(f"nobody-{n}", "wrong"),
         lambda n: login(f"nobody-{n}", ""),
@@ -187,12 +186,12 @@ def test_no_route_answers_to_a_wrong_login(server: Server, paths: list[str]) -> 
     assert first(answered) == []
 
 
-def test_no_spelling_of_a_path_goes_around_the_login(server: Server, wire: Wire, paths: list[str]) -> None:
+def test_no_spelling_of_a_path_bypasses_the_login(server: Server, wire: Wire, paths: list[str]) -> None:
     answered = first(
         (target, status)
         for path in paths
         for target in spellings(path)
-        # A path that resolves to the health check is the health check, which is open.
+        # A path that resolves to the health check is open, like the health check.
         if (status := wire.ask(request(server, "GET", target, UNUSUAL))) not in REFUSALS
     )
     assert answered == []
@@ -226,7 +225,7 @@ HEADERS = {
 }
 
 
-def test_no_header_goes_around_the_login(server: Server, wire: Wire, paths: list[str]) -> None:
+def test_no_header_bypasses_the_login(server: Server, wire: Wire, paths: list[str]) -> None:
     answered = first(
         (name, path, status)
         for path in paths[:: max(1, len(paths) // 40)]
@@ -241,8 +240,8 @@ def test_no_header_goes_around_the_login(server: Server, wire: Wire, paths: list
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "evil.example", "169.254.169.254", "", "[::1]", "a b", "_"])
-def test_other_hosts_are_refused_whatever_the_login(server: Server, wire: Wire, host: str) -> None:
-    """MLflow itself trusts localhost."""
+def test_other_hosts_are_refused_with_any_login(server: Server, wire: Wire, host: str) -> None:
+    """MLflow itself accepts the host localhost."""
     for target in ("/version", f"http://{host or 'x'}/version", "/api/2.0/mlflow/experiments/search?max_results=1"):
         for extra in ({}, {"X-Forwarded-Host": host_of(server)}, {"Origin": server.url}):
             right = login(*server.login)
@@ -290,7 +289,7 @@ SMUGGLED = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
     ],
 )
 def test_no_second_request_is_smuggled_behind_the_first(framing: bytes, server: Server) -> None:
-    """Whatever the server makes of a body of unclear length, nothing that follows it is answered without a login."""
+    """However the server interprets a body of unclear length, it answers no request after it without a login."""
     first = f"POST /healthz HTTP/1.1\r\nHost: {host_of(server)}\r\n".encode() + framing
     with connect(server) as connection:
         connection.settimeout(3)
@@ -307,7 +306,7 @@ def test_no_second_request_is_smuggled_behind_the_first(framing: bytes, server: 
     assert statuses.count(200) <= 1, "the health check may answer to a POST, MLflow may not"
 
 
-def test_what_is_too_large_is_refused(server: Server, wire: Wire) -> None:
+def test_too_large_requests_are_refused(server: Server, wire: Wire) -> None:
     right = login(*server.login)
     for made in (
         request(server, "GET", "/version", {**right, "X-Large": "x" * 70_000}),
@@ -321,13 +320,13 @@ def test_what_is_too_large_is_refused(server: Server, wire: Wire) -> None:
 
 
 def test_the_health_check_is_all_that_is_open(server: Server, wire: Wire) -> None:
-    """So that the refusals above are the guard's, and not those of a server that answers nobody."""
+    """This shows that the refusals above come from the login, and not from a server that answers nothing."""
     assert wire.ask(request(server, "GET", "/healthz")) == 200
     assert wire.ask(request(server, "GET", "/version", login(*server.login))) == 200
 
 
 def test_right_logins_are_never_too_many(server: Server, wire: Wire) -> None:
-    """nginx must be able to note who has logged in: it takes a hundred logins at once from names it does not know."""
+    """nginx must be able to write the files of logins: it allows a hundred first logins at once."""
     right = request(server, "GET", "/static-files/favicon.ico", login(*server.login))
     assert {wire.ask(right) for _ in range(150)} == {200}
 
@@ -343,8 +342,9 @@ def test_port_80_only_redirects(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_thousand_idle_and_slow_clients_keep_nobody_out(server: Server, wire: Wire) -> None:
-    """Some say nothing, some stop within TLS, within the header, within the body. All but these are shown out."""
+def test_thousand_idle_and_slow_clients_do_not_block_others(server: Server, wire: Wire) -> None:
+    """Some clients send nothing; others stop within TLS, within the header, within the body. The server closes all but
+    the last."""
     host, right = host_of(server), login(*server.login)
     held: list[socket.socket] = []
     silent = 1025
@@ -364,7 +364,7 @@ def test_thousand_idle_and_slow_clients_keep_nobody_out(server: Server, wire: Wi
         for connection in held[:silent]:
             connection.settimeout(40)
             with contextlib.suppress(ConnectionResetError):
-                assert connection.recv(1) == b"", "it is still let say something"
+                assert connection.recv(1) == b"", "the server did not close the connection"
     finally:
         for connection in held:
             connection.close()

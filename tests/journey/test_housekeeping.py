@@ -27,7 +27,7 @@ pytestmark = pytest.mark.machine
 
 @pytest.fixture
 def keys(cloud: LocalCloud, server: Server) -> Callable[[str, str], set[str]]:
-    """Keys in both buckets that hold a text: of present objects, or of versions."""
+    """Keys in both buckets that contain a text: of current objects, or of versions."""
 
     def keys(holding: str, kind: str = "Contents") -> set[str]:
         client, operation = cloud.client("s3"), "list_objects_v2" if kind == "Contents" else "list_object_versions"
@@ -41,7 +41,7 @@ def keys(cloud: LocalCloud, server: Server) -> Callable[[str, str], set[str]]:
     return keys
 
 
-def test_the_weekly_unit_removes_what_was_deleted_long_ago_and_nothing_that_is_registered(
+def test_weekly_unit_removes_old_deleted_items_and_none_that_is_registered(
     cloud: LocalCloud, server: Server, client: MlflowClient, tmp_path: Path, keys: Callable[..., set[str]]
 ) -> None:
     experiment = client.create_experiment("deleted long ago")
@@ -80,7 +80,7 @@ def test_the_weekly_unit_removes_what_was_deleted_long_ago_and_nothing_that_is_r
     assert told["failed"] == [] and f"s3://{server.buckets['backups']}/dumps/" in told["dump"]
     for each in going:
         assert keys(each) == set()
-        assert keys(each, "Versions"), "an object that was removed can be had back for the buckets' retention"
+        assert keys(each, "Versions"), "a removed object can be recovered during the buckets' retention"
     for each in staying:
         assert keys(each)
     assert client.get_model_version("stays", "1").name == "stays"
@@ -89,7 +89,7 @@ def test_the_weekly_unit_removes_what_was_deleted_long_ago_and_nothing_that_is_r
 
 @pytest.mark.slow
 def test_the_weekly_timer_starts_the_removal_by_itself(cloud: LocalCloud, server: Server) -> None:
-    """Its own time is a Sunday night; then it is told of another, in a few seconds, and nothing is started by hand."""
+    """The timer's own time is Sunday night; the test sets it to a time in a few seconds, and starts nothing by hand."""
     (timer,) = json.loads(on_machine(cloud, server, "systemctl", "list-timers", "--output=json", GC_TIMER))
     planned = datetime.fromtimestamp(timer["next"] / 1e6, UTC)
     assert planned.strftime("%A") == "Sunday" and (2, 40) <= (planned.hour, planned.minute) <= (3, 10)
@@ -118,7 +118,7 @@ GC_TIMER = "mlflow-host-gc.timer"
 
 
 def last_removal(server: Server) -> datetime:
-    """When the last report was finished, long ago where there is none."""
+    """The time of the last report, or a time long ago if there is none."""
     answer = server.ask("/mlflow-host/garbage.json", auth=server.login)
     return datetime.fromisoformat(answer.json()["at"] or "2000-01-01T00:00:00Z")
 
@@ -126,7 +126,7 @@ def last_removal(server: Server) -> datetime:
 def test_artifacts_under_another_layout_stay_readable(
     cloud: LocalCloud, server: Server, client: MlflowClient, request: pytest.FixtureRequest
 ) -> None:
-    """As a server left them that kept its artifacts elsewhere in the bucket, without a plug-in."""
+    """Artifacts of a server that stored them elsewhere in the bucket, without the plug-in."""
     bucket = server.buckets["artifacts"]
     experiment = client.create_experiment("another layout", artifact_location=f"s3://{bucket}/old/layout")
     request.addfinalizer(lambda: client.delete_experiment(experiment))  # a client here cannot list its artifacts
@@ -140,7 +140,7 @@ def test_artifacts_under_another_layout_stay_readable(
     assert server.ask(asked, auth=server.login).content == b"up and to the right"
 
 
-def test_cloudwatch_gets_what_the_alarms_watch(cloud: LocalCloud, server: Server) -> None:
+def test_cloudwatch_gets_the_metrics_of_the_alarms(cloud: LocalCloud, server: Server) -> None:
     for unit in ("mlflow-host-room.service", "mlflow-host-backups-check.service", "mlflow-host-metrics.service"):
         on_machine(cloud, server, "systemctl", "start", unit)
     client = cloud.client("cloudwatch")
@@ -152,7 +152,7 @@ def test_cloudwatch_gets_what_the_alarms_watch(cloud: LocalCloud, server: Server
     for name, alarm in ours.items():
         watched = {"Namespace": alarm["Namespace"], "MetricName": name, "Dimensions": alarm["Dimensions"]}
         # moto lists a metric without dimensions once for each of its values.
-        assert watched in client.list_metrics(**watched)["Metrics"], "what the machine sends is what the alarm watches"
+        assert watched in client.list_metrics(**watched)["Metrics"], "the machine sends the alarm's metric"
         (point, *_) = client.get_metric_statistics(
             **watched,
             StartTime=now - timedelta(minutes=5),
@@ -172,10 +172,10 @@ def is_of(alarm: Mapping[str, Any], name: str) -> bool:
 
 
 @pytest.mark.slow
-def test_operators_are_told_within_five_minutes_of_a_dead_server_and_of_a_broken_archive(
+def test_operators_are_notified_within_five_minutes_of_a_dead_server_and_of_a_broken_archive(
     cloud: LocalCloud, image: Mapping[str, Any]
 ) -> None:
-    """By the machine's own timers: MLflow, the archive and then the machine are stopped."""
+    """With the machine's own timers: MLflow, the archive and then the machine are stopped."""
     topic, queue = pager(cloud)
     with own_stack(cloud, "dead"):
         own = launch_server("--ami", image["ami_id"], "--set", f"alarmTopicArn={topic}")
@@ -195,7 +195,7 @@ def test_operators_are_told_within_five_minutes_of_a_dead_server_and_of_a_broken
 
 
 def pager(cloud: LocalCloud) -> tuple[str, str]:
-    """An SNS topic, and the address of a queue that subscribes to it."""
+    """An SNS topic, and the URL of a queue that is subscribed to it."""
     sns, sqs = cloud.client("sns"), cloud.client("sqs")
     topic = sns.create_topic(Name="operators")["TopicArn"]
     queue = sqs.create_queue(QueueName="pager")["QueueUrl"]
@@ -205,7 +205,7 @@ def pager(cloud: LocalCloud) -> tuple[str, str]:
 
 
 def received(cloud: LocalCloud, queue: str) -> list[dict[str, Any]]:
-    """The messages about alarms in a queue, which is empty then."""
+    """The messages about alarms in a queue; they are removed from it."""
     sqs, found = cloud.client("sqs"), []
     while got := sqs.receive_message(QueueUrl=queue, MaxNumberOfMessages=10).get("Messages"):
         found += [dict(json.loads(json.loads(each["Body"])["Message"])) for each in got]
@@ -224,7 +224,7 @@ def states(cloud: LocalCloud, name: str) -> dict[str, str]:
 def test_a_volume_that_fills_up_sets_off_the_alarm_then_takes_no_writes_until_there_is_room(
     cloud: LocalCloud, image: Mapping[str, Any]
 ) -> None:
-    """By the machine's own timers; the local cloud evaluates the alarm as CloudWatch would."""
+    """With the machine's own timers; the local cloud evaluates the alarm like CloudWatch."""
     topic, queue = pager(cloud)
     with own_stack(cloud, "full"):
         own = launch_server("--ami", image["ami_id"], "--set", f"alarmTopicArn={topic}", "--set", "dataVolumeGib=8")
@@ -233,7 +233,7 @@ def test_a_volume_that_fills_up_sets_off_the_alarm_then_takes_no_writes_until_th
             return states(cloud, "full")["data-volume-full"]
 
         def leave(percent: int) -> None:
-            """Of the data volume, with a file that takes the rest."""
+            """Fill the data volume with a file, so that this percentage of it is free."""
             on_machine(cloud, own, "rm", "-f", "/srv/mlflow/ballast")
             line = "df --output=size,avail -B1M /srv/mlflow | tail -1"
             size, available = map(int, on_machine(cloud, own, "sh", "-c", line).split())
@@ -247,7 +247,7 @@ def test_a_volume_that_fills_up_sets_off_the_alarm_then_takes_no_writes_until_th
             named = {"name": f"written {time.time_ns()}"}
             return own.ask("/api/2.0/mlflow/experiments/create", "POST", json=named, auth=own.login)
 
-        until(lambda: alarm() == "OK", 120)  # the machine tells it for the first time a minute after its boot
+        until(lambda: alarm() == "OK", 120)  # the machine first reports it a minute after its boot
         leave(8)
         until(lambda: alarm() == "ALARM", 120)
         assert 90 <= room()["used_percent"] < 97 and "the data volume is 9" in room()["problem"]
@@ -258,10 +258,10 @@ def test_a_volume_that_fills_up_sets_off_the_alarm_then_takes_no_writes_until_th
         until(lambda: bool(room()["refusing"]), 60)
         refused = write()
         assert refused.status_code == 507 and "data volume is full" in refused.json()["message"]
-        assert own.answers(), "what is there can be read"
+        assert own.answers(), "reads still work"
         script("rehearse.py", "up", "--ami", image["ami_id"], "--set", "dataVolumeGib=16")
         if not own_kernel.has_capability(own_kernel.CAP_SYS_RESOURCE):
-            # The machine has no more of this host's capabilities than this process, so resize2fs fails on it.
+            # The machine has at most the capabilities of this process, so resize2fs fails on it.
             until(lambda: "and its file system 8.0 GiB, because resize2fs failed" in room()["problem"], 60)
             page = on_machine(cloud, own, "cat", "/run/mlflow-host/web/status.html")
             assert "because resize2fs failed" in page and own.answers()

@@ -1,4 +1,4 @@
-"""After an interrupted or failed upgrade the preview names the schema that is in service, not the one asked for."""
+"""After an interrupted or failed upgrade the preview names the schema in service, not the requested one."""
 
 import json
 import signal
@@ -33,7 +33,7 @@ def test_preview_names_the_schema_in_service_until_a_boot_has_changed_it(
             [sys.executable, str(SCRIPTS / "rehearse.py"), "up", "--ami", newer], stderr=subprocess.PIPE, text=True
         )
         assert running.stderr is not None
-        for line in running.stderr:  # the volume's tags, which the update writes, come before the machine is replaced
+        for line in running.stderr:  # the update writes the volume's tags before it replaces the machine
             if "delete" in line and "EipAssociation" in line:
                 running.send_signal(signal.SIGINT)
                 break
@@ -43,7 +43,7 @@ def test_preview_names_the_schema_in_service_until_a_boot_has_changed_it(
             Filters=[{"Name": "tag:mlflow-ami:stack", "Values": ["interrupted"]}]
         )["Volumes"]
         tags = {tag["Key"]: tag["Value"] for tag in volume["Tags"]}
-        assert tags["mlflow-ami:mlflow-version"] == release, "the interruption came too early to prove anything"
+        assert tags["mlflow-ami:mlflow-version"] == release, "the interruption was too early for this test"
 
         again = preview(newer)
         assert "Upgrade over" in again and f"MLflow {OLDER}" in again and "Same image" not in again

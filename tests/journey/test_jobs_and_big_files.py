@@ -1,4 +1,4 @@
-"""With jobExecution a job is done; with artifactTransfer either way a file of 1 GiB goes up and comes down."""
+"""With jobExecution, jobs run; with each value of artifactTransfer, a file of 1 GiB is uploaded and downloaded."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 GIBIBYTE = 1024 * MEBIBYTE
 MEMORY_BYTES = 64 * MEBIBYTE
-"""What a transfer may add to the server processes."""
+"""Maximum memory that a transfer may add to the server processes."""
 
 
 @pytest.fixture(scope="module", params=["direct", "proxied"])
 def own(request: pytest.FixtureRequest, cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
-    """A machine that runs jobs, of a stack of its own."""
+    """A machine that runs jobs, in its own stack."""
     settings = ["jobExecution=true", f"artifactTransfer={request.param}", "instanceType=t3.medium"]
     with own_stack(cloud, "transfers"):
         yield launch_server("--ami", image["ami_id"], *(word for each in settings for word in ("--set", each)))
@@ -78,7 +78,7 @@ def test_background_job_is_completed(cloud: LocalCloud, own: Server) -> None:
     assert int(processes) == 2, "a runner and its scheduler, and no process for each kind of job"
 
 
-def test_a_file_of_a_gibibyte_goes_up_and_comes_down(cloud: LocalCloud, own: Server, tmp_path: Path) -> None:
+def test_file_of_a_gibibyte_is_uploaded_and_downloaded(cloud: LocalCloud, own: Server, tmp_path: Path) -> None:
     sent = write_noise(tmp_path / "weights.bin", 1024)
     before = look(cloud, own)
     with client_of(own) as client, watched(cloud, own) as peak:
@@ -93,7 +93,7 @@ def test_a_file_of_a_gibibyte_goes_up_and_comes_down(cloud: LocalCloud, own: Ser
     assert max(each.memory for each in peak) - before.memory < MEMORY_BYTES
     assert max(each.spooled for each in peak) < MEBIBYTE, "either way nothing is put on the server's disk"
 
-    # What the user interface shows a file by is put on the server's disk first.
+    # The endpoint with which the user interface shows a file spools it to the server's disk first.
     asked = f"/get-artifact?path=checkpoint/weights.bin&run_uuid={run}"
     free = int(shell(cloud, own, "df --output=avail -B1 /srv/mlflow | tail -1"))
     shell(cloud, own, f"fallocate -l {free - 2 * GIBIBYTE - 512 * MEBIBYTE} /srv/mlflow/ballast")
@@ -112,15 +112,15 @@ def test_a_file_of_a_gibibyte_goes_up_and_comes_down(cloud: LocalCloud, own: Ser
     assert look(cloud, own).spooled < MEBIBYTE, "nothing is left behind"
 
 
-def test_what_cannot_be_streamed_is_refused_when_it_would_not_fit_and_the_rest_arrives(
+def test_uploads_that_cannot_be_streamed_are_refused_when_they_would_not_fit_and_others_arrive(
     cloud: LocalCloud, own: Server
 ) -> None:
-    """A process streams six uploads at once, and puts further ones on the disk, where there is room."""
+    """A process streams six uploads at once, and spools further ones to the disk if there is space."""
     with client_of(own) as client:
         run = client.create_run(client.create_experiment("many at once")).info
     folder = f"/api/2.0/mlflow-artifacts/artifacts/{run.experiment_id}/{run.run_id}/artifacts"
     body = os.urandom(2 * MEBIBYTE)
-    # 6 % is left, so it takes writes, but no temporary file.
+    # 6 % is free, so the server accepts writes, but no temporary file.
     size, available = map(int, shell(cloud, own, "df --output=size,avail -B1M /srv/mlflow | tail -1").split())
     shell(cloud, own, f"fallocate -l {available - size * 6 // 100}M /srv/mlflow/ballast")
     try:
@@ -138,7 +138,7 @@ def test_what_cannot_be_streamed_is_refused_when_it_would_not_fit_and_the_rest_a
 
 @contextmanager
 def upload_begun(server: Server, path: str, body: bytes) -> Iterator[ssl.SSLSocket]:
-    """A connection over which half of an upload has been sent."""
+    """A connection on which half of an upload has been sent."""
     host = server.url.removeprefix("https://")
     trusted = ssl.create_default_context(cafile=server.server_certificate)
     login = base64.b64encode(":".join(server.login).encode()).decode()
@@ -152,7 +152,7 @@ def upload_begun(server: Server, path: str, body: bytes) -> Iterator[ssl.SSLSock
 
 
 def finished(upload: ssl.SSLSocket, body: bytes) -> tuple[int, str]:
-    """Status and text of the answer after the other half; who was refused need not take it."""
+    """Status and text of the response after the other half; a refused upload need not be read."""
     with contextlib.suppress(OSError):
         upload.sendall(body[len(body) // 2 :])
     answer = http.client.HTTPResponse(upload)
@@ -162,7 +162,7 @@ def finished(upload: ssl.SSLSocket, body: bytes) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Look:
-    """Bytes: of the server processes' memory, with pages they share counted in proportion, and of spooled files."""
+    """Bytes of the server processes' memory (shared pages divided among them), and of spooled files."""
 
     memory: int
     spooled: int
@@ -170,14 +170,14 @@ class Look:
 
 def look(cloud: LocalCloud, server: Server) -> Look:
     line = "for p in $(pgrep -f 'mlflow_host[.]server'); do grep ^Pss: /proc/$p/smaps_rollup; done; "
-    line += "{ du -sb /srv/mlflow/tmp || true; } 2>/dev/null"  # what it finds may be gone when it looks again
+    line += "{ du -sb /srv/mlflow/tmp || true; } 2>/dev/null"  # a file may have been deleted since
     found = [line.split() for line in shell(cloud, server, line).splitlines()]
     return Look(sum(int(words[1]) * 1024 for words in found if words[0] == "Pss:"), int(found[-1][0]))
 
 
 @contextmanager
 def watched(cloud: LocalCloud, server: Server) -> Iterator[list[Look]]:
-    """Looks while the block runs; the list is complete when it has ended."""
+    """Measures during the block; the list is complete at its end."""
     seen: list[Look] = []
     done = threading.Event()
 

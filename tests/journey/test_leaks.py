@@ -24,7 +24,7 @@ PERSON = "leak.canary"
 
 @pytest.fixture(scope="module")
 def secrets(server: Server, cloud: LocalCloud, example_runs: Mapping[str, str]) -> Any:
-    """Name → value. A person's password is among them, who has logged in, and failed to."""
+    """Name → value. They include the password of a user with a successful and a failed login."""
     parameter = json.loads(script("rehearse.py", "status", "--json").stdout)["credentials_parameter"]
     document = json.loads(cloud.client("ssm").get_parameter(Name=parameter, WithDecryption=True)["Parameter"]["Value"])
     password = script("users.py", "add", PERSON).stdout.strip()
@@ -72,7 +72,7 @@ def test_nothing_that_the_launch_leaves_behind_holds_a_secret(
         "logs of the bakes": "\n".join(path.read_text(errors="replace") for path in Path(BUILD).rglob("*.log")),
         "facts": "\n".join(path.read_text() for path in Path(BUILD).rglob("*.json")),
     }
-    assert "format = 1" in user_data, "the user-data was not looked at"
+    assert "format = 1" in user_data, "the user-data was not searched"
     assert {place: found for place, text in places.items() if (found := names(secrets, text))} == {}
 
 
@@ -103,7 +103,7 @@ print(json.dumps({"found": found, "journal": len(journal), "swap": open("/proc/s
 
 
 def search(server: Server, cloud: LocalCloud, secrets: Mapping[str, str]) -> set[tuple[str, ...]]:
-    """(secret's name, file or what of a process or "journal", owner and mode or unit) for each place that holds one."""
+    """(secret's name, file or process or "journal", owner and mode or unit) for each place that contains one."""
     done = cloud.exec(server.instance_id, ["python3", "-c", SEARCH], input=json.dumps(dict(secrets)), timeout=300)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -118,7 +118,7 @@ systemd-run --quiet --unit={name} --setenv=SECRET={canary} sh -c 'sleep 300; : {
 
 
 def test_a_secret_that_is_anywhere_on_the_machine_is_found(server: Server, cloud: LocalCloud) -> None:
-    """Or what the next test does not find would mean nothing."""
+    """Otherwise an empty result of the next test would prove nothing."""
     name, canary = "leak-canary", uuid.uuid4().hex
     try:
         planted = cloud.exec(server.instance_id, ["sh", "-ec", PLANT.format(name=name, canary=canary)])
@@ -130,10 +130,10 @@ def test_a_secret_that_is_anywhere_on_the_machine_is_found(server: Server, cloud
     assert {("canary", what, f"{name}.service") for what in ("cmdline", "environ")} <= found
 
 
-def test_nothing_on_the_machine_holds_a_secret_but_what_has_to(
+def test_only_the_necessary_places_on_the_machine_contain_a_secret(
     server: Server, cloud: LocalCloud, secrets: Mapping[str, str]
 ) -> None:
-    """MLflow takes the passphrase from its environment: a file that root alone can read, and its own processes."""
+    """MLflow reads the passphrase from its environment: only a file of root, and its own processes, may contain it."""
     found = search(server, cloud, secrets)
     assert ("passphrase", "/run/mlflow-host/mlflow.env", "0 600") in found, "the search finds nothing at all"
     allowed = {("passphrase", "/run/mlflow-host/mlflow.env", "0 600")} | {

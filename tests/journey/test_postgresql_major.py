@@ -1,4 +1,4 @@
-"""From one PostgreSQL major to the next: refused before anything is touched, then moved by dump and restore."""
+"""From one PostgreSQL major to the next: refused at preview without a change, then moved by dump and restore."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def newer(cloud: LocalCloud) -> Mapping[str, Any]:
-    """An image of Debian 13, whose PostgreSQL is a major that Debian 12's is not."""
+    """An image of Debian 13, which has another PostgreSQL major than Debian 12."""
     baked = script("bake.py", "--local", "--if-changed", "--base", "debian13", "--json")
     return dict(json.loads(baked.stdout))
 
@@ -58,7 +58,7 @@ def test_a_move_to_another_major(
     assert str(becomes) in clusters and str(was) not in clusters
     assert [name for name in clusters if name.startswith(f"{was}.kept-")]
 
-    # The older image does not serve what was kept aside as if nothing had been written since.
+    # The older image does not serve the kept cluster, which lacks the later writes.
     refused = script("rehearse.py", "up", "--ami", older["ami_id"], "--set", "restoreFrom=", expect=2)
     assert f"holds a cluster of PostgreSQL {becomes}, which it cannot read" in refused.stderr
     with client_of(launch_server("--ami", newer["ami_id"])) as client:

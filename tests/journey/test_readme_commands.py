@@ -29,7 +29,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def where(state_dir: Path) -> Iterator[dict[str, str]]:
-    """The only thing that is not a new user's: which local cloud is meant."""
+    """The only difference to a new user's shell: the variable that selects the local cloud."""
     yield {"MLFLOW_AMI_LOCAL_CLOUD": str(state_dir)}
 
 
@@ -65,7 +65,7 @@ def test_commands_on_the_machine(command: str, server: Server, cloud: LocalCloud
 def test_demo_starts_and_stops(
     server: Server, cloud: LocalCloud, base: str, checkout: Path, where: dict[str, str], request: pytest.FixtureRequest
 ) -> None:
-    """In a stack of its own, so that `make demo-down` leaves the other tests' server and the cloud up."""
+    """In its own stack, so that `make demo-down` keeps the other tests' server and the cloud running."""
     if base != "debian12":
         pytest.skip("`make demo` takes debian12")
     if not prepared(checkout):
@@ -81,13 +81,13 @@ def test_demo_starts_and_stops(
 
 
 def prepared(checkout: Path) -> bool:
-    """Whether scripts/prepare.sh has nothing to install for the tests, and so for the demo."""
+    """Whether scripts/prepare.sh has nothing to install for the tests, and therefore for the demo."""
     inputs = "$(cat pyproject.toml provisioning/requirements.lock | cksum | tr ' ' -)"
     return run(f'test -e ".venv/prepared-{inputs}-test"', checkout).returncode == 0
 
 
 def certificates() -> dict[str, str]:
-    """What a network that signs TLS anew needs, on whatever machine."""
+    """The settings for a network that re-signs TLS."""
     names = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
     return {name: os.environ[name] for name in names if name in os.environ}
 
@@ -99,7 +99,7 @@ def people(checkout: Path, where: dict[str, str]) -> dict[str, str]:
 
 
 def typed(command: str, checkout: Path, where: dict[str, str], password: str) -> int:
-    """Exit status of a command that asks for a password twice on a terminal, which is given there."""
+    """Exit status of a command that asks twice for a password on a terminal; the password is typed there."""
     terminal, inside = pty.openpty()
     process = subprocess.Popen(
         ["setsid", "--ctty", "--wait", "bash", "-c", command],

@@ -1,7 +1,7 @@
-"""README's walk on AWS, from `stack init` to the end of the stack, by the real `pulumi` and both Packers.
+"""README's commands for AWS, from `stack init` to the deletion of the stack, with the real `pulumi` and both Packers.
 
-The commands are those of README, run by bash in a copy of infra/; AWS is the local cloud, so the settings that say
-where its endpoints are come on top. What they print is kept in build/readme-walk.txt.
+The commands are those of README, run by bash in a copy of infra/. AWS is the local cloud, so settings with its
+endpoints are added. The output is written to build/readme-walk.txt.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ ON_AWS = "On AWS, from nothing to the first run"
 
 
 def wait_for_server(cloud: LocalCloud, terminal: Terminal) -> None:
-    """Until /healthz answers, as anybody at a terminal would."""
+    """Wait until /healthz answers, like a user at a terminal."""
     terminal.run(
         'url=$(pulumi stack output url); for try in $(seq 150); do curl -ksf "$url/healthz" && exit 0; sleep 2; done; '
         "exit 1"

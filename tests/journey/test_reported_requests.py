@@ -1,6 +1,5 @@
-"""Requests that people reported get the right answer from a launched machine.
-
-That it is plain MLflow's is compared in tests/compare/test_same_answers.py."""
+"""Requests from bug reports get the right response from a launched machine. tests/compare/test_same_answers.py compares
+the responses with plain MLflow's."""
 
 from __future__ import annotations
 
@@ -52,7 +51,7 @@ def test_text_that_postgresql_cannot_store_is_refused(server: Server, runs: list
 
 
 @pytest.mark.parametrize("token", TOKENS)
-def test_page_tokens_of_odd_json_are_refused(server: Server, runs: list[str], token: str) -> None:
+def test_page_tokens_of_malformed_json_are_refused(server: Server, runs: list[str], token: str) -> None:
     told = base64.b64encode(token.encode()).decode()
     answer = ask(server, runs, post("runs/search", {"experiment_ids": ["0"], "page_token": told}))
     assert answer.status_code == 400 and "Invalid page token" in answer.json()["message"]

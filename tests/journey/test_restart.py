@@ -1,4 +1,4 @@
-"""A machine that restarts says what it is doing meanwhile, and comes back with everything it held."""
+"""A machine that restarts shows its progress, and has all its data afterwards."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 300
 
 
 def everything(client: MlflowClient) -> dict[str, Any]:
-    """All that the server can tell about its experiments, runs, metric histories, traces and models."""
+    """Everything that the API returns about experiments, runs, metric histories, traces and models."""
     experiments = client.search_experiments()
     ids = [each.experiment_id for each in experiments]
     runs = [run for each in ids for run in client.search_runs([each], max_results=1000)]
@@ -42,7 +42,7 @@ def everything(client: MlflowClient) -> dict[str, Any]:
     }
 
 
-def test_reboot_loses_nothing_and_tells_what_it_does(
+def test_reboot_loses_nothing_and_shows_its_progress(
     server: Server, cloud: LocalCloud, client: MlflowClient, example_runs: Mapping[str, str], tmp_path: Path
 ) -> None:
     before = everything(client)
@@ -66,11 +66,11 @@ def test_reboot_loses_nothing_and_tells_what_it_does(
     assert {each.status_code for each in answers} == {200, 429}
     for scheme in ("http", "https"):
         shown = [each for each in pages if each.url.startswith(f"{scheme}:") and "MLflow is starting" in each.text]
-        assert shown, f"nobody without a login saw by {scheme} what the boot does"
+        assert shown, f"no request by {scheme} without a login got the boot's status"
         for each in shown:
             assert each.status_code == 503 and each.headers["Content-Type"].startswith("text/html")
             assert server.password not in each.text
-            assert "WWW-Authenticate" not in each.headers, "a browser would ask for a password that opens nothing yet"
+            assert "WWW-Authenticate" not in each.headers, "a browser would ask for a password that does not work yet"
     for each in waiting:
         assert "Retry-After" not in each.headers
         assert each.headers["Content-Type"].startswith("application/json")
@@ -80,7 +80,8 @@ def test_reboot_loses_nothing_and_tells_what_it_does(
 def test_boot_survives_a_public_address_that_changes_again_and_again(
     server: Server, cloud: LocalCloud, client: MlflowClient
 ) -> None:
-    """Each change silences the machine's connections to AWS, as on AWS, where the Elastic IP comes during the boot."""
+    """Each change cuts the machine's connections to AWS without a reset, as on AWS, where the Elastic IP is attached
+    during the boot."""
     before, booted_at = everything(client), first_process_start(cloud, server)
     assert booted_at
     ec2 = cloud.client("ec2")
@@ -101,8 +102,8 @@ def test_boot_survives_a_public_address_that_changes_again_and_again(
 def test_postgresql_killed_while_a_query_runs_is_back_in_seconds(
     server: Server, cloud: LocalCloud, client: MlflowClient, example_runs: Mapping[str, str]
 ) -> None:
-    """Killed as by the kernel when memory runs out: its child that is at work outlives it and holds its shared memory,
-    in which no other server starts."""
+    """A kill as by the kernel when memory runs out: a busy child survives the server and keeps its shared memory, so
+    that no new server can start."""
     before = everything(client)
     unit = "mlflow-host-postgresql.service"
 
@@ -133,7 +134,7 @@ def test_postgresql_killed_while_a_query_runs_is_back_in_seconds(
 
 @contextmanager
 def pages_meanwhile(server: Server) -> Iterator[list[requests.Response]]:
-    """What a browser without a login is shown while the block runs, by either scheme."""
+    """The pages that a browser without a login gets during the block, by http and https."""
     seen: list[requests.Response] = []
     ended = threading.Event()
 
@@ -143,7 +144,7 @@ def pages_meanwhile(server: Server) -> Iterator[list[requests.Response]]:
                 with suppress(requests.RequestException), warnings.catch_warnings():
                     warnings.simplefilter("ignore", urllib3.exceptions.InsecureRequestWarning)
                     address = server.url.replace("https:", f"{scheme}:", 1)
-                    # Until the data volume is there the certificate is a temporary one.
+                    # Until the data volume is mounted, the certificate is a temporary one.
                     page = {"Accept": "text/html"}
                     seen.append(
                         requests.get(f"{address}/", timeout=2, verify=False, allow_redirects=False, headers=page)
@@ -159,7 +160,7 @@ def pages_meanwhile(server: Server) -> Iterator[list[requests.Response]]:
 
 
 def first_process_start(cloud: LocalCloud, server: Server) -> str | None:
-    """When the machine's first process began, in clock ticks; None while the machine is between two boots."""
+    """The start of the machine's first process, in clock ticks; None between two boots."""
     try:
         done = cloud.exec(server.instance_id, ["cut", "-d ", "-f22", "/proc/1/stat"])
     except LocalCloudError:
@@ -168,7 +169,7 @@ def first_process_start(cloud: LocalCloud, server: Server) -> str | None:
 
 
 def answers_until_ready(server: Server, booted_at: str, cloud: LocalCloud) -> list[requests.Response]:
-    """What an API client gets to hear from now on until the freshly booted server answers 200."""
+    """The responses that an API client gets until the restarted server answers 200."""
     answers: list[requests.Response] = []
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:

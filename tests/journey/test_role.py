@@ -1,7 +1,7 @@
-"""What the machine's role may do, by the very credentials that the machine is given.
+"""The rights of the machine's role, tested with the machine's own credentials.
 
-The object store and the local cloud's APIs hold each session to the policy that the stack wrote, as it is at that
-moment; tests/stack/test_permissions.py looks at the policy itself.
+The object store and the local cloud's APIs enforce the current policy of the stack for each session;
+tests/stack/test_permissions.py tests the policy itself.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ print(ask("meta-data/iam/security-credentials/" + role, **known))
 
 @pytest.fixture(scope="module")
 def given(server: Server, cloud: LocalCloud) -> dict[str, str]:
-    """What the machine's metadata service gives it to sign with."""
+    """The credentials that the metadata service returns to the machine."""
     done = cloud.exec(server.instance_id, ["python3", "-c", ASK])
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -60,7 +60,7 @@ def test_role_reads_and_writes_the_objects_of_its_buckets(server: Server, role: 
 
 @pytest.fixture(scope="module")
 def mlflow_keys(server: Server, cloud: LocalCloud) -> dict[str, str]:
-    """What MLflow's processes sign with."""
+    """The credentials of MLflow's processes."""
     done = cloud.exec(server.instance_id, ["cat", "/run/mlflow-host/server-credentials.json"])
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -112,7 +112,7 @@ def test_mlflow_reads_no_parameter_and_becomes_no_other_role(
 
 @pytest.fixture
 def elsewhere(cloud: LocalCloud) -> Any:
-    """A bucket of the account that is not the stack's, with an object in it."""
+    """A bucket of the same account, outside the stack, with an object in it."""
     owner = cloud.client("s3")
     owner.create_bucket(Bucket="of-somebody-else", CreateBucketConfiguration={"LocationConstraint": cloud.region})
     owner.put_object(Bucket="of-somebody-else", Key="secret", Body=b"secret")
@@ -155,7 +155,7 @@ def test_role_does_nothing_else(server: Server, cloud: LocalCloud, role: Any, el
 
 @pytest.fixture
 def secret_of_another_stack(cloud: LocalCloud) -> Any:
-    """A parameter that lies beside the stack's own."""
+    """A parameter next to the stack's own."""
     ssm, name = cloud.client("ssm"), "/mlflow-ami/of-another/credentials"
     ssm.put_parameter(Name=name, Value="secret", Type="SecureString")
     yield name
@@ -173,12 +173,12 @@ def test_role_reads_its_credentials_and_no_other_parameter(
         "read another": lambda: ssm.get_parameter(Name=other, WithDecryption=True),
         "read another by its ARN": lambda: ssm.get_parameter(Name=arn_of(cloud, other), WithDecryption=True),
         "read both": lambda: ssm.get_parameters(Names=[own, other]),
-        "read what is below": lambda: ssm.get_parameters_by_path(Path="/mlflow-ami", Recursive=True),
-        "read what was": lambda: ssm.get_parameter_history(Name=own),
+        "read all below a path": lambda: ssm.get_parameters_by_path(Path="/mlflow-ami", Recursive=True),
+        "read the history": lambda: ssm.get_parameter_history(Name=own),
         "list": lambda: ssm.describe_parameters(),
         "write its own": lambda: ssm.put_parameter(Name=own, Value="{}", Overwrite=True),
         "write another": lambda: ssm.put_parameter(Name=other, Value="mine", Overwrite=True),
-        "make one": lambda: ssm.put_parameter(Name=f"{own}-new", Value="mine", Type="String"),
+        "create one": lambda: ssm.put_parameter(Name=f"{own}-new", Value="mine", Type="String"),
         "delete its own": lambda: ssm.delete_parameter(Name=own),
         "delete both": lambda: ssm.delete_parameters(Names=[own, other]),
         "tag it": lambda: ssm.add_tags_to_resource(
@@ -208,12 +208,12 @@ def test_role_reaches_no_machine_no_role_and_no_other_service(
     machine, anything = {"InstanceId": server.instance_id}, {"Version": "2012-10-17", "Statement": []}
     open_policy = json.dumps({**anything, "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]})
     denied = {
-        "see machines": lambda: ec2.describe_instances(),
-        "see volumes": lambda: ec2.describe_volumes(),
+        "list machines": lambda: ec2.describe_instances(),
+        "list volumes": lambda: ec2.describe_volumes(),
         "read user-data": lambda: ec2.describe_instance_attribute(**machine, Attribute="userData"),
         "change user-data": lambda: ec2.modify_instance_attribute(**machine, UserData={"Value": b"x"}),
         "allow IMDSv1": lambda: ec2.modify_instance_metadata_options(**machine, HttpTokens="optional"),
-        "end itself": lambda: ec2.terminate_instances(InstanceIds=[server.instance_id]),
+        "terminate itself": lambda: ec2.terminate_instances(InstanceIds=[server.instance_id]),
         "launch": lambda: ec2.run_instances(ImageId=server.ami_id, MinCount=1, MaxCount=1),
         "make an image": lambda: ec2.create_image(**machine, Name="mine"),
         "open the network": lambda: ec2.authorize_security_group_ingress(
@@ -221,16 +221,16 @@ def test_role_reaches_no_machine_no_role_and_no_other_service(
         ),
         "delete the volume": lambda: ec2.delete_volume(VolumeId="vol-0"),
         "copy the volume": lambda: ec2.create_snapshot(VolumeId="vol-0"),
-        "see who there is": lambda: iam.list_users(),
+        "list users": lambda: iam.list_users(),
         "make a user": lambda: iam.create_user(UserName="mine"),
-        "see its own rights": lambda: iam.list_role_policies(RoleName=role),
-        "widen its own rights": lambda: iam.put_role_policy(
+        "read its own policies": lambda: iam.list_role_policies(RoleName=role),
+        "extend its own policy": lambda: iam.put_role_policy(
             RoleName=role, PolicyName="mine", PolicyDocument=open_policy
         ),
-        "take a managed policy": lambda: iam.attach_role_policy(
+        "attach a managed policy": lambda: iam.attach_role_policy(
             RoleName=role, PolicyArn="arn:aws:iam::aws:policy/AdministratorAccess"
         ),
-        "take a role": lambda: sts.assume_role(
+        "assume a role": lambda: sts.assume_role(
             RoleArn=f"arn:aws:iam::123456789012:role/{role}", RoleSessionName="mine"
         ),
         "federate": lambda: sts.get_federation_token(Name="mine"),
@@ -275,7 +275,7 @@ DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
 
 
 def allowed_of(calls: dict[str, Any]) -> dict[str, str]:
-    """Which of these calls are not refused for want of permission, and what they say."""
+    """The calls that are not refused for a missing permission, with their results."""
     answers = {what: refusal(call) for what, call in calls.items()}
     return {what: answer for what, answer in answers.items() if answer not in DENIED}
 

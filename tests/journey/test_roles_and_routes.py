@@ -1,4 +1,4 @@
-"""What each role may ask: every route of the installed MLflow, with a login of each role."""
+"""The rights of each role: every route of the installed MLflow, with a login of each role."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.machine, pytest.mark.slow]
 WITHOUT_WORKSPACES = re.compile(r"/mlflow/workspaces(/|$)")
 """MLflow answers 503 there unless the server was started with workspaces."""
 MAKES_DATA = re.compile(r"/demo/")
-"""Routes that act whatever they are sent."""
+"""Routes that create data for any request body."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def logins(server: Server) -> Iterator[dict[str, tuple[str, str]]]:
             made[role] = (name, script("users.py", "add", name, "--role", role).stdout.strip())
         deadline = time.monotonic() + 90
         while {server.ask("/version", auth=login).status_code for login in made.values()} != {200}:
-            assert time.monotonic() < deadline, "the server does not take the new users within 90 s"
+            assert time.monotonic() < deadline, "the server does not accept the new users within 90 s"
             time.sleep(2)
         yield made
     finally:
@@ -47,7 +47,8 @@ def routes() -> list[Route]:
 
 
 def asked(server: Server, login: tuple[str, str], routes: list[Route]) -> dict[Route, requests.Response]:
-    """The answer to each, with 1 for what varies in its path and a body that is no object, so that nothing is made."""
+    """The response of each, with 1 for the variable parts of its path, and a body that is not an object, so that
+    nothing is created."""
     answers = {}
     for route in routes:
         target = re.sub(r"<[^>]+>", "1", route.path)
@@ -61,7 +62,7 @@ def changes(route: Route, readable: set[str]) -> bool:
     return route.method in CHANGING_METHODS or (route.method == "POST" and route.path not in readable)
 
 
-def test_a_reader_is_refused_what_changes_and_nothing_else(
+def test_reader_is_refused_only_changes(
     server: Server, logins: dict[str, tuple[str, str]], routes: list[Route]
 ) -> None:
     readable = set(reader_routes.sort_posts(routes)[0])
@@ -81,10 +82,10 @@ def test_a_writer_and_an_admin_are_refused_no_route(
 
 
 @pytest.mark.parametrize("role", ["reader", "writer", "admin"])
-def test_no_route_fails_on_what_it_cannot_read(
+def test_no_route_returns_500_for_an_unreadable_body(
     role: str, server: Server, logins: dict[str, tuple[str, str]], routes: list[Route]
 ) -> None:
-    """500 has clients ask again for minutes, and a traceback is written each time."""
+    """After a 500 clients repeat the request for minutes, and each time a traceback is logged."""
     left_out = re.compile(f"{MAKES_DATA.pattern}|{WITHOUT_WORKSPACES.pattern}")
     answers = asked(server, logins[role], [each for each in routes if not left_out.search(each.path)])
     failed = [f"{each.method} {each.path}: {a.status_code}" for each, a in answers.items() if a.status_code >= 500]

@@ -1,4 +1,5 @@
-"""The units run in their sandboxes: what systemd says of them on a booted machine, and what a program in one can do."""
+"""The units run in their sandboxes: systemd's report of them on a booted machine, and the rights of a program in
+one."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ PLACES = ("/etc", "/usr/lib/mlflow-host", "/opt/mlflow", "/srv/mlflow", "/srv/ml
 
 
 def in_the_sandbox_of(unit: str, cloud: LocalCloud, server: Server) -> dict[str, Any]:
-    """What the probe finds when it is run in place of a shipped unit's program, with all else as the unit has it."""
+    """The results of the probe, run in place of a unit's program, with all other settings of the unit."""
     template = re.sub(r"@\d+", "@", unit)
     text = cloud.exec(server.instance_id, ["systemctl", "cat", "--no-pager", f"{template}.service"]).stdout
     dropped = (
@@ -101,10 +102,10 @@ def test_exposure_of_each_unit_stays_below_its_ceiling(server: Server, cloud: Lo
     assert {u: e for u, e in ours.items() if e > (4.0 if u == "nginx.service" else 2.5)} == {}
 
 
-def test_server_sees_nothing_that_is_not_its_own(server: Server, cloud: LocalCloud) -> None:
+def test_server_cannot_access_data_of_others(server: Server, cloud: LocalCloud) -> None:
     found = in_the_sandbox_of("mlflow-server@1", cloud, server)
     assert found["uid"] != 0
-    assert found["metadata"] in ("PermissionError", "TimeoutError", "OSError"), "the machine's role is to be had there"
+    assert found["metadata"] in ("PermissionError", "TimeoutError", "OSError"), "the machine's role can be read there"
     for what in ("root", "home"):
         assert found[what] in (True, "PermissionError", []), f"{what}: {found[what]}"
     for what in ("cluster", "certificates", "passwords", "environment", "shadow"):
@@ -113,7 +114,8 @@ def test_server_sees_nothing_that_is_not_its_own(server: Server, cloud: LocalClo
     assert found["processes"] == [found["uid"]], "it sees the processes of other users"
     writable = [path for path in PLACES if found[f"write {path}"] is True]
     assert writable == ["/srv/mlflow/tmp"]
-    # In /run it has the folder of its socket; everywhere else not only the modes of files keep it from writing.
+    # In /run it can write to the folder of its socket; everywhere else the sandbox forbids writing, not only file
+    # modes.
     assert set(found["mounted to be written"]) == {*writable, "/run"}
     assert found["privileges"][:2] == ["0" * 16] * 2 and found["privileges"][2:] == ["1", "2"]
 

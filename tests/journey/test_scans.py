@@ -1,4 +1,4 @@
-"""What two well-known scanners say of a server as it comes: testssl of its HTTPS, Lynis of the machine itself."""
+"""The findings of two well-known scanners on a default server: testssl for its HTTPS, Lynis for the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.servers import BUILD, Server
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 OF_A_PRIVATE_AUTHORITY = {"cert_chain_of_trust", "cert_revocation"}
-"""Nobody's list of authorities has the stack's own, and it publishes no list of what it has revoked."""
+"""No client's list of authorities contains the stack's own authority, which publishes no revocation list."""
 
 LEAST_INDEX = 75
 LYNIS = ("usr/share/lynis", "usr/sbin/lynis", "etc/lynis")
@@ -25,7 +25,7 @@ LYNIS = ("usr/share/lynis", "usr/sbin/lynis", "etc/lynis")
 
 def test_testssl_finds_nothing_but_the_private_authority(server: Server, tmp_path: Path) -> None:
     if not shutil.which("testssl"):
-        pytest.fail("testssl is not installed: make prepare-test does", pytrace=False)
+        pytest.fail("testssl is not installed: run make prepare-test", pytrace=False)
     found, said = tmp_path / "testssl.json", BUILD / "testssl.txt"
     said.parent.mkdir(exist_ok=True)
     command = ["testssl", "--quiet", "--color", "0", "--warnings", "off", "--jsonfile", str(found)]
@@ -34,17 +34,17 @@ def test_testssl_finds_nothing_but_the_private_authority(server: Server, tmp_pat
     )
     said.write_text(done.stdout)
     findings = json.loads(found.read_text())
-    # That it has looked: by these it tells the protocols and the header it was after.
+    # These findings, about the protocols and the header, prove that the scan has run.
     assert {"TLS1_2", "TLS1_3", "cipher_order", "heartbleed", "X-Frame-Options"} <= {each["id"] for each in findings}
     bad = {each["id"]: each["finding"] for each in findings if each["severity"] in ("MEDIUM", "HIGH", "CRITICAL")}
     assert {name: finding for name, finding in bad.items() if name not in OF_A_PRIVATE_AUTHORITY} == {}
-    assert set(bad) == OF_A_PRIVATE_AUTHORITY, "the private authority is what testssl knows nothing of"
+    assert set(bad) == OF_A_PRIVATE_AUTHORITY, "testssl does not know the private authority"
 
 
 def test_lynis_finds_the_machine_hardened(server: Server, cloud: LocalCloud) -> None:
-    """It runs from a folder of its own that is gone afterwards: the image has no scanner."""
+    """It runs from a folder that is deleted afterwards, because the image has no scanner."""
     if not Path("/usr/share/lynis").exists():
-        pytest.fail("lynis is not installed: make prepare-test does", pytrace=False)
+        pytest.fail("lynis is not installed: run make prepare-test", pytrace=False)
     packed = f"tar -C / -cz {' '.join(LYNIS)} | base64 --wrap=0"
     tree = subprocess.run(["sh", "-c", packed], capture_output=True, text=True, check=True).stdout
     scan = """

@@ -1,4 +1,4 @@
-"""Launching again changes nothing, and mistakes are told at preview, all at once, before anything is touched."""
+"""A second launch changes nothing, and preview reports all mistakes at once, before any change."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_up_again_changes_nothing(server: Server, cloud: LocalCloud) -> None:
 
     before = launched()
     again = launch_server("--ami", server.ami_id)
-    assert again.seconds_to_first_answer is None, "the machine was launched anew"
+    assert again.seconds_to_first_answer is None, "the machine was launched again"
     assert describe_server() == server
     assert launched() == before
 
@@ -35,7 +35,7 @@ def test_up_again_changes_nothing(server: Server, cloud: LocalCloud) -> None:
     ("ami", "settings"),
     [
         ("ami-nonsense", {"allowedCidrs": "everyone", "dataVolumeGib": "0"}),
-        # Whether a machine fits an image can only be told of an image that is there.
+        # Whether the instance type fits the image can only be checked for an existing image.
         (None, {"allowedCidrs": "203.0.113.0/33", "instanceType": "m7g.large"}),
     ],
 )

@@ -1,4 +1,4 @@
-"""A training that runs while the machine is replaced sees no exception, loses nothing and leaves nothing twice."""
+"""A training that runs while the machine is replaced gets no exception, loses no data and creates nothing twice."""
 
 import json
 import os
@@ -26,9 +26,9 @@ PATIENCE_SECONDS = 300
 
 @contextmanager
 def trainings(server: Server, clients: tuple[str, ...], folder: Path) -> Iterator[dict[str, Path]]:
-    """One training by each release's client, with what connect.py exports but its retries, over the whole block.
+    """One training per client release, with connect.py's variables except the retries, during the block.
 
-    Yields the files with what each had acknowledged, by release. Fails with the traceback of one that ended early.
+    Yields by release the files with the acknowledged data. Fails with the traceback of a training that ended early.
     """
     stop, running = folder / "stop", {}
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
@@ -50,12 +50,12 @@ def trainings(server: Server, clients: tuple[str, ...], folder: Path) -> Iterato
 
 
 def acknowledged(file: Path) -> list[dict[str, Any]]:
-    """The rounds of a training. MLflow's client prints other lines among them."""
+    """The rounds of a training. MLflow's client prints other lines between them."""
     return [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{")]
 
 
 def differences(server: Server, release: str, file: Path) -> list[str]:
-    """What the server holds otherwise than a training was told."""
+    """The differences between the server's data and the acknowledged data."""
     rounds = acknowledged(file)
     found = []
     with client_of(server) as client:
@@ -88,7 +88,7 @@ def differences(server: Server, release: str, file: Path) -> list[str]:
 
 
 def swap(files: Mapping[str, Path], *arguments: str) -> Server:
-    """Replace the machine while the trainings run; returns when each has finished a round on the new one.
+    """Replace the machine while the trainings run; returns when each has finished a round on the new machine.
 
     A client waits up to two minutes between its last tries, so two swaps within that time are one outage to it.
     """
@@ -123,7 +123,7 @@ def test_training_goes_on_while_the_machine_is_replaced(
 def test_trainings_of_old_and_new_clients_go_on_over_ten_swaps(
     cloud: LocalCloud, image: Mapping[str, Any], older_image: str, tmp_path: Path
 ) -> None:
-    """To the same schema, forward and back, with clients of four releases."""
+    """Swaps to the same schema, forward and back, with clients of four releases."""
     newer = image["ami_id"]
     with own_stack(cloud, "swaps"):
         server = launch_server("--ami", older_image)

@@ -1,4 +1,4 @@
-"""Machines for the local cloud's own tests: bare ones, from the source image."""
+"""Machines for the local cloud's own tests, from the plain source image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ANYONE = "0.0.0.0/0"
 
 @dataclass
 class Account:
-    """An account's resources, and the calls the tests make of them; `close` deletes what they made."""
+    """An account's resources, and the tests' calls to create and use them; `close` deletes them."""
 
     cloud: LocalCloud
     key_name: str
@@ -34,7 +34,7 @@ class Account:
         self.ec2 = self.cloud.client("ec2")
 
     def group(self, *ports: int, cidr: str = ANYONE) -> str:
-        """A security group that lets `cidr` in to `ports`."""
+        """A security group that allows `cidr` to `ports`."""
         group: str = self.ec2.create_security_group(GroupName=uuid.uuid4().hex, Description="test")["GroupId"]
         self.groups.append(group)
         for port in ports:
@@ -94,7 +94,7 @@ class Account:
         wait_until(booted, 300, f"{instance} did not boot")
 
     def run(self, instance: str, script: str) -> str:
-        """Runs shell lines in the machine as root and returns what they print."""
+        """Runs shell lines in the machine as root and returns their output."""
         done = self.cloud.exec(instance, ["sh", "-ec", script])
         assert done.returncode == 0, f"{script!r} failed: {done.stderr or done.stdout}"
         return done.stdout.strip()
@@ -147,7 +147,7 @@ def wait_until(true: Callable[[], bool], seconds: float, otherwise: str) -> None
 
 
 def create_key_pair(cloud: LocalCloud, folder: Path) -> tuple[str, Path]:
-    """A key pair's name and its private key's file."""
+    """The name of a key pair, and the file of its private key."""
     name = f"test-{uuid.uuid4().hex[:8]}"
     pair = cloud.client("ec2").create_key_pair(KeyName=name, KeyType="ed25519")
     path = folder / f"{name}.pem"
@@ -165,7 +165,7 @@ def key_pair(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def shared(cloud: LocalCloud, key_pair: tuple[str, Path]) -> Iterator[Account]:
-    """For what the tests of a module share."""
+    """An account that the tests of a module share."""
     shared = Account(cloud, *key_pair)
     yield shared
     shared.close()
@@ -173,7 +173,7 @@ def shared(cloud: LocalCloud, key_pair: tuple[str, Path]) -> Iterator[Account]:
 
 @pytest.fixture
 def account(cloud: LocalCloud, key_pair: tuple[str, Path]) -> Iterator[Account]:
-    """For what a test makes for itself."""
+    """An account for one test."""
     account = Account(cloud, *key_pair)
     yield account
     account.close()
@@ -181,5 +181,5 @@ def account(cloud: LocalCloud, key_pair: tuple[str, Path]) -> Iterator[Account]:
 
 @pytest.fixture(scope="module")
 def machine(shared: Account) -> str:
-    """One machine for the tests of a module that leave it as it was."""
+    """One machine for the tests of a module that do not change it."""
     return shared.launch()

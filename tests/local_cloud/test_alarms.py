@@ -1,4 +1,4 @@
-"""CloudWatch's alarms follow their metrics and tell their topics, by boto3 against the daemon's moto."""
+"""CloudWatch's alarms follow their metrics and notify their topics; tested with boto3 on the daemon's moto."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_older_data_does_not_count(aws: Any, topic: str) -> None:
     ("missing", "expected"),
     [("missing", "INSUFFICIENT_DATA"), ("breaching", "ALARM"), ("notBreaching", "OK"), ("ignore", "OK")],
 )
-def test_a_period_without_data_counts_as_the_alarm_says(aws: Any, topic: str, missing: str, expected: str) -> None:
+def test_period_without_data_counts_as_the_alarm_defines(aws: Any, topic: str, missing: str, expected: str) -> None:
     put_alarm(aws, topic, TreatMissingData=missing)
     alarms.settle()
     assert state(aws) == expected

@@ -1,4 +1,4 @@
-"""Images: what a machine was is what the next one starts as."""
+"""Images: a machine starts with the file system of the machine that the image was made from."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_image_holds_the_machine_and_machines_diverge_from_it(account: Account) 
     assert account.run(builder, "cat /baked") == "later"
 
 
-def test_image_of_a_running_machine_reboots_it_unless_told_not_to(account: Account) -> None:
+def test_image_of_a_running_machine_reboots_it_without_no_reboot(account: Account) -> None:
     builder = account.launch()
     account.run(builder, "touch /run/since-boot; echo live > /live")
     image = image_of(account, builder, NoReboot=True)
@@ -85,7 +85,7 @@ def test_machine_outlives_its_image_and_layers_go_with_their_last_user(account: 
     )
 
 
-def test_image_says_how_machines_ask_for_metadata(account: Account) -> None:
+def test_imds_support_of_an_image_applies_to_its_machines(account: Account) -> None:
     builder = account.launch(MetadataOptions={"HttpTokens": "optional"})
     image = image_of(account, builder, NoReboot=True)
     account.ec2.modify_image_attribute(ImageId=image, ImdsSupport={"Value": "v2.0"})

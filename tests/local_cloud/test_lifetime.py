@@ -1,6 +1,6 @@
-"""What outlives `down`, a killed daemon and `purge`, and what must not.
+"""Which data survives `down`, a killed daemon and `purge`, and which must not.
 
-These tests have a cloud of their own beside the other tests' one, which shows that two live side by side.
+These tests use their own cloud while the other tests' cloud runs, so two clouds run at the same time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOKEN = "curl -sf -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' http://16
 
 @pytest.fixture(scope="module")
 def other(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
-    """A second cloud, with the first one's source image: its layers are never written to, so links will do."""
+    """A second cloud, with links to the layers of the first one's source image, which are never written to."""
     other = LocalCloud(tmp_path_factory.mktemp("other"))
     try:
         yield with_source_image(other, cloud)
@@ -46,7 +46,7 @@ def with_source_image(other: LocalCloud, cloud: LocalCloud) -> LocalCloud:
 
 @pytest.fixture(scope="module")
 def own(other: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Account:
-    """The account in the second cloud; purging the cloud is what cleans it up."""
+    """The account in the second cloud; the purge of the cloud deletes its resources."""
     return Account(other, *create_key_pair(other, tmp_path_factory.mktemp("keys")))
 
 

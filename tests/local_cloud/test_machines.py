@@ -1,4 +1,4 @@
-"""What EC2 promises about machines, kept by real ones."""
+"""EC2's documented behaviour of instances, tested on machines of the local cloud."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a machine is told about itself, and how it must ask."""
+"""The instance metadata service: its content, and the requests that it requires."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def status(account: Account, instance: str, arguments: str) -> str:
     return account.run(instance, f"curl -s -o /dev/null -w '%{{http_code}}' {arguments}")
 
 
-def test_cloud_init_did_what_user_data_said(account: Account, instance: str) -> None:
+def test_cloud_init_executed_the_user_data(account: Account, instance: str) -> None:
     assert account.run(instance, "cat /etc/told") == "by user-data"
     assert "DataSourceEc2" in account.run(instance, "cloud-init status --long")
     assert account.run(instance, "hostname") == account.describe(instance)["PrivateDnsName"].partition(".")[0]
@@ -127,7 +127,7 @@ def test_a_unit_can_be_shut_off_from_the_metadata_service(account: Account, inst
 
 
 def session(account: Account, instance: str, role: str, service: str) -> Any:
-    """A client with the credentials the machine was given."""
+    """A client with the machine's credentials."""
     keys = json.loads(ask(account, instance, f"meta-data/iam/security-credentials/{role}"))
     return account.cloud.client(
         service,
@@ -137,7 +137,7 @@ def session(account: Account, instance: str, role: str, service: str) -> Any:
     )
 
 
-def test_role_credentials_open_what_the_role_may_and_nothing_else(account: Account, instance: str, role: str) -> None:
+def test_role_credentials_give_only_the_rights_of_the_role(account: Account, instance: str, role: str) -> None:
     s3 = session(account, instance, role, "s3")
     s3.put_object(Bucket=f"{role}-own", Key="new", Body=b"x" * 6_000_000)
     assert s3.get_object(Bucket=f"{role}-own", Key="there")["Body"].read() == b"before"

@@ -1,4 +1,4 @@
-"""The metadata service answers a machine that boots while something else holds the lock of the APIs."""
+"""The metadata service answers a booting machine even while the API lock is held."""
 
 from __future__ import annotations
 

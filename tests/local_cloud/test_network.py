@@ -1,4 +1,4 @@
-"""Ports, addresses and who gets through."""
+"""Ports, addresses, and the networks that security groups allow."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def group(shared: Account) -> str:
 
 @pytest.fixture(scope="module")
 def web(shared: Account, group: str) -> str:
-    """A machine that answers on port 80 with the address of whoever asks."""
+    """A machine that answers on port 80 with the client's address."""
     instance = shared.launch(group)
     shared.run(instance, f"cat > /server.py <<'EOF'\n{SERVER}\nEOF\nsystemd-run -q --unit web python3 /server.py")
     wait_until(lambda: reachable(shared.address(instance), 80), 20, "the server does not answer")
@@ -48,7 +48,7 @@ def web(shared: Account, group: str) -> str:
 
 
 def reachable(address: str, port: int, source: str = "127.0.0.1") -> bool:
-    """Whether something behind the port answers, as seen from `source`."""
+    """Whether a program behind the port answers a client at the address `source`."""
     try:
         connection = http.client.HTTPConnection(address, port, timeout=5, source_address=(source, 0))
         connection.request("GET", "/")
@@ -76,11 +76,11 @@ def test_only_the_groups_ports_are_open(account: Account, web: str) -> None:
     assert not reachable(account.address(web), 8081)
 
 
-def test_rule_changes_act_at_once_and_cut_what_is_no_longer_allowed(account: Account, web: str, group: str) -> None:
+def test_rule_changes_act_at_once_and_cut_connections_no_longer_allowed(account: Account, web: str, group: str) -> None:
     address = account.address(web)
     account.allow(group, 8081, "127.9.0.0/16")
     wait_until(lambda: reachable(address, 8081, "127.9.1.1"), 10, "8081 is not open to 127.9.1.1")
-    assert not reachable(address, 8081, "127.8.1.1"), "another network got in"
+    assert not reachable(address, 8081, "127.8.1.1"), "a network that is not allowed has connected"
     with socket.create_connection((address, 8081), source_address=("127.9.1.1", 0)) as connection:
         account.forbid(group, 8081, "127.9.0.0/16")
         assert not reachable(address, 8081, "127.9.1.1")
@@ -98,7 +98,7 @@ def test_service_on_the_machines_loopback_is_not_published(account: Account, web
     account.forbid(group, 8082)
 
 
-def test_rule_for_all_ports_opens_what_listens(account: Account) -> None:
+def test_rule_for_all_ports_publishes_listening_ports(account: Account) -> None:
     group = account.group()
     permission = {"IpProtocol": "-1", "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}
     account.ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[permission])
@@ -113,7 +113,7 @@ def test_elastic_address_moves_with_its_association(account: Account, web: str) 
     association = account.ec2.associate_address(AllocationId=allocation, InstanceId=web)["AssociationId"]
     assert account.address(web) == address
     wait_until(lambda: reachable(address, 80), 10, "the Elastic IP does not answer")
-    assert not reachable(before, 80), "the address given up still answers"
+    assert not reachable(before, 80), "the released address still answers"
     account.ec2.disassociate_address(AssociationId=association)
     assert not reachable(address, 80)
     assert account.address(web) != address
@@ -193,7 +193,7 @@ def test_ports_are_back_after_the_forwarder_died(account: Account, web: str) -> 
     account.run(web, f"curl -sf {account.cloud.s3_endpoint}/healthz")
 
 
-def test_nothing_is_published_for_a_machine_that_is_gone(account: Account) -> None:
+def test_nothing_is_published_for_a_terminated_machine(account: Account) -> None:
     instance = account.launch()
     address = account.address(instance)
     account.ec2.terminate_instances(InstanceIds=[instance])

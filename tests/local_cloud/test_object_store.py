@@ -1,4 +1,4 @@
-"""Buckets on the object store, however many and however little disk is free."""
+"""Many buckets on the object store, with little free disk space."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.machine
 
 
 def test_twenty_four_buckets_hold_an_object_each(cloud: LocalCloud) -> None:
-    """SeaweedFS left to itself takes 7 GiB of the free disk into account for each."""
+    """By default SeaweedFS counts 7 GiB of the free disk space for each bucket."""
     s3 = cloud.client("s3")
     names = [f"bucket-{number}" for number in range(24)]
     try:

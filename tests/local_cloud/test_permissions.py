@@ -1,4 +1,4 @@
-"""What a role's policies say about a request, by the rules of IAM's own "Policy evaluation logic"."""
+"""Decisions of a role's policies about requests, by the rules of IAM's "Policy evaluation logic"."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def deny(action: Any, resource: Any = "*", **more: Any) -> dict[str, Any]:
 
 
 class Sent(Exception):
-    """Carries the request that would have left."""
+    """Raised instead of sending the request, which it contains."""
 
 
 @cache
@@ -43,7 +43,7 @@ def client_of(service: str) -> Any:
 
 
 def sent(service: str, operation: str, **arguments: Any) -> permissions.Request:
-    """What the daemon reads from the request that boto3 makes."""
+    """The daemon's view of a request of boto3."""
     with pytest.raises(Sent) as caught:
         getattr(client_of(service), operation)(**arguments)
     return as_daemon_reads(caught.value.args[0])
@@ -120,7 +120,7 @@ def test_every_resource_of_a_request_must_be_allowed() -> None:
     assert not refused(both, allow("ssm:GetParameters", OWN[:-6] + "*"))
 
 
-def test_what_is_not_known_to_be_for_a_resource_is_allowed_for_all_of_them_only() -> None:
+def test_calls_with_an_unknown_resource_need_a_statement_for_all_resources() -> None:
     call = sent("ec2", "terminate_instances", InstanceIds=["i-0"])
     assert refused(call, allow("ec2:TerminateInstances", "arn:aws:ec2:*:*:instance/*"))
     assert not refused(call, allow("ec2:TerminateInstances"))

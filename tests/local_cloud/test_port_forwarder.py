@@ -1,4 +1,4 @@
-"""The forwarder by itself: a process that carries connections between sockets it is handed."""
+"""The forwarder alone: a process that forwards connections between the sockets that it receives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def control() -> Iterator[socket.socket]:
 
 
 def open_route(control: socket.socket, target: tuple[str, int], cidrs: list[str] | None = None) -> tuple[str, int]:
-    """A published address that leads to `target`."""
+    """A published address whose connections are forwarded to `target`."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         order = {"op": "open", "id": "route", "cidrs": cidrs, "target": target, "keep_source": False}
         socket.send_fds(control, [json.dumps(order).encode()], [listening.fileno()])
@@ -66,7 +66,7 @@ def test_slow_reader_loses_nothing_and_fills_no_memory(control: socket.socket) -
             sender = threading.Thread(target=send_all)
             sender.start()
             sender.join(0.5)
-            assert sender.is_alive(), "64 MiB were taken while nobody read"
+            assert sender.is_alive(), "64 MiB were accepted without a reader"
             assert receive_all(client) == sent
             sender.join()
 

@@ -1,7 +1,7 @@
 """The calls that the real AWS provider makes for this stack, replayed: status, error code and shape are AWS's.
 
 `provider_calls.tsv` lists them as they were recorded. Each test makes every call of a service at least once, with the
-provider's arguments, before, while and after what it is about exists, and fails when one of the list was left out.
+provider's arguments, before, while and after the resource exists, and fails if a call of the list was not made.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ANYWHERE = {"IpProtocol": "-1", "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}
 
 
 class Replay:
-    """Clients of every service that note which calls of the list were made."""
+    """Clients of every service that record which calls of the list were made."""
 
     def __init__(self, cloud: LocalCloud) -> None:
         self.cloud = cloud
@@ -85,7 +85,7 @@ def refused(code: str, call: Callable[..., Any], /, status: int = 400, **argumen
 
 
 def content(call: Callable[..., Any], /, **arguments: Any) -> dict[str, Any]:
-    """What a call answers besides the facts of the answer itself."""
+    """A call's response without the metadata of the response."""
     answer: dict[str, Any] = call(**arguments)
     assert answer.pop("ResponseMetadata")["HTTPStatusCode"] in (200, 204)
     return answer
@@ -132,7 +132,7 @@ NEW_BUCKET: dict[str, tuple[int, Any]] = {
     "get_bucket_website": (404, "NoSuchWebsiteConfiguration"),
     "get_bucket_location": (200, {"LocationConstraint": "eu-central-1"}),
 }
-"""What AWS answers of a bucket that was just made, since April 2023."""
+"""AWS's responses about a new bucket, since April 2023."""
 
 
 def tls_only(bucket: str) -> str:
@@ -157,7 +157,7 @@ def require_settings(s3: Any, bucket: str, wanted: dict[str, tuple[int, Any]]) -
             refused(answer, getattr(s3, call), status, Bucket=bucket)
 
 
-def test_buckets_have_aws_defaults_keep_what_is_put_and_lose_what_is_deleted(replay: Replay, name: str) -> None:
+def test_buckets_have_aws_defaults_and_keep_settings_until_deleted(replay: Replay, name: str) -> None:
     s3, region = replay.clients["s3"], replay.cloud.region
     where = {"LocationConstraint": region}
     refused("404", s3.head_bucket, 404, Bucket=name)
@@ -208,7 +208,7 @@ def test_buckets_have_aws_defaults_keep_what_is_put_and_lose_what_is_deleted(rep
     for each in (version["VersionId"], marker):
         s3.delete_object(Bucket=name, Key="folder/kept", VersionId=each)
 
-    for _ in range(2):  # what is not there is deleted with the same answer
+    for _ in range(2):  # deleting a missing object gives the same response
         for delete in (
             s3.delete_bucket_policy,
             s3.delete_bucket_lifecycle,
@@ -239,7 +239,7 @@ def test_buckets_have_aws_defaults_keep_what_is_put_and_lose_what_is_deleted(rep
         refused("NoSuchBucket", getattr(s3, call), 404, Bucket=name)
     refused("NoSuchBucket", s3.put_object, 404, Bucket=name, Key="k", Body=b"x")
 
-    # One of the same name has none of the old one's settings.
+    # A new bucket of the same name has none of the old settings.
     s3.create_bucket(Bucket=name, CreateBucketConfiguration=where)
     require_settings(s3, name, NEW_BUCKET)
     s3.delete_bucket(Bucket=name)
@@ -262,7 +262,7 @@ def test_the_tls_only_policy_shuts_http_out_of_objects_and_settings(replay: Repl
     s3.delete_bucket(Bucket=name)
 
 
-def test_settings_are_refused_to_a_wrong_key_and_to_nobody(replay: Replay, name: str) -> None:
+def test_settings_are_refused_with_a_wrong_key_and_without_a_key(replay: Replay, name: str) -> None:
     s3, region = replay.clients["s3"], replay.cloud.region
     s3.create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": region})
     wrong = replay.cloud.client("s3", aws_secret_access_key="x" * 40)
@@ -366,7 +366,7 @@ def test_parameters(replay: Replay, name: str) -> None:
     replay.require_all("ssm")
 
 
-def test_alarms_are_unknown_at_first_and_gone_with_their_tags(replay: Replay, name: str) -> None:
+def test_alarms_begin_without_data_and_are_deleted_with_their_tags(replay: Replay, name: str) -> None:
     watch = replay.clients["cloudwatch"]
     alarm: dict[str, Any] = {
         "AlarmName": name,
@@ -418,7 +418,7 @@ def test_networks_volumes_addresses_and_machines(replay: Replay, name: str) -> N
     zone = f"{region}a"
     in_zone = {"AvailabilityZone": zone}
 
-    # What is looked up before anything is made
+    # Look-ups before any resource is created
     usable = [{"Name": "state", "Values": ["available"]}, {"Name": "opt-in-status", "Values": ["opt-in-not-required"]}]
     zones = ec2.describe_availability_zones(Filters=usable)["AvailabilityZones"]
     assert zone in {each["ZoneName"] for each in zones} and len(zones) >= 2
@@ -488,7 +488,7 @@ def test_networks_volumes_addresses_and_machines(replay: Replay, name: str) -> N
     assert {each.get("GatewayId") for each in described["Routes"]} == {"local", gateway, endpoint}
     assert [each["RouteTableAssociationId"] for each in described["Associations"]] == [link]
 
-    # Security group, as the provider makes it: emptied, then filled rule by rule
+    # Security group, as the provider creates it: default rules removed, then one call per rule
     made = ec2.create_security_group(
         GroupName=name, Description="d", VpcId=vpc, TagSpecifications=tags("security-group", name)
     )
@@ -631,7 +631,7 @@ def test_networks_volumes_addresses_and_machines(replay: Replay, name: str) -> N
     ec2.disassociate_route_table(AssociationId=link)
     refused("InvalidAssociationID.NotFound", ec2.disassociate_route_table, AssociationId=link)
     link = ec2.associate_route_table(RouteTableId=table, SubnetId=subnet)["AssociationId"]
-    ec2.delete_subnet(SubnetId=subnet)  # its association goes with it
+    ec2.delete_subnet(SubnetId=subnet)  # its association is deleted with it
     refused("InvalidSubnetID.NotFound", ec2.describe_subnets, SubnetIds=[subnet])
     refused("InvalidAssociationID.NotFound", ec2.disassociate_route_table, AssociationId=link)
     ec2.delete_route_table(RouteTableId=table)

@@ -1,4 +1,4 @@
-"""Only programs with one of the cloud's keys are answered: signatures as SDKs make them, and no web page."""
+"""The APIs accept only requests signed with one of the cloud's keys, with SDKs' signatures, and none from web pages."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def secret_of(access_key: str, token: str) -> str | None:
 
 
 class Sent(Exception):
-    """Carries the request that would have left."""
+    """Raised instead of sending the request, which it contains."""
 
 
 def sent(service: str, operation: str, **arguments: Any) -> dict[str, Any]:
-    """The request that boto3 makes, as WSGI gives it to the daemon; its body under "body"."""
+    """A request of boto3 as the WSGI environment for the daemon; its body under "body"."""
     connect: Any = boto3.client
     client = connect(
         service, region_name=REGION, endpoint_url=HERE, aws_access_key_id=KEY, aws_secret_access_key=SECRET
@@ -77,9 +77,7 @@ CALLS: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("service", "operation", "arguments"), CALLS, ids=[f"{s} {o}" for s, o, _ in CALLS])
-def test_what_an_sdk_signs_is_accepted_and_nothing_else(
-    service: str, operation: str, arguments: dict[str, Any]
-) -> None:
+def test_only_requests_signed_like_an_sdk_are_accepted(service: str, operation: str, arguments: dict[str, Any]) -> None:
     request = sent(service, operation, **arguments)
     assert problem(request) == ""
     path, _, query = request["RAW_URI"].partition("?")
@@ -105,8 +103,8 @@ def test_what_an_sdk_signs_is_accepted_and_nothing_else(
         assert problem(request, now=(datetime.now(UTC) + timedelta(hours=hours)).timestamp())
 
 
-def test_what_a_machine_signs_is_accepted() -> None:
-    """The image signs its few calls itself."""
+def test_requests_signed_by_a_machine_are_accepted() -> None:
+    """The image has its own code to sign its few calls."""
     keys, body = aws.Keys(KEY, SECRET, "token", ""), b'{"Name": "/own/secret"}'
     headers = {"Content-Type": "application/x-amz-json-1.1", "X-Amz-Target": "AmazonSSM.GetParameter"}
     headers |= aws.signature(HERE, headers, body, REGION, "ssm", keys, datetime.now(UTC))
@@ -156,7 +154,7 @@ def test_a_session_signs_with_its_own_secret_and_its_token(roles: Roles) -> None
         ({"HTTP_ORIGIN": HERE}, False),
     ],
 )
-def test_a_web_page_is_refused_whatever_it_signs(headers: dict[str, str], passes: bool) -> None:
+def test_signed_requests_of_a_web_page_are_refused(headers: dict[str, str], passes: bool) -> None:
     request = {**sent("sts", "get_caller_identity"), **headers}
     assert (signatures.of_a_page(request, (PORT, PORT + 1)) is None) == passes
 
@@ -175,7 +173,7 @@ def test_the_running_apis_and_the_store_refuse_pages_and_made_up_keys(cloud: Any
     import requests
 
     assert cloud.client("sts").get_caller_identity()["Account"]
-    # pgBackRest sends the host's name without the port: the store asks for a signature, and does not refuse the name.
+    # pgBackRest sends the host's name without the port: the store requires a signature, and does not refuse the name.
     unsigned = requests.get(f"{cloud.s3_plain_endpoint}/", headers={"Host": "127.0.0.1"}, timeout=10)
     assert unsigned.status_code == 403 and "AccessDenied" in unsigned.text
     for address in (cloud.endpoint, cloud.s3_plain_endpoint):
@@ -193,7 +191,7 @@ def test_the_running_apis_and_the_store_refuse_pages_and_made_up_keys(cloud: Any
 
 @pytest.mark.machine
 def test_another_user_of_this_host_reads_and_writes_no_object(cloud: Any) -> None:
-    """The object store's parts have ports of their own, beside S3's."""
+    """The object store's parts have ports of their own, besides S3's."""
     s3 = cloud.client("s3")
     s3.create_bucket(Bucket="of-the-account", CreateBucketConfiguration={"LocationConstraint": cloud.region})
     s3.put_object(Bucket="of-the-account", Key="secret", Body=b"secret")

@@ -1,4 +1,4 @@
-"""Volumes: there when attached, gone when detached, and what was written stays."""
+"""Volumes: the device appears when attached and disappears when detached, and the data stays."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_mounted_volume_stays_until_it_is_unmounted(account: Account) -> None:
     assert account.cloud.exec(instance, ["test", "-e", device]).returncode == 1
 
 
-def test_volume_goes_to_one_machine_at_a_time(account: Account) -> None:
+def test_volume_is_attached_to_one_machine_at_a_time(account: Account) -> None:
     volume = account.volume()
     first, second = account.launch(), account.launch()
     account.ec2.attach_volume(VolumeId=volume, InstanceId=first, Device="/dev/sdf")
@@ -83,7 +83,7 @@ def test_volume_of_another_zone_is_refused(account: Account) -> None:
         account.ec2.attach_volume(VolumeId=volume, InstanceId=instance, Device="/dev/sdf")
 
 
-def test_snapshot_holds_what_the_volume_held(account: Account) -> None:
+def test_snapshot_contains_the_data_of_the_volume(account: Account) -> None:
     volume = account.volume()
     instance = account.launch()
     account.ec2.attach_volume(VolumeId=volume, InstanceId=instance, Device="/dev/sdf")

@@ -1,4 +1,4 @@
-"""What rehearse.py and connect.py say: sentences and exit statuses, JSON on stdout and the story beside it."""
+"""Messages of rehearse.py and connect.py: sentences and exit statuses, JSON on stdout and the log on stderr."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ def parameter_store() -> Iterator[str]:
 
 @pytest.fixture
 def pulumi(tmp_path: Path, parameter_store: str) -> dict[str, str]:
-    """An environment with a stand-in for the Pulumi CLI, whose stack `prod` is in a store with a hard password."""
+    """An environment with a stand-in for the Pulumi CLI, whose stack `prod` has a password that needs quoting."""
     client = boto3.client(
         "ssm", endpoint_url=parameter_store, region_name="eu-west-1", aws_access_key_id="x", aws_secret_access_key="x"
     )
@@ -362,7 +362,7 @@ def test_connect_explains_errors_of_aws(pulumi: dict[str, str], given: dict[str,
 
 
 def test_connect_needs_no_package_of_the_local_cloud(pulumi: dict[str, str], tmp_path: Path) -> None:
-    """As after `make prepare`, which installs what AWS needs."""
+    """As after `make prepare`, which installs only the packages for AWS."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nfor name in ('moto', 'cryptography', 'cloudpickle'):\n    sys.modules[name] = None\n"
     )

@@ -1,7 +1,7 @@
-"""The rehearsal's own engine does what Pulumi's does, with the same program and the same changes.
+"""The rehearsal's own engine gives the same results as Pulumi's, for the same program and changes.
 
-Both run infra/ on a moto of their own, through the same cases in the same order. Compared are the operations, their
-order where one resource depends on the other, what the stack exports, and what is left in the cloud.
+Each runs infra/ on its own moto, with the same cases in the same order. The test compares the operations, their order
+where one resource depends on the other, the stack's outputs, and the resources left in the cloud.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ VM = stack.INSTANCE
 
 @dataclass
 class Outcome:
-    """What one case came to, with ids that differ from run to run replaced by names."""
+    """The result of one case, with IDs that differ between runs replaced by names."""
 
     steps: list[tuple[str, str, str]] = field(default_factory=list)
     outputs: Props = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Outcome:
 
 @dataclass
 class Walk:
-    """One engine on its way through the cases. It owns the settings and what was found."""
+    """Runs the cases with one engine. Owns the settings and the results."""
 
     name: str
     cloud: MotoCloud
@@ -114,7 +114,7 @@ def quiet(text: str) -> None:
 
 
 def names_of(current: State, images: dict[str, str]) -> dict[str, str]:
-    """Everything in ids and outputs that is another at each run → a name for it."""
+    """Values in IDs and outputs that differ between runs → a name for each."""
     known = {ami: f"<image {name}>" for name, ami in images.items()}
     for each in current.resources:
         if each.custom and len(each.id) > 6 and not each.type.startswith("pulumi:"):
@@ -138,7 +138,7 @@ def renamed(value: Any, known: dict[str, str]) -> Any:
 
 
 def inventory(cloud: MotoCloud) -> dict[str, Any]:
-    """What is in the cloud, in an order that does not depend on ids."""
+    """The content of the cloud, in an order that does not depend on IDs."""
     ec2, ssm, iam = cloud.client("ec2"), cloud.client("ssm"), cloud.client("iam")
     machines = [each for r in ec2.describe_instances()["Reservations"] for each in r["Instances"]]
     running = [each for each in machines if each["State"]["Name"] != "terminated"]
@@ -173,10 +173,10 @@ def inventory(cloud: MotoCloud) -> dict[str, Any]:
 
 @contextmanager
 def backed_up(walk: Walk) -> Iterator[None]:
-    """A dump in the backups bucket, where the stack looks for what is to be restored; it is gone afterwards."""
+    """A dump in the backups bucket, for the stack's check of restoreFrom; it is deleted at the end."""
     s3, bucket = walk.cloud.client("s3"), reveal(walk.current().outputs)["buckets"]["backups"]
     policy = s3.get_bucket_policy(Bucket=bucket)["Policy"]
-    s3.delete_bucket_policy(Bucket=bucket)  # moto refuses by it whatever the condition says
+    s3.delete_bucket_policy(Bucket=bucket)  # moto ignores conditions, so this policy would deny every request
     key = "dumps/20261122T013300Z-nightly-dc11669786a5.dump"
     version = s3.put_object(Bucket=bucket, Key=key, Body=b"")["VersionId"]
     s3.put_bucket_policy(Bucket=bucket, Policy=policy)
@@ -187,7 +187,7 @@ def backed_up(walk: Walk) -> Iterator[None]:
 
 
 def interrupted_up(walk: Walk) -> None:
-    """An `up` that a Ctrl-C ends once the first machine part is made, and what the next one does."""
+    """An `up` that Ctrl-C ends once the first resource of the machine is created, and the result of the next one."""
     current = walk.current()
     by = stack.engine_for(walk.name, current)
     ec2 = walk.cloud.client("ec2")
@@ -273,7 +273,7 @@ CASES = (
 @pytest.mark.parametrize("case", CASES)
 def test_both_engines_perform_the_same_operations(walks: dict[str, Walk], case: str) -> None:
     if case == "launched":
-        pytest.skip("how much an interrupted run had made before is a matter of speed")
+        pytest.skip("the progress of an interrupted run depends on its speed")
     own, real = (walks[name].outcomes[case] for name in ENGINES)
     assert bool(own.refusal) == bool(real.refusal)
     assert Counter(own.steps) == Counter(real.steps)
@@ -289,7 +289,7 @@ def test_order_is_the_same_where_one_depends_on_the_other(walks: dict[str, Walk]
 
 
 def related(one: tuple[str, str, str], other: tuple[str, str, str], needs: dict[str, set[str]]) -> bool:
-    """Whether one resource depends on the other, however far."""
+    """Whether one resource depends on the other, also indirectly."""
 
     def reach(start: str) -> set[str]:
         found: set[str] = set()
@@ -330,7 +330,7 @@ def test_both_engines_delete_all_resources(walks: dict[str, Walk]) -> None:
 
 
 def test_pulumis_files_contain_no_secret(walks: dict[str, Walk]) -> None:
-    """Passwords are encrypted in the state; nothing else of the folder has them in clear."""
+    """Passwords are encrypted in the state, and no other file of the folder contains them in clear."""
     folder = walks["pulumi"].folder
     texts = [each.read_text(errors="replace") for each in folder.rglob("*") if each.is_file()]
     assert any("ciphertext" in text for text in texts)

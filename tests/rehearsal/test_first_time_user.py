@@ -1,6 +1,6 @@
-"""What somebody meets who uses `pulumi` with this program for the first time: its real CLI and engine, on moto.
+"""The messages that a first-time user of `pulumi` sees with this program: the real CLI and engine, on moto.
 
-The tests run in their order: they are one user's session, which is kept in build/first-time-user.txt.
+The tests run in this order, as one user's session, which is written to build/first-time-user.txt.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ def terminal(cloud: MotoCloud, tmp_path_factory: pytest.TempPathFactory) -> Term
 
 
 def quiet(said: str) -> None:
-    """No traceback, and nothing of how program and engine talk: what was said is for the user."""
+    """The output contains no traceback and no internals of Pulumi's protocol."""
     for noise in NOISE:
         assert noise not in said, said
 
 
-def test_a_stack_without_settings_says_what_to_set(terminal: Terminal) -> None:
+def test_stack_without_settings_lists_the_required_ones(terminal: Terminal) -> None:
     said = terminal.run("pulumi preview", status=None)
     assert "pulumi config set amiId" in said
     assert "pulumi config set --path 'allowedCidrs[0]'" in said
     quiet(said)
 
 
-def test_all_mistakes_are_told_at_once(terminal: Terminal) -> None:
+def test_all_mistakes_are_reported_at_once(terminal: Terminal) -> None:
     terminal.run("pulumi config set amiId ami-0123456789abcdef0")
     terminal.run("pulumi config set --path 'allowedCidrs[0]' everybody")
     terminal.run("pulumi config set --path 'sshCidrs[0]' 203.0.113.7")
@@ -80,7 +80,7 @@ def test_all_mistakes_are_told_at_once(terminal: Terminal) -> None:
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_name(terminal: Terminal, command: str) -> None:
-    """The CLI itself refuses it at preview, by the schema in Pulumi.yaml."""
+    """The CLI refuses it at preview, by the schema in Pulumi.yaml."""
     [name] = re.findall(r"allowedCidrs|dataVolumeGib|jobExecution", command)
     terminal.run(command)
     said = terminal.run("pulumi preview", status=None)
@@ -110,7 +110,7 @@ def test_refresh_finds_nothing(terminal: Terminal) -> None:
     assert re.search(r"\d+ unchanged", said) and "updated" not in said
 
 
-def test_a_mistake_keeps_what_runs(terminal: Terminal) -> None:
+def test_mistake_does_not_change_the_running_stack(terminal: Terminal) -> None:
     terminal.run("pulumi config set dataVolumeGib 1")
     said = terminal.run("pulumi up --yes", status=None)
     assert "dataVolumeGib" in said
@@ -120,7 +120,7 @@ def test_a_mistake_keeps_what_runs(terminal: Terminal) -> None:
 
 
 def test_a_lock_that_a_killed_run_left_is_named_and_cancelled(terminal: Terminal) -> None:
-    """The remedy is the CLI's own."""
+    """The CLI prints the remedy."""
     home = Path(terminal.environment["PULUMI_BACKEND_URL"].removeprefix("file://")) / ".pulumi"
     lock = home / "locks/organization" / stack.project() / "dev/0a1b2c3d.json"
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def test_an_exported_stack_is_imported_again(terminal: Terminal) -> None:
     assert "updated" not in terminal.run("pulumi up --yes")
 
 
-def test_destroy_refuses_and_names_what_is_protected(terminal: Terminal) -> None:
+def test_destroy_refuses_and_names_the_protected_resources(terminal: Terminal) -> None:
     said = terminal.run("pulumi destroy --yes", status=None)
     assert "protect" in said
 
@@ -145,7 +145,7 @@ def test_retire_stack_leaves_with_the_data_and_deletes_the_rest(cloud: MotoCloud
     buckets = json.loads(terminal.run("pulumi stack output --json"))["buckets"]
     s3 = cloud.client("s3")
     for bucket in buckets.values():
-        s3.delete_bucket_policy(Bucket=bucket)  # moto refuses by it whatever the condition says
+        s3.delete_bucket_policy(Bucket=bucket)  # moto ignores conditions, so this policy would deny every request
     s3.put_object(Bucket=buckets["backups"], Key="dumps/20261122T013300Z-nightly-dc11669786a5.dump", Body=b"dump")
     for text in (b"old", b"new"):
         s3.put_object(Bucket=buckets["artifacts"], Key="1/run/artifacts/model.txt", Body=text)

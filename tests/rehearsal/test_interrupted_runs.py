@@ -1,4 +1,4 @@
-"""A run that fails, is interrupted or killed leaves a state from which the next one goes on."""
+"""After a run that fails, is interrupted or is killed, the next run continues from the saved state."""
 
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def test_interrupt_waits_for_the_current_operation() -> None:
 
 
 class Killed(BaseException):
-    """Stands in for SIGKILL: nothing after it runs."""
+    """Stands in for SIGKILL: no later code runs."""
 
 
 def test_creation_killed_after_its_call_is_adopted(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_creation_killed_after_its_call_is_adopted(tmp_path: Path) -> None:
         generated=["label"],
     )
     engine._begin("create", thing)
-    cloud.create(engine.aws, thing.inputs)  # and here the process dies
+    cloud.create(engine.aws, thing.inputs)  # the process is killed here
     cloud.verbs()
 
     (told,) = engine_of(cloud, state.load(path)).recover()

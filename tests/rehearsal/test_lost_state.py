@@ -50,7 +50,7 @@ def test_a_lost_state_is_refused_and_the_commands_bring_the_stack_back(
                 run(verb, cloud, ami, State())
             said = str(refused.value)
             assert f"The data volume {launched['dataVolumeId']} belongs to the stack {stack.name()}" in said
-            assert said.count("belongs to the stack") == 1, "said once, although parameters are there, too"
+            assert said.count("belongs to the stack") == 1, "printed once, although parameters exist too"
         ec2 = cloud.client("ec2")
         assert len(ec2.describe_volumes(Filters=[{"Name": "tag:mlflow-ami:role", "Values": ["data"]}])["Volumes"]) == 1
 
@@ -72,5 +72,5 @@ def test_a_lost_state_is_refused_and_the_commands_bring_the_stack_back(
         assert {name: again[name] for name in KEPT} == {name: launched[name] for name in KEPT}
         assert again["instanceId"] != launched["instanceId"]
         now = cloud.client("ssm").get_parameter(Name=launched["credentialsParameter"])["Parameter"]["Value"]
-        assert now == secret, "nobody has a new password"
+        assert now == secret, "no user has a new password"
         assert run("preview", cloud, ami, State()).idle

@@ -1,4 +1,4 @@
-"""A stack of its own on the tests' local cloud: launched, left alone, replaced, interrupted; its data stays."""
+"""A separate stack on the tests' local cloud: launched, unchanged, replaced, interrupted; its data stays."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAME = "rehearsal-tests"
 
 @pytest.fixture(scope="module")
 def stack_of_our_own(cloud: Any, image: Mapping[str, Any]) -> Iterator[str]:
-    """The AMI to launch; the stack made of it is deleted with its data at the end."""
+    """The AMI to launch; its stack is deleted with its data at the end."""
     from scripts.rehearsal import stack
     from tests.support.servers import own_stack
 
@@ -44,7 +44,7 @@ def up(ami: str, *settings: str) -> dict[str, Any]:
 
 
 def described(changes: list[dict[str, Any]]) -> list[str]:
-    """What was done, whatever the order in which the program registered what depends on nothing."""
+    """The operations; their order is not compared, because the program registers independent resources in any order."""
     return sorted(json.dumps(each, sort_keys=True) for each in changes)
 
 
@@ -83,7 +83,7 @@ def test_launch_leave_alone_replace_interrupt_and_go_on(stack_of_our_own: str) -
         assert replaced[kept] == first[kept]
     assert call(replaced, f"experiments/get?experiment_id={experiment}")["experiment"]["name"] == "kept"
 
-    # Ctrl-C between deleting the old machine and making the new one: the next up goes on from there.
+    # Ctrl-C between the deletion of the old machine and the creation of the new one: the next `up` continues.
     running = subprocess.Popen(
         [sys.executable, str(SCRIPTS / "rehearse.py"), "up", "--ami", ami, "--set", "backupRetentionDays=8"],
         stderr=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The engine does what Pulumi's would, in its order."""
+"""The engine performs the same operations as Pulumi's, in the same order."""
 
 import pulumi
 import pytest

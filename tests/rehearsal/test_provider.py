@@ -12,7 +12,7 @@ from scripts.rehearsal.wire import UNKNOWN, Secret
 
 
 def nothing(*arguments: Any) -> Any:
-    """No call of AWS's is made here."""
+    """No call to AWS is made here."""
 
 
 NAMED = Kind(
@@ -32,7 +32,7 @@ def test_a_generated_name_lives_as_long_as_the_resource() -> None:
     kept = checked(NAMED, "renamed", {"size": 2}, first, {})
     assert kept["name"] == "server-0a1b2c3"
     assert difference(NAMED, first, kept).diffs == ["size"]
-    # A name that the program chose once is not taken for a generated one.
+    # A name that the program chose before does not count as a generated one.
     assert checked(NAMED, "server", {}, {"name": "chosen"}, {})["name"] == "server-0a1b2c3"
 
 

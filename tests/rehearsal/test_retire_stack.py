@@ -1,4 +1,4 @@
-"""retire_stack.py shows what goes, downloads what is to stay and empties buckets, with a stand-in for the CLI."""
+"""retire_stack.py lists what it deletes, downloads the data and empties buckets, with a stand-in for the CLI."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cloud() -> Iterator[MotoCloud]:
 
 @pytest.fixture
 def s3(cloud: MotoCloud) -> Any:
-    """Three buckets with versions, a delete marker and an upload that nobody finished."""
+    """Three buckets with versions, a delete marker and an unfinished upload."""
     client = cloud.client("s3")
     for purpose in PURPOSES:
         client.create_bucket(Bucket=purpose, CreateBucketConfiguration={"LocationConstraint": cloud.region})

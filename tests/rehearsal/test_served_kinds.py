@@ -35,6 +35,6 @@ def test_kinds_are_those_that_infra_declares() -> None:
     assert set(KINDS) == declared
 
 
-def test_look_ups_are_those_that_infra_asks() -> None:
+def test_look_ups_are_those_of_infra() -> None:
     asked = {re.findall(r"'(aws:[^']*)'", inspect.getsource(each))[0] for each in called() if inspect.isfunction(each)}
     assert set(LOOKUPS) == asked

@@ -1,4 +1,5 @@
-"""The real program of infra/, applied to moto's EC2, S3, IAM and SSM: every call of every resource type it uses."""
+"""The real program of infra/, applied to moto's EC2, S3, IAM and SSM: every call of every resource type that it
+uses."""
 
 from __future__ import annotations
 
@@ -79,7 +80,7 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
     assert outputs["amiId"] == first
     assert set(outputs["buckets"]) == {"artifacts", "models", "backups"}
 
-    # What was declared is what is there.
+    # The cloud contains the declared resources.
     instance = ec2.describe_instances(InstanceIds=[outputs["instanceId"]])["Reservations"][0]["Instances"][0]
     assert instance["MetadataOptions"]["HttpTokens"] == "required"
     assert {tag["Key"]: tag["Value"] for tag in instance["Tags"]}["mlflow-ami:stack"] == "moto"
@@ -101,10 +102,10 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
     assert len(password) >= 12
     assert password not in repr(state) and password not in repr(made.outputs)
 
-    # Again, and nothing happens.
+    # A second `up` changes nothing.
     assert done(up(aws, state, first)) == []
 
-    # With another state, the machine and what it keeps are not made a second time.
+    # With another state, the machine and its data resources are not created a second time.
     with pytest.raises(ApplyError) as refused:
         up(aws, State(), first, dry_run=True)
     said = str(refused.value)
@@ -115,20 +116,20 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
         assert sum(line.endswith(f" {id_}") for line in said.splitlines()) == 1
     assert f"aws ec2 stop-instances --region {REGION} --instance-ids {outputs['instanceId']}" in said
 
-    # What is to be restored is looked up in the bucket before the machine is replaced.
+    # The backup is looked up in the bucket before the machine is replaced.
     with pytest.raises(program_runner.ProgramError, match="the backups bucket holds no backup"):
         up(aws, state, first, dry_run=True, restoreFrom="latest")
     bucket, key = outputs["buckets"]["backups"], "dumps/20261122T013300Z-nightly-f4a9b2c7d1e6.dump"
     stanza = "pgbackrest/backup/pg15-7-20261101T000000Z"
     s3 = aws.client("s3")
     policy = s3.get_bucket_policy(Bucket=bucket)["Policy"]
-    s3.delete_bucket_policy(Bucket=bucket)  # moto refuses by it whatever the condition says
+    s3.delete_bucket_policy(Bucket=bucket)  # moto ignores conditions, so it would refuse every request
     for name in (key, f"{stanza}/backup.info", f"{stanza}/20261122-010000F/backup.manifest"):
         s3.put_object(Bucket=bucket, Key=name, Body=b"")
     for value in ("latest", key, "20261122-010000F", "2026-11-22T02:00:00Z"):
         assert "replace Instance" in done(up(aws, state, first, dry_run=True, restoreFrom=value))
     with pytest.raises(
-        program_runner.ProgramError, match=f"is base backups 20261122-010000F and dumps {key}; nothing was"
+        program_runner.ProgramError, match=f"available: base backups 20261122-010000F and dumps {key}; nothing was"
     ):
         up(aws, state, first, dry_run=True, restoreFrom="20200101-000000F")
     for name in (key, f"{stanza}/backup.info", f"{stanza}/20261122-010000F/backup.manifest"):
@@ -136,9 +137,9 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
         s3.delete_object(Bucket=bucket, Key=name, VersionId=version["VersionId"])
     s3.put_bucket_policy(Bucket=bucket, Policy=policy)
 
-    # Another image replaces the machine and nothing that holds data.
+    # Another image replaces the machine and no resource with data.
     upgrade = done(up(aws, state, second))
-    # The attachment stops the machine, which answers at its address until then.
+    # The attachment stops the machine, which keeps its address until then.
     assert upgrade.index("delete VolumeAttachment") < upgrade.index("delete EipAssociation")
     assert upgrade.index("delete EipAssociation") < upgrade.index("delete Instance")
     assert upgrade.index("delete Instance") < upgrade.index("replace Instance")
@@ -147,7 +148,7 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
         f"{verb} {kind}"
         for verb in ("delete", "replace")
         for kind in ("Instance", "VolumeAttachment", "EipAssociation")
-    } | {"replace Tag"}  # of the image that is launched; the replaced one keeps its own
+    } | {"replace Tag"}  # of the launched image; the replaced one keeps its own
     after = reveal(state.outputs)
     assert after["instanceId"] != outputs["instanceId"]
     for output in ("dataVolumeId", "buckets", "publicIp", "url", "credentialsParameter"):
@@ -155,13 +156,13 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
     [volume] = ec2.describe_volumes(VolumeIds=[after["dataVolumeId"]])["Volumes"]
     assert [each["InstanceId"] for each in volume["Attachments"]] == [after["instanceId"]]
 
-    # Another size changes the machine in place; a larger volume grows.
+    # Another size changes the machine in place; the volume grows in place.
     resized = done(up(aws, state, second, instanceType="t3.large", dataVolumeGib="30"))
     assert sorted(resized) == ["update Instance", "update Volume"]
     [machine] = ec2.describe_instances(InstanceIds=[after["instanceId"]])["Reservations"][0]["Instances"]
     assert (machine["InstanceType"], machine["State"]["Name"]) == ("t3.large", "running")
 
-    # A machine that somebody terminated is launched again.
+    # A machine that was terminated by hand is launched again.
     ec2.terminate_instances(InstanceIds=[after["instanceId"]])
     again = done(up(aws, state, second, instanceType="t3.large", dataVolumeGib="30"))
     launched = [each for each in again if "Alarm" not in each]  # one alarm watches the machine by its ID
@@ -169,11 +170,11 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
     [address] = ec2.describe_addresses(PublicIps=[outputs["publicIp"]])["Addresses"]
     assert address["InstanceId"] == reveal(state.outputs)["instanceId"]
 
-    # What Pulumi and S3 refuse is said before it is done.
+    # Deletions that Pulumi and S3 would refuse are printed first.
     with pytest.raises(ApplyError, match="is protected"):
         Engine(KINDS, aws, state, save=lambda now: None).delete(list(state.resources))
     filled = outputs["buckets"]["models"]
-    aws.client("s3").delete_bucket_policy(Bucket=filled)  # moto refuses by it whatever the condition says
+    aws.client("s3").delete_bucket_policy(Bucket=filled)  # moto ignores conditions, so it would refuse every request
     aws.client("s3").put_object(Bucket=filled, Key="kept", Body=b"x")
     buckets = [each for each in state.resources if each.type == stack.BUCKET and each.id == filled]
     with pytest.raises(ApplyError, match="BucketNotEmpty"):
@@ -208,7 +209,7 @@ def test_an_image_that_does_not_trust_the_local_s3_is_refused(aws: Aws) -> None:
     for name, refused in ((base.series, True), (base.ami_name, False), ("somebody-elses", False)):
         source = ec2.register_image(Name=name)["ImageId"]
         ami = image(aws, f"of-{name}")
-        stack.require_trust(aws.client, ami)  # its source image is not known here
+        stack.require_trust(aws.client, ami)  # its source image does not exist here
         ec2.create_tags(Resources=[ami], Tags=[{"Key": stack.SOURCE, "Value": source}])
         if refused:
             with pytest.raises(Refused, match=r"bake it again with `scripts/bake\.py --local`"):
@@ -228,7 +229,7 @@ def test_all_mistakes_are_reported_with_the_programs_sentences(aws: Aws) -> None
 
 
 def test_domain_record_is_created_and_deleted_with_the_stack(aws: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "create_route53_zone_id", models.create_route53_zone_id)  # to be had back
+    monkeypatch.setattr(models, "create_route53_zone_id", models.create_route53_zone_id)  # so that it can be recovered
     hosted_zones.install()
     state, route53 = State(), aws.client("route53")
     ami = image(aws, "20261124T101500Z")

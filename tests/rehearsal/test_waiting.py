@@ -1,4 +1,4 @@
-"""Who waits for the server is told why nothing comes."""
+"""While a script waits for the server, it reports why there is no response."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Send the same calls to MLflow's own tracking store and to `DirectStore`, each with a database of its own, and print
 what both answered and wrote, as JSON. HTTP requests go to MLflow's Flask application, with the fast path's middleware
-in front of it where the store is ours. Runs under an interpreter that has one release of MLflow.
+in front of it if the store is `DirectStore`. Runs under an interpreter that has one release of MLflow.
 
     python compare_stores.py URI_FOR_MLFLOWS URI_FOR_OURS SEED
 """
@@ -259,7 +259,7 @@ def logging_of(path: str, fields: Any) -> Call:
 
 
 def post_of(what: str, path: str, body: bytes, kind: str) -> Call:
-    """Post a body that need not be JSON; in it <0> stands for the first run's ID."""
+    """Post a body, JSON or not; in it <0> stands for the first run's ID."""
     return what, lambda s, runs: ask(s, "POST", path, body=body.replace(b"<0>", runs[0].encode()), kind=kind)
 
 

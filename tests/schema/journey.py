@@ -1,5 +1,5 @@
-"""Bring one database through several MLflow releases. At each stop the database step changes the schema, the release
-reads everything that earlier stops wrote, the result is compared, and the release writes more."""
+"""Change one database to several MLflow releases, one after the other. At each stop the database step changes the
+schema, the release reads everything that earlier stops wrote, the result is compared, and the release writes more."""
 
 from __future__ import annotations
 

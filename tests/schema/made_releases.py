@@ -1,7 +1,7 @@
-"""Releases of MLflow that do not exist: copies of the environment of the newest one, with changes to the package.
+"""Invented releases of MLflow: copies of the environment of the newest one, with changes to the package.
 
-Files of the copy are hard links, so a copy takes a second and no space. A change replaces a file and leaves the
-original alone.
+Files of the copy are hard links, so a copy takes a second and no space. A change replaces a file and does not affect
+the original.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MadeRelease:
         (self.package,) = folder.glob("lib/python*/site-packages/mlflow")
 
     def replace(self, file: str, pattern: str, text: str) -> None:
-        """Replace what the regular expression finds in a file of the package, which must be at least once."""
+        """Replace all matches of the regular expression in a file of the package; at least one must exist."""
         path = self.package / file
         changed, found = re.subn(pattern, text, path.read_text(), flags=re.MULTILINE)
         assert found, f"{file} of MLflow {releases()[-1]} has no {pattern}: adapt the test"
@@ -36,7 +36,7 @@ class MadeRelease:
         self.write(file, f"{(self.package / file).read_text()}\n\n{text}")
 
     def rename(self, old: str, new: str, *files: str) -> None:
-        """Give something another name, in the file that defines it and those that use it."""
+        """Rename something, in the file that defines it and in those that use it."""
         for file in files:
             self.replace(file, rf"\b{old}\b", new)
 

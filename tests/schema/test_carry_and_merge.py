@@ -76,7 +76,8 @@ def test_fitting_rows_are_carried_and_misfits_counted_by_table_and_column(filled
         ("only_newer", None, 3, "left behind"),
         ("parents", "kind", 6, "filled"),
         ("parents", "name", 1, "left behind"),
-        ("parents", None, 1, "left behind"),  # one for the check, one of the two that share a name
+        # one row breaks the check, and one of the two that share a name is removed
+        ("parents", None, 1, "left behind"),
         ("children", "value", 1, "shortened"),
         ("children", "value", 1, "filled"),
         ("children", "number", 1, "emptied"),
@@ -140,7 +141,7 @@ def test_merge_restores_misfits_and_keeps_later_changes(filled: Cluster) -> None
         (4, "twice", "on", 1),
         (5, "cy", "paused", None),
         (41, "since", "on", None),
-    ], "2 was deleted since and takes 6, whose boss it was, with it; 3 or 4, 5 come back"
+    ], "row 2 was deleted since, and so is row 6, which refers to it; 3 or 4, 5 come back"
     assert look(
         filled, work, "SELECT parent_id, key, value, number, note::text, friend FROM children ORDER BY 1, 2"
     ) == [
@@ -188,7 +189,7 @@ def test_different_row_counts_fail_the_carry(filled: Cluster, monkeypatch: pytes
 
 
 def bring_forward(cluster: Cluster, older: str, newer: str) -> None:
-    """What a migration from OLDER to NEWER would do with the rows."""
+    """The effect of a migration from OLDER to NEWER on the rows."""
     for table, columns in (("parents", "id, name, status, boss"), ("children", "parent_id, key, value, number")):
         for row in look(cluster, older, f"SELECT {columns} FROM {table} ORDER BY 1"):
             with connection(cluster, newer) as opened:

@@ -167,7 +167,7 @@ def test_upgrade_takes_a_dump_first_and_the_dump_restores(at: At, bucket: dump_f
 
 
 def test_a_dump_is_restored_with_the_rights_of_its_owner() -> None:
-    """The statements of a dump run as they are: one that resets the role must not become a superuser's."""
+    """The statements of a dump run unchanged: a statement that resets the role must not get a superuser's rights."""
     with private_cluster() as made:
         cluster = made.cluster
         create_empty(cluster, "mlflow_planted")

@@ -1,4 +1,4 @@
-"""The bake's check of a release: the oldest and the newest one that can be baked start, and report what they lack."""
+"""The bake's check of a release: the oldest and the newest one that can be baked start, and report their fallbacks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ print(json.dumps([result, [vars(entry) for entry in [*found, *reader_routes.fall
 
 
 def check(python: Path, *path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the bake would record of the MLflow of `python`: its facts, and the reason by fallback. `path`: folders from
+    """The bake's record of the MLflow of `python`: its facts, and the reason by fallback. `path`: folders from
     which modules are imported first."""
     environment = {**os.environ, "PYTHONPATH": ":".join(map(str, [*path, HOST_PACKAGE]))}
     ended = subprocess.run([python, "-W", "ignore", "-c", CHECK], env=environment, capture_output=True, text=True)

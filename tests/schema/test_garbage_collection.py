@@ -1,4 +1,4 @@
-"""Garbage collection removes what was deleted long ago, and nothing that a model version uses, in any release."""
+"""In any release, garbage collection removes items that were deleted long ago, and none that a model version uses."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_nothing_that_a_model_version_uses_is_removed(server: PrivateCluster, tm
 
 
 def make_old(opened: Any, ids: dict[str, str], days: int) -> None:
-    """Move the deletion times back by `days`, except for the run and the model called young."""
+    """Move the deletion times back by `days`, except for the run and the model named young."""
     young = [ids["young"], ids["model-young"]]
     earlier = days * 24 * 3600 * 1000
     run(opened, "UPDATE runs SET deleted_time = deleted_time - %s WHERE NOT run_uuid = ANY(%s)", (earlier, young))

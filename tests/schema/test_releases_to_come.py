@@ -1,4 +1,5 @@
-"""Releases that do not exist yet pass the bake's check: the server starts, nothing opens, fallbacks are named."""
+"""Invented future releases pass the bake's check: the server starts, no route opens to readers, fallbacks are
+reported."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ STORE = "store/tracking/sqlalchemy_store.py"
 
 @pytest.fixture
 def release(tmp_path: Path) -> Iterator[MadeRelease]:
-    """A copy of the newest release with what a server needs."""
+    """A copy of the newest release with the packages of a server."""
     made = MadeRelease(server_environment(releases()[-1]), tmp_path / "release")
     yield made
     made.remove()
@@ -70,7 +71,7 @@ def test_changed_model_of_the_database_switches_off_the_whole_fast_path(release:
     }
 
 
-def test_private_variables_and_functions_that_are_new_or_gone_are_named(release: MadeRelease) -> None:
+def test_new_and_missing_private_variables_and_functions_are_named(release: MadeRelease) -> None:
     release.replace(
         "server/__init__.py",
         r"^( +)env_map\[_MLFLOW_SGI_NAME.name\] = \"uvicorn\"",
@@ -87,7 +88,7 @@ def test_private_variables_and_functions_that_are_new_or_gone_are_named(release:
     assert by_feature.keys() == {
         "background jobs",
         "streamed artifacts",
-        "the weekly removal of what users deleted",
+        "the weekly removal of deleted items",
     }
 
 

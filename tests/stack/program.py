@@ -25,13 +25,13 @@ from mlflow_host.contract import in_service, launch
 from scripts.rehearsal.hooks import HookFailed, Hooks
 
 with warnings.catch_warnings():
-    # The package warns of its own deprecated types when a module is first used, whatever of it is.
+    # The package warns of its own deprecated types at the first use of a module, even of another type.
     warnings.simplefilter("ignore", DeprecationWarning)
     LOADED = (aws.ec2.Instance, aws.s3.Bucket)
 
 INFRA = Path(__file__).parents[2] / "infra"
 SIGNATURE, SECRET = "4dabf18193072939515e22adb298388d", "1b47061264138c4ac30d75fd1eb44270"
-"""How Pulumi's protocol marks a secret value: an object with this key and this value beside it."""
+"""Mark of a secret value in Pulumi's protocol: an object with this key and this signature."""
 NO_RESULTS = "Your query returned no results. Please change your search criteria and try again."
 
 OLD, NEW, OTHER = "ami-0000000000000001a", "ami-0000000000000002b", "ami-0000000000000003c"
@@ -41,7 +41,7 @@ CONFIG = {"aws:region": "eu-central-1", "mlflow-ami:amiId": NEW, "mlflow-ami:all
 
 
 def image_tags(**changes: str) -> dict[str, str]:
-    """The tags of an image of ours; underscores in names for hyphens, an empty value leaves the tag out."""
+    """The tags of an image of this project; underscores in names become hyphens, an empty value leaves the tag out."""
     tags = {
         "format": "1",
         "image-version": "20261122T101500Z",
@@ -72,7 +72,7 @@ class Volume:
 
 @dataclass(frozen=True)
 class Account:
-    """What AWS has, as far as the program asks."""
+    """The content of AWS, as far as the program looks it up."""
 
     images: Mapping[str, Image] = field(default_factory=lambda: {NEW: Image()})
     volumes: Mapping[str, Volume] = field(default_factory=dict)
@@ -97,11 +97,11 @@ class Account:
     addresses: tuple[str, ...] = ()
     instances: tuple[str, ...] = ()
     broken: Mapping[str, str] = field(default_factory=dict)
-    """Look-ups that fail → with what reason."""
+    """Look-ups that fail → the reason."""
 
 
 def report(volume: str = "", **changes: str) -> dict[str, str]:
-    """The parameter in-service as a machine with the image of `image_tags` writes it."""
+    """The parameter in-service, as a machine with the image of `image_tags` writes it."""
     told = {name.split(":")[1].replace("-", "_"): value for name, value in image_tags(**changes).items()}
     known = {each: told[each] for each in ("image_version", "mlflow_version", "migration_head")}
     numbers = {each: int(told[each]) for each in ("migration_count", "postgresql_major")}
@@ -110,7 +110,7 @@ def report(volume: str = "", **changes: str) -> dict[str, str]:
 
 
 def data_volume(last: str = OLD, zone: str = "eu-central-1a", gib: int = 20, **changes: str) -> dict[str, Volume]:
-    """The stack's data volume as an earlier run left it, last on the image `last`."""
+    """The stack's data volume after an earlier run, which used the image `last`."""
     tags = image_tags(**changes)
     del tags["mlflow-ami:format"]
     stack_tags = {"mlflow-ami:project": "mlflow-ami", "mlflow-ami:stack": "dev", "mlflow-ami:role": "data"}
@@ -133,20 +133,20 @@ class Registration:
 
     @property
     def dependencies(self) -> set[str]:
-        """URNs of all it waits for."""
+        """URNs of all resources that it depends on."""
         return set(self.request.dependencies)
 
 
 @dataclass
 class Run:
-    """What came of one run of the program."""
+    """The result of one run of the program."""
 
     registered: list[Registration] = field(default_factory=list)
     outputs: dict[str, Any] = field(default_factory=dict)
     lookups: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     log: list[tuple[str, str]] = field(default_factory=list)
     refusal: str = ""
-    """The message the program ended with, if it refused to go on."""
+    """The error message of the program, if it refused."""
 
     def of_type(self, kind: str) -> list[Registration]:
         """The resources of a type, named as in Python: "ec2.Instance"."""
@@ -173,10 +173,10 @@ def run(
     secrets: Mapping[str, str] | None = None,
     **config: str | None,
 ) -> Run:
-    """Runs the program once. `config` overrides CONFIG by setting name, `aws_` for `aws:`; None takes one out.
+    """Runs the program once. `config` overrides CONFIG by setting name, `aws_` for `aws:`; None removes one.
 
-    `state` is what Pulumi's state has of the stack: "empty", or "complete" under the name of the stack that follows it
-    ("complete prod"). Without it, it is complete where there is a data volume.
+    `state` is the stack in Pulumi's state: "empty", or "complete" and the name of the stack ("complete prod"). Default:
+    complete if there is a data volume.
     """
     named = {("aws:" + key[4:] if key[:4] == "aws_" else f"mlflow-ami:{key}"): value for key, value in config.items()}
     hidden = {f"mlflow-ami:{key}": value for key, value in (secrets or {}).items()}
@@ -194,7 +194,7 @@ def _run(
     logger.addHandler(_Log(found.log))
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    # What waits for a resource that was refused is not of interest.
+    # Resources that depend on a refused one are not of interest.
     loop.set_exception_handler(lambda loop, context: None)
     try:
         monitor = Monitor(account, found, preview, state)
@@ -218,7 +218,7 @@ def _program() -> None:
 
 
 class Monitor(mocks.MockMonitor):
-    """Stands in for Pulumi's engine: it makes everything at once and remembers what it was asked."""
+    """Stands in for Pulumi's engine: it creates everything at once and records the requests."""
 
     def __init__(self, account: Account, found: Run, preview: bool, state: str) -> None:
         super().__init__(_NoMocks())
@@ -230,7 +230,7 @@ class Monitor(mocks.MockMonitor):
         return empty_pb2.Empty()
 
     def call_hooks(self, request: Any, urn: str, inputs: Mapping[str, Any]) -> None:
-        """As the engine would before it creates or updates the resource."""
+        """Call the hooks like the engine, before it creates or updates the resource."""
         known, _, former = self.state.partition(" ")
         about = {"urn": urn, "name": request.name, "type": request.type, "new_inputs": dict(inputs)}
         names = request.hooks.before_create
@@ -243,7 +243,7 @@ class Monitor(mocks.MockMonitor):
             raise pulumi.RunError(str(refused)) from None
 
     def RegisterResource(self, request: Any) -> Any:
-        # As the engine does it: every resource is in the stack, so the stack is not part of a type.
+        # Like the engine: every resource is in the stack, so the stack is not part of a type.
         urn = f"urn:pulumi:{pulumi.get_stack()}::{pulumi.get_project()}::{request.type}::{request.name}"
         if request.type == "pulumi:pulumi:Stack":
             return resource_pb2.RegisterResourceResponse(urn=urn)
@@ -254,7 +254,7 @@ class Monitor(mocks.MockMonitor):
         copy = resource_pb2.RegisterResourceRequest()
         copy.CopyFrom(request)
         self.found.registered.append(Registration(urn, request.type, request.name, inputs, secret, copy))
-        # A preview knows of what is in the state what the last run was told by AWS.
+        # For resources in the state, a preview has the outputs that AWS returned to the last run.
         settled = not self.preview or self.state.startswith("complete")
         known = {**wire, **(computed(request.type, request.name, inputs) if settled else {})}
         made = struct_pb2.Struct()
@@ -272,7 +272,7 @@ class Monitor(mocks.MockMonitor):
         try:
             answer = look_up(self.account, request.tok.split(":")[-1], arguments)
         except LookupError as error:
-            # Failures are answered, not raised: a raised one would end the run even where the program catches it.
+            # Failures must be returned, not raised: an exception ends the run even if the program would catch it.
             failure = provider_pb2.CheckFailure(property="", reason=str(error.args[0]))
             return resource_pb2.ResourceInvokeResponse(failures=[failure])
         made = struct_pb2.Struct()
@@ -281,7 +281,7 @@ class Monitor(mocks.MockMonitor):
 
 
 def identifier(kind: str, name: str, inputs: Mapping[str, Any]) -> str:
-    """The id AWS would give, of the right form where the program or the machine looks at it."""
+    """An ID as AWS would assign it, of the right form where the program or the machine checks it."""
     return {
         "aws:ebs/volume:Volume": VOLUME,
         "aws:s3/bucket:Bucket": f"{name}-1a2b3c4",
@@ -291,7 +291,7 @@ def identifier(kind: str, name: str, inputs: Mapping[str, Any]) -> str:
 
 
 def computed(kind: str, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What AWS would add to the inputs."""
+    """The outputs that AWS would add to the inputs."""
     outputs: dict[str, dict[str, Any]] = {
         "aws:s3/bucket:Bucket": {"bucket": f"{name}-1a2b3c4", "arn": f"arn:aws:s3:::{name}-1a2b3c4"},
         "aws:ec2/eip:Eip": {"publicIp": ADDRESS},
@@ -306,7 +306,7 @@ def computed(kind: str, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def look_up(account: Account, function: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Answers a data source in the AWS provider's shape. Raises LookupError in its words."""
+    """The response of a data source in the AWS provider's form. Raises LookupError with the provider's message."""
     if function in account.broken:
         raise LookupError(account.broken[function])
     wanted = {each["name"]: each["values"] for each in asked.get("filters", [])}
@@ -323,7 +323,7 @@ def _get_ami(account: Account, asked: Mapping[str, Any], wanted: Mapping[str, li
         "state": image.state,
         "architecture": image.architecture,
         "rootDeviceName": "/dev/sda1",
-        # The provider passes this map on as it is, so its keys keep their underscores.
+        # The provider passes this map on unchanged, so its keys keep their underscores.
         "blockDeviceMappings": [
             {"deviceName": "/dev/sdb", "ebs": {}, "virtualName": "ephemeral0", "noDevice": ""},
             {
@@ -353,7 +353,7 @@ def _get_volume(account: Account, asked: Mapping[str, Any], wanted: Mapping[str,
 
 
 def _get_parameters(account: Account, asked: Mapping[str, Any], wanted: Mapping[str, list[str]]) -> dict[str, Any]:
-    assert asked["withDecryption"] is False, "nobody needs the secrets in clear"
+    assert asked["withDecryption"] is False, "no test needs the secrets in clear"
     there = account.channels if asked["path"] == "/mlflow-ami/images" else account.parameters
     names = [f"{asked['path']}/{name}" for name in there]
     return {"names": names, "values": list(there.values())}
@@ -416,7 +416,7 @@ def _clear(value: Any) -> Any:
 
 
 class _NoMocks(mocks.Mocks):
-    """MockMonitor wants one; Monitor answers everything itself."""
+    """MockMonitor wants one; Monitor answers all requests itself."""
 
     def call(self, args: mocks.MockCallArgs) -> Any:
         raise NotImplementedError(args.token)

@@ -1,4 +1,4 @@
-"""The setting `channel`: which image it stands for, what is refused, and what a launch leaves on the image."""
+"""The setting `channel`: the image that it selects, the refusals, and the tag that a launch writes to the image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_promotion_shows_the_schema_change_of_the_next_up() -> None:
     assert any("Upgrade over 12 migrations, schema 7d34483879f0 → dc11669786a5" in text for _, text in found.log)
 
 
-def test_pinning_by_ami_id_asks_no_channel() -> None:
+def test_pinning_by_ami_id_looks_up_no_channel() -> None:
     found = run(account(broken={}), channel=None)
     assert "/mlflow-ami/images" not in [asked.get("path") for _, asked in found.lookups]
     assert found.outputs["channel"] == ""

@@ -1,4 +1,4 @@
-"""A state that does not have what AWS has of this stack is refused in preview, with the commands to import it."""
+"""Preview refuses a state without the existing AWS resources of this stack, and prints the commands to import them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def test_a_second_data_volume_is_refused(preview: bool) -> None:
 
 
 def test_printed_commands_import_the_existing_resources() -> None:
-    """Each of them names a resource of this program and the ID of what is there; the rest is made anew."""
+    """Each command names a resource of this program and the ID of the existing one; other resources are created
+    again."""
     stated = commands(run(LAUNCHED, state="empty").refusal)
     assert stated[0] == ["pulumi", "up", "--target", PROVIDER]
     assert [each[2] for each in stated if each[0] == "aws"] == ["stop-instances", "wait", "terminate-instances"]
@@ -49,7 +50,7 @@ def test_printed_commands_import_the_existing_resources() -> None:
         "eipalloc-0123456789abcdef0",
         *(f"/mlflow-ami/dev/{name}" for name in LAUNCHED.parameters),
     }
-    # Whatever is protected holds data or identity. The passphrase is in the credentials, which are written once.
+    # All protected resources hold data or identity. The passphrase is in the credentials, which are written once.
     protected = {(each.type, each.name) for each in complete.registered if each.request.protect}
     passphrase = ("random:index/randomPassword:RandomPassword", "kek-passphrase")
     assert {(kind, name) for kind, name, _ in imported} >= protected - {passphrase}
@@ -59,7 +60,7 @@ def test_printed_commands_import_the_existing_resources() -> None:
 
 
 def test_a_bucket_that_was_imported_keeps_its_name() -> None:
-    """Its name was made up by Pulumi at first; without it in the state Pulumi would make up another."""
+    """Pulumi chose its name at first; without the name in the state Pulumi would choose another."""
     ignored = {each.name: set(each.request.ignoreChanges) for each in run().of_type("s3.Bucket")}
     assert len(ignored) == 3 and all("bucket" in names for names in ignored.values())
 
@@ -93,7 +94,7 @@ def test_failed_look_up_does_not_hide_the_refusal() -> None:
 
 
 def test_a_renamed_stack_is_refused_with_its_former_name() -> None:
-    """Tags and parameters carry the stack's name, so after `pulumi stack rename` nothing is found by them."""
+    """Tags and parameters contain the stack's name, so after `pulumi stack rename` a look-up by them finds nothing."""
     refused = run(Account(), state="complete prod", preview=True).refusal
     assert refused == (
         f"This stack was renamed: {VOLUME} and the parameters belong to the stack prod, and they cannot be renamed. "

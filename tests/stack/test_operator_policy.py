@@ -1,4 +1,4 @@
-"""README's policy for the person who bakes and launches holds what is called, and nothing that nobody calls."""
+"""README's policy for the person who bakes and launches allows all recorded calls, and no other action."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROVIDER_CALLS = ROOT / "tests/local_cloud/provider_calls.tsv"
-"""What the Terraform AWS provider, which pulumi-aws is made of, called for this stack: launch, changes, destroy."""
+"""Calls of the Terraform AWS provider, on which pulumi-aws is based, for this stack: launch, changes, destroy."""
 
 BAKE = {
     "ec2:AuthorizeSecurityGroupIngress", "ec2:CreateImage", "ec2:CreateKeyPair", "ec2:CreateSecurityGroup",
@@ -23,10 +23,10 @@ BAKE = {
     "ec2:ModifyInstanceMetadataOptions", "ec2:RunInstances", "ec2:StopInstances", "ec2:TerminateInstances",
     "ssm:DeleteParameters", "ssm:GetParametersByPath", "ssm:PutParameter",
 }  # fmt: skip
-"""What Packer (1.6 and 1.16), bake.py and images.py called; tests/image/test_operator_calls.py compares it."""
+"""Calls of Packer (1.6 and 1.16), bake.py and images.py; tests/image/test_operator_calls.py compares them."""
 
 LATER = {
-    "ec2:DeleteTags": "a tag that was taken out of aws:defaultTags",
+    "ec2:DeleteTags": "a tag that was removed from aws:defaultTags",
     "iam:UntagInstanceProfile": "the same",
     "iam:UntagRole": "the same",
     "cloudwatch:UntagResource": "the same",
@@ -39,16 +39,16 @@ LATER = {
     "ec2:ModifySecurityGroupRules": "another description of a rule",
     "ec2:ModifyVpcEndpoint": "another route table of the S3 endpoint",
     "ec2:ReplaceRouteTableAssociation": "another route table of a subnet",
-    "iam:UpdateRoleDescription": "a release that describes the role in other words",
-    "iam:UpdateAssumeRolePolicy": "a release that changes who may take the role",
+    "iam:UpdateRoleDescription": "a release with another description of the role",
+    "iam:UpdateAssumeRolePolicy": "a release that changes who can assume the role",
     "iam:PassRole": "RunInstances with an instance profile",
-    "ssm:GetParametersByPath": "preview looks up the stack's parameters; the provider that was recorded did not yet",
+    "ssm:GetParametersByPath": "preview looks up the stack's parameters; the recorded provider did not yet",
     "ssm:StartSession": "a shell on the machine, by `pulumi stack output shell`",
     "s3:DeleteObject": "a stack's buckets are emptied before they can be deleted",
     "s3:DeleteObjectVersion": "the same",
     "s3:ListBucketVersions": "the same",
 }
-"""What is in the policy without having been recorded, and for what."""
+"""Actions in the policy that were not recorded, and their purpose."""
 
 S3 = {
     "GET bucket?accelerate": "s3:GetAccelerateConfiguration",
@@ -91,7 +91,7 @@ STATEMENTS = {
     "LaunchAlarm": ("cloudwatch",),
     "LaunchRoleAndSecret": ("iam", "ssm"),
 }
-"""Statement → the services that it is for, alone."""
+"""Statement → the only services that it may allow."""
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def allows(actions: list[str], action: str) -> bool:
     return any(fnmatch.fnmatchcase(action, pattern) for pattern in actions)
 
 
-def test_the_launch_statements_allow_what_the_provider_calls_each_by_itself(policy: dict[str, list[str]]) -> None:
+def test_each_launch_statement_allows_the_providers_calls_of_its_services(policy: dict[str, list[str]]) -> None:
     needed = launch() | LATER.keys()
     assert len(needed) > 100
     for sid, services in STATEMENTS.items():
@@ -127,7 +127,7 @@ def test_the_launch_statements_allow_what_the_provider_calls_each_by_itself(poli
     assert {each.split(":")[0] for each in needed} == {service for names in STATEMENTS.values() for service in names}
 
 
-def test_the_bake_statement_allows_what_a_bake_calls(policy: dict[str, list[str]]) -> None:
+def test_bake_statement_allows_the_calls_of_a_bake(policy: dict[str, list[str]]) -> None:
     assert {each for each in BAKE if not allows(policy["Bake"], each)} == set()
 
 
@@ -136,14 +136,14 @@ def test_policy_allows_no_unused_call(policy: dict[str, list[str]]) -> None:
     for sid, actions in policy.items():
         if sid == "Images":  # tests/image/test_images_script.py compares it with the calls of every verb
             continue
-        if sid == "RetireStack":  # what scripts/retire_stack.py does by hand and no provider call shows
+        if sid == "RetireStack":  # calls of scripts/retire_stack.py that the provider does not make
             assert {each.split(":")[0] for each in actions} == {"s3"}
             continue
         used = BAKE if sid == "Bake" else launch() | LATER.keys()
         assert [each for each in actions if not fnmatch.filter(used, each)] == [], sid
 
 
-def test_reasons_are_for_what_was_not_recorded() -> None:
+def test_reasons_are_for_unrecorded_actions() -> None:
     assert launch() & LATER.keys() == set()
 
 

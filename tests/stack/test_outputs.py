@@ -1,4 +1,4 @@
-"""The outputs tell where the server is and what it runs, and the client lines work in a shell as they are."""
+"""The outputs contain the server's address and versions, and the client lines work in a shell unchanged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ AUTHORITY = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 
 @pytest.fixture
 def aws(tmp_path: Path) -> Path:
-    """A folder with an `aws` that answers to the calls in the lines as the real one does, and to no others."""
+    """A folder with an `aws` that answers the calls in the lines like the real one, and refuses all others."""
     credentials = json.dumps({"format": 1, "users": {"admin": {"password": PASSWORD, "role": "admin"}}})
     (tmp_path / "credentials").write_text(credentials + "\n")
     (tmp_path / "authority").write_text(AUTHORITY)
@@ -65,7 +65,7 @@ def aws(tmp_path: Path) -> Path:
 
 
 def exported(lines: str, aws: Path) -> dict[str, str]:
-    """The MLflow variables after a shell has run the lines as they are."""
+    """The MLflow variables after a shell has run the unchanged lines."""
     environment = {"PATH": f"{aws}:{os.environ['PATH']}", "HOME": str(aws / "home of a user")}
     shell = ["sh", "-e", "-c", f"{lines}\nenv -0\n"]
     printed = subprocess.run(shell, env=environment, capture_output=True, text=True, check=True).stdout

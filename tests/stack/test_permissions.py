@@ -1,4 +1,4 @@
-"""What the machine may do with its role, and what nobody may do with the buckets, by an IAM evaluator."""
+"""The rights of the machine's role, and requests that the buckets deny to everybody, by an IAM evaluator."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_the_machine_may_write_the_authority_and_no_other_parameter(policy: dict
     assert not allowed(without, "ssm:PutParameter", authority)
 
 
-def test_the_machine_may_report_what_is_in_service_and_read_nothing_there(policy: dict[str, Any]) -> None:
+def test_machine_can_write_the_in_service_report_but_not_read_it(policy: dict[str, Any]) -> None:
     report = CREDENTIALS.replace("credentials", "in-service")
     assert allowed(policy, "ssm:PutParameter", report)
     assert not allowed(policy, "ssm:GetParameter", report) and not allowed(policy, "ssm:DeleteParameter", report)
@@ -121,7 +121,7 @@ def test_the_machine_may_read_the_readers_password_only_where_there_are_readers(
 
 
 def test_machine_writes_metrics_in_its_own_namespace_only(policy: dict[str, Any]) -> None:
-    """moto evaluates no conditions, so what is asserted is the statement."""
+    """moto evaluates no conditions, so the test asserts the statement itself."""
     (metrics,) = [each for each in policy["Statement"] if "cloudwatch" in str(each["Action"])]
     assert (metrics["Action"], metrics["Resource"]) == ("cloudwatch:PutMetricData", "*")
     assert metrics["Condition"] == {"StringEquals": {"cloudwatch:namespace": "mlflow-ami/dev"}}
@@ -191,7 +191,7 @@ def test_buckets_are_spoken_to_over_tls_only(
 
 
 def _is_denied(policy: dict[str, Any], resource: str, context: dict[str, Any]) -> bool:
-    """The two condition operators in use, as IAM's reference words them: a missing key does not match."""
+    """The two condition operators in use, as in IAM's reference: a missing key does not match."""
     operators: dict[str, Callable[[Any, Any], bool]] = {
         "Bool": lambda value, wanted: value == wanted,
         "NumericLessThan": lambda value, wanted: float(value) < float(wanted),

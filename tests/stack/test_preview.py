@@ -1,4 +1,4 @@
-"""What cannot work, or would lose data, is refused at preview; and preview says what the boot will do to the data."""
+"""Preview refuses settings that cannot work or would lose data, and prints what the boot will do to the data."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def account(**changes: Any) -> Account:
             account(images={NEW: Image(tags={"Name": "ubuntu"})}),
             {},
             f"amiId: {NEW} (mlflow-ami-3.17.2-20261122T101500Z) is not an image that scripts/bake.py made: it has no "
-            "tag mlflow-ami:format. Tags are seen only in the account that owns the image.",
+            "tag mlflow-ami:format. Tags are visible only in the account that owns the image.",
             id="foreign image",
         ),
         pytest.param(
             account(images={NEW: Image(tags=image_tags(format="2"))}),
             {},
-            f"amiId: {NEW} is of image format 2, but this stack knows format 1: launch it with the release of this "
+            f"amiId: {NEW} is of image format 2, but this stack reads format 1: launch it with the release of this "
             "project that baked it.",
             id="image of another format",
         ),
@@ -75,7 +75,7 @@ def account(**changes: Any) -> Account:
             account(images={NEW: Image(tags=image_tags(migration_count="many"))}),
             {},
             "so its schema is unknown",
-            id="image with a count that is no number",
+            id="image with a count that is not a number",
         ),
         pytest.param(
             account(images={NEW: Image(architecture="arm64")}),
@@ -106,7 +106,7 @@ def account(**changes: Any) -> Account:
             account(),
             {"instanceType": "x1.none"},
             "instanceType: EC2 offers no 'x1.none' in eu-central-1.",
-            id="instance type that is not",
+            id="instance type that does not exist",
         ),
         pytest.param(
             account(volumes=data_volume()),
@@ -140,7 +140,7 @@ def account(**changes: Any) -> Account:
             {"availabilityZone": "eu-central-1f"},
             "availabilityZone: eu-central-1 has no zone 'eu-central-1f'; it has eu-central-1a, eu-central-1b, "
             "eu-central-1c.",
-            id="zone that is not",
+            id="zone that does not exist",
         ),
         pytest.param(
             account(zones=("eu-central-1a",)), {}, "eu-central-1 offers one zone only, eu-central-1a", id="one zone"
@@ -157,7 +157,7 @@ def account(**changes: Any) -> Account:
             account(volumes={**data_volume(), "vol-2": data_volume()[VOLUME]}),
             {},
             f"The volumes {VOLUME}, vol-2 all carry the tags of this stack's data volume: remove the tag "
-            "mlflow-ami:role from those that are not.",
+            f"mlflow-ami:role from all but the data volume.",
             id="two data volumes",
         ),
         pytest.param(
@@ -179,7 +179,7 @@ def account(**changes: Any) -> Account:
             account(hosted_zones={"Z0": "ample.com."}),
             {"hostedZoneId": "Z0", "domainName": "mlflow.example.com"},
             "is not in the hosted zone Z0",
-            id="name that only ends alike",
+            id="name with the same end only",
         ),
     ],
 )
@@ -231,7 +231,7 @@ def test_look_ups_go_through_the_same_provider_as_the_resources() -> None:
 
 
 def on(schema: str, last: str | None, last_image: str = OLD, reported: str = "") -> str:
-    """What preview says with an image of `schema`, after an `up` of `last` and a machine's report of `reported`."""
+    """The message of preview for an image of `schema`, after an `up` of `last` and a machine's report of `reported`."""
     volumes = data_volume(last_image, **SCHEMAS[last]) if last else {}
     parameters = report(**SCHEMAS[reported]) if reported else {"in-service": "not reported yet"}
     there = account(
@@ -263,7 +263,7 @@ def on(schema: str, last: str | None, last_image: str = OLD, reported: str = "")
         ("3.17.0", "3.18.0", "Rollback over 1 migration, schema f4a9b2c7d1e6 → dc11669786a5:"),
     ],
 )
-def test_preview_says_in_one_line_what_will_happen_to_the_data(schema: str, last: str | None, line: str) -> None:
+def test_preview_prints_the_effect_on_the_data_in_one_line(schema: str, last: str | None, line: str) -> None:
     assert on(schema, last, reported=last or "").startswith(line)
 
 
@@ -300,7 +300,7 @@ UNREPORTED = "no machine reported that its boot finished"
             "3.18.0",
             "3.18.0",
             "",
-            f"Same image as at the last `up`, with schema f4a9b2c7d1e6: {VOLUME} was last meant for {OLD} (MLflow "
+            f"Same image as at the last `up`, with schema f4a9b2c7d1e6: {VOLUME} was last assigned to {OLD} (MLflow "
             f"3.18.0, image v3.18.0), {UNREPORTED}.",
             id="no report yet",
         ),
@@ -308,14 +308,14 @@ UNREPORTED = "no machine reported that its boot finished"
             "3.18.0",
             "3.16.0",
             "",
-            f"Upgrade over 5 migrations, schema b7e2c1a4d9f3 → f4a9b2c7d1e6: {VOLUME} was last meant for {OLD} (MLflow "
-            f"3.16.0, image v3.16.0), {UNREPORTED}; now {NEW} (MLflow 3.18.0, image v3.18.0).",
+            f"Upgrade over 5 migrations, schema b7e2c1a4d9f3 → f4a9b2c7d1e6: {VOLUME} was last assigned to {OLD} "
+            f"(MLflow 3.16.0, image v3.16.0), {UNREPORTED}; now {NEW} (MLflow 3.18.0, image v3.18.0).",
             id="upgrade without a report",
         ),
     ],
 )
-def test_preview_does_not_state_what_no_machine_reported(schema: str, meant_for: str, reported: str, line: str) -> None:
-    """Pulumi writes the volume's tags ahead of a boot, which may be interrupted or fail."""
+def test_preview_states_only_reported_schemas(schema: str, meant_for: str, reported: str, line: str) -> None:
+    """Pulumi writes the volume's tags before the boot, which may be interrupted or fail."""
     assert on(schema, meant_for, reported=reported) == line
 
 
@@ -327,7 +327,7 @@ def test_a_report_of_another_volume_or_from_before_an_image_that_reports_nothing
     there = account(images={NEW: Image(tags=image_tags(**SCHEMAS["3.18.0"]))}, volumes=volumes, parameters=stale)
     ((_, line),) = run(there).log
     assert line == (
-        f"Upgrade over 1 migration, schema dc11669786a5 → f4a9b2c7d1e6: {VOLUME} was last meant for {OLD} (MLflow "
+        f"Upgrade over 1 migration, schema dc11669786a5 → f4a9b2c7d1e6: {VOLUME} was last assigned to {OLD} (MLflow "
         "3.17.0, image v3.17.0), whose machines do not report whether their boot finished; now "
         f"{NEW} (MLflow 3.18.0, image v3.18.0)."
     )
@@ -341,11 +341,11 @@ def test_the_cluster_on_the_volume_is_of_the_reported_major() -> None:
 def test_a_volume_without_a_record_is_said_to_have_none() -> None:
     bare = {VOLUME: Volume({"mlflow-ami:project": "mlflow-ami", "mlflow-ami:stack": "dev", "mlflow-ami:role": "data"})}
     ((_, line),) = run(account(volumes=bare)).log
-    assert line.startswith(f"Data volume {VOLUME} has no record of an image: {NEW} ")
+    assert line.startswith(f"Data volume {VOLUME} has no record of an image: the boot of {NEW} ")
 
 
 def test_recorded_tags_are_read_by_the_next_run() -> None:
-    """The record is written with the volume, so ahead of the boot that it announces."""
+    """The tag is written with the volume, before the boot that restores."""
     images = {
         OLD: Image(tags=image_tags(**SCHEMAS["3.16.0"])),
         NEW: Image(tags=image_tags(**SCHEMAS["3.18.0"])),
@@ -401,16 +401,16 @@ def backed_up(objects: tuple[str, ...] = KEPT, **changes: Any) -> Account:
 @pytest.mark.parametrize(
     ("value", "objects", "sentence"),
     [
-        ("lost.dump", KEPT, f"there is no dump dumps/lost.dump in the backups bucket; there is {THERE}"),
+        ("lost.dump", KEPT, f"there is no dump dumps/lost.dump in the backups bucket; available: {THERE}"),
         (
             "20200101-000000F",
             KEPT,
-            f"there is no base backup 20200101-000000F in the backups bucket; there is {THERE}",
+            f"there is no base backup 20200101-000000F in the backups bucket; available: {THERE}",
         ),
-        ("2026-11-01T00:30:00Z", KEPT, f"no base backup was made before 2026-11-01T00:30:00Z; there is {THERE}"),
+        ("2026-11-01T00:30:00Z", KEPT, f"no base backup was made before 2026-11-01T00:30:00Z; available: {THERE}"),
         ("2999-01-01T00:00:00Z", KEPT, "2999-01-01T00:00:00Z is in the future"),
         ("latest", (), "the backups bucket holds no backup"),
-        ("2026-11-02T00:00:00Z", NIGHTS, "no base backup was made before 2026-11-02T00:00:00Z; there is dumps"),
+        ("2026-11-02T00:00:00Z", NIGHTS, "no base backup was made before 2026-11-02T00:00:00Z; available: dumps"),
     ],
 )
 @pytest.mark.parametrize("preview", [True, False])
@@ -454,7 +454,7 @@ def test_a_lost_volume_is_restored_onto_a_new_one() -> None:
     assert run(there, restoreFrom="latest", state="complete").refusal == ""
 
 
-def test_a_bucket_that_cannot_be_listed_says_why() -> None:
+def test_reason_is_printed_for_a_bucket_that_cannot_be_listed() -> None:
     there = account(volumes=data_volume(), broken={"getObjects": "AccessDenied: not\nallowed"})
     refused = run(there, restoreFrom="latest").refusal
     assert refused.startswith("restoreFrom: the backups bucket mlflow-backups-1a2b3c4 could not be listed: ")

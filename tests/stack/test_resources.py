@@ -1,4 +1,4 @@
-"""What the stack is made of: every resource, its options, and the names that keep what holds data where it is."""
+"""All resources of the stack, their options, and the names that resources with data must keep."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ PINNED = {
     "urn:pulumi:dev::mlflow-ami::aws:ssm/parameter:Parameter::credentials",
     "urn:pulumi:dev::mlflow-ami::random:index/randomPassword:RandomPassword::kek-passphrase",
 }
-"""What holds data or identity. A changed URN is a deletion to Pulumi: whoever moves one of these adds an alias."""
+"""Resources with data or identity. Pulumi treats a changed URN as a deletion: add an alias when you move one of
+these."""
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +38,19 @@ def stack() -> Run:
     return found
 
 
-def test_what_holds_data_keeps_its_urn_and_is_protected(stack: Run) -> None:
+def test_resources_with_data_keep_their_urn_and_are_protected(stack: Run) -> None:
     assert {each.urn for each in stack.registered if each.request.protect} == PINNED
 
 
 def test_only_the_instance_is_deleted_before_its_replacement(stack: Run) -> None:
-    """The data volume can be attached to one instance only, so the old one goes before the new one comes."""
+    """The data volume can be attached to one instance only, so the old one is deleted before the new one is created."""
     first = {each.urn.split("::")[-2:][0] for each in stack.registered if each.request.deleteBeforeReplace}
     assert first == {"aws:ec2/instance:Instance", "aws:ec2/volumeAttachment:VolumeAttachment"}
 
 
 def test_no_resource_hides_changes_but_the_parameters(stack: Run) -> None:
-    """People are changed in the parameter itself; an `up` must not bring back who was removed there. The authority's
-    certificate is the machine's to write."""
+    """Users are managed in the parameter itself; an `up` must not restore a removed user. The machine writes the
+    authority's certificate."""
     ignoring = {each.name: list(each.request.ignoreChanges) for each in stack.registered if each.request.ignoreChanges}
     written_once = ["value", "description", "tier", "keyId"]
     assert {name: names for name, names in ignoring.items() if not name.startswith("mlflow-")} == {
@@ -66,14 +67,15 @@ PROPERTIES = {
         "serverSideEncryptionConfiguration"
     ),
     "aws:s3/bucketVersioning:BucketVersioning": "versioning",
-    # These are no properties of a bucket.
+    # These are not properties of a bucket.
     "aws:s3/bucketOwnershipControls:BucketOwnershipControls": "",
     "aws:s3/bucketPublicAccessBlock:BucketPublicAccessBlock": "",
 }
 
 
 def test_refresh_does_not_undo_separate_bucket_settings(stack: Run) -> None:
-    """pulumi/pulumi-aws#6244: a refresh reads them into the bucket's state, and `up` then takes them off the bucket."""
+    """pulumi/pulumi-aws#6244: a refresh reads them into the bucket's state, and the next `up` would remove them from
+    the bucket."""
     arguments = inspect.signature(aws.s3.Bucket._internal_init).parameters
     for bucket in stack.of_type("s3.Bucket"):
         beside = {
@@ -162,7 +164,7 @@ def test_without_tls_only_port_80_is_open() -> None:
     assert rules(run(tls="off")) == {("tcp", 80, 80, "203.0.113.7/32")}
 
 
-def test_a_public_authority_reaches_the_port_it_asks_on_and_no_other() -> None:
+def test_public_authority_can_reach_the_challenge_port_only() -> None:
     found = run(tls="acme", domainName="mlflow.example.com")
     assert rules(found) == {("tcp", 80, 80, "0.0.0.0/0"), ("tcp", 443, 443, "203.0.113.7/32")}
     assert [each.name for each in found.of_type("ssm.Parameter")] == ["credentials", "in-service"]
@@ -177,7 +179,7 @@ def test_there_is_a_parameter_for_the_authority_that_the_machine_writes(stack: R
     assert [each.name for each in run(tls="off").of_type("ssm.Parameter")] == ["credentials", "in-service"]
 
 
-def test_ssh_only_from_where_it_was_asked_for() -> None:
+def test_ssh_only_from_the_networks_of_the_setting() -> None:
     found = run(
         Account(key_pairs=("ours",)),
         allowedCidrs='["203.0.113.0/24", "198.51.100.0/24"]',
@@ -189,7 +191,7 @@ def test_ssh_only_from_where_it_was_asked_for() -> None:
     assert found.one("ec2.Instance").inputs["keyName"] == "ours"
 
 
-def test_postgresql_only_from_where_it_was_asked_for_and_with_a_password_of_its_own(stack: Run) -> None:
+def test_postgresql_only_from_the_networks_of_the_setting_and_with_its_own_password(stack: Run) -> None:
     found = run(postgresCidrs='["192.0.2.0/24"]')
     assert rules(found) - rules(stack) == {("tcp", 5432, 5432, "192.0.2.0/24")}
     parameter = found.one("ssm.Parameter", "postgres-reader")
@@ -215,14 +217,14 @@ def test_each_bucket_is_versioned_encrypted_private_and_tidied(stack: Run, name:
     assert part("BucketOwnershipControls")["rule"] == {"objectOwnership": "BucketOwnerEnforced"}
     old, unfinished = part("BucketLifecycleConfiguration")["rules"]
     assert old["noncurrentVersionExpiration"] == {"noncurrentDays": 30}
-    assert old["expiration"] == {"expiredObjectDeleteMarker": True}, "present objects never expire"
+    assert old["expiration"] == {"expiredObjectDeleteMarker": True}, "current objects never expire"
     assert unfinished["abortIncompleteMultipartUpload"] == {"daysAfterInitiation": 7}
     assert all(rule["status"] == "Enabled" and rule["filter"] == {"prefix": ""} for rule in (old, unfinished))
     lifecycle, versioning = stack.one("s3.BucketLifecycleConfiguration", name), stack.one("s3.BucketVersioning", name)
     assert versioning.urn in lifecycle.dependencies
 
 
-def test_old_versions_are_kept_as_long_as_was_asked_for() -> None:
+def test_old_versions_are_kept_for_the_days_of_the_setting() -> None:
     found = run(backupRetentionDays="90")
     kept = {
         each.inputs["rules"][0]["noncurrentVersionExpiration"]["noncurrentDays"]
@@ -250,7 +252,7 @@ def alarms_of(stack: Run) -> dict[str, Any]:
     return {each.name: each.inputs for each in stack.of_type("cloudwatch.MetricAlarm")}
 
 
-def test_every_alarm_of_the_setting_is_created_and_told_to_the_machine() -> None:
+def test_every_alarm_of_the_setting_is_created_and_in_the_launch_document() -> None:
     found = alarms_of(run())
     assert set(found) == {*alarms.NAMES, alarms.STATUS_CHECK}
     assert document(run()).monitoring.alarms == alarms.NAMES
@@ -275,10 +277,10 @@ def test_machine_that_fails_its_status_check_is_rebooted() -> None:
     assert reboot == "arn:aws:automate:eu-central-1:ec2:reboot"
 
 
-def test_older_image_gets_the_alarm_that_it_feeds_and_the_preview_names_the_others() -> None:
+def test_older_image_gets_the_alarm_whose_metric_it_sends_and_the_preview_names_the_others() -> None:
     older = run(Account(images={NEW: Image(tags=image_tags(launch_revision="4"))}))
     assert set(alarms_of(older)) == {"data-volume-full", "status-check"}
-    (told,) = [line for _, line in older.log if "alarms watch" in line]
+    (told,) = [line for _, line in older.log if "metrics of these alarms" in line]
     assert "server-down, backups-late, memory-full, server-errors, certificate-ends, unit-failed. They are" in told
 
 
@@ -313,7 +315,7 @@ def where(found: Run) -> tuple[str, str]:
         (Account(volumes=data_volume(zone="eu-central-1c")), {}, "eu-central-1c"),
         (Account(volumes=data_volume(), zones=("eu-central-1b", "eu-central-1c")), {}, "eu-central-1a"),
     ],
-    ids=["first", "asked for", "that has the type", "of the volume", "of the volume, though AWS lists it no more"],
+    ids=["first", "asked for", "that has the type", "of the volume", "of the volume, although AWS no longer lists it"],
 )
 def test_server_and_data_volume_are_in_one_zone_and_stay_there(
     there: Account, config: dict[str, Any], zone: str
@@ -325,7 +327,7 @@ def test_server_and_data_volume_are_in_one_zone_and_stay_there(
     assert len(zones) == 2 and zone in zones
 
 
-def test_a_zones_subnet_is_the_same_whatever_other_zones_there_are() -> None:
+def test_a_zones_subnet_does_not_depend_on_other_zones() -> None:
     def block(zones: tuple[str, ...]) -> str:
         found = run(Account(volumes=data_volume(zone="eu-central-1b"), zones=zones))
         return str(found.one("ec2.Subnet", "public-eu-central-1b").inputs["cidrBlock"])
@@ -355,7 +357,7 @@ def test_instance_has_imdsv2_and_the_stacks_user_data(stack: Run) -> None:
     assert "keyName" not in inputs
 
 
-def test_the_root_volume_is_as_large_as_the_image_unless_asked_to_be_larger() -> None:
+def test_root_volume_has_the_size_of_the_image_unless_set_larger() -> None:
     def size(image_gib: int, **config: str) -> Any:
         found = run(Account(images={NEW: Image(root_gib=image_gib)}), **config)  # type: ignore[arg-type]
         return found.one("ec2.Instance").inputs["rootBlockDevice"].get("volumeSize")
@@ -364,7 +366,7 @@ def test_the_root_volume_is_as_large_as_the_image_unless_asked_to_be_larger() ->
 
 
 def needed_for(found: Run, resource: Registration) -> set[tuple[str, str]]:
-    """Type and name of all that a resource waits for, however far."""
+    """Type and name of all resources that a resource depends on, also indirectly."""
     by_urn = {each.urn: each for each in found.registered}
     seen: set[str] = set()
     waiting = [resource.urn]
@@ -377,7 +379,7 @@ def needed_for(found: Run, resource: Registration) -> set[tuple[str, str]]:
 
 
 def test_instance_is_created_after_all_that_its_boot_needs(stack: Run) -> None:
-    """Whatever is missing when it boots, it would only find out by failing."""
+    """A boot fails if one of these resources is missing."""
     there = needed_for(stack, stack.one("ec2.Instance"))
     assert there >= {
         ("Route", "internet"),
@@ -436,7 +438,7 @@ def test_a_name_is_written_only_into_a_hosted_zone() -> None:
 
 
 def test_nothing_of_the_stack_is_deprecated_in_the_provider(stack: Run) -> None:
-    """Types and arguments, against what the installed pulumi-aws marks."""
+    """Compares types and arguments with the deprecations in the installed pulumi-aws."""
     for each in stack.registered:
         if not each.type.startswith("aws:"):
             continue
@@ -451,8 +453,8 @@ def test_nothing_of_the_stack_is_deprecated_in_the_provider(stack: Run) -> None:
             assert "@_utilities.deprecated" not in source, f"{each.type}.{snake}"
 
 
-def test_a_preview_of_a_new_stack_registers_what_an_up_does(stack: Run) -> None:
-    """At a first preview no id, address or name is known yet, and the program must get to its end all the same."""
+def test_preview_of_a_new_stack_registers_the_same_resources_as_up(stack: Run) -> None:
+    """At a first preview IDs, addresses and names are unknown, and the program must still run to its end."""
     previewed = run(preview=True)
     assert previewed.refusal == ""
     assert {each.urn for each in previewed.registered} == {each.urn for each in stack.registered}

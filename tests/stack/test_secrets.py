@@ -47,7 +47,8 @@ def test_a_given_password_is_used_and_none_is_generated(given: Run) -> None:
 
 @pytest.mark.parametrize(("name", "length"), [("kek-passphrase", 48), ("admin-password", 24)])
 def test_generated_secrets_are_long_and_need_no_quoting(generated: Run, name: str, length: int) -> None:
-    """Letters and digits have 5.95 bits each, so 24 of them have 142; and no shell, URL or header minds them."""
+    """Letters and digits have 5.95 bits each, so 24 of them have 142; and they need no quoting in a shell, URL or
+    header."""
     inputs = generated.one("index.RandomPassword", name).inputs
     assert inputs == {"length": length, "special": False}
 
@@ -66,7 +67,7 @@ def test_the_value_is_marked_secret_and_nothing_else_holds_it(generated: Run, gi
             wire = json.dumps(json_format.MessageToDict(each.request))
             holds = [canary for canary in canaries if canary in wire]
             assert not holds or each is parameter, f"{each.urn} holds {holds}"
-            # The provider marks the value of any parameter; the others hold what is no secret.
+            # The provider marks the value of any parameter as secret; the other parameters contain no secret.
             assert not each.secret or each.name in ("credentials", "certificate-authority", "in-service")
         assert not [canary for canary in canaries if canary in json.dumps(found.outputs)]
         assert SIGNATURE not in json.dumps(found.outputs), "no output needs to be a secret"

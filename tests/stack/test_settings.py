@@ -1,4 +1,4 @@
-"""Settings are declared once, every mistake in them is reported at preview, and all of them together."""
+"""Settings are declared once, and preview reports all mistakes in them together."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_setting_has_a_type_a_default_of_it_and_a_description() -> None:
         assert entry["type"] != "array" or entry["items"] == {"type": "string"}, name
 
 
-def test_settings_are_what_pulumi_yaml_declares() -> None:
+def test_settings_are_those_that_pulumi_yaml_declares() -> None:
     declared = {re.sub(r"([A-Z])", r"_\1", name).lower() for name in PROJECT["config"]}
     assert {field.name for field in fields(settings.Settings)} - {"project", "stack", "region"} == declared
 
@@ -67,13 +67,13 @@ BACKED_UP = Account(
         ({"allowedCidrs": '["203.0.113.7"]'}, "no prefix length: write 203.0.113.7/32 for this one address."),
         (
             {"allowedCidrs": '["203.0.113.7/24"]'},
-            "has bits set behind its prefix: write 203.0.113.0/24 or 203.0.113.7/32.",
+            "has host bits set: write 203.0.113.0/24 or 203.0.113.7/32.",
         ),
         (
             {"allowedCidrs": '["my office"]'},
-            "has 'my office', which is no network in CIDR notation such as 203.0.113.0/24.",
+            "has 'my office', which is not a network in CIDR notation such as 203.0.113.0/24.",
         ),
-        ({"allowedCidrs": '["203.0.113.0/33"]'}, "which is no network in CIDR notation"),
+        ({"allowedCidrs": '["203.0.113.0/33"]'}, "which is not a network in CIDR notation"),
         ({"allowedCidrs": '["2001:db8::/32"]'}, "which is IPv6: the server has an IPv4 address only."),
         ({"allowedCidrs": "[1, 2]"}, "allowedCidrs: '[1, 2]' must be a list of strings."),
         ({"allowedCidrs": '{"a": "b"}'}, "must be a list of strings."),
@@ -81,7 +81,7 @@ BACKED_UP = Account(
         ({"sshCidrs": '["10.0.0.1/8"]', "keyName": "ours"}, "sshCidrs: '[\"10.0.0.1/8\"]' has '10.0.0.1/8'"),
         ({"sshCidrs": '["10.0.0.0/8"]'}, "sshCidrs is set but keyName is not"),
         ({"postgresCidrs": '["10.0.0.0/8"]', "tls": "off"}, "postgresCidrs is set but tls is off"),
-        ({"postgresCidrs": '["10.0.0.1/8"]'}, "has bits set behind its prefix"),
+        ({"postgresCidrs": '["10.0.0.1/8"]'}, "has host bits set"),
         ({"instanceType": "small"}, "instanceType: 'small' is not an instance type such as t3.small."),
         ({"dataVolumeGib": "twenty"}, "dataVolumeGib: 'twenty' must be a whole number."),
         ({"dataVolumeGib": "0"}, "dataVolumeGib: '0' must be from 1 to 16384 GiB."),
@@ -93,7 +93,7 @@ BACKED_UP = Account(
         ({"alarmTopicArn": "ops"}, "alarmTopicArn: 'ops' is not the ARN of an SNS topic."),
         (
             {"alarmTopicArn": "arn:aws:sns:us-east-1:123456789012:ops"},
-            "alarmTopicArn is of the region us-east-1, not of eu-central-1",
+            "alarmTopicArn is in region us-east-1, not in eu-central-1",
         ),
         ({"backupRetentionDays": "0"}, "backupRetentionDays: '0' must be from 1 to 3650 days."),
         ({"backupRetentionDays": "3651"}, "must be from 1 to 3650 days."),
@@ -112,7 +112,10 @@ BACKED_UP = Account(
         ({"tls": "acme"}, "tls is acme but domainName is not set: name the domain to certify"),
         ({"tls": "acme", "domainName": "mlflow.example.com"}, None),
         ({"acmeEmail": "nobody"}, "acmeEmail: 'nobody' is not an e-mail address."),
-        ({"acmeEmail": "ops@example.com"}, "acmeEmail is set but tls is private: set tls to acme, or no address."),
+        (
+            {"acmeEmail": "ops@example.com"},
+            "acmeEmail is set but tls is private: set tls to acme, or remove acmeEmail.",
+        ),
         (
             {"tls": "acme", "domainName": "mlflow.example.com", "acmeDirectory": "http://a"},
             "acmeDirectory: 'http://a' is not the https:// address of an ACME directory.",
@@ -255,7 +258,7 @@ def test_readme_lists_the_settings() -> None:
         default = "**required**" if name in REQUIRED else _shown(entry["default"])
         rows.append(f"| `{name}` | {default} | {entry['description'].strip().removeprefix('Required. ')} |")
     readme = (INFRA / "README.md").read_text().splitlines()
-    start = readme.index("| setting | default | what it is |") + 2
+    start = readme.index("| setting | default | meaning |") + 2
     assert readme[start : start + len(rows) + 1] == [*rows, ""]
 
 

@@ -1,4 +1,4 @@
-"""User-data is a cloud-config with a launch document the machine accepts, and nothing it does not need."""
+"""User-data is a cloud-config with a launch document that the machine accepts, and nothing else."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ AUTHORITY = "-----BEGIN CERTIFICATE-----\nMIIBszCCAVmgAwIBAgIUQ==\n-----END CERT
 
 
 def read(text: str) -> launch.LaunchDocument:
-    """What cloud-init would write and the machine would read."""
+    """The launch document that cloud-init would write and the machine would read."""
     assert text.startswith("#cloud-config\n")
     config = yaml.safe_load(text)
     assert list(config) == ["write_files"]
@@ -50,7 +50,7 @@ def document(found: Run) -> launch.LaunchDocument:
     return read(found.one("ec2.Instance").inputs["userData"])
 
 
-def test_the_machine_is_told_what_the_stack_made() -> None:
+def test_launch_document_names_the_resources_of_the_stack() -> None:
     assert document(run()) == launch.LaunchDocument(
         stack=launch.Stack("dev", "eu-central-1"),
         buckets=launch.Buckets("mlflow-artifacts-1a2b3c4", "mlflow-models-1a2b3c4", "mlflow-backups-1a2b3c4"),
@@ -104,12 +104,12 @@ def test_settings_reach_the_machine(config: dict[str, Any], expected: dict[str, 
             assert getattr(getattr(found, table), key) == value
 
 
-def test_the_url_is_what_clients_must_use() -> None:
+def test_url_is_the_address_for_clients() -> None:
     assert run(domainName="mlflow.example.com").outputs["url"] == "https://mlflow.example.com"
     assert run(tls="off").outputs["url"] == f"http://{ADDRESS}"
 
 
-def test_user_data_is_well_below_what_ec2_takes() -> None:
+def test_user_data_is_well_below_ec2s_limit() -> None:
     assert len(run(domainName=f"{'m' * 60}.{'x' * 60}.example.com").one("ec2.Instance").inputs["userData"]) < 4096
 
 
@@ -118,7 +118,7 @@ def test_user_data_that_ec2_would_not_take_is_refused_without_printing_it() -> N
     content["web"]["hostnames"] = [f"host-{n}.example.com" for n in range(1000)]
     with pytest.raises(pulumi.RunError) as refused:
         user_data.render(content)
-    assert "bytes, more than the 16384 that EC2 takes" in str(refused.value)
+    assert "bytes, more than the 16384 that EC2 allows" in str(refused.value)
     assert len(str(refused.value)) < 200
 
 
@@ -161,7 +161,7 @@ def test_undefined_name_in_the_template_is_an_error() -> None:
 @hypothesis_settings(max_examples=100)
 @given(st.text(max_size=200))
 def test_any_text_is_quoted_correctly(text: str) -> None:
-    """Whatever a value is, it is either refused, or read back as it was and as nothing more."""
+    """Any value is either refused, or read back unchanged without affecting other keys."""
     content = copy.deepcopy(CONTENT)
     content["endpoints"] = {"s3": text}
     try:

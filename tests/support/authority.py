@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlflow_host.boot.private_ca import Certificates
 
 SECONDS = 30
-"""Patience with Pebble's start."""
+"""Time limit for Pebble's start."""
 
 
 @contextmanager

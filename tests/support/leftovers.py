@@ -35,7 +35,7 @@ def orphaned_network_namespaces() -> set[str]:
 
 
 def processes(mark: str, started_before: Collection[int]) -> list[str]:
-    """Processes that name the folder in their arguments or environment, or live in a container made from it."""
+    """Processes with the folder in their arguments or environment, or in a container made from it."""
     ours = Path("/proc/self/ns/mnt").readlink()
     found = []
     for pid in sorted(running_processes() - set(started_before)):

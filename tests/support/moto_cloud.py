@@ -67,7 +67,7 @@ class MotoCloud:
 
 @contextmanager
 def moto_cloud() -> Iterator[MotoCloud]:
-    """A new one, with only a default network."""
+    """A new cloud with only a default network."""
     moto_corrections.install_images()
     with moto_server() as address:
         urlopen(Request(f"{address}/moto-api/reset", method="POST")).close()
@@ -75,7 +75,7 @@ def moto_cloud() -> Iterator[MotoCloud]:
 
 
 def register_image(cloud: MotoCloud, version: str, **facts: str) -> str:
-    """An image of ours with these facts; underscores in names become hyphens."""
+    """An image of this project with these facts; underscores in names become hyphens."""
     ec2 = cloud.client("ec2")
     disk = {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": 8}}
     ami = ec2.register_image(

@@ -10,7 +10,8 @@ from moto.server import ThreadedMotoServer
 
 @contextmanager
 def moto_server() -> Iterator[str]:
-    """The server's address, on loopback. Its data is the process's: what earlier servers were given is in it."""
+    """The server's address, on loopback. All servers of a process share one state, including the data of earlier
+    servers."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:

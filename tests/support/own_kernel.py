@@ -13,7 +13,7 @@ CAP_SYS_RESOURCE = 24
 
 
 def has_capability(number: int) -> bool:
-    """Whether this process has it."""
+    """Whether this process has the capability."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
     return bool(int(line.split()[1], 16) >> number & 1)
 

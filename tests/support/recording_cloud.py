@@ -102,7 +102,7 @@ def up(
     dry_run: bool = False,
     config: Mapping[str, str] | None = None,
 ) -> Engine:
-    """Recover, refresh, run the program and finish, like `rehearse.py up`. What `body` returns is not used."""
+    """Recover, refresh, run the program and finish, like `rehearse.py up`. The return value of `body` is not used."""
 
     def program() -> None:
         body()

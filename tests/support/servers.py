@@ -23,7 +23,7 @@ SCRIPTS = REPOSITORY / "scripts"
 BUILD = REPOSITORY / "build"
 EXAMPLES = sorted((SCRIPTS / "examples").glob("*.py"))
 QUESTION = "/api/2.0/mlflow/experiments/get?experiment_id=0"
-"""Answered from the database."""
+"""A request that reads from the database."""
 OLDER = "3.12.0"
 """The release of MLflow that is upgraded from and rolled back to."""
 
@@ -40,7 +40,7 @@ class Server:
     mlflow_version: str
     buckets: Mapping[str, str]
     exports: Mapping[str, str] = field(repr=False)
-    """What scripts/connect.py tells a client to put into its environment."""
+    """The environment variables that scripts/connect.py prints for a client."""
     server_certificate: str | None = None
     """File with the certificate of the authority that HTTPS is verified by."""
     seconds_to_first_answer: float | None = field(default=None, compare=False)
@@ -92,7 +92,7 @@ def own_stack(cloud: LocalCloud, name: str) -> Iterator[None]:
 
 
 def on_machine(cloud: LocalCloud, server: Server, *command: str) -> str:
-    """The output of a command on the machine; the test fails with its error if it fails."""
+    """The output of a command on the machine; the test fails with the command's error if it fails."""
     done = cloud.exec(server.instance_id, list(command), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -109,7 +109,7 @@ def describe_server() -> Server:
 
 
 def bake_with(packer: Path) -> dict[str, Any]:
-    """What bake.py prints of a new image that it bakes with this Packer."""
+    """The output of bake.py for a new image that it bakes with this Packer."""
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(packer.parent), os.environ["PATH"]]),

@@ -228,7 +228,7 @@ def on_loopback(uds: Path) -> Iterator[str]:
 def process(
     command: Sequence[str], log: Path, *, stop: signal.Signals = signal.SIGTERM, **options: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with its output in `log`; stopped at the end, killed after 20 s more."""
+    """A process with its output in `log`; stopped at the end, and killed after another 20 s."""
     with log.open("wb") as output:
         running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options)
     try:

@@ -1,4 +1,4 @@
-"""A user's terminal in a checkout of their own, with the real `pulumi` on a cloud that stands in for AWS."""
+"""A user's terminal in their own checkout, with the real `pulumi` on a cloud that stands in for AWS."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Terminal:
-    """One terminal: the folder it is in, its variables, and the file that its session is written to."""
+    """One terminal: its current folder, its variables, and the file that its session is written to."""
 
     folder: Path
     environment: Mapping[str, str]
     log: Path
 
     def run(self, command: str, *, status: int | None = 0, input: str = "", seconds: float = 1800) -> str:
-        """What a command prints, both streams in one. `status` is what it must end with, None for any failure."""
+        """The output of a command, both streams in one. `status` is the expected exit status, None for any failure."""
         done = subprocess.run(
             ["bash", "-c", command],
             cwd=self.folder,
@@ -43,7 +43,7 @@ class Terminal:
 
 
 def open_terminal(cloud: Any, folder: Path, log: Path) -> Terminal:
-    """A terminal in infra/ of a copy below `folder` of what baking and launching need; the log begins empty."""
+    """A terminal in infra/ of a copy, below `folder`, of the files for baking and launching; the log begins empty."""
     checkout = folder / "checkout"
     shutil.copytree(REPOSITORY / "infra", checkout / "infra", ignore=shutil.ignore_patterns("Pulumi.*.yaml"))
     shutil.copytree(REPOSITORY / "scripts", checkout / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
@@ -52,7 +52,7 @@ def open_terminal(cloud: Any, folder: Path, log: Path) -> Terminal:
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     environment = {**os.environ, **pulumi_cli.environment(cloud), "HOME": str(folder)}
-    # S3 here has a certificate of the cloud's own authority. On AWS it has one that every client knows.
+    # S3 has a certificate of the cloud's own authority here, and on AWS one that every client trusts.
     environment["REQUESTS_CA_BUNDLE"] = environment["AWS_CA_BUNDLE"]
     environment["PATH"] = os.pathsep.join([str(REPOSITORY / ".venv/bin"), environment["PATH"]])
     return Terminal(checkout / "infra", environment, log)

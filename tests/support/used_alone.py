@@ -1,4 +1,4 @@
-"""One test session at a time on a local cloud, and what a killed one left there is not built upon."""
+"""One test session at a time uses a local cloud; the leftovers of a killed session are not used."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import pytest
 
 @contextmanager
 def used_alone(state_dir: Path) -> Iterator[bool]:
-    """During the block no other session uses the cloud in `state_dir`; the test fails if one does.
-
-    The value is whether the session before was killed, before it could stop what it had started.
+    """During the block no other session uses the cloud in `state_dir`; the test fails if one does. Yields whether the
+    previous session was killed before it could stop its machines.
     """
     path = state_dir.with_name(f"{state_dir.name}.session")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ pytestmark = [
 class Authority:
     directory: str
     challenges: Path
-    """What the machine behind every name serves on port 80."""
+    """The site that the machine behind every name serves on port 80."""
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_certificate_is_issued_kept_and_replaced_when_the_names_change(authority
     assert acme.issued([DOMAIN, f"www.{DOMAIN}"], home) is None
 
     acme.obtain(settings, home, authority.challenges)
-    assert x509.load_pem_x509_certificate(got.chain.read_bytes()) == certificate, "asked for anew without a reason"
+    assert x509.load_pem_x509_certificate(got.chain.read_bytes()) == certificate, "requested again without a reason"
 
     acme.obtain(settings_for(authority, DOMAIN, f"www.{DOMAIN}"), home, authority.challenges)
     assert acme.issued([DOMAIN, f"www.{DOMAIN}"], home)

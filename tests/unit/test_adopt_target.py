@@ -34,7 +34,7 @@ class Objects:
 
 @pytest.fixture
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that the desk waits pass at once."""
+    """The waits of adopt.py take no time."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
@@ -42,7 +42,7 @@ def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def machine(objects: Objects, ignored: int) -> tuple[target.Target, list[str]]:
-    """A machine whose unit still ends from another request at the first `ignored` starts."""
+    """A machine whose unit still stops after another request, so that it ignores the first `ignored` starts."""
     starts: list[str] = []
 
     def start(name: str) -> None:

@@ -73,7 +73,7 @@ def test_other_location_is_refused_with_value_and_allowed_locations(location: st
 
 
 CLOSED_ROWS = ["s3://backups/dumps", "file:///etc", "mlflow-host://backups/models/dumps", "/etc"]
-"""What a row may hold that an earlier image stored."""
+"""Locations in rows that an earlier image may have stored."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Running:
         return requests.get(f"{self.url}/{route}", params=query, timeout=60)
 
     def change(self, statement: str, *values: str) -> None:
-        """Write to MLflow's tables what an earlier image or a restore may have left."""
+        """Write locations to MLflow's tables that an earlier image or a restore may have left."""
         with sqlite3.connect(self.database) as connection:
             assert connection.execute(statement, values).rowcount == 1, statement
 
@@ -142,7 +142,7 @@ def test_a_request_that_stores_an_open_location_is_answered_by_mlflow(running: R
 
 @pytest.mark.parametrize("location", CLOSED_ROWS)
 def test_stored_forbidden_location_is_opened_on_no_route(running: Running, location: str) -> None:
-    """Reading, listing and writing, of runs, model versions, logged models and traces."""
+    """Reading, listing and writing artifacts of runs, model versions, logged models and traces."""
     name = f"of {CLOSED_ROWS.index(location)}"
     experiment = running.post("experiments/create", name=name).json()["experiment_id"]
     run = running.post("runs/create", experiment_id=experiment).json()["run"]["info"]["run_id"]

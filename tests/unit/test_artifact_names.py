@@ -1,15 +1,15 @@
-"""Artifacts with names that are hard to write are served as a plain MLflow server serves them from a folder.
+"""Artifacts with difficult names are served like those of a plain MLflow server with a folder.
 
 Each name is uploaded by MLflow's client and by HTTP, listed, downloaded, and shown by the artifact page, from a server
-of ours with direct transfer, one with proxied transfer, and a plain one whose artifacts lie in a local folder. Answers
+of ours with direct transfer, one with proxied transfer, and a plain one with its artifacts in a local folder. Answers
 are compared by status, by MLflow's error code, by content, and by the headers of a download. What differs:
 
 | names | plain MLflow | ours | reason |
 |---|---|---|---|
 | a path of more than 1,024 bytes | 200; 500 beyond the system's 4,096 | 400 | S3 stores no longer keys |
-| `..` between backslashes (`a\\..\\b`) | 200 | 400 | an object store may take it for a path out of its folder |
+| `..` between backslashes (`a\\..\\b`) | 200 | 400 | an object store may interpret it as a path outside the folder |
 | `.artifact.uploading.…` | 400 | 200 | MLflow needs such names for uploads to a folder, not to S3 |
-| other backslashes | 200 | not compared | SeaweedFS takes them for slashes, S3 does not: test_artifacts.py |
+| other backslashes | 200 | not compared | SeaweedFS treats them as slashes, S3 does not: test_artifacts.py |
 | errors | some in plain text or HTML | MLflow's JSON | compared by status |
 | paths that MLflow's decoding cannot read (`http://[x`) | 500 | 400 | clients repeat a 500 for minutes |
 """
@@ -169,7 +169,7 @@ def seen_by_http(url: str, run_id: str, path: str, number: int) -> dict[str, Any
 
 
 def seen(url: str, folder: Path, paths: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By path, a server's results."""
+    """The results of a server, by path."""
     client = MlflowClient(tracking_uri=url)
     run_id = client.create_run("0").info.run_id
     found = {}
@@ -185,7 +185,7 @@ def is_too_long(path: str) -> bool:
 
 SPECIAL = [path for path in PATHS if is_too_long(path) or path.startswith(".artifact.uploading.")]
 SOME = list(dict.fromkeys([*PATHS[::5], *SPECIAL]))
-"""What `make test` compares; `make test-compare` compares all, by both transfers."""
+"""The names that `make test` compares; `make test-compare` compares all, with both transfers."""
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_names_that_are_hard_to_write_are_served_as_by_plain_mlflow(
         if ours[path][step] != expected
     }
     assert different == {}
-    # A comparison of failures only would prove nothing.
+    # If all requests failed, the comparison would prove nothing.
     downloads = {path: ours[path]["download"] for path in compared if isinstance(ours[path]["download"], tuple)}
     assert len(downloads) > 0.9 * len(compared)
     assert {path: found[-1] for path, found in downloads.items()} == {path: content_of(path) for path in downloads}
@@ -245,11 +245,11 @@ def big(size: int) -> bytes:
 
 @pytest.mark.parametrize("size", [0, 1, 817, PART_BYTES - 1, 2 * PART_BYTES + 5])
 @pytest.mark.parametrize("transfer", DESTINATIONS)
-def test_packed_files_come_back_byte_for_byte(
+def test_compressed_files_are_returned_unchanged(
     urls: dict[str, str], store: ObjectStore, transfer: str, size: int, tmp_path: Path
 ) -> None:
-    """Of a run and of a model, each in its bucket: logged by MLflow's client or by curl, downloaded by both and by the
-    artifact page."""
+    """Files of a run and of a model, each in its bucket: logged by MLflow's client or by curl, downloaded by both and
+    by the artifact page."""
     url, content = urls[transfer], big(size)
     client = MlflowClient(tracking_uri=url)
     run_id = client.create_run("0").info.run_id

@@ -142,7 +142,7 @@ def test_the_same_calls_have_the_same_outcome(one: Any, two: Any, folder: Path, 
 
 @pytest.mark.parametrize("path", [f"{RUN}/absent", f"{MODEL}/absent"])
 def test_missing_file_is_not_found(two: Any, path: str, tmp_path: Path) -> None:
-    """MLflow's S3 repository returns a server error, its repository of a folder returns "not found"."""
+    """MLflow's S3 repository returns a server error, its repository for a local folder returns "not found"."""
     calls: list[Callable[[], Any]] = [
         lambda: two.download_artifacts(path, str(tmp_path)),
         lambda: two.get_download_presigned_url(path),
@@ -270,7 +270,7 @@ def test_a_stream_that_ends_early_leaves_nothing(
     async def broken() -> AsyncIterator[bytes]:
         async for chunk in in_chunks(b"x" * before_failure):
             yield chunk
-        raise ConnectionResetError("the client is gone")
+        raise ConnectionResetError("the client has disconnected")
 
     with pytest.raises(ConnectionResetError):
         asyncio.run(two.log_artifact_from_async_stream(broken(), "weights.bin", MODEL))
@@ -370,7 +370,7 @@ def test_no_upload_stores_a_content_encoding(
     assert all(client.get_object(Bucket=buckets[kind], Key=key)["Body"].read() == content for key in keys)
 
 
-def test_an_encoding_that_mlflow_asks_for_is_not_stored(
+def test_encoding_that_mlflow_requests_is_not_stored(
     store: ObjectStore, buckets: dict[str, str], two: Any, tmp_path: Path
 ) -> None:
     """From 3.18 on MLflow's repository requests it when it creates a multipart upload."""
@@ -403,7 +403,7 @@ def test_an_object_that_was_stored_with_an_encoding_is_read_as_it_is(
 def test_locations_in_s3_are_served_by_the_same_client(
     store: ObjectStore, buckets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as s3://<artifacts bucket>/team, where an experiment was given that location."""
+    """An experiment may have a location such as s3://<artifacts bucket>/team."""
     from mlflow.store.artifact import artifact_repository_registry as registry
 
     untyped: Any = registry
@@ -530,12 +530,12 @@ def test_a_key_that_is_too_long_is_refused_with_400(two: Any, tmp_path: Path) ->
     writes = ("log_artifact", "stream", "stream in parts", "spooled", "create_multipart_upload")
     sentence = (
         "S3 refuses this: Your key is too long (KeyTooLongError). "
-        "S3 takes 1,024 bytes of folders and name at most: use shorter names or fewer folders."
+        "S3 allows at most 1,024 bytes of folders and name: use shorter names or fewer folders."
     )
     assert {name: found[name] for name in writes} == dict.fromkeys(writes, (400, sentence))
     reads = ("open", "size", "presigned")
     assert {name: found[name] for name in reads} == dict.fromkeys(reads, (404, "No such artifact"))
-    assert found["download"][0] in (400, 404)  # longer than a path may be on this machine
+    assert found["download"][0] in (400, 404)  # longer than the limit of paths on this machine
 
 
 def test_a_bucket_that_does_not_exist_is_named_as_the_reason(literal: Any, tmp_path: Path) -> None:
@@ -545,7 +545,7 @@ def test_a_bucket_that_does_not_exist_is_named_as_the_reason(literal: Any, tmp_p
     assert {status for status, _ in found.values()} == {404}
     assert {sentence for _, sentence in found.values()} == {
         "S3 refuses this: The specified bucket does not exist (NoSuchBucket). "
-        "Whoever runs the server has to name buckets that exist."
+        "Ask the server's administrator to name buckets that exist."
     }
 
 
@@ -563,7 +563,7 @@ def test_wrong_keys_of_the_server_do_not_return_401(
     finally:
         artifact_repository.client.cache_clear()
     assert {status for status, _ in found.values()} == {403}
-    assert all(f"({code}). Whoever runs the server has to give" in sentence for _, sentence in found.values())
+    assert all(f"({code}). Ask the server's administrator to give" in sentence for _, sentence in found.values())
 
 
 def test_unreachable_store_returns_503(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ RECORDS: list[dict[str, Any]] = [
     {
         "id": "DEBIAN-CVE-2026-1002",
         "upstream": ["CVE-2026-1002"],
-        "details": "Nobody has mended it.",
+        "details": "No release fixes it.",
         "affected": [
             {
                 "package": {"name": "nginx", "ecosystem": "Debian:12"},
@@ -55,7 +55,7 @@ RECORDS: list[dict[str, Any]] = [
     {
         "id": "DEBIAN-CVE-2010-4756",
         "upstream": ["CVE-2010-4756"],
-        "details": "Not a fault, says Debian.",
+        "details": "Debian classifies it as unimportant.",
         "affected": [
             {
                 "package": {"name": "gcc-12", "ecosystem": "Debian:12"},

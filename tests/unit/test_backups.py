@@ -286,7 +286,8 @@ def test_recent_backups_and_an_empty_queue_are_no_problem(tmp_path: Path) -> Non
 
 
 def test_just_booted_machine_reports_only_segments_that_wait_since_the_boot(tmp_path: Path) -> None:
-    """A new machine tells of a broken archive within minutes. What was due while it was off is still to be taken."""
+    """A new machine reports a broken archive within minutes. Backups that were due while it was off are still to be
+    taken."""
     old = good(tmp_path)
     old.write("dump", {"at": stamp(NOW - timedelta(days=9))})
     queue = SegmentQueue(3, NOW - timedelta(days=9))
@@ -379,7 +380,8 @@ def waits(cluster: Path, segments: int) -> None:
 
 
 def test_unreachable_bucket_never_fills_the_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments wait up to a limit. Beyond it they are skipped, the gap is recorded, and one per minute is tried."""
+    """Segments wait up to a limit. Beyond it they are skipped, the gap is recorded, and one segment per minute is
+    tried."""
     tried: list[str] = []
 
     def dead(where: Repository, stanza: Stanza, segment: str) -> str:
@@ -397,7 +399,7 @@ def test_unreachable_bucket_never_fills_the_volume(tmp_path: Path, monkeypatch: 
     assert archive.push(here, history, first, 2048, NOW) == ""
     assert history.read("gap") == {"at": stamp(NOW), "segment": f"{1:024X}", "stanza": OURS.name}
     assert archive.push(here, history, second, 2048, NOW + timedelta(seconds=2)) == ""
-    assert tried == [first, first], "the next segment is skipped without a try"
+    assert tried == [first, first], "the next segment is skipped without an attempt"
     assert archive.push(here, history, third, 2048, NOW + timedelta(seconds=70)) == ""
     assert tried == [first, first, third]
     assert history.read("archive") == {}
@@ -483,7 +485,7 @@ def test_latest_ignores_the_stanza_of_a_new_empty_volume() -> None:
 def test_latest_for_another_major_is_the_newest_dump() -> None:
     assert chosen("latest", major=17).dump == DUMPS[-1]
     assert chosen("latest", RecoveryPoints((FIRST,), DUMPS)).dump == DUMPS[-1], "a dump days newer is the latest"
-    with pytest.raises(BackupError, match="nothing to restore in the backups bucket: there is no backup at all"):
+    with pytest.raises(BackupError, match="nothing to restore in the backups bucket; available: no backup"):
         chosen("latest", RecoveryPoints())
 
 
@@ -500,7 +502,7 @@ def test_point_in_time_is_restored_from_the_stanza_in_service_then() -> None:
 def test_uncovered_point_in_time_is_refused_with_the_available_backups(moment: datetime) -> None:
     with pytest.raises(BackupError) as refused:
         chosen(stamp(moment))
-    assert f"no backup covers {stamp(moment)}; there is any moment from 2026-11-02T08:00:00Z" in str(refused.value)
+    assert f"no backup covers {stamp(moment)}; available: any moment from 2026-11-02T08:00:00Z" in str(refused.value)
     assert "dumps dumps/a.dump, dumps/b.dump" in str(refused.value)
 
 
@@ -513,7 +515,7 @@ def test_backups_are_found_by_name() -> None:
 
 @pytest.mark.parametrize("name", ["20200101-000000F", "dumps/none.dump", "yesterday", "main; rm"])
 def test_unknown_name_is_refused_with_the_available_backups(name: str) -> None:
-    with pytest.raises(BackupError, match="; there is any moment from") as refused:
+    with pytest.raises(BackupError, match="; available: any moment from") as refused:
         chosen(name)
     assert "\n" not in str(refused.value)
 
@@ -668,7 +670,7 @@ def test_leftovers_of_an_interrupted_restore_are_removed_when_it_is_no_longer_re
     cluster(here.work, NOW)
     (tmp_path / "status").mkdir()
     with step("restore", tmp_path) as s:
-        assert restore.perform(here, document(), s) == "no restore is requested that was not done before"
+        assert restore.perform(here, document(), s) == "no restore is requested, or it is done already"
     assert [path.name for path in here.clusters.iterdir()] == ["15"]
     assert pgbackrest.stanza_of(here.live) == live
 

@@ -75,7 +75,7 @@ def test_new_names_renew_the_certificate_and_keep_the_authority(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("days", "renewed"), [(59, False), (61, True), (1000, True)])
-def test_renewal_comes_thirty_days_before_the_end(tmp_path: Path, days: int, renewed: bool) -> None:
+def test_certificate_is_renewed_thirty_days_before_its_end(tmp_path: Path, days: int, renewed: bool) -> None:
     private_ca.ensure(NAMES, tmp_path, now=NOW)
     later = NOW + datetime.timedelta(days=days)
     assert private_ca.ensure(NAMES, tmp_path, now=later).renewed is renewed
@@ -90,7 +90,7 @@ def test_an_authority_near_its_end_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", ["server.crt", "server.key"])
-def test_a_damaged_or_missing_file_is_made_anew(tmp_path: Path, victim: str) -> None:
+def test_damaged_or_missing_file_is_created_again(tmp_path: Path, victim: str) -> None:
     private_ca.ensure(NAMES, tmp_path)
     (tmp_path / victim).write_bytes(b"damaged")
     assert private_ca.ensure(NAMES, tmp_path).renewed

@@ -69,7 +69,7 @@ def test_short_form_makes_the_first_user_the_admin() -> None:
         ),
         ({"users": {"ada": {"password": CANARY, "mail": CANARY}}}, '"mail" is not a key of user ada'),
         ({"users": {"ada": {"password": CANARY, "role": "reader"}}}, 'no user has the role "admin"'),
-        ({"password": CANARY}, '"password" is not a key of it'),
+        ({"password": CANARY}, '"password" is not a known key'),
     ],
 )
 def test_mistakes_are_named_without_the_secret(changed: dict[str, Any], sentence: str) -> None:
@@ -108,7 +108,7 @@ def test_clear_password_is_salted_and_hashed(password: str) -> None:
 def test_htpasswd_hashes_are_accepted(options: list[str]) -> None:
     made = subprocess.run(["htpasswd", *options, "ada", "secret"], capture_output=True, text=True, check=True)
     given_hash = made.stdout.strip().removeprefix("ada:")
-    if given_hash.startswith("{SHA}"):  # unsalted, so taken for a password
+    if given_hash.startswith("{SHA}"):  # unsalted, so it counts as a password
         assert credentials.hashed(given_hash) != given_hash
     else:
         assert credentials.hashed(given_hash) == given_hash

@@ -123,7 +123,7 @@ def test_models_of_the_catalogue_inside_mlflow_are_offered(ask: Ask) -> None:
 
 
 def test_plain_mlflow_uses_the_internet(tmp_path: Path) -> None:
-    """The log of this test detects it."""
+    """The log contains plain MLflow's request, so the tests above would detect one of ours."""
     code = (
         "from mlflow.utils.providers import cost_per_token as c; c('gpt-4o-mini', 1, 1, custom_llm_provider='openai')"
     )

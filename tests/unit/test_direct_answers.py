@@ -139,7 +139,7 @@ def test_write_from_another_origin_is_refused(application: Application, store: D
 
 
 def test_unanswered_write_is_not_repeated_by_mlflow(cluster: PostgreSQL, application: Application, run_id: str) -> None:
-    """It may have happened, so only the client may repeat it."""
+    """The write may have happened, so only the client may repeat the request."""
     waiting = "select pid from pg_stat_activity where wait_event_type = 'Lock' and query like '%latest_metrics%'"
     with psycopg2.connect(cluster.uri().replace("+psycopg2", "")) as other, ThreadPoolExecutor(1) as pool:
         other.cursor().execute("lock table latest_metrics in access exclusive mode")
@@ -184,7 +184,7 @@ def test_nan_and_infinities_are_strings(
     application: Application, cluster: PostgreSQL, store: DirectStore, run_id: str
 ) -> None:
     store.log_metric(run_id, Metric("nan", float("nan"), TIME, 0))
-    for value in ("Infinity", "-Infinity", "NaN"):  # MLflow does not write these, but users of psql may
+    for value in ("Infinity", "-Infinity", "NaN"):  # MLflow does not write these values, but users of psql may
         cluster.execute(
             "insert into latest_metrics (run_uuid, key, value, timestamp, step, is_nan) "
             f"values ('{run_id}', '{value}', '{value}', 0, 0, false)",

@@ -1,4 +1,5 @@
-"""The drill's comparison: it finds every loss between two stops, and nothing else. Also exit status and outage."""
+"""The drill's comparison: it finds every loss between two stops, and nothing else. Also tests the exit status and the
+outage."""
 
 from __future__ import annotations
 
@@ -69,14 +70,14 @@ def test_deliberate_changes_and_deletions_are_no_losses_but_deleted_objects_must
     expected.add("2", Touched({("runs", "a")}, {("runs", "b")}), now)
     assert findings(expected, "2", now) == []
     back = {**now, "runs": {**now["runs"], "b": {}}}
-    assert findings(expected, "2", back) == ["runs b of stop 0 was deleted and is back"]
-    assert findings(expected, "2", FIRST)[0] == "runs b of stop 0 was deleted and is back"
+    assert findings(expected, "2", back) == ["runs b of stop 0 was deleted and exists again"]
+    assert findings(expected, "2", FIRST)[0] == "runs b of stop 0 was deleted and exists again"
 
 
 def test_fields_of_only_one_release_are_compared_between_stops_of_that_release() -> None:
     was, found = {"name": "n", "new": 1}, {"name": "n"}
     assert differences(was, found, exact=False) == []
-    assert differences(was, found, exact=True) == ["/new is only before"]
+    assert differences(was, found, exact=True) == ["/new exists only before"]
 
 
 def test_text_cut_to_the_column_of_an_older_release_is_equal() -> None:

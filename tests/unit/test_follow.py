@@ -1,4 +1,4 @@
-"""follow.py proposes lists that the bake then takes, and its page says what a person has to know."""
+"""follow.py proposes lists that the bake accepts, and its page contains all facts for the decision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def module(monkeypatch: pytest.MonkeyPatch, text: str, name: str) -> Any:
     made = types.ModuleType(name)
-    monkeypatch.setitem(sys.modules, name, made)  # where dataclasses look for the module of a class
+    monkeypatch.setitem(sys.modules, name, made)  # dataclasses look up the module of a class there
     exec(compile(text, name, "exec"), made.__dict__)
     return made
 
@@ -58,7 +58,7 @@ def test_proposed_routes_are_sorted_by_the_patched_list(monkeypatch: pytest.Monk
     assert (readable, unsorted) == (paths[:2], [])
     assert patched.count("widgets/search") == text.count("widgets/search") + 1, "one pattern for both prefixes"
     other = after.Route("/api/9x0/mlflow/widgets/search", "POST")
-    assert after.sort_posts([other]) == ([], [other]), "a dot is a dot"
+    assert after.sort_posts([other]) == ([], [other]), "a dot in a pattern matches only a dot"
 
 
 def test_accepted_sources_are_compared_by_the_patched_list(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,7 @@ def test_lists_that_look_otherwise_are_refused() -> None:
         proposal.accept_sources("", {"run.Run": "0123456789"})
 
 
-def test_page_names_what_is_new_what_fell_back_and_what_failed(tmp_path: Path) -> None:
+def test_page_lists_new_features_fallbacks_and_failures(tmp_path: Path) -> None:
     def release(version: str, posts: dict[str, str], text: str, **more: Any) -> dict[str, Any]:
         source = {"run.Run": {"text": text, "hash": version}}
         given: dict[str, Any] = {"unsorted": [], "different": [], "migrations": {}, "fallbacks": [], "refused": None}
@@ -103,7 +103,7 @@ def test_page_names_what_is_new_what_fell_back_and_what_failed(tmp_path: Path) -
     text = page.page(before, after, steps, "+ proposed", ["A remark."])
     for expected in (
         *("# MLflow 3.9.8 → 3.9.9", "A remark.", "- the fast path: run.Run differs", "- migration `abc`: add a column"),
-        *("- POST `/new/search` (sorted by nobody)", "- gone: POST `/gone`", "| drill | exit 1 | 61 | drill.log |"),
+        *("- POST `/new/search` (unsorted)", "- gone: POST `/gone`", "| drill | exit 1 | 61 | drill.log |"),
         *("| bench | left out: no time | 0 |  |", "1 3.9.9 lost", "+ proposed", "proposed as reading", "def search()"),
         *("-    a = 1", "+    a = 2"),
     ):

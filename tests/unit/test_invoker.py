@@ -115,7 +115,7 @@ def test_without_sudo_no_owner_changes(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_checkout_keeps_its_owner(tmp_path: Path) -> None:
-    """A script that root runs in another user's checkout, with what it wrote there and compiled."""
+    """A script that root runs in another user's checkout, the files that it wrote there, and the compiled files."""
     checkout = tmp_path / "checkout"
     (checkout / "scripts").mkdir(parents=True)
     (checkout / ".venv").symlink_to(sys.prefix)

@@ -1,4 +1,4 @@
-"""Layers of the image's package: a folder says who starts its code, and imports only go down."""
+"""Layers of the image's package: each folder is named for what starts its code, and imports only go down."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BELOW = {
     "adopt": {"contract", "machine", "postgres", "schema"},
     "bake": {"contract", "machine", "postgres", "schema", "server", "backups", "garbage"},
 }
-"""What each folder of mlflow_host may import besides itself."""
+"""The folders that each folder of mlflow_host may import, besides itself."""
 
 
 def imported(file: Path, package: str, *, at_import_only: bool = False) -> Iterator[str]:

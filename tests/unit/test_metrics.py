@@ -1,5 +1,5 @@
-"""Timer `mlflow-host-metrics`: what the stack's alarms watch is measured and reaches CloudWatch (moto), or one sentence
-names the reason."""
+"""Timer `mlflow-host-metrics`: the metrics of the stack's alarms are measured and sent to CloudWatch (moto), or one
+sentence states the reason."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def document(endpoint: str, *, tls: str = "private", names: tuple[str, ...] = al
 
 @pytest.fixture
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the other timers' reports; CloudWatch is out of reach."""
+    """The folder of the other timers' reports; CloudWatch is unreachable."""
     (tmp_path / "web").mkdir()
     monkeypatch.setattr(config, "RUN", tmp_path)
     launched(monkeypatch, document("http://127.0.0.1:9", names=("data-volume-full",)))
@@ -153,7 +153,7 @@ def test_errors_are_counted_among_the_requests_of_the_last_minute(tmp_path: Path
     log.write_text("".join([*old, *new, "cut in the mid"]))
     assert metrics.error_percent(log, NOW) == 10.0
     log.write_text("".join([*old, line(NOW, 500)]))
-    assert metrics.error_percent(log, NOW) == 5.0, "one error of few requests"
+    assert metrics.error_percent(log, NOW) == 5.0, "one error among few requests"
     log.write_text("")
     assert metrics.error_percent(log, NOW) == 0.0
     assert metrics.error_percent(tmp_path / "none", NOW) is None
@@ -198,7 +198,7 @@ def test_failed_units_are_counted_but_not_those_with_an_alarm_of_their_own(
     assert metrics.failed_units() == 1
 
 
-def test_memory_is_what_the_kernel_cannot_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_counts_only_what_the_kernel_cannot_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "meminfo"
     file.write_text("MemTotal:       2000 kB\nMemFree:        100 kB\nMemAvailable:   500 kB\n")
     monkeypatch.setattr(metrics, "MEMORY", file)

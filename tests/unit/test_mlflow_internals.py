@@ -1,4 +1,4 @@
-"""provisioning/mlflow-internals.md lists every name of MLflow's insides that mlflow_host uses, and no other."""
+"""provisioning/mlflow-internals.md lists every internal name of MLflow that mlflow_host uses, and no other."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ PUBLIC = re.compile(
     r"mlflow|mlflow:environment_variables|mlflow\.(cli|env|entities|exceptions|environment_variables|artifactLocation)(:.*)?"
     r"|mlflow\.store\.artifact\.(artifact_repo|artifact_repository_registry)(:.*)?"
 )
-"""What MLflow documents, a file and a tag of that form, and the plug-in interface of artifact repositories."""
+"""Exceptions: names that MLflow documents, a file and a tag of that form, and the plug-in interface of artifact
+repositories."""
 NAME = re.compile(r"_MLFLOW_\w+|mlflow(\.\w+)+(:[\w.]+)?")
 
 
 def used(source: str) -> Iterator[str]:
-    """The names of MLflow that a module imports, or has as a text: `module`, `module:name`, a private variable."""
+    """The names of MLflow that a module imports, or contains as text: `module`, `module:name`, a private variable."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mlflow":
             yield from (f"{node.module}:{each.name}" for each in node.names)

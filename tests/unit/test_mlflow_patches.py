@@ -1,4 +1,4 @@
-"""Every replacement in MLflow is in server/mlflow_patches.py, has a target in the installed MLflow, and has a test."""
+"""Every patch of MLflow is in server/mlflow_patches.py, has a target in the installed MLflow, and has a test."""
 
 import ast
 import re

@@ -1,5 +1,5 @@
-"""The boot survives the change to the Elastic IP, which cuts open connections: each AWS call survives one cut, with a
-reset or in silence."""
+"""The boot survives the change to the Elastic IP, which cuts open connections: each AWS call survives one cut, with or
+without a reset."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ DUMP = os.urandom(1 << 20) * 40
 
 
 class OneCut:
-    """A port in front of a service. The first connection ends after `carried` bytes in both directions, with a reset or
-    in silence; all others are forwarded."""
+    """A port in front of a service. The first connection ends after `carried` bytes in both directions, with or without
+    a reset; all others are forwarded."""
 
     def __init__(self, target: tuple[str, int], carried: int, kind: str):
         self._target, self._left, self._kind = target, carried, kind
@@ -85,7 +85,7 @@ class OneCut:
 
 @contextmanager
 def cut(address: str, carried: int, kind: str) -> Iterator[tuple[OneCut, str]]:
-    """The cut and the address in front of a service's."""
+    """The cut, and the port's address."""
     where = urlsplit(address)
     assert where.hostname and where.port
     between = OneCut((where.hostname, where.port), carried, kind)
@@ -188,7 +188,7 @@ def test_interrupted_dump_upload_and_download_are_complete(
         assert fetched.read() == DUMP
 
 
-def test_a_dump_that_is_not_what_was_written_is_refused(
+def test_dump_with_another_content_is_refused(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name, value in store.environment.items():

@@ -27,7 +27,7 @@ MAJOR = int(PROGRAMS.parent.name) if PROGRAMS.parent.name.isdigit() else 0
 
 pytestmark = [
     pytest.mark.service,
-    pytest.mark.skipif(not MAJOR, reason="PostgreSQL is not installed (scripts/prepare.sh does)"),
+    pytest.mark.skipif(not MAJOR, reason="PostgreSQL is not installed (scripts/prepare.sh installs it)"),
 ]
 
 
@@ -166,7 +166,7 @@ def test_postgresql_starts_with_the_configuration_and_uses_peer_authentication(c
             "log_min_duration_statement": "-1",
         }
         assert {name: ask(f"SHOW {name}").stdout.strip() for name in shown} == shown
-        # Who restores a dump is mlflow, and cannot become anything else in that session.
+        # A dump is restored as the role mlflow, which cannot change to another role in that session.
         owner = ask("SELECT session_user, (SELECT rolsuper FROM pg_roles WHERE rolname = session_user)", role="mlflow")
         assert owner.stdout == "mlflow|f\n"
         assert "external program" in ask("RESET ROLE; COPY (SELECT 1) TO PROGRAM 'true'", role="mlflow").stderr
@@ -290,7 +290,7 @@ STEP = (
 
 @pytest.mark.service
 def test_postgresql_starts_on_a_lock_file_that_names_another_process_of_its_user(cluster: Path, home: Path) -> None:
-    """PostgreSQL by itself refuses. The step's execv keeps the process ID that it wrote."""
+    """Without this step PostgreSQL refuses to start. The step's execv keeps the process ID that it wrote."""
     user = "postgres" if os.getuid() == 0 else None
     with subprocess.Popen(["sleep", "120"], user=user) as other:
         for taken_over, said in (("no", "Is another postmaster"), ("yes", "ready to accept connections")):

@@ -1,4 +1,4 @@
-"""scripts/prepare.sh installs the packages of each group of commands, and for AWS none of the local cloud's."""
+"""scripts/prepare.sh installs the packages of each group of commands, and for AWS no package of the local cloud."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GROUPS = ("aws", "check", "demo", "lint", "bench", "test")
 
 
 def plan(group: str, folder: Path) -> tuple[set[str], str]:
-    """The Debian packages and the extras that a group asks for on a machine that has nothing; nothing is installed."""
+    """The Debian packages and the extras that a group requests on an empty machine; nothing is installed."""
     (folder / "scripts").mkdir(exist_ok=True)
     text = (REPOSITORY / "scripts" / "prepare.sh").read_text()
     head = text[: text.index("\nsay()")]
@@ -29,7 +29,7 @@ def plan(group: str, folder: Path) -> tuple[set[str], str]:
 
 def test_the_local_clouds_tools_are_in_the_demos_packages(tmp_path: Path) -> None:
     packages, extras = plan("demo", tmp_path)
-    assert set(TOOLS.values()) - {"mount"} <= packages  # `mount` is essential to Debian
+    assert set(TOOLS.values()) - {"mount"} <= packages  # `mount` is an essential package of Debian
     assert "local-cloud" in extras.split(",")
 
 
@@ -58,7 +58,7 @@ def test_extras_exist(group: str, tmp_path: Path) -> None:
     assert set(plan(group, tmp_path)[1].split(",")) <= project["optional-dependencies"].keys()
 
 
-def test_each_make_target_that_runs_python_is_prepared_or_says_so() -> None:
+def test_each_make_target_that_runs_python_is_prepared_or_prints_an_error() -> None:
     """Targets without a `prepare-…` only stop things; the script's own sentence is enough."""
     makefile = (REPOSITORY / "Makefile").read_text()
     targets = re.findall(r"^([a-z-]+):(.*?)(?: ##.*)?\n((?:\t.*\n)+)", makefile, re.MULTILINE)

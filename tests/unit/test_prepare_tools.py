@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do [ "$1" = -o ] && echo built >"$2"; shift; done
 
 @pytest.fixture
 def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A `go` that writes what it is to build, alone on PATH; the tools go below `tmp_path`."""
+    """A `go` that writes the file that it should build, alone on PATH; the tools are written below `tmp_path`."""
     program = tmp_path / "path/go"
     program.parent.mkdir()
     program.write_text(GO)
@@ -42,7 +42,7 @@ def test_a_second_run_builds_nothing(go: Path) -> None:
 
 def test_a_plug_in_that_was_built_but_not_installed_is_missing(go: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
-        raise ToolsMissing("packer does not take the plug-in that was built")
+        raise ToolsMissing("packer does not accept the plug-in that was built")
 
     monkeypatch.setattr(prepare_tools, "install_plugin", refuse)
     with pytest.raises(ToolsMissing):

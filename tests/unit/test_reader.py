@@ -1,4 +1,4 @@
-"""PostgreSQL over the network: off by default; with postgresCidrs one role can log in, which only reads."""
+"""PostgreSQL over the network: off by default; with postgresCidrs one read-only role can log in."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every command in the READMEs runs exactly as printed in a new user's shell, or is listed here with a reason.
 
-The shell has an empty environment, a new user's PATH and home, no virtual environment, and a checkout in another
-folder whose .venv is this one's. What needs a server is run on one by tests/journey/test_readme_commands.py.
+The shell has an empty environment, a new user's PATH and home, no virtual environment, and a checkout in another folder
+that uses this checkout's .venv. tests/journey/test_readme_commands.py runs the commands that need a server.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RUN_HERE: dict[str, tuple[int, str]] = {
     "cd infra": (0, ""),
     "cd ..": (0, ""),
 }
-"""Command → exit status and a part of what it prints on a machine without account, Pulumi and server."""
+"""Command → exit status and a part of its output on a machine without account, Pulumi and server."""
 
 ON_A_SERVER = {
     "make demo", "make demo-down", 'eval "$(scripts/connect.py)"',
@@ -90,7 +90,7 @@ def test_each_command_is_run_or_listed() -> None:
 )
 def test_command_runs_as_printed(command: str, checkout: Path) -> None:
     if "connect.py --stack" in command and any(shutil.which("pulumi", path=p) for p in ("/usr/bin", "/usr/local/bin")):
-        pytest.skip("Pulumi is installed, so it answers itself")
+        pytest.skip("Pulumi is installed, so the sentence about its absence is not printed")
     status, part = RUN_HERE[command]
     done = run(command, checkout if command != "cd .." else checkout / "infra")
     assert done.returncode == status, done.stdout + done.stderr
@@ -110,7 +110,7 @@ def test_each_script_starts_from_any_folder(name: str, checkout: Path, tmp_path:
 
 
 def test_no_command_names_a_program_that_debian_lacks() -> None:
-    """Debian has no command `python`, nor does a shell without a virtual environment."""
+    """A shell without a virtual environment has no command `python` on Debian."""
     words = [word for command in commands() for word in re.split(r"[\s$()\"]+", command)]
     assert not {"python", "pip", "python3"} & set(words)
 

@@ -1,4 +1,5 @@
-"""What one request may cost: too long, too many conditions, too deep is a 4xx with a sentence; the process lives on."""
+"""Limits of requests: a body that is too long or nests too deeply, or a search with too many conditions, gets a 4xx
+with a sentence; the process keeps running."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -38,7 +39,7 @@ MANY = " and ".join(f"metrics.m{n} > {n}" for n in range(200))
         ("/ajax-api/2.0/mlflow/upload-artifact", None),
     ],
 )
-def test_bytes_of_a_body_are_bounded_by_what_the_route_needs(path: str, taken: int | None) -> None:
+def test_bytes_of_a_body_are_limited_per_route(path: str, taken: int | None) -> None:
     if taken is None:
         assert request_limits.refusal(path, 2**40) is None
     else:
@@ -138,7 +139,7 @@ def test_json_that_nests_too_deeply_is_a_bad_request(url: str, route: str) -> No
         ("/graphql?operationName=x", "GraphQL"),
     ],
 )
-def test_a_get_that_nobody_can_answer_is_a_bad_request(url: str, path: str, sentence: str) -> None:
+def test_get_that_cannot_be_answered_is_a_bad_request(url: str, path: str, sentence: str) -> None:
     refused = requests.get(url + path, timeout=60)
     assert (refused.status_code, refused.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE"), refused.text
     assert sentence in refused.json()["message"]
@@ -192,7 +193,7 @@ def test_a_presigned_address_holds_for_an_hour_at_most(url: str, seconds: Any) -
     assert "expiration" not in answer.text, "MLflow answers it"
 
 
-def test_compressed_traces_are_bounded_by_what_they_hold(url: str) -> None:
+def test_compressed_traces_are_limited_by_their_decompressed_size(url: str) -> None:
     bomb = gzip.compress(bytes(request_limits.DECOMPRESSED_BYTES + 1))
     headers = {"Content-Type": "application/x-protobuf", "Content-Encoding": "gzip", "x-mlflow-experiment-id": "0"}
     refused = requests.post(f"{url}/v1/traces", data=bomb, headers=headers, timeout=60)
@@ -240,7 +241,7 @@ async def unsent(message: Message) -> None:
 
 
 def test_one_user_leaves_a_thread_to_the_others() -> None:
-    """Ten requests of ada's run two at a time; bob's and an artifact's do not wait for them."""
+    """Ten requests of ada run two at a time; a request of bob and one for an artifact do not wait for them."""
     running: list[bytes] = []
     most = 0
 
@@ -264,7 +265,7 @@ def test_one_user_leaves_a_thread_to_the_others() -> None:
     assert most == 2
 
 
-def test_health_tells_a_busy_process_from_one_whose_database_is_away(url: str, tmp_path: Path) -> None:
+def test_health_distinguishes_a_busy_process_from_a_lost_database(url: str, tmp_path: Path) -> None:
     assert requests.get(url + health.PATH, timeout=10).status_code == 200
     said: list[int] = []
 
@@ -320,7 +321,7 @@ def test_a_statement_that_was_ended_for_its_cost_is_said_so(code: str) -> None:
 
 
 def test_a_statement_that_postgresql_ended_is_a_bad_request(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """MLflow would answer 503, and clients would send it again, seven times."""
+    """MLflow would answer 503, and clients would repeat the request seven times."""
     import sqlalchemy
     from mlflow.exceptions import MlflowException
     from mlflow.store.db.utils import create_sqlalchemy_engine

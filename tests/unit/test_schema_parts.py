@@ -95,8 +95,8 @@ def pending(name: str, head: str, carried_to: str) -> PendingMerge:
 
 
 def test_kept_database_that_is_missing_in_the_middle_passes_on_where_the_newer_one_was_carried() -> None:
-    """3.18 -> 3.14 -> 3.12; the kept database of 3.14 was dropped by hand. What only 3.14 and 3.18 hold is in the kept
-    database of 3.18 alone, and is merged back at an upgrade, because its base is built at 3.12."""
+    """3.18 -> 3.14 -> 3.12; the kept database of 3.14 was dropped by hand. Data that only 3.14 and 3.18 can hold is
+    only in the kept database of 3.18, and is merged back at an upgrade, because its base is built at 3.12."""
     chain = (pending("of_318", "h318", "h314"), pending("of_314", "h314", "h312"), pending("of_312", "h312", "h310"))
     assert existing(chain, {"of_318", "of_314", "of_312"}) == chain
     assert existing(chain, {"of_318", "of_312"}) == (pending("of_318", "h318", "h312"), chain[2])

@@ -69,7 +69,7 @@ def test_environment_contains_the_machines_settings() -> None:
     )
     assert told["MLFLOW_ARTIFACTS_DESTINATION"] == "mlflow-host://the-artifacts/the-models"
     assert told["MLFLOW_CRYPTO_KEK_PASSPHRASE"] == "a passphrase"
-    # Images of other ages must read what was encrypted with it.
+    # Older and newer images must be able to decrypt secrets that were encrypted with it.
     assert told["MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"] == "H5cLYl4QxnRBy9sItGFej_tAEoYB3prCinG4_4DamEI="
     assert told["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     assert told["MLFLOW_SERVER_JOB_EXECUTION_ENGINE"] == "executor"
@@ -131,7 +131,7 @@ def test_the_check_names_each_difference_to_mlflow_server() -> None:
     ]
 
 
-def test_a_release_whose_command_starts_workers_otherwise_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_release_that_starts_workers_in_another_way_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow.server
 
     monkeypatch.delattr(mlflow.server, "_exec_cmd")
@@ -142,15 +142,15 @@ def test_a_release_whose_command_starts_workers_otherwise_is_reported(monkeypatc
 @pytest.mark.parametrize(
     ("info", "what"),
     [
-        ({}, []),  # a release that has no server-info, or no such keys
+        ({}, []),  # a release without server-info, or without these keys
         ({"multipart_uploads_enabled": True, "multipart_downloads_enabled": True}, []),
         (
             {"multipart_uploads_enabled": False, "multipart_downloads_enabled": False},
-            ["direct uploads and downloads of artifacts: they pass the server"],
+            ["direct uploads and downloads of artifacts: they pass through the server"],
         ),
         (
             {"multipart_uploads_enabled": True, "multipart_downloads_enabled": False},
-            ["direct downloads of artifacts: they pass the server"],
+            ["direct downloads of artifacts: they pass through the server"],
         ),
     ],
 )
@@ -158,7 +158,7 @@ def test_direct_transfers_that_are_not_offered_are_reported(info: dict[str, Any]
     assert [entry.what for entry in check_release.advertised(info)] == what
 
 
-def test_server_offers_direct_transfers_only_where_the_stack_asks_for_them() -> None:
+def test_server_offers_direct_transfers_only_if_the_stack_sets_them() -> None:
     names = {"MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD"}
     direct = environment(host_config(), "")
     assert {direct[name] for name in names} == {"true"}
@@ -173,7 +173,7 @@ def test_feature_that_the_release_lacks_is_left_out_and_reported(capsys: pytest.
     assert capsys.readouterr().err == (
         "mlflow-server: without the fast path: MLflow answers (ImportError: cannot import name '_router')\n"
     )
-    with pytest.raises(ValueError, match="database"):  # no fault of the release's
+    with pytest.raises(ValueError, match="database"):  # not a fault of the release
 
         def fail() -> str:
             raise ValueError("the database does not answer")
@@ -392,12 +392,12 @@ def test_flask_shortcut_returns_the_same_responses(
     status, found, content = ask(ours, method, path, headers, body)
     expected_status, expected, expected_content = ask(plain, method, path, headers, body)
     assert status == expected_status
-    # MLflow's JSON comes without line breaks (mlflow_host/server/json_encode.py), FastAPI's as it is.
+    # MLflow's JSON comes without line breaks (mlflow_host/server/json_encode.py), FastAPI's is unchanged.
     in_json = expected.get("content-type", "").startswith("application/json")
     if in_json and expected_content:
         content, expected_content = json.loads(content), json.loads(expected_content)
     assert content == expected_content
-    # A request refused for its host or origin gets the few headers of the layer that refuses it.
+    # A request that is refused for its host or origin has only the headers of the layer that refuses it.
     if status != 403:
         compared = {*COMPARED_HEADERS, *CORS_HEADERS} - ({"content-length"} if in_json else set())
         assert {name: found.get(name) for name in compared} == {name: expected.get(name) for name in compared}
@@ -434,14 +434,14 @@ def test_redirect_of_fastapi_keeps_scheme_and_host() -> None:
 
 
 def test_some_compared_requests_use_the_flask_shortcut(ours: Path, plain: Path) -> None:
-    """FastAPI's own CORS layer adds a header to what passes it, so its absence shows the way taken."""
+    """FastAPI's CORS layer adds a header to its responses, so a response without the header took the shortcut."""
     request = ("GET", f"{API}/experiments/get?experiment_id=0", {"Origin": "http://mlflow.example.com"}, b"")
     assert "access-control-expose-headers" in ask(plain, *request)[1]
     assert "access-control-expose-headers" not in ask(ours, *request)[1]
 
 
 def test_long_answers_arrive_whole(ours: Path, plain: Path) -> None:
-    """The user interface's largest file is longer than what is sent in one message."""
+    """The user interface's largest file is longer than one message."""
     import mlflow.server
 
     build = Path(mlflow.server.__file__).parent / "js/build"
@@ -474,7 +474,7 @@ def test_job_runner_does_not_start_by_default(database: Path, tmp_path: Path) ->
 
 
 def of(pid: int, file: str) -> bytes:
-    """What /proc tells about a process; nothing when it is gone."""
+    """/proc's status of a process; empty if it no longer exists."""
     try:
         return Path(f"/proc/{pid}/{file}").read_bytes()
     except OSError:
@@ -515,7 +515,7 @@ def test_head_answers_as_get_does_and_reads_nothing(ours: Path) -> None:
 
 
 def test_refused_uploads_return_mlflows_error(ours: Path, plain: Path) -> None:
-    """By a handler of MLflow's own: rules that a release adds to it hold here too."""
+    """With MLflow's own handler, so that rules that a release adds to it apply here too."""
     for path in (FILE.rpartition("/")[0] + "/", FILE.replace("fedcba98", "..")):
         refused = ask(ours, "PUT", path, {}, b"content")
         assert refused[0] == 400
@@ -523,7 +523,7 @@ def test_refused_uploads_return_mlflows_error(ours: Path, plain: Path) -> None:
 
 
 def test_a_download_makes_no_copy_on_the_server(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A first byte arrives, and no file is in the server's temporary folder while the rest is held back."""
+    """The first byte arrives while the rest is held back, and the server's temporary folder contains no file."""
     assert ask(ours, "PUT", FILE, {}, os.urandom(20 * 2**20))[0] == 200
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(60)
@@ -602,7 +602,7 @@ def test_a_model_is_logged_registered_and_loaded_back(
 def test_large_files_move_between_client_and_store(
     url: str, store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Beyond a size the client asks the server for addresses only; here the size is lowered to a megabyte."""
+    """Above a size the client requests only URLs from the server; here the size is lowered to a megabyte."""
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", url)

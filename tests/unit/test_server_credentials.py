@@ -68,7 +68,7 @@ def test_invalid_sts_endpoint_is_unreachable(moto: str) -> None:
 def test_botocore_reads_the_file_and_renews_from_it_before_the_credentials_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the configuration that ships, with the file moved."""
+    """With the shipped configuration, except the path of the file."""
     file, configuration = tmp_path / "server-credentials.json", tmp_path / "aws-config"
     shipped = Path(__file__).parents[2] / "provisioning/rootfs/usr/share/mlflow-host/aws-config"
     configuration.write_text(shipped.read_text().replace(str(server_credentials.FILE), str(file)))

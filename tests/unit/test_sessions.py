@@ -1,4 +1,4 @@
-"""The shorter way to PostgreSQL loses nothing: dead connections are replaced, what was written is read anew."""
+"""The faster use of PostgreSQL is safe: dead connections are replaced, and written data is read again."""
 
 from collections.abc import Iterator
 
@@ -54,7 +54,7 @@ def engine(cluster: services.PostgreSQL) -> Iterator[sqlalchemy.Engine]:
     made.dispose()
 
 
-def test_only_postgresql_on_a_socket_goes_through_the_plugin() -> None:
+def test_only_postgresql_on_a_socket_uses_the_plugin() -> None:
     assert db_connections.through_plugin(ON_SOCKET) == f"{ON_SOCKET}&plugin=mlflow-host"
     for other in ("sqlite:////tmp/mlflow.db", "postgresql+psycopg2://mlflow@db.example.com/mlflow"):
         assert db_connections.through_plugin(other) == other

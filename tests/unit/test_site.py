@@ -1,4 +1,4 @@
-"""What nginx does with the site made at boot: a real nginx, with a stand-in for MLflow's processes behind it."""
+"""nginx with the site that is written at boot: a real nginx, with a stand-in for MLflow's processes behind it."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ TEMPLATES = ROOTFS / "usr/share/mlflow-host/templates"
 
 pytestmark = [
     pytest.mark.service,
-    pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed (scripts/prepare.sh does)"),
+    pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed (scripts/prepare.sh installs it)"),
 ]
 
 
 class Upstream(socketserver.ThreadingUnixStreamServer):
-    """Stands in for one MLflow process: says what it was asked, and behaves as its path tells."""
+    """Stands in for one MLflow process: returns the request that it received, and behaves as the request's path
+    says."""
 
     daemon_threads = True
     request_queue_size = 512
@@ -72,7 +73,7 @@ class Asked(BaseHTTPRequestHandler):
         return
 
     def body(self) -> int:
-        """Its length, read as it comes."""
+        """The length of the body, read in pieces."""
         length = 0
         if self.headers.get("Transfer-Encoding") == "chunked":
             while size := int(self.rfile.readline(), 16):
@@ -103,7 +104,7 @@ class Asked(BaseHTTPRequestHandler):
         elif self.path == "/health":
             self.server.asked.pop()
             time.sleep(self.server.seconds_to_health)
-            with contextlib.suppress(BrokenPipeError):  # nginx does not wait for one that takes its time
+            with contextlib.suppress(BrokenPipeError):  # nginx does not wait for a slow one
                 self.answer(200, b"OK", "text/plain")
         elif self.path.startswith("/moved"):
             self.send_response(308)
@@ -147,11 +148,11 @@ class Site:
     nginx: int = 0
 
     def reload(self, until: Callable[[], bool]) -> None:
-        """Have nginx read its configuration again, and wait for what that changes."""
+        """Let nginx reload its configuration, and wait until the change takes effect."""
         os.kill(self.nginx, signal.SIGHUP)
         ends = time.monotonic() + 20
         while not until():
-            assert time.monotonic() < ends, "nginx goes on as before"
+            assert time.monotonic() < ends, "nginx continues with the old configuration"
             time.sleep(0.05)
 
     def connection(self, source: str | None = None) -> http.client.HTTPConnection:
@@ -194,7 +195,7 @@ def host_config(processes: int) -> config.HostConfig:
 
 
 def unconfigured(folder: Path, port: int, encrypted: int | None = None) -> Path:
-    """The configuration of a machine that starts, below `folder`, on `port` instead of 80 and on `encrypted` instead of
+    """The configuration of a starting machine, below `folder`, on `port` instead of 80 and on `encrypted` instead of
     443. Returns nginx.conf."""
     listens = {80: f"{LOOPBACK}:{port}", 443: f"{LOOPBACK}:{encrypted or free_port()}"}
     configuration = starting_site(folder, listens)
@@ -204,7 +205,7 @@ def unconfigured(folder: Path, port: int, encrypted: int | None = None) -> Path:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Not pytest's: nginx's workers are another user, and pytest's folders are closed to them."""
+    """Not in pytest's folder, which nginx's workers, another user, cannot access."""
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="mlflow-site-") as name:
@@ -214,7 +215,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def site(folder: Path) -> Iterator[Site]:
-    """The site of a machine with two MLflow processes, which run."""
+    """The site of a machine with two running MLflow processes."""
     port = free_port()
     configuration = unconfigured(folder, port)
     run = folder / "run/mlflow-host"
@@ -225,7 +226,8 @@ def site(folder: Path) -> Iterator[Site]:
     (ui / "favicon.ico").write_text("icon")
     rendered = nginx.render_site(host_config(2), ui, templates=TEMPLATES, run=run)
     rendered = moved(rendered, folder, {80: f"{LOOPBACK}:{port}"})
-    rendered = rendered.replace("max-age=30 always", "max-age=1 always")  # how long too many failures are held against
+    # the time for which a user is refused after too many failures
+    rendered = rendered.replace("max-age=30 always", "max-age=1 always")
     nginx.put_login_page(host_config(2), templates=TEMPLATES, run=run)
     (run / "nginx/site.conf").write_text(rendered)
     (run / "nginx/users").write_text(credentials.password_file(USERS))
@@ -337,7 +339,7 @@ def test_reason_of_a_failure_is_on_the_page(folder: Path) -> None:
         assert "attach it & reboot <now>" in json.loads(body)["message"]
 
 
-# ── Who gets in ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Access ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("user", [None, "ada:wrong", "ada:", "bob:no", "eve:correct horse", "ADA:correct horse"])
@@ -364,7 +366,7 @@ def careful(headers: dict[str, str]) -> None:
 
 
 def test_no_location_of_the_site_leaves_out_the_headers_of_all(site: Site) -> None:
-    """A location that adds a header of its own drops those of its server."""
+    """A location with its own add_header does not inherit the headers of its server."""
     for path in ("/healthz", "/mlflow-host/room.json", "/mlflow-host/garbage.json", "/static-files/static/js/none.js"):
         careful(site.ask(path)[1])
     careful(site.ask("/", method="DELETE", user="rita:reads")[1])
@@ -484,7 +486,7 @@ def test_failed_logins_are_limited_by_name_and_address(site: Site) -> None:
     codes = [site.ask("/", user=f"ada:guess-{n}")[0] for n in range(14)]
     assert codes[:11] == [401] * 11 and codes[11:] == [429] * 3
     code, headers, body = site.ask("/", user="ada:correct horse")
-    assert (code, headers["retry-after"]) == (429, "30"), "a right guess would give itself away"
+    assert (code, headers["retry-after"]) == (429, "30"), "a correct guess would be recognizable"
     assert b"Too many failed logins" in body
     assert not site.asked()
     for user in ("will:writes", "rita:reads"):
@@ -498,7 +500,7 @@ def test_failed_logins_of_a_known_user_are_limited_too(site: Site) -> None:
         assert {site.ask("/", user=user)[0] for _ in range(3)} == {200}
     codes = [site.ask("/", user=f"ada:guess-{n}")[0] for n in range(14)]
     assert codes[:11] == [401] * 11 and codes[11:] == [429] * 3
-    assert site.ask("/", user="ada:correct horse")[0] == 429, "a right guess would give itself away"
+    assert site.ask("/", user="ada:correct horse")[0] == 429, "a correct guess would be recognizable"
     assert site.ask("/", user="will:writes")[0] == 200
     assert [path.name for path in (site.run / "suspects").iterdir()] == ["127.0.0.1 ada"]
     time.sleep(2.1)
@@ -571,17 +573,17 @@ def test_password_spraying_is_limited_and_known_users_are_not(site: Site) -> Non
     codes = [site.ask("/", user=f"guess-{n}:password")[0] for n in range(110)]
     assert codes[:100] == [401] * 100 and codes[103:] == [429] * 7
     code, headers, body = site.ask("/", user="ada:correct horse")
-    assert (code, headers["retry-after"]) == (429, "30"), "a right guess would give itself away"
+    assert (code, headers["retry-after"]) == (429, "30"), "a correct guess would be recognizable"
     assert b"from this address" in body
     assert [request[1] for request in site.asked()] == ["/"]
     assert {site.ask("/", user="will:writes")[0] for _ in range(50)} == {200}
-    assert site.ask("/", user="will:wrong")[0] == 401, "a known name is held to its own limit"
+    assert site.ask("/", user="will:wrong")[0] == 401, "a name with an earlier login has its own limit"
     assert site.ask("/", user="ada:correct horse", source="127.0.0.2")[0] == 200
 
 
 @pytest.mark.parametrize("name", ["../nginx", "..", "?", "", "a/b", "will wrong", "will\x00", "wi\nll", "é"])
 def test_user_name_alone_does_not_count_as_a_known_login(name: str, site: Site) -> None:
-    """A name becomes part of a path, below which a file says that it has logged in before."""
+    """A name becomes part of the path of a file that marks an earlier login."""
     assert site.ask("/", user="will:writes")[0] == 200
     codes = {site.ask("/", user=f"{name}:writes")[0] for _ in range(102)}
     assert codes == {401, 429}
@@ -606,8 +608,8 @@ def test_the_socket_of_the_login_is_in_a_folder_that_only_nginx_may_enter(site: 
 
 
 @pytest.mark.parametrize("pair", ["127.0.0.1 ../x", "../../x", "127.0.0.1 a/b", "/tmp/x", "127.0.0.1 ada\t"])
-def test_the_login_makes_no_file_of_what_is_no_pair(pair: str, site: Site) -> None:
-    """Asked by a process that reaches its socket."""
+def test_login_writes_no_file_for_an_invalid_pair(pair: str, site: Site) -> None:
+    """A request of another process that can connect to the socket."""
     before = sorted(site.folder.rglob("*"))
     for user, name in (("ada:correct horse", "X-New-Pair"), ("ada:wrong", "X-Known-Pair")):
         with socket.socket(socket.AF_UNIX) as asked:
@@ -619,7 +621,7 @@ def test_the_login_makes_no_file_of_what_is_no_pair(pair: str, site: Site) -> No
     assert sorted(site.folder.rglob("*")) == before
 
 
-def test_what_is_remembered_of_logins_is_bounded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_login_files_is_limited(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nginx, "MARKERS", 3)
     for number in range(5):
         marker = site.run / f"logins/192.0.2.{number} ada"
@@ -631,7 +633,7 @@ def test_what_is_remembered_of_logins_is_bounded(site: Site, monkeypatch: pytest
 
 
 def test_requests_of_one_user_in_flight_are_bounded(site: Site) -> None:
-    """At one address; another user at the same address is not held up."""
+    """From one address; another user at the same address does not wait."""
 
     def open_one(user: str) -> http.client.HTTPConnection:
         connection = site.connection()
@@ -717,7 +719,7 @@ def test_page_needs_no_login(user: str | None, site: Site) -> None:
         code, headers, body = site.ask("/", user=user, Accept="text/html")
         assert (code, "retry-after" in headers) == (503, False)
         assert b"MLflow is starting" in body
-        assert "www-authenticate" not in headers, "a browser would ask for a password that opens nothing yet"
+        assert "www-authenticate" not in headers, "a browser would ask for a password that does not work yet"
         code, headers, body = site.ask("/api/2.0/mlflow/runs/log-batch", method="POST", user=user)
         known = user == "ada:correct horse"
         assert (code, headers["content-type"]) == (429 if known else 503, "application/json")
@@ -733,7 +735,7 @@ def test_large_artifact_gets_503_while_mlflow_is_down(user: str | None, site: Si
 
 
 def test_a_request_that_mlflow_may_have_begun_is_not_to_be_repeated(site: Site) -> None:
-    """MLflow's clients repeat every request on 429, also one that creates something."""
+    """MLflow's clients repeat every request after a 429, also one that creates something."""
     code, headers, _ = site.ask("/dies", method="POST")
     assert (code, "retry-after" in headers) == (503, False)
     assert len(site.asked()) == 1
@@ -757,7 +759,7 @@ def test_login_is_required_while_mlflow_is_slow(site: Site) -> None:
 
 
 def test_requests_while_nginx_stops_are_to_be_repeated(site: Site) -> None:
-    """By then it listens no more, on its own socket for logins either."""
+    """By then nginx no longer listens, not even on its own socket for logins."""
     (site.folder / "run/nginx/private/login.sock").unlink()
     for user in ("ada:correct horse", "ada:wrong", None):
         code, headers, body = site.ask("/api/2.0/mlflow/runs/search", method="POST", user=user)
@@ -811,7 +813,7 @@ def test_every_status_of_mlflow_is_passed_on(site: Site) -> None:
     ],
 )
 def test_upload_is_streamed_to_mlflow(path: str, site: Site) -> None:
-    """The first bytes are with MLflow before the client has sent the last."""
+    """MLflow receives the first bytes before the client has sent the last."""
     connection = site.connection()
     connection.putrequest("PUT", path, skip_host=True)
     connection.putheader("Host", HOST)
@@ -828,7 +830,7 @@ def test_upload_is_streamed_to_mlflow(path: str, site: Site) -> None:
 
 @pytest.mark.parametrize("user", [None, "ada:wrong", "ada:correct horse"])
 def test_too_large_body_is_refused_before_it_is_sent(user: str | None, site: Site) -> None:
-    """It would be kept on the root volume. An artifact is not, and may have any size."""
+    """A body would be buffered on the root volume. Artifacts are not buffered and may have any size."""
     for path, wanted in (("/api/2.0/mlflow/runs/log-batch", 413), ("/graphql", 413)):
         assert (path, site.ask(path, method="POST", user=user, Content_Length=str(1 << 40))[0]) == (path, wanted)
     assert not site.asked()

@@ -1,4 +1,5 @@
-"""Every step tells where it is, and a failure says why in all places that somebody might look."""
+"""Every step reports its progress, and a failure's reason is in the status file, the journal, the console and on the
+page."""
 
 from __future__ import annotations
 
@@ -150,7 +151,7 @@ def test_page_names_the_state(state: str, heading: str) -> None:
     assert "$" not in page
 
 
-def test_page_names_what_the_room_check_found(run: Path) -> None:
+def test_page_shows_the_result_of_the_disk_space_check(run: Path) -> None:
     (run / "web/room.json").write_text('{"problem": "the data volume has 3.0 GiB & its file system 1.0"}')
     status.publish(run)
     assert "the data volume has 3.0 GiB &amp; its file system 1.0<br>" in (run / "web/status.html").read_text()
@@ -188,7 +189,7 @@ def test_recorded_reason_is_not_overwritten(run: Path, monkeypatch: pytest.Monke
     assert recorded(run, "database")["message"] == "its own reason"
 
 
-def test_page_names_what_the_release_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_lists_the_fallbacks_of_the_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "web").mkdir()
     facts = tmp_path / "image.json"
     facts.write_text(json.dumps({"fallbacks": [{"what": "2 routes <for> readers", "why": "POST /x"}]}))
@@ -197,7 +198,7 @@ def test_page_names_what_the_release_lacks(tmp_path: Path, monkeypatch: pytest.M
     status.publish(tmp_path, page)
     assert json.loads((tmp_path / "web/status.json").read_text())["fallbacks"] == ["2 routes <for> readers"]
     shown = (tmp_path / "web/status.html").read_text()
-    assert "This release of MLflow does without 2 routes &lt;for&gt; readers<br>" in shown
+    assert "This release of MLflow does not support 2 routes &lt;for&gt; readers<br>" in shown
     facts.write_text("{}")  # of an older image
     status.publish(tmp_path, page)
-    assert "does without" not in (tmp_path / "web/status.html").read_text()
+    assert "does not support" not in (tmp_path / "web/status.html").read_text()

@@ -1,7 +1,6 @@
-"""The store that writes its statements itself: when it stands in, and what it does when several write, or PostgreSQL
-goes.
+"""The store with its own SQL statements: when it is used, concurrent writes, and a lost connection to PostgreSQL.
 
-That it answers as MLflow's own does is compared in tests/schema/test_tracking.py."""
+tests/schema/test_tracking.py compares its responses with MLflow's own store."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -43,7 +42,7 @@ def run_id(store: DirectStore) -> str:
     return run
 
 
-# When it stands in
+# When it is used
 
 
 SEARCH_SOURCE = "handlers._search_runs"
@@ -88,7 +87,7 @@ def test_every_named_source_is_compared_and_every_answer_rests_on_some() -> None
 
 
 def answered_by(store: DirectStore, method: str, path: str, query: str, body: bytes = b"") -> str:
-    """Who answers a request: the fast path, or the application behind it."""
+    """Which part answers a request: the fast path, or the application behind it."""
     reached: list[str] = []
 
     async def application(scope: Any, receive: Any, send: Any) -> None:
@@ -177,7 +176,7 @@ def test_missing_definition_counts_as_changed(tmp_path: Path) -> None:
 
 
 def asked(store: DirectStore, path: str, fields: dict[str, Any]) -> Any:
-    """What a client that writes this is answered; None where MLflow has to answer."""
+    """The response to a client that writes this; None if MLflow must answer."""
     scope = {"headers": [(b"content-type", b"application/json")]}
     found = answer_or_none(ANSWERS["POST", f"/runs/{path}"], store, scope, json.dumps(fields).encode())
     assert found is None or found[0] == 200
@@ -192,7 +191,7 @@ def test_writers_at_once_lose_nothing_and_the_last_value_stands(store: DirectSto
 
     def write(writer: int) -> None:
         for turn in range(15):
-            steps = range(turn * 5, turn * 5 + 10)  # each step twice, in every writer's turn
+            steps = range(turn * 5, turn * 5 + 10)  # each writer writes each step twice
             if writer % 4 > 1:
                 metrics = [Metric(f"m{step % 3}", writer, TIME + step, step) for step in steps]
                 (own if writer % 4 == 3 else store).log_batch(run_id, metrics, [], [])

@@ -117,7 +117,8 @@ def test_every_module_that_a_unit_or_command_starts_exists() -> None:
 
 @pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.stem)
 def test_no_unit_starts_the_mount_of_the_data_volume(unit: Path) -> None:
-    """The data-volume step does, once the volume is attached. A required mount is started, and fails, before that."""
+    """The data-volume step mounts it, once the volume is attached. A required mount would be started, and fail, before
+    that."""
     text = unit.read_text()
     assert not re.search(r"^(Requires|Wants|BindsTo|RequiresMountsFor)=.*srv[-/]mlflow", text, re.MULTILINE)
     assert not re.search(r"^(Working|Root|State|Logs|Cache)Directory=/srv/", text, re.MULTILINE)
@@ -137,7 +138,7 @@ def test_each_boot_step_has_the_failure_handler() -> None:
             assert "OnFailure=mlflow-host-failure@%n.service" in unit.read_text(), unit.name
 
 
-def test_strangers_cannot_push_other_lines_out_of_the_journal() -> None:
+def test_requests_without_a_login_cannot_displace_other_journal_lines() -> None:
     """nginx writes a line of up to 500 bytes for each request without a login; the journal keeps 200 MB."""
     found = dict(line.split("=", 1) for line in NGINX.read_text().splitlines() if line.startswith("LogRateLimit"))
     lines_a_day = int(found["LogRateLimitBurst"]) / int(found["LogRateLimitIntervalSec"].removesuffix("s")) * 86400

@@ -1,4 +1,4 @@
-"""People are added, changed and removed in the parameter the server reads; nobody's change is lost, and the last admin
+"""Users are added, changed and removed in the parameter that the server reads; no change is lost, and the last admin
 stays. The parameter store is moto's."""
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def put(stack: ConnectedStack, people: Any, **more: Any) -> None:
 
 
 def kept(stack: ConnectedStack) -> credentials.Credentials:
-    """What the server would read."""
+    """The users that the server would read."""
     return credentials.parse(stack.ssm.get_parameter(Name=NAME, WithDecryption=True)["Parameter"]["Value"])
 
 
@@ -103,7 +103,7 @@ def test_prompted_password_is_entered_twice(
 @pytest.mark.parametrize("how", ["--prompt", "--stdin"])
 @pytest.mark.parametrize("stdin", ["<&-", "</dev/null"], ids=["closed", "empty"])
 def test_prompt_without_a_terminal_is_one_error_sentence(how: str, stdin: str, tmp_path: Path) -> None:
-    """In a session of its own, where no terminal can be opened either."""
+    """In a session of its own, in which the program cannot open a terminal either."""
     ask = "users.new_password(argparse.Namespace(name='bob', prompt={}, stdin={}))"
     program = (
         f"import argparse, enter_venv; from scripts import users; {ask.format(how == '--prompt', how == '--stdin')}"
@@ -157,7 +157,7 @@ def test_last_admin_cannot_be_removed(
 
 
 def test_user_order_does_not_matter(stack: ConnectedStack) -> None:
-    """In the short form the first is the admin; removing the first must not make the second one."""
+    """In the short form the first user is the admin; the removal of the first must not make the second one an admin."""
     put(stack, {"ada": "Password-of-ada", "bob": "Password-of-bob"})
     users.main(["add", "eve"])
     assert roles(stack) == {"ada": "admin", "bob": "writer", "eve": "writer"}
@@ -208,11 +208,11 @@ def test_missing_or_unusable_parameter_is_reported(stack: ConnectedStack, capsys
     assert "ParameterNotFound" in capsys.readouterr().err
 
 
-# ── Two at the same time ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── Concurrent changes ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def others_first(stack: ConnectedStack, monkeypatch: pytest.MonkeyPatch, *others: Callable[[], object]) -> None:
-    """Between reading and writing of the next change, each of `others` does its own."""
+    """Each of `others` makes its change between the reading and the writing of the next change."""
     waiting = list(others)
     write = users.write
 
@@ -277,7 +277,7 @@ def test_two_concurrent_changes_are_both_kept(before: users.Users, ours: users.U
     )
 )
 def test_any_parameter_content_gives_users_or_error_sentences(text: str) -> None:
-    """As the machine reads it, which must neither fail in another way nor let a line of its own into nginx's files."""
+    """The machine reads the parameter: it must not fail in another way, nor write a user's line to nginx's files."""
     try:
         found = credentials.parse(text)
     except credentials.CredentialsError as error:

@@ -32,7 +32,8 @@ def _find(aws: Aws, operation: str, key: str, **arguments: Any) -> Props | None:
 
 
 def _await(what: str, reached: Callable[[], bool]) -> None:
-    """Poll until `reached` is true. boto3's waiters sleep 15 s between polls, which is most of a local boot."""
+    """Poll until `reached` is true. boto3's waiters are not used: they sleep 15 s between polls, as long as a local
+    boot."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not reached():
         if time.monotonic() > deadline:
@@ -172,7 +173,7 @@ TARGETS = {
 
 
 def _route(route: Props) -> Props:
-    """A route, inline (`cidrBlock`) or on its own (`destinationCidrBlock`), as CreateRoute takes it."""
+    """A route, inline (`cidrBlock`) or on its own (`destinationCidrBlock`), in CreateRoute's form."""
     request = {key: route[name] for name, key in TARGETS.items() if route.get(name)}
     if cidr := route.get("cidrBlock") or route.get("destinationCidrBlock"):
         request["DestinationCidrBlock"] = cidr
@@ -770,7 +771,8 @@ def _recover_instance(aws: Aws, inputs: Props) -> str | None:
 
 
 def _instance_replacements(changed: set[str], old: Props, new: Props) -> set[str]:
-    """Inputs whose effect depends on others: user-data replaces only if the program says so."""
+    """Inputs whose effect depends on others: user-data replaces only if the program sets
+    user_data_replace_on_change."""
     replaces = set()
     if new.get("userDataReplaceOnChange"):
         replaces |= changed & {"userData", "userDataBase64"}
@@ -782,7 +784,7 @@ def _instance_replacements(changed: set[str], old: Props, new: Props) -> set[str
 
 
 def _delete(operation: str, argument: str) -> Callable[[Aws, str, Props], None]:
-    """A delete call that takes the id and nothing else."""
+    """A delete call whose only argument is the ID."""
 
     def delete(aws: Aws, id_: str, inputs: Props) -> None:
         getattr(aws.client("ec2"), operation)(**{argument: [id_] if argument.endswith("Ids") else id_})

@@ -146,7 +146,7 @@ def _put_ownership(client: Any, bucket: str, inputs: Props) -> None:
 
 
 def lifecycle_rule(rule: Props) -> Props:
-    """A rule of BucketLifecycleConfiguration as PutBucketLifecycleConfiguration takes it."""
+    """A rule of BucketLifecycleConfiguration in PutBucketLifecycleConfiguration's form."""
     made: Props = {"ID": rule["id"], "Status": rule["status"], "Filter": _lifecycle_filter(rule.get("filter", {}))}
     if upload := rule.get("abortIncompleteMultipartUpload"):
         made["AbortIncompleteMultipartUpload"] = {"DaysAfterInitiation": upload["daysAfterInitiation"]}

@@ -1,4 +1,4 @@
-"""Tags as the EC2, SSM and IAM APIs take them."""
+"""Tags in the form of the EC2, SSM and IAM APIs."""
 
 from __future__ import annotations
 

@@ -55,14 +55,14 @@ def stage(opened: Any, manifest: Manifest, open_rows: OpenRows) -> None:
             count = int(cursor.rowcount)
         if count != table.rows:
             raise AdoptionError(
-                f"{count} rows of {name} arrived, and the manifest names {table.rows}: run adopt.py again"
+                f"{count} rows of {name} were loaded, but the manifest has {table.rows}: run adopt.py again"
             )
 
 
 def fill(opened: Any, catalog: Catalog, manifest: Manifest) -> list[LeftBehind]:
     """Copy the staged rows into the tables of the schema `public`. Returns what did not fit. Raises AdoptionError.
 
-    From here on foreign keys are not enforced on this connection: `remove_orphans` does."""
+    From then on foreign keys are not enforced on this connection: `remove_orphans` does."""
     run(opened, "SET session_replication_role = replica")
     left: list[LeftBehind] = []
     known = [table for table in sorted(catalog.tables) if table != BOOKKEEPING]

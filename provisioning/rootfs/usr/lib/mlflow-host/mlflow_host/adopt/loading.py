@@ -1,8 +1,8 @@
 """Merge the prepared rows into the database in service, in one transaction; the server stays up.
 
-The rows of the previous adoption of the same source are the base of a three-way merge (`schema.merging`): what the
-source has changed since comes along, and what was changed here since stays. The same transaction renames the prepared
-database, so it is the next base exactly if its rows are in service.
+The rows of the previous adoption of the same source are the base of a three-way merge (`schema.merging`): later changes
+in the source are merged, and later changes on this server stay. The same transaction renames the prepared database, so
+it becomes the next base if, and only if, its rows are in service.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def base_database(name: str) -> str:
 
 @dataclass(frozen=True)
 class Loaded:
-    """By table: (rows that were new or changed in the source, missing here, other here)."""
+    """By table: (number of rows that are new or changed in the source, that are missing here, that differ here)."""
 
     tables: dict[str, tuple[int, int, int]]
     inserted: int
@@ -77,12 +77,12 @@ def load(cluster: Cluster, name: str, image: ImageSchema, mlflow: Release, blank
             if first and lost:
                 listed = ", ".join(f"{table} ({count})" for table, count in lost.items())
                 raise AdoptionError(
-                    f"rows could not be inserted, because their names or IDs were taken meanwhile: {listed}; nothing "
+                    f"rows could not be inserted, because their names or IDs are now in use: {listed}; nothing "
                     "was changed: run adopt.py again"
                 )
             rename = sql.SQL("ALTER DATABASE {} RENAME TO {}")
             for each in (base, work):
-                disconnect(cluster, each)  # a killed unit's session ends only when PostgreSQL notices
+                disconnect(cluster, each)  # the session of a killed unit ends only when PostgreSQL detects it
             if base in databases(cluster):
                 run(writer, rename.format(sql.Identifier(base), sql.Identifier(old)))
             run(writer, rename.format(sql.Identifier(work), sql.Identifier(base)))
@@ -95,7 +95,7 @@ def base_or_empty(
     cluster: Cluster, base: str, empty: str, image: ImageSchema, mlflow: Release, blank: Path | None, say: Say
 ) -> Iterator[tuple[str, bool]]:
     """(the database to compare with, whether it is empty). A base of another schema is not used: rows that it has are
-    in service, and what the source has changed in them since is not carried."""
+    in service, and later changes of the source in these rows are not carried."""
     if base in databases(cluster):
         with connection(cluster, base) as opened:
             revision = head(opened)

@@ -1,7 +1,8 @@
-"""Where the source's artifacts are, and where the server's artifact repository looks for them.
+"""Artifact locations: those of the source, and those that this server's artifact repository uses.
 
-Runs, logged models and traces get the place that MLflow would give them here. A model version's source follows the run
-or the logged model that it lies in; one of its own gets a folder of its own. `runs:/` and `models:/` name no place.
+Runs, logged models and traces get the location that MLflow would give them here. The source of a model version moves
+with the run or logged model that contains it; any other source gets its own folder. `runs:/` and `models:/` name no
+location.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mlflow_host.postgres.cluster import rows, run
 
 ROOT = "mlflow-artifacts:/"
 CARRIED = ("", "file", "s3", "mlflow-artifacts", "http", "https")
-"""Schemes of places that adopt.py can copy from. Artifacts of other schemes stay where they are."""
+"""Schemes of locations that adopt.py can copy from. Artifacts of other schemes stay where they are."""
 TRACE_TAG = "mlflow.artifactLocation"
 
 
@@ -34,7 +35,7 @@ class Place:
 
 
 def find(opened: Any, catalog: Catalog) -> tuple[list[Place], list[str]]:
-    """(places that artifacts are copied from, other places with a scheme that cannot be copied)."""
+    """(locations to copy artifacts from, other locations with a scheme that cannot be copied)."""
     found = [
         Place("run", run_id, uri, f"{ROOT}{experiment}/{run_id}/artifacts")
         for run_id, uri, experiment in rows(opened, "SELECT run_uuid, artifact_uri, experiment_id FROM runs")
@@ -75,7 +76,7 @@ def carried(uri: str) -> bool:
 
 
 def rewrite(opened: Any, catalog: Catalog, places: list[Place]) -> None:
-    """Point every row at the new places."""
+    """Write the new locations into every row."""
     targets = {place.source.rstrip("/"): place.target for place in places}
     by_kind: dict[str, list[tuple[str, str]]] = {}
     for place in places:
@@ -115,7 +116,7 @@ def _moved(source: str | None, targets: dict[str, str]) -> str | None:
 
 
 def _inside(source: str, targets: dict[str, str]) -> str | None:
-    """The new place of something that lies in one of the places, by the longest that contains it."""
+    """The new location of a path below one of the old locations; the longest matching one counts."""
     path, rest = source.rstrip("/"), ""
     while path:
         if path in targets:
@@ -128,7 +129,7 @@ def _inside(source: str, targets: dict[str, str]) -> str | None:
 
 
 def _names_a_place(source: str | None) -> bool:
-    """A prompt's version has a source without a slash, which names nothing."""
+    """A version of a prompt has a source without a slash, which is not a location."""
     return "/" in (source or "") and urlsplit(source or "").scheme not in ("runs", "models")
 
 

@@ -1,10 +1,10 @@
-"""Unit `mlflow-host-adopt@NAME`: do what scripts/adopt.py requested in the backups bucket for the source NAME.
+"""Unit `mlflow-host-adopt@NAME`: execute the request of scripts/adopt.py for the source NAME.
 
-    prepare   load the source's rows into a database of their own, bring it to this image's schema, settle IDs, names
-              and places; nothing of the database in service changes
+    prepare   load the source's rows into a database of their own, bring it to this image's schema, resolve IDs, names
+              and locations; the database in service does not change
     load      dump the database in service, then merge the prepared rows into it in one transaction
 
-Killed at any moment, the database in service is as before or complete. The formats are in `contract.adoption`.
+After a kill at any moment, the database in service is unchanged or complete. The formats are in `contract.adoption`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ from mlflow_host.schema.verifying import check_row_counts, row_counts
 
 HEARTBEAT_SECONDS = 10
 SPACE = 4
-"""Free bytes needed per byte of the rows: twice in the prepared database, once in service, and the log."""
+"""Free bytes needed per byte of the rows: two in the prepared database, one in the database in service, one in the
+log."""
 SPARE = 256 << 20
 
 ENCRYPTED = ("secrets", "webhooks")
-"""Tables with values that only the old server's passphrase decrypts. Their rows and those that need them are left."""
+"""Tables with values that only the old server's passphrase decrypts. Their rows, and rows that refer to them, are left
+out."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def from_machine() -> AdoptSettings:
 
 
 def perform(settings: AdoptSettings, name: str) -> None:
-    """Do what is requested; the status file says how far, and at the end "done" or "failed". Raises AdoptionError."""
+    """Execute the request; the status file contains the progress, and at the end "done" or "failed". Raises
+    AdoptionError."""
     store = Store(settings, name)
     request = adoption.parse_request(store.read("request.json"))
     with store.progress(request) as say:
@@ -225,7 +228,7 @@ def prepare(
 
 
 def check(settings: AdoptSettings, manifest: Manifest) -> None:
-    """Raises AdoptionError if this image or its volume cannot take the source."""
+    """Raises AdoptionError if this image or its volume cannot hold the source."""
     image = settings.image
     if manifest.head not in known_revisions(image.python):
         raise AdoptionError(
@@ -271,7 +274,8 @@ def leave_encrypted(opened: Any, catalog: Any) -> list[LeftBehind]:
 
 
 def finish_experiments(settings: AdoptSettings, opened: Any, name: str, settled: settling.Settlement) -> None:
-    """Tag the adopted experiments. The experiment 0 that is merged into the server's own gets that one's values."""
+    """Tag the adopted experiments. An experiment 0 that is merged into the server's experiment 0 gets the values of the
+    latter."""
     for old, new in settled.experiments.items():
         if new is None or (new == 0 and settled.default_is_ours):
             continue
@@ -290,7 +294,7 @@ def finish_experiments(settings: AdoptSettings, opened: Any, name: str, settled:
 
 
 def refusals(settled: settling.Settlement, left: list[LeftBehind], request: Request) -> list[str]:
-    """Why nothing is loaded; sentences."""
+    """Sentences: the reasons why nothing is loaded."""
     told = []
     if request.on_clash == "refuse" and settled.clashes:
         told.append(
@@ -302,7 +306,7 @@ def refusals(settled: settling.Settlement, left: list[LeftBehind], request: Requ
 
 
 def root_of(uri: str) -> str:
-    """scheme://host of a place, or its first folders."""
+    """scheme://host of a location, or its first folders."""
     scheme, separator, rest = uri.partition("://")
     return f"{scheme}://{rest.split('/')[0]}" if separator and scheme != "file" else uri.rsplit("/", 3)[0]
 
@@ -315,7 +319,7 @@ def load(
 ) -> None:
     begun, cluster = time.monotonic(), settings.cluster
     if loading.work_database(name) not in databases(cluster):
-        raise AdoptionError("the prepared rows are gone, because the machine booted since: run adopt.py again")
+        raise AdoptionError("the prepared rows were deleted by a boot of the machine: run adopt.py again")
     say("dumping the database in service")
     now = settings.now()
     with connection(cluster, cluster.database) as opened:

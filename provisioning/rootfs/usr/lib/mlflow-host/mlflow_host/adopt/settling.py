@@ -1,7 +1,8 @@
-"""Experiment IDs and names that the database in service already uses, and what the adopted ones are called instead.
+"""Resolve conflicts: experiment IDs and names that the database in service already uses, and the new ones of the
+adopted objects.
 
-Everything that MLflow names by a random ID keeps it: the same ID here is the same object, adopted before. An experiment
-is found again by its tag ADOPTED_TAG, a registered model by its name and creation time.
+Objects with a random ID keep it: an object with the same ID here is the same object, adopted before. A second run finds
+an experiment by its tag ADOPTED_TAG, and a registered model by its name and creation time.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ DEFAULT = "Default"
 
 @dataclass(frozen=True)
 class Live:
-    """What is in the database in service that names of the source can clash with."""
+    """The IDs and names in the database in service that can conflict with those of the source."""
 
     experiments: dict[int, str]
     adopted: dict[str, int]
-    """Experiment ID here by that of the same source, from an earlier adoption."""
+    """Experiment ID here by experiment ID of the source, from an earlier adoption."""
     models: dict[str, int | None]
     """Creation time by name."""
     empty: bool
@@ -58,7 +59,7 @@ def read_live(opened: Any, source: str) -> Live:
 
 
 def settle(opened: Any, source: str, request: Request, live: Live, reserved: dict[str, int], fresh: Any) -> Settlement:
-    """Decide on IDs and names. `reserved`: IDs of an interrupted adoption. `fresh` yields IDs that nobody has."""
+    """Choose IDs and names. `reserved`: IDs of an interrupted adoption. `fresh` yields unused IDs."""
     made = Settlement()
     taken_ids = set(live.experiments)
     here = {name: number for number, name in live.experiments.items()}
@@ -126,7 +127,7 @@ def _other(name: str, taken: set[str]) -> str:
 
 
 def fresh_ids(live: Any, *, reserve: bool) -> Any:
-    """Experiment IDs that nobody has. `reserve`: take them from the sequence, so nobody else gets them either."""
+    """Unused experiment IDs. `reserve`: take them from the sequence, so no other experiment gets them."""
     sequence = value(live, "SELECT pg_get_serial_sequence('experiments', 'experiment_id')")
     if reserve:
         return (int(value(live, "SELECT nextval(%s::regclass)", (sequence,))) for _ in itertools.count())
@@ -134,14 +135,14 @@ def fresh_ids(live: Any, *, reserve: bool) -> Any:
 
 
 def reserve_kept(live: Any, settled: Settlement) -> None:
-    """Continue the sequence after the IDs that are kept, so that no experiment made meanwhile gets one of them."""
+    """Continue the sequence after the IDs that are kept, so that no new experiment gets one of them."""
     sequence = value(live, "SELECT pg_get_serial_sequence('experiments', 'experiment_id')")
     highest = max((number for number in settled.experiments.values() if number), default=0)
     run(live, f"SELECT setval(%s::regclass, greatest(%s, last_value)) FROM {sequence}", (sequence, max(highest, 1)))
 
 
 def apply(opened: Any, manifest: Manifest, catalog: Catalog, settled: Settlement) -> None:
-    """Write the new IDs and names into the staged rows, everywhere they are named.
+    """Write the new IDs and names into all staged rows that contain the old ones.
 
     Experiments to skip get negative IDs; `delete_skipped` deletes them once all rows are in their tables."""
     skipped = itertools.count(1)

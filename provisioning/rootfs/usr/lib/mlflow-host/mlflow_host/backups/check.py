@@ -20,10 +20,10 @@ from mlflow_host.machine import config, nginx, status
 from mlflow_host.postgres.pgbackrest import Stanza, archives, stanza_of
 
 ARCHIVE_PATIENCE = timedelta(minutes=2)
-"""Longest time that a finished segment may wait to be archived: a lost volume then loses more than a minute."""
+"""Longest time that a finished segment may wait to be archived; after it, a lost volume loses more than a minute."""
 DAILY_PATIENCE = timedelta(hours=36)
 FIRST_PATIENCE = timedelta(hours=1)
-"""For the first base backup and the first dump of a stanza."""
+"""Limit for the first base backup and the first dump of a stanza."""
 BOOT_PATIENCE = timedelta(minutes=10)
 """Time after a boot in which base backups and dumps that were due while the machine was off are taken."""
 

@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def take(cluster: Cluster, bucket: dump_file.Bucket, history: LastRuns, now: datetime, occasion: str) -> str:
-    """Dump the database; the dump's s3:// address. `occasion` ("nightly", "manual") is part of its name. Raises
+    """Dump the database; returns the dump's s3:// address. `occasion` ("nightly", "manual") is part of its name. Raises
     DumpError."""
     with connection(cluster, cluster.database) as opened:
         owner, revision = ownership.read(opened, cluster.database), head(opened)
@@ -61,8 +61,8 @@ def take(cluster: Cluster, bucket: dump_file.Bucket, history: LastRuns, now: dat
 
 
 def expire(bucket: dump_file.Bucket, retention: timedelta, now: datetime) -> list[str]:
-    """Delete dumps of ours older than `retention`, with their digests; the bucket keeps their versions for the same
-    time again."""
+    """Delete this stack's dumps older than `retention`, with their digests; the bucket keeps the deleted versions for
+    the same time again."""
     client = dump_file.s3_client(bucket)
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket.name, Prefix=DUMPS)
     found = [(each["LastModified"], each["Key"]) for page in pages for each in page.get("Contents", ())]
@@ -75,7 +75,7 @@ def expire(bucket: dump_file.Bucket, retention: timedelta, now: datetime) -> lis
 
 
 def beyond(found: Iterable[tuple[Any, str]], retention: timedelta, now: datetime) -> list[str]:
-    """The keys older than `retention`, never the newest of all."""
+    """The keys older than `retention`, except the newest key."""
     return [key for at, key in sorted(found)[:-1] if now - at > retention]
 
 

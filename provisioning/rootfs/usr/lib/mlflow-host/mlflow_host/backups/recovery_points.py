@@ -81,7 +81,7 @@ class RecoveryPoint:
 
 
 def list_recovery_points(repository: Repository | None, client: Any, bucket: str) -> RecoveryPoints:
-    """All backups in the bucket, without objects that are not named like a dump of ours.
+    """All backups in the bucket, without objects whose names are not those of dumps.
 
     Raises BackupError or botocore's exceptions when the bucket cannot be read."""
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=DUMPS)
@@ -128,34 +128,34 @@ def choose(value: str, there: RecoveryPoints, major: int, ours: Stanza | None, n
     try:
         asked = parse(value)
     except ValueError as error:
-        raise BackupError(f"{error}; there is {inventory(there)}") from None
+        raise BackupError(f"{error}; available: {inventory(there)}") from None
     if asked.dump:
         if found := next((dump for dump in there.dumps if dump.key == asked.dump), None):
             return RecoveryPoint(dump=found)
-        raise BackupError(f"there is no dump {asked.dump} in the backups bucket; there is {inventory(there)}")
+        raise BackupError(f"there is no dump {asked.dump} in the backups bucket; available: {inventory(there)}")
     if asked.label:
         for line in reversed(there.lines):
             for base in line.bases:
                 if base.label == asked.label:
                     return of_this_major(RecoveryPoint(line, base), major, there)
-        raise BackupError(f"there is no base backup {asked.label} in the backups bucket; there is {inventory(there)}")
+        raise BackupError(f"there is no base backup {asked.label} in the backups bucket; available: {inventory(there)}")
     if asked.time:
         for line in reversed(there.lines):
             until = now if line.stanza == ours else line.until
             bases = [base for base in line.bases if base.stop <= asked.time]
             if bases and line.stanza.began <= asked.time <= until:
                 return of_this_major(RecoveryPoint(line, bases[-1], asked.time), major, there)
-        raise BackupError(f"no backup covers {stamp(asked.time)}; there is {inventory(there)}")
+        raise BackupError(f"no backup covers {stamp(asked.time)}; available: {inventory(there)}")
     of_major = [line for line in there.lines if line.stanza.major == major]
     # A machine that first booted on a new volume, before the restore was requested, has an empty stanza of its own.
     usable = [line for line in of_major if not line.bases[-1].empty] or of_major
-    # A dump without a digest may be from anybody who could once write here: it is restored only by its name.
+    # A dump without a digest may come from any program that once had write access: it is restored only by its name.
     newest = next((dump for dump in reversed(there.dumps) if dump.recorded), None)
     if usable and not (newest and newest.at - usable[-1].until > AHEAD):
         return RecoveryPoint(usable[-1], usable[-1].bases[-1], whole=True)
     if newest:
         return RecoveryPoint(dump=newest)
-    raise BackupError(f"there is nothing to restore in the backups bucket: there is {inventory(there)}")
+    raise BackupError(f"there is nothing to restore in the backups bucket; available: {inventory(there)}")
 
 
 def of_this_major(chosen: RecoveryPoint, major: int, there: RecoveryPoints) -> RecoveryPoint:
@@ -164,7 +164,7 @@ def of_this_major(chosen: RecoveryPoint, major: int, there: RecoveryPoints) -> R
         return chosen
     raise BackupError(
         f"{chosen.described()} is from PostgreSQL {chosen.line.stanza.major}, which PostgreSQL {major} of this image "
-        f"cannot read: restore a dump, or pin an image with PostgreSQL {chosen.line.stanza.major}; there is "
+        f"cannot read: restore a dump, or pin an image with PostgreSQL {chosen.line.stanza.major}; available: "
         f"{inventory(there)}"
     )
 
@@ -177,7 +177,7 @@ def inventory(there: RecoveryPoints) -> str:
         parts.append(f"any moment from {stamp(line.since)} until {stamp(line.until)} (base backups {labels})")
     if there.dumps:
         parts.append(f"dumps {newest([dump.key for dump in there.dumps])}")
-    return " and ".join(parts) or "no backup at all"
+    return " and ".join(parts) or "no backup"
 
 
 def table(there: RecoveryPoints) -> list[str]:

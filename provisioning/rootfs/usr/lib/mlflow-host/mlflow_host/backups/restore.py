@@ -62,18 +62,18 @@ REQUEST, FLIP, RESTORED = "restore-request", "restore-flip", "restored"
 
 
 class RestoreState(StrEnum):
-    """What the boot step has to do. `state_of` reads it from the files on the data volume.
+    """The action of the boot step. `state_of` reads it from the files on the data volume.
 
     state               files                            action of the step       state after it
     EXCHANGE_DECIDED    FLIP                             finish the exchange      NOTHING_TO_DO
-    REQUESTED_BY_HAND   REQUEST, no FLIP                 restore; forget REQUEST  see below
+    REQUESTED_BY_HAND   REQUEST, no FLIP                 restore; delete REQUEST  see below
     REQUESTED_BY_STACK  no FLIP, no REQUEST; RESTORED    restore                  see below
                         has another value than the
                         launch document's restoreFrom
     NOTHING_TO_DO       none of these                    delete the work folder   NOTHING_TO_DO
 
     A restore of a base backup writes FLIP before the exchange, so a crash after that leads to EXCHANGE_DECIDED. A crash
-    before that leaves the state unchanged. Success writes RESTORED: NOTHING_TO_DO. Failure of a request by hand forgets
+    before that leaves the state unchanged. Success writes RESTORED: NOTHING_TO_DO. Failure of a request by hand deletes
     REQUEST; failure of the stack's request leaves REQUESTED_BY_STACK, so the next boot tries again.
     """
 
@@ -237,7 +237,7 @@ def perform(place: RestorePaths, document: LaunchDocument, s: BootStep) -> str:
             return f"finished the exchange that an earlier boot began: {finish_exchange(place)} is in service"
         case RestoreState.NOTHING_TO_DO:
             shutil.rmtree(place.work, ignore_errors=True)  # left by an interrupted restore that is no longer requested
-            return "no restore is requested that was not done before"
+            return "no restore is requested, or it is done already"
         case RestoreState.REQUESTED_BY_HAND:
             value = str(history.read(REQUEST)["value"])
         case RestoreState.REQUESTED_BY_STACK:
@@ -357,7 +357,7 @@ def open_once(place: RestorePaths, options: dict[str, str], log: list[str]) -> N
 
 
 def gap_in(chosen: RecoveryPoint, log: list[str]) -> str:
-    """A phrase about a missing segment, if replaying ended before the last archived segment; else ""."""
+    """The part of a sentence about a missing segment, if replaying ended before the last archived segment; else ""."""
     assert chosen.line
     replayed = [found[1] for line in log if (found := re.search(r'restored log file "([0-9A-F]{24})"', line))]
     if replayed and max(replayed) >= chosen.line.last_segment:

@@ -2,8 +2,8 @@
 
     python -m mlflow_host.bake.check_release       prints the result as JSON and records fallbacks
 
-The bake fails only if the process does not start, answer and stop. What else the release lacks is recorded for
-image.json (`fallbacks`).
+The bake fails only if the process does not start, answer and stop. Other features that the release does not support are
+recorded for image.json (`fallbacks`).
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def main() -> int:
 def check() -> tuple[dict[str, Any], list[Fallback]]:
     """Start the server process once, and compare it with `mlflow server` of the installed MLflow.
 
-    Returns the release, the seconds from start to the first response and the memory then (PSS, MB); and what the
-    release lacks. Raises Refusal when the process cannot serve.
+    Returns the release, the seconds from start to the first response and the memory then (PSS, MB); and the features
+    that the release does not support. Raises Refusal when the process cannot serve.
     """
     import mlflow
 
@@ -94,7 +94,7 @@ def create_database(uri: str) -> None:
 
 
 def fast_path(package: Path) -> list[Fallback]:
-    """The endpoints that MLflow answers itself, because a source of its own differs from every compared release."""
+    """The endpoints that MLflow answers, because one of its sources differs from every compared release."""
     off = switched_off(package)
     if off.keys() == set(SHORTCUTS):
         off = {"all endpoints": sorted(set().union(*off.values()))}
@@ -112,7 +112,7 @@ def advertised(info: dict[str, Any]) -> list[Fallback]:
     refused = [name for name in ("uploads", "downloads") if info.get(f"multipart_{name}_enabled") is False]
     if not refused:
         return []
-    what = f"direct {' and '.join(refused)} of artifacts: they pass the server"
+    what = f"direct {' and '.join(refused)} of artifacts: they pass through the server"
     return [Fallback(what, f"{SERVER_INFO} does not offer them with {' and '.join(direct_transfers('direct'))}")]
 
 
@@ -120,9 +120,7 @@ def removal() -> list[Fallback]:
     try:
         check_removal()
     except RemovalRefused as refusal:
-        return [
-            Fallback("the weekly removal of what users deleted: it stays until an image can remove it", str(refusal))
-        ]
+        return [Fallback("the weekly removal of deleted items: they stay until an image can remove them", str(refusal))]
     return []
 
 
@@ -135,7 +133,7 @@ def jobs() -> list[Fallback]:
 
 
 def private_variables(ours: Mapping[str, str]) -> list[Fallback]:
-    """What differs between the private variables that `mlflow server` sets for its workers and `ours`."""
+    """The differences between the private variables that `mlflow server` sets for its workers and `ours`."""
     what = "settings that `mlflow server` passes to its workers: they may differ"
     try:
         problems = compare_with_cli(*what_cli_starts(), ours)
@@ -146,7 +144,7 @@ def private_variables(ours: Mapping[str, str]) -> list[Fallback]:
 
 def what_cli_starts() -> tuple[list[str], dict[str, str]]:
     """The command and environment variables with which `mlflow server` would start its workers. Raises Refusal when
-    MLflow starts no worker or in an unknown way."""
+    MLflow starts no worker, or starts it in an unknown way."""
     import mlflow.cli
     import mlflow.server
     from click.testing import CliRunner
@@ -159,7 +157,8 @@ def what_cli_starts() -> tuple[list[str], dict[str, str]]:
 
     if not hasattr(mlflow.server, "_exec_cmd"):
         raise Refusal(
-            f"`mlflow server` {mlflow.__version__} has no function _exec_cmd, by which others start their workers"
+            f"`mlflow server` {mlflow.__version__} has no function _exec_cmd, with which other releases start their "
+            f"workers"
         )
     untyped: Any = mlflow.server
     real, untyped._exec_cmd = untyped._exec_cmd, record

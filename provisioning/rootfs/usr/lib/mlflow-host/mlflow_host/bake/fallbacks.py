@@ -1,7 +1,7 @@
-"""Bake: the list of what the installed MLflow release could not be given, and why.
+"""Bake: the fallbacks, features that the installed MLflow release does not support, with the reasons.
 
-The steps of the bake record what they find; `record_facts.py` copies the list into image.json. MLflow's own way takes
-the place of everything in it, so no entry fails the bake, opens a route or loses data.
+The steps of the bake record their fallbacks here; `record_facts.py` copies the list into image.json. MLflow's own code
+replaces each of these features, so no entry makes the bake fail, opens a route or loses data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Fallback:
     what: str
     """The feature, and what happens instead: a short text without a full stop."""
     why: str
-    """What of MLflow is different, by name."""
+    """The difference in MLflow, by name."""
 
 
 def record(step: str, found: Iterable[Fallback], file: Path = FILE) -> None:

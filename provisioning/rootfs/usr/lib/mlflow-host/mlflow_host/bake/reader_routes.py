@@ -125,7 +125,7 @@ def _hidden(routes: object) -> Iterator[Route]:
 
 
 def sort_posts(routes: list[Route]) -> tuple[list[str], list[Route]]:
-    """The paths of the reading POST routes, and the routes that nobody sorted: those in neither list or in both, with
+    """The paths of the reading POST routes, and the unsorted routes: those in neither list or in both, with
     an unknown method, or reading with a variable part, for which nginx's map has no pattern."""
     readable, unsorted = [], []
     for route in routes:
@@ -141,7 +141,7 @@ def sort_posts(routes: list[Route]) -> tuple[list[str], list[Route]]:
 
 
 def fallback(unsorted: list[Route]) -> list[Fallback]:
-    """The entry of the image's facts for routes that nobody sorted."""
+    """The entry of the image's facts for unsorted routes."""
     named = ", ".join(f"{route.method} {route.path}" for route in unsorted)
     what = f"{len(unsorted)} routes for readers: only writers and administrators may call them"
     return [Fallback(what, f"mlflow_host/bake/reader_routes.py does not sort {named}")] if unsorted else []

@@ -1,4 +1,4 @@
-"""For scripts/follow.py: print what the installed MLflow has that this project depends on, as JSON.
+"""For scripts/follow.py: print the facts of the installed MLflow on which this project depends, as JSON.
 
 python -m mlflow_host.bake.release_facts
 """
@@ -22,10 +22,10 @@ from mlflow_host.server.mlflow_checks import Refusal
 
 
 def facts() -> dict[str, Any]:
-    """`version`; `posts`: the source of each POST route's handler, by path; `unsorted`: the routes that
-    bake/reader_routes.py sorts neither way; `sources`: text and hash of what the fast path was compared with;
+    """`version`; `posts`: the source of each POST route's handler, by path; `unsorted`: the routes that are in neither
+    list of bake/reader_routes.py; `sources`: text and hash of the sources that the fast path was compared with;
     `different`: those of them that equal no compared release; `migrations`: the title of each, by revision;
-    `fallbacks`: what the release could not be given; `refused`: why the server process cannot start, or None."""
+    `fallbacks`: features that the release does not support; `refused`: why the server process cannot start, or None."""
     import mlflow
 
     package = Path(mlflow.__file__).parent

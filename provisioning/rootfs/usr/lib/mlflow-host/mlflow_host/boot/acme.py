@@ -62,7 +62,7 @@ def obtain(settings: Web, home: Path = HOME, challenges: Path = nginx.CHALLENGES
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotIssued(f"certbot did not end well ({error})") from None
+        raise NotIssued(f"certbot failed ({error})") from None
     certificate = issued(names, home)
     if done.returncode or certificate is None:
         raise NotIssued(reason(done.stdout + done.stderr))

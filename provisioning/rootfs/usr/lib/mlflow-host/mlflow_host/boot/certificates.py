@@ -23,7 +23,7 @@ from mlflow_host.postgres import reader_role
 
 ATTEMPTS_AFTER = (0, 60, 300, 900)
 """Seconds before each attempt at a public certificate, because DNS record and address may be created after the machine.
-Let's Encrypt allows five failures per hour; later attempts are the timer's."""
+Let's Encrypt allows five failures per hour; the timer makes later attempts."""
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def get_public(host: HostConfig, say: Callable[[str], None]) -> str:
 
 def publish(host: HostConfig, authority: str, say: Callable[[str], None]) -> None:
     """Write the authority's certificate to the parameter that clients read. A failure is logged and does not stop the
-    boot: clients that have the certificate need no other."""
+    boot: clients that already have the certificate do not need it again."""
     name, refusal = host.launch.web.authority_parameter, ""
     for seconds in (0, 1, 2, 4, 8, 16):
         time.sleep(seconds)

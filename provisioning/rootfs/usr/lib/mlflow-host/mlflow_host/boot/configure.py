@@ -32,7 +32,7 @@ def main() -> None:
         if document.web.tls == "off":
             nginx.put_site(host)
         start(*units_of(host))
-        s.say(f"the machine is to serve {host.url}")
+        s.say(f"the machine will serve {host.url}")
 
 
 def postgresql_settings(host: HostConfig) -> str:

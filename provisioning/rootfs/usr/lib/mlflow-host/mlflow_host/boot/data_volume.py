@@ -67,7 +67,7 @@ def wait_for(
 
 
 def is_blank(device: Path, volume: str) -> bool:
-    """Whether the device has never been written. Raises StepFailed if it has content that is not ours."""
+    """Whether the device has never been written. Raises StepFailed if it has foreign content."""
     probe = subprocess.run(["blkid", "-p", "-o", "export", str(device)], capture_output=True, text=True)
     if probe.returncode == 2:
         # blkid also returns this status if it cannot read the device, which then must not be formatted.

@@ -9,8 +9,8 @@
     older      upgrade       copy the database, migrate the copy, merge kept databases back, verify, flip
     newer      carry back    load the empty database, copy all tables and columns in both schemas, verify, flip
 
-The step only reads the database in service until the flip, one transaction that renames it aside and its successor into
-its place. A crash before the flip leaves the database in service, and unfinished databases that the next boot drops.
+The step only reads the database in service until the flip, one transaction that renames it and gives its name to its
+successor. A crash before the flip leaves the database in service, and unfinished databases that the next boot drops.
 The replaced database is kept under a name with its migration head and the time.
 """
 
@@ -165,7 +165,7 @@ def bring_locked(settings: ChangeSettings, say: Say) -> str:
 def step_lock(cluster: Cluster, seconds: int = 30) -> Iterator[None]:
     """Hold an advisory lock, so that one step runs at a time. PostgreSQL releases a killed step's lock.
 
-    Raises ConnectionLost if the lock's connection is lost when the block fails, whatever the exception type, as MLflow
+    Raises ConnectionLost if the lock's connection is lost when the block fails, for any exception type, because MLflow
     wraps connection errors."""
     with connection(cluster, autocommit=True) as opened:
         run(opened, f"SET lock_timeout = '{seconds}s'")

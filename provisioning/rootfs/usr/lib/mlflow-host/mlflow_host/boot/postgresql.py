@@ -37,11 +37,11 @@ def main(arguments: list[str]) -> None:
 
 
 def take_over_lock_file(cluster: Path) -> None:
-    """Write this process's ID, which PostgreSQL will have, into the postmaster.pid of a postmaster that is gone.
+    """Write this process's ID, which will be PostgreSQL's, into the postmaster.pid of a postmaster that no longer runs.
 
     A machine that lost power leaves the file, and after the boot the ID in it may belong to another process of this
-    user. PostgreSQL then refuses to start. The rest of the file stays: it has the key of the shared memory, by which
-    PostgreSQL notices backends of a killed postmaster.
+    user. PostgreSQL then refuses to start. The rest of the file stays: it contains the key of the shared memory, by
+    which PostgreSQL detects backends of a killed postmaster.
     """
     lock = cluster / "postmaster.pid"
     try:

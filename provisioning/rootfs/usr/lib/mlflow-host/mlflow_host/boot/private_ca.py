@@ -26,7 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 DIRECTORY = Path("/srv/mlflow/certificates")
 CA_LIFETIME = datetime.timedelta(days=3650)
 # Apple and Chromium accept server certificates for at most 398 days (CA/Browser Forum baseline requirements 6.3.2,
-# before the reductions of 2026). 90 days, renewed 30 days before the end, is what Let's Encrypt uses.
+# before the reductions of 2026). Let's Encrypt uses 90 days, with a renewal 30 days before the end.
 SERVER_LIFETIME = datetime.timedelta(days=90)
 RENEW_BEFORE = datetime.timedelta(days=30)
 
@@ -69,7 +69,7 @@ def _authority(
         key = serialization.load_pem_private_key(key_path.read_bytes(), password=None)
         certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
         if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ValueError(f"{key_path} holds no elliptic-curve key; move {directory} aside to have a new authority")
+            raise ValueError(f"{key_path} holds no elliptic-curve key; move {directory} away to create a new authority")
         if certificate.not_valid_after_utc - now > SERVER_LIFETIME:
             return key, certificate
     key = ec.generate_private_key(ec.SECP256R1())

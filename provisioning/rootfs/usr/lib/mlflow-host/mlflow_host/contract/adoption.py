@@ -1,10 +1,10 @@
-"""Adoption: what `scripts/adopt.py` and the machine write for each other in the backups bucket.
+"""Adoption: the files by which `scripts/adopt.py` and the machine communicate in the backups bucket.
 
     adoptions/NAME/manifest.json      the source's migration and tables             written by adopt.py
     adoptions/NAME/rows/TABLE.gz      the rows of one table                         written by adopt.py
-    adoptions/NAME/request.json       what the machine has to do                    written by adopt.py
+    adoptions/NAME/request.json       the action for the machine                    written by adopt.py
     adoptions/NAME/status.json        which request, how far, why it failed         written by the machine
-    adoptions/NAME/prepared.json.gz   ids, names, places and what does not fit      written by the machine
+    adoptions/NAME/prepared.json.gz   IDs, names, locations, misfits      written by the machine
     adoptions/NAME/loaded.json        rows there, carried, missing, changed         written by the machine
     adoptions/NAME/report-….json      the verdict                                   written by adopt.py
 
@@ -29,11 +29,11 @@ ACTIONS = ("prepare", "load")
 ON_CLASH = ("refuse", "skip", "rename")
 
 ADOPTED_TAG = "mlflow-ami.adopted"
-"""Tag of an adopted experiment: "NAME:<experiment ID of the source>". It is how a second adoption finds it again."""
+"""Tag of an adopted experiment: "NAME:<experiment ID of the source>". A second adoption finds the experiment by it."""
 
 
 class AdoptionError(Exception):
-    """A file of an adoption cannot be used, or the adoption cannot go on; one sentence."""
+    """A file of an adoption cannot be used, or the adoption cannot continue; one sentence with the reason."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`head`: the source's migration. `removed`: by "table.column", number of values that had NUL characters or broken
-    UTF-8 taken out, which PostgreSQL cannot store."""
+    """`head`: the source's migration. `removed`: by "table.column", number of values from which NUL characters or
+    broken UTF-8 were removed, because PostgreSQL cannot store them."""
 
     head: str
     tables: Mapping[str, Table]
@@ -59,7 +59,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Request:
-    """`id` is new for each request. `dry_run`: nothing of the database in service changes. `prefix` goes before the
+    """`id` is new for each request. `dry_run`: the database in service does not change. `prefix` goes before the
     names of experiments and registered models. `leave_artifacts`: artifact locations stay as they are. `lossy`: carry
     rows with values that do not fit, shortened or left behind."""
 
@@ -95,7 +95,7 @@ def parse_manifest(text: bytes) -> Manifest:
         }
         manifest = Manifest(str(raw["head"]), tables, {str(k): int(v) for k, v in raw["removed"].items()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AdoptionError(f"the manifest of the adoption is not one ({error!r}): run adopt.py again") from None
+        raise AdoptionError(f"the manifest of the adoption is invalid ({error!r}): run adopt.py again") from None
     names = [*tables, *(column for table in tables.values() for column in table.columns)]
     if bad := [each for each in names if not TABLE.fullmatch(each)]:
         raise AdoptionError(f"the source has a table or column named {bad[0]!r}, which no release of MLflow has")
@@ -115,9 +115,9 @@ def parse_request(text: bytes) -> Request:
     try:
         request = Request(**raw)
     except TypeError as error:
-        raise AdoptionError(f"the request of the adoption is not one ({error}): run adopt.py again") from None
+        raise AdoptionError(f"the request of the adoption is invalid ({error}): run adopt.py again") from None
     if request.action not in ACTIONS or request.on_clash not in ON_CLASH:
-        raise AdoptionError(f"the request asks for {request.action!r} and {request.on_clash!r}, which this image lacks")
+        raise AdoptionError(f"the request has {request.action!r} and {request.on_clash!r}, which this image lacks")
     return request
 
 
@@ -136,7 +136,7 @@ _SPECIAL = re.compile(r"[\\\n\r\t]")
 
 
 def escape(value: str | None) -> str:
-    """One value for a line of a file of rows. NUL characters must have been taken out."""
+    """One value for a line of a file of rows. NUL characters must have been removed."""
     if value is None:
         return "\\N"
     return _SPECIAL.sub(lambda found: _ESCAPES[found[0]], value)

@@ -32,9 +32,9 @@ class Alarm:
     period_seconds: int
     periods: int
     says: str
-    """What is wrong and what to do, about `{title}`, the stack's name."""
+    """The fault and the remedy; `{title}` is the stack's name."""
     missing: str = "missing"
-    """What a period without data means. Only SERVER_DOWN takes it for a breach: the machine sends all metrics in one
+    """Meaning of a period without data. Only SERVER_DOWN counts it as a breach: the machine sends all metrics in one
     call, so without data that alarm is on, and one message is enough."""
 
 
@@ -54,7 +54,7 @@ ALARMS = (
     Alarm(
         *("backups-late", "BackupProblems", "Count", "Minimum", "GreaterThanOrEqualToThreshold", 1, 60, 1),
         "A backup of {title} is late: the archive of the write-ahead log, the base backup or the dump. The page "
-        "/mlflow-host/backups.json of the server says which and what to do.",
+        "/mlflow-host/backups.json of the server names it and the remedy.",
     ),
     Alarm(
         *("memory-full", "MemoryUsedPercent", "Percent", "Minimum", "GreaterThanOrEqualToThreshold", 95, 300, 2),

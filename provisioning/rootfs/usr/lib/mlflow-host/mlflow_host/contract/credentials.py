@@ -51,7 +51,7 @@ def parse(text: str) -> Credentials:
         raise CredentialsError(["it is not JSON"]) from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise CredentialsError([f"it must be a JSON object with format {FORMAT}"])
-    problems = [f'"{_shown(name)}" is not a key of it' for name in raw.keys() - {"format", "kek_passphrase", "users"}]
+    problems = [f'"{_shown(name)}" is not a known key' for name in raw.keys() - {"format", "kek_passphrase", "users"}]
     passphrase = raw.get("kek_passphrase")
     if not isinstance(passphrase, str) or len(passphrase) < 16 or not passphrase.isprintable():
         problems.append("kek_passphrase must be a string of at least 16 printable characters")

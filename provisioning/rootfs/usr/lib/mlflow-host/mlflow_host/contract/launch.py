@@ -165,7 +165,7 @@ class Mlflow:
 
 @dataclass(frozen=True)
 class Database:
-    """Read by no code. It stays, because older stacks may send it and an unknown table is an error."""
+    """No code reads it. It stays, because older stacks may send it and an unknown table is an error."""
 
     location: str = key(one_of("local"), "local")
 

@@ -14,7 +14,7 @@ DIGEST = ".sha256"
 BASE_BACKUPS = "pgbackrest/backup/"
 """Prefix in the backups bucket. It has a folder per stanza, which has a folder per base backup, named by its label."""
 LISTED = 3
-"""Most names of a kind in a sentence."""
+"""Maximum number of names of a kind in a sentence."""
 
 _LABEL = re.compile(r"\d{8}-\d{6}F(_\d{8}-\d{6}[DI])?")
 _OURS = re.compile(rf"{DUMPS}\d{{8}}T\d{{6}}Z-[a-z-]{{1,20}}-\w{{1,64}}\.dump", re.ASCII)
@@ -81,13 +81,13 @@ def missing(value: str, dumps: Sequence[str], labels: Sequence[str], now: dateti
     """
     asked, there = parse(value), inventory(dumps, labels)
     if asked.dump and asked.dump not in dumps:
-        return f"there is no dump {asked.dump} in the backups bucket; there is {there}"
+        return f"there is no dump {asked.dump} in the backups bucket; available: {there}"
     if asked.label and asked.label not in labels:
-        return f"there is no base backup {asked.label} in the backups bucket; there is {there}"
+        return f"there is no base backup {asked.label} in the backups bucket; available: {there}"
     if asked.time and asked.time > now:
         return f"{value} is in the future"
     if asked.time and not (labels and made(labels[0]) <= asked.time):
-        return f"no base backup was made before {value}; there is {there}"
+        return f"no base backup was made before {value}; available: {there}"
     if asked == RestoreRequest() and not dumps and not labels:
         return "the backups bucket holds no backup"
     return None

@@ -21,8 +21,8 @@ ENGINES_PER_PROCESS = 2
 """SQLAlchemy connection pools in one MLflow process: one of the tracking store, one of the model registry."""
 
 MOST_THREADS = 12
-"""Most request threads of one process. They share one interpreter lock: with 8 clients, 16 threads handled 5 to 10 %
-fewer requests than 8. Threads beyond 8 are for requests that wait for S3."""
+"""Maximum number of request threads of one process. They share one interpreter lock: with 8 clients, 16 threads handled
+5 to 10 % fewer requests than 8. Threads beyond 8 are for requests that wait for S3."""
 
 SPARE_PER_POOL = 4
 """Connections of a pool beyond those of the request threads, for MLflow's background threads."""

@@ -120,7 +120,7 @@ def collect(settings: CollectSettings, *, delete: bool) -> RemovalReport:
 
 
 def dump_database(settings: CollectSettings, now: datetime) -> str | None:
-    """Dump the database; the dump's s3:// address, None without a bucket. Raises DumpError."""
+    """Dump the database; returns the dump's s3:// address, None without a bucket. Raises DumpError."""
     if settings.dump is None:
         return None
     cluster = settings.cluster

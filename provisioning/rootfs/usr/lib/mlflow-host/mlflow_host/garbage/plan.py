@@ -47,7 +47,7 @@ class OwnBuckets:
     buckets: frozenset[str]
 
     def path(self, location: str) -> str | None:
-        """The path of a location below the artifacts destination; None for a location outside the own buckets."""
+        """The path of a location below the artifacts destination; None for a location outside this server's buckets."""
         uri = urlsplit(location)
         path = unquote(uri.path).strip("/")
         ours = (uri.scheme == SERVED and not uri.netloc) or (uri.scheme == "s3" and uri.netloc in self.buckets)
@@ -56,7 +56,7 @@ class OwnBuckets:
 
 @dataclass(frozen=True)
 class Criteria:
-    """What decides whether a deleted item can be removed."""
+    """The criteria by which a deleted item can be removed."""
 
     references: References
     buckets: OwnBuckets

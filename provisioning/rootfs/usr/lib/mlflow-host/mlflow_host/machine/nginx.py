@@ -22,7 +22,7 @@ CHALLENGES = Path("/run/mlflow-host/challenges")
 TEMPLATES = Path("/usr/share/mlflow-host/templates")
 
 MARKERS, MARKER_BYTES = 10_000, 64 << 10
-"""The most files of a kind that `prune_markers` keeps, and the bytes of one."""
+"""Maximum number of files of a kind that `prune_markers` keeps, and maximum size of one in bytes."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def put_users(credentials: Credentials, *, run: Path = RUN) -> bool:
 def prune_markers(run: Path = RUN) -> None:
     """Keep the newest `MARKERS` files of logins and of failed logins; truncate the long ones.
 
-    Each file has one line per event, in memory. A forgotten login is checked again.
+    Each file has one line per event, in memory. A login without a file is checked again.
     """
     for name in ("logins", "suspects"):
         found = sorted(
@@ -145,7 +145,7 @@ def put_login_page(config: HostConfig, *, templates: Path = TEMPLATES, run: Path
     parameter, region = config.launch.credentials.parameter, config.launch.stack.region
     page = render("login.html.j2", templates, parameter=parameter, region=region)
     message = (
-        "This server asks for a user name and a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. "
+        "This server requires a user name and a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. "
         f"The passwords are in the parameter {parameter} of AWS Systems Manager in {region}; scripts/connect.py reads "
         "them, and scripts/users.py adds users."
     )
@@ -168,7 +168,7 @@ def reload() -> None:
 
 
 def write_private(path: Path, content: str, *, mode: int, group: int = -1) -> None:
-    """Replace a file atomically; it is never more readable than `mode`."""
+    """Replace a file atomically; its permissions never exceed `mode`."""
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

@@ -144,7 +144,7 @@ def read(run: Path = RUN) -> dict[str, Any]:
             "message": "MLflow was started but does not respond: it is restarting",
             "steps": steps,
         }
-    # Steps run in parallel: the message is that of the last one. Between two steps it is that of the next.
+    # Steps run in parallel: the message is that of the last one. Between two steps, the message is that of the next.
     running = next((s for s in reversed(steps) if s["state"] == "running"), None)
     if running:
         doing = running["message"] or STEPS.get(running["step"], running["step"])
@@ -173,7 +173,7 @@ def publish(run: Path = RUN, page: Path = PAGE) -> None:
         with suppress(OSError, ValueError):
             status["fallbacks"] = [entry["what"] for entry in json.loads(IMAGE.read_text()).get("fallbacks", [])]
         _write_pages(web / "status", status, page)
-        # nginx tells programs to ask again while a boot goes on, and not after it has failed.
+        # nginx lets clients retry during a boot, but not after it has failed.
         if status["state"] == "failed":
             (web / "failed").touch()
         else:
@@ -209,7 +209,7 @@ def render(status: dict[str, Any], page: str) -> str:
     problem = status.get("room", {}).get("problem")
     housekeeping = [problem] if problem else []
     housekeeping += [*last_backups(status.get("backups", {})), *last_removal(status.get("removal", {}))]
-    housekeeping += [f"This release of MLflow does without {what}" for what in status.get("fallbacks", [])]
+    housekeeping += [f"This release of MLflow does not support {what}" for what in status.get("fallbacks", [])]
     return Template(page).substitute(
         state=html.escape(status["state"]),
         heading=headings[status["state"]],

@@ -72,7 +72,7 @@ def dump_key(now: datetime, occasion: str, head: str | None) -> str:
 def dump(cluster: Cluster, database: str, bucket: Bucket, key: str, metadata: dict[str, str]) -> str:
     """Stream a dump of `database` into the bucket and return its s3:// address. Raises DumpError.
 
-    Its digest is written beside it. MLflow's own role reaches neither object."""
+    Its digest is written beside it. MLflow's own role can access neither object."""
     from boto3.s3.transfer import TransferConfig
 
     address = f"s3://{bucket.name}/{key}"
@@ -99,7 +99,7 @@ def dump(cluster: Cluster, database: str, bucket: Bucket, key: str, metadata: di
 def fetch(bucket: Bucket, key: str, file: IO[bytes], *, recorded: bool = True) -> dict[str, str]:
     """Download a dump to `file`, in parts that are retried when a connection breaks. Returns the dump's metadata.
 
-    Raises DumpError when the content does not have the digest that was recorded; `recorded`: there is one."""
+    Raises DumpError when the content does not have the recorded digest. `recorded`: whether a digest was recorded."""
     from_bucket = s3_client(bucket)
     from_bucket.download_fileobj(bucket.name, key, file)
     if recorded:
@@ -126,8 +126,8 @@ def digest_of(file: IO[bytes]) -> str:
 def load(cluster: Cluster, database: str, dump: IO[bytes]) -> None:
     """Restore a dump into an empty database; its objects belong to MLflow's role. Raises DumpError.
 
-    A dump is a program. It runs as MLflow's role, not as a superuser who has set that role: a statement of the dump
-    could reset it, and then run any program."""
+    A dump consists of statements that run. They run as MLflow's role, not as a superuser who has set that role: a
+    statement of the dump could reset the role, and then run any program."""
     options = ["--no-owner", "--no-privileges", "--single-transaction", f"--dbname={database}"]
     as_owner = replace(cluster, user=cluster.owner)
     with tempfile.TemporaryFile() as stderr:

@@ -1,4 +1,4 @@
-"""The flip: rename the database in service aside and its successor into its place, in one transaction.
+"""The flip: rename the database in service, and give its name to its successor, in one transaction.
 
 PostgreSQL renames databases transactionally, so at any moment either the old or the new database is in service. The
 replaced one stays as a kept database until `drop_kept_for_space` drops it. Databases under construction have
@@ -22,7 +22,7 @@ from mlflow_host.postgres.ownership import OwnershipRecord
 NEWEST_KEPT = 3
 MINIMUM_AGE = timedelta(days=30)
 FREE_SHARE = 0.15
-"""The volume has room while this share of it is free."""
+"""The volume has enough space while this share of it is free."""
 
 RENAME_ATTEMPTS = 20
 
@@ -49,7 +49,8 @@ def kept_databases(cluster: Cluster) -> list[tuple[datetime, str]]:
 def flip(
     cluster: Cluster, work: str, record: OwnershipRecord, replaced: str, replaced_record: OwnershipRecord | None
 ) -> None:
-    """Rename the database in service to `replaced` and `work` into its place. Either both or neither happens."""
+    """Rename the database in service to `replaced`, and `work` to the name of the database in service. Either both or
+    neither happens."""
     live = cluster.database
     for attempt in range(RENAME_ATTEMPTS):
         disconnect(cluster, work)
@@ -95,7 +96,7 @@ def drop_kept(cluster: Cluster, database: str) -> None:
 
 def droppable(found: list[tuple[datetime, str]], waiting: set[str], now: datetime, *, has_room: bool) -> list[str]:
     """Kept databases that may be dropped, oldest first. Never the three newest, never one in `waiting` (its data is
-    still to be merged back), and none younger than 30 days while the volume has room."""
+    still to be merged back), and none younger than 30 days while the volume has enough space."""
     older = found[:-NEWEST_KEPT] if len(found) > NEWEST_KEPT else []
     return [name for at, name in older if name not in waiting and (not has_room or now - at >= MINIMUM_AGE)]
 

@@ -19,7 +19,7 @@ def binaries(major: int) -> Path:
 
 
 def create_cluster(cluster: Path, programs: Path) -> None:
-    """Create an empty cluster. It is complete before it gets its name, so a crash leaves no partial cluster."""
+    """Create an empty cluster. It gets its name when it is complete, so a crash leaves no partial cluster."""
     unfinished = cluster.with_name(f".{cluster.name}.new")
     shutil.rmtree(unfinished, ignore_errors=True)
     run_initdb(unfinished, programs)

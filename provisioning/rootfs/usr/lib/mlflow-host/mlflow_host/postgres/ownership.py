@@ -28,7 +28,7 @@ class PendingMerge:
     head: str
     count: int
     carried_to: str
-    """Migration head of the schema that its content was last carried to."""
+    """Migration head of the schema to which its content was last carried."""
     mlflow_version: str = ""
     image_version: str = ""
     at: str = ""

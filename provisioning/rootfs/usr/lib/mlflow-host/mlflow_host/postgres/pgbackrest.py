@@ -1,7 +1,7 @@
-"""Configure pgBackRest, call it, and name the stanza that a cluster's backups go to.
+"""Configure pgBackRest, call it, and name the stanza of a cluster's backups.
 
 A stanza holds the base backups and the write-ahead log of one cluster. A new cluster gets a new stanza, and so does a
-restored one: its log must not mix with the log written after the moment it was restored to.
+restored one: its log must not mix with the log that the original cluster wrote after that moment.
 """
 
 from __future__ import annotations

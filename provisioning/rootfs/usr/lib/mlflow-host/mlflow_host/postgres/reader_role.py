@@ -33,7 +33,7 @@ FOLDER = RUN / "postgresql"
 """Readable by the OS user postgres and root only."""
 ITERATIONS = 4096
 CONNECTIONS = 5
-"""Most concurrent connections of the role, so that MLflow's connections stay available."""
+"""Maximum number of concurrent connections of the role, so that MLflow's connections stay available."""
 TLS = "ssl = on\nssl_cert_file = '{folder}/server.crt'\nssl_key_file = '{folder}/server.key'\n"
 
 

@@ -69,7 +69,7 @@ def change(settings: ChangeSettings, state: SchemaState, action: str, say: Say) 
     recorded = state.record.waiting if state.record else ()
     waiting = existing(recorded, set(databases(cluster)))
     for missing in {entry.database for entry in recorded} - {entry.database for entry in waiting}:
-        say(f"the kept database {missing} is gone: what only it held does not come back")
+        say(f"the kept database {missing} no longer exists: data that only it held is lost")
     require_space(settings, state, waiting if action == "upgrade" else (), now)
     with (
         release(cluster, settings.image) as mlflow,
@@ -306,10 +306,10 @@ def dump_address(dumps: list[Future[str | None]]) -> str | None:
 
 
 def existing(waiting: tuple[PendingMerge, ...], there: set[str]) -> tuple[PendingMerge, ...]:
-    """The pending merges whose kept database is among the databases `there`.
+    """The pending merges whose kept database still exists; `there` has the names of the existing databases.
 
-    A newer one that was carried to the schema of a missing one counts as carried to where that one was. Otherwise an
-    upgrade would take everything that the missing release could hold, and the older one could not, for deleted."""
+    If a newer database was carried to the schema of a missing one, its `carried_to` becomes that of the missing one.
+    Otherwise an upgrade would treat data that only the missing release could hold as deleted."""
     found: list[PendingMerge] = []
     for entry in waiting:  # newest head first
         if entry.database in there:
@@ -338,7 +338,7 @@ def require_space(
         raise StepFailed(
             f"the data volume has {made[0] / GIB:.1f} GiB free, a copy of the database needs {needed / GIB:.1f} GiB: "
             "make the volume larger (the setting dataVolumeGib)"
-            + (f", or drop a kept database: {', '.join(idle)} hold nothing that waits for an upgrade" if idle else "")
+            + (f", or drop a kept database: {', '.join(idle)} hold no data for a later upgrade" if idle else "")
         )
 
 

@@ -86,7 +86,7 @@ def base_type(type_: str) -> str:
 
 
 def max_length(type_: str) -> int | None:
-    """Most characters of a text type; None without a limit."""
+    """Maximum number of characters of a text type; None without a limit."""
     found = re.search(r"\((\d+)\)", type_)
     return int(found[1]) if found else 1 if type_ == "character" else None
 

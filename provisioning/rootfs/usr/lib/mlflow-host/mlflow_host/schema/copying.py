@@ -294,7 +294,8 @@ def _delete_violations(writer: Any, constraint: Constraint) -> int:
 
 
 def _add_foreign_keys(writer: Any, wanted: Catalog) -> list[LeftBehind]:
-    """Add foreign keys, parents first, so that deleting a parent is noticed when its children's keys are added."""
+    """Add foreign keys, parents first, so that the deletion of a parent is detected when its children's keys are
+    added."""
     definitions = {(c.table, c.name): c for c in wanted.constraints if c.kind == "f"}
     removed: list[LeftBehind] = []
     unchecked = parents_first(wanted)

@@ -6,9 +6,9 @@ It is a three-way merge of three databases at one schema:
     base    the part of it that was carried to the older release, migrated forward again
     work    the older release's database with its later changes, migrated forward
 
-Where kept and base are equal, the older release held everything, so `work` stays as it is, deletions included. Where
-they differ, some data did not fit: a row missing in base is inserted if its parents still exist, and a value that
-differs is restored unless it was changed since. No release, table or column is named in the code.
+If kept and base are equal, the older release held everything, so `work` stays as it is, deletions included. If they
+differ, some data did not fit: a row missing in base is inserted if its parents still exist, and a value that differs is
+restored unless it was changed since. No release, table or column is named in the code.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def merge(cluster: Cluster, kept: str, base: str, work: str) -> tuple[MergedTabl
 
 
 def merge_rows(from_kept: Any, from_base: Any, writer: Any) -> tuple[MergedTable, ...]:
-    """`merge` in open transactions; the caller commits. `compare_rows` can then count what is in place."""
+    """`merge` in open transactions; the caller commits. `compare_rows` can then count the rows that are in place."""
     catalog, source = read_catalog(writer), read_catalog(from_kept)
     run(writer, "SET LOCAL session_replication_role = replica")
     differing = []
@@ -85,8 +85,8 @@ def merge_rows(from_kept: Any, from_base: Any, writer: Any) -> tuple[MergedTable
 
 
 def compare_rows(from_kept: Any, writer: Any) -> dict[str, tuple[int, int, int]]:
-    """(rows of `kept` that differed from `base`, how many of them are missing in `work`, how many are other there) by
-    table. Call it after `merge_rows`, in the same transaction."""
+    """By table: (number of rows of `kept` that differ from `base`, of those missing in `work`, of those that differ in
+    `work`). Call it after `merge_rows`, in the same transaction."""
     found = {}
     for table in _tables(read_catalog(from_kept), read_catalog(writer)):
         kept = _temporary(table, "kept")

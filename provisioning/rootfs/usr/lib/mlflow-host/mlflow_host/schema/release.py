@@ -49,7 +49,7 @@ def of_this_image() -> ImageSchema:
 
 
 class Release:
-    """A process that has MLflow imported; owns that process."""
+    """Owns a process that has imported MLflow."""
 
     def __init__(self, cluster: Cluster, process: subprocess.Popen[str]):
         self._cluster, self._process = cluster, process

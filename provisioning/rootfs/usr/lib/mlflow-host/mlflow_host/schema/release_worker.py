@@ -42,8 +42,8 @@ def upgrade(uri: str, revision: str) -> None:
 
 
 def query_stores(uri: str, artifact_root: str) -> dict[str, int]:
-    """Open the stores that the server opens and run queries; number of results by kind. MLflow creates the default
-    experiment of an empty database here, with its location below `artifact_root`."""
+    """Open the stores that the server opens and run queries; returns the number of results by kind. MLflow creates the
+    default experiment of an empty database here, with its location below `artifact_root`."""
     everything: Any = import_module("mlflow.entities").ViewType.ALL
     tracking: Any = import_module("mlflow.store.tracking.sqlalchemy_store").SqlAlchemyStore(uri, artifact_root)
     registry: Any = import_module("mlflow.store.model_registry.sqlalchemy_store").SqlAlchemyStore(uri)

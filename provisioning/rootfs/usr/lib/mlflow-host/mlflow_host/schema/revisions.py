@@ -28,8 +28,8 @@ def known_revisions(python: Path) -> tuple[str, ...]:
 
 
 def chain(sources: Iterable[str]) -> tuple[str, ...]:
-    """Each migration after those that it follows. Branches that a later migration merges are in the order of their
-    names. Raises ValueError unless there is one first migration and one head."""
+    """The migrations sorted, each after its predecessors. Branches that a later migration merges are in the order of
+    their names. Raises ValueError unless there is one first migration and one head."""
     follows: dict[str, set[str]] = {}
     for source in sources:
         revision, down = _REVISION.search(source), _DOWN.search(source)
@@ -40,8 +40,8 @@ def chain(sources: Iterable[str]) -> tuple[str, ...]:
     unknown = set().union(*follows.values()) - follows.keys()
     if len(first) != 1 or len(heads) != 1 or unknown:
         raise ValueError(
-            f"the migrations do not lead from one first to one head: they start at {sorted(first) or 'none'}, end at "
-            f"{sorted(heads) or 'none'} and follow unknown ones ({sorted(unknown) or 'none'})"
+            f"the migrations need one first and one head: first {sorted(first) or 'none'}, "
+            f"heads {sorted(heads) or 'none'}, unknown predecessors {sorted(unknown) or 'none'}"
         )
     sorter = TopologicalSorter({revision: sorted(follows[revision]) for revision in sorted(follows)})
     return tuple(sorter.static_order())

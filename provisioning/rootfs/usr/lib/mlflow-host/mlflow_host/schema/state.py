@@ -105,8 +105,8 @@ def drop_leftovers(settings: ChangeSettings, say: Say) -> None:
 
 
 def update_ownership(settings: ChangeSettings, state: SchemaState) -> None:
-    """Point the ownership record at this image, and clear read-only mode, which a kept database that was renamed into
-    service by hand still has. Writes nothing if both are as needed."""
+    """Write this image into the ownership record, and clear read-only mode, which a kept database still has if it was
+    renamed by hand. Writes nothing if both are as needed."""
     live, wanted = settings.cluster.database, ownership_record(settings, state.record.waiting if state.record else ())
     kept_aside = (
         "SELECT 1 FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase WHERE d.datname = %s "

@@ -1,8 +1,8 @@
 """Limit the artifact locations that this process opens to the stack's own two buckets.
 
 A user can write any location into MLflow's tables: as an experiment's `artifact_location`, a model version's `source`
-or a trace's tag. MLflow opens whatever a row names, with the server's credentials, so a writer could read the backups
-bucket or write files onto the machine. Two checks stop that:
+or a trace's tag. MLflow opens any location that a row names, with the server's credentials, so a writer could read the
+backups bucket or write files onto the machine. Two checks stop that:
 
 - `close` replaces every repository class in MLflow's registry of schemes, by which MLflow opens all locations. It
   covers existing rows and every route.
@@ -97,5 +97,6 @@ def refuse_at_creation(flask_application: Any, fence: Fence) -> None:
 
 
 def is_a_placeholder(location: str) -> bool:
-    """Whether it is a word instead of a location: MLflow stores such words for prompts, which have no artifacts."""
+    """Whether the text is a word instead of a location: MLflow stores such words for prompts, which have no
+    artifacts."""
     return location.replace("-", "").isalnum()

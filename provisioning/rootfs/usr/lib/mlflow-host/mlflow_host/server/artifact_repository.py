@@ -5,9 +5,9 @@ MLflow finds these classes through `mlflow_host.server.plugins`, for destination
     mlflow-host://<artifacts bucket>/<models bucket>[/prefix]            clients get presigned URLs
     mlflow-host-proxied://<artifacts bucket>/<models bucket>[/prefix]    all bytes pass through the server
 
-An object has the key that MLflow's own repository would give it; the key determines the bucket (`is_of_model`). If the
-object is not there, it is read from the other bucket, so artifacts that were written before this plug-in, or moved by
-hand, stay readable. Deleting deletes from both.
+An object has the key that MLflow's own repository would give it; the key determines the bucket (`is_of_model`). If that
+bucket does not have the object, it is read from the other one, so artifacts that were written before this plug-in, or
+moved by hand, stay readable. Deleting deletes from both.
 
 No object is stored with a Content-Encoding, and presigned URLs request "identity" (`client`). MLflow's own repository
 up to 3.17 stores "gzip" for every name that ends in .gz, and HTTP clients then decompress the file.
@@ -51,7 +51,7 @@ Repository = Any  # a OneBucketRepository, whose base has no type annotations
 
 
 def mixin(name: str) -> Any:
-    """A class of MLflow, or an empty one of that name where the installed release does not have it."""
+    """A class of MLflow, or an empty class of that name if the installed release does not have it."""
     return getattr(mlflow_repositories, name, None) or type(name, (), {})
 
 
@@ -337,7 +337,7 @@ def location(repository: Repository, path: str) -> tuple[str, str]:
 
 
 def owner() -> dict[str, str]:
-    """Set ExpectedBucketOwner for S3 if MLflow is configured to."""
+    """Set ExpectedBucketOwner for S3 if MLflow's configuration has it."""
     account = os.environ.get("MLFLOW_S3_EXPECTED_BUCKET_OWNER")
     return {"ExpectedBucketOwner": account} if account else {}
 

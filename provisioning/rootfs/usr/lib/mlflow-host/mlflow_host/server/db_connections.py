@@ -41,8 +41,8 @@ class Engines(CreateEnginePlugin):
 
 
 def check_out(connection: Any, record: Any, _: object) -> None:
-    """Detect a closed connection: the only message on an idle one is its end. Raises InvalidatePoolError, upon which
-    the pool opens new connections."""
+    """Detect a closed connection: an idle connection is readable only when it was closed. Raises InvalidatePoolError,
+    upon which the pool opens new connections."""
     waiting = select.poll()
     waiting.register(connection.fileno(), select.POLLIN)
     if waiting.poll(0):

@@ -14,7 +14,7 @@ from mlflow_host.machine.config import DATA, POSTGRESQL_SOCKETS, HostConfig, bra
 from mlflow_host.server import job_runner
 
 STATEMENT_TIMEOUT = "options=-c%20statement_timeout%3D60s"
-"""The longest that a statement of the server may take. The steps and the restore, which connect as the superuser or for
+"""Maximum duration of a statement of the server. The steps and the restore, which connect as the superuser or for
 a whole dump, have no such limit (`postgres.cluster`)."""
 
 
@@ -40,7 +40,7 @@ def environment(config: HostConfig, kek_passphrase: str) -> dict[str, str]:
     return {
         "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2:///mlflow?host={POSTGRESQL_SOCKETS}&{STATEMENT_TIMEOUT}",
         **artifact_environment(launch),
-        # Credentials come from a file that root renews; the metadata service is out of reach of these processes.
+        # Credentials come from a file that root renews; these processes cannot reach the metadata service.
         "AWS_CONFIG_FILE": "/usr/share/mlflow-host/aws-config",
         "AWS_EC2_METADATA_DISABLED": "true",
         "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(
@@ -58,8 +58,8 @@ def environment(config: HostConfig, kek_passphrase: str) -> dict[str, str]:
         "MLFLOW_SERVER_JOB_EXECUTION_ENGINE": "executor",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
-        # No request waits for the internet: prices and models come from the catalogue inside MLflow, and from litellm's
-        # own copy if that is installed.
+        # No request needs the internet: prices and models come from the catalogue inside MLflow, and from litellm's own
+        # copy if that is installed.
         "MLFLOW_MODEL_CATALOG_URI": "",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         # Long enough for a whole download: clients fetch many ranges of a large file with one URL.
@@ -90,7 +90,8 @@ def artifact_environment(launch: LaunchDocument) -> dict[str, str]:
 
 
 def direct_transfers(transfer: str) -> dict[str, str]:
-    """The variables by which MLflow since 3.18 offers presigned URLs to clients; older releases ask the repository."""
+    """The variables by which MLflow since 3.18 offers presigned URLs to clients; older releases query the
+    repository."""
     names = ("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD")
     return dict.fromkeys(names, "true") if transfer == "direct" else {}
 

@@ -1,7 +1,7 @@
 """The health check of this process for nginx: a database query outside the request threads.
 
-Long requests may occupy all request threads. A busy process still responds here at once; a process that hangs, or whose
-PostgreSQL does not respond, does not.
+Long requests may occupy all request threads. A busy process still responds here at once; a process that hangs does not,
+nor does one whose PostgreSQL does not respond.
 """
 
 from __future__ import annotations

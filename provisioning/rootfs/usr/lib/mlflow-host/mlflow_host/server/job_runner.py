@@ -23,7 +23,7 @@ def asked_for() -> bool:
 
 
 def queues(folder: Path) -> dict[str, str]:
-    """Create the folder of the queues; the variable that names it, for all server processes and the runner."""
+    """Create the folder of the queues; returns the variable that names it, for all server processes and the runner."""
     path = folder / "jobs"
     path.mkdir(mode=0o700, exist_ok=True)
     return {QUEUES_VARIABLE: str(path)}
@@ -47,7 +47,7 @@ def launcher() -> Any:
     import mlflow.server.jobs.utils as utils
 
     known: Any = utils
-    # Before 3.17 there was no choice of engines, and the other function started the only one.
+    # Releases before 3.17 have only one engine, which the other function starts.
     has_engines = hasattr(variables, "MLFLOW_SERVER_JOB_EXECUTION_ENGINE")
     return known._launch_job_execution_runner if has_engines else known._launch_job_runner
 

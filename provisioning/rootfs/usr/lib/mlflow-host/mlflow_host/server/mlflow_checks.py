@@ -15,8 +15,8 @@ class Refusal(Exception):
 
 
 WITHOUT = "mlflow-server: without "
-"""Start of the line that reports a feature which the installed MLflow cannot be given, and in parentheses why; the bake
-reads it."""
+"""Start of the line that reports a feature which the installed MLflow does not support, with the reason in parentheses;
+the bake reads it."""
 
 
 def report_without(what: str, why: object) -> None:
@@ -24,7 +24,7 @@ def report_without(what: str, why: object) -> None:
 
 
 def optional(what: str, make: Callable[[], Layer], instead: Layer) -> Layer:
-    """`make()`; `instead`, with a report, where the installed MLflow lacks what it uses."""
+    """`make()`; `instead`, with a report, if the installed MLflow lacks a name that `make` uses."""
     try:
         return make()
     except (ImportError, AttributeError, TypeError) as error:

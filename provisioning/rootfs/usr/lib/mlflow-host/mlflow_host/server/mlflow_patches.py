@@ -1,4 +1,4 @@
-"""All replacements of names in MLflow and protobuf that a server process makes: target, reason, and the test of each.
+"""All patches of MLflow and protobuf in a server process, each with target, reason and test.
 
 Listeners and hooks through public interfaces are in other modules: SQLAlchemy's events (`db_connections`,
 `mlflow_checks`), Flask's before_request (`refusals`, `request_limits`, `artifact_fence`), and MLflow's registry of
@@ -52,7 +52,7 @@ BEFORE_IMPORT = (
     ),
     Patch(
         "mlflow.tracing.utils.otlp:decompress_otlp_body",
-        "bounds what a compressed body may hold: 64 MiB of gzip may hold 64 GiB",
+        "limits the decompressed size of a body: 64 MiB of gzip may contain 64 GiB",
         "unit/test_request_limits.py::test_decompression_within_the_bound_is_mlflows",
         lambda _: request_limits.decompressed,
         optional=True,
@@ -71,7 +71,7 @@ AFTER_IMPORT = (
     Patch(
         "mlflow.utils.search_utils:SearchUtils.parse_start_offset_from_page_token",
         "returns 400, not 500, for malformed page tokens",
-        "compare/test_same_answers.py::test_page_tokens_of_odd_json_are_refused",
+        "compare/test_same_answers.py::test_page_tokens_of_malformed_json_are_refused",
         refusals.strict_page_token,
         optional=True,
     ),
@@ -86,7 +86,7 @@ AFTER_IMPORT = (
 
 
 def apply(patches: Iterable[Patch]) -> None:
-    """Raises Refusal when a release has no target of one that is not optional."""
+    """Raises Refusal if the release lacks the target of a patch that is not optional."""
     for patch in patches:
         try:
             owner, name = located(patch.target)

@@ -1,8 +1,9 @@
-"""Tell MLflow's pages, but not its clients, that files pass through the server.
+"""ASGI middleware that removes the offer of direct transfers from the server-info of MLflow's pages, not of its
+clients.
 
 Pages of MLflow 3.18 and newer fetch an artifact from S3 by a presigned URL if server-info offers direct downloads. The
-stack's buckets have no CORS rules, so a browser blocks each such response, and the page asks the server after that.
-Pages ask for /ajax-api/…/server-info, clients for /api/…/server-info.
+stack's buckets have no CORS rules, so a browser blocks each such response, and the page then requests the file from the
+server. Pages request /ajax-api/…/server-info, clients /api/…/server-info.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def without_offers(application: Application) -> Application:
 
 
 def edited(messages: list[Message]) -> list[Message]:
-    """The messages of a response. If its JSON has offers, they are two new messages with the same status and headers
-    and the edited JSON."""
+    """The messages of a response. A response whose JSON offers direct transfers becomes two messages with the same
+    status and headers and the edited JSON."""
     body = b"".join(each.get("body", b"") for each in messages)
     try:
         info = json.loads(body)

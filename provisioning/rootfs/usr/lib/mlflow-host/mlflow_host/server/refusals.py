@@ -69,7 +69,7 @@ def too_dear(error: BaseException) -> str | None:
 
 
 def refuse_text(context: ExceptionContext) -> None:
-    """SQLAlchemy's error hook. Raises MlflowException if psycopg2 could not encode a text, which is no error of
+    """SQLAlchemy's error hook. Raises MlflowException if psycopg2 could not encode a text, which is not an error of
     PostgreSQL, and if the statement exceeded a limit: MLflow would return 503, and clients would retry."""
     error = context.original_exception
     if sentence := too_dear(error):

@@ -1,5 +1,5 @@
-"""Bounds on what one request may cost: bytes of its body, also decompressed, conditions of a search, nesting of its
-JSON, and on how many requests of one user a process answers at once.
+"""Limits of requests: bytes of the body, also decompressed, conditions of a search, nesting of JSON, and concurrent
+requests of one user per process.
 
 60 MiB of JSON took 1.8 GB to parse, and a search with 200 conditions 1.5 GB in PostgreSQL's planner. Every
 reader could send both. The limits are far above the requests of MLflow's client and pages.
@@ -25,11 +25,11 @@ BODY_BYTES = (
     (re.compile(r"/v1/traces$"), 64 * MEBIBYTE),
     (re.compile(r""), 16 * MEBIBYTE),
 )
-"""The most bytes of a request's body, by the end of its path; the first match counts. None: files, which are bounded by
-the room on the volume. MLflow takes a batch of at most 1 MB."""
+"""Maximum size of a request's body in bytes, by the end of its path; the first match counts. None: files, which are
+limited by the space on the volume. MLflow accepts a batch of at most 1 MB."""
 
 CONDITIONS, ORDERS = 50, 20
-"""Most comparisons in a search's filter, and columns to order by. Each adds a join."""
+"""Maximum number of comparisons in a search's filter, and of columns to order by. Each adds a join."""
 
 FILTERS = ("filter", "filter_string")
 
@@ -38,7 +38,8 @@ PRESIGNED_SECONDS = 3600
 """Longest validity of a presigned URL: enough for a large file."""
 
 DECOMPRESSED_BYTES = 64 * MEBIBYTE
-"""The most bytes of traces that a compressed body may hold; those of an uncompressed one (`BODY_BYTES`)."""
+"""Maximum decompressed size of a body with traces, in bytes; equal to the limit of an uncompressed one
+(`BODY_BYTES`)."""
 
 USER = b"x-mlflow-host-user"
 """The header with the logged-in user, set by nginx, which removes a client's own."""
@@ -46,7 +47,7 @@ USER = b"x-mlflow-host-user"
 PRESIGNED = re.compile(r"/presigned-(up|down)load-url$")
 
 UNSHARED = re.compile(r"artifact|^/gateway/|/mlflow/(assistant/|gateway-proxy)")
-"""Requests that wait for S3 or a model for long; they have threads of their own."""
+"""Requests that may wait long for S3 or a model; they have threads of their own."""
 
 
 def refusal(path: str, length: int) -> dict[str, str] | None:
@@ -56,7 +57,7 @@ def refusal(path: str, length: int) -> dict[str, str] | None:
         return None
     return {
         "error_code": "INVALID_PARAMETER_VALUE",
-        "message": f"the request has {length:,} bytes; {path} takes at most {limit:,}: send it in parts",
+        "message": f"the request has {length:,} bytes; {path} accepts at most {limit:,}: send it in parts",
     }
 
 
@@ -78,8 +79,8 @@ def limited(application: Application) -> Application:
 
 
 def shared(application: Application, at_once: int) -> Application:
-    """`application`, with at most `at_once` concurrent requests per user; further ones of that user wait. This is fewer
-    than there are threads, so that one is left for other users."""
+    """`application`, with at most `at_once` concurrent requests per user; further ones of that user wait. The limit is
+    lower than the number of threads, so that a thread is free for other users."""
     turns: dict[bytes, tuple[asyncio.Semaphore, list[object]]] = {}
 
     async def in_turn(scope: Scope, receive: Receive, send: Send) -> None:
@@ -125,9 +126,7 @@ def inflated(raw: bytes, window: int) -> bytes:
         stream = zlib.decompressobj(window)
         found += stream.decompress(raw, DECOMPRESSED_BYTES + 1 - len(found))
         if len(found) > DECOMPRESSED_BYTES:
-            raise HTTPException(
-                413, f"the body has more than {DECOMPRESSED_BYTES:,} bytes decompressed, the most that is taken"
-            )
+            raise HTTPException(413, f"the decompressed body has more bytes than the limit of {DECOMPRESSED_BYTES:,}")
         if not stream.eof:
             raise zlib.error("incomplete")
         raw = stream.unused_data.lstrip(b"\0") if window == 31 else b""
@@ -148,7 +147,7 @@ def oddity(path: str, query: bytes, body: Any) -> str | None:
         except (TypeError, ValueError, OverflowError):
             return None  # MLflow refuses values of the wrong type
         if not 0 < seconds <= PRESIGNED_SECONDS:
-            return f"expiration is {seconds} seconds; a presigned address holds for 1 to {PRESIGNED_SECONDS}"
+            return f"expiration is {seconds} seconds; a presigned URL is valid for 1 to {PRESIGNED_SECONDS}"
     return None
 
 
@@ -159,10 +158,10 @@ def problem(search: Any) -> str | None:
     texts = [search[name] for name in FILTERS if isinstance(search.get(name), str)]
     conditions = max((conditions_of(text) for text in texts), default=0)
     if conditions > CONDITIONS:
-        return f"the filter has {conditions} conditions; a search takes at most {CONDITIONS}: narrow it on the client"
+        return f"the filter has {conditions} conditions; the limit is {CONDITIONS}: narrow it on the client"
     orders = search.get("order_by")
     if isinstance(orders, list) and len(orders) > ORDERS:
-        return f"the search has {len(orders)} columns to order by; at most {ORDERS} are taken"
+        return f"the search has {len(orders)} columns to order by; at most {ORDERS} are allowed"
     return None
 
 
@@ -173,7 +172,7 @@ def conditions_of(text: str) -> int:
 
 def refuse_dear_requests(flask_application: Any) -> None:
     """Make MLflow's Flask application return 400 to searches beyond the limits, to JSON that nests too deeply, and to
-    JSON that is no object where MLflow would return 500."""
+    JSON that is not an object where MLflow would return 500."""
     import flask
 
     def with_json() -> bool:

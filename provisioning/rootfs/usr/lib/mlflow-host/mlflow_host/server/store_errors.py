@@ -5,7 +5,7 @@ S3's own status and sentence are used, except:
 - 503 for errors that may be temporary: 5xx except 501, throttling, timeouts, a wrong clock, expired keys, a conflict of
   two writers, no response. MLflow's clients retry 503, but not S3's 400, 403 or 409.
 - 403 for 401 and for wrong keys of the server: a 401 would mean that the client's own login is wrong.
-- 400 for 3xx and a wrong region, because clients must not follow S3's redirect. Also for a request that botocore
+- 400 for 3xx and a wrong region, because clients must not follow S3's redirect. Also 400 for a request that botocore
   refuses to send.
 """
 
@@ -45,14 +45,14 @@ RETRYABLE = {
 WRONG_REGION = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "Redirect"}
 
 REMEDIES = {
-    "EntityTooLarge": "S3 takes 5 TiB at most: split the file.",
-    "KeyTooLongError": "S3 takes 1,024 bytes of folders and name at most: use shorter names or fewer folders.",
+    "EntityTooLarge": "S3 allows at most 5 TiB: split the file.",
+    "KeyTooLongError": "S3 allows at most 1,024 bytes of folders and name: use shorter names or fewer folders.",
     "NoSuchUpload": "Start the upload again.",
-    "RequestTimeTooSkewed": "The server's clock is wrong: whoever runs the server has to look at chrony.",
+    "RequestTimeTooSkewed": "The server's clock is wrong: ask its administrator to check chrony.",
 }
-NO_ACCESS = "Whoever runs the server has to give its instance role access to the bucket and its key."
-NO_BUCKET = "Whoever runs the server has to name buckets that exist."
-OTHER_REGION = "Whoever runs the server has to start it in the bucket's region."
+NO_ACCESS = "Ask the server's administrator to give its role access to the bucket and its key."
+NO_BUCKET = "Ask the server's administrator to name buckets that exist."
+OTHER_REGION = "Ask the server's administrator to start it in the bucket's region."
 LATER = "Try again later."
 
 ERROR_CODES = {

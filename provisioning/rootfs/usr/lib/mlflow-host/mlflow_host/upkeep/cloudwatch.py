@@ -1,4 +1,4 @@
-"""Timer `mlflow-host-metrics`: send what the stack's alarms watch to CloudWatch, once a minute, in one call.
+"""Timer `mlflow-host-metrics`: send the metrics of the stack's alarms to CloudWatch, once a minute, in one call.
 
 A failed call is logged; the next run sends the values of its own time.
 """

@@ -42,7 +42,9 @@ def main() -> int:
     if refusing != refused:
         nginx.write_private(switch, f"default {int(refusing)};\n", mode=0o644)
         nginx.reload()
-        print(f"mlflow-host: writes are {'refused' if refusing else 'taken again'}: {room.sentence}", file=sys.stderr)
+        print(
+            f"mlflow-host: writes are {'refused' if refusing else 'accepted again'}: {room.sentence}", file=sys.stderr
+        )
     problem = "; ".join(filter(None, (growth, told(room, refusing))))
     found = {"used_percent": round(room.used, 1), "free_mib": room.free_mib, "refusing": refusing, "problem": problem}
     nginx.write_private(config.RUN / "web" / "room.json", json.dumps(found) + "\n", mode=0o644)

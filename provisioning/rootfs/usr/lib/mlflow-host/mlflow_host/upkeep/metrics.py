@@ -1,4 +1,4 @@
-"""What the machine measures of itself for the stack's alarms, by the metrics' names in `contract.alarms`.
+"""Measure the machine for the stack's alarms, by the metrics' names in `contract.alarms`.
 
 A measurement that cannot be made yet, or has no meaning (a certificate without TLS), is left out.
 """
@@ -23,13 +23,13 @@ HEALTH = "/healthz"
 """nginx answers 200 only after a process of MLflow has queried PostgreSQL."""
 SECONDS = 15
 WINDOW = timedelta(minutes=1)
-"""Requests that are counted; the timer runs as often."""
+"""Age of the requests that are counted; equal to the timer's interval."""
 LOG_BYTES = 16 << 20
 """End of the access log that is read. A line has about 200 bytes, so this is the last minute at 1,000 requests/s."""
 FEW_REQUESTS = 20
-"""A percentage of fewer requests is taken of this number, so that one error at night is no alarm."""
+"""With fewer requests, the percentage is of this number, so that one error at night sets off no alarm."""
 WITH_ALARMS_OF_THEIR_OWN = {"mlflow-host-room.service", "mlflow-host-backups-check.service"}
-"""Units that fail to report what another metric reports."""
+"""Units whose failure another metric already reports."""
 
 
 def measured(wanted: set[str], now: datetime | None = None) -> dict[str, float]:
@@ -48,7 +48,7 @@ def measured(wanted: set[str], now: datetime | None = None) -> dict[str, float]:
     for name in sorted(wanted & measures.keys()):
         try:
             value = measures[name]()
-        except Exception as error:  # one measurement that fails does not silence the others
+        except Exception as error:  # one failed measurement does not stop the others
             print(f"mlflow-host: {name} cannot be measured: {type(error).__name__}: {error}", file=sys.stderr)
             continue
         if value is not None:
@@ -73,7 +73,7 @@ def answers() -> float:
 
 
 def unverified() -> ssl.SSLContext:
-    """For connections to the machine's own nginx, whose certificate names its public address."""
+    """TLS settings for the machine's own nginx, whose certificate names its public address."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

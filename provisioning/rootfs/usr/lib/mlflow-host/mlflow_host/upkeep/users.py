@@ -1,5 +1,5 @@
-"""Timer `mlflow-host-users`: read the credentials parameter again, so that user changes need no restart. It also
-bounds what nginx remembers of logins.
+"""Timer `mlflow-host-users`: read the credentials parameter again, so that user changes need no restart. It also limits
+the number of files that nginx writes for logins.
 
 If the parameter cannot be read or is invalid, the users stay unchanged, and the journal has the reason.
 """

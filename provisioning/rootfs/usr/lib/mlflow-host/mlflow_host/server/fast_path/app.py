@@ -41,7 +41,7 @@ PREFIXES = ("/api/2.0/mlflow", "/ajax-api/2.0/mlflow")
 
 def answered_directly(application: Application, store: Any, executor: Executor) -> Application:
     """`application`, with the requests in `ANSWERS` handled by `store`, in the threads of `executor`, after MLflow's
-    checks of host and origin. If the tracking store is not ours, returns `application` itself. `compatibility` switches
+    checks of host and origin. If the tracking store is MLflow's, returns `application` itself. `compatibility` switches
     single endpoints off."""
     if not isinstance(store, DirectStore):
         return application

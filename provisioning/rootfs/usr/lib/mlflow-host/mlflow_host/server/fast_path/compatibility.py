@@ -198,7 +198,7 @@ ONLY: dict[tuple[str, ...], tuple[str, ...]] = {
     (*_RUNS, LOG_BATCH): ("run_tag.RunTag", "models.SqlTag", "param.Param", "models.SqlParam"),
     (*_LOGGING, HISTORY): ("models.SqlMetric",),
 }
-"""Sources on which only these shortcuts rest. All shortcuts rest on every other source."""
+"""Sources on which only these shortcuts depend. All shortcuts depend on every other source."""
 
 RESTS_ON: dict[str, frozenset[str]] = {
     shortcut: frozenset(COMPARED)
@@ -231,7 +231,7 @@ def installed_mlflow() -> Path:
 
 
 def not_compared(package: Path) -> list[str]:
-    """The names in `SOURCES` whose source, in the MLflow in the folder `package`, equals that of no compared
+    """The names in `SOURCES` whose source, in the MLflow in the folder `package`, differs from that of every compared
     release."""
     return sorted(name for name, found in hashes(package).items() if found not in COMPARED.get(name, ()))
 

@@ -72,7 +72,7 @@ class Unreachable(MlflowException):
 
 class DirectStore(SqlAlchemyStore):
     def _log_metrics(self, run_id: str, metrics: list[Metric]) -> None:
-        """Called by `log_metric`, and by a `log_batch` with more than metrics."""
+        """Called by `log_metric`, and by a `log_batch` that contains not only metrics."""
         try:
             if not self.writes_metrics:
                 raise Unusual
@@ -82,12 +82,12 @@ class DirectStore(SqlAlchemyStore):
 
     @cached_property
     def writes_metrics(self) -> bool:
-        """Whether the installed MLflow's `_log_metrics` is one that `write_metrics` was compared with."""
+        """Whether the installed MLflow's `_log_metrics` is a version with which `write_metrics` was compared."""
         return compatibility.STORE not in compatibility.switched_off(compatibility.installed_mlflow())
 
     def write_metrics(self, run_id: str, metrics: Iterable[Any]) -> None:
         """Log metrics (MLflow's entities or messages), without duplicates, and update the latest value of every key.
-        After any exception except Unreachable nothing was changed; invalid metrics raise one too."""
+        After any exception except Unreachable nothing was changed. Invalid metrics raise an exception too."""
         rows = list(dict.fromkeys(map(stored, metrics)))
         last: dict[str, Row] = {}
         for row in rows:
@@ -131,7 +131,7 @@ class DirectStore(SqlAlchemyStore):
             if sentence := too_dear(error):
                 raise Unreachable(sentence, error_code=INVALID_PARAMETER_VALUE) from error
             raise Unreachable(str(error), error_code=TEMPORARILY_UNAVAILABLE) from error
-        except (psycopg2.Error, ValueError):  # the latter for what cannot be told to it
+        except (psycopg2.Error, ValueError):  # ValueError: a value that psycopg2 cannot send
             raise Unusual from None
         finally:
             if connection.closed:
@@ -149,7 +149,7 @@ def only(rows: list[Row]) -> Row:
 
 
 def whole_number(text: str) -> int:
-    """The number of a string of digits: an experiment's ID, the size of a page. Raises Unusual."""
+    """Convert a string of digits to a number: an experiment's ID, the size of a page. Raises Unusual."""
     if not isinstance(text, str) or not (text.isascii() and text.isdecimal()):
         raise Unusual
     return int(text)

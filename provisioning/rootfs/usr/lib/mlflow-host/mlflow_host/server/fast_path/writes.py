@@ -1,7 +1,8 @@
 """Fast path, writes: log metrics and create runs with one or two statements each.
 
 MLflow creates a message, an ORM object and a row for every metric and sends several queries, which takes most of the
-time of such a request. Requests with more than metrics, or than the fields of a new run, are passed to MLflow.
+time of such a request. Requests with other data than metrics, or other fields than those of a new run, are passed to
+MLflow.
 """
 
 # mypy: disable-error-code="no-untyped-call, no-any-return"
@@ -12,7 +13,8 @@ import json
 import uuid
 from typing import Any
 
-# What a release may lack is looked up at each request, so that only the answers that use it are MLflow's then.
+# Names that a release may lack are looked up at each request, so that without one only the endpoints that use it fall
+# back to MLflow.
 from mlflow.entities import LifecycleStage
 from mlflow.protos.service_pb2 import CreateRun, LogBatch, LogMetric
 from mlflow.utils import name_utils, uri, validation
