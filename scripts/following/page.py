@@ -48,7 +48,7 @@ def page(
         lines.append(f"- **The server process does not start**: {after['refused']}")
     lines += ["", "## What is new", ""]
     lines += [f"- migration `{key}`: {line}" for key, line in migrations.items()]
-    lines += [f"- POST `{path}`" + (" (sorted by nobody)" if path in unsorted else "") for path in sorted(new_posts)]
+    lines += [f"- POST `{path}`" + (" (unsorted)" if path in unsorted else "") for path in sorted(new_posts)]
     lines += [f"- gone: POST `{path}`" for path in gone_posts]
     lines += ["", "## What was run", "", "| step | result | seconds | log |", "|---|---|---|---|"]
     lines += [
