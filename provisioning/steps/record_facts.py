@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 from mlflow_host.bake import fallbacks, mlflow_migrations
 from mlflow_host.bake.fallbacks import Fallback
 from mlflow_host.contract import launch
+from mlflow_host.schema import release_worker
 
 DESTINATION = Path("/usr/share/mlflow-host/image.json")
 BILL = DESTINATION.with_name("sbom.cdx.json")
@@ -152,6 +153,7 @@ def facts() -> dict[str, Any]:
         },
         "migrations": mlflow_migrations.titles(),
         "tables": tables(empty_database()),
+        "enumerations": release_worker.enumerations(),
     }
 
 

@@ -93,11 +93,13 @@ def write(client: Any, folder: str, stop: str) -> Touched:
         write_datasets,
         write_scorers,
         write_gateway,
+        write_scorer_uses,
         write_issues,
         write_labels,
         write_mcp,
         write_skills,
         write_jobs,
+        write_workspaces,
     ):
         with suppress_unknown():
             optional(client, experiment, run, trace, stop)
@@ -145,7 +147,10 @@ def write_runs(client: Any, experiment: str, stop: str) -> str:
     odd = [
         Metric("odd", number, 1_700_000_000_000, i) for i, number in enumerate((math.nan, math.inf, -math.inf, 1e-300))
     ]
-    client.log_batch(parent, history + odd, [Param("lr", "1e-3"), Param("empty", "")], [RunTag("note", "a\nb\\c")])
+    twice = [Metric("twice", number, 1_700_000_000_000 + n, 1) for n, number in enumerate((0.25, 0.5))]
+    longest = [Metric("m" * 250, 1.0, 1_700_000_000_000, 0)]
+    params = [Param("lr", "1e-3"), Param("empty", ""), Param("p" * 250, "v" * 500)]
+    client.log_batch(parent, history + odd + twice + longest, params, [RunTag("note", "a\nb\\c")])
     source = json.dumps({"tags": {"mlflow.user": "someone"}})
     dataset = Dataset(f"data {stop}", f"digest-{stop}", "code", source, '{"schema": 1}', '{"rows": 3}')
     client.log_text(parent, f"written at {stop}", "notes/text.txt")
@@ -201,6 +206,8 @@ def write_traces(client: Any, experiment: str, run: str, stop: str) -> str:
             "mlflow.chat.tokenUsage", {"input_tokens": 11, "output_tokens": 7 + number, "total_tokens": 18 + number}
         )
         inner.set_attribute("mlflow.llm.cost", {"input_cost": 0.001, "output_cost": 0.002, "total_cost": 0.003})
+        if number == 1:
+            inner.set_attribute("large", "x" * 200_000)
         client.end_span(span.trace_id, inner.span_id, outputs={"answer": 42}, status="OK")
         client.end_trace(span.trace_id, outputs={"answer": f"because {stop}"}, status="ERROR" if number == 2 else "OK")
         traces.append(span.trace_id)
@@ -272,6 +279,28 @@ def write_budget(store: Any, endpoint: Any, stop: str) -> None:
     )
 
 
+def write_scorer_uses(client: Any, experiment: str, run: str, trace: str, stop: str) -> None:
+    store = client._tracking_client.store
+    if uses_server(client) or not has(store, "create_endpoint_binding"):
+        return
+    endpoint = next(each for each in store.list_gateway_endpoints() if each.name == f"endpoint-{stop}")
+    scorer = store.register_scorer(experiment, f"judge-{stop}", json.dumps({"name": "judge"}))
+    store.create_endpoint_binding(endpoint.endpoint_id, "scorer", scorer.scorer_id, "someone")
+    if has(store, "upsert_online_scoring_config"):
+        store.upsert_online_scoring_config(experiment, f"judge-{stop}", 0.0, "trace.status = 'OK'")
+    if has(store, "create_gateway_guardrail"):
+        guardrails: Any = import_module("mlflow.entities.gateway_guardrail")
+        guardrail = store.create_gateway_guardrail(
+            f"guardrail {stop}",
+            scorer.scorer_id,
+            scorer.scorer_version,
+            guardrails.GuardrailStage.BEFORE,
+            guardrails.GuardrailAction.VALIDATION,
+            created_by="someone",
+        )
+        store.add_guardrail_to_endpoint(endpoint.endpoint_id, guardrail.guardrail_id, 1, "someone")
+
+
 def write_issues(client: Any, experiment: str, run: str, trace: str, stop: str) -> None:
     store = client._tracking_client.store
     if has(store, "create_issue"):
@@ -315,6 +344,8 @@ def write_mcp(client: Any, experiment: str, run: str, trace: str, stop: str) -> 
     store.set_mcp_server_tag(name, "stop", stop)
     store.set_mcp_server_version_tag(name, "1.0.0", "stop", stop)
     store.set_mcp_server_alias(name, "stable", "1.0.0")
+    if not uses_server(client):
+        store.create_mcp_access_endpoint(name, "https://example.com/mcp", server_version="1.0.0", created_by="someone")
 
 
 def write_skills(client: Any, experiment: str, run: str, trace: str, stop: str) -> None:
@@ -325,6 +356,8 @@ def write_skills(client: Any, experiment: str, run: str, trace: str, stop: str) 
     store.create_skill_version(f"skill-{stop}", source_type="git", source="https://example.com/x.git", ref="main")
     store.set_skill_tag(f"skill-{stop}", "stop", stop)
     store.set_skill_alias(f"skill-{stop}", "stable", 1)
+    if not uses_server(client):
+        store.set_skill_version_tag(f"skill-{stop}", 1, "stop", stop)
 
 
 def write_jobs(client: Any, experiment: str, run: str, trace: str, stop: str) -> None:
@@ -334,6 +367,20 @@ def write_jobs(client: Any, experiment: str, run: str, trace: str, stop: str) ->
     job = store.create_job(f"job-{stop}", json.dumps({"stop": stop}))
     store.start_job(job.job_id)
     store.finish_job(job.job_id, json.dumps("done"))
+
+
+def write_workspaces(client: Any, experiment: str, run: str, trace: str, stop: str) -> None:
+    if not uses_server(client) and (store := workspace_store(client)):
+        workspace: Any = import_module("mlflow.entities.workspace").Workspace
+        store.create_workspace(workspace(name=f"team-{stop}", description=f"made at {stop}"))
+
+
+def workspace_store(client: Any) -> Any:
+    """None where the release has no workspaces."""
+    try:
+        return import_module("mlflow.store.workspace.sqlalchemy_store").SqlAlchemyStore(client.tracking_uri)
+    except ImportError:
+        return None
 
 
 def job_store(client: Any) -> Any:
@@ -456,11 +503,41 @@ def read(client: Any) -> dict[str, dict[str, Any]]:
         sections["skill_versions"] = lambda: versions_of(store.search_skills, "search_skill_versions")
     if not uses_server(client):
         sections["jobs"] = jobs
+        sections |= of_databases(client, store, active)
     found: dict[str, dict[str, Any]] = {}
     for section, answer in sections.items():
         with suppress_unknown():
             found[section] = answer()
     return found
+
+
+def of_databases(client: Any, store: Any, active: list[str]) -> dict[str, Callable[[], dict[str, Any]]]:
+    """The kinds that only a worker with a database writes."""
+    sections: dict[str, Callable[[], dict[str, Any]]] = {}
+    if has(store, "list_endpoint_bindings"):
+        sections["bindings"] = lambda: {
+            f"{b.endpoint_id}/{b.resource_id}": plain(b) for b in store.list_endpoint_bindings()
+        }
+    if has(store, "list_gateway_guardrails"):
+        sections["guardrails"] = lambda: {g.guardrail_id: plain(g) for g in _pages(store.list_gateway_guardrails)}
+    if has(store, "list_endpoint_guardrail_configs"):
+        sections["guardrail_configs"] = lambda: {
+            f"{endpoint.endpoint_id}/{config.guardrail_id}": plain(config)
+            for endpoint in store.list_gateway_endpoints()
+            for config in store.list_endpoint_guardrail_configs(endpoint.endpoint_id)
+        }
+    if has(store, "get_online_scoring_configs"):
+        sections["online_scoring_configs"] = lambda: {
+            config.online_scoring_config_id: plain(config)
+            for experiment in active
+            for scorer in store.list_scorers(experiment)
+            for config in store.get_online_scoring_configs([scorer.scorer_id])
+        }
+    if has(store, "search_mcp_access_endpoints"):
+        sections["mcp_access_endpoints"] = lambda: {e.id: plain(e) for e in _pages(store.search_mcp_access_endpoints)}
+    if workspaces := workspace_store(client):
+        sections["workspaces"] = lambda: {each.name: plain(each.to_dict()) for each in workspaces.list_workspaces()}
+    return sections
 
 
 def _run(client: Any, run: Any) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def schema(a: Image, b: Image, old: Facts, new: Facts) -> dict[str, Any]:
         "waiting_after_rollback": {
             "tables": sorted(after.keys() - before.keys()) if known else [],
             "columns": added if known else {},
+            "values": columns(old.get("enumerations", {}), new.get("enumerations", {})),
         },
     }
 
@@ -99,7 +100,7 @@ def direction(a: Image, b: Image) -> str:
 
 
 def columns(before: Mapping[str, list[str]], after: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """The columns that `after` has and `before` lacks, in tables of both."""
+    """The columns that `after` has and `before` lacks, in tables of both. Or values, by column."""
     more = {table: [each for each in after[table] if each not in before[table]] for table in after if table in before}
     return {table: names for table, names in sorted(more.items()) if names}
 
@@ -238,6 +239,7 @@ def schema_lines(schema: Mapping[str, Any]) -> list[str]:
         ]
     waiting = schema["waiting_after_rollback"]
     kept = [*waiting["tables"], *(f"{table}.{name}" for table, names in waiting["columns"].items() for name in names)]
+    kept += [f"rows with {column} {', '.join(values)}" for column, values in waiting["values"].items()]
     lines.append(f"  A rollback leaves in the kept database: {', '.join(kept) or 'nothing'}")
     return lines
 

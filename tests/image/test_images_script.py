@@ -235,7 +235,8 @@ def test_channel_with_a_deleted_image_is_reported(aws: Place) -> None:
 
 
 def test_diff_names_migrations_tables_columns_packages_keys_and_size(aws: Place) -> None:
-    make(aws, "20261101T000000Z", mlflow_version="3.12.0", migration_head="a", migration_count=1, launch_revision=3)
+    older = {"mlflow_version": "3.12.0", "migration_head": "a", "migration_count": 1, "launch_revision": 3}
+    make(aws, "20261101T000000Z", **older, enumerations={"runs.status": ["OK"]})
     newer: dict[str, Any] = {
         "migration_head": "c", "migration_count": 3, "disk_used_mib": 3100,
         "packages": {"deb": {"nginx": "1.26", "certbot": "2"}, "python": {"mlflow": "3.19.0"}},
@@ -244,6 +245,7 @@ def test_diff_names_migrations_tables_columns_packages_keys_and_size(aws: Place)
             {"revision": "c", "title": "name"},
         ],
         "tables": {"runs": ["run_uuid", "status"], "jobs": ["id"]},
+        "enumerations": {"runs.status": ["LOST", "OK"], "jobs.status": ["1"]},
     }  # fmt: skip
     make(aws, "20261102T000000Z", **newer)
     found = run("diff", "20261101T000000Z", "20261102T000000Z", "--no-vulnerabilities")
@@ -252,7 +254,11 @@ def test_diff_names_migrations_tables_columns_packages_keys_and_size(aws: Place)
     assert [each["title"] for each in schema["migrations"]["applied"]] == ["add jobs", "name"]
     assert schema["tables"] == {"added": ["jobs"], "removed": []}
     assert schema["columns"] == {"added": {"runs": ["status"]}, "removed": {"runs": ["name"]}}
-    assert schema["waiting_after_rollback"] == {"tables": ["jobs"], "columns": {"runs": ["status"]}}
+    assert schema["waiting_after_rollback"] == {
+        "tables": ["jobs"],
+        "columns": {"runs": ["status"]},
+        "values": {"runs.status": ["LOST"]},
+    }
     assert found["packages"]["deb"] == {
         "added": {"certbot": "2"}, "removed": {"zstd": "1.5"}, "changed": {"nginx": ["1.22", "1.26"]},
     }  # fmt: skip
@@ -262,7 +268,8 @@ def test_diff_names_migrations_tables_columns_packages_keys_and_size(aws: Place)
     text = run_text("diff", "20261101T000000Z", "20261102T000000Z", "--no-vulnerabilities")
     for expected in (
         "Schema: upgrade a → c", "apply b  add jobs", "+ table jobs", "- column runs.name", "Size: 3072 MiB → 3100 MiB",
-        "A rollback leaves in the kept database: jobs, runs.status", "3.12.0 → 3.19.0", "nginx 1.22 → 1.26",
+        "A rollback leaves in the kept database: jobs, runs.status, rows with runs.status LOST",
+        "3.12.0 → 3.19.0", "nginx 1.22 → 1.26",
     ):  # fmt: skip
         assert expected in text
     back = run("diff", "20261102T000000Z", "20261101T000000Z", "--no-vulnerabilities")["schema"]

@@ -9,9 +9,14 @@ from typing import Any
 import psycopg2
 import pytest
 
+from mlflow_host.boot import database
+from mlflow_host.postgres import ownership
 from mlflow_host.postgres.cluster import Cluster, connection, create_empty, rows, run, value
-from mlflow_host.schema.copying import CarryError, CarryResult, carry
+from mlflow_host.postgres.ownership import OwnershipRecord, PendingMerge
+from mlflow_host.schema import upgrade_losses
+from mlflow_host.schema.copying import CarryError, CarryResult, carry, unreadable_values
 from mlflow_host.schema.merging import merge
+from mlflow_host.schema.reporting import MergedTable
 from tests.schema.private_cluster import private_cluster
 
 NEWER = """
@@ -186,6 +191,164 @@ def test_different_row_counts_fail_the_carry(filled: Cluster, monkeypatch: pytes
     monkeypatch.setattr(copying, "_add_foreign_keys", lose_a_row)
     with pytest.raises(CarryError, match="children has 2 rows in the copy"):
         carry(filled, "newer", "older")
+
+
+WITH_SPACES = """
+CREATE TABLE projects (id integer PRIMARY KEY, space text NOT NULL DEFAULT 'default', name text, UNIQUE (space, name));
+CREATE TABLE models (space text DEFAULT 'default', name text, note text, PRIMARY KEY (space, name));
+"""
+WITHOUT_SPACES = """
+CREATE TABLE projects (id integer PRIMARY KEY, name text UNIQUE);
+CREATE TABLE models (name text PRIMARY KEY, note text);
+"""
+
+
+@pytest.fixture
+def spaces(cluster: Cluster) -> Cluster:
+    """A schema whose spaces, as MLflow's workspaces, are part of keys, and an older one without them."""
+    for name in ("newer", "base", "work"):
+        make(cluster, name, WITH_SPACES)
+    make(cluster, "older", WITHOUT_SPACES)
+    do(
+        cluster,
+        "newer",
+        """INSERT INTO projects VALUES (1, 'team', 'twin'), (2, 'default', 'twin'), (3, 'team', 'single');
+           INSERT INTO models VALUES ('default', 'twin', 'ours'), ('team', 'twin', 'theirs'),
+               ('team', 'other', 'a');""",
+    )
+    return cluster
+
+
+def test_rows_that_the_older_schema_cannot_tell_apart_are_left_behind_and_return_once(spaces: Cluster) -> None:
+    outcome = carry(spaces, "newer", "older")
+    assert look(spaces, "older", "SELECT name, note FROM models") == [("twin", "ours")]
+    assert ("models", "space", 2, "left behind") in misfits(outcome)
+    do(spaces, "older", "UPDATE models SET note = 'changed'")
+    for name in ("base", "work"):
+        note = "ours" if name == "base" else "changed"
+        do(spaces, name, f"INSERT INTO models (name, note) VALUES ('twin', '{note}')")
+    merge(spaces, "newer", "base", "work")
+    assert look(spaces, "work", "SELECT space, name, note FROM models ORDER BY 1, 2") == [
+        ("default", "twin", "changed"),
+        ("team", "other", "a"),
+        ("team", "twin", "theirs"),
+    ]
+
+
+def test_row_whose_key_is_free_again_once_values_are_restored_is_inserted(spaces: Cluster) -> None:
+    """Without spaces, both projects named "twin" are of the default space, and one of them is left behind."""
+    carry(spaces, "newer", "older")
+    carried = look(spaces, "older", "SELECT id, name FROM projects ORDER BY 1")
+    assert carried == [(1, "twin"), (3, "single")]
+    for name in ("base", "work"):
+        do(spaces, name, "INSERT INTO projects (id, name) VALUES (1, 'twin'), (3, 'single')")
+    returned = {entry.table: entry for entry in merge(spaces, "newer", "base", "work")}
+    query = "SELECT id, space, name FROM projects ORDER BY 1"
+    assert look(spaces, "work", query) == look(spaces, "newer", query)
+    assert returned["projects"] == MergedTable("projects", 1, 2, 0)
+
+
+def test_rows_with_a_value_that_cannot_be_read_are_left_behind_with_their_children_and_return(filled: Cluster) -> None:
+    unreadable = unreadable_values(filled, "newer", {"parents.status": ["on", "paused"], "parents.absent": []})
+    assert unreadable == {"parents.status": ["off"]}
+    outcome = carry(filled, "newer", "older", unreadable=unreadable)
+    assert ("parents", "status", 1, "left behind") in misfits(outcome)
+    assert look(filled, "older", "SELECT id FROM parents WHERE status = 'off' OR id = 6") == [], "6 has 2 as its boss"
+    for name in ("base", "work"):
+        make(filled, name, NEWER)
+        bring_forward(filled, "older", name)
+    merge(filled, "newer", "base", "work")
+    for table in ("parents", "children", "only_newer"):
+        query = f"SELECT {table}::text FROM {table} ORDER BY 1"
+        assert look(filled, "work", query) == look(filled, "newer", query)
+
+
+def test_row_that_another_one_keeps_out_is_counted_and_named(filled: Cluster) -> None:
+    carry(filled, "newer", "older")
+    for name in ("base", "work"):
+        make(filled, name, NEWER)
+        bring_forward(filled, "older", name)
+    do(filled, "work", "INSERT INTO parents (id, name) VALUES (5, 'mine')")
+    (parents,) = [entry for entry in merge(filled, "newer", "base", "work") if entry.table == "parents"]
+    assert (parents.refused, parents.refused_keys) == (1, ("5",))
+    assert look(filled, "work", "SELECT name FROM parents WHERE id = 5") == [("mine",)]
+
+
+BEFORE_MIGRATION = """
+CREATE TABLE things (id integer PRIMARY KEY, note text NOT NULL, extra json, same text);
+CREATE TABLE parts (thing integer NOT NULL REFERENCES things ON DELETE CASCADE, name text, PRIMARY KEY (thing, name));
+CREATE TABLE untouched (id integer PRIMARY KEY, note text);
+"""
+AFTER_MIGRATION = """
+CREATE TABLE things (id integer PRIMARY KEY, note varchar(5) NOT NULL, same text);
+CREATE TABLE untouched (id integer PRIMARY KEY, note text);
+"""
+
+
+def test_what_a_migration_dropped_is_put_back_unless_it_was_changed_or_deleted_since(cluster: Cluster) -> None:
+    for name in ("before", "back", "earlier"):
+        make(cluster, name, BEFORE_MIGRATION)
+    for name in ("after", "between"):
+        make(cluster, name, AFTER_MIGRATION)
+    do(
+        cluster,
+        "before",
+        """INSERT INTO things VALUES (1, 'a long note', '{"a": 1}', 's'), (2, 'a long note', NULL, 's'),
+               (3, 'short', '{"b": "\\u0000"}', 's'), (4, 'short', NULL, 's'), (5, 'short', NULL, 's');
+           INSERT INTO parts VALUES (1, 'p'), (4, 'p'); INSERT INTO untouched VALUES (1, 'x');""",
+    )
+    for row in look(cluster, "before", "SELECT id, left(note, 5), same FROM things WHERE id < 5"):
+        with connection(cluster, "after") as opened:
+            run(opened, "INSERT INTO things VALUES (%s, %s, %s)", row)
+    do(cluster, "after", "INSERT INTO untouched VALUES (1, 'x')")
+    lost = upgrade_losses.record(cluster, "before", "after", "h2", 2)
+    assert {(entry.table, entry.column, entry.count, entry.remedy) for entry in lost} == {
+        ("parts", None, 2, "dropped"),
+        ("things", None, 1, "dropped"),
+        ("things", "note", 2, "changed"),
+        ("things", "extra", 2, "changed"),
+    }
+    do(cluster, "after", "UPDATE things SET note = 'mine' WHERE id = 2; DELETE FROM things WHERE id = 4")
+
+    carry(cluster, "after", "between")
+    assert upgrade_losses.put_back(cluster, "after", "between", "h3", ["h1", "h2", "h3"]) == {}
+    carry(cluster, "between", "back")
+    ((_, merged),) = upgrade_losses.put_back(cluster, "between", "back", "h2", ["h1", "h2"]).items()
+    assert look(cluster, "back", "SELECT id, note, extra::text, same FROM things ORDER BY 1") == [
+        (1, "a long note", '{"a": 1}', "s"),
+        (2, "mine", None, "s"),
+        (3, "short", '{"b": "\\u0000"}', "s"),
+        (5, "short", None, "s"),
+    ]
+    assert look(cluster, "back", "SELECT thing FROM parts") == [(1,)]
+    assert {entry.table: (entry.rows, entry.values, entry.dropped) for entry in merged} == {
+        "things": (1, 2, 0),
+        "parts": (1, 0, 1),
+    }
+    carry(cluster, "between", "earlier")
+    upgrade_losses.put_back(cluster, "between", "earlier", "h1", ["h1"])
+    query = "SELECT things::text FROM things ORDER BY 1"
+    assert look(cluster, "earlier", query) == look(cluster, "back", query)
+
+
+def test_migration_that_only_adds_leaves_no_record(cluster: Cluster) -> None:
+    make(cluster, "before", AFTER_MIGRATION)
+    make(cluster, "after", AFTER_MIGRATION + "ALTER TABLE things ADD more text; CREATE TABLE new (id integer)")
+    for name in ("before", "after"):
+        do(cluster, name, "INSERT INTO things VALUES (1, 'note', 's')")
+    assert upgrade_losses.record(cluster, "before", "after", "h1", 1) == ()
+    assert look(cluster, "after", "SELECT nspname FROM pg_namespace WHERE nspname LIKE 'mlflow%'") == []
+
+
+def test_full_volume_names_only_kept_databases_that_may_be_dropped(cluster: Cluster) -> None:
+    kept = [f"{cluster.database}_kept_{head}_2026112{hour}t000000z" for hour, head in enumerate(("aaa", "bbb", "ccc"))]
+    for name in (cluster.database, *kept):
+        create_empty(cluster, name)
+    record = OwnershipRecord("ddd", 1, waiting=(PendingMerge(kept[1], "bbb", 1, "ddd"),), unresolved=(kept[2],))
+    with connection(cluster) as opened:
+        ownership.write(opened, cluster.database, record)
+    said = str(database.volume_is_full(cluster, OSError("No space left on device")))
+    assert "dataVolumeGib" in said and f"drop a kept database: {kept[0]} hold nothing" in said
 
 
 def bring_forward(cluster: Cluster, older: str, newer: str) -> None:

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from mlflow_host.bake import mlflow_migrations
+from mlflow_host.schema import release_worker
 
 STEP = Path(__file__).parents[2] / "provisioning" / "steps" / "record_facts.py"
 SCHEMA = """
@@ -48,3 +49,10 @@ def test_migrations_are_named_from_first_to_head(step: ModuleType) -> None:
     assert (found[-1]["revision"], len(found)) == (head, count)
     assert {"revision": "451aebb31d03", "title": "add metric step"} in found
     assert all(each["title"] for each in found)
+
+
+def test_values_that_mlflow_can_read_are_recorded_for_columns_with_an_enumeration() -> None:
+    found = release_worker.enumerations()
+    assert found["webhooks.status"] == ["ACTIVE", "DISABLED"]
+    assert {"0", "1"} <= set(found["jobs.status"]), "an enumeration that is stored as a number"
+    assert {"GLOBAL", "ENDPOINT"} <= set(found["budget_policies.target_scope"])

@@ -19,7 +19,7 @@ import pytest
 import requests
 
 from mlflow_host.server import db_connections, health, refusals, request_limits
-from mlflow_host.server.flask_shortcut import Message
+from mlflow_host.server.flask_shortcut import Message, Receive, Scope, Send, whole
 from tests.support.services import create_schema, on_loopback, postgresql, server_processes
 
 pytestmark = pytest.mark.service
@@ -202,26 +202,43 @@ def test_compressed_traces_are_limited_by_their_decompressed_size(url: str) -> N
     assert damaged.status_code in (400, 413)
 
 
+def test_mlflow_gets_compressed_traces_decompressed_whatever_it_calls_its_own_function() -> None:
+    got: list[tuple[dict[bytes, bytes], bytes | None]] = []
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        got.append((dict(scope["headers"]), await whole(receive)))
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": gzip.compress(b"spans"), "more_body": False}
+
+    headers = [(b"content-encoding", b"GZIP"), (b"content-length", b"25"), (b"x-mlflow-experiment-id", b"0")]
+    inflating = request_limits.inflating(application)
+    asyncio.run(inflating({"type": "http", "path": "/v1/traces", "headers": headers}, receive, unsent))
+    assert got == [({b"content-length": b"5", b"x-mlflow-experiment-id": b"0"}, b"spans")]
+    asyncio.run(inflating({"type": "http", "path": "/api/2.0/mlflow/runs/search", "headers": headers}, receive, unsent))
+    assert got[1] == (dict(headers), gzip.compress(b"spans"))
+
+
 def test_decompression_within_the_bound_is_mlflows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_limits, "DECOMPRESSED_BYTES", 1000)
-    whole = bytes(range(250)) * 4
+    content = bytes(range(250)) * 4
     raw = zlib.compressobj(wbits=-15)
     for encoding, body in (
-        ("gzip", gzip.compress(whole)),
-        ("gzip", gzip.compress(whole[:500]) + gzip.compress(whole[500:]) + b"\0" * 8),
-        ("deflate", zlib.compress(whole)),
-        ("deflate", raw.compress(whole) + raw.flush()),
+        ("gzip", gzip.compress(content)),
+        ("gzip", gzip.compress(content[:500]) + gzip.compress(content[500:]) + b"\0" * 8),
+        ("deflate", zlib.compress(content)),
+        ("deflate", raw.compress(content) + raw.flush()),
     ):
-        assert request_limits.decompressed(body, encoding) == whole
+        assert request_limits.decompressed(body, encoding) == content
     for encoding, body, status in (
-        ("gzip", gzip.compress(whole + b"!"), 413),
-        ("gzip", gzip.compress(whole) + gzip.compress(b"!"), 413),
-        ("deflate", zlib.compress(whole + b"!"), 413),
-        ("gzip", gzip.compress(whole)[:-1], 400),
+        ("gzip", gzip.compress(content + b"!"), 413),
+        ("gzip", gzip.compress(content) + gzip.compress(b"!"), 413),
+        ("deflate", zlib.compress(content + b"!"), 413),
+        ("gzip", gzip.compress(content)[:-1], 400),
         ("gzip", b"plain", 400),
         ("gzip", b"", 400),
         ("deflate", b"plain", 400),
-        ("br", whole, 400),
+        ("br", content, 400),
     ):
         with pytest.raises(fastapi.HTTPException) as refused:
             request_limits.decompressed(body, encoding)

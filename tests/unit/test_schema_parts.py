@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,9 +13,8 @@ from hypothesis import strategies as st
 from mlflow_host.postgres import ownership
 from mlflow_host.postgres.catalog import Column
 from mlflow_host.postgres.flip import NEWEST_KEPT, droppable
-from mlflow_host.postgres.ownership import OwnershipRecord, PendingMerge
+from mlflow_host.postgres.ownership import OwnershipRecord, PendingMerge, existing
 from mlflow_host.schema import reporting
-from mlflow_host.schema.change import existing
 from mlflow_host.schema.column_fit import Fit, fit
 from mlflow_host.schema.reporting import CarriedTable, ChangeReport, LeftBehind, MergedTable
 from mlflow_host.schema.revisions import chain
@@ -94,6 +94,13 @@ def pending(name: str, head: str, carried_to: str) -> PendingMerge:
     return PendingMerge(name, head, 70, carried_to)
 
 
+def test_values_that_the_release_of_a_missing_database_could_not_read_are_passed_on() -> None:
+    newest = replace(pending("of_318", "h318", "h314"), unreadable={"jobs.status": ["6"]})
+    missing = replace(pending("of_314", "h314", "h312"), unreadable={"jobs.status": ["5"], "a.b": ["x"]})
+    (found,) = existing((newest, missing), {"of_318"})
+    assert found.unreadable == {"jobs.status": ["5", "6"], "a.b": ["x"]}
+
+
 def test_kept_database_that_is_missing_in_the_middle_passes_on_where_the_newer_one_was_carried() -> None:
     """3.18 -> 3.14 -> 3.12; the kept database of 3.14 was dropped by hand. Data that only 3.14 and 3.18 can hold is
     only in the kept database of 3.18, and is merged back at an upgrade, because its base is built at 3.12."""
@@ -106,8 +113,19 @@ def test_kept_database_that_is_missing_in_the_middle_passes_on_where_the_newer_o
 
 
 words = st.text(max_size=20)
-entries = st.builds(PendingMerge, words, words, st.integers(0, 999), words, words, words, words)
-records = st.builds(OwnershipRecord, words, st.integers(0, 999), words, words, words, st.lists(entries).map(tuple))
+values = st.dictionaries(words, st.lists(words))
+entries = st.builds(PendingMerge, words, words, st.integers(0, 999), words, words, words, words, values)
+records = st.builds(
+    OwnershipRecord,
+    words,
+    st.integers(0, 999),
+    words,
+    words,
+    words,
+    st.lists(entries).map(tuple),
+    st.just(1),
+    st.lists(words).map(tuple),
+)
 
 
 @given(records)

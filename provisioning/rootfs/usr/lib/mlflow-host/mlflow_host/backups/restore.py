@@ -456,7 +456,8 @@ def ownership_of_dump(metadata: dict[str, str], revision: str, cluster: Cluster)
             known.mlflow_version,
             known.image_version,
             known.at,
-            tuple(entry for entry in known.waiting if entry.database in there),
+            ownership.existing(known.waiting, there),
+            unresolved=tuple(name for name in known.unresolved if name in there),
         )
     count = metadata.get("count", "")
     version, image = metadata.get("mlflow-version", ""), metadata.get("image-version", "")

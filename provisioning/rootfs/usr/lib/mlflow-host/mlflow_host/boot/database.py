@@ -17,7 +17,9 @@ The replaced database is kept under a name with its migration head and the time.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +29,7 @@ import psycopg2
 from psycopg2 import errors
 
 from mlflow_host.machine.status import StepFailed
-from mlflow_host.postgres import dump_file, flip
+from mlflow_host.postgres import dump_file, flip, ownership
 from mlflow_host.postgres.cluster import Cluster, accepts_connections, connection, run, value
 from mlflow_host.schema import empty_database
 from mlflow_host.schema.change import change, create
@@ -127,13 +129,12 @@ def bring(settings: ChangeSettings, say: Say) -> str:
         with step_lock(settings.cluster):
             return bring_locked(settings, say)
     except errors.DiskFull as error:
-        raise StepFailed(
-            f"the data volume is full ({sentence(error)}); the database in service is unchanged: make the volume "
-            "larger (the setting dataVolumeGib), or drop a kept database that you no longer need"
-        ) from error
+        raise volume_is_full(settings.cluster, error) from error
     except psycopg2.OperationalError as error:
         raise connection_lost(error) from error
     except (psycopg2.Error, CarryError, ReleaseError, dump_file.DumpError, ValueError) as error:
+        if "DiskFull" in str(error) or os.strerror(errno.ENOSPC) in str(error):  # MLflow's text of PostgreSQL's error
+            raise volume_is_full(settings.cluster, error) from error
         raise StepFailed(
             f"the database could not be brought to MLflow {settings.image.mlflow_version}: {sentence(error)}; it is "
             "unchanged: pin the image that served it last, and report this with the journal of this machine"
@@ -142,6 +143,20 @@ def bring(settings: ChangeSettings, say: Say) -> str:
         raise StepFailed(
             f"{error.filename or 'a file'}: {error.strerror}; the database in service is unchanged"
         ) from error
+
+
+def volume_is_full(cluster: Cluster, error: BaseException) -> StepFailed:
+    """Names only the kept databases that hold nothing that waits for an upgrade."""
+    idle: list[str] = []
+    with suppress(psycopg2.Error), connection(cluster) as opened:
+        record = ownership.read(opened, cluster.database)
+        needed = record.needed if record else set()
+        idle = [name for _, name in flip.kept_databases(cluster) if name not in needed]
+    return StepFailed(
+        f"the data volume is full ({sentence(error)}); the database in service is unchanged: make the volume larger "
+        "(the setting dataVolumeGib)"
+        + (f", or drop a kept database: {', '.join(idle)} hold nothing that waits for an upgrade" if idle else "")
+    )
 
 
 def bring_locked(settings: ChangeSettings, say: Say) -> str:

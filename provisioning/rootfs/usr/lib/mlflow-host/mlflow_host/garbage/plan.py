@@ -94,15 +94,14 @@ def versions(opened: Any) -> list[ModelVersion]:
 
 
 def waiting_versions(cluster: Cluster) -> list[ModelVersion]:
-    """The model versions in kept databases with a pending merge."""
+    """The model versions in kept databases that hold the only copy of something."""
     with connection(cluster, cluster.database) as opened:
         owner = ownership.read(opened, cluster.database)
         present = {name for (name,) in rows(opened, "SELECT datname FROM pg_database")}
     found: list[ModelVersion] = []
-    for entry in owner.waiting if owner else ():
-        if entry.database in present:
-            with connection(cluster, entry.database) as opened:
-                found += versions(opened)
+    for name in sorted(owner.needed & present) if owner else ():
+        with connection(cluster, name) as opened:
+            found += versions(opened)
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from psycopg2 import sql
@@ -32,6 +32,8 @@ class PendingMerge:
     mlflow_version: str = ""
     image_version: str = ""
     at: str = ""
+    unreadable: dict[str, list[str]] = field(default_factory=dict)
+    """By "table.column", the values that the release it was carried to cannot read. Rows with them were not carried."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,13 @@ class OwnershipRecord:
     at: str = ""
     waiting: tuple[PendingMerge, ...] = ()
     format: int = FORMAT
+    unresolved: tuple[str, ...] = ()
+    """Kept databases with rows that a merge could not insert, because another row has their key."""
+
+    @property
+    def needed(self) -> set[str]:
+        """The kept databases that hold the only copy of something."""
+        return {entry.database for entry in self.waiting} | set(self.unresolved)
 
 
 def parse(text: str | None) -> OwnershipRecord | None:
@@ -53,9 +62,28 @@ def parse(text: str | None) -> OwnershipRecord | None:
     try:
         raw: Any = json.loads(text or "")["mlflow-host"]
         waiting = tuple(PendingMerge(**_known(PendingMerge, entry)) for entry in raw.get("waiting", ()))
-        return OwnershipRecord(**{**_known(OwnershipRecord, raw), "waiting": waiting})
+        unresolved = tuple(map(str, raw.get("unresolved", ())))
+        return OwnershipRecord(**{**_known(OwnershipRecord, raw), "waiting": waiting, "unresolved": unresolved})
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def existing(waiting: tuple[PendingMerge, ...], there: set[str]) -> tuple[PendingMerge, ...]:
+    """The pending merges whose kept database is among the databases `there`.
+
+    A newer one that was carried to the schema of a missing one counts as carried to where that one was. Otherwise an
+    upgrade would take everything that the missing release could hold, and the older one could not, for deleted."""
+    found: list[PendingMerge] = []
+    for entry in waiting:  # newest head first
+        if entry.database in there:
+            found.append(entry)
+        elif found and found[-1].carried_to == entry.head:
+            both = {
+                place: sorted({*found[-1].unreadable.get(place, ()), *entry.unreadable.get(place, ())})
+                for place in found[-1].unreadable | entry.unreadable
+            }
+            found[-1] = replace(found[-1], carried_to=entry.carried_to, unreadable=both)
+    return tuple(found)
 
 
 def dump(record: OwnershipRecord) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,11 +27,11 @@ from mlflow_host.postgres.cluster import (
     major,
     run,
 )
-from mlflow_host.postgres.ownership import OwnershipRecord, PendingMerge
-from mlflow_host.schema import empty_database, reporting
-from mlflow_host.schema.copying import CarryResult, carry
+from mlflow_host.postgres.ownership import OwnershipRecord, PendingMerge, existing
+from mlflow_host.schema import empty_database, reporting, upgrade_losses
+from mlflow_host.schema.copying import CarryResult, carry, unreadable_values
 from mlflow_host.schema.merging import merge
-from mlflow_host.schema.release import ImageSchema, Release, release
+from mlflow_host.schema.release import ImageSchema, Release, StoreAnswers, release
 from mlflow_host.schema.reporting import ChangeReport, MergedTable
 from mlflow_host.schema.revisions import known_revisions
 from mlflow_host.schema.state import ChangeSettings, Say, SchemaState, ownership_record
@@ -57,7 +57,7 @@ def create(settings: ChangeSettings, state: SchemaState, empty: Path, say: Say) 
         begun = {"now": int(now.timestamp() * 1000)}  # the dump has the time of the bake
         run(opened, "UPDATE experiments SET creation_time = %(now)s, last_update_time = %(now)s", begun)
     clock.lap("create")
-    report = make_report(settings, state, "create", Successor(work), None, {}, clock, now)
+    report = make_report(settings, state, "create", Successor(work), None, StoreAnswers({}), clock, now)
     put_in_service(settings, state, work, ownership_record(settings, ()), "", report, say)
     return report.summary()
 
@@ -68,8 +68,14 @@ def change(settings: ChangeSettings, state: SchemaState, action: str, say: Say) 
     clock = Clock()
     recorded = state.record.waiting if state.record else ()
     waiting = existing(recorded, set(databases(cluster)))
-    for missing in {entry.database for entry in recorded} - {entry.database for entry in waiting}:
-        say(f"the kept database {missing} no longer exists: data that only it held is lost")
+    gone = [entry for entry in recorded if entry.database not in {each.database for each in waiting}]
+    notes = [
+        f"the kept database {entry.database} of MLflow {entry.mlflow_version} no longer exists: data that only it held "
+        "is lost"
+        for entry in gone
+    ]
+    for note in notes:
+        say(note)
     require_space(settings, state, waiting if action == "upgrade" else (), now)
     with (
         release(cluster, settings.image) as mlflow,
@@ -97,15 +103,29 @@ def change(settings: ChangeSettings, state: SchemaState, action: str, say: Say) 
         say("verifying: MLflow opens the copy")
         answers = verify(cluster, built.database, mlflow, settings.image.head)
         clock.lap("verify")
+    for sentence in answers.unread:
+        say(f"MLflow {settings.image.mlflow_version} cannot read {sentence}")
+    built = replace(built, notes=(*notes, *built.notes))
+    earlier = state.record.unresolved if state.record else ()
+    unresolved = tuple(name for name in (*earlier, *built.unresolved) if name in databases(cluster))
     replaced = flip.kept_name(cluster, state.head, now)
     report = make_report(settings, state, action, built, address, answers, clock, now, replaced)
     if action == "carry back" and state.head:
         old = state.record or OwnershipRecord(state.head, 0)
         into = settings.image.head
-        entry = PendingMerge(replaced, state.head, old.count, into, old.mlflow_version, old.image_version, report.at)
-        successor = ownership_record(settings, (*built.waiting, entry))
+        entry = PendingMerge(
+            replaced,
+            state.head,
+            old.count,
+            into,
+            old.mlflow_version,
+            old.image_version,
+            report.at,
+            built.unreadable,
+        )
+        successor = ownership_record(settings, (*built.waiting, entry), unresolved)
     else:
-        successor = ownership_record(settings, built.waiting)
+        successor = ownership_record(settings, built.waiting, unresolved)
     put_in_service(settings, state, built.database, successor, replaced, report, say)
     return report.summary()
 
@@ -116,7 +136,7 @@ def make_report(
     action: str,
     built: Successor,
     dump: str | None,
-    answers: dict[str, int],
+    answers: StoreAnswers,
     clock: Clock,
     now: datetime,
     replaced: str | None = None,
@@ -135,7 +155,8 @@ def make_report(
         returned=built.returned,
         conversions=built.outcome.conversions,
         notes=built.notes,
-        answers=answers,
+        answers=answers.answers,
+        unread=answers.unread,
         seconds=clock.laps,
     )
 
@@ -152,6 +173,10 @@ class Successor:
     outcome: CarryResult = NOTHING_CARRIED
     returned: dict[str, tuple[MergedTable, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    unresolved: tuple[str, ...] = ()
+    """Kept databases with rows that could not be merged back, because another row has their key."""
+    unreadable: dict[str, list[str]] = field(default_factory=dict)
+    """By "table.column", the values that this release cannot read; rows with them stay in the replaced database."""
 
 
 def build(
@@ -184,9 +209,17 @@ def build(
     clock.lap("create")
     if action == "create":
         return Successor(work)
-    outcome = carry(cluster, cluster.database, work, say)
+    unreadable = unreadable_values(cluster, cluster.database, enumerations(image, mlflow))
+    outcome = carry(cluster, cluster.database, work, say, unreadable)
+    known = known_revisions(image.python)
+    returned = upgrade_losses.put_back(cluster, cluster.database, work, image.head, known)
     check_head(mlflow.head(), image)
-    return Successor(work, waiting, outcome)
+    return Successor(work, waiting, outcome, returned, unreadable=unreadable)
+
+
+def enumerations(image: ImageSchema, mlflow: Release) -> Mapping[str, Sequence[str]]:
+    """Those of the image's facts, so that the copy begins while MLflow is still being imported."""
+    return mlflow.enumerations() if image.enumerations is None else image.enumerations
 
 
 def check_head(found: str | None, image: ImageSchema) -> None:
@@ -215,6 +248,7 @@ def upgrade(
         before = row_counts(opened)
     pending, notes = list(waiting), []
     returned: dict[str, tuple[MergedTable, ...]] = {}
+    unresolved: list[str] = []
     while pending and pending[-1].carried_to in known:
         entry = pending.pop()
         reached = entry.head in known
@@ -222,9 +256,17 @@ def upgrade(
         say(f"migrating the copy to {target}")
         mlflow.upgrade(work, target)
         say(f"merging data back from {entry.database}")
-        returned[entry.database] = merge_back(cluster, mlflow, entry, target, work)
+        unreadable = {} if reached else unreadable_values(cluster, entry.database, enumerations(image, mlflow))
+        returned[entry.database] = merge_back(cluster, mlflow, entry, target, work, unreadable)
+        if refused := [table for table in returned[entry.database] if table.refused]:
+            unresolved.append(entry.database)
+            notes += [
+                f"{entry.database} keeps {table.refused} rows of {table.table}, because other rows have their key or "
+                f"name: {', '.join(table.refused_keys)}"
+                for table in refused
+            ]
         if not reached:
-            pending.append(replace(entry, carried_to=target))
+            pending.append(replace(entry, carried_to=target, unreadable=unreadable))
             notes.append(f"{entry.database} is of a newer release and keeps the data that this release cannot hold")
             break
     say(f"migrating the copy to {image.head}")
@@ -232,13 +274,17 @@ def upgrade(
     with connection(cluster, work, autocommit=True) as opened:
         run(opened, "ANALYZE")
         notes += check_row_counts(before, row_counts(opened))
-    return Successor(work, tuple(pending), returned=returned, notes=tuple(notes))
+    lost = upgrade_losses.record(cluster, cluster.database, work, str(state.head), known.index(str(state.head)) + 1)
+    return Successor(
+        work, tuple(pending), CarryResult((), lost), returned, notes=tuple(notes), unresolved=tuple(unresolved)
+    )
 
 
 def merge_back(
-    cluster: Cluster, mlflow: Release, entry: PendingMerge, target: str, work: str
+    cluster: Cluster, mlflow: Release, entry: PendingMerge, target: str, work: str, unreadable: dict[str, list[str]]
 ) -> tuple[MergedTable, ...]:
-    """Merge a kept database into `work`, which is at migration `target`. Drops its own temporary databases."""
+    """Merge a kept database into `work`, which is at migration `target`, without the rows that have an `unreadable`
+    value. Drops its own temporary databases."""
     base, fitted = f"{WORK_PREFIX}base", f"{WORK_PREFIX}fitted"
     create_empty(cluster, base)
     mlflow.create(base, entry.carried_to)
@@ -247,8 +293,8 @@ def merge_back(
     else:
         create_empty(cluster, fitted)
         mlflow.create(fitted, target)
-        carry(cluster, entry.database, fitted)
-    carry(cluster, entry.database, base)
+        carry(cluster, entry.database, fitted, unreadable=unreadable)
+    carry(cluster, entry.database, base, unreadable=entry.unreadable)
     mlflow.upgrade(base, target)
     found = merge(cluster, fitted, base, work)
     drop(cluster, base)
@@ -305,20 +351,6 @@ def dump_address(dumps: list[Future[str | None]]) -> str | None:
         ) from None
 
 
-def existing(waiting: tuple[PendingMerge, ...], there: set[str]) -> tuple[PendingMerge, ...]:
-    """The pending merges whose kept database still exists; `there` has the names of the existing databases.
-
-    If a newer database was carried to the schema of a missing one, its `carried_to` becomes that of the missing one.
-    Otherwise an upgrade would treat data that only the missing release could hold as deleted."""
-    found: list[PendingMerge] = []
-    for entry in waiting:  # newest head first
-        if entry.database in there:
-            found.append(entry)
-        elif found and found[-1].carried_to == entry.head:
-            found[-1] = replace(found[-1], carried_to=entry.carried_to)
-    return tuple(found)
-
-
 def require_space(
     settings: ChangeSettings, state: SchemaState, waiting: tuple[PendingMerge, ...], now: datetime
 ) -> None:
@@ -331,7 +363,7 @@ def require_space(
     size = database_bytes(cluster, cluster.database)
     bases = [database_bytes(cluster, entry.database) for entry in waiting]
     needed = int(MARGIN * (size + 2 * max(bases, default=0))) + SPARE
-    still = {entry.database for entry in state.record.waiting} if state.record else set()
+    still = state.record.needed if state.record else set()
     made = flip.drop_kept_for_space(cluster, needed, still, now)
     if made and made[0] < needed:
         idle = [name for _, name in flip.kept_databases(cluster) if name not in still]
@@ -362,7 +394,7 @@ def put_in_service(
     else:
         reporting.publish(pending)
         drop(cluster, aside)
-    flip.drop_kept_for_space(cluster, 0, {entry.database for entry in successor.waiting}, settings.now())
+    flip.drop_kept_for_space(cluster, 0, successor.needed, settings.now())
     for line in reporting.as_text(report).splitlines():
         print(line, file=sys.stderr, flush=True)
 

@@ -7,6 +7,7 @@ emptied, filled or left behind, and counted. The kept database still has the ori
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mlflow_host.postgres.catalog import Column
@@ -97,3 +98,12 @@ def placeholder(type_: str) -> str:
         if pattern.match(type_):
             return literal
     return "''"
+
+
+def unreadable(column: str, values: Iterable[str]) -> str:
+    """SQL condition: the column has one of the values."""
+    return f"{quoted(column)}::text IN ({', '.join(map(literal, values))})"
+
+
+def literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

@@ -7,7 +7,7 @@ two schemas, not by release numbers, so it also works for untested pairs of rele
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mlflow_host.postgres.catalog import Catalog
 
@@ -38,6 +38,24 @@ are neither carried nor merged back, as their sources may have changed."""
 TRANSIENT = frozenset({"scheduler_leases", "job_locks"})
 """Locks and leases of server processes that no longer run."""
 
+
+@dataclass(frozen=True)
+class SoftReference:
+    """A reference that MLflow keeps without a foreign key: the rows of `table` where `when` holds. MLflow deletes them
+    with their parent."""
+
+    table: str
+    column: str
+    parent: str
+    parent_column: str
+    when: str
+
+
+SOFT_REFERENCES = (
+    SoftReference("review_queue_items", "item_id", "trace_info", "request_id", "item_type = 'trace'"),
+    SoftReference("endpoint_bindings", "resource_id", "scorers", "scorer_id", "resource_type = 'scorer'"),
+)
+
 RECOMPUTED = frozenset(
     {
         ("assessments", "experiment_id"),
@@ -50,9 +68,22 @@ RECOMPUTED = frozenset(
 
 
 def conversions(source: Catalog, target: Catalog) -> list[Conversion]:
-    """The conversions that apply between two schemas."""
-    moved = _has(source, "spans", "model_name") and not _has(source, "spans", "dimension_attributes")
-    return [TRACE_ANALYTICS] if moved and _has(target, "spans", "dimension_attributes") else []
+    """The conversions that apply between two schemas. Each place of the target gets what it can hold: releases up to
+    3.9 have the tags and metadata of traces, but no metrics of spans."""
+    found = []
+    if _has(source, "trace_info", "trace_name") and not _has(target, "trace_info", "trace_name"):
+        lacking = set() if _has(target, "spans", "dimension_attributes") else _DIMENSIONS
+        lacking = lacking if "span_metrics" in target.tables else lacking | _SPAN_COSTS
+        found.append(replace(TRACE_ANALYTICS, carries=TRACE_ANALYTICS.carries - lacking))
+    for table, column, was in RENAMED:
+        if _has(source, table, column) and _has(target, table, was) and not _has(target, table, column):
+            name = f"{table}.{column} to {table}.{was}, its name before"
+            found.append(Conversion(name, {}, {(table, was): f'"{column}"'}, frozenset({(table, column)})))
+    return found
+
+
+RENAMED = (("jobs", "job_name", "function_fullname"),)  # 5d2d30f0abce
+"""(table, column, its name in older releases) of each column that MLflow's migrations have renamed."""
 
 
 def _has(catalog: Catalog, table: str, column: str) -> bool:
@@ -68,6 +99,8 @@ _TOKENS = (
     "cache_creation_input_tokens_above_1hr",
 )
 _COSTS = ("input_cost", "output_cost", "total_cost")
+_SPAN_COSTS = {("spans", name) for name in _COSTS}
+_DIMENSIONS = {("spans", "model_name"), ("spans", "model_provider")}
 
 
 def _json_object(columns: tuple[str, ...]) -> str:
@@ -113,7 +146,7 @@ TRACE_ANALYTICS = Conversion(
     },
     carries=frozenset(
         [("trace_info", name) for name in ("trace_name", "session_id", *_TOKENS, *_COSTS)]
-        + [("spans", name) for name in ("model_name", "model_provider", *_COSTS)]
+        + sorted(_DIMENSIONS | _SPAN_COSTS)
     ),
 )
 """The reverse of MLflow's migration 75868b020152. Its downgrade() exists in the newer release only."""

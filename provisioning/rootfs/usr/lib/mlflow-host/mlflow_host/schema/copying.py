@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +19,7 @@ from psycopg2 import errors, sql
 
 from mlflow_host.postgres.catalog import BOOKKEEPING, Catalog, Constraint, ForeignKey, read_catalog
 from mlflow_host.postgres.cluster import Cluster, connection, rows, run, value
+from mlflow_host.schema import column_fit
 from mlflow_host.schema.column_fit import fit, quoted
 from mlflow_host.schema.conversions import DERIVED, RECOMPUTED, TRANSIENT, Conversion, conversions
 from mlflow_host.schema.reporting import CarriedTable, LeftBehind
@@ -44,6 +45,9 @@ class TablePlan:
     """(column, condition, remedy) for source rows whose values do not fit unchanged."""
     unknown: tuple[tuple[str, str], ...] = ()
     """(column, condition) for each source column that the target lacks; the condition holds for rows with a value."""
+    unreadable: tuple[tuple[str, str, str], ...] = ()
+    """(column, condition, reason) for source rows that are not carried, as the target's release cannot read them or
+    tell them apart."""
     converted: tuple[str, ...] = ()
     """Names of the conversions that apply to this table."""
 
@@ -67,10 +71,14 @@ class CarryResult:
     conversions: tuple[str, ...] = field(default=())
 
 
-def plan(source: Catalog, target: Catalog) -> Plan:
+Unreadable = Mapping[str, Sequence[str]]
+"""By "table.column", values that the release of a schema cannot read, though the column can store them."""
+
+
+def plan(source: Catalog, target: Catalog, unreadable: Unreadable | None = None) -> Plan:
     applied = conversions(source, target)
     tables = [
-        _table_plan(table, source, target, applied)
+        _table_plan(table, source, target, applied, unreadable or {})
         for table in sorted(target.tables)
         if table in source.tables and table != BOOKKEEPING
     ]
@@ -78,7 +86,9 @@ def plan(source: Catalog, target: Catalog) -> Plan:
     return Plan(tuple(tables), tuple(lost), tuple(conversion.name for conversion in applied))
 
 
-def _table_plan(table: str, source: Catalog, target: Catalog, applied: Sequence[Conversion]) -> TablePlan:
+def _table_plan(
+    table: str, source: Catalog, target: Catalog, applied: Sequence[Conversion], unreadable: Unreadable
+) -> TablePlan:
     held, identifying = source.tables[table], target.unique[table]
     made = {c: e for conversion in applied for (t, c), e in conversion.columns.items() if t == table}
     carried_over = {c for conversion in applied for (t, c) in conversion.carries if t == table}
@@ -98,7 +108,25 @@ def _table_plan(table: str, source: Catalog, target: Catalog, applied: Sequence[
         columns.append(column.name)
         expressions.append(fitted.sql)
         misfits += [(column.name, condition, remedy) for condition, remedy in fitted.misfits]
+    not_read = [
+        (column.name, column_fit.unreadable(column.name, values), f"this release cannot read {', '.join(values)}")
+        for column in source.stored(table)
+        if (values := unreadable.get(f"{table}.{column.name}"))
+    ]
+    # Without a part of their key, rows would be mixed with others: the models of a workspace with those of another.
+    has_key = any(constraint.kind == "p" and constraint.table == table for constraint in source.constraints)
+    key = set(source.keys[table]) - set(target.tables[table]) if has_key else set()
+    mixed = [
+        (
+            column.name,
+            f"{quoted(column.name)} IS DISTINCT FROM ({column.default})",
+            "it is part of the key, and this release has no such column",
+        )
+        for column in source.stored(table)
+        if column.name in key and column.default
+    ]
     left_behind = [condition for _, condition, remedy in misfits if remedy == "left behind"]
+    left_behind += [condition for _, condition, _ in (*not_read, *mixed)]
     where = f" WHERE NOT coalesce({' OR '.join(f'({c})' for c in left_behind)}, false)" if left_behind else ""
     listed = ", ".join(f"{e} AS {quoted(c)}" for c, e in zip(columns, expressions, strict=True))
     select = f"SELECT {listed} FROM {quoted(table)}{where}"
@@ -112,13 +140,21 @@ def _table_plan(table: str, source: Catalog, target: Catalog, applied: Sequence[
         if column.name not in target.tables[table]
         and column.name not in carried_over
         and (table, column.name) not in RECOMPUTED
+        and column.name not in {name for name, _, _ in mixed}
     ]
     names = tuple(c.name for c in applied if table in c.rows or any(t == table for t, _ in c.columns))
-    return TablePlan(table, tuple(columns), select, added, tuple(misfits), tuple(unknown), names)
+    return TablePlan(table, tuple(columns), select, added, tuple(misfits), tuple(unknown), (*not_read, *mixed), names)
 
 
-def carry(cluster: Cluster, source: str, target: str, say: Callable[[str], None] = lambda message: None) -> CarryResult:
-    """Copy the rows of `source` into `target`, an empty database that MLflow created.
+def carry(
+    cluster: Cluster,
+    source: str,
+    target: str,
+    say: Callable[[str], None] = lambda message: None,
+    unreadable: Unreadable | None = None,
+) -> CarryResult:
+    """Copy the rows of `source` into `target`, an empty database that MLflow created. Rows with an `unreadable` value
+    are left behind.
 
     `source` is read in one snapshot, and other sessions may use it. Raises CarryError when row counts or constraints
     are wrong at the end, and psycopg2.Error."""
@@ -126,7 +162,7 @@ def carry(cluster: Cluster, source: str, target: str, say: Callable[[str], None]
         reader.set_session(isolation_level="REPEATABLE READ", readonly=True)
         snapshot = value(reader, "SELECT pg_export_snapshot()")
         catalog, wanted = read_catalog(reader), read_catalog(writer)
-        planned = plan(catalog, wanted)
+        planned = plan(catalog, wanted, unreadable)
         say(f"copying {len(planned.tables)} tables")
         left = _count_misfits(reader, planned, catalog)
         sizes = dict(
@@ -278,7 +314,8 @@ def _add_constraint(writer: Any, constraint: Constraint) -> list[LeftBehind]:
 
 
 def _delete_violations(writer: Any, constraint: Constraint) -> int:
-    """Delete all rows that fail the check, or all but one of the rows that share a unique key."""
+    """Delete all rows that fail the check, or all but one of the rows that share a unique key. Which one stays depends
+    on the rows only: when the database is carried again for the merge, it must be the same."""
     table = sql.Identifier(constraint.table)
     if constraint.kind == "c":
         check = constraint.definition.removeprefix("CHECK ").removesuffix(" NOT VALID")
@@ -287,8 +324,8 @@ def _delete_violations(writer: Any, constraint: Constraint) -> int:
     return run(
         writer,
         sql.SQL(
-            "DELETE FROM {} WHERE ctid IN (SELECT ctid FROM (SELECT ctid, row_number() OVER (PARTITION BY {}) AS n"
-            " FROM {}) AS numbered WHERE n > 1)"
+            "DELETE FROM {} WHERE ctid IN (SELECT ctid FROM (SELECT ctid, row_number() OVER (PARTITION BY {} "
+            "ORDER BY doubled::text) AS n FROM {} AS doubled) AS numbered WHERE n > 1)"
         ).format(table, sql.SQL(columns), table),
     )
 
@@ -370,6 +407,7 @@ def _count_misfits(reader: Any, planned: Plan, source: Catalog) -> tuple[LeftBeh
             (c, condition, "left behind", "this release has no such column") for c, condition in planned_table.unknown
         ]
         questions += [(c, condition, remedy, "") for c, condition, remedy in planned_table.misfits]
+        questions += [(c, condition, "left behind", reason) for c, condition, reason in planned_table.unreadable]
         if not questions:
             continue
         counts = ", ".join(f"count(*) FILTER (WHERE {condition})" for _, condition, _, _ in questions)
@@ -394,3 +432,19 @@ def _check_counts(
             )
         carried.append(CarriedTable(table.table, found))
     return tuple(carried)
+
+
+def unreadable_values(cluster: Cluster, database: str, readable: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The values by "table.column" in `database` that are not among the `readable` ones of that column."""
+    found = {}
+    with connection(cluster, database) as opened:
+        tables = read_catalog(opened).tables
+        for place, values in readable.items():
+            table, column = place.split(".")
+            if column in tables.get(table, {}):
+                query = (
+                    f"SELECT DISTINCT {quoted(column)}::text FROM {quoted(table)} WHERE {quoted(column)} IS NOT NULL"
+                )
+                if others := sorted({text for (text,) in rows(opened, query)} - set(values)):
+                    found[place] = others
+    return found

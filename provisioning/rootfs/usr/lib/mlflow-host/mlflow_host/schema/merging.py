@@ -21,9 +21,12 @@ from psycopg2 import sql
 from mlflow_host.postgres.catalog import BOOKKEEPING, Catalog, Column, ForeignKey, read_catalog
 from mlflow_host.postgres.cluster import Cluster, connection, rows, run, value
 from mlflow_host.schema.column_fit import quoted
-from mlflow_host.schema.conversions import DERIVED, TRANSIENT
+from mlflow_host.schema.conversions import DERIVED, SOFT_REFERENCES, TRANSIENT, SoftReference
 from mlflow_host.schema.copying import parent_is_missing, stream
 from mlflow_host.schema.reporting import MergedTable
+
+NAMED_AT_MOST = 10
+"""Rows of each table that are named in the report."""
 
 BUCKETS = 4096
 """Tables are compared by checksums of this many groups of rows; only groups that differ are compared row by row."""
@@ -64,23 +67,36 @@ def merge(cluster: Cluster, kept: str, base: str, work: str) -> tuple[MergedTabl
 def merge_rows(from_kept: Any, from_base: Any, writer: Any) -> tuple[MergedTable, ...]:
     """`merge` in open transactions; the caller commits. `compare_rows` can then count the rows that are in place."""
     catalog, source = read_catalog(writer), read_catalog(from_kept)
-    run(writer, "SET LOCAL session_replication_role = replica")
     differing = []
     for table in _tables(source, catalog):
         buckets = _differing_buckets(from_kept, from_base, table)
         if buckets:
-            _load(from_kept, writer, table, buckets, _temporary(table, "kept"))
-            _load(from_base, writer, table, buckets, _temporary(table, "base"))
+            _load(from_kept, writer, table, buckets, temporary(table, "kept"))
+            _load(from_base, writer, table, buckets, temporary(table, "base"))
             differing.append(table)
+    returned = merge_loaded(from_kept, writer, catalog, differing)
+    _raise_sequences(from_kept, writer, source, catalog)
+    return returned
+
+
+def merge_loaded(from_kept: Any, writer: Any, catalog: Catalog, differing: list[Table]) -> tuple[MergedTable, ...]:
+    """Merge the rows in the temporary tables "…_kept" and "…_base" of each table; the caller commits."""
+    run(writer, "SET LOCAL session_replication_role = replica")
     offered = {table.name: _insert(writer, table) for table in differing}
-    _remove_orphans(writer, catalog, differing)
+    refused = {table.name: _refused(writer, table) for table in differing}
+    _remove_orphans(from_kept, writer, catalog, differing)
+    values = {table.name: _update(writer, table, catalog) for table in differing}
+    if any(count for count, _ in refused.values()):  # a row may have had their key until its own values were restored
+        for table in differing:
+            _insert(writer, table)
+        refused = {table.name: _refused(writer, table) for table in differing}
+        _remove_orphans(from_kept, writer, catalog, differing)
     returned = []
     for table in differing:
-        present = int(value(writer, f"SELECT count(*) FROM {_temporary(table, 'back')}"))
-        values = _update(writer, table, catalog)
-        if offered[table.name] or values:
-            returned.append(MergedTable(table.name, present, values, offered[table.name] - present))
-    _raise_sequences(from_kept, writer, source, catalog)
+        present = int(value(writer, f"SELECT count(*) FROM {temporary(table, 'back')}"))
+        given, restored, (count, keys) = offered[table.name], values[table.name], refused[table.name]
+        if given or restored:
+            returned.append(MergedTable(table.name, present, restored, given - present - count, count, keys))
     return tuple(returned)
 
 
@@ -89,12 +105,11 @@ def compare_rows(from_kept: Any, writer: Any) -> dict[str, tuple[int, int, int]]
     `work`). Call it after `merge_rows`, in the same transaction."""
     found = {}
     for table in _tables(read_catalog(from_kept), read_catalog(writer)):
-        kept = _temporary(table, "kept")
+        kept = temporary(table, "kept")
         if value(writer, "SELECT to_regclass(%s) IS NULL", (f"pg_temp.{kept}",)):
             continue
         same = " AND ".join(
-            f"{_comparable('kept', column)} IS NOT DISTINCT FROM {_comparable('work', column)}"
-            for column in table.others
+            f"{comparable('kept', column)} IS NOT DISTINCT FROM {comparable('work', column)}" for column in table.others
         )
         key = table.keys[0]
         counted = rows(
@@ -126,7 +141,7 @@ def _differing_buckets(from_kept: Any, from_base: Any, table: Table) -> list[int
     return [bucket for bucket, *sums in rows(from_kept, query) if there.get(bucket) != sums]
 
 
-def _temporary(table: Table, what: str) -> str:
+def temporary(table: Table, what: str) -> str:
     return quoted(f"{table.name[:50]}_{what}")
 
 
@@ -143,9 +158,9 @@ def _load(reader: Any, writer: Any, table: Table, buckets: list[int], into: str)
 def _insert(writer: Any, table: Table) -> int:
     """Insert the rows that were not carried to the older release. Returns their number; the keys of those that could be
     inserted are in the temporary table "…_back"."""
-    kept, base, back = (_temporary(table, what) for what in ("kept", "base", "back"))
+    kept, base, back = (temporary(table, what) for what in ("kept", "base", "back"))
     keys = ", ".join(map(quoted, table.keys))
-    run(writer, f"CREATE TEMPORARY TABLE {back} AS SELECT {keys} FROM {quoted(table.name)} LIMIT 0")
+    run(writer, f"CREATE TEMPORARY TABLE IF NOT EXISTS {back} AS SELECT {keys} FROM {quoted(table.name)} LIMIT 0")
     never_given = (
         f"FROM {kept} AS kept WHERE NOT EXISTS (SELECT 1 FROM {base} AS base WHERE {table.same_key('base', 'kept')})"
     )
@@ -158,18 +173,40 @@ def _insert(writer: Any, table: Table) -> int:
     return int(value(writer, f"SELECT count(*) {never_given}"))
 
 
-def _remove_orphans(writer: Any, catalog: Catalog, differing: list[Table]) -> None:
+def _refused(writer: Any, table: Table) -> tuple[int, tuple[str, ...]]:
+    """Rows that were not carried to the older release and were not inserted now, because another row has their key or a
+    value that must be unique: their number, and the keys of the first ones. A row that is in place already is not one.
+    """
+    kept, base, back = (temporary(table, what) for what in ("kept", "base", "back"))
+    same = " AND ".join(
+        f"{comparable('kept', column)} IS NOT DISTINCT FROM {comparable('work', column)}" for column in table.columns
+    )
+    key = ", ".join(f"kept.{quoted(name)}" for name in table.keys)
+    where = (
+        f"FROM {kept} AS kept WHERE NOT EXISTS (SELECT 1 FROM {base} AS base WHERE {table.same_key('base', 'kept')}) "
+        f"AND NOT EXISTS (SELECT 1 FROM {back} AS back WHERE {table.same_key('back', 'kept')}) "
+        f"AND NOT EXISTS (SELECT 1 FROM {quoted(table.name)} AS work WHERE {table.same_key('work', 'kept')} AND {same})"
+    )
+    count = int(value(writer, f"SELECT count(*) {where}"))
+    named = rows(writer, f"SELECT concat_ws('/', {key}) {where} ORDER BY 1 LIMIT {NAMED_AT_MOST}") if count else []
+    return count, tuple(name for (name,) in named)
+
+
+def _remove_orphans(from_kept: Any, writer: Any, catalog: Catalog, differing: list[Table]) -> None:
     """Delete the inserted rows whose parent was deleted since, or set the foreign key to NULL where it is defined so.
     Repeats until no row is deleted, as a deleted row may be a parent itself."""
     tables = {table.name: table for table in differing}
-    references = [reference for reference in catalog.foreign_keys if reference.table in tables]
+    references = [(reference, "true") for reference in catalog.foreign_keys if reference.table in tables]
+    softs = [soft for soft in SOFT_REFERENCES if soft.table in tables and soft.parent in catalog.tables]
+    references += [(_deleted_parents(from_kept, writer, tables[soft.table], soft)) for soft in softs]
     taken = True
     while taken:
         taken = False
-        for reference in references:
+        for reference, condition in references:
             table = tables[reference.table]
-            back, name = _temporary(table, "back"), quoted(table.name)
-            where = f"{table.same_key('back', 'child')} AND {parent_is_missing(reference, 'child')}"
+            back, name = temporary(table, "back"), quoted(table.name)
+            missing = parent_is_missing(reference, "child")
+            where = f"{table.same_key('back', 'child')} AND {condition} AND {missing}"
             if reference.on_delete == "n" and not set(reference.columns) & set(table.keys):
                 cleared = ", ".join(f"{quoted(column)} = NULL" for column in reference.columns)
                 run(writer, f"UPDATE {name} AS child SET {cleared} FROM {back} AS back WHERE {where}")
@@ -179,11 +216,30 @@ def _remove_orphans(writer: Any, catalog: Catalog, differing: list[Table]) -> No
                 run(writer, f"DELETE FROM {back} AS back WHERE {absent}")
 
 
+def _deleted_parents(from_kept: Any, writer: Any, table: Table, soft: SoftReference) -> tuple[ForeignKey, str]:
+    """A soft reference as a foreign key, and the condition for rows whose parent `kept` has. PostgreSQL does not guard
+    such a reference, so a row may have lacked its parent before, too; then it comes back as it was."""
+    reference = ForeignKey("", table.name, (soft.column,), soft.parent, (soft.parent_column,), "c")
+    column, back = quoted(soft.column), temporary(table, "back")
+    query = (
+        f"SELECT DISTINCT child.{column}::text FROM {quoted(table.name)} AS child JOIN {back} AS back "
+        f"ON {table.same_key('back', 'child')} WHERE child.{soft.when}"
+    )
+    parents = [name for (name,) in rows(writer, query)]
+    there = (
+        f"SELECT {quoted(soft.parent_column)} FROM {quoted(soft.parent)} WHERE {quoted(soft.parent_column)} = ANY (%s)"
+    )
+    in_kept = [str(name) for (name,) in rows(from_kept, there, (parents,))]
+    with writer.cursor() as cursor:
+        listed = cursor.mogrify("%s::text[]", (in_kept,)).decode()
+    return reference, f"child.{soft.when} AND child.{column}::text = ANY ({listed})"
+
+
 def _update(writer: Any, table: Table, catalog: Catalog) -> int:
     """Restore values that the older release could not hold and that are unchanged since. Returns the number of rows."""
     if not table.others:
         return 0
-    name, kept, base = quoted(table.name), _temporary(table, "kept"), _temporary(table, "base")
+    name, kept, base = quoted(table.name), temporary(table, "kept"), temporary(table, "base")
     references = [reference for reference in catalog.foreign_keys if reference.table == table.name]
     conditions = {column.name: _is_lost_value(column, references) for column in table.others}
     values = ", ".join(
@@ -200,13 +256,13 @@ def _update(writer: Any, table: Table, catalog: Catalog) -> int:
 
 def _is_lost_value(column: Column, references: list[ForeignKey]) -> str:
     """SQL condition: the value did not fit the older release, and is unchanged since it was carried."""
-    differs = f"{_comparable('kept', column)} IS DISTINCT FROM {_comparable('base', column)}"
-    untouched = f"{_comparable('work', column)} IS NOT DISTINCT FROM {_comparable('base', column)}"
+    differs = f"{comparable('kept', column)} IS DISTINCT FROM {comparable('base', column)}"
+    untouched = f"{comparable('work', column)} IS NOT DISTINCT FROM {comparable('base', column)}"
     parents = [f"NOT ({parent_is_missing(r, 'kept')})" for r in references if column.name in r.columns]
     return " AND ".join((differs, untouched, *parents))
 
 
-def _comparable(alias: str, column: Column) -> str:
+def comparable(alias: str, column: Column) -> str:
     name = f"{alias}.{quoted(column.name)}"
     return f"{name}::text" if column.type in ("json", "xml", "point") else name
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,9 @@ class ImageSchema:
     count: int
     mlflow_version: str
     image_version: str = ""
+    enumerations: Mapping[str, Sequence[str]] | None = None
+    """The values that MLflow can read, by "table.column", of the columns that hold an enumeration. None in the facts of
+    an image that was baked before they were recorded: MLflow is asked."""
 
 
 def of_this_image() -> ImageSchema:
@@ -45,7 +48,16 @@ def of_this_image() -> ImageSchema:
         count=int(facts["migration_count"]),
         mlflow_version=facts["mlflow_version"],
         image_version=facts["image_version"],
+        enumerations=facts.get("enumerations"),
     )
+
+
+@dataclass(frozen=True)
+class StoreAnswers:
+    """`answers`: number of results of MLflow's stores by kind; `unread`: a sentence for each kind not read in full."""
+
+    answers: dict[str, int]
+    unread: tuple[str, ...] = ()
 
 
 class Release:
@@ -63,9 +75,13 @@ class Release:
     def upgrade(self, database: str, revision: str) -> None:
         self._ask("upgrade", uri=self._cluster.uri(database), revision=revision)
 
-    def query_stores(self, database: str) -> dict[str, int]:
+    def enumerations(self) -> dict[str, list[str]]:
+        """The values that MLflow can read, by "table.column", of the columns that hold an enumeration."""
+        return dict(self._ask("enumerations"))
+
+    def query_stores(self, database: str) -> StoreAnswers:
         reply = self._ask("query_stores", uri=self._cluster.uri(database), artifact_root=ARTIFACT_ROOT)
-        return {name: int(number) for name, number in reply.items()}
+        return StoreAnswers(dict(reply["answers"]), tuple(reply["unread"]))
 
     def _ask(self, task: str, **arguments: str) -> Any:
         assert self._process.stdin and self._process.stdout

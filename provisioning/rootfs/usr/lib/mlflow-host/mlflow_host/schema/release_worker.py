@@ -7,12 +7,29 @@ mlflow_host, because tests run it with the interpreters of other environments.
 
 from __future__ import annotations
 
+import ast
+import enum
+import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
+
+MODELS = (
+    "mlflow.store.tracking.dbmodels.models",
+    "mlflow.store.model_registry.dbmodels.models",
+    "mlflow.store.workspace.dbmodels.models",
+)
+"""The modules with the classes of MLflow's tables; older releases lack some of them."""
+
+READ_AT_MOST = 200
+"""Rows of each table that are read as MLflow's objects."""
+
+NAMED_AT_MOST = 3
+"""Unreadable rows of each table that are named."""
 
 
 def head() -> str:
@@ -41,22 +58,188 @@ def upgrade(uri: str, revision: str) -> None:
     engine.dispose()
 
 
-def query_stores(uri: str, artifact_root: str) -> dict[str, int]:
-    """Open the stores that the server opens and run queries; returns the number of results by kind. MLflow creates the
-    default experiment of an empty database here, with its location below `artifact_root`."""
+def enumerations() -> dict[str, list[str]]:
+    """The values that MLflow can read, by "table.column", of the columns that its models convert to an enumeration, as
+    in `BudgetTargetScope(self.target_scope)` and `JobStatus.from_int(self.status)`. Any other value raises an error."""
+    found: dict[str, set[str]] = {}
+    for module in _models():
+        for node in ast.parse(inspect.getsource(module)).body:
+            model = getattr(module, node.name, None) if isinstance(node, ast.ClassDef) else None
+            if not hasattr(model, "__mapper__"):
+                continue
+            for column, values in _conversions(module, model, node):
+                name = f"{model.__tablename__}.{column}"
+                found[name] = found.get(name, values) & values
+    return {name: sorted(values) for name, values in sorted(found.items())}
+
+
+def _conversions(module: Any, model: Any, source: ast.AST) -> Iterator[tuple[str, set[str]]]:
+    """(column, values) for each call in a model's source that converts one of its columns to an enumeration."""
+    imported = {
+        each.asname or each.name: (node.module, each.name)
+        for node in ast.walk(source)
+        if isinstance(node, ast.ImportFrom) and node.module
+        for each in node.names
+    }
+    for node in ast.walk(source):
+        if not (isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords):
+            continue
+        argument, function = node.args[0], node.func
+        method = function.attr if isinstance(function, ast.Attribute) else None
+        owner = function.value if isinstance(function, ast.Attribute) else function
+        is_column = isinstance(argument, ast.Attribute) and argument.attr in model.__mapper__.columns
+        if not is_column or not isinstance(owner, ast.Name):
+            continue
+        kind = getattr(module, owner.id, None)
+        if owner.id in imported:
+            with suppress(ImportError):
+                kind = getattr(import_module(imported[owner.id][0]), imported[owner.id][1], None)
+        if isinstance(kind, type) and issubclass(kind, enum.Enum):
+            values = {str(member.value) for member in kind}
+            if method:
+                tried: list[Any] = [*range(100)] if method == "from_int" else [member.name for member in kind]
+                values = {str(each) for each in tried if _accepts(getattr(kind, method), each)}
+            yield model.__mapper__.columns[argument.attr].name, values
+
+
+def _accepts(convert: Callable[[Any], Any], value: Any) -> bool:
+    try:
+        convert(value)
+    except Exception:
+        return False
+    return True
+
+
+def query_stores(uri: str, artifact_root: str) -> dict[str, Any]:
+    """Open the stores that the server opens, run queries, and read rows of every table as MLflow's objects. `answers`:
+    number of results by kind; `unread`: a sentence for each kind that could not be read in full.
+
+    Raises an error if a store does not open, or if PostgreSQL refuses a query: then the schema is not this release's.
+    MLflow creates the default experiment of an empty database here, with its location below `artifact_root`. The stores
+    without workspaces refuse a database that has any; those with workspaces search the default one."""
     everything: Any = import_module("mlflow.entities").ViewType.ALL
-    tracking: Any = import_module("mlflow.store.tracking.sqlalchemy_store").SqlAlchemyStore(uri, artifact_root)
-    registry: Any = import_module("mlflow.store.model_registry.sqlalchemy_store").SqlAlchemyStore(uri)
-    experiments = list(tracking.search_experiments(view_type=everything, max_results=1000))
-    names = [experiment.experiment_id for experiment in experiments]
-    runs = list(tracking.search_runs(names, "", everything, max_results=20)) if names else []
-    for run in runs:
-        tracking.get_run(run.info.run_id)
-    traces: list[Any] = tracking.search_traces(names[:10], max_results=20)[0] if names else []
-    models = list(registry.search_registered_models(max_results=100))
-    for model in models[:20]:
-        registry.get_registered_model(model.name)
-    return {"experiments": len(experiments), "runs": len(runs), "traces": len(traces), "models": len(models)}
+    if _has_workspaces(uri):
+        os.environ["MLFLOW_ENABLE_WORKSPACES"] = "true"
+        import_module("mlflow.utils.workspace_context").set_server_request_workspace("default")
+        tracked: Any = import_module("mlflow.store.tracking.sqlalchemy_workspace_store").WorkspaceAwareSqlAlchemyStore
+        registered: Any = import_module("mlflow.store.model_registry.sqlalchemy_workspace_store")
+        tracking = tracked(uri, artifact_root)
+        registry = registered.WorkspaceAwareSqlAlchemyStore(uri)
+    else:
+        tracking = import_module("mlflow.store.tracking.sqlalchemy_store").SqlAlchemyStore(uri, artifact_root)
+        registry = import_module("mlflow.store.model_registry.sqlalchemy_store").SqlAlchemyStore(uri)
+    names: list[str] = []
+
+    def experiments() -> int:
+        names.extend(each.experiment_id for each in tracking.search_experiments(everything, max_results=1000))
+        return len(names)
+
+    def runs() -> int:
+        found = list(tracking.search_runs(names, "", everything, max_results=20)) if names else []
+        for run in found:
+            tracking.get_run(run.info.run_id)
+        return len(found)
+
+    def traces() -> int:
+        return len(tracking.search_traces(names[:10], max_results=20)[0]) if names else 0
+
+    def models() -> int:
+        found = list(registry.search_registered_models(max_results=100))
+        for model in found[:20]:
+            registry.get_registered_model(model.name)
+        return len(found)
+
+    answers: dict[str, int] = {}
+    unread: list[str] = []
+    for query in (experiments, runs, traces, models):
+        try:
+            answers[query.__name__] = query()
+        except Exception as error:
+            if _is_of_the_database(error):
+                raise
+            unread.append(f"the search for {query.__name__} fails: {_sentence(error)}")
+    unread += _unreadable_rows(uri)
+    return {"answers": answers, "unread": unread}
+
+
+def _has_workspaces(uri: str) -> bool:
+    sqlalchemy: Any = import_module("sqlalchemy")
+    engine = _engine(uri)
+    with engine.connect() as connection:
+        there = sqlalchemy.inspect(connection).has_table("workspaces")
+        query = "SELECT count(*) FROM workspaces WHERE name <> 'default'"
+        found = there and connection.execute(sqlalchemy.text(query)).scalar()
+    engine.dispose()
+    return bool(found)
+
+
+def _unreadable_rows(uri: str) -> list[str]:
+    """A sentence for each table with rows that the release's own models cannot turn into MLflow's objects. Encrypted
+    columns are not read, as this process has no key."""
+    orm: Any = import_module("sqlalchemy.orm")
+    engine = _engine(uri)
+    found = []
+    with orm.Session(engine) as session:
+        for model in sorted(_readable_models(), key=lambda model: str(model.__tablename__)):
+            failed: list[str] = []
+            encrypted = [a.key for a in model.__mapper__.column_attrs if hasattr(a.columns[0].type, "cipher")]
+            hidden = [orm.defer(getattr(model, name)) for name in encrypted]
+            try:
+                for row in session.query(model).options(*hidden).limit(READ_AT_MOST):
+                    for name in encrypted:
+                        orm.attributes.set_committed_value(row, name, None)
+                    if why := _why_unreadable(row):
+                        key = "/".join(map(str, model.__mapper__.primary_key_from_instance(row)))
+                        failed.append(f"{key} ({why})")
+            except Exception as error:
+                if _is_of_the_database(error):
+                    raise
+                failed.append(f"some rows ({_sentence(error)})")
+            if failed:
+                more = f" and {len(failed) - NAMED_AT_MOST} more" if len(failed) > NAMED_AT_MOST else ""
+                found.append(f"{model.__tablename__}: {', '.join(failed[:NAMED_AT_MOST])}{more}")
+    engine.dispose()
+    return found
+
+
+def _why_unreadable(row: Any) -> str | None:
+    try:
+        row.to_mlflow_entity()
+    except Exception as error:
+        if _is_of_the_database(error):
+            raise
+        return _sentence(error)
+    return None
+
+
+def _readable_models() -> set[Any]:
+    """The classes of MLflow's tables that have an object in its interface."""
+    every = {model for module in _models() for model in vars(module).values() if hasattr(model, "__mapper__")}
+    return {model for model in every if hasattr(model, "to_mlflow_entity")}
+
+
+def _models() -> list[Any]:
+    found = []
+    for name in MODELS:
+        try:
+            found.append(import_module(name))
+        except ImportError:
+            continue
+    return found
+
+
+def _is_of_the_database(error: BaseException | None) -> bool:
+    """Whether SQLAlchemy raised the error, or one that it was raised from."""
+    database_error: Any = import_module("sqlalchemy.exc").SQLAlchemyError
+    while error is not None:
+        if isinstance(error, database_error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def _engine(uri: str) -> Any:
@@ -69,6 +252,7 @@ TASKS: dict[str, Callable[..., Any]] = {
     "head": head,
     "create": create,
     "upgrade": upgrade,
+    "enumerations": enumerations,
     "query_stores": query_stores,
 }
 

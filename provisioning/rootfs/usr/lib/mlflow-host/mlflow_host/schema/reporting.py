@@ -48,7 +48,11 @@ class MergedTable:
     values: int
     """Rows in which values were restored that the older release could not hold."""
     dropped: int
-    """Rows not inserted, because their parent was deleted since, or their key is in use."""
+    """Rows not inserted, because their parent was deleted since."""
+    refused: int = 0
+    """Rows not inserted, because another row has their key or a value that must be unique."""
+    refused_keys: tuple[str, ...] = ()
+    """The keys of the first of them."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class ChangeReport:
     notes: tuple[str, ...] = ()
     answers: dict[str, int] = dataclasses.field(default_factory=dict)
     """Number of results by kind that MLflow's stores returned before the flip."""
+    unread: tuple[str, ...] = ()
+    """What MLflow's stores could not read before the flip, one sentence each."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -90,6 +96,11 @@ class ChangeReport:
             tables = len({entry.table for entry in self.left})
             held = sum(entry.count for entry in self.left)
             parts.append(f"{held:,} values of {tables} tables do not fit this release and stay in {self.kept_database}")
+        refused = sum(entry.refused for found in self.returned.values() for entry in found)
+        if refused:
+            parts.append(f"{refused:,} rows stay in kept databases, because their key is in use: see the report")
+        if self.unread:
+            parts.append(f"{self.to_version} cannot read all of {len(self.unread)} kinds: see the report")
         return ", ".join(parts)
 
 
@@ -106,10 +117,15 @@ def as_text(report: ChangeReport) -> str:
     for database, found in report.returned.items():
         lines += _section(
             f"merged back from {database}",
-            (f"{r.table}: {r.rows} rows inserted, {r.values} updated, {r.dropped} dropped" for r in found),
+            (
+                f"{r.table}: {r.rows} rows inserted, {r.values} updated, {r.dropped} without their parent, "
+                f"{r.refused} with a key in use"
+                for r in found
+            ),
         )
     lines += _section("notes", report.notes)
     lines += _section("MLflow's stores returned", (f"{name}: {number}" for name, number in report.answers.items()))
+    lines += _section("MLflow could not read", report.unread)
     lines += _section("seconds", (f"{name}: {taken:.1f}" for name, taken in report.seconds.items()))
     return "\n".join(lines) + "\n"
 
@@ -154,11 +170,16 @@ def from_mapping(raw: dict[str, Any]) -> ChangeReport:
             **raw,
             "carried": tuple(CarriedTable(**entry) for entry in raw["carried"]),
             "left": tuple(LeftBehind(**entry) for entry in raw["left"]),
-            "returned": {k: tuple(MergedTable(**entry) for entry in v) for k, v in raw["returned"].items()},
+            "returned": {k: tuple(map(_merged, v)) for k, v in raw["returned"].items()},
             "conversions": tuple(raw["conversions"]),
             "notes": tuple(raw["notes"]),
+            "unread": tuple(raw.get("unread", ())),
         }
     )
+
+
+def _merged(raw: dict[str, Any]) -> MergedTable:
+    return MergedTable(**{**raw, "refused_keys": tuple(raw.get("refused_keys", ()))})
 
 
 def _section(title: str, entries: Iterable[str]) -> list[str]:

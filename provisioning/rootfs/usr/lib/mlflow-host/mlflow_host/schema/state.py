@@ -107,7 +107,9 @@ def drop_leftovers(settings: ChangeSettings, say: Say) -> None:
 def update_ownership(settings: ChangeSettings, state: SchemaState) -> None:
     """Write this image into the ownership record, and clear read-only mode, which a kept database still has if it was
     renamed by hand. Writes nothing if both are as needed."""
-    live, wanted = settings.cluster.database, ownership_record(settings, state.record.waiting if state.record else ())
+    live, wanted = settings.cluster.database, ownership_record(settings)
+    if state.record:
+        wanted = replace(wanted, waiting=state.record.waiting, unresolved=state.record.unresolved)
     kept_aside = (
         "SELECT 1 FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase WHERE d.datname = %s "
         "AND s.setrole = 0 AND 'default_transaction_read_only=on' = ANY (s.setconfig)"
@@ -120,7 +122,11 @@ def update_ownership(settings: ChangeSettings, state: SchemaState) -> None:
             ownership.write(opened, live, wanted)
 
 
-def ownership_record(settings: ChangeSettings, waiting: tuple[PendingMerge, ...]) -> OwnershipRecord:
+def ownership_record(
+    settings: ChangeSettings, waiting: tuple[PendingMerge, ...] = (), unresolved: tuple[str, ...] = ()
+) -> OwnershipRecord:
     image = settings.image
     at = settings.now().isoformat(timespec="seconds")
-    return OwnershipRecord(image.head, image.count, image.mlflow_version, image.image_version, at, waiting)
+    return OwnershipRecord(
+        image.head, image.count, image.mlflow_version, image.image_version, at, waiting, unresolved=unresolved
+    )

@@ -8,14 +8,14 @@ from mlflow_host.postgres.catalog import BOOKKEEPING, Catalog, head, read_catalo
 from mlflow_host.postgres.cluster import Cluster, connection, value
 from mlflow_host.schema.column_fit import quoted
 from mlflow_host.schema.copying import CarryError, parent_is_missing
-from mlflow_host.schema.release import Release
+from mlflow_host.schema.release import Release, StoreAnswers
 
 MOVED = frozenset({"trace_tags", "trace_request_metadata", "trace_metrics", "span_metrics"})
 """Tables whose rows MLflow's migration 75868b020152 moves to other tables or deletes."""
 
 
-def verify(cluster: Cluster, database: str, release: Release, expected_head: str) -> dict[str, int]:
-    """Number of results by kind that MLflow's stores return. Raises CarryError, or ReleaseError from MLflow."""
+def verify(cluster: Cluster, database: str, release: Release, expected_head: str) -> StoreAnswers:
+    """What MLflow's stores return, and what they cannot read. Raises CarryError, or ReleaseError from MLflow."""
     with connection(cluster, database) as opened:
         if head(opened) != expected_head:
             raise CarryError(f"the copy is at migration {head(opened)}; expected {expected_head}")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mlflow_host.server import artifact_paths, json_decode, json_encode, refusals, request_limits
+from mlflow_host.server import artifact_paths, json_decode, json_encode, refusals
 from mlflow_host.server.mlflow_checks import Refusal
 
 
@@ -49,13 +49,6 @@ BEFORE_IMPORT = (
         "returns 400, not 500, for paths that MLflow cannot decode, and refuses `..` after a backslash",
         "unit/test_artifact_names.py::test_paths_that_mlflow_cannot_read_are_refused_with_a_sentence",
         artifact_paths.strict,
-    ),
-    Patch(
-        "mlflow.tracing.utils.otlp:decompress_otlp_body",
-        "limits the decompressed size of a body: 64 MiB of gzip may contain 64 GiB",
-        "unit/test_request_limits.py::test_decompression_within_the_bound_is_mlflows",
-        lambda _: request_limits.decompressed,
-        optional=True,
     ),
 )
 """Names that MLflow's modules copy when they are imported. The last one imports MLflow's package, but no server."""

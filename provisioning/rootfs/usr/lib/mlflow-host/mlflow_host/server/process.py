@@ -123,7 +123,8 @@ def serve(uds: Path, *, first: bool = True) -> int:
             notify("READY=1")
 
     short = with_clients_scheme(page_transfers.without_offers(shortened(application, flask, repository, threads)))
-    served = request_limits.limited(request_limits.shared(short, max(1, threads.requests - 1)))
+    bounded = request_limits.inflating(short)
+    served = request_limits.limited(request_limits.shared(bounded, max(1, threads.requests - 1)))
     served = health.with_health(served, os.environ["MLFLOW_BACKEND_STORE_URI"])
     server = Announced(
         uvicorn.Config(

@@ -14,7 +14,7 @@ import zlib
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from mlflow_host.server.flask_shortcut import Application, Receive, Scope, Send
+from mlflow_host.server.flask_shortcut import Application, Message, Receive, Scope, Send, whole
 
 MEBIBYTE = 2**20
 
@@ -36,6 +36,9 @@ FILTERS = ("filter", "filter_string")
 
 PRESIGNED_SECONDS = 3600
 """Longest validity of a presigned URL: enough for a large file."""
+
+TRACES = re.compile(r"/v1/traces$")
+"""Requests whose body MLflow decompresses."""
 
 DECOMPRESSED_BYTES = 64 * MEBIBYTE
 """Maximum decompressed size of a body with traces, in bytes; equal to the limit of an uncompressed one
@@ -101,9 +104,42 @@ def shared(application: Application, at_once: int) -> Application:
     return in_turn
 
 
+def inflating(application: Application) -> Application:
+    """`application`, which gets compressed traces decompressed. MLflow would decompress any number of bytes: 64 MiB of
+    gzip may hold 64 GiB."""
+    from fastapi import HTTPException
+
+    async def inflated_first(scope: Scope, receive: Receive, send: Send) -> None:
+        sent = dict(scope["headers"]) if scope["type"] == "http" and TRACES.search(scope["path"]) else {}
+        encoding = sent.get(b"content-encoding", b"").decode("latin-1").lower()
+        if not encoding:
+            await application(scope, receive, send)
+            return
+        body = await whole(receive)
+        if body is None:
+            return
+        try:
+            plain = await asyncio.to_thread(decompressed, body, encoding)
+        except HTTPException as refused:
+            content = json.dumps({"detail": refused.detail}).encode()
+            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+            await send({"type": "http.response.start", "status": refused.status_code, "headers": headers})
+            await send({"type": "http.response.body", "body": content})
+            return
+        left = [entry for entry in scope["headers"] if entry[0] not in (b"content-encoding", b"content-length")]
+        waiting: list[Message] = [{"type": "http.request", "body": plain, "more_body": False}]
+
+        async def receive_plain() -> Message:
+            return waiting.pop() if waiting else await receive()
+
+        length = (b"content-length", str(len(plain)).encode())
+        await application({**scope, "headers": [*left, length]}, receive_plain, send)
+
+    return inflated_first
+
+
 def decompressed(raw_body: bytes, content_encoding: str) -> bytes:
-    """Replaces MLflow's decompress_otlp_body: the same, with HTTPException 413 for a body that decompresses to too
-    much."""
+    """What MLflow's decompress_otlp_body returns, with HTTPException 413 for a body that decompresses to too much."""
     from fastapi import HTTPException
 
     formats = {"gzip": (31,), "deflate": (15, -15)}.get(content_encoding)

@@ -1,0 +1,200 @@
+"""What the migrations of an upgrade dropped or changed: recorded in the upgraded database, and put back by a rollback.
+
+MLflow's migrations lose what the new place of a value cannot hold: 75868b020152 cuts sessions after 250 characters. The
+upgraded database gets a PostgreSQL schema, named after the migration head before, with two tables for each of MLflow's
+tables concerned: the rows as they were ("…_kept"), and as a carry back would rebuild them ("…_base"). A carry back to
+that head or an older one merges them, so rows that were deleted or changed since stay so. A carry back to a later head
+copies the schema.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from psycopg2 import sql
+
+from mlflow_host.postgres.catalog import BOOKKEEPING, Catalog, Column, read_catalog
+from mlflow_host.postgres.cluster import Cluster, connection, rows, run, value
+from mlflow_host.schema.column_fit import convert, quoted
+from mlflow_host.schema.conversions import DERIVED, TRANSIENT
+from mlflow_host.schema.copying import TablePlan, plan, stream
+from mlflow_host.schema.merging import Table, comparable, merge_loaded, temporary
+from mlflow_host.schema.reporting import LeftBehind, MergedTable
+
+_SCHEMA = re.compile(r"mlflow_host_before_(?P<count>\d{4})_(?P<head>\w+)")
+_REASON = "by MLflow's migrations; back when a release from before them is pinned"
+
+
+def record(cluster: Cluster, before: str, after: str, head: str, count: int) -> tuple[LeftBehind, ...]:
+    """Compare `before`, a database at migration `head`, the `count`th one, with `after`, its migrated copy, and record
+    in `after` what the migrations dropped or changed. Reads only the tables and columns that they narrowed, moved or
+    removed; between most releases there are none."""
+    schema = sql.Identifier(f"mlflow_host_before_{count:04}_{head}")
+    found: list[LeftBehind] = []
+    with connection(cluster, before) as reader, connection(cluster, after) as writer:
+        reader.set_session(isolation_level="REPEATABLE READ", readonly=True)
+        old, new = read_catalog(reader), read_catalog(writer)
+        plans = {table.table: table for table in plan(new, old).tables}
+        run(writer, sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(schema))
+        for name in sorted(set(old.tables) - DERIVED - TRANSIENT - {BOOKKEEPING}):
+            columns = _affected(reader, writer, name, old, new, plans.get(name))
+            if not columns:
+                continue
+            table = Table(name, tuple(columns), old.keys[name])
+            _load(reader, writer, table, plans.get(name))
+            lost = _differences(writer, table)
+            if lost and not found:
+                owner = sql.Identifier(cluster.owner)
+                run(writer, sql.SQL("CREATE SCHEMA {} AUTHORIZATION {}").format(schema, owner))
+            for what in ("kept", "base") if lost else ():
+                place = sql.SQL("{}.{}").format(schema, sql.SQL(temporary(table, what)))
+                run(writer, sql.SQL("CREATE TABLE {} AS TABLE {}").format(place, sql.SQL(temporary(table, what))))
+                run(writer, sql.SQL("ALTER TABLE {} OWNER TO {}").format(place, sql.Identifier(cluster.owner)))
+            found += lost
+    return tuple(found)
+
+
+def _affected(
+    reader: Any, writer: Any, name: str, old: Catalog, new: Catalog, planned: TablePlan | None
+) -> list[Column]:
+    """The columns to compare, the key's first: all of a table that is gone, lost rows or is rebuilt by a conversion,
+    or those that are gone or narrower; none otherwise."""
+    stored = old.stored(name)
+    if name not in new.tables or planned is None or planned.added:
+        return stored
+    count = f"SELECT count(*) FROM {quoted(name)}"
+    if int(value(writer, count)) < int(value(reader, count)):
+        return stored
+    changed = [column for column in stored if _is_narrower(column, new.tables[name].get(column.name))]
+    keys = [column for column in stored if column.name in old.keys[name] and column not in changed]
+    return [*keys, *changed] if changed else []
+
+
+def _is_narrower(was: Column, now: Column | None) -> bool:
+    if now is None:
+        return True
+    return convert(quoted(was.name), was.type, now.type)[1] is not None or (now.required and not was.required)
+
+
+def _load(reader: Any, writer: Any, table: Table, planned: TablePlan | None) -> None:
+    """Temporary tables in the migrated database: the old rows ("…_kept"), and the same as a carry back would rebuild
+    them ("…_base")."""
+    kept, base = temporary(table, "kept"), temporary(table, "base")
+    columns = ", ".join(f"{quoted(column.name)} {column.type}" for column in table.columns)
+    for each in (kept, base):
+        run(writer, f"CREATE TEMPORARY TABLE {each} ({columns})")
+    out = f"COPY (SELECT {table.listed()} FROM {quoted(table.name)}) TO STDOUT (FORMAT binary)"
+    stream(reader, out, writer, f"COPY pg_temp.{kept} FROM STDIN (FORMAT binary)")
+    if planned:
+        rebuilt = ", ".join(
+            quoted(column.name) if column.name in planned.columns else f"NULL::{column.type}"
+            for column in table.columns
+        )
+        run(writer, f"INSERT INTO {base} SELECT {rebuilt} FROM ({planned.query}) AS rebuilt")
+    for each in (kept, base):
+        run(writer, f"ANALYZE {each}")
+
+
+def _differences(writer: Any, table: Table) -> list[LeftBehind]:
+    """Leave only rows in the temporary tables that differ; count them by column."""
+    kept, base = temporary(table, "kept"), temporary(table, "base")
+    joined = f"{kept} AS kept JOIN {base} AS base ON {table.same_key('kept', 'base')}"
+    other = {column.name: _is_other(column) for column in table.others}
+    equal = " AND ".join(f"NOT ({condition})" for condition in other.values()) or "true"
+    run(writer, f"DELETE FROM {kept} AS kept USING {base} AS base WHERE {table.same_key('kept', 'base')} AND {equal}")
+    there = f"SELECT 1 FROM {kept} AS kept WHERE {table.same_key('kept', 'base')}"
+    run(writer, f"DELETE FROM {base} AS base WHERE NOT EXISTS ({there})")
+    found = []
+    dropped = int(value(writer, f"SELECT (SELECT count(*) FROM {kept}) - (SELECT count(*) FROM {base})"))
+    if dropped:
+        found.append(LeftBehind(table.name, None, dropped, "dropped", _REASON))
+    for column, condition in other.items():
+        if changed := int(value(writer, f"SELECT count(*) FROM {joined} WHERE {condition}")):
+            found.append(LeftBehind(table.name, column, changed, "changed", _REASON))
+    return found
+
+
+def _is_other(column: Column) -> str:
+    """SQL condition. Two JSON values are equal whatever the order of their keys, unless they have escapes, which jsonb
+    may refuse."""
+    kept, base = comparable("kept", column), comparable("base", column)
+    if column.type != "json":
+        return f"{kept} IS DISTINCT FROM {base}"
+    escaped = f"position('\\u' IN concat({kept}, {base})) > 0"
+    return (
+        f"CASE WHEN {escaped} THEN {kept} IS DISTINCT FROM {base} "
+        f"ELSE ({kept})::jsonb IS DISTINCT FROM ({base})::jsonb END"
+    )
+
+
+def put_back(
+    cluster: Cluster, source: str, target: str, head: str, known: Collection[str]
+) -> dict[str, tuple[MergedTable, ...]]:
+    """Merge what earlier upgrades of `source` lost into `target`, its rows at migration `head`; by PostgreSQL schema.
+    `known`: the migrations up to `head`. What was lost before the next migrations of `target` is copied for later."""
+    with connection(cluster, source) as reader:
+        query = "SELECT nspname FROM pg_namespace WHERE nspname LIKE 'mlflow\\_host\\_before\\_%' ORDER BY 1 DESC"
+        schemas = [name for (name,) in rows(reader, query)]
+    returned = {}
+    for schema in schemas:  # the losses of the latest upgrade first
+        named = _SCHEMA.fullmatch(schema)
+        if named is None:
+            continue
+        with connection(cluster, source) as reader, connection(cluster, target) as writer:
+            reader.set_session(isolation_level="REPEATABLE READ", readonly=True)
+            if named["head"] in known and named["head"] != head:
+                _copy(cluster, reader, writer, schema)
+            elif found := _merge(reader, writer, schema):
+                returned[schema] = found
+    return returned
+
+
+def _merge(reader: Any, writer: Any, schema: str) -> tuple[MergedTable, ...]:
+    catalog = read_catalog(writer)
+    loaded = []
+    for name, columns in _tables(reader, schema).items():
+        if not name.endswith("_kept"):
+            continue
+        target = catalog.tables.get(name.removesuffix("_kept"), {})
+        fitting = [c for c in target.values() if c.name in columns and convert("c", columns[c.name], c.type)[1] is None]
+        table = Table(name.removesuffix("_kept"), tuple(fitting), catalog.keys.get(name.removesuffix("_kept"), ()))
+        if not table.keys or not set(table.keys) <= {column.name for column in fitting}:
+            continue
+        for what in ("kept", "base"):
+            typed = ", ".join(f"{quoted(column.name)} {column.type}" for column in fitting)
+            casts = ", ".join(f"{convert(quoted(c.name), columns[c.name], c.type)[0]}" for c in fitting)
+            run(writer, f"CREATE TEMPORARY TABLE {temporary(table, what)} ({typed})")
+            out = f"COPY (SELECT {casts} FROM {quoted(schema)}.{temporary(table, what)}) TO STDOUT (FORMAT binary)"
+            stream(reader, out, writer, f"COPY pg_temp.{temporary(table, what)} FROM STDIN (FORMAT binary)")
+        names = {column.name for column in fitting}
+        if any(c.required and c.default is None and c.name not in names for c in catalog.stored(table.name)):
+            kept, base = temporary(table, "kept"), temporary(table, "base")  # without whole rows, only values come back
+            there = f"SELECT 1 FROM {base} AS base WHERE {table.same_key('base', 'kept')}"
+            run(writer, f"DELETE FROM {kept} AS kept WHERE NOT EXISTS ({there})")
+        loaded.append(table)
+    return merge_loaded(reader, writer, catalog, loaded)
+
+
+def _copy(cluster: Cluster, reader: Any, writer: Any, schema: str) -> None:
+    owner = sql.Identifier(cluster.owner)
+    run(writer, sql.SQL("CREATE SCHEMA {} AUTHORIZATION {}").format(sql.Identifier(schema), owner))
+    for name, columns in _tables(reader, schema).items():
+        place = f"{quoted(schema)}.{quoted(name)}"
+        run(writer, f"CREATE TABLE {place} ({', '.join(f'{quoted(c)} {type_}' for c, type_ in columns.items())})")
+        run(writer, sql.SQL("ALTER TABLE {} OWNER TO {}").format(sql.SQL(place), owner))
+        stream(reader, f"COPY {place} TO STDOUT (FORMAT binary)", writer, f"COPY {place} FROM STDIN (FORMAT binary)")
+
+
+def _tables(reader: Any, schema: str) -> dict[str, dict[str, str]]:
+    """The type by column, by table of a schema."""
+    query = (
+        "SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod) FROM pg_class c JOIN pg_attribute a "
+        "ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped "
+        "WHERE c.relnamespace = %s::regnamespace AND c.relkind = 'r' ORDER BY c.relname, a.attnum"
+    )
+    found: dict[str, dict[str, str]] = {}
+    for table, column, type_ in rows(reader, query, (quoted(schema),)):
+        found.setdefault(table, {})[column] = type_
+    return found

@@ -1,0 +1,37 @@
+"""Run statements with one release of MLflow on the database in service: `tracking` and `registry` are its stores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from typing import Any
+
+from mlflow_host.postgres.cluster import Cluster
+from mlflow_host.schema.release import ImageSchema
+from scripts.drilling.worker_client import without_mlflow
+
+BEGIN = """
+import json, os, sys
+os.environ.update(
+    MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_CRYPTO_KEK_PASSPHRASE="a passphrase for tests only", PYTHONWARNINGS="ignore"
+)
+import mlflow
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as Registry
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as Tracking
+uri, result = sys.argv[1], None
+mlflow.set_tracking_uri(uri)
+tracking, registry = Tracking(uri, "mlflow-artifacts:/"), Registry(uri)
+def jobs():
+    from mlflow.store.jobs.sqlalchemy_store import SqlAlchemyJobStore
+    return SqlAlchemyJobStore(uri)
+"""
+END = "\nprint(json.dumps(result))\n"
+
+
+def in_release(image: ImageSchema, cluster: Cluster, statements: str) -> Any:
+    """The value that the statements assign to `result`, through JSON."""
+    command = [str(image.python), "-W", "ignore", "-c", BEGIN + statements + END, cluster.uri(cluster.database)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=without_mlflow(os.environ))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return json.loads(ended.stdout.splitlines()[-1])
