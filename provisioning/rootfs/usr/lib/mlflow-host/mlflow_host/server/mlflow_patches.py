@@ -62,6 +62,13 @@ BEFORE_IMPORT = (
 
 AFTER_IMPORT = (
     Patch(
+        "mlflow.server.handlers:search_runs_impl",
+        "bounds the filter and the order of a search by GraphQL, too",
+        "unit/test_request_limits.py::test_a_search_is_bounded_however_it_is_spelled",
+        request_limits.bounded,
+        optional=True,
+    ),
+    Patch(
         "mlflow.utils.proto_json_utils:json",
         "writes responses without line breaks: json indents in Python, but writes compact JSON in C",
         "unit/test_answers.py::test_mlflows_responses_have_no_line_breaks",
