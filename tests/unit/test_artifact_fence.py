@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,6 +127,20 @@ def test_a_request_that_would_store_a_closed_location_is_refused(running: Runnin
         assert refused.json()["error_code"] == "INVALID_PARAMETER_VALUE"
         assert repr(location) in refused.json()["message"]
     assert running.get("api/2.0/mlflow/experiments/get-by-name", experiment_name=location).status_code == 404
+
+
+@pytest.mark.parametrize("location", CLOSED_ROWS)
+def test_a_closed_location_is_refused_however_it_is_spelled(running: Running, location: str) -> None:
+    """MLflow reads protobuf's other names, and JSON in a text."""
+    running.post("registered-models/create", name="m")
+    for route, body in (
+        ("experiments/create", {"name": f"camel {location}", "artifactLocation": location}),
+        ("experiments/create", json.dumps({"name": f"text {location}", "artifact_location": location})),
+        ("experiments/create", json.dumps({"name": f"both {location}", "artifactLocation": location})),
+        ("model-versions/create", json.dumps({"name": "m", "source": location})),
+    ):
+        refused = requests.post(f"{running.url}/api/2.0/mlflow/{route}", json=body, timeout=60)
+        assert refused.status_code == 400 and repr(location) in refused.json()["message"], refused.text
 
 
 def test_a_request_that_stores_an_open_location_is_answered_by_mlflow(running: Running) -> None:

@@ -17,9 +17,11 @@ from typing import Any
 import psycopg2
 import pytest
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from mlflow_host.server.fast_path import reads
+from mlflow_host.server.fast_path import store as fast_path_store
 from mlflow_host.server.fast_path.app import answered_directly
 from mlflow_host.server.fast_path.reads import statement
 from mlflow_host.server.fast_path.store import DirectStore
@@ -41,6 +43,23 @@ def store(cluster: PostgreSQL) -> DirectStore:
 def run_id(store: DirectStore) -> str:
     run: str = store.create_run("0", "ada", TIME, [RunTag("team", 'rød 🦊\\"\n\x1f')], "é").info.run_id
     return run
+
+
+@pytest.mark.parametrize("most", [None, 10**9, 20, 9])
+def test_a_history_of_too_many_points_is_refused_with_the_remedy(
+    store: DirectStore, run_id: str, most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.log_batch(run_id, [Metric("loss", number / 7, TIME, number) for number in range(20)], [], [])
+    monkeypatch.setattr(fast_path_store, "POINTS", 19)
+    if most == 9:
+        page = store.get_metric_history(run_id, "loss", max_results=9)
+        assert len(page) == 9 and page.token
+        return
+    with pytest.raises(MlflowException, match=r"more than 19 points, .*: ask for pages, with max_results") as refused:
+        store.get_metric_history(run_id, "loss", max_results=most)
+    assert refused.value.get_http_status_code() == 400
+    monkeypatch.setattr(fast_path_store, "POINTS", 20)
+    assert len(store.get_metric_history(run_id, "loss", max_results=most)) == 20
 
 
 @pytest.fixture

@@ -54,6 +54,9 @@ NOT_RUN = {
     "sudo -E .venv/bin/python -m tests.bench.machine --connections 200": "takes minutes of full load",
     "scripts/retire_stack.py --stack prod --dry-run": "needs a stack; tests/rehearsal runs the script",
     "scripts/retire_stack.py --stack prod --keep ./leaving": "as well",
+    "scripts/recover_backups.py --bucket mlflow-backups-1a2b3c4 --before 2026-11-29T12:00:00Z": (
+        "needs a bucket; tests/rehearsal runs the script"
+    ),
     "pulumi -C infra stack rm prod": "Pulumi's CLI",
     "scripts/adopt.py ~/mlflow/mlflow.db --dry-run": "needs a source; tests/journey/test_adopt.py runs the script",
     "scripts/adopt.py ~/mlflow/mlflow.db": "as well",

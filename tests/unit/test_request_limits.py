@@ -9,8 +9,10 @@ import asyncio
 import gzip
 import json
 import socket
+import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +30,40 @@ MANY = " and ".join(f"metrics.m{n} > {n}" for n in range(200))
 
 
 @pytest.mark.parametrize(
-    ("path", "taken"),
+    ("request_line", "taken"),
     [
-        ("/api/2.0/mlflow/runs/search", 2**20),
-        ("/ajax-api/3.0/mlflow/traces/search", 2**20),
-        ("/graphql", 2**17),
-        ("/api/2.0/mlflow/runs/log-batch", 2**24),
-        ("/v1/traces", 2**26),
-        ("/api/2.0/mlflow-artifacts/artifacts/1/search", None),
-        ("/ajax-api/2.0/mlflow/upload-artifact", None),
+        ("POST /api/2.0/mlflow/runs/search", 2**20),
+        ("POST /ajax-api/3.0/mlflow/traces/search", 2**20),
+        ("POST /graphql", 2**17),
+        ("POST /api/2.0/mlflow/runs/log-batch", 2**24),
+        ("POST /v1/traces", 2**26),
+        ("PUT /api/2.0/mlflow-artifacts/artifacts/1/search", None),
+        ("GET /api/2.0/mlflow-artifacts/artifacts/1/x", 2**20),
+        ("GET /get-artifact", 2**20),
+        ("POST /api/2.0/mlflow-artifacts/mpu/create/1/x", 2**24),
+        ("POST /ajax-api/2.0/mlflow/upload-artifact", 2**24),
+        ("PUT /ajax-api/2.0/mlflow/logged-models/m-1/artifacts/x", 2**24),
     ],
 )
-def test_bytes_of_a_body_are_limited_per_route(path: str, taken: int | None) -> None:
-    if taken is None:
-        assert request_limits.refusal(path, 2**40) is None
-    else:
-        assert request_limits.refusal(path, taken) is None
-        refused = request_limits.refusal(path, taken + 1)
-        assert refused and f"{taken + 1:,} bytes" in refused["message"] and f"{taken:,}" in refused["message"]
+def test_bytes_of_a_body_are_bounded_by_what_the_route_needs(request_line: str, taken: int | None) -> None:
+    assert request_limits.limit_of(*request_line.split()) == taken
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/api/2.0/mlflow-artifacts/mpu/create/1/x"),
+        ("POST", "/ajax-api/2.0/mlflow/upload-artifact?run_uuid=x&path=x"),
+        ("PUT", "/ajax-api/2.0/mlflow/logged-models/m-1/artifacts/x"),
+        ("GET", "/get-artifact?run_uuid=x&path=x"),
+    ],
+)
+def test_a_body_of_unknown_length_is_read_up_to_its_limit_only(url: str, method: str, path: str) -> None:
+    """nginx does not buffer bodies of these routes, and each would be read into memory whole."""
+    refused = requests.request(method, url + path, data=(bytes(2**16) for _ in range(2**9)), timeout=60)
+    assert refused.status_code == 413, refused.text
+    assert "send it in parts" in refused.json()["message"]
+    assert requests.request(method, url + path, data=(b"{}" for _ in range(1)), timeout=60).status_code < 413
 
 
 @pytest.mark.parametrize(
@@ -105,6 +123,40 @@ def test_a_search_by_get_is_bounded_too(url: str) -> None:
     assert "the filter has 200 conditions" in refused.json()["message"]
 
 
+ORDERS = [f"metrics.m{n}" for n in range(300)]
+GRAPHQL = "query q($input: MlflowSearchRunsInput) { mlflowSearchRuns(input: $input) { runs { info { runId } } } }"
+LITERAL = f'{{ mlflowSearchRuns(input: {{experimentIds: ["0"], filter: "{MANY}"}}) {{ runs {{ info {{ runId }} }} }} }}'
+
+
+@pytest.mark.parametrize(
+    ("method", "route", "sent"),
+    [
+        ("POST", "2.0/mlflow/runs/search", {"experimentIds": ["0"], "orderBy": ORDERS}),
+        ("POST", "2.0/mlflow/runs/search", json.dumps({"experiment_ids": ["0"], "filter": MANY})),
+        ("POST", "2.0/mlflow/runs/search", json.dumps({"experiment_ids": ["0"], "orderBy": ORDERS})),
+        ("GET", "2.0/mlflow/registered-models/search", {"filter": MANY}),
+        ("GET", "2.0/mlflow/traces?experiment_ids=0", MANY),
+        ("POST", "3.0/mlflow/traces/calculate-filter-correlation", {"filterString1": MANY}),
+        ("POST", "3.0/mlflow/traces/metrics", {"filters": [f"trace.tag.t{n} = 'x'" for n in range(60)]}),
+        ("POST", "graphql", {"query": GRAPHQL, "variables": {"input": {"experimentIds": ["0"], "filter": MANY}}}),
+        ("POST", "graphql", {"query": GRAPHQL, "variables": {"input": {"experimentIds": ["0"], "orderBy": ORDERS}}}),
+        ("POST", "graphql", {"query": LITERAL}),
+    ],
+)
+def test_a_search_is_bounded_however_it_is_spelled(url: str, method: str, route: str, sent: Any) -> None:
+    """As protobuf's other names, as JSON in a text, as the body of a GET, by GraphQL: MLflow reads all of them."""
+    how: dict[str, Any] = {"params": {"filter": sent}} if "?" in route else {"json": sent}
+    target = f"{url}/{route}" if route == "graphql" else f"{url}/api/{route}"
+    answer = requests.request(method, target, timeout=60, **how)
+    said = answer.json()
+    if route == "graphql":
+        assert said["data"] == {"mlflowSearchRuns": None}
+        assert "at most" in said["errors"][0]
+    else:
+        assert (answer.status_code, said["error_code"]) == (400, "INVALID_PARAMETER_VALUE"), answer.text
+        assert "at most" in said["message"]
+
+
 def test_searches_within_the_bounds_are_answered(url: str) -> None:
     several = " and ".join(f"metrics.m{n} > {n}" for n in range(10))
     body = {"experiment_ids": ["0"], "filter": several, "order_by": ["metrics.m1", "start_time DESC"]}
@@ -118,7 +170,9 @@ def test_too_long_body_is_refused_before_parsing(url: str) -> None:
     assert f"{len(content):,} bytes" in refused.json()["message"]
 
 
-@pytest.mark.parametrize("route", ["runs/create", "runs/search", "experiments/set-experiment-tag"])
+@pytest.mark.parametrize(
+    "route", ["runs/create", "runs/search", "experiments/set-experiment-tag", "experiments/create"]
+)
 def test_json_that_nests_too_deeply_is_a_bad_request(url: str, route: str) -> None:
     content = b'{"experiment_ids": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     headers = {"Content-Type": "application/json"}
@@ -137,6 +191,7 @@ def test_json_that_nests_too_deeply_is_a_bad_request(url: str, route: str) -> No
         ("/api/2.0/mlflow-artifacts/artifacts?path=..%5cx", "Invalid path"),
         ("/graphql", "GraphQL"),
         ("/graphql?operationName=x", "GraphQL"),
+        ("/graphql?query={__typename}", "GraphQL"),
     ],
 )
 def test_get_that_cannot_be_answered_is_a_bad_request(url: str, path: str, sentence: str) -> None:
@@ -191,6 +246,9 @@ def test_a_presigned_address_holds_for_an_hour_at_most(url: str, seconds: Any) -
     within: dict[str, Any] = {"run_id": "x", "path": "x", "expiration": 3600}
     answer = requests.post(f"{url}/api/2.0/mlflow/artifacts/presigned-upload-url", json=within, timeout=60)
     assert "expiration" not in answer.text, "MLflow answers it"
+    within["expiration"] = 3601
+    target = f"{url}/api/2.0/mlflow/artifacts/presigned-upload-url"
+    assert "expiration is 3601" in requests.post(target, json=json.dumps(within), timeout=60).text
 
 
 def test_compressed_traces_are_limited_by_their_decompressed_size(url: str) -> None:
@@ -246,7 +304,8 @@ def test_decompression_within_the_bound_is_mlflows(monkeypatch: pytest.MonkeyPat
 
 
 def scope(user: bytes, path: str = "/api/2.0/mlflow/runs/search") -> dict[str, Any]:
-    return {"type": "http", "path": path, "headers": [(request_limits.USER, user)] if user else []}
+    headers = [(request_limits.USER, user)] if user else []
+    return {"type": "http", "method": "POST", "path": path, "headers": headers}
 
 
 async def unread() -> Message:
@@ -280,6 +339,124 @@ def test_one_user_leaves_a_thread_to_the_others() -> None:
 
     asyncio.run(play())
     assert most == 2
+
+
+class Counted:
+    """An application that counts how many requests of each user it handles at once."""
+
+    def __init__(self) -> None:
+        self.running: list[tuple[bytes, str]] = []
+        self.most: dict[tuple[bytes, str], int] = {}
+
+    async def __call__(self, given: Any, receive: Any, send: Any) -> None:
+        one = given["headers"][0][1], given["path"]
+        self.running.append(one)
+        self.most[one] = max(self.most.get(one, 0), self.running.count(one))
+        await asyncio.sleep(0.01)
+        self.running.remove(one)
+
+
+def test_dear_requests_and_large_bodies_take_fewer_turns_than_others() -> None:
+    seen = Counted()
+    large = {"headers": [(request_limits.USER, b"ada"), (b"content-length", b"3000000")]}
+    kinds = [
+        scope(b"ada"),
+        scope(b"ada", "/api/2.0/mlflow/runs/log-batch"),
+        scope(b"ada", "/v1/traces"),
+        scope(b"ada", "/api/3.0/mlflow/datasets/d/records") | large,
+        scope(b"bob", "/api/3.0/mlflow/datasets/d/records")
+        | {"headers": [(request_limits.USER, b"bob"), large["headers"][1]]},
+    ]
+
+    async def play() -> None:
+        application = request_limits.shared(seen, 6)
+        await asyncio.gather(*(application(each, unread, unsent) for each in kinds * 10))
+
+    asyncio.run(play())
+    assert list(seen.most.values()) == [request_limits.DEAR_AT_ONCE, 6, 1, 1, 1]
+
+
+def export(count: int) -> bytes:
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    sent = ExportTraceServiceRequest()
+    scope_spans = sent.resource_spans.add().scope_spans.add()
+    for number in range(1, count + 1):
+        times = {"start_time_unix_nano": number, "end_time_unix_nano": number + 1}
+        scope_spans.spans.add(name="s", trace_id=number.to_bytes(16, "big"), span_id=number.to_bytes(8, "big"), **times)
+    return sent.SerializeToString()
+
+
+OTLP = {"Content-Type": "application/x-protobuf", "x-mlflow-experiment-id": "0"}
+
+
+@pytest.mark.parametrize("kind", ["protobuf", "gzip", "JSON"])
+def test_spans_of_one_export_are_bounded(url: str, kind: str) -> None:
+    body, headers = export(request_limits.SPANS + 1), OTLP
+    if kind == "gzip":
+        body, headers = gzip.compress(body), OTLP | {"Content-Encoding": "gzip"}
+    if kind == "JSON":
+        spans = [{"traceId": "0" * 31 + "1", "spanId": f"{number:016x}"} for number in range(request_limits.SPANS + 1)]
+        body = json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}).encode()
+        headers = OTLP | {"Content-Type": "application/json"}
+    refused = requests.post(f"{url}/v1/traces", data=body, headers=headers, timeout=60)
+    assert refused.status_code == 413 and f"more than {request_limits.SPANS:,} spans" in refused.text
+    assert requests.post(f"{url}/v1/traces", data=export(3), headers=OTLP, timeout=60).status_code == 200
+
+
+def test_an_export_of_spans_holds_up_no_other_request(url: str) -> None:
+    """MLflow converts the spans in the event loop."""
+    slowest = 0.0
+    with ThreadPoolExecutor(1) as beside:
+        sent = beside.submit(
+            requests.post, f"{url}/v1/traces", data=export(request_limits.SPANS), headers=OTLP, timeout=300
+        )
+        asked = 0
+        while not sent.done():
+            begun = time.monotonic()
+            assert requests.get(f"{url}/version", timeout=60).status_code == 200
+            slowest, asked = max(slowest, time.monotonic() - begun), asked + 1
+    assert sent.result().status_code == 200
+    assert asked > 5 and slowest < sent.result().elapsed.total_seconds() / 2
+
+
+@pytest.mark.parametrize("route", ["mlflow/v1/chat/completions", "anthropic/v1/messages", "openai/v1/embeddings"])
+@pytest.mark.parametrize("body", [b"[]", b"5"])
+def test_the_gateway_refuses_json_that_is_no_object(url: str, route: str, body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    refused = requests.post(f"{url}/gateway/{route}", data=body, headers=headers, timeout=60)
+    assert refused.status_code == 400 and "must be an object" in refused.json()["message"]
+    assert requests.post(f"{url}/gateway/{route}", json={"model": "none"}, timeout=60).status_code in (400, 404, 422)
+
+
+def test_queries_of_a_dear_request_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.exceptions import MlflowException
+
+    request_limits.check_time()
+    monkeypatch.setattr(request_limits.THIS_THREAD, "until", time.monotonic() + 60)
+    request_limits.check_time()
+    monkeypatch.setattr(request_limits.THIS_THREAD, "until", time.monotonic() - 1)
+    with pytest.raises(MlflowException, match="took longer than 60 seconds") as refused:
+        request_limits.check_time()
+    assert refused.value.get_http_status_code() == 400
+
+
+@pytest.mark.parametrize(
+    ("request_line", "dear"),
+    [
+        ("POST /api/2.0/mlflow/runs/search", True),
+        ("GET /ajax-api/2.0/mlflow/metrics/get-history-bulk-interval", True),
+        ("GET /api/2.0/mlflow/metrics/get-history", True),
+        ("POST /graphql", True),
+        ("POST /ajax-api/3.0/mlflow/traces/metrics", True),
+        ("GET /api/2.0/mlflow/traces", True),
+        ("POST /api/3.0/mlflow/traces", False),
+        ("POST /api/2.0/mlflow/runs/log-batch", False),
+        ("GET /api/2.0/mlflow/runs/get", False),
+    ],
+)
+def test_searches_histories_and_traces_are_dear(request_line: str, dear: bool) -> None:
+    assert request_limits.is_dear(*request_line.split()) is dear
 
 
 def test_health_distinguishes_a_busy_process_from_a_lost_database(url: str, tmp_path: Path) -> None:
@@ -361,6 +538,7 @@ def test_a_statement_that_postgresql_ended_is_a_bad_request(tmp_path_factory: py
         ("PATCH", "registered-models/update"),
         ("DELETE", "registered-models/delete"),
         ("POST", "webhooks"),
+        ("POST", "../mlflow-artifacts/mpu/create/1/x"),
     ],
 )
 def test_json_that_is_no_object_is_a_bad_request(url: str, method: str, route: str, body: bytes) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from mlflow_host.server.request_limits import fields_of
+
 RESOLVED_BY_MLFLOW = {"mlflow-artifacts", "runs", "models"}
 """Schemes that MLflow resolves to another location, which is then checked. They must not name a host."""
 
@@ -85,15 +87,13 @@ def refuse_at_creation(flask_application: Any, fence: Fence) -> None:
         field = next((field for path, field in CREATES.items() if flask.request.path.endswith(path)), None)
         if field is None or flask.request.method != "POST":
             return None
-        body = flask.request.get_json(force=True, silent=True)
-        location = body.get(field) if isinstance(body, dict) else None
-        if not isinstance(location, str) or is_a_placeholder(location):
-            return None  # MLflow refuses values of the wrong type
-        problem = fence.problem(location)
-        if problem is None:
-            return None
-        answer = {"error_code": "INVALID_PARAMETER_VALUE", "message": problem}
-        return flask.Response(json.dumps(answer), status=400, mimetype="application/json")
+        for name, location in fields_of(flask.request, flask.request.get_json(force=True, silent=True)):
+            if name != field or not isinstance(location, str) or is_a_placeholder(location):
+                continue  # MLflow refuses values of the wrong type
+            if problem := fence.problem(location):
+                answer = {"error_code": "INVALID_PARAMETER_VALUE", "message": problem}
+                return flask.Response(json.dumps(answer), status=400, mimetype="application/json")
+        return None
 
 
 def is_a_placeholder(location: str) -> bool:

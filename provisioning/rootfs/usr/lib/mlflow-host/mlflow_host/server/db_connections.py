@@ -4,7 +4,8 @@ point `sqlalchemy.plugins` and is loaded by `…?plugin=mlflow-host` in a databa
 - MLflow checks a connection by a query before each transaction (pre_ping). On a Unix socket the plug-in polls the
   socket instead, which shows a closed connection without a round trip.
 - A session expires all its objects after each transaction. The plug-in skips that after read-only transactions.
-- Text that PostgreSQL cannot store is refused with 400 (`refusals`).
+- Text that PostgreSQL cannot store is refused with 400 (`refusals`), and so is a request whose queries take too long
+  (`request_limits`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sqlalchemy.engine import URL, Connection, CreateEnginePlugin, Engine
 from sqlalchemy.orm import Session
 
 from mlflow_host.server.refusals import refuse_text
+from mlflow_host.server.request_limits import check_time
 
 PLUGIN = "mlflow-host"
 
@@ -37,6 +39,7 @@ class Engines(CreateEnginePlugin):
     def engine_created(self, engine: Engine) -> None:
         event.listen(engine, "checkout", check_out)
         event.listen(engine, "before_cursor_execute", note_writes)
+        event.listen(engine, "before_cursor_execute", check_time)
         event.listen(engine, "handle_error", refuse_text)
 
 

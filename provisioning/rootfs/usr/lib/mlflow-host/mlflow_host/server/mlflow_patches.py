@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mlflow_host.server import artifact_paths, json_decode, json_encode, refusals
+from mlflow_host.server import artifact_paths, json_decode, json_encode, refusals, request_limits
 from mlflow_host.server.mlflow_checks import Refusal
 
 
@@ -54,6 +54,13 @@ BEFORE_IMPORT = (
 """Names that MLflow's modules copy when they are imported. The last one imports MLflow's package, but no server."""
 
 AFTER_IMPORT = (
+    Patch(
+        "mlflow.server.handlers:search_runs_impl",
+        "bounds the filter and the order of a search by GraphQL, too",
+        "unit/test_request_limits.py::test_a_search_is_bounded_however_it_is_spelled",
+        request_limits.bounded,
+        optional=True,
+    ),
     Patch(
         "mlflow.utils.proto_json_utils:json",
         "writes responses without line breaks: json indents in Python, but writes compact JSON in C",

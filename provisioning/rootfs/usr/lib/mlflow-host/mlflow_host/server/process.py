@@ -106,8 +106,8 @@ def serve(uds: Path, *, first: bool = True) -> int:
     serve_s3_locations()
     fence = artifact_fence.Fence.around(public["MLFLOW_ARTIFACTS_DESTINATION"])
     artifact_fence.close(fence)
+    request_limits.refuse_dear_requests(flask)  # first, because it refuses JSON that the other hook cannot read
     artifact_fence.refuse_at_creation(flask, fence)
-    request_limits.refuse_dear_requests(flask)
     repository = repository_of(public["MLFLOW_ARTIFACTS_DESTINATION"])
     threads = Threads.split(int(os.environ.get("MLFLOW_HOST_REQUEST_THREADS", DEFAULT_THREADS)))
 
@@ -123,7 +123,8 @@ def serve(uds: Path, *, first: bool = True) -> int:
             notify("READY=1")
 
     short = with_clients_scheme(page_transfers.without_offers(shortened(application, flask, repository, threads)))
-    bounded = request_limits.inflating(short)
+    apart = request_limits.traces_apart(request_limits.only_objects(short))
+    bounded = request_limits.inflating(apart)
     served = request_limits.limited(request_limits.shared(bounded, max(1, threads.requests - 1)))
     served = health.with_health(served, os.environ["MLFLOW_BACKEND_STORE_URI"])
     server = Announced(

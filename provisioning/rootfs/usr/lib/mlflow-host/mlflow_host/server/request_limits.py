@@ -8,37 +8,74 @@ reader could send both. The limits are far above the requests of MLflow's client
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
+import threading
+import time
 import zlib
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import unquote_to_bytes
+
+from google.protobuf.message import DecodeError
 
 from mlflow_host.server.flask_shortcut import Application, Message, Receive, Scope, Send, whole
 
 MEBIBYTE = 2**20
 
 BODY_BYTES = (
-    (re.compile(r"artifact"), None),
-    (re.compile(r"/graphql$"), MEBIBYTE // 8),
-    (re.compile(r"/(search|search-datasets|batchGet(Infos)?|metrics|calculate-filter-correlation)$"), MEBIBYTE),
-    (re.compile(r"/v1/traces$"), 64 * MEBIBYTE),
-    (re.compile(r""), 16 * MEBIBYTE),
+    (re.compile(r"PUT /(ajax-)?api/2\.0/mlflow-artifacts/artifacts/.+"), None),
+    (re.compile(r".*/graphql"), MEBIBYTE // 8),
+    (
+        re.compile(
+            r"(GET|HEAD|OPTIONS) .*|"
+            r".*/(search|search-datasets|batchGet(Infos)?|metrics|calculate-filter-correlation)"
+        ),
+        MEBIBYTE,
+    ),
+    (re.compile(r".*/v1/traces"), 64 * MEBIBYTE),
+    (re.compile(r".*", re.DOTALL), 16 * MEBIBYTE),
 )
-"""Maximum size of a request's body in bytes, by the end of its path; the first match counts. None: files, which are
-limited by the space on the volume. MLflow accepts a batch of at most 1 MB."""
+"""The most bytes of a request's body, by method and path; the first match counts. None: files that are streamed, which
+are bounded by the room on the volume. Every other body is read into memory. MLflow takes a batch of at most 1 MB, and a
+file of at most 10 MB in `upload-artifact`."""
+
+LARGE_BYTES = 2 * MEBIBYTE
+"""Bodies from this size on are parsed one at a time: 16 MiB of JSON may take 500 MB of memory."""
+
+TRACES = "/v1/traces"
+"""Path of OpenTelemetry's exports, whose body MLflow decompresses."""
+
+SPANS = 10_000
+"""Most spans of one export of OpenTelemetry. Its exporters send 512 at once, its collector 8,192."""
+
+DEAR = re.compile(
+    r"(GET|HEAD) .*/(traces|unified-traces|get-history.*|records|get-online-trace-details|traces/get)"
+    r"|(GET|HEAD|POST) .*/(search|graphql|traces/metrics|batchGet(Infos)?|calculate-filter-correlation)"
+)
+"""Requests whose answer may take much memory and time: searches, histories, traces."""
+
+DEAR_AT_ONCE = 2
+"""Dear requests of a user that a process answers at once; more would not be faster, because of Python's lock."""
+
+DEAR_SECONDS = 60
+"""After this time, a dear request makes no further query."""
+
+POINTS = 50_000
+"""Most points of a metric in one answer. MLflow's client asks for pages of 25,000."""
 
 CONDITIONS, ORDERS = 50, 20
 """Maximum number of comparisons in a search's filter, and of columns to order by. Each adds a join."""
 
-FILTERS = ("filter", "filter_string")
-
+FILTERS = ("filter", "filter_string", "filter_string1", "filter_string2", "base_filter", "filters")
+"""The fields of MLflow's requests that contain a filter; `filters` is a list of them."""
+LISTS = ("order_by", "filters")
+SEARCHED = (*FILTERS, "order_by")
 
 PRESIGNED_SECONDS = 3600
 """Longest validity of a presigned URL: enough for a large file."""
-
-TRACES = re.compile(r"/v1/traces$")
-"""Requests whose body MLflow decompresses."""
 
 DECOMPRESSED_BYTES = 64 * MEBIBYTE
 """Maximum decompressed size of a body with traces, in bytes; equal to the limit of an uncompressed one
@@ -48,58 +85,99 @@ USER = b"x-mlflow-host-user"
 """The header with the logged-in user, set by nginx, which removes a client's own."""
 
 PRESIGNED = re.compile(r"/presigned-(up|down)load-url$")
+ABOUT_FILES = re.compile(rf"{PRESIGNED.pattern}|/mlflow-artifacts/mpu/")
+"""Requests about files whose body is JSON."""
 
 UNSHARED = re.compile(r"artifact|^/gateway/|/mlflow/(assistant/|gateway-proxy)")
 """Requests that may wait long for S3 or a model; they have threads of their own."""
 
 
-def refusal(path: str, length: int) -> dict[str, str] | None:
-    """MLflow's JSON for a body that is too long; None for an allowed one."""
-    limit = next(limit for pattern, limit in BODY_BYTES if pattern.search(path))
-    if limit is None or length <= limit:
-        return None
-    return {
-        "error_code": "INVALID_PARAMETER_VALUE",
-        "message": f"the request has {length:,} bytes; {path} accepts at most {limit:,}: send it in parts",
-    }
+class TooLong(Exception):
+    """A body without a Content-Length exceeds its limit."""
+
+
+def limit_of(method: str, path: str) -> int | None:
+    return next(limit for pattern, limit in BODY_BYTES if pattern.fullmatch(f"{method} {path}"))
 
 
 def limited(application: Application) -> Application:
-    """`application`, with 413 for a body that is too long. nginx buffers the body and sends its length."""
+    """`application`, with 413 for a body that is too long. nginx sends the length of the bodies that it buffers; the
+    others are counted."""
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            length = next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
-            if content := refusal(scope["path"], length):
-                body = json.dumps(content).encode()
-                headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-                await send({"type": "http.response.start", "status": 413, "headers": headers})
-                await send({"type": "http.response.body", "body": body})
-                return
-        await application(scope, receive, send)
+        limit = limit_of(scope["method"], scope["path"]) if scope["type"] == "http" else None
+        if limit is None:
+            await application(scope, receive, send)
+            return
+        length = next((int(value) for name, value in scope["headers"] if name == b"content-length"), None)
+        received, begun = 0, False
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise TooLong
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        if length is None:
+            try:
+                await application(scope, counted, noted)
+            except TooLong:
+                if begun:
+                    raise
+                more = f"the request has more than the {limit:,} bytes that {scope['path']} takes"
+                await refuse(send, 413, f"{more}: send it in parts")
+        elif length > limit:
+            more = f"the request has {length:,} bytes; {scope['path']} takes at most {limit:,}"
+            await refuse(send, 413, f"{more}: send it in parts")
+        else:
+            await application(scope, receive, send)
 
     return checked
 
 
 def shared(application: Application, at_once: int) -> Application:
-    """`application`, with at most `at_once` concurrent requests per user; further ones of that user wait. The limit is
-    lower than the number of threads, so that a thread is free for other users."""
-    turns: dict[bytes, tuple[asyncio.Semaphore, list[object]]] = {}
+    """`application`, with at most `at_once` concurrent requests per user, of which `DEAR_AT_ONCE` are dear ones and one
+    has a large body or OpenTelemetry's spans; further ones of that user wait. This is fewer than there are threads, so
+    that one is left for other users. Large bodies are read one at a time, whoever sends them."""
+    turns: dict[tuple[bytes, str], tuple[asyncio.Semaphore, list[object]]] = {}
+    large = asyncio.Semaphore(1)
 
-    async def in_turn(scope: Scope, receive: Receive, send: Send) -> None:
-        user = next((value for name, value in scope.get("headers", ()) if name == USER), b"")
-        if not user or UNSHARED.search(scope["path"]):
-            await application(scope, receive, send)
-            return
-        turn, present = turns.setdefault(user, (asyncio.Semaphore(at_once), []))
-        present.append(scope)
+    @contextlib.asynccontextmanager
+    async def turn_of(user: bytes, kind: str, most: int) -> AsyncIterator[None]:
+        turn, present = turns.setdefault((user, kind), (asyncio.Semaphore(most), []))
+        present.append(user)
         try:
             async with turn:
-                await application(scope, receive, send)
+                yield
         finally:
             present.pop()
             if not present:
-                del turns[user]
+                del turns[user, kind]
+
+    async def in_turn(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope.get("headers", ()))
+        user = headers.get(USER, b"")
+        if not user or UNSHARED.search(scope["path"]):
+            await application(scope, receive, send)
+            return
+        # Always in this order, so that nobody waits for a turn with one that others wait for.
+        async with contextlib.AsyncExitStack() as taken:
+            is_large = int(headers.get(b"content-length", 0)) > LARGE_BYTES
+            if is_dear(scope["method"], scope["path"]):
+                await taken.enter_async_context(turn_of(user, "dear", DEAR_AT_ONCE))
+            if is_large or scope["path"] == TRACES:
+                await taken.enter_async_context(turn_of(user, "large", 1))
+            await taken.enter_async_context(turn_of(user, "any", at_once))
+            if is_large:
+                await taken.enter_async_context(large)
+            await application(scope, receive, send)
 
     return in_turn
 
@@ -110,7 +188,7 @@ def inflating(application: Application) -> Application:
     from fastapi import HTTPException
 
     async def inflated_first(scope: Scope, receive: Receive, send: Send) -> None:
-        sent = dict(scope["headers"]) if scope["type"] == "http" and TRACES.search(scope["path"]) else {}
+        sent = dict(scope["headers"]) if scope["type"] == "http" and scope["path"] == TRACES else {}
         encoding = sent.get(b"content-encoding", b"").decode("latin-1").lower()
         if not encoding:
             await application(scope, receive, send)
@@ -127,15 +205,126 @@ def inflating(application: Application) -> Application:
             await send({"type": "http.response.body", "body": content})
             return
         left = [entry for entry in scope["headers"] if entry[0] not in (b"content-encoding", b"content-length")]
-        waiting: list[Message] = [{"type": "http.request", "body": plain, "more_body": False}]
-
-        async def receive_plain() -> Message:
-            return waiting.pop() if waiting else await receive()
-
         length = (b"content-length", str(len(plain)).encode())
-        await application({**scope, "headers": [*left, length]}, receive_plain, send)
+        await application({**scope, "headers": [*left, length]}, replayed(plain, receive), send)
 
     return inflated_first
+
+
+def is_dear(method: str, path: str) -> bool:
+    return DEAR.fullmatch(f"{method} {path}") is not None
+
+
+def only_objects(application: Application) -> Application:
+    """`application`, with 400 for JSON that is no object where MLflow's routes of the AI gateway answer 500."""
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].startswith("/gateway/"):
+            await application(scope, receive, send)
+            return
+        body = await whole(receive)
+        if body is None:
+            return
+        try:
+            found = json.loads(body)
+        except (ValueError, RecursionError):
+            found = {}  # MLflow refuses it
+        if isinstance(found, dict):
+            await application(scope, replayed(body, receive), send)
+        else:
+            await refuse(send, 400, "the JSON of the request must be an object, in { and }")
+
+    return checked
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` function that returns a body that was already received, and then waits for the client's end."""
+    left = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return left.pop() if left else await receive()
+
+    return again
+
+
+def traces_apart(application: Application) -> Application:
+    """`application`, with OpenTelemetry's exports handled in a thread, one at a time. MLflow converts the spans in the
+    event loop, where every other request of this process would wait. 413 for more than `SPANS` spans."""
+    thread = ThreadPoolExecutor(1, "traces")
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] != TRACES:
+            await application(scope, receive, send)
+            return
+        body = await whole(receive)
+        if body is None:
+            return
+        sent: list[Message] = []
+
+        async def collect(message: Message) -> None:
+            sent.append(message)
+
+        async def never() -> Message:
+            return {"type": "http.disconnect"}
+
+        def export() -> None:
+            if spans_of(scope, body) > SPANS:
+                sentence = f"the request has more than {SPANS:,} spans, the most that is taken: send them in parts"
+                asyncio.run(refuse(collect, 413, sentence))
+            else:
+                asyncio.run(application(scope, replayed(body, never), collect))
+
+        await asyncio.get_running_loop().run_in_executor(thread, export)
+        for message in sent:
+            await send(message)
+
+    return checked
+
+
+def spans_of(scope: Scope, body: bytes) -> int:
+    """The number of spans in an export of OpenTelemetry; 0 for one that MLflow refuses."""
+    from fastapi import HTTPException
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    headers = dict(scope["headers"])
+    try:
+        if encoding := headers.get(b"content-encoding", b"").decode("latin-1").lower():
+            body = decompressed(body, encoding)
+        if headers.get(b"content-type", b"").startswith(b"application/json"):
+            return len(re.findall(rb'"span_?[iI]d"\s*:', body))
+        sent = ExportTraceServiceRequest.FromString(body)
+    except Exception as error:
+        if not isinstance(error, (HTTPException, DecodeError)):
+            raise
+        return 0
+    return sum(len(scope_spans.spans) for resource in sent.resource_spans for scope_spans in resource.scope_spans)
+
+
+class TimeOfThread(threading.local):
+    """When the request that this thread handles must have its rows."""
+
+    until: float | None = None
+
+
+THIS_THREAD = TimeOfThread()
+
+
+def check_time(*_: object) -> None:
+    """SQLAlchemy's hook before each statement. Raises MlflowException (400) when the request has taken too long."""
+    if THIS_THREAD.until is not None and time.monotonic() > THIS_THREAD.until:
+        from mlflow.exceptions import MlflowException
+
+        raise MlflowException.invalid_parameter_value(
+            f"The queries of this request took longer than {DEAR_SECONDS} seconds: narrow it, or ask for fewer results "
+            "at once."
+        )
+
+
+async def refuse(send: Send, status: int, sentence: str) -> None:
+    body = json.dumps({"error_code": "INVALID_PARAMETER_VALUE", "message": sentence}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def decompressed(raw_body: bytes, content_encoding: str) -> bytes:
@@ -171,15 +360,15 @@ def inflated(raw: bytes, window: int) -> bytes:
     return bytes(found)
 
 
-def oddity(path: str, query: bytes, body: Any) -> str | None:
+def oddity(path: str, query: bytes, body: Any, fields: dict[str, Any]) -> str | None:
     """The error of a request that MLflow would answer with 500, or of a presigned URL with too long a validity."""
     if b"\0" in unquote_to_bytes(query):
         return "The query of this request contains a NUL character (U+0000), which PostgreSQL cannot store: remove it."
     if path.endswith("/graphql") and not isinstance(body.get("query") if isinstance(body, dict) else None, str):
         return 'a GraphQL request needs its text in "query"'
-    if PRESIGNED.search(path) and isinstance(body, dict) and body.get("expiration"):
+    if PRESIGNED.search(path) and fields.get("expiration"):
         try:
-            seconds = int(body["expiration"])
+            seconds = int(fields["expiration"])
         except (TypeError, ValueError, OverflowError):
             return None  # MLflow refuses values of the wrong type
         if not 0 < seconds <= PRESIGNED_SECONDS:
@@ -187,18 +376,51 @@ def oddity(path: str, query: bytes, body: Any) -> str | None:
     return None
 
 
-def problem(search: Any) -> str | None:
-    """The limit that a search's JSON exceeds, as a sentence; None within the limits."""
-    if not isinstance(search, dict):
-        return None
-    texts = [search[name] for name in FILTERS if isinstance(search.get(name), str)]
-    conditions = max((conditions_of(text) for text in texts), default=0)
-    if conditions > CONDITIONS:
-        return f"the filter has {conditions} conditions; the limit is {CONDITIONS}: narrow it on the client"
-    orders = search.get("order_by")
-    if isinstance(orders, list) and len(orders) > ORDERS:
-        return f"the search has {len(orders)} columns to order by; at most {ORDERS} are allowed"
+def problem(fields: Iterable[tuple[str, Any]]) -> str | None:
+    """The limit that a request's fields exceed, as a sentence; None within the limits."""
+    for name, value in fields:
+        if name in FILTERS:
+            texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+            conditions = sum(map(conditions_of, texts))
+            if conditions > CONDITIONS:
+                return f"the filter has {conditions} conditions; the limit is {CONDITIONS}: narrow it on the client"
+        if name == "order_by" and isinstance(value, list) and len(value) > ORDERS:
+            return f"the search has {len(value)} columns to order by; at most {ORDERS} are allowed"
     return None
+
+
+def fields_of(request: Any, body: Any) -> list[tuple[str, Any]]:
+    """The fields of a Flask request with this JSON, as MLflow reads them: from the query of a GET that has one, else
+    from the JSON, which may also be a text that contains the JSON. Names are protobuf's: it takes `orderBy` for
+    `order_by`."""
+    if request.method == "GET" and request.args:
+        lists = request.args.to_dict(flat=False)
+        return [(name, values if name in LISTS else values[0]) for name, values in lists.items()]
+    if isinstance(body, str):
+        try:
+            body = json.loads(body)
+        except ValueError:
+            return []
+    if not isinstance(body, dict):
+        return []
+    return [(re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name), value) for name, value in body.items()]
+
+
+def bounded(search: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """MLflow's `search` by a protobuf message, with a check that raises MlflowException (400) for one beyond the
+    limits. GraphQL searches without the JSON that Flask's hook checks."""
+    from mlflow.exceptions import MlflowException
+
+    def checked(message: Any) -> Any:
+        fields = ((each.name, getattr(message, each.name)) for each, _ in message.ListFields())
+        listed = (
+            (name, value if isinstance(value, str) else list(value)) for name, value in fields if name in SEARCHED
+        )
+        if sentence := problem(listed):
+            raise MlflowException.invalid_parameter_value(sentence)
+        return search(message)
+
+    return checked
 
 
 def conditions_of(text: str) -> int:
@@ -214,8 +436,8 @@ def refuse_dear_requests(flask_application: Any) -> None:
     def with_json() -> bool:
         """Whether the request has a body other than a file."""
         request = flask.request
-        is_json = not UNSHARED.search(request.path) or PRESIGNED.search(request.path)
-        return bool(request.method not in ("GET", "HEAD") and is_json and request.data)
+        is_json = not UNSHARED.search(request.path) or ABOUT_FILES.search(request.path)
+        return bool(is_json and request.data)
 
     @flask_application.after_request  # type: ignore[untyped-decorator]
     def explain(response: Any) -> Any:
@@ -232,20 +454,16 @@ def refuse_dear_requests(flask_application: Any) -> None:
         if request.routing_exception is not None:  # MLflow answers with 404, 405 or a redirect
             return None
         try:
-            search = request.get_json(force=True, silent=True) if with_json() else None
+            THIS_THREAD.until = time.monotonic() + DEAR_SECONDS if is_dear(request.method, request.path) else None
+            body = request.get_json(force=True, silent=True) if with_json() else None
+            fields = fields_of(request, body)
         except RecursionError:
             return answered("the JSON of the request nests too deeply")
-        asked = request.args.to_dict() if request.method == "GET" else search
-        if sentence := oddity(request.path, request.query_string, asked):
+        if sentence := oddity(request.path, request.query_string, body, dict(fields)) or problem(fields):
             return answered(sentence)
-        if search is None and request.path.endswith("/runs/log-batch") and with_json():
+        if body is None and request.path.endswith("/runs/log-batch") and with_json():
             return answered("the body of the request is not JSON")
-        if not request.path.endswith("/search"):
-            return None
-        if request.method == "GET":
-            search = {**request.args.to_dict(), "order_by": request.args.getlist("order_by")}
-        sentence = problem(search)
-        return answered(sentence) if sentence else None
+        return None
 
     def answered(sentence: str) -> Any:
         content = {"error_code": "INVALID_PARAMETER_VALUE", "message": sentence}

@@ -125,7 +125,7 @@ def search(store: DirectStore, scope: Scope, body: bytes) -> str:
     start = offset(request.page_token)
     experiments = [whole_number(text) for text in request.experiment_ids]
     order_by = tuple(request.order_by)
-    if request_limits.problem({"filter": request.filter, "order_by": list(order_by)}):
+    if request_limits.problem([("filter", request.filter), ("order_by", list(order_by))]):
         raise Unusual
     short = len(request.filter) + sum(map(len, order_by)) < WORTH_KEEPING
     made, told = (statement if short else statement.__wrapped__)(request.filter, view, order_by)
@@ -143,7 +143,7 @@ def search(store: DirectStore, scope: Scope, body: bytes) -> str:
 def history(store: DirectStore, scope: Scope, _: bytes) -> str:
     request = in_query(scope, GetMetricHistory)
     run_id, key, most = request.run_id, request.metric_key, request.max_results
-    if not (run_id and key and most > 0):
+    if not (run_id and key and 0 < most <= request_limits.POINTS):
         raise Unusual
     start = offset(request.page_token)
     before_value = f'{{"key": {json.dumps(key)}, "value": '

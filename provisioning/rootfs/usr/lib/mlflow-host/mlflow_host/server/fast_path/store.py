@@ -28,7 +28,8 @@ from mlflow.utils import validation
 from sqlalchemy.exc import SQLAlchemyError
 
 from mlflow_host.server.fast_path import compatibility
-from mlflow_host.server.refusals import too_dear
+from mlflow_host.server.refusals import invalid, too_dear
+from mlflow_host.server.request_limits import POINTS
 
 Row = tuple[Any, ...]
 
@@ -79,6 +80,20 @@ class DirectStore(SqlAlchemyStore):
             self.write_metrics(run_id, metrics)
         except Exception:
             super()._log_metrics(run_id, metrics)
+
+    def get_metric_history(
+        self, run_id: str, metric_key: str, max_results: int | None = None, page_token: str | None = None
+    ) -> Any:
+        """MLflow's, which has no limit. Raises MlflowException (400) if the answer has more than POINTS points."""
+        if max_results is not None and max_results <= POINTS:
+            return super().get_metric_history(run_id, metric_key, max_results=max_results, page_token=page_token)
+        found = super().get_metric_history(run_id, metric_key, max_results=POINTS, page_token=page_token)
+        if found.token:
+            raise invalid(
+                f"the history has more than {POINTS:,} points, the most of one answer: ask for pages, with max_results "
+                f"of at most {POINTS:,} and the page_token of the answer before, as MLflow's client does"
+            )
+        return found
 
     @cached_property
     def writes_metrics(self) -> bool:

@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""Bring a backups bucket back to what it held at a moment, after somebody with the machine's rights spoiled it.
+
+Nobody with those rights can delete versions of objects, so replaced and deleted backups are there for
+`backupRetentionDays`. Each object that was replaced or deleted since the moment becomes current again, as a copy of its
+version of then; each object that is new since then is hidden. No version is deleted, so the script can be run again,
+also with another moment.
+
+  recover_backups.py --bucket mlflow-backups-1a2b3c4 --before 2026-11-29T12:00:00Z --dry-run
+  recover_backups.py --bucket mlflow-backups-1a2b3c4 --before 2026-11-29T12:00:00Z
+
+`pulumi stack output buckets` prints the bucket's name. Terminate the machine first: it writes to the bucket. It uses
+your AWS credentials, which need s3:ListBucketVersions, s3:GetObjectVersion, s3:PutObject and s3:DeleteObject. JSON on
+standard output. Exit status 2: an error that you can correct.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+
+# isort: split
+import argparse
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from scripts import aws_session
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A version of an object, or the marker of its deletion (`marker`)."""
+
+    key: str
+    version: str
+    at: datetime
+    latest: bool
+    marker: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    copies: list[Entry]
+    """The versions that become current again, the oldest first."""
+    hidden: list[str]
+    """Keys of objects that did not exist then."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = read_arguments(argv)
+    try:
+        s3 = aws_session.choose(arguments.region).client("s3")
+        found = plan(entries(s3, arguments.bucket), arguments.before)
+        if not arguments.dry_run:
+            recover(s3, arguments.bucket, found)
+    except aws_session.ERRORS as error:
+        say(aws_session.explain(error, arguments.region))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    done = "would be" if arguments.dry_run else "are"
+    say(f"{len(found.copies)} objects {done} as they were at {arguments.before:%Y-%m-%d %H:%M:%S} UTC again, "
+        f"{len(found.hidden)} newer ones {done} hidden")  # fmt: skip
+    print(json.dumps({"restored": [each.key for each in found.copies], "hidden": found.hidden}, indent=2))
+    return 0
+
+
+def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bucket", required=True, help="the stack's backups bucket")
+    parser.add_argument("--before", required=True, type=moment, metavar="TIME", help="such as 2026-11-29T12:00:00Z")
+    parser.add_argument("--region", help=f"default: {aws_session.WHERE}")
+    parser.add_argument("--dry-run", action="store_true", help="show what would change; change nothing")
+    return parser.parse_args(argv)
+
+
+def moment(text: str) -> datetime:
+    """A time without an offset is UTC. Raises ValueError."""
+    found = datetime.fromisoformat(text)
+    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+
+
+def entries(s3: Any, bucket: str) -> list[Entry]:
+    """All versions and markers in the bucket."""
+    return [
+        Entry(each["Key"], each["VersionId"], each["LastModified"], each["IsLatest"], kind == "DeleteMarkers")
+        for page in s3.get_paginator("list_object_versions").paginate(Bucket=bucket)
+        for kind in ("Versions", "DeleteMarkers")
+        for each in page.get(kind, [])
+    ]
+
+
+def plan(found: list[Entry], before: datetime) -> Plan:
+    """What differs between now and `before`. S3 records times in seconds; a version of that second counts as older."""
+    by_key: dict[str, list[Entry]] = defaultdict(list)
+    for entry in found:
+        by_key[entry.key].append(entry)
+    copies, hidden = [], []
+    for key, versions in by_key.items():
+        current = next((each for each in versions if each.latest), None)
+        then = max(
+            (each for each in versions if each.at <= before), key=lambda each: (each.at, each.latest), default=None
+        )
+        there_now, there_then = (each is not None and not each.marker for each in (current, then))
+        if there_then and then is not None and then != current:
+            copies.append(then)
+        elif there_now and not there_then:
+            hidden.append(key)
+    return Plan(sorted(copies, key=lambda each: (each.at, each.key)), sorted(hidden))
+
+
+def recover(s3: Any, bucket: str, found: Plan) -> None:
+    for each in found.copies:
+        source = {"Bucket": bucket, "Key": each.key, "VersionId": each.version}
+        s3.copy(source, bucket, each.key)
+    for key in found.hidden:
+        s3.delete_object(Bucket=bucket, Key=key)
+
+
+def say(text: str) -> None:
+    print(f"recover_backups: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
