@@ -235,7 +235,12 @@ def test_channel_with_a_deleted_image_is_reported(aws: Place) -> None:
 
 
 def test_diff_names_migrations_tables_columns_packages_keys_and_size(aws: Place) -> None:
-    older = {"mlflow_version": "3.12.0", "migration_head": "a", "migration_count": 1, "launch_revision": 3}
+    older: dict[str, Any] = {
+        "mlflow_version": "3.12.0",
+        "migration_head": "a",
+        "migration_count": 1,
+        "launch_revision": 3,
+    }
     make(aws, "20261101T000000Z", **older, enumerations={"runs.status": ["OK"]})
     newer: dict[str, Any] = {
         "migration_head": "c", "migration_count": 3, "disk_used_mib": 3100,

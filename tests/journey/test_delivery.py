@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -70,7 +70,7 @@ def job(cloud: LocalCloud, tmp_path: Path) -> Job:
 
 
 def test_from_a_bake_to_a_retired_image(cloud: LocalCloud, job: Job) -> None:
-    source = {"SOURCE_AMI": cloud.source_ami(), "SOURCE_OWNER": "099720109477"}
+    source: Any = {"SOURCE_AMI": cloud.source_ami(), "SOURCE_OWNER": "099720109477"}
     before = job.take("bake", "bake", f"--mlflow-version {BEFORE}", **source)["image"]
     job.take("bake", "promote", IMAGE=before, CHANNEL=CHANNEL, DRILL="")
 

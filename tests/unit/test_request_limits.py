@@ -384,7 +384,7 @@ def export(count: int) -> bytes:
     for number in range(1, count + 1):
         times = {"start_time_unix_nano": number, "end_time_unix_nano": number + 1}
         scope_spans.spans.add(name="s", trace_id=number.to_bytes(16, "big"), span_id=number.to_bytes(8, "big"), **times)
-    return sent.SerializeToString()
+    return bytes(sent.SerializeToString())
 
 
 OTLP = {"Content-Type": "application/x-protobuf", "x-mlflow-experiment-id": "0"}
