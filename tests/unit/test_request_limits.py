@@ -151,10 +151,10 @@ def test_a_search_is_bounded_however_it_is_spelled(url: str, method: str, route:
     said = answer.json()
     if route == "graphql":
         assert said["data"] == {"mlflowSearchRuns": None}
-        assert "at most" in said["errors"][0]
+        assert "limit is" in said["errors"][0]
     else:
         assert (answer.status_code, said["error_code"]) == (400, "INVALID_PARAMETER_VALUE"), answer.text
-        assert "at most" in said["message"]
+        assert "limit is" in said["message"]
 
 
 def test_searches_within_the_bounds_are_answered(url: str) -> None:
