@@ -1,4 +1,4 @@
-"""With jobExecution, jobs run; with each value of artifactTransfer, a file of 1 GiB is uploaded and downloaded."""
+"""With jobExecution a job is done; with artifactTransfer either way a file of 1 GiB goes up and comes down."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ import pytest
 
 from scripts.local_cloud import LocalCloud
 from tests.journey.test_artifacts import MEBIBYTE, write_noise
+from tests.journey.test_sandbox import in_the_sandbox_of
 from tests.support.servers import Server, client_of, launch_server, on_machine, own_stack
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 GIBIBYTE = 1024 * MEBIBYTE
 MEMORY_BYTES = 64 * MEBIBYTE
-"""Maximum memory that a transfer may add to the server processes."""
+"""What a transfer may add to the server processes."""
 
 
 @pytest.fixture(scope="module", params=["direct", "proxied"])
 def own(request: pytest.FixtureRequest, cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
-    """A machine that runs jobs, in its own stack."""
+    """A machine that runs jobs, of a stack of its own."""
     settings = ["jobExecution=true", f"artifactTransfer={request.param}", "instanceType=t3.medium"]
     with own_stack(cloud, "transfers"):
         yield launch_server("--ami", image["ami_id"], *(word for each in settings for word in ("--set", each)))
@@ -78,7 +79,35 @@ def test_background_job_is_completed(cloud: LocalCloud, own: Server) -> None:
     assert int(processes) == 2, "a runner and its scheduler, and no process for each kind of job"
 
 
-def test_file_of_a_gibibyte_is_uploaded_and_downloaded(cloud: LocalCloud, own: Server, tmp_path: Path) -> None:
+def test_a_job_runs_no_code_of_a_user_and_reaches_no_backup(cloud: LocalCloud, own: Server) -> None:
+    """It has the rights of MLflow's processes: their user, their environment, their sandbox."""
+    serialized = {
+        "name": "mine",
+        "call_source": "open('/srv/mlflow/tmp/proof', 'w').write('run')\nreturn 1",
+        "call_signature": "(outputs)",
+        "original_func_name": "mine",
+        "mlflow_version": own.mlflow_version,
+        "serialization_version": 1,
+    }
+    body = {"experiment_id": "0", "serialized_scorer": json.dumps(serialized), "trace_ids": ["tr-0"]}
+    refused = own.ask("/ajax-api/3.0/mlflow/scorer/invoke", "POST", json=body, auth=own.login, timeout=60)
+    assert 400 <= refused.status_code < 500, refused.text
+    register = {"experiment_id": "0", "name": "mine", "serialized_scorer": json.dumps(serialized)}
+    answer = own.ask("/api/3.0/mlflow/scorers/register", "POST", json=register, auth=own.login, timeout=60)
+    assert 400 <= answer.status_code < 500, answer.text
+    time.sleep(5)
+    assert "proof" not in shell(cloud, own, "ls /srv/mlflow/tmp")
+
+    runner = shell(cloud, own, "pgrep -f 'mlflow[.]server[.]jobs' | head -1").strip()
+    shown = shell(cloud, own, f"ps -o user= -p {runner}; cat /proc/{runner}/cgroup")
+    assert shown.split()[0] == "mlflow" and "mlflow-server@1.service" in shown
+    found = in_the_sandbox_of("mlflow-server@1", cloud, own)
+    assert found["metadata"] in ("PermissionError", "TimeoutError", "OSError")
+    for what in ("cluster", "certificates", "passwords", "environment", "shadow"):
+        assert found[what] == "PermissionError", f"{what}: {found[what]}"
+
+
+def test_a_file_of_a_gibibyte_goes_up_and_comes_down(cloud: LocalCloud, own: Server, tmp_path: Path) -> None:
     sent = write_noise(tmp_path / "weights.bin", 1024)
     before = look(cloud, own)
     with client_of(own) as client, watched(cloud, own) as peak:
@@ -93,7 +122,7 @@ def test_file_of_a_gibibyte_is_uploaded_and_downloaded(cloud: LocalCloud, own: S
     assert max(each.memory for each in peak) - before.memory < MEMORY_BYTES
     assert max(each.spooled for each in peak) < MEBIBYTE, "either way nothing is put on the server's disk"
 
-    # The endpoint with which the user interface shows a file spools it to the server's disk first.
+    # What the user interface shows a file by is put on the server's disk first.
     asked = f"/get-artifact?path=checkpoint/weights.bin&run_uuid={run}"
     free = int(shell(cloud, own, "df --output=avail -B1 /srv/mlflow | tail -1"))
     shell(cloud, own, f"fallocate -l {free - 2 * GIBIBYTE - 512 * MEBIBYTE} /srv/mlflow/ballast")
@@ -112,15 +141,15 @@ def test_file_of_a_gibibyte_is_uploaded_and_downloaded(cloud: LocalCloud, own: S
     assert look(cloud, own).spooled < MEBIBYTE, "nothing is left behind"
 
 
-def test_uploads_that_cannot_be_streamed_are_refused_when_they_would_not_fit_and_others_arrive(
+def test_what_cannot_be_streamed_is_refused_when_it_would_not_fit_and_the_rest_arrives(
     cloud: LocalCloud, own: Server
 ) -> None:
-    """A process streams six uploads at once, and spools further ones to the disk if there is space."""
+    """A process streams six uploads at once, and puts further ones on the disk, where there is room."""
     with client_of(own) as client:
         run = client.create_run(client.create_experiment("many at once")).info
     folder = f"/api/2.0/mlflow-artifacts/artifacts/{run.experiment_id}/{run.run_id}/artifacts"
     body = os.urandom(2 * MEBIBYTE)
-    # 6 % is free, so the server accepts writes, but no temporary file.
+    # 6 % is left, so it takes writes, but no temporary file.
     size, available = map(int, shell(cloud, own, "df --output=size,avail -B1M /srv/mlflow | tail -1").split())
     shell(cloud, own, f"fallocate -l {available - size * 6 // 100}M /srv/mlflow/ballast")
     try:
@@ -138,7 +167,7 @@ def test_uploads_that_cannot_be_streamed_are_refused_when_they_would_not_fit_and
 
 @contextmanager
 def upload_begun(server: Server, path: str, body: bytes) -> Iterator[ssl.SSLSocket]:
-    """A connection on which half of an upload has been sent."""
+    """A connection over which half of an upload has been sent."""
     host = server.url.removeprefix("https://")
     trusted = ssl.create_default_context(cafile=server.server_certificate)
     login = base64.b64encode(":".join(server.login).encode()).decode()
@@ -152,7 +181,7 @@ def upload_begun(server: Server, path: str, body: bytes) -> Iterator[ssl.SSLSock
 
 
 def finished(upload: ssl.SSLSocket, body: bytes) -> tuple[int, str]:
-    """Status and text of the response after the other half; a refused upload need not be read."""
+    """Status and text of the answer after the other half; who was refused need not take it."""
     with contextlib.suppress(OSError):
         upload.sendall(body[len(body) // 2 :])
     answer = http.client.HTTPResponse(upload)
@@ -162,7 +191,7 @@ def finished(upload: ssl.SSLSocket, body: bytes) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Look:
-    """Bytes of the server processes' memory (shared pages divided among them), and of spooled files."""
+    """Bytes: of the server processes' memory, with pages they share counted in proportion, and of spooled files."""
 
     memory: int
     spooled: int
@@ -170,14 +199,14 @@ class Look:
 
 def look(cloud: LocalCloud, server: Server) -> Look:
     line = "for p in $(pgrep -f 'mlflow_host[.]server'); do grep ^Pss: /proc/$p/smaps_rollup; done; "
-    line += "{ du -sb /srv/mlflow/tmp || true; } 2>/dev/null"  # a file may have been deleted since
+    line += "{ du -sb /srv/mlflow/tmp || true; } 2>/dev/null"  # what it finds may be gone when it looks again
     found = [line.split() for line in shell(cloud, server, line).splitlines()]
     return Look(sum(int(words[1]) * 1024 for words in found if words[0] == "Pss:"), int(found[-1][0]))
 
 
 @contextmanager
 def watched(cloud: LocalCloud, server: Server) -> Iterator[list[Look]]:
-    """Measures during the block; the list is complete at its end."""
+    """Looks while the block runs; the list is complete when it has ended."""
     seen: list[Look] = []
     done = threading.Event()
 
