@@ -161,24 +161,33 @@ def shared(application: Application, at_once: int) -> Application:
                 del turns[user, kind]
 
     async def in_turn(scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope.get("headers", ()))
-        user = headers.get(USER, b"")
-        if not user or UNSHARED.search(scope["path"]):
+        user = next((value for name, value in scope.get("headers", ()) if name == USER), b"")
+        if not user:
             await application(scope, receive, send)
             return
+        method, path = scope["method"], scope["path"]
+        is_large = may_be_large(scope)
         # Always in this order, so that nobody waits for a turn with one that others wait for.
         async with contextlib.AsyncExitStack() as taken:
-            is_large = int(headers.get(b"content-length", 0)) > LARGE_BYTES
-            if is_dear(scope["method"], scope["path"]):
+            if is_dear(method, path):
                 await taken.enter_async_context(turn_of(user, "dear", DEAR_AT_ONCE))
-            if is_large or scope["path"] == TRACES:
+            if is_large or path == TRACES:
                 await taken.enter_async_context(turn_of(user, "large", 1))
-            await taken.enter_async_context(turn_of(user, "any", at_once))
+            if not UNSHARED.search(path):
+                await taken.enter_async_context(turn_of(user, "any", at_once))
             if is_large:
                 await taken.enter_async_context(large)
             await application(scope, receive, send)
 
     return in_turn
+
+
+def may_be_large(scope: Scope) -> bool:
+    """Whether a body of this request, other than a streamed file, may have more than LARGE_BYTES."""
+    if scope["method"] not in ("POST", "PUT", "PATCH") or limit_of(scope["method"], scope["path"]) is None:
+        return False
+    length = next((int(value) for name, value in scope["headers"] if name == b"content-length"), None)
+    return length is None or length > LARGE_BYTES
 
 
 def is_dear(method: str, path: str) -> bool:
@@ -237,14 +246,14 @@ def traces_apart(application: Application) -> Application:
         async def never() -> Message:
             return {"type": "http.disconnect"}
 
-        def export() -> None:
+        async def export() -> None:
             if spans_of(scope, body) > SPANS:
                 sentence = f"the request has more than {SPANS:,} spans, the most that is taken: send them in parts"
-                asyncio.run(refuse(collect, 413, sentence))
+                await refuse(collect, 413, sentence)
             else:
-                asyncio.run(application(scope, replayed(body, never), collect))
+                await application(scope, replayed(body, never), collect)
 
-        await asyncio.get_running_loop().run_in_executor(thread, export)
+        await asyncio.get_running_loop().run_in_executor(thread, lambda: asyncio.run(export()))
         for message in sent:
             await send(message)
 
