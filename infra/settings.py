@@ -197,6 +197,12 @@ def cautions(config: Settings) -> list[str]:
         found.append(f"postgresCidrs has {ANYWHERE}: PostgreSQL is open to the whole internet.")
     if config.tls == "off":
         found.append("tls is off: passwords and data cross the network in clear.")
+    if config.job_execution:
+        found.append(
+            "jobExecution is on: a job has the rights of MLflow itself, whoever starts it. Code in a job reaches all "
+            "of MLflow's database, artifacts and provider keys, but no backup and no password: use it only where "
+            "writers trust each other."
+        )
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from scripts.local_cloud import LocalCloud
+    from tests.support.servers import Server
 
 
 @dataclass(frozen=True)
@@ -49,3 +51,23 @@ def drill_meanwhile(request: pytest.FixtureRequest, image: Mapping[str, Any]) ->
     """Where its own test is to run as well, the drill begins now: who asks for this has time to wait for."""
     if any("drill" in getattr(item, "fixturenames", ()) for item in request.session.items):
         request.getfixturevalue("drill")
+
+
+@pytest.fixture(scope="session")
+def logins(server: Server) -> Iterator[dict[str, tuple[str, str]]]:
+    """A user of `server` for each role: its name and password."""
+    from tests.support.servers import script
+
+    made: dict[str, tuple[str, str]] = {}
+    try:
+        for role in ("reader", "writer", "admin"):
+            name = f"any-{role}"
+            made[role] = (name, script("users.py", "add", name, "--role", role).stdout.strip())
+        deadline = time.monotonic() + 90
+        while {server.ask("/version", auth=login).status_code for login in made.values()} != {200}:
+            assert time.monotonic() < deadline, "the server does not take the new users within 90 s"
+            time.sleep(2)
+        yield made
+    finally:
+        for name, _ in made.values():
+            script("users.py", "remove", name)

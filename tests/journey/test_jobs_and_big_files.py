@@ -23,6 +23,7 @@ import pytest
 
 from scripts.local_cloud import LocalCloud
 from tests.journey.test_artifacts import MEBIBYTE, write_noise
+from tests.journey.test_sandbox import in_the_sandbox_of
 from tests.support.servers import Server, client_of, launch_server, on_machine, own_stack
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
@@ -76,6 +77,34 @@ def test_background_job_is_completed(cloud: LocalCloud, own: Server) -> None:
         assert (assessment.name, assessment.value) == ("response_length", "yes")
     processes = shell(cloud, own, "pgrep -fc 'mlflow[.]server[.]jobs|[h]uey'")
     assert int(processes) == 2, "a runner and its scheduler, and no process for each kind of job"
+
+
+def test_a_job_runs_no_code_of_a_user_and_reaches_no_backup(cloud: LocalCloud, own: Server) -> None:
+    """It has the rights of MLflow's processes: their user, their environment, their sandbox."""
+    serialized = {
+        "name": "mine",
+        "call_source": "open('/srv/mlflow/tmp/proof', 'w').write('run')\nreturn 1",
+        "call_signature": "(outputs)",
+        "original_func_name": "mine",
+        "mlflow_version": own.mlflow_version,
+        "serialization_version": 1,
+    }
+    body = {"experiment_id": "0", "serialized_scorer": json.dumps(serialized), "trace_ids": ["tr-0"]}
+    refused = own.ask("/ajax-api/3.0/mlflow/scorer/invoke", "POST", json=body, auth=own.login, timeout=60)
+    assert 400 <= refused.status_code < 500, refused.text
+    register = {"experiment_id": "0", "name": "mine", "serialized_scorer": json.dumps(serialized)}
+    answer = own.ask("/api/3.0/mlflow/scorers/register", "POST", json=register, auth=own.login, timeout=60)
+    assert 400 <= answer.status_code < 500, answer.text
+    time.sleep(5)
+    assert "proof" not in shell(cloud, own, "ls /srv/mlflow/tmp")
+
+    runner = shell(cloud, own, "pgrep -f 'mlflow[.]server[.]jobs' | head -1").strip()
+    shown = shell(cloud, own, f"ps -o user= -p {runner}; cat /proc/{runner}/cgroup")
+    assert shown.split()[0] == "mlflow" and "mlflow-server@1.service" in shown
+    found = in_the_sandbox_of("mlflow-server@1", cloud, own)
+    assert found["metadata"] in ("PermissionError", "TimeoutError", "OSError")
+    for what in ("cluster", "certificates", "passwords", "environment", "shadow"):
+        assert found[what] == "PermissionError", f"{what}: {found[what]}"
 
 
 def test_a_file_of_a_gibibyte_goes_up_and_comes_down(cloud: LocalCloud, own: Server, tmp_path: Path) -> None:

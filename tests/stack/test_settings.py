@@ -210,6 +210,12 @@ def test_the_whole_world_is_allowed_only_with_a_warning() -> None:
     ]
 
 
+def test_jobs_come_with_a_warning_of_what_they_reach() -> None:
+    [warning] = [text for level, text in run(jobExecution="true").log if level == "WARNING"]
+    assert warning.startswith("jobExecution is on: a job has the rights of MLflow itself, whoever starts it.")
+    assert PROJECT["config"]["jobExecution"]["description"].endswith("only for writers who trust each other.")
+
+
 def test_a_network_named_twice_is_one_rule() -> None:
     found = run(allowedCidrs='["203.0.113.7/32", "203.0.113.7/32"]')
     assert len(found.of_type("vpc.SecurityGroupIngressRule")) == 2, "one for each port"
