@@ -13,10 +13,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from botocore.config import Config
+from botocore.exceptions import ClientError
 from mlflow import MlflowClient
 
+from scripts import recover_backups
 from scripts.local_cloud import LocalCloud
-from tests.support.servers import Server, client_of, describe_server, launch_server, own_stack, script
+from tests.journey.test_role import ASK
+from tests.support.servers import Server, client_of, describe_server, launch_server, on_machine, own_stack, script
 
 pytestmark = pytest.mark.machine
 
@@ -211,3 +215,37 @@ def test_a_name_that_is_not_there_fails_the_boot_and_touches_nothing(running: Se
     answering = launch_server("--ami", running.ami_id, "--set", "restoreFrom=")
     with client_of(answering) as client:
         assert logged(client) == before
+
+
+@pytest.mark.slow
+def test_spoiled_backups_are_restored_from_before(running: Server, cloud: LocalCloud) -> None:
+    """By an intruder with the machine's own credentials, who deletes and overwrites all there is."""
+    bucket, once = running.buckets["backups"], Config(s3={"addressing_style": "path"}, retries={"max_attempts": 1})
+    told = json.loads(on_machine(cloud, running, "python3", "-c", ASK))
+    keys = {
+        "aws_access_key_id": "AccessKeyId",
+        "aws_secret_access_key": "SecretAccessKey",
+        "aws_session_token": "Token",
+    }
+    intruder = cloud.client("s3", config=once, **{ours: told[theirs] for ours, theirs in keys.items()})
+    owner = cloud.client("s3")
+    with client_of(running) as client:
+        log(client, "before-the-intruder")
+        before = logged(client)
+        address = shell(cloud, running, "mlflow-host-dump").split()[-1]
+        time.sleep(2)
+        moment = datetime.now(UTC)
+        time.sleep(2)
+        found = recover_backups.entries(owner, bucket)
+        for key in {each.key for each in found}:
+            intruder.put_object(Bucket=bucket, Key=key, Body=b"spoiled")
+            intruder.delete_object(Bucket=bucket, Key=key)
+        for each in found:
+            with pytest.raises(ClientError, match="AccessDenied"):
+                intruder.delete_object(Bucket=bucket, Key=each.key, VersionId=each.version)
+        log(client, "after-the-intruder")
+        assert "there is no" in shell(cloud, running, f"mlflow-host-restore {address} --yes")
+
+        recover_backups.recover(owner, bucket, recover_backups.plan(recover_backups.entries(owner, bucket), moment))
+        noted = restore(cloud, running, address)
+        assert noted["kept"] and logged(client) == before
