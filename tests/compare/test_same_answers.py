@@ -44,7 +44,7 @@ STATED: tuple[tuple[str, set[int]], ...] = (
     ("the JSON of the request must be an object", {500}),
     ("send the next_page_token of the previous answer, or none.", {500}),
     ("the JSON of the request nests too deeply", {400, 500}),
-    ("columns to order by; at most 20 are allowed", {200, 400, 500}),
+    ("columns to order by; the limit is 20", {200, 400, 500}),
     ("conditions; the limit is 50: narrow it on the client", {200, 400, 500}),
 )
 """Text in our response where it may differ, and the allowed statuses of MLflow's response."""

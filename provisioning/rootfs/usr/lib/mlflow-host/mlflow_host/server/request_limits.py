@@ -394,7 +394,7 @@ def problem(fields: Iterable[tuple[str, Any]]) -> str | None:
             if conditions > CONDITIONS:
                 return f"the filter has {conditions} conditions; the limit is {CONDITIONS}: narrow it on the client"
         if name == "order_by" and isinstance(value, list) and len(value) > ORDERS:
-            return f"the search has {len(value)} columns to order by; at most {ORDERS} are allowed"
+            return f"the search has {len(value)} columns to order by; the limit is {ORDERS}"
     return None
 
 
