@@ -64,7 +64,7 @@ def enumerations() -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for module in _models():
         for node in ast.parse(inspect.getsource(module)).body:
-            model = getattr(module, node.name, None) if isinstance(node, ast.ClassDef) else None
+            model: Any = getattr(module, node.name, None) if isinstance(node, ast.ClassDef) else None
             if not hasattr(model, "__mapper__"):
                 continue
             for column, values in _conversions(module, model, node):
@@ -87,8 +87,9 @@ def _conversions(module: Any, model: Any, source: ast.AST) -> Iterator[tuple[str
         argument, function = node.args[0], node.func
         method = function.attr if isinstance(function, ast.Attribute) else None
         owner = function.value if isinstance(function, ast.Attribute) else function
-        is_column = isinstance(argument, ast.Attribute) and argument.attr in model.__mapper__.columns
-        if not is_column or not isinstance(owner, ast.Name):
+        if not (isinstance(argument, ast.Attribute) and isinstance(owner, ast.Name)):
+            continue
+        if argument.attr not in model.__mapper__.columns:
             continue
         kind = getattr(module, owner.id, None)
         if owner.id in imported:
