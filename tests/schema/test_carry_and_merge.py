@@ -294,7 +294,7 @@ def test_what_a_migration_dropped_is_put_back_unless_it_was_changed_or_deleted_s
         cluster,
         "before",
         """INSERT INTO things VALUES (1, 'a long note', '{"a": 1}', 's'), (2, 'a long note', NULL, 's'),
-               (3, 'short', '{"b": "\\u0000"}', 's'), (4, 'short', NULL, 's'), (5, 'short', NULL, 's');
+               (3, 'short', '{"b": "\\u0000"}', 's'), (4, 'short', 'null', 's'), (5, 'short', NULL, 's');
            INSERT INTO parts VALUES (1, 'p'), (4, 'p'); INSERT INTO untouched VALUES (1, 'x');""",
     )
     for row in look(cluster, "before", "SELECT id, left(note, 5), same FROM things WHERE id < 5"):

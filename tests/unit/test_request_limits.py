@@ -270,10 +270,14 @@ def test_mlflow_gets_compressed_traces_decompressed_whatever_it_calls_its_own_fu
         return {"type": "http.request", "body": gzip.compress(b"spans"), "more_body": False}
 
     headers = [(b"content-encoding", b"GZIP"), (b"content-length", b"25"), (b"x-mlflow-experiment-id", b"0")]
-    inflating = request_limits.inflating(application)
-    asyncio.run(inflating({"type": "http", "path": "/v1/traces", "headers": headers}, receive, unsent))
+
+    async def ask(path: str) -> None:
+        scope = {"type": "http", "path": path, "headers": headers}
+        await request_limits.inflating(application)(scope, receive, unsent)
+
+    asyncio.run(ask("/v1/traces"))
     assert got == [({b"content-length": b"5", b"x-mlflow-experiment-id": b"0"}, b"spans")]
-    asyncio.run(inflating({"type": "http", "path": "/api/2.0/mlflow/runs/search", "headers": headers}, receive, unsent))
+    asyncio.run(ask("/api/2.0/mlflow/runs/search"))
     assert got[1] == (dict(headers), gzip.compress(b"spans"))
 
 

@@ -118,10 +118,11 @@ def _differences(writer: Any, table: Table) -> list[LeftBehind]:
 
 def _is_other(column: Column) -> str:
     """SQL condition. Two JSON values are equal whatever the order of their keys, unless they have escapes, which jsonb
-    may refuse."""
+    may refuse. MLflow stores None in a column of JSON as null of JSON, a conversion as null of SQL."""
     kept, base = comparable("kept", column), comparable("base", column)
     if column.type != "json":
         return f"{kept} IS DISTINCT FROM {base}"
+    kept, base = f"nullif({kept}, 'null')", f"nullif({base}, 'null')"
     escaped = f"position('\\u' IN concat({kept}, {base})) > 0"
     return (
         f"CASE WHEN {escaped} THEN {kept} IS DISTINCT FROM {base} "
