@@ -421,9 +421,7 @@ def test_an_export_of_spans_holds_up_no_other_request(url: str) -> None:
     """MLflow converts the spans in the event loop."""
     slowest = 0.0
     with ThreadPoolExecutor(1) as beside:
-        sent = beside.submit(
-            requests.post, f"{url}/v1/traces", data=export(request_limits.SPANS), headers=OTLP, timeout=300
-        )
+        sent = beside.submit(requests.post, f"{url}/v1/traces", data=export(2000), headers=OTLP, timeout=300)
         asked = 0
         while not sent.done():
             begun = time.monotonic()
