@@ -64,13 +64,9 @@ def logins(server: Server) -> Iterator[dict[str, tuple[str, str]]]:
             name = f"any-{role}"
             made[role] = (name, script("users.py", "add", name, "--role", role).stdout.strip())
         deadline = time.monotonic() + 90
-        # The roles come after the passwords. MLflow answers a writer's empty request with 400, nginx a reader's with 403.
-        route = "/api/2.0/mlflow/experiments/create"
-        while [server.ask(route, "POST", json={}, auth=login).status_code for login in made.values()] != [
-            403,
-            400,
-            400,
-        ]:
+        # The roles come after the passwords: then nginx refuses a reader's request, and MLflow an empty one.
+        create, due = "/api/2.0/mlflow/experiments/create", [403, 400, 400]
+        while [server.ask(create, "POST", json={}, auth=login).status_code for login in made.values()] != due:
             assert time.monotonic() < deadline, "the server does not know the new users within 90 s"
             time.sleep(2)
         yield made
