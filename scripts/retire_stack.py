@@ -58,7 +58,7 @@ class DoomedStack:
     @property
     def buckets(self) -> dict[str, str]:
         """Bucket by purpose: artifacts, models, backups."""
-        return {_name(each): each["id"] for each in self.of_type("aws:s3/bucket:Bucket")}
+        return {_name(each).removeprefix("mlflow-"): each["id"] for each in self.of_type("aws:s3/bucket:Bucket")}
 
 
 @dataclass(frozen=True)

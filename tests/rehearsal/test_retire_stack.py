@@ -61,7 +61,7 @@ def exported() -> dict[str, Any]:
                     "urn": "urn:pulumi:dev::mlflow-ami::pulumi:pulumi:Stack::mlflow-ami-dev",
                     "outputs": {"url": "https://192.0.2.1"},
                 },
-                *(resource("aws:s3/bucket:Bucket", purpose, purpose) for purpose in PURPOSES),
+                *(resource("aws:s3/bucket:Bucket", f"mlflow-{purpose}", purpose) for purpose in PURPOSES),
                 resource("aws:ebs/volume:Volume", "data", "vol-0123456789abcdef0", size=20),
                 resource("aws:ssm/parameter:Parameter", "credentials", "/mlflow-ami/dev/credentials"),
                 resource("aws:ec2/instance:Instance", "server", "i-0123456789abcdef0"),
