@@ -75,7 +75,7 @@ GUARDS = [
      OF_LIMITS + "cannot_be_answered"),
     ("GraphQL", f"{HOST}/server/request_limits.py", 'path.endswith("/graphql")', "False", OF_LIMITS + "graphql"),
     ("requests per user", f"{HOST}/server/request_limits.py", "async with turn:", "if True:", OF_LIMITS + "one_user"),
-    ("dear requests", f"{HOST}/server/request_limits.py", 'if is_dear(scope["method"], scope["path"]):', "if False:",
+    ("dear requests", f"{HOST}/server/request_limits.py", "if is_dear(method, path):", "if False:",
      OF_LIMITS + "dear_requests_and"),
     ("JSON in a text", f"{HOST}/server/request_limits.py", "    if isinstance(body, str):\n", "    if False:\n",
      OF_LIMITS + "a_search_is_bounded"),
