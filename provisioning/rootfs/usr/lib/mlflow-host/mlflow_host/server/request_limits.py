@@ -38,18 +38,18 @@ BODY_BYTES = (
     (re.compile(r".*/v1/traces"), 64 * MEBIBYTE),
     (re.compile(r".*", re.DOTALL), 16 * MEBIBYTE),
 )
-"""The most bytes of a request's body, by method and path; the first match counts. None: files that are streamed, which
-are bounded by the room on the volume. Every other body is read into memory. MLflow takes a batch of at most 1 MB, and a
+"""Maximum bytes of a request's body, by method and path; the first match counts. None: streamed files, which are
+limited by the space on the volume. Every other body is read into memory. MLflow accepts a batch of at most 1 MB, and a
 file of at most 10 MB in `upload-artifact`."""
 
 LARGE_BYTES = 2 * MEBIBYTE
-"""Bodies from this size on are parsed one at a time: 16 MiB of JSON may take 500 MB of memory."""
+"""Larger bodies are parsed one at a time: 16 MiB of JSON may take 500 MB of memory."""
 
 TRACES = "/v1/traces"
 """Path of OpenTelemetry's exports, whose body MLflow decompresses."""
 
 SPANS = 10_000
-"""Most spans of one export of OpenTelemetry. Its exporters send 512 at once, its collector 8,192."""
+"""Maximum number of spans in one export of OpenTelemetry. Its exporters send 512 at a time, its collector 8,192."""
 
 DEAR = re.compile(
     r"(GET|HEAD) .*/(traces|unified-traces|get-history.*|records|get-online-trace-details|traces/get)"
@@ -58,13 +58,14 @@ DEAR = re.compile(
 """Requests whose answer may take much memory and time: searches, histories, traces."""
 
 DEAR_AT_ONCE = 2
-"""Dear requests of a user that a process answers at once; more would not be faster, because of Python's lock."""
+"""Expensive requests of one user that a process handles at a time. More would not be faster, because of Python's
+lock."""
 
 DEAR_SECONDS = 60
-"""After this time, a dear request makes no further query."""
+"""Seconds after which an expensive request makes no further query."""
 
 POINTS = 50_000
-"""Most points of a metric in one answer. MLflow's client asks for pages of 25,000."""
+"""Maximum number of points of a metric in one response. MLflow's client requests pages of 25,000."""
 
 CONDITIONS, ORDERS = 50, 20
 """Maximum number of comparisons in a search's filter, and of columns to order by. Each adds a join."""
@@ -100,6 +101,10 @@ def limit_of(method: str, path: str) -> int | None:
     return next(limit for pattern, limit in BODY_BYTES if pattern.fullmatch(f"{method} {path}"))
 
 
+def content_length(scope: Scope) -> int | None:
+    return next((int(value) for name, value in scope["headers"] if name == b"content-length"), None)
+
+
 def limited(application: Application) -> Application:
     """`application`, with 413 for a body that is too long. nginx sends the length of the bodies that it buffers; the
     others are counted."""
@@ -109,7 +114,7 @@ def limited(application: Application) -> Application:
         if limit is None:
             await application(scope, receive, send)
             return
-        length = next((int(value) for name, value in scope["headers"] if name == b"content-length"), None)
+        length = content_length(scope)
         received, begun = 0, False
 
         async def counted() -> Message:
@@ -143,9 +148,10 @@ def limited(application: Application) -> Application:
 
 
 def shared(application: Application, at_once: int) -> Application:
-    """`application`, with at most `at_once` concurrent requests per user, of which `DEAR_AT_ONCE` are dear ones and one
-    has a large body or OpenTelemetry's spans; further ones of that user wait. This is fewer than there are threads, so
-    that one is left for other users. Large bodies are read one at a time, whoever sends them."""
+    """`application`, with at most `at_once` concurrent requests per user. At most `DEAR_AT_ONCE` of them are expensive,
+    and at most one has a large body or OpenTelemetry's spans; further ones of that user wait. The limit is lower than
+    the number of threads, so that a thread is free for other users. Large bodies of all users are read one at a
+    time."""
     turns: dict[tuple[bytes, str], tuple[asyncio.Semaphore, list[object]]] = {}
     large = asyncio.Semaphore(1)
 
@@ -184,8 +190,8 @@ def shared(application: Application, at_once: int) -> Application:
 
 
 def inflating(application: Application) -> Application:
-    """`application`, which gets compressed traces decompressed. MLflow would decompress any number of bytes: 64 MiB of
-    gzip may hold 64 GiB."""
+    """`application`, which receives compressed traces decompressed. MLflow limits the decompressed size nowhere: 64 MiB
+    of gzip may contain 64 GiB."""
     from fastapi import HTTPException
 
     async def inflated_first(scope: Scope, receive: Receive, send: Send) -> None:
@@ -200,10 +206,7 @@ def inflating(application: Application) -> Application:
         try:
             plain = await asyncio.to_thread(decompressed, body, encoding)
         except HTTPException as refused:
-            content = json.dumps({"detail": refused.detail}).encode()
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-            await send({"type": "http.response.start", "status": refused.status_code, "headers": headers})
-            await send({"type": "http.response.body", "body": content})
+            await answer(send, refused.status_code, {"detail": refused.detail})
             return
         left = [entry for entry in scope["headers"] if entry[0] not in (b"content-encoding", b"content-length")]
         length = (b"content-length", str(len(plain)).encode())
@@ -216,7 +219,7 @@ def may_be_large(scope: Scope) -> bool:
     """Whether a body of this request, other than a streamed file, may have more than LARGE_BYTES."""
     if scope["method"] not in ("POST", "PUT", "PATCH") or limit_of(scope["method"], scope["path"]) is None:
         return False
-    length = next((int(value) for name, value in scope["headers"] if name == b"content-length"), None)
+    length = content_length(scope)
     return length is None or length > LARGE_BYTES
 
 
@@ -291,26 +294,20 @@ def traces_apart(application: Application) -> Application:
 
 
 def spans_of(scope: Scope, body: bytes) -> int:
-    """The number of spans in an export of OpenTelemetry; 0 for one that MLflow refuses."""
-    from fastapi import HTTPException
+    """The number of spans in an export of OpenTelemetry, decompressed; 0 for one that MLflow refuses."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-    headers = dict(scope["headers"])
+    if dict(scope["headers"]).get(b"content-type", b"").startswith(b"application/json"):
+        return len(re.findall(rb'"span_?[iI]d"\s*:', body))
     try:
-        if encoding := headers.get(b"content-encoding", b"").decode("latin-1").lower():
-            body = decompressed(body, encoding)
-        if headers.get(b"content-type", b"").startswith(b"application/json"):
-            return len(re.findall(rb'"span_?[iI]d"\s*:', body))
         sent = ExportTraceServiceRequest.FromString(body)
-    except Exception as error:
-        if not isinstance(error, (HTTPException, DecodeError)):
-            raise
+    except DecodeError:
         return 0
     return sum(len(scope_spans.spans) for resource in sent.resource_spans for scope_spans in resource.scope_spans)
 
 
 class TimeOfThread(threading.local):
-    """When the request that this thread handles must have its rows."""
+    """The deadline for the queries of the request that this thread handles."""
 
     until: float | None = None
 
@@ -330,7 +327,11 @@ def check_time(*_: object) -> None:
 
 
 async def refuse(send: Send, status: int, sentence: str) -> None:
-    body = json.dumps({"error_code": "INVALID_PARAMETER_VALUE", "message": sentence}).encode()
+    await answer(send, status, {"error_code": "INVALID_PARAMETER_VALUE", "message": sentence})
+
+
+async def answer(send: Send, status: int, content: dict[str, str]) -> None:
+    body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
