@@ -13,13 +13,14 @@ import pytest
 
 from scripts import pulumi_stack
 from scripts.delivering import commands, stack_steps
-from scripts.rehearsal import pulumi_cli, stack, state, tools
+from scripts.rehearsal import pulumi_cli, stack, state
 from tests.delivery.workflows import Runner, runner
+from tests.support.marks import NEEDS_PULUMI
 from tests.support.moto_cloud import MotoCloud, moto_cloud, register_image
 
 pytestmark = [
     pytest.mark.tools,
-    pytest.mark.skipif(tools.find_pulumi() is None, reason="there is no pulumi: run `make prepare-tools`"),
+    NEEDS_PULUMI,
 ]
 STACK = "delivery"
 SETTINGS = {"allowedCidrs": '["203.0.113.0/24"]'}

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from scripts.rehearsal import stack, tools
+from scripts.rehearsal import stack
 from tests.delivery.workflows import line_of
+from tests.support.marks import NEEDS_PULUMI
 from tests.support.servers import REPOSITORY
 from tests.support.terminal import Terminal, open_terminal
 
@@ -26,7 +27,7 @@ pytestmark = [
     pytest.mark.machine,
     pytest.mark.slow,
     pytest.mark.tools,
-    pytest.mark.skipif(tools.find_pulumi() is None, reason="there is no pulumi: run `make prepare-tools`"),
+    NEEDS_PULUMI,
 ]
 
 STACK, CHANNEL, BEFORE = "production", "staging", "3.17.2"

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from scripts.rehearsal import stack, tools
+from scripts.rehearsal import stack
+from tests.support.marks import NEEDS_PULUMI
 from tests.support.servers import REPOSITORY
 from tests.support.terminal import Terminal, open_terminal
 
@@ -24,7 +25,7 @@ pytestmark = [
     pytest.mark.machine,
     pytest.mark.slow,
     pytest.mark.tools,
-    pytest.mark.skipif(tools.find_pulumi() is None, reason="there is no pulumi: run `make prepare-tools`"),
+    NEEDS_PULUMI,
 ]
 
 STACK = "prod"

@@ -20,16 +20,17 @@ from typing import Any
 
 import pytest
 
-from scripts.rehearsal import stack, state, tools
+from scripts.rehearsal import stack, state
 from scripts.rehearsal.errors import Interrupted, RehearsalError
 from scripts.rehearsal.state import State
 from scripts.rehearsal.wire import Props, reveal
+from tests.support.marks import NEEDS_PULUMI
 from tests.support.moto_cloud import MotoCloud, moto_cloud, register_image
 
 pytestmark = [
     pytest.mark.tools,
     pytest.mark.slow,
-    pytest.mark.skipif(tools.find_pulumi() is None, reason="there is no pulumi: run `make prepare-tools`"),
+    NEEDS_PULUMI,
 ]
 
 ENGINES = ("own", "pulumi")

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from scripts.rehearsal import stack, tools
+from scripts.rehearsal import stack
+from tests.support.marks import NEEDS_PULUMI
 from tests.support.moto_cloud import MotoCloud, moto_cloud, register_image
 from tests.support.terminal import REPOSITORY, Terminal, open_terminal
 
 pytestmark = [
     pytest.mark.tools,
-    pytest.mark.skipif(tools.find_pulumi() is None, reason="there is no pulumi: run `make prepare-tools`"),
+    NEEDS_PULUMI,
 ]
 
 NOISE = ("Traceback", "RunError", "grpc")

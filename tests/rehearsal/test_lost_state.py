@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from scripts.rehearsal import pulumi_cli, stack, tools
+from scripts.rehearsal import pulumi_cli, stack
 from scripts.rehearsal.errors import RehearsalError
 from scripts.rehearsal.state import State
 from scripts.rehearsal.wire import reveal
+from tests.support.marks import NEEDS_PULUMI
 from tests.support.moto_cloud import MotoCloud, moto_cloud, register_image
 
 pytestmark = [
     pytest.mark.tools,
     pytest.mark.slow,
-    pytest.mark.skipif(tools.find_pulumi() is None, reason="there is no pulumi: run `make prepare-tools`"),
+    NEEDS_PULUMI,
 ]
 
 SETTINGS = {"allowedCidrs": '["203.0.113.0/24"]', "s3Endpoint": "https://s3.example.com"}

@@ -166,9 +166,8 @@ def test_merge_restores_misfits_and_keeps_later_changes(filled: Cluster) -> None
     assert look(filled, work, "SELECT max(id) FROM only_newer") == [(4,)]
 
 
-def test_merge_without_later_changes_restores_the_newer_database(filled: Cluster) -> None:
-    do(filled, "newer", "DELETE FROM parents WHERE id = 4")
-    carry(filled, "newer", "older")
+def assert_the_newer_comes_back(filled: Cluster) -> None:
+    """An upgrade of "older" merges what only "newer" holds."""
     for name in ("base", "work"):
         make(filled, name, NEWER)
         bring_forward(filled, "older", name)
@@ -176,6 +175,12 @@ def test_merge_without_later_changes_restores_the_newer_database(filled: Cluster
     for table in ("parents", "children", "only_newer"):
         query = f"SELECT {table}::text FROM {table} ORDER BY 1"
         assert look(filled, "work", query) == look(filled, "newer", query)
+
+
+def test_merge_without_later_changes_restores_the_newer_database(filled: Cluster) -> None:
+    do(filled, "newer", "DELETE FROM parents WHERE id = 4")
+    carry(filled, "newer", "older")
+    assert_the_newer_comes_back(filled)
 
 
 def test_different_row_counts_fail_the_carry(filled: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,13 +259,7 @@ def test_rows_with_a_value_that_cannot_be_read_are_left_behind_with_their_childr
     outcome = carry(filled, "newer", "older", unreadable=unreadable)
     assert ("parents", "status", 1, "left behind") in misfits(outcome)
     assert look(filled, "older", "SELECT id FROM parents WHERE status = 'off' OR id = 6") == [], "6 has 2 as its boss"
-    for name in ("base", "work"):
-        make(filled, name, NEWER)
-        bring_forward(filled, "older", name)
-    merge(filled, "newer", "base", "work")
-    for table in ("parents", "children", "only_newer"):
-        query = f"SELECT {table}::text FROM {table} ORDER BY 1"
-        assert look(filled, "work", query) == look(filled, "newer", query)
+    assert_the_newer_comes_back(filled)
 
 
 def test_row_that_another_one_keeps_out_is_counted_and_named(filled: Cluster) -> None:
