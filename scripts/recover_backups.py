@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Bring a backups bucket back to what it held at a moment, after somebody with the machine's rights spoiled it.
+"""Restore a backups bucket to its state at a given time, for example before a break-in.
 
-Nobody with those rights can delete versions of objects, so replaced and deleted backups are there for
+The machine's role cannot delete versions of objects, so replaced and deleted backups are kept for
 `backupRetentionDays`. Each object that was replaced or deleted since the moment becomes current again, as a copy of its
 version of then; each object that is new since then is hidden. No version is deleted, so the script can be run again,
 also with another moment.

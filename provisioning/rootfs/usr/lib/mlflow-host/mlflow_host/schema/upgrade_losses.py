@@ -1,10 +1,10 @@
 """What the migrations of an upgrade dropped or changed: recorded in the upgraded database, and put back by a rollback.
 
-MLflow's migrations lose what the new place of a value cannot hold: 75868b020152 cuts sessions after 250 characters. The
-upgraded database gets a PostgreSQL schema, named after the migration head before, with two tables for each of MLflow's
-tables concerned: the rows as they were ("…_kept"), and as a carry back would rebuild them ("…_base"). A carry back to
-that head or an older one merges them, so rows that were deleted or changed since stay so. A carry back to a later head
-copies the schema.
+A migration loses values that do not fit their new column: 75868b020152 cuts sessions to 250 characters. The upgraded
+database gets a PostgreSQL schema, named after the migration head before the upgrade. For each table of MLflow's with
+losses it has two tables: the rows as they were ("…_kept"), and as a carry back would rebuild them ("…_base"). A carry
+back to that head or an older one merges both, so rows that were deleted or changed since are not changed back. A carry
+back to a later head copies the schema.
 """
 
 from __future__ import annotations
