@@ -8,7 +8,7 @@ The intended differences, in `STATED`:
 | a body that is JSON, but not an object | 500 | 400 with a sentence |
 | a page token that is base64 of JSON, but not a token | 500 | 400 with a sentence |
 | JSON that nests too deeply for Python | 500 | 400 with a sentence |
-| more than 50 conditions in a filter or 20 columns to order by | 200, or PostgreSQL's memory | 400 with a sentence |
+| more than 30 conditions in a filter or 10 columns to order by | 200, or PostgreSQL's memory | 400 with a sentence |
 
 The reasons: PostgreSQL cannot store such text and such tokens never work, but clients repeat a request
 for minutes after a 500. MLflow stores a part of a batch with such text; here nothing of it is written. The last two
@@ -44,8 +44,8 @@ STATED: tuple[tuple[str, set[int]], ...] = (
     ("the JSON of the request must be an object", {500}),
     ("send the next_page_token of the previous answer, or none.", {500}),
     ("the JSON of the request nests too deeply", {400, 500}),
-    ("columns to order by; the limit is 20", {200, 400, 500}),
-    ("conditions; the limit is 50: narrow it on the client", {200, 400, 500}),
+    ("columns to order by; the limit is 10", {200, 400, 500}),
+    ("conditions; the limit is 30: narrow it on the client", {200, 400, 500}),
 )
 """Text in our response where it may differ, and the allowed statuses of MLflow's response."""
 PART = 500

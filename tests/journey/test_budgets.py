@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import requests
 
+from mlflow_host.server.request_limits import CONDITIONS, ORDERS
 from scripts.local_cloud import LocalCloud
 from tests.support.servers import Server, launch_server, on_machine, own_stack, script
 
@@ -118,8 +119,14 @@ def widest_json() -> bytes:
 
 JSON = {"Content-Type": "application/json"}
 KINDS: dict[str, Callable[[], list[Request]]] = {
-    "search": lambda: [searching(filter=" and ".join(f"metrics.m{n} > -{n}" for n in range(1, 51)))],
-    "order": lambda: [searching(order_by=[f"metrics.m{n} DESC" for n in range(1, 21)])],
+    "search": lambda: [searching(filter=" and ".join(f"metrics.m{n} > -{n}" for n in range(1, CONDITIONS + 1)))],
+    "order": lambda: [searching(order_by=[f"metrics.m{n} DESC" for n in range(1, ORDERS + 1)])],
+    "search and order": lambda: [
+        searching(
+            filter=" and ".join(f"params.p{n} LIKE '%v%'" for n in range(1, CONDITIONS + 1)),
+            order_by=[f"metrics.m{n} DESC" for n in range(1, ORDERS + 1)],
+        )
+    ],
     "conditions beyond the limit": lambda: [
         searching(filter=" and ".join(f"metrics.m{n} > {n}" for n in range(200))),
         by_graphql(filter=" and ".join(f"metrics.m{n} > {n}" for n in range(200))),
@@ -136,7 +143,7 @@ KINDS: dict[str, Callable[[], list[Request]]] = {
     ],
     "traces with text search": lambda: [
         of_traces("search", filter="trace.text LIKE '%needle%'", max_results=500),
-        of_traces("search", filter=" and ".join(f"tags.t{n} LIKE '%x%'" for n in range(50)), max_results=500),
+        of_traces("search", filter=" and ".join(f"tags.t{n} LIKE '%x%'" for n in range(CONDITIONS)), max_results=500),
     ],
     "compare pages": lambda: [searching(filter="", max_results=1000)],
     "registry searches": lambda: [
