@@ -1,13 +1,15 @@
 """The stack's parameters in Systems Manager: credentials and their passphrase, and the values that the machine
 publishes.
 
-The credentials are generated once and stored in two places: encrypted in Pulumi's state, and in an SSM SecureString.
-Pulumi writes the parameter only when it creates the stack. Later the users are managed in the parameter itself
+The credentials are generated once and stored encrypted in Pulumi's state and in two SSM SecureStrings: one for the
+machine, with the hash of the admin's password, and one for people, with the password. The machine's role cannot read
+the second. Pulumi writes both only when it creates the stack. Later the users are managed in the first parameter
 (scripts/users.py); if Pulumi wrote it again, an `up` would restore removed users.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ import pulumi_aws as aws
 import pulumi_random as random
 
 import lost_state
+from mlflow_host.contract.credentials import hashed
 from preflight import Existing
 from settings import ADMIN, Settings
 
@@ -29,6 +32,8 @@ class Parameters:
     credentials: aws.ssm.Parameter
     """SecureString, JSON, format 1: users, and the passphrase with which MLflow encrypts the secrets in its
     database."""
+    password: aws.ssm.Parameter
+    """SecureString: the password of the user admin, for connect.py."""
     authority: aws.ssm.Parameter | None
     """String: certificate of the private authority, published by the machine. None if tls is not private."""
     reader: aws.ssm.Parameter | None
@@ -39,7 +44,7 @@ class Parameters:
     @property
     def ready(self) -> list[pulumi.Resource]:
         """The parameters that must exist before the machine boots."""
-        every = (self.credentials, self.authority, self.reader, self.in_service)
+        every = (self.credentials, self.password, self.authority, self.reader, self.in_service)
         return [parameter for parameter in every if parameter]
 
 
@@ -49,10 +54,12 @@ def build(config: Settings, found: Existing, volume: pulumi.Resource, opts: pulu
         "kek-passphrase", length=48, special=False, opts=pulumi.ResourceOptions(protect=True)
     )
     password = _given(config) or random.RandomPassword("admin-password", length=24, special=False).result
+    # Pulumi's state keeps the salt, so that the hash is the same at each `up`.
+    salt = random.RandomPassword("admin-salt", length=16, special=False).result
     content = {
         "format": 1,
         "kek_passphrase": passphrase.result,
-        "users": {ADMIN: {"password": password, "role": "admin"}},
+        "users": {ADMIN: {"password": pulumi.Output.all(password, salt).apply(_hash), "role": "admin"}},
     }
 
     def parameter(
@@ -89,6 +96,14 @@ def build(config: Settings, found: Existing, volume: pulumi.Resource, opts: pulu
     )
     return Parameters(
         credentials=credentials,
+        password=parameter(
+            "admin-password",
+            f"password of its user {ADMIN}, for connect.py",
+            "SecureString",
+            password,
+            after=credentials,
+            ignore_changes=WRITTEN_ONCE,
+        ),
         authority=published(
             "certificate-authority",
             "certificate of its private authority, which clients verify it by",
@@ -111,3 +126,9 @@ def build(config: Settings, found: Existing, volume: pulumi.Resource, opts: pulu
 
 def _given(config: Settings) -> pulumi.Output[str] | None:
     return pulumi.Output.secret(config.admin_password) if config.admin_password else None
+
+
+def _hash(known: Sequence[str]) -> str:
+    """`known` is the password and the salt."""
+    password, salt = known
+    return hashed(password, salt.encode())

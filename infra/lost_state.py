@@ -103,7 +103,7 @@ def _kept(config: Settings, found: Existing) -> list[tuple[str, str, str]]:
     """Type, name in this program, and AWS ID of the resources that outlive machines."""
     volume = [(VOLUME, "data", found.volume.id)] if found.volume else []
     buckets = found.volume.buckets.items() if found.volume else []
-    known = ("credentials", "certificate-authority", "postgres-reader", "in-service")
+    known = ("credentials", "admin-password", "certificate-authority", "postgres-reader", "in-service")
     return [
         *volume,
         *((BUCKET, f"mlflow-{name}", bucket) for name, bucket in buckets),

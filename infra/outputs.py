@@ -33,12 +33,13 @@ def export(
     pulumi.export("dataVolumeId", kept.volume.id)
     pulumi.export("buckets", {name: bucket.bucket for name, bucket in kept.buckets.items()})
     pulumi.export("credentialsParameter", parameters.credentials.name)
+    pulumi.export("passwordParameter", parameters.password.name)
     authority = parameters.authority.name if parameters.authority else ""
     pulumi.export("authorityParameter", authority)
     pulumi.export("postgresParameter", parameters.reader.name if parameters.reader else "")
     pulumi.export(
         "clientEnvironment",
-        pulumi.Output.all(url, parameters.credentials.name, authority).apply(
+        pulumi.Output.all(url, parameters.password.name, authority).apply(
             lambda known: client_environment(config, *known)
         ),
     )
@@ -49,14 +50,13 @@ def export(
     )
 
 
-def client_environment(config: Settings, url: str, credentials: str, authority: str) -> str:
+def client_environment(config: Settings, url: str, password: str, authority: str) -> str:
     """Shell lines that configure an MLflow client. They fetch the password; they do not contain it."""
     fetch = f"aws ssm get-parameter --region {config.region} --query Parameter.Value --output text --name"
-    pick = f"import json, sys; print(json.load(sys.stdin)['users']['{ADMIN}']['password'])"
     lines = [
         f"export MLFLOW_TRACKING_URI={url}",
         f"export MLFLOW_TRACKING_USERNAME={ADMIN}",
-        f'export MLFLOW_TRACKING_PASSWORD="$({fetch} {credentials} --with-decryption | python3 -c "{pick}")"',
+        f'export MLFLOW_TRACKING_PASSWORD="$({fetch} {password} --with-decryption)"',
         f"export MLFLOW_MULTIPART_DOWNLOAD_CHUNK_SIZE={16 * 2**20}",
     ]
     if authority:

@@ -3,7 +3,7 @@
 
 The server is that of a Pulumi stack (--stack) or of the rehearsal on this machine (--rehearsal). Without either option
 it is the rehearsal if there is one, else the Pulumi stack selected in infra/. The password is read from the stack's
-credentials parameter with your AWS credentials; it is in no stack output.
+parameters with your AWS credentials; it is in no stack output.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from scripts import invoker
 from scripts.rehearsal.errors import RehearsalError
-from scripts.rehearsal.status import authority, client_environment, first_user, keep_certificate
+from scripts.rehearsal.status import administrator, authority, client_environment, keep_certificate, parameters
 
 
 class NotConnected(Exception):
@@ -38,7 +38,7 @@ class ConnectedStack:
     name: str
     ssm: Any
     facts: dict[str, Any]
-    """url, credentials_parameter, authority_parameter, named as in `rehearse.py status --json`."""
+    """url, credentials_parameter, password_parameter, authority_parameter, named as in `rehearse.py status --json`."""
     certificate: Path
     """File for the certificate of its private authority, for clients."""
 
@@ -132,11 +132,7 @@ def from_pulumi(name: str | None) -> ConnectedStack:
         raise NotConnected(str(error)) from None
     except aws_session.ERRORS as error:
         raise NotConnected(aws_session.explain(error)) from None
-    found = {
-        "url": outputs["url"],
-        "credentials_parameter": outputs["credentialsParameter"],
-        "authority_parameter": outputs.get("authorityParameter"),
-    }
+    found = {"url": outputs["url"], **parameters(outputs)}
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     # The stack's name may begin with an organization and a project: org/project/stack.
     file = f"mlflow-ami-{(name or 'selected').replace('/', '.')}.pem"
@@ -146,15 +142,14 @@ def from_pulumi(name: str | None) -> ConnectedStack:
 def way_in(stack: ConnectedStack) -> dict[str, Any]:
     """The stack's outputs with user, password and, for a private authority, the file of its certificate.
 
-    Raises NotConnected if the parameters cannot be read or contain only a hash of the password.
+    Raises NotConnected if the parameters cannot be read or do not contain the password.
     """
     from scripts import aws_session
 
     client, found = stack.ssm, stack.facts
     parameter = found["credentials_parameter"]
     try:
-        value = client.get_parameter(Name=parameter, WithDecryption=True)["Parameter"]["Value"]
-        username, password = first_user(value)
+        username, password = administrator(client, found)
         certificate = authority(client, found["authority_parameter"])
     except aws_session.ERRORS as error:
         reason = aws_session.explain(error, client.meta.region_name)
@@ -163,7 +158,9 @@ def way_in(stack: ConnectedStack) -> dict[str, Any]:
         raise NotConnected(f"the stack's parameters ({parameter}) cannot be read: {error}") from None
     if password is None:
         raise NotConnected(
-            f"{parameter} holds {username}'s password as a hash: set MLFLOW_TRACKING_USERNAME and _PASSWORD yourself"
+            f"{parameter} holds {username}'s password as a hash, and no other parameter has the password: set "
+            "MLFLOW_TRACKING_USERNAME and _PASSWORD yourself, or `scripts/users.py rotate "
+            f"{username}` makes a new one"
         )
     if found["authority_parameter"] and certificate is None:
         raise NotConnected("the machine has not published its certificate yet: try again when it has booted")

@@ -308,7 +308,7 @@ def await_server(cloud: LocalCloud, client: Client, engine: Any, seconds: float)
         say(f"starting {instance}, which was stopped")
         launched = time.time()
         ec2.start_instance(engine.aws, instance)
-    username, password = way_in(client, outputs["credentialsParameter"])
+    username, password = status.administrator(client("ssm"), status.parameters(outputs))
     answered = boot_wait.wait(
         outputs["url"],
         username,
@@ -348,12 +348,6 @@ def read_backups(cloud: LocalCloud, found: dict[str, Any], certificate: str | No
     return dict(json.loads(report.stdout)) if report.returncode == 0 else None
 
 
-def way_in(client: Client, parameter: str) -> tuple[str, str | None]:
-    """User and password, from the credentials parameter."""
-    value = client("ssm").get_parameter(Name=parameter, WithDecryption=True)["Parameter"]["Value"]
-    return status.first_user(value)
-
-
 def inspect(cloud: LocalCloud, client: Client, current: state.State) -> dict[str, Any]:
     """The status document while the local cloud is up."""
     from scripts.rehearsal.resource_types import Aws
@@ -367,7 +361,7 @@ def inspect(cloud: LocalCloud, client: Client, current: state.State) -> dict[str
     }
     if not current.outputs:
         return found
-    found["username"], found["password"] = way_in(client, found["credentials_parameter"])
+    found["username"], found["password"] = status.administrator(client("ssm"), found)
     machine = ec2.instance_state(Aws(client, cloud.region), found["instance_id"])
     if machine != "running":
         return found | {"state": "stopped", "message": f"the machine is {machine}; `rehearse.py up` launches one"}

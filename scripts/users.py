@@ -13,8 +13,8 @@ last one cannot be removed.
 
 Users are stored in the stack's credentials parameter, which is read and written with your AWS credentials; the stack is
 chosen as in connect.py. Changes take effect on the server within a minute, without a restart. Passwords are generated,
-prompted for (--prompt) or read from standard input (--stdin); they are never arguments. They are stored as hashes,
-except that of the stack's first admin, which connect.py reads.
+prompted for (--prompt) or read from standard input (--stdin); they are never arguments. They are stored as hashes.
+That of the stack's first admin is also in a parameter of its own, which connect.py reads and the server cannot.
 """
 
 from __future__ import annotations
@@ -116,11 +116,11 @@ def run_rotate(stack: ConnectedStack, arguments: argparse.Namespace) -> None:
     name, password = arguments.name, new_password(arguments)
 
     def rotate(users: Users) -> Users:
-        here = known(users, name)
-        kept = credentials.hashed(password) if credentials.HASHED.fullmatch(here["password"]) else password
-        return {**users, name: {**here, "password": kept}}
+        return {**users, name: {**known(users, name), "password": stored(stack, users, name, password)}}
 
     change(stack, rotate)
+    if own_parameter(stack) and name == first_admin(users_of(read(stack)[0])):
+        put(stack, own_parameter(stack), password)
     say(f"the new password of {name} takes effect within a minute")
     show(password, arguments)
 
@@ -184,7 +184,22 @@ def show(password: str, arguments: argparse.Namespace) -> None:
         print(password)
 
 
-# The parameter
+# The parameters
+
+
+def own_parameter(stack: ConnectedStack) -> str:
+    """The parameter with the first admin's password; "" for a stack that an earlier release launched."""
+    return stack.facts.get("password_parameter") or ""
+
+
+def first_admin(users: Users) -> str:
+    return next(name for name, entry in users.items() if entry["role"] == "admin")
+
+
+def stored(stack: ConnectedStack, users: Users, name: str, password: str) -> str:
+    """The hash, except where connect.py could read the password nowhere else."""
+    clear = not own_parameter(stack) and not credentials.HASHED.fullmatch(users[name]["password"])
+    return password if clear else credentials.hashed(password)
 
 
 def change(stack: ConnectedStack, made: Change) -> None:
@@ -262,11 +277,15 @@ def read(stack: ConnectedStack, version: int | None = None) -> tuple[dict[str, A
 
 def write(stack: ConnectedStack, document: dict[str, Any], users: Users) -> int:
     """The number of the new version. Raises ChangeRefused."""
-    name = stack.facts["credentials_parameter"]
+    return put(stack, stack.facts["credentials_parameter"], json.dumps({**document, "users": users}))
+
+
+def put(stack: ConnectedStack, name: str, value: str) -> int:
+    """The number of the new version. Raises ChangeRefused."""
     with refusals(f"the parameter {name} cannot be written"):
         made = stack.ssm.put_parameter(
             Name=name,
-            Value=json.dumps({**document, "users": users}),
+            Value=value,
             Type="SecureString",
             # A standard parameter holds 4 KiB, some 40 users.
             Tier="Intelligent-Tiering",

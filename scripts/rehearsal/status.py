@@ -6,16 +6,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlflow_host.contract.credentials import HASHED, fits
 from scripts import invoker
 
 if TYPE_CHECKING:
     from scripts.rehearsal.state import State
 
-HASHED = ("{SSHA}", "{SHA}", "$apr1$", "$2a$", "$2b$", "$2y$", "$5$", "$6$")
 
-
-def first_user(credentials: str) -> tuple[str, str | None]:
-    """Name and password of the first administrator in a credentials parameter, format 1; None for a hashed password.
+def first_user(credentials: str) -> tuple[str, str]:
+    """Name and password of the first administrator in a credentials parameter, format 1. The password may be a hash.
 
     Raises ValueError when the text is not such a document or names nobody.
     """
@@ -28,8 +27,31 @@ def first_user(credentials: str) -> tuple[str, str | None]:
     }
     administrators = [name for name, entry in entries.items() if entry.get("role") == "admin"]
     name = (administrators or list(entries))[0]
-    password = str(entries[name]["password"])
-    return name, None if password.startswith(HASHED) else password
+    return name, str(entries[name]["password"])
+
+
+def administrator(ssm: Any, parameters: dict[str, Any]) -> tuple[str, str | None]:
+    """Name and password of the first administrator. `parameters` has "credentials_parameter" and "password_parameter".
+
+    The password is None if the second parameter holds another one than the first, for example because the user was
+    removed. A stack of an earlier release has no second parameter, and the password in clear text in the first.
+    Raises ClientError and ValueError.
+    """
+
+    def value(name: str) -> str:
+        return str(ssm.get_parameter(Name=name, WithDecryption=True)["Parameter"]["Value"])
+
+    name, stored = first_user(value(parameters["credentials_parameter"]))
+    if not HASHED.fullmatch(stored):
+        return name, stored
+    password = value(parameters["password_parameter"]) if parameters.get("password_parameter") else ""
+    return name, password if fits(password, stored) else None
+
+
+def parameters(outputs: dict[str, Any]) -> dict[str, Any]:
+    """The names of the stack's parameters, from its outputs; None for one that it does not have."""
+    kinds = ("credentials", "password", "authority")
+    return {f"{kind}_parameter": outputs.get(f"{kind}Parameter") or None for kind in kinds}
 
 
 def outline(current: State) -> dict[str, Any]:
@@ -50,8 +72,7 @@ def outline(current: State) -> dict[str, Any]:
         "mlflow_version": outputs.get("mlflowVersion"),
         "migration_head": outputs.get("migrationHead"),
         "buckets": outputs.get("buckets"),
-        "credentials_parameter": outputs.get("credentialsParameter"),
-        "authority_parameter": outputs.get("authorityParameter") or None,
+        **parameters(outputs),
         "server_certificate": None,
         "data_volume_id": outputs.get("dataVolumeId"),
         "settings": {

@@ -171,6 +171,9 @@ def test_role_reads_its_credentials_and_no_other_parameter(
     document = {"DocumentName": "AWS-RunShellScript", "InstanceIds": [server.instance_id]}
     denied = {
         "read another": lambda: ssm.get_parameter(Name=other, WithDecryption=True),
+        "read the admin's password": lambda: ssm.get_parameter(
+            Name=parameter_of(cloud, "admin-password"), WithDecryption=True
+        ),
         "read another by its ARN": lambda: ssm.get_parameter(Name=arn_of(cloud, other), WithDecryption=True),
         "read both": lambda: ssm.get_parameters(Names=[own, other]),
         "read all below a path": lambda: ssm.get_parameters_by_path(Path="/mlflow-ami", Recursive=True),

@@ -16,12 +16,13 @@ from types import SimpleNamespace
 import boto3
 import pytest
 
+from mlflow_host.contract.credentials import hashed
 from scripts.imaging import catalog, channels
 from scripts.rehearsal import advice, stack, state
 from scripts.rehearsal.errors import Refused
 from scripts.rehearsal.program_runner import ProgramError
 from scripts.rehearsal.state import State
-from scripts.rehearsal.status import PIECES, client_environment, first_user, outline
+from scripts.rehearsal.status import PIECES, administrator, client_environment, outline
 from scripts.rehearsal.wire import UNKNOWN, Secret
 from tests.support.moto_server import moto_server
 
@@ -251,12 +252,23 @@ def test_values_agree_with_pulumis_constants() -> None:
         ({"admin": {"password": "p", "role": "admin"}}, ("admin", "p")),
         ({"admin": "p", "eve": "q"}, ("admin", "p")),
         ({"eve": {"password": "q", "role": "reader"}, "root": {"password": "p", "role": "admin"}}, ("root", "p")),
-        ({"admin": {"password": "{SSHA}abc", "role": "admin"}}, ("admin", None)),
+        ({"admin": {"password": hashed("secret"), "role": "admin"}}, ("admin", "secret")),
+        ({"admin": {"password": hashed("rotated"), "role": "admin"}}, ("admin", None)),
         ({"admin": {"password": "$2y$05$abc", "role": "admin"}}, ("admin", None)),
     ],
 )
 def test_status_uses_the_first_administrator(users: dict[str, object], found: tuple[str, str | None]) -> None:
-    assert first_user(json.dumps({"format": 1, "kek_passphrase": "x", "users": users})) == found
+    """The password is that of the second parameter, where the first one has its hash."""
+    values = {"c": json.dumps({"format": 1, "kek_passphrase": "x", "users": users}), "p": "secret"}
+
+    class Parameters:
+        def get_parameter(self, Name: str, WithDecryption: bool) -> dict[str, dict[str, str]]:
+            return {"Parameter": {"Value": values[Name]}}
+
+    given = {"credentials_parameter": "c", "password_parameter": "p"}
+    assert administrator(Parameters(), given) == found
+    if found[1] == "secret":
+        assert administrator(Parameters(), given | {"password_parameter": None}) == (found[0], None)
 
 
 def test_status_outline_has_every_key_the_readme_promises() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -33,6 +32,7 @@ def test_stack_exports_url_versions_and_ids() -> None:
             "backups": "mlflow-backups-1a2b3c4",
         },
         "credentialsParameter": "/mlflow-ami/dev/credentials",
+        "passwordParameter": "/mlflow-ami/dev/admin-password",
         "authorityParameter": "/mlflow-ami/dev/certificate-authority",
         "postgresParameter": "",
         "connect": 'eval "$(scripts/connect.py --stack dev)"',
@@ -48,14 +48,13 @@ AUTHORITY = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 @pytest.fixture
 def aws(tmp_path: Path) -> Path:
     """A folder with an `aws` that answers the calls in the lines like the real one, and refuses all others."""
-    credentials = json.dumps({"format": 1, "users": {"admin": {"password": PASSWORD, "role": "admin"}}})
-    (tmp_path / "credentials").write_text(credentials + "\n")
+    (tmp_path / "password").write_text(PASSWORD + "\n")
     (tmp_path / "authority").write_text(AUTHORITY)
     call = "ssm get-parameter --region eu-central-1 --query Parameter.Value --output text --name /mlflow-ami/dev"
     (tmp_path / "aws").write_text(
         "#!/bin/sh\n"
         'case "$*" in\n'
-        f"'{call}/credentials --with-decryption') cat {tmp_path}/credentials ;;\n"
+        f"'{call}/admin-password --with-decryption') cat {tmp_path}/password ;;\n"
         f"'{call}/certificate-authority') cat {tmp_path}/authority ;;\n"
         "*) exit 9 ;;\n"
         "esac\n"

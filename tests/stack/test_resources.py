@@ -55,6 +55,7 @@ def test_no_resource_hides_changes_but_the_parameters(stack: Run) -> None:
     written_once = ["value", "description", "tier", "keyId"]
     assert {name: names for name, names in ignoring.items() if not name.startswith("mlflow-")} == {
         "credentials": written_once,
+        "admin-password": written_once,
         "certificate-authority": written_once,
         "in-service": written_once,
     }
@@ -164,10 +165,13 @@ def test_without_tls_only_port_80_is_open() -> None:
     assert rules(run(tls="off")) == {("tcp", 80, 80, "203.0.113.7/32")}
 
 
+PARAMETERS = ["admin-password", "credentials", "in-service"]
+
+
 def test_public_authority_can_reach_the_challenge_port_only() -> None:
     found = run(tls="acme", domainName="mlflow.example.com")
     assert rules(found) == {("tcp", 80, 80, "0.0.0.0/0"), ("tcp", 443, 443, "203.0.113.7/32")}
-    assert [each.name for each in found.of_type("ssm.Parameter")] == ["credentials", "in-service"]
+    assert sorted(each.name for each in found.of_type("ssm.Parameter")) == PARAMETERS
 
 
 def test_there_is_a_parameter_for_the_authority_that_the_machine_writes(stack: Run) -> None:
@@ -176,7 +180,7 @@ def test_there_is_a_parameter_for_the_authority_that_the_machine_writes(stack: R
     assert parameter.inputs["type"] == "String"
     assert "value" in parameter.request.ignoreChanges
     assert parameter.urn in stack.one("ec2.Instance").dependencies
-    assert [each.name for each in run(tls="off").of_type("ssm.Parameter")] == ["credentials", "in-service"]
+    assert sorted(each.name for each in run(tls="off").of_type("ssm.Parameter")) == PARAMETERS
 
 
 def test_ssh_only_from_the_networks_of_the_setting() -> None:

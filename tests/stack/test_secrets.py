@@ -7,6 +7,7 @@ import json
 import pytest
 from google.protobuf import json_format
 
+from mlflow_host.contract.credentials import fits, hashed
 from tests.stack.program import SIGNATURE, Registration, Run, run
 
 GIVEN = "canary-Given-4711"
@@ -36,13 +37,30 @@ def test_both_secrets_are_generated_when_none_is_given(generated: Run) -> None:
     assert content == {
         "format": 1,
         "kek_passphrase": "generated-kek-passphrase",
-        "users": {"admin": {"password": "generated-admin-password", "role": "admin"}},
+        "users": {"admin": {"password": hashed(GENERATED[1], b"generated-admin-salt"), "role": "admin"}},
     }
+    assert generated.one("ssm.Parameter", "admin-password").inputs["value"] == GENERATED[1]
+
+
+@pytest.mark.parametrize("password", [GIVEN, GENERATED[1]])
+def test_the_machine_reads_a_hash_and_may_not_read_the_password(password: str, generated: Run, given: Run) -> None:
+    found = given if password == GIVEN else generated
+    _, content = credentials(found)
+    stored = content["users"]["admin"]["password"]  # type: ignore[index]
+    assert fits(password, stored) and not fits(password + "x", stored) and password not in stored
+    assert found.one("ssm.Parameter", "admin-password").inputs["type"] == "SecureString"
+    readable = [
+        statement["Resource"]
+        for policy in found.of_type("iam.RolePolicy")
+        for statement in json.loads(policy.inputs["policy"])["Statement"]
+        if "ssm:GetParameter" in statement["Action"]
+    ]
+    assert readable and not [each for each in readable if "admin-password" in json.dumps(each) or "*" in each]
 
 
 def test_a_given_password_is_used_and_none_is_generated(given: Run) -> None:
-    assert credentials(given)[1]["users"] == {"admin": {"password": GIVEN, "role": "admin"}}
-    assert [each.name for each in given.of_type("index.RandomPassword")] == ["kek-passphrase"]
+    assert given.one("ssm.Parameter", "admin-password").inputs["value"] == GIVEN
+    assert [each.name for each in given.of_type("index.RandomPassword")] == ["kek-passphrase", "admin-salt"]
 
 
 @pytest.mark.parametrize(("name", "length"), [("kek-passphrase", 48), ("admin-password", 24)])
@@ -61,14 +79,19 @@ def test_generated_secrets_do_not_depend_on_anything_that_changes(generated: Run
 
 def test_the_value_is_marked_secret_and_nothing_else_holds_it(generated: Run, given: Run) -> None:
     for found, canaries in ((generated, GENERATED), (given, (GIVEN, GENERATED[0]))):
-        parameter, _ = credentials(found)
-        assert "value" in parameter.secret
+        (parameter, _), password = credentials(found), found.one("ssm.Parameter", "admin-password")
+        assert "value" in parameter.secret and "value" in password.secret
         for each in found.registered:
             wire = json.dumps(json_format.MessageToDict(each.request))
             holds = [canary for canary in canaries if canary in wire]
-            assert not holds or each is parameter, f"{each.urn} holds {holds}"
+            assert not holds or each in (parameter, password), f"{each.urn} holds {holds}"
             # The provider marks the value of any parameter as secret; the other parameters contain no secret.
-            assert not each.secret or each.name in ("credentials", "certificate-authority", "in-service")
+            assert not each.secret or each.name in (
+                "credentials",
+                "admin-password",
+                "certificate-authority",
+                "in-service",
+            )
         assert not [canary for canary in canaries if canary in json.dumps(found.outputs)]
         assert SIGNATURE not in json.dumps(found.outputs), "no output needs to be a secret"
         assert not [text for _, text in found.log if any(canary in text for canary in canaries)]

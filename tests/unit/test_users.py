@@ -21,6 +21,7 @@ from moto import mock_aws
 from mlflow_host.contract import credentials
 from scripts import prompts, users
 from scripts.connect import ConnectedStack
+from scripts.rehearsal.status import administrator
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 NAME = "/mlflow-ami/dev/credentials"
@@ -141,6 +142,21 @@ def test_password_of_the_stacks_admin_stays_readable_to_connect(
 ) -> None:
     users.main(["rotate", "admin"])
     assert kept(stack).users[0].password == capsys.readouterr().out.strip() != "Generated-by-Pulumi"
+
+
+def test_the_admins_new_password_is_a_hash_for_the_machine_and_readable_for_connect(
+    stack: ConnectedStack, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stack.facts["password_parameter"] = "/mlflow-ami/dev/admin-password"
+    users.main(["add", "ada"])
+    users.main(["rotate", "ada"])
+    with pytest.raises(stack.ssm.exceptions.ParameterNotFound):
+        stack.ssm.get_parameter(Name="/mlflow-ami/dev/admin-password")
+    capsys.readouterr()
+    users.main(["rotate", "admin"])
+    password = capsys.readouterr().out.strip()
+    assert kept(stack).users[0].password.startswith("{SSHA}")
+    assert administrator(stack.ssm, stack.facts) == ("admin", password)
 
 
 @pytest.mark.parametrize("argv", [["remove", "admin"], ["role", "admin", "reader"]])

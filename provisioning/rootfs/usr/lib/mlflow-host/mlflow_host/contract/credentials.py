@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
 import json
 import os
 import re
@@ -87,15 +88,23 @@ def _shown(name: str) -> str:
     return "".join(character if character.isprintable() else "�" for character in name[:70])
 
 
-def hashed(password: str) -> str:
+def hashed(password: str, salt: bytes | None = None) -> str:
     """A hash for nginx's password file. It is salted SHA-1 because nginx verifies it at every request: with bcrypt,
     nginx handled 554 requests per second, with SHA-1 34,000 (measured). The file is only in /run, and the passwords in
     SSM are generated ones, too long to guess."""
     if HASHED.fullmatch(password):
         return password
-    salt = os.urandom(16)
+    salt = salt or os.urandom(16)
     digest = hashlib.sha1(password.encode() + salt, usedforsecurity=False).digest()
     return "{SSHA}" + base64.b64encode(digest + salt).decode()
+
+
+def fits(password: str, stored: str) -> bool:
+    """Whether `password` is the one that `stored` holds: in clear text, or as a hash by `hashed`."""
+    if not stored.startswith("{SSHA}"):
+        return hmac.compare_digest(password.encode(), stored.encode())
+    salt = base64.b64decode(stored.removeprefix("{SSHA}"))[hashlib.sha1(usedforsecurity=False).digest_size :]
+    return hmac.compare_digest(hashed(password, salt), stored)
 
 
 def password_file(users: tuple[User, ...]) -> str:

@@ -140,14 +140,14 @@ def put_site(config: HostConfig, certificate: Certificate | None = None, *, run:
 
 
 def put_login_page(config: HostConfig, *, templates: Path = TEMPLATES, run: Path = RUN) -> None:
-    """Write the 401 response for browsers and clients: the location of the passwords. It is public, so it contains no
-    password."""
+    """Write the 401 response for browsers and clients: where the users and the admin's password are. It is public, so it
+    contains no password."""
     parameter, region = config.launch.credentials.parameter, config.launch.stack.region
     page = render("login.html.j2", templates, parameter=parameter, region=region)
     message = (
         "This server requires a user name and a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. "
-        f"The passwords are in the parameter {parameter} of AWS Systems Manager in {region}; scripts/connect.py reads "
-        "them, and scripts/users.py adds users."
+        f"The users are in the parameter {parameter} of AWS Systems Manager in {region}; scripts/users.py adds users, "
+        "and scripts/connect.py reads the password of admin."
     )
     write_private(run / "web" / "login.html", page, mode=0o644)
     told = json.dumps({"error_code": "UNAUTHENTICATED", "message": message})
