@@ -140,8 +140,8 @@ def put_site(config: HostConfig, certificate: Certificate | None = None, *, run:
 
 
 def put_login_page(config: HostConfig, *, templates: Path = TEMPLATES, run: Path = RUN) -> None:
-    """Write the 401 response for browsers and clients: where the users and the admin's password are. It is public, so it
-    contains no password."""
+    """Write the 401 response for browsers and clients. It says where the users and the admin's password are. It is
+    public, so it contains no password."""
     parameter, region = config.launch.credentials.parameter, config.launch.stack.region
     page = render("login.html.j2", templates, parameter=parameter, region=region)
     message = (
