@@ -92,9 +92,52 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ALLOWED_HOSTS": "localhost,127.0.0.1:*",
         "TMPDIR": str(folder / "tmp"),
+        "MLFLOW_HOST_PROCESS_MEMORY_MB": "600",
     }
     with server_processes(folder, variables) as (process,), on_loopback(process.socket) as address:
         yield address
+
+
+def test_a_request_that_needs_too_much_memory_fails_alone(url: str) -> None:
+    """The process of this file has 600 MB; two million objects of JSON take 500."""
+    body = b'{"run_id": "x", "metrics": [' + b'{"a":1},' * (15 * 2**20 // 8) + b"{}]}"
+    headers = {"Content-Type": "application/json"}
+    for _ in range(3):
+        refused = requests.post(f"{url}/api/2.0/mlflow/runs/log-batch", data=body, headers=headers, timeout=120)
+        assert (refused.status_code, refused.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE"), refused.text
+        assert "needs more memory than there is" in refused.json()["message"]
+        answered = requests.get(f"{url}/api/2.0/mlflow/experiments/get?experiment_id=0", timeout=60)
+        assert answered.status_code == 200
+
+
+def test_a_small_request_beside_it_can_be_repeated() -> None:
+    assert request_limits.out_of_memory("POST", "/api/2.0/mlflow/runs/log-batch", 900)[0] == 503
+    assert request_limits.out_of_memory("POST", "/api/2.0/mlflow/runs/search", 900)[0] == 400
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_memory_error_outside_of_flask_is_answered(begun: bool) -> None:
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise MemoryError
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b""}
+
+    scope = {"type": "http", "method": "POST", "path": "/ajax-api/3.0/mlflow/traces/search", "headers": []}
+    served = request_limits.within_memory(application)
+    if begun:
+        with pytest.raises(MemoryError):
+            asyncio.run(served(scope, receive, send))
+    else:
+        asyncio.run(served(scope, receive, send))
+    assert sent[0]["status"] == (200 if begun else 400)
 
 
 @pytest.mark.parametrize(

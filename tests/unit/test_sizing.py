@@ -52,6 +52,15 @@ def test_pools_never_exhaust_postgresql(machine: MachineSize, jobs: bool) -> Non
 
 
 @given(machines)
+def test_all_server_processes_at_their_limit_leave_memory_for_postgresql(machine: MachineSize) -> None:
+    sized = size(machine)
+    servers = sized.server_processes * (sized.server_limit_mb - sizing.STACKS_MB)
+    assert sized.server_limit_mb >= sizing.SERVER_MB + sizing.STACKS_MB
+    if machine.memory_mb > 2 * sizing.SERVER_MB + sizing.SYSTEM_MB:
+        assert servers + sizing.SYSTEM_MB + sized.shared_buffers_mb <= machine.memory_mb
+
+
+@given(machines)
 def test_a_request_never_waits_for_a_connection(machine: MachineSize) -> None:
     """log_batch holds one connection while it opens a second, so a smaller pool could deadlock."""
     sized = size(machine)

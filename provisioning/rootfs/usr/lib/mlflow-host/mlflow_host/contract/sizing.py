@@ -13,6 +13,9 @@ SYSTEM_MB = 300
 SERVER_MB = 400
 """One busy MLflow process: 254 MB after start (measured, 3.17.2), the rest for searches in large experiments."""
 
+STACKS_MB = 128
+"""Stacks of the threads of one MLflow process, which are reserved and hardly used."""
+
 JOBS_MB = 600
 """With job execution: MLflow's job runner and scheduler, idle (370 MB measured, 3.17.2), and one job. Releases before
 3.17 run one process per kind of job instead, 1.4 GB in all."""
@@ -53,6 +56,9 @@ class Sizing:
     memory_mb: int
     cores: int
     server_processes: int
+    server_limit_mb: int
+    """Data of one MLflow process. A request that needs more fails alone with 400; without the limit the kernel kills a
+    process of the machine."""
     request_threads: int
     pool_size: int
     pool_overflow: int
@@ -85,6 +91,7 @@ def size(machine: MachineSize, *, job_execution: bool = False) -> Sizing:
         memory_mb=memory,
         cores=machine.cores,
         server_processes=processes,
+        server_limit_mb=max(SERVER_MB, for_servers // processes) + STACKS_MB,
         request_threads=threads,
         pool_size=threads,
         pool_overflow=threads + SPARE_PER_POOL,

@@ -51,6 +51,7 @@ def environment(config: HostConfig, kek_passphrase: str) -> dict[str, str]:
         "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": str(sizing.pool_size),
         "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": str(sizing.pool_overflow),
         "MLFLOW_HOST_REQUEST_THREADS": str(sizing.request_threads),
+        "MLFLOW_HOST_PROCESS_MEMORY_MB": str(sizing.server_limit_mb),
         "MLFLOW_CRYPTO_KEK_PASSPHRASE": kek_passphrase,
         "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": webhook_key(kek_passphrase),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "true" if launch.mlflow.job_execution else "false",

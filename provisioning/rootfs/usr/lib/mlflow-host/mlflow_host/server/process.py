@@ -126,6 +126,8 @@ def serve(uds: Path, *, first: bool = True) -> int:
     apart = request_limits.traces_apart(request_limits.only_objects(short))
     bounded = request_limits.inflating(apart)
     served = request_limits.limited(request_limits.shared(bounded, max(1, threads.requests - 1)))
+    served = request_limits.within_memory(served)
+    request_limits.bound_memory(int(os.environ.get("MLFLOW_HOST_PROCESS_MEMORY_MB", 0)))
     served = health.with_health(served, os.environ["MLFLOW_BACKEND_STORE_URI"])
     server = Announced(
         uvicorn.Config(

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import re
+import resource
 import threading
 import time
 import zlib
@@ -188,6 +189,46 @@ def shared(application: Application, at_once: int) -> Application:
             await application(scope, receive, send)
 
     return in_turn
+
+
+def bound_memory(mebibytes: int) -> None:
+    """Limit this process's data; 0: no limit. Beyond it, Python raises MemoryError in the thread that needs more."""
+    if mebibytes:
+        resource.setrlimit(resource.RLIMIT_DATA, (mebibytes * MEBIBYTE,) * 2)
+
+
+def out_of_memory(method: str, path: str, length: int | None) -> tuple[int, str, str]:
+    """Status, error code and sentence for a request that exceeded the memory of its process. 400 for a request that
+    may need much; any other one fails because of them, and MLflow's client repeats it after 503."""
+    if is_dear(method, path) or (length or 0) > LARGE_BYTES:
+        return (
+            400,
+            "INVALID_PARAMETER_VALUE",
+            "this request needs more memory than there is: send it in parts, or narrow it",
+        )
+    return 503, "TEMPORARILY_UNAVAILABLE", "other requests take the memory of this process: try again"
+
+
+def within_memory(application: Application) -> Application:
+    """`application`, with an answer for a request that exceeds the memory of this process."""
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await application(scope, receive, noted)
+        except MemoryError:
+            if begun or scope["type"] != "http":
+                raise
+            status, code, sentence = out_of_memory(scope["method"], scope["path"], content_length(scope))
+            await answer(send, status, {"error_code": code, "message": sentence})
+
+    return checked
 
 
 def inflating(application: Application) -> Application:
@@ -476,6 +517,12 @@ def refuse_dear_requests(flask_application: Any) -> None:
             return answered("the body of the request is not JSON")
         return None
 
-    def answered(sentence: str) -> Any:
-        content = {"error_code": "INVALID_PARAMETER_VALUE", "message": sentence}
-        return flask.Response(json.dumps(content), status=400, mimetype="application/json")
+    @flask_application.errorhandler(MemoryError)  # type: ignore[untyped-decorator]
+    def say_what_was_too_large(_: MemoryError) -> Any:
+        request = flask.request
+        status, code, sentence = out_of_memory(request.method, request.path, request.content_length)
+        return answered(sentence, status, code)
+
+    def answered(sentence: str, status: int = 400, code: str = "INVALID_PARAMETER_VALUE") -> Any:
+        content = {"error_code": code, "message": sentence}
+        return flask.Response(json.dumps(content), status=status, mimetype="application/json")
