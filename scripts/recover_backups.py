@@ -4,7 +4,7 @@
 The machine's role cannot delete versions of objects, so replaced and deleted backups are kept for
 `backupRetentionDays`. Each object that was replaced or deleted since the moment becomes current again, as a copy of its
 version of then; each object that is new since then is hidden. No version is deleted, so the script can be run again,
-also with another moment.
+also with another moment. It lists what it will do and asks, or takes --yes.
 
   recover_backups.py --bucket mlflow-backups-1a2b3c4 --before 2026-11-29T12:00:00Z --dry-run
   recover_backups.py --bucket mlflow-backups-1a2b3c4 --before 2026-11-29T12:00:00Z
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from scripts import aws_session
+from scripts import aws_session, prompts
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,15 @@ class Plan:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = read_arguments(argv)
+    until = f"{arguments.before:%Y-%m-%d %H:%M:%S} UTC"
     try:
         s3 = aws_session.choose(arguments.region).client("s3")
         found = plan(entries(s3, arguments.bucket), arguments.before)
-        if not arguments.dry_run:
+        if not arguments.dry_run and (found.copies or found.hidden):
+            list_changes(found, until)
+            if not arguments.yes and not prompts.confirmed("Change the bucket? Type yes: "):
+                say("nothing was changed: type yes at a terminal, or give --yes")
+                return 2
             recover(s3, arguments.bucket, found)
     except aws_session.ERRORS as error:
         say(aws_session.explain(error, arguments.region))
@@ -63,8 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     done = "would be" if arguments.dry_run else "are"
-    say(f"{len(found.copies)} objects {done} as they were at {arguments.before:%Y-%m-%d %H:%M:%S} UTC again, "
-        f"{len(found.hidden)} newer ones {done} hidden")  # fmt: skip
+    say(f"{len(found.copies)} objects {done} as they were at {until} again")
+    say(f"{len(found.hidden)} newer ones {done} hidden")
     print(json.dumps({"restored": [each.key for each in found.copies], "hidden": found.hidden}, indent=2))
     return 0
 
@@ -75,7 +80,15 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--before", required=True, type=moment, metavar="TIME", help="such as 2026-11-29T12:00:00Z")
     parser.add_argument("--region", help=f"default: {aws_session.WHERE}")
     parser.add_argument("--dry-run", action="store_true", help="show what would change; change nothing")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
     return parser.parse_args(argv)
+
+
+def list_changes(found: Plan, until: str) -> None:
+    for each in found.copies:
+        say(f"as at {until} again: {each.key}")
+    for key in found.hidden:
+        say(f"hidden, because it is newer: {key}")
 
 
 def moment(text: str) -> datetime:

@@ -78,10 +78,14 @@ def test_a_spoiled_bucket_is_as_it_was(
     arguments = ["--bucket", "backups", "--before", then.isoformat()]
     assert recover_backups.main([*arguments, "--dry-run"]) == 0
     assert held(s3) == spoiled
+    assert recover_backups.main(arguments) == 2, "there is no terminal to ask at"
+    assert held(s3) == spoiled
+    arguments.append("--yes")
     assert recover_backups.main(arguments) == 0
     assert held(s3) == before
     assert len(recover_backups.entries(s3, "backups")) == versions + 3
     told = capsys.readouterr()
+    assert "hidden, because it is newer: dumps/planted.dump" in told.err
     assert "2 objects would be as they were" in told.err and "2 objects are as they were" in told.err
     assert json.loads(told.out.split("}\n")[-2] + "}")["hidden"] == ["dumps/planted.dump"]
     assert recover_backups.main(arguments) == 0, "it can be run again"

@@ -12,6 +12,12 @@ from mlflow_host.bake.fallbacks import Fallback
 from mlflow_host.bake.reader_routes import Route
 
 
+def test_a_moved_route_for_spans_is_reported(installed: list[Route]) -> None:
+    assert reader_routes.exports(installed) == []
+    (moved,) = reader_routes.exports([route for route in installed if route.path != "/v1/traces"])
+    assert moved.why == "MLflow has no route POST /v1/traces"
+
+
 @pytest.fixture(scope="module")
 def installed() -> list[Route]:
     return reader_routes.installed_routes()

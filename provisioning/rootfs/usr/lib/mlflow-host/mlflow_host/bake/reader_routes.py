@@ -21,6 +21,7 @@ from pathlib import Path
 from mlflow_host.bake import fallbacks
 from mlflow_host.bake.fallbacks import Fallback
 from mlflow_host.server.environment import variables
+from mlflow_host.server.request_limits import TRACES
 
 # POST routes that only read. Source: each RPC's definition and handler
 # in mlflow/protos/service.proto, model_registry.proto and mlflow/server/handlers.py, read at 3.12 to 3.18.
@@ -147,6 +148,14 @@ def fallback(unsorted: list[Route]) -> list[Fallback]:
     return [Fallback(what, f"mlflow_host/bake/reader_routes.py does not sort {named}")] if unsorted else []
 
 
+def exports(installed: list[Route]) -> list[Fallback]:
+    """The entry of the image's facts if MLflow receives OpenTelemetry's spans at another path than the bounded one."""
+    if Route(TRACES, "POST") in installed:
+        return []
+    what = "bounds on the spans and the decompressed size of an export of OpenTelemetry: only that of the body holds"
+    return [Fallback(what, f"MLflow has no route POST {TRACES}")]
+
+
 def nginx_map(paths: list[str]) -> str:
     """Lines for nginx's `map $request_uri …` block: the raw target of each path, with or without a query."""
     return "".join(f'"~^{re.escape(path)}(\\?|$)" 1;\n' for path in paths)
@@ -156,10 +165,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the nginx map here; default: print it")
     arguments = parser.parse_args()
-    readable, unsorted = sort_posts(installed_routes())
+    installed = installed_routes()
+    readable, unsorted = sort_posts(installed)
     if arguments.write:
         arguments.write.write_text(nginx_map(readable))
-        fallbacks.record("reader_routes", fallback(unsorted))
+        fallbacks.record("reader_routes", fallback(unsorted) + exports(installed))
     else:
         print(nginx_map(readable), end="")
     return 0
