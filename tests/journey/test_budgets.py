@@ -74,9 +74,10 @@ def searching(**fields: Any) -> Request:
     return post("/api/2.0/mlflow/runs/search", {"experiment_ids": ["0"], "max_results": 50_000} | fields)
 
 
-def by_graphql(**fields: Any) -> Request:
+def by_graphql(count: int = 3, **fields: Any) -> Request:
+    """`count` searches in one request."""
     fragment = "runs { info { runId } data { metrics { key value } params { key value } } modelVersions { name } }"
-    searches = " ".join(f"s{number}: mlflowSearchRuns(input: $input) {{ {fragment} }}" for number in range(10))
+    searches = " ".join(f"s{number}: mlflowSearchRuns(input: $input) {{ {fragment} }}" for number in range(count))
     query = f"query q($input: MlflowSearchRunsInput) {{ {searches} }}"
     return post("/graphql", {"query": query, "variables": {"input": {"experimentIds": ["0"], **fields}}})
 
@@ -136,7 +137,7 @@ KINDS: dict[str, Callable[[], list[Request]]] = {
         history("get-history", run_id=HEAVY, max_results=2_000_000_000),
         history("get-history", run_id=HEAVY, max_results=50_000),
     ],
-    "GraphQL": lambda: [by_graphql(maxResults=50_000)],
+    "GraphQL": lambda: [by_graphql(), by_graphql(maxResults=50_000), by_graphql(10, maxResults=1000)],
     "bulk histories": lambda: [
         history("get-history-bulk", run_id=RUN_IDS[:100]),
         history("get-history-bulk-interval", run_ids=[HEAVY] * 100, max_results=2500),

@@ -171,6 +171,37 @@ GRAPHQL = "query q($input: MlflowSearchRunsInput) { mlflowSearchRuns(input: $inp
 LITERAL = f'{{ mlflowSearchRuns(input: {{experimentIds: ["0"], filter: "{MANY}"}}) {{ runs {{ info {{ runId }} }} }} }}'
 
 
+def test_a_graphql_request_returns_a_bounded_number_of_runs(url: str) -> None:
+    made = [
+        requests.post(f"{url}/api/2.0/mlflow/runs/create", json={"experiment_id": "0"}, timeout=60) for _ in range(2)
+    ]
+    assert {answer.status_code for answer in made} == {200}
+
+    def ask(**fields: Any) -> Any:
+        body = {"query": GRAPHQL, "variables": {"input": {"experimentIds": ["0"], **fields}}}
+        return requests.post(f"{url}/graphql", json=body, timeout=60).json()
+
+    assert len(ask()["data"]["mlflowSearchRuns"]["runs"]) >= 2
+    assert len(ask(maxResults=1000)["data"]["mlflowSearchRuns"]["runs"]) >= 2
+    assert "at most 1,000 runs" in ask(maxResults=1001)["errors"][0]
+
+
+def test_searches_of_one_graphql_request_share_the_number_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.service_pb2 import SearchRuns
+
+    search = request_limits.bounded(lambda message: SimpleNamespace(runs=[None] * 600))
+    monkeypatch.setattr(request_limits.THIS_THREAD, "runs", request_limits.GRAPHQL_RUNS)
+    for _ in range(2):
+        search(SearchRuns())
+    with pytest.raises(MlflowException, match="at most 1,000 runs"):
+        search(SearchRuns())
+    monkeypatch.setattr(request_limits.THIS_THREAD, "runs", None)
+    search(SearchRuns(max_results=50_000))
+
+
 @pytest.mark.parametrize(
     ("method", "route", "sent"),
     [

@@ -63,6 +63,9 @@ def environment(config: HostConfig, kek_passphrase: str) -> dict[str, str]:
         # copy if that is installed.
         "MLFLOW_MODEL_CATALOG_URI": "",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        # Each field is a search. MLflow's pages send one; its default is 10.
+        "MLFLOW_SERVER_GRAPHQL_MAX_ROOT_FIELDS": "3",
+        "MLFLOW_SERVER_GRAPHQL_MAX_ALIASES": "3",
         # Long enough for a whole download: clients fetch many ranges of a large file with one URL.
         "MLFLOW_PRESIGNED_DOWNLOAD_URL_TTL_SECONDS": "3600",
         "TMPDIR": str(DATA / "tmp"),
