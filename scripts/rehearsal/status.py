@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow_host.contract.credentials import HASHED, fits
 from scripts import invoker
 
 if TYPE_CHECKING:
@@ -37,6 +36,8 @@ def administrator(ssm: Any, parameters: dict[str, Any]) -> tuple[str, str | None
     removed. A stack of an earlier release has no second parameter, and the password in clear text in the first.
     Raises ClientError and ValueError.
     """
+
+    from mlflow_host.contract.credentials import HASHED, fits
 
     def value(name: str) -> str:
         return str(ssm.get_parameter(Name=name, WithDecryption=True)["Parameter"]["Value"])

@@ -56,7 +56,6 @@ class Turn:
 
 def main() -> int:
     options = arguments()
-    sys.path.insert(0, str(services.HOST_PACKAGE))
     say("creating the contenders' environments")
     environments.image(), environments.tutorial()
     with tempfile.TemporaryDirectory(prefix="mlflow-bench-", dir=options.folder) as name:

@@ -176,16 +176,20 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def server_processes(
-    folder: Path, environment: Mapping[str, str], count: int = 1, python: str = sys.executable
+    folder: Path,
+    environment: Mapping[str, str],
+    count: int = 1,
+    python: str = sys.executable,
+    program: Sequence[str] = ("-m", "mlflow_host.server.process"),
 ) -> Iterator[list[ServerProcess]]:
-    """`count` processes of mlflow_host.server.process that respond."""
+    """`count` processes of mlflow_host.server.process that respond. `program`: Python's arguments before --socket."""
     folder.mkdir(parents=True, exist_ok=True)
     sockets = [folder / f"server-{number}.sock" for number in range(1, count + 1)]
     with contextlib.ExitStack() as stack:
         started = [
             stack.enter_context(
                 process(
-                    [python, "-m", "mlflow_host.server.process", "--socket", str(uds)],
+                    [python, *program, "--socket", str(uds)],
                     uds.with_suffix(".log"),
                     env={**os.environ, "PYTHONPATH": str(HOST_PACKAGE), **environment},
                 )

@@ -1,7 +1,10 @@
-"""The bench's contender that is what the image ships starts with the present templates, and is measured."""
+"""The bench starts by itself, and its contender that is what the image ships is measured with the present templates."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -11,9 +14,20 @@ from tests.bench import load
 from tests.bench.contenders import ours
 from tests.support.services import object_store
 
-pytestmark = pytest.mark.service
+BENCH = Path(__file__).parents[1] / "bench"
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCH.glob("*.py") if "argparse" in path.read_text()))
+def test_each_program_starts_without_pytest(name: str) -> None:
+    module = "tests.bench" if name == "__main__" else f"tests.bench.{name}"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=BENCH.parents[1], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout[:6]) == (0, "usage:"), done.stderr
+
+
+@pytest.mark.service
 def test_what_the_image_ships_can_be_measured() -> None:
     # Not pytest's folder: nginx's workers are another user, and it is closed to them.
     with tempfile.TemporaryDirectory(prefix="mlflow-bench-") as name, object_store(Path(name) / "store") as store:

@@ -178,7 +178,7 @@ def test_a_graphql_request_returns_a_bounded_number_of_runs(url: str) -> None:
     assert {answer.status_code for answer in made} == {200}
 
     def ask(**fields: Any) -> Any:
-        body = {"query": GRAPHQL, "variables": {"input": {"experimentIds": ["0"], **fields}}}
+        body: Any = {"query": GRAPHQL, "variables": {"input": {"experimentIds": ["0"], **fields}}}
         return requests.post(f"{url}/graphql", json=body, timeout=60).json()
 
     assert len(ask()["data"]["mlflowSearchRuns"]["runs"]) >= 2
