@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import ast
 import enum
+import hashlib
 import inspect
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from typing import Any
+from unittest import mock
 
 MODELS = (
     "mlflow.store.tracking.dbmodels.models",
@@ -48,14 +51,86 @@ def create(uri: str, revision: str) -> None:
 
 def upgrade(uri: str, revision: str) -> None:
     from alembic import command
+    from alembic.script import ScriptDirectory
 
     utils: Any = import_module("mlflow.store.db.utils")
     engine = _engine(uri)
+    import_module("sqlalchemy").event.listen(engine, "before_execute", _compare_keys_as_rows, retval=True)
     config = utils._get_alembic_config(uri)
-    with engine.begin() as connection:
+    script = ScriptDirectory.from_config(config)
+    _delete_at_once(script)
+    with engine.begin() as connection, mock.patch.object(ScriptDirectory, "from_config", return_value=script):
         config.attributes["connection"] = connection
         command.upgrade(config, revision)
     engine.dispose()
+
+
+def _compare_keys_as_rows(connection: Any, statement: Any, *rest: Any) -> Any:
+    """SQLAlchemy's hook before each statement: `(a, b) > (x, y)` for `a > x OR a = x AND b > y`, which is the same.
+
+    MLflow's migrations read large tables page by page in this way. PostgreSQL finds the first row of a page in an index
+    by the short form only; by the long one, each page reads all pages before it.
+    """
+    sqlalchemy: Any = import_module("sqlalchemy")
+    operators, elements = import_module("operator"), sqlalchemy.sql.elements
+
+    def is_(expression: Any, operator: str) -> bool:
+        return getattr(expression, "operator", None) is getattr(operators, operator)
+
+    def replaced(element: Any, **_: Any) -> Any:
+        if not (isinstance(element, elements.BooleanClauseList) and is_(element, "or_") and len(element.clauses) == 2):
+            return None
+        above, tie = (each.element if isinstance(each, elements.Grouping) else each for each in element.clauses)
+        if not (isinstance(tie, elements.BooleanClauseList) and is_(tie, "and_") and len(tie.clauses) == 2):
+            return None
+        same, after = tie.clauses
+        if not (is_(above, "gt") and is_(same, "eq") and is_(after, "gt") and above.left is same.left):
+            return None
+        if above.right.effective_value != same.right.effective_value:
+            return None
+        return sqlalchemy.tuple_(above.left, after.left) > sqlalchemy.tuple_(above.right, after.right)
+
+    if isinstance(statement, sqlalchemy.sql.Select) and statement.whereclause is not None:
+        visitors = sqlalchemy.sql.visitors
+        if any(replaced(each) is not None for each in visitors.iterate(statement.whereclause)):
+            statement = visitors.replacement_traverse(statement, {}, replaced)
+    return statement, *rest[:2]
+
+
+SLOW_DELETES = {
+    "75868b020152": {
+        "_delete_trace_rows": "2db101a6b84bf1a56574e8da8335b880f08e460bf835956b26d292f8572491a4",
+        "_delete_span_metric_rows": "c811548869bdf5c49dacd07a3458238eacf286524e2abf795d4f9a9ecb62503a",
+    }
+}
+"""Functions of MLflow's migrations that delete rows by their key in batches, each of which reads all rows that were
+deleted before: revision → function → SHA-256 of its syntax tree."""
+
+
+def _delete_at_once(script: Any) -> None:
+    """Replace the functions of `SLOW_DELETES` by one DELETE each. A function that MLflow changed stays."""
+    for revision, functions in SLOW_DELETES.items():
+        try:
+            migration = script.get_revision(revision).module
+        except Exception:  # this release does not have it
+            continue
+        for name, digest in functions.items():
+            if _digest(getattr(migration, name, None)) == digest:
+                setattr(migration, name, partial(_delete_keys, migration))
+
+
+def _digest(function: Any) -> str:
+    """SHA-256 of a function's syntax tree; "" for anything else."""
+    try:
+        tree = ast.unparse(ast.parse(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    return hashlib.sha256(tree.encode()).hexdigest()
+
+
+def _delete_keys(migration: Any, table: Any, keys: list[str] | None = None) -> None:
+    """Delete the rows of a table with these keys; without keys, those of the costs, which are columns now."""
+    migration.op.get_bind().execute(table.delete().where(table.c.key.in_(keys or list(migration._COST_COLUMNS))))
 
 
 def enumerations() -> dict[str, list[str]]:
@@ -246,7 +321,8 @@ def _sentence(error: Exception) -> str:
 def _engine(uri: str) -> Any:
     import sqlalchemy
 
-    return sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool)
+    # Several rows of an UPDATE in each statement: migrations update rows one by one.
+    return sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool, executemany_mode="values_plus_batch")
 
 
 TASKS: dict[str, Callable[..., Any]] = {

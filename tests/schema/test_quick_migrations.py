@@ -1,0 +1,142 @@
+"""MLflow's migrations of large tables: the statements that are replaced give the same rows as MLflow's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from mlflow_host.postgres.cluster import Cluster, connection, copy_database, create_empty, rows, run
+from mlflow_host.schema import release_worker
+from tests.schema.private_cluster import private_cluster
+
+pytestmark = pytest.mark.service
+
+BEFORE, AFTER = "b7e2c1a4d9f3", "75868b020152"
+"""The revision that moves the analytics of traces to columns, and the one before it."""
+
+FILL = """
+INSERT INTO experiments (experiment_id, name, artifact_location, lifecycle_stage) VALUES (0, 'Default', 'x', 'active');
+INSERT INTO trace_info (request_id, experiment_id, timestamp_ms, execution_time_ms, status)
+SELECT 'tr-' || md5(n::text), 0, n, 100, 'OK' FROM generate_series(1, 700) n;
+INSERT INTO trace_tags (key, value, request_id)
+SELECT k, repeat(k || ' of ' || n, n % 3 * 8), 'tr-' || md5(n::text)
+FROM generate_series(1, 700) n, unnest(array['mlflow.traceName', 'mlflow.artifactLocation']) k WHERE n % 7 > 0;
+INSERT INTO trace_request_metadata (key, value, request_id)
+SELECT k, CASE k WHEN 'mlflow.trace.session' THEN repeat('s' || n, n % 100)
+    WHEN 'mlflow.trace.tokenUsage' THEN CASE n % 4 WHEN 0 THEN '{"input_tokens": ' || n || ', "output_tokens": 7}'
+        WHEN 1 THEN '{"total_tokens": 12.5}' WHEN 2 THEN 'no JSON' ELSE '[]' END
+    WHEN 'mlflow.trace.cost' THEN CASE n % 3 WHEN 0 THEN '{"total_cost": 0.25}' WHEN 1 THEN '{"total_cost": "x"}'
+        ELSE '{"input_cost": NaN}' END ELSE 'x' END, 'tr-' || md5(n::text)
+FROM generate_series(1, 700) n, unnest(array['mlflow.trace.session', 'mlflow.trace.tokenUsage', 'mlflow.trace.cost',
+    'mlflow.gateway.endpointId']) k WHERE (n + length(k)) % 5 > 0;
+INSERT INTO trace_metrics (request_id, key, value)
+SELECT 'tr-' || md5(n::text), k, n FROM generate_series(1, 700) n, unnest(array['input_tokens', 'mine']) k;
+INSERT INTO spans (trace_id, experiment_id, span_id, name, type, status, start_time_unix_nano, end_time_unix_nano,
+    content, dimension_attributes)
+SELECT 'tr-' || md5(n::text), 0, lpad(to_hex(s), 16, '0'), 'span', 'LLM', 'OK', n, n + s, '{}',
+    CASE s WHEN 1 THEN '{"mlflow.llm.model": "gpt", "mlflow.llm.provider": null}'::json
+        WHEN 2 THEN ('{"mlflow.llm.model": "' || repeat('m', 600) || '"}')::json END
+FROM generate_series(1, 700) n, generate_series(1, 3) s;
+INSERT INTO span_metrics (trace_id, span_id, key, value)
+SELECT 'tr-' || md5(n::text), lpad(to_hex(s), 16, '0'), k, n / 7.0
+FROM generate_series(1, 700) n, generate_series(1, 2) s, unnest(array['input_cost', 'total_cost', 'mine']) k;
+INSERT INTO assessments (assessment_id, trace_id, name, assessment_type, value, created_timestamp,
+    last_updated_timestamp, source_type, valid)
+SELECT 'a-' || n, 'tr-' || md5(n::text), 'correct', 'feedback',
+    (array['true', '0.5', '"yes"', '"other"', 'null'])[1 + n % 5], n, n, 'HUMAN', true FROM generate_series(1, 700) n;
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with private_cluster() as found:
+        create_empty(found.cluster, "before")
+        release_worker.create(found.cluster.uri("before"), BEFORE)
+        with connection(found.cluster, "before") as opened:
+            run(opened, FILL)
+        yield found.cluster
+
+
+def content(cluster: Cluster, database: str) -> dict[str, list[str]]:
+    """All rows by table, sorted, as text."""
+    with connection(cluster, database) as opened:
+        tables = [name for (name,) in rows(opened, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
+        return {name: sorted(text for (text,) in rows(opened, f'SELECT t::text FROM "{name}" t')) for name in tables}
+
+
+def upgraded(cluster: Cluster, name: str) -> dict[str, list[str]]:
+    copy_database(cluster, "before", name)
+    release_worker.upgrade(cluster.uri(name), AFTER)
+    return content(cluster, name)
+
+
+def test_the_result_is_that_of_mlflows_own_statements(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    statements: list[str] = []
+    seen: list[str] = []
+
+    def rewritten(connection: Any, statement: Any, *rest: Any) -> Any:
+        found, *more = original(connection, statement, *rest)
+        if found is not statement:
+            statements.append(str(found))
+        if isinstance(found, sa.Delete):
+            seen.append(str(found.table))
+        return found, *more
+
+    original = release_worker._compare_keys_as_rows
+    with monkeypatch.context() as patched:
+        patched.setattr(release_worker, "_compare_keys_as_rows", rewritten)
+        quick = upgraded(cluster, "quick")
+    assert statements and all("(spans.trace_id, spans.span_id) > (" in each for each in statements)
+    assert sorted(seen) == ["span_metrics", "trace_metrics", "trace_request_metadata", "trace_tags"]
+    monkeypatch.setattr(release_worker, "_compare_keys_as_rows", lambda connection, *given: given[:3])
+    monkeypatch.setattr(release_worker, "_delete_at_once", lambda script: None)
+    monkeypatch.setattr(release_worker, "_engine", lambda uri: sa.create_engine(uri, poolclass=sa.NullPool))
+    plain = upgraded(cluster, "plain")
+    assert quick.keys() == plain.keys()
+    assert [name for name in plain if plain[name] != quick[name]] == []
+    assert len(plain["spans"]) == 2100 and len(plain["span_metrics"]) == 1400
+
+
+A: Any = sa.column("a")
+B: Any = sa.column("b")
+
+
+@pytest.mark.parametrize(
+    ("condition", "replaced"),
+    [
+        (sa.or_(A > 1, sa.and_(A == 1, B > 2)), True),
+        (sa.or_(A > 1, sa.and_(A == 2, B > 2)), False),
+        (sa.or_(A > 1, sa.and_(B == 1, A > 2)), False),
+        (sa.or_(A > 1, sa.and_(A == 1, B < 2)), False),
+        (sa.or_(A >= 1, sa.and_(A == 1, B > 2)), False),
+        (sa.and_(A > 1, sa.or_(A == 1, B > 2)), False),
+        (sa.or_(A > 1, sa.and_(A == 1, B > 2), B == 3), False),
+        (sa.or_(A > 1, B > 2), False),
+    ],
+)
+def test_only_pages_by_a_key_of_two_columns_are_worded_differently(condition: Any, replaced: bool) -> None:
+    statement = sa.select(A, B).where(condition)
+    found, _, _ = release_worker._compare_keys_as_rows(None, statement, (), {}, {})
+    text = str(found.compile(compile_kwargs={"literal_binds": True}))
+    assert ("(a, b) > (1, 2)" in text) is replaced
+    if not replaced:
+        assert found.compare(statement)
+
+
+def test_a_function_that_mlflow_changed_stays() -> None:
+    class Migration:
+        @staticmethod
+        def _delete_trace_rows(table: Any, keys: list[str]) -> None:
+            """Another one."""
+
+    class Script:
+        @staticmethod
+        def get_revision(revision: str) -> Any:
+            return type("Revision", (), {"module": Migration})
+
+    before = Migration._delete_trace_rows
+    release_worker._delete_at_once(Script)
+    assert Migration._delete_trace_rows is before
