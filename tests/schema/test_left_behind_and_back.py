@@ -21,6 +21,7 @@ from tests.schema.environments import image, releases
 from tests.schema.in_release import in_release
 from tests.schema.private_cluster import private_cluster
 
+pytestmark = pytest.mark.slow
 OLDER, MIDDLE, LAST, NEWEST = releases()[1], *releases()[-3:]
 
 
@@ -76,7 +77,7 @@ LIST = "result = sorted(each.budget_policy_id for each in tracking.list_budget_p
 JOBS = "result = sorted(each.job_name + ' ' + each.status.name for each in jobs().list_jobs())"
 
 
-@pytest.mark.parametrize("through", [(OLDER,), pytest.param((MIDDLE, OLDER, MIDDLE), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("through", [(OLDER,), (MIDDLE, OLDER, MIDDLE)])
 def test_values_that_only_the_newer_release_can_read_wait_for_it(server: Server, through: tuple[str, ...]) -> None:
     server.pin(NEWEST)
     kept, deleted, of_endpoint = server.run(NEWEST, BUDGETS)
@@ -97,7 +98,6 @@ def test_values_that_only_the_newer_release_can_read_wait_for_it(server: Server,
     assert server.run(NEWEST, JOBS) == ["done RUNNING", "lost NEEDS_RECOVERY"]
 
 
-@pytest.mark.slow
 def test_object_that_no_release_can_read_is_named_and_refuses_nothing(server: Server) -> None:
     server.pin(NEWEST)
     experiment = server.run(NEWEST, "result = tracking.create_experiment('kept')")
@@ -148,7 +148,6 @@ def test_kept_database_dropped_in_the_middle_loses_nothing_that_the_newest_holds
     assert "label" in found[0] and found[1] == sorted(traces)
 
 
-@pytest.mark.slow
 def test_review_queue_gets_no_item_back_whose_trace_was_deleted(server: Server) -> None:
     server.pin(NEWEST)
     experiment, queue, stays, goes = server.run(NEWEST, LABELS)
@@ -163,7 +162,6 @@ def test_review_queue_gets_no_item_back_whose_trace_was_deleted(server: Server) 
     assert (items["rows"], items["dropped"]) == (1, 1)
 
 
-@pytest.mark.slow
 def test_row_whose_name_was_taken_meanwhile_stays_in_its_kept_database_and_is_named(server: Server) -> None:
     """An endpoint that the older release cannot read, and another with its name that was made there."""
     server.pin(NEWEST)
@@ -215,7 +213,6 @@ OLD_SCHEMAS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("revision", OLD_SCHEMAS)
 def test_values_go_to_the_place_that_an_old_schema_has_for_them(server: Server, revision: str) -> None:
     """The newest MLflow makes the old schema, so no old release is needed. Older releases read these places."""
@@ -258,7 +255,7 @@ result = [experiment, trace("stays"), trace("goes")]
 
 @pytest.mark.parametrize(
     "through",
-    [(MIDDLE,), pytest.param((OLDER,), marks=pytest.mark.slow), pytest.param((LAST, MIDDLE), marks=pytest.mark.slow)],
+    [(MIDDLE,), (OLDER,), (LAST, MIDDLE)],
 )
 def test_what_the_migrations_of_an_upgrade_changed_is_back_with_the_release_before(
     server: Server, through: tuple[str, ...]
@@ -299,7 +296,6 @@ Workspaces(uri).create_workspace(Workspace(name="team"))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("older", [OLDER, lock.oldest_release()])
 def test_workspaces_are_not_mixed_by_a_release_without_them_and_are_back(server: Server, older: str) -> None:
     """The default workspace and another have experiments and models of the same names."""
