@@ -35,6 +35,7 @@ from mlflow_host.server import (
     mlflow_patches,
     page_transfers,
     refusals,
+    request_ids,
     request_limits,
 )
 from mlflow_host.server.artifact_streaming import streamed
@@ -128,6 +129,7 @@ def serve(uds: Path, *, first: bool = True) -> int:
     served = request_limits.limited(request_limits.shared(bounded, max(1, threads.requests - 1)))
     served = request_limits.within_memory(served)
     request_limits.bound_memory(int(os.environ.get("MLFLOW_HOST_PROCESS_MEMORY_MB", 0)))
+    served = request_ids.naming_ids(served)
     served = health.with_health(served, os.environ["MLFLOW_BACKEND_STORE_URI"])
     server = Announced(
         uvicorn.Config(

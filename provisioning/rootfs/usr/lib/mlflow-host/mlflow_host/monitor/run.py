@@ -1,0 +1,68 @@
+"""Service `mlflow-host-monitor`: follow nginx's request log, and write the audit trail to the journal and to files.
+
+No request waits for it. After a restart it goes on where it was.
+
+    python -m mlflow_host.monitor.run        as the OS user postgres
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from mlflow_host.monitor import audit, request_log, routes
+
+STATE = Path(os.environ.get("STATE_DIRECTORY", "/var/lib/mlflow-host-monitor"))
+PAUSE_SECONDS = 1.0
+COMPACT = json.JSONEncoder(separators=(",", ":"))
+FILE_SECONDS = 600
+"""Longest time for which lines are collected in one file, and so in one object of the bucket."""
+
+
+def main() -> int:
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    follow(request_log.LOG, audit.Spool(STATE), routes.installed(), stopping)
+    return 0
+
+
+def follow(log: Path, spool: audit.Spool, known: routes.Routes, stopping: threading.Event) -> None:
+    """Write the trail until `stopping` is set and the log is read to its end."""
+    follower, made = request_log.Follower(log, spool.resume()), audit.Lines(known)
+    spool.complete(follower.position)  # lines of before and after a pause are in different objects
+    begun = time.monotonic()
+    while True:
+        last = stopping.is_set()
+        while lines := follower.read():
+            write([*made.of(filter(None, map(request_log.parse, lines)))], spool, follower.position)
+        if last or time.monotonic() - begun > FILE_SECONDS or is_large(spool):
+            write([*made.rest()], spool, follower.position)
+            spool.complete(follower.position)
+            for path in spool.limit():
+                report = f"{path.name} of the audit trail is deleted: more than {audit.WAITING_BYTES >> 20} MiB wait"
+                print(f"mlflow-host: {report}; see `journalctl -u mlflow-host-audit`", file=sys.stderr, flush=True)
+            begun = time.monotonic()
+        if last:
+            return
+        stopping.wait(PAUSE_SECONDS)
+
+
+def write(made: list[dict[str, object]], spool: audit.Spool, position: request_log.Position) -> None:
+    lines = [COMPACT.encode(line) for line in made]
+    spool.add(lines, position)
+    if lines:
+        print("\n".join(lines), flush=True)
+
+
+def is_large(spool: audit.Spool) -> bool:
+    return spool.current.exists() and spool.current.stat().st_size > audit.FILE_BYTES
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
