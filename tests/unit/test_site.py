@@ -21,11 +21,12 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from mlflow_host.boot import private_ca
 from mlflow_host.contract import credentials, launch, sizing
 from mlflow_host.machine import config, nginx, status
-from mlflow_host.monitor import request_log
+from mlflow_host.monitor import metrics, request_log, scraping
 from tests.support.services import free_port
 from tests.support.shipped_nginx import HOST as LOOPBACK
 from tests.support.shipped_nginx import ROOTFS, moved, running_nginx, starting_site
@@ -713,7 +714,7 @@ def test_health_is_cached_for_one_second(site: Site) -> None:
 
 
 def test_internal_locations_are_not_reachable(site: Site) -> None:
-    for path in ("health", "login", "status/status.json", "status/"):
+    for path in ("health", "load", "login", "status/status.json", "status/"):
         assert site.ask(f"/mlflow-host-{path}")[0] == 404
     assert not site.asked()
 
@@ -995,3 +996,39 @@ def test_write_while_mlflow_is_down_is_logged(site: Site) -> None:
         ("POST", 429, True, True),
         ("POST", 503, True, True),
     ]
+
+
+# ── Metrics ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_metrics_are_for_every_user_and_come_from_the_monitor(site: Site) -> None:
+    (site.folder / "run/mlflow-host-monitor").mkdir(mode=0o755)
+    registry = CollectorRegistry()
+    metrics.RequestMetrics(registry).add(())
+    server = scraping.serve(site.folder / "run/mlflow-host-monitor/metrics.sock", registry)
+    try:
+        accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+        code, headers, body = site.ask("/mlflow-host/metrics", user="rita:reads", Accept=accept)
+        assert (code, headers["content-type"].split(";")[0]) == (200, "application/openmetrics-text")
+        assert body.endswith(b"# EOF\n") and b"# TYPE mlflow_host_requests counter" in body
+        careful(headers)
+        assert site.ask("/mlflow-host/metrics", user=None)[0] == 401
+        assert site.ask("/mlflow-host/metrics", user="rita:wrong")[0] == 401
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not site.asked(), "a scrape does not reach MLflow"
+
+
+def test_monitor_sees_requests_in_flight_and_the_load_of_each_process(site: Site) -> None:
+    socket_of_nginx = site.folder / "run/nginx/monitor.sock"
+    waiting = site.connection()
+    waiting.request("GET", "/get-artifact", headers={"Host": HOST, "Authorization": "Basic YWRhOmNvcnJlY3QgaG9yc2U="})
+    site.reload(lambda: bool(site.asked()))
+    (found,) = metrics.Machine(nginx=socket_of_nginx).requests()
+    assert [sample.value for sample in found.samples] == [1]
+    for number in (1, 2):
+        metrics.ask(socket_of_nginx, f"/processes/{number}")
+        assert site.upstreams[number - 1].asked[-1][1] == "/mlflow-host-load"
+    with pytest.raises(OSError, match="status 404"):
+        metrics.ask(socket_of_nginx, "/processes/3")

@@ -1,4 +1,5 @@
-"""Service `mlflow-host-monitor`: follow nginx's request log, and write the audit trail to the journal and to files.
+"""Service `mlflow-host-monitor`: follow nginx's request log, write the audit trail to the journal and to files, and
+count the requests for Prometheus.
 
 No request waits for it. After a restart it goes on where it was.
 
@@ -13,9 +14,13 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mlflow_host.monitor import audit, request_log, routes
+from prometheus_client import CollectorRegistry
+
+from mlflow_host.machine import config
+from mlflow_host.monitor import audit, metrics, request_log, routes, scraping
 
 STATE = Path(os.environ.get("STATE_DIRECTORY", "/var/lib/mlflow-host-monitor"))
 PAUSE_SECONDS = 1.0
@@ -28,19 +33,32 @@ def main() -> int:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    follow(request_log.LOG, audit.Spool(STATE), routes.installed(), stopping)
+    spool, registry = audit.Spool(STATE), CollectorRegistry()
+    counted = metrics.RequestMetrics(registry)
+    processes = config.load().sizing.server_processes
+    registry.register(metrics.Machine(processes=processes, waiting=lambda: len(spool.waiting())))
+    scraping.serve(scraping.SOCKET, registry)
+    follow(request_log.LOG, spool, routes.installed(), stopping, counted.add)
     return 0
 
 
-def follow(log: Path, spool: audit.Spool, known: routes.Routes, stopping: threading.Event) -> None:
-    """Write the trail until `stopping` is set and the log is read to its end."""
+def follow(
+    log: Path,
+    spool: audit.Spool,
+    known: routes.Routes,
+    stopping: threading.Event,
+    count: Callable[[Iterable[request_log.Request]], None] = lambda requests: None,
+) -> None:
+    """Write the trail, and pass all requests to `count`, until `stopping` is set and the log is read to its end."""
     follower, made = request_log.Follower(log, spool.resume()), audit.Lines(known)
     spool.complete(follower.position)  # lines of before and after a pause are in different objects
     begun = time.monotonic()
     while True:
         last = stopping.is_set()
         while lines := follower.read():
-            write([*made.of(filter(None, map(request_log.parse, lines)))], spool, follower.position)
+            requests = [*filter(None, map(request_log.parse, lines))]
+            write([*made.of(requests)], spool, follower.position)
+            count(requests)
         if last or time.monotonic() - begun > FILE_SECONDS or is_large(spool):
             write([*made.rest()], spool, follower.position)
             spool.complete(follower.position)
