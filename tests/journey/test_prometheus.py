@@ -82,3 +82,17 @@ def test_promtool_accepts_a_scrape(server: Server, logins: dict[str, tuple[str, 
     done = subprocess.run(["promtool", "check", "metrics"], input=told.content, capture_output=True)
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
     assert server.ask(METRICS).status_code == 401
+
+
+def test_page_of_the_server_is_drawn_from_its_requests(server: Server, logins: dict[str, tuple[str, str]]) -> None:
+    """It is written each minute."""
+    deadline = time.monotonic() + 150
+    while (
+        (told := server.ask("/mlflow-host/", auth=logins["reader"])).status_code != 200
+        or "<svg" not in told.text
+        or logins["reader"][0] not in told.text
+    ):
+        assert time.monotonic() < deadline, (told.status_code, told.text[-500:])
+        time.sleep(2)
+    assert f"MLflow {server.mlflow_version}" in told.text and "not written" not in told.text
+    assert server.ask("/mlflow-host/").status_code == 401

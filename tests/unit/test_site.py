@@ -221,6 +221,12 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def site(folder: Path) -> Iterator[Site]:
+    with running_site(folder) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def running_site(folder: Path) -> Iterator[Site]:
     """The site of a machine with two running MLflow processes."""
     port = free_port()
     configuration = unconfigured(folder, port)
@@ -1032,3 +1038,16 @@ def test_monitor_sees_requests_in_flight_and_the_load_of_each_process(site: Site
         assert site.upstreams[number - 1].asked[-1][1] == "/mlflow-host-load"
     with pytest.raises(OSError, match="status 404"):
         metrics.ask(socket_of_nginx, "/processes/3")
+
+
+def test_page_of_the_server_is_for_logged_in_people(site: Site) -> None:
+    assert site.ask("/mlflow-host/")[0] == 404, "the monitor has not written it yet"
+    (site.folder / "run/mlflow-host-monitor").mkdir(mode=0o755)
+    (site.folder / "run/mlflow-host-monitor/index.html").write_text("<title>the page</title>")
+    code, headers, body = site.ask("/mlflow-host/", user="rita:reads")
+    assert (code, headers["content-type"], body) == (200, "text/html", b"<title>the page</title>")
+    assert headers["cache-control"] == "no-store"
+    careful(headers)
+    assert site.ask("/mlflow-host", user="rita:reads")[1]["location"] == "/mlflow-host/"
+    assert site.ask("/mlflow-host/", user=None)[0] == site.ask("/mlflow-host/", user="rita:wrong")[0] == 401
+    assert not site.asked()

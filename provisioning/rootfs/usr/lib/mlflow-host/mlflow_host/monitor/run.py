@@ -1,5 +1,5 @@
 """Service `mlflow-host-monitor`: follow nginx's request log, write the audit trail to the journal and to files, and
-count the requests for Prometheus.
+count the requests for Prometheus and for the page /mlflow-host/.
 
 No request waits for it. After a restart it goes on where it was.
 
@@ -14,15 +14,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
 from mlflow_host.machine import config
-from mlflow_host.monitor import audit, metrics, request_log, routes, scraping
+from mlflow_host.monitor import audit, history, metrics, page, request_log, routes, scraping
 
 STATE = Path(os.environ.get("STATE_DIRECTORY", "/var/lib/mlflow-host-monitor"))
+RUNTIME = scraping.SOCKET.parent
 PAUSE_SECONDS = 1.0
 COMPACT = json.JSONEncoder(separators=(",", ":"))
 FILE_SECONDS = 600
@@ -38,8 +41,35 @@ def main() -> int:
     processes = config.load().sizing.server_processes
     registry.register(metrics.Machine(processes=processes, waiting=lambda: len(spool.waiting())))
     scraping.serve(scraping.SOCKET, registry)
-    follow(request_log.LOG, spool, routes.installed(), stopping, counted.add)
+    shown = history.History.load(STATE / "history.json")
+    drawn = page.Page(RUNTIME / "index.html")
+    drawn.write(shown, datetime.now(UTC))
+
+    def count(requests: Sequence[request_log.Request]) -> None:
+        counted.add(requests)
+        shown.add(requests)
+
+    follow(request_log.LOG, spool, routes.installed(), stopping, count, Minutes(shown, drawn).tick)
     return 0
+
+
+@dataclass
+class Minutes:
+    """Closes each minute of the history, and writes the page."""
+
+    shown: history.History
+    drawn: page.Page
+    minute: int = field(default_factory=lambda: int(time.time() // 60))
+
+    def tick(self) -> None:
+        if (now := int(time.time() // 60)) == self.minute:
+            return
+        try:
+            self.shown.end_minute(self.minute, page.used_percent(self.drawn.data))
+            self.drawn.write(self.shown, datetime.now(UTC))
+        except Exception as error:  # the trail does not depend on the page
+            print(f"mlflow-host: the page /mlflow-host/ is not written: {error}", file=sys.stderr, flush=True)
+        self.minute = now
 
 
 def follow(
@@ -47,9 +77,11 @@ def follow(
     spool: audit.Spool,
     known: routes.Routes,
     stopping: threading.Event,
-    count: Callable[[Iterable[request_log.Request]], None] = lambda requests: None,
+    count: Callable[[Sequence[request_log.Request]], None] = lambda requests: None,
+    tick: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the trail, and pass all requests to `count`, until `stopping` is set and the log is read to its end."""
+    """Write the trail, pass all requests to `count`, and call `tick` every second, until `stopping` is set and the log
+    is read to its end."""
     follower, made = request_log.Follower(log, spool.resume()), audit.Lines(known)
     spool.complete(follower.position)  # lines of before and after a pause are in different objects
     begun = time.monotonic()
@@ -59,6 +91,7 @@ def follow(
             requests = [*filter(None, map(request_log.parse, lines))]
             write([*made.of(requests)], spool, follower.position)
             count(requests)
+        tick()
         if last or time.monotonic() - begun > FILE_SECONDS or is_large(spool):
             write([*made.rest()], spool, follower.position)
             spool.complete(follower.position)
