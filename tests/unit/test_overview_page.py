@@ -38,8 +38,14 @@ def filled(folder: Path) -> Page:
     (folder / "backups/dump.json").write_text(json.dumps({"at": "2026-11-30T03:00:00Z"}))
     step = {"step": "database", "state": "done", "message": "upgrade done", "seconds": 4.25}
     (folder / "status/database.json").write_text(json.dumps(step))
-    report = {"action": "upgrade", "at": "2026-11-29T00:00:00Z", "from_version": "3.12.0", "to_version": "3.17.2"}
-    report |= {"kept_database": "mlflow_kept_x", "seconds": {"copy": 3.0, "verify": 1.5}}
+    report = {
+        "action": "upgrade",
+        "at": "2026-11-29T00:00:00Z",
+        "from_version": "3.12.0",
+        "to_version": "3.17.2",
+        "kept_database": "mlflow_kept_x",
+        "seconds": {"copy": 3.0, "verify": 1.5},
+    }
     (folder / "reports/20261129T000000Z-upgrade.json").write_text(json.dumps(report))
     (folder / "reports/garbage.json").write_text(
         json.dumps({"at": "2026-11-29T02:40:00Z", "summary": "3 runs removed"})
