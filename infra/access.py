@@ -12,7 +12,7 @@ import pulumi
 import pulumi_aws as aws
 
 import preflight
-from contract import alarms
+from contract import alarms, audit_trail
 from credentials import Parameters
 from settings import Settings
 from storage import Storage
@@ -110,9 +110,25 @@ def objects_of(*buckets: aws.s3.Bucket) -> list[dict[str, Any]]:
     ]
 
 
+def added_only(backups: aws.s3.Bucket) -> list[dict[str, Any]]:
+    """The audit trail: objects below its prefix are added and never replaced or deleted. S3 replaces none with
+    If-None-Match: *, which the first statement requires of every PutObject and so of every part of an upload."""
+    below = pulumi.Output.concat(backups.arn, "/", audit_trail.PREFIX, "*")
+    return [
+        {
+            "Sid": "AddToAuditTrail",
+            "Effect": "Deny",
+            "Action": "s3:PutObject",
+            "Resource": [below],
+            "Condition": {"StringNotEquals": {"s3:if-none-match": "*"}},
+        },
+        {"Sid": "KeepAuditTrail", "Effect": "Deny", "Action": "s3:DeleteObject", "Resource": [below]},
+    ]
+
+
 def machine_policy(config: Settings, kept: Storage, parameters: Parameters, mlflow: aws.iam.Role) -> dict[str, Any]:
     """The machine's permissions. In the backups bucket a delete only hides an object; the role cannot delete
-    versions."""
+    versions, and in the audit trail it can neither replace nor hide objects."""
     read = [each.arn for each in (parameters.credentials, parameters.reader) if each]
     publish = [
         {"Sid": sid, "Effect": "Allow", "Action": "ssm:PutParameter", "Resource": parameter.arn}
@@ -123,6 +139,7 @@ def machine_policy(config: Settings, kept: Storage, parameters: Parameters, mlfl
         "Version": "2012-10-17",
         "Statement": [
             *objects_of(*kept.buckets.values()),
+            *added_only(kept.buckets["backups"]),
             {"Sid": "ActAsMlflow", "Effect": "Allow", "Action": "sts:AssumeRole", "Resource": mlflow.arn},
             {
                 "Sid": "Credentials",

@@ -20,7 +20,7 @@ case "${1:-}" in
   lint) wanted=(packer git shellcheck) extras=examples,local-cloud,test ;;
   bench) wanted=(packer git "${cloud[@]}" "${contenders[@]}" chromium chromium-driver) extras=examples,local-cloud,test ;;
   test) wanted=(packer git "${cloud[@]}" "${contenders[@]}" certbot pebble chromium chromium-driver shellcheck testssl.sh
-    lynis curl systemd) extras=examples,local-cloud,test ;;
+    lynis curl systemd prometheus) extras=examples,local-cloud,test ;;
   *) echo "usage: scripts/prepare.sh aws|check|demo|lint|bench|test" >&2; exit 2 ;;
 esac
 
@@ -74,6 +74,7 @@ if [ ${#missing[@]} -gt 0 ]; then
       case $package in
         postgresql | nginx-light) as_root systemctl disable --quiet "${package%-light}" || true ;;
         certbot) as_root systemctl disable --quiet certbot.timer || true ;;
+        prometheus) as_root systemctl disable --quiet prometheus || true ;;
       esac
     done
   fi

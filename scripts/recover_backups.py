@@ -4,7 +4,8 @@
 The machine's role cannot delete versions of objects, so replaced and deleted backups are kept for
 `backupRetentionDays`. Each object that was replaced or deleted since the moment becomes current again, as a copy of its
 version of then; each object that is new since then is hidden. No version is deleted, so the script can be run again,
-also with another moment. It lists what it will do and asks, or takes --yes.
+also with another moment. It lists what it will do and asks, or takes --yes. The audit trail (audit/) stays as it is:
+the machine's role could not change it.
 
   recover_backups.py --bucket mlflow-backups-1a2b3c4 --before 2026-11-29T12:00:00Z --dry-run
   recover_backups.py --bucket mlflow-backups-1a2b3c4 --before 2026-11-29T12:00:00Z
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from mlflow_host.contract import audit_trail
 from scripts import aws_session, prompts
 
 
@@ -98,12 +100,13 @@ def moment(text: str) -> datetime:
 
 
 def entries(s3: Any, bucket: str) -> list[Entry]:
-    """All versions and markers in the bucket."""
+    """All versions and markers in the bucket, except those of the audit trail."""
     return [
         Entry(each["Key"], each["VersionId"], each["LastModified"], each["IsLatest"], kind == "DeleteMarkers")
         for page in s3.get_paginator("list_object_versions").paginate(Bucket=bucket)
         for kind in ("Versions", "DeleteMarkers")
         for each in page.get(kind, [])
+        if not each["Key"].startswith(audit_trail.PREFIX)
     ]
 
 

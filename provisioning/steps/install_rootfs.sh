@@ -41,5 +41,7 @@ systemd-analyze verify --recursive-errors=no "${names[@]/#//usr/lib/systemd/syst
 install -o root -g root -m 0644 /tmp/mlflow-host-blank.dump /usr/share/mlflow-host/blank.dump
 rm /tmp/mlflow-host-blank.dump
 
-# Write the list of POST routes that readers may use. A route that is in neither list is closed to readers.
-/opt/mlflow/bin/python -W ignore -m mlflow_host.bake.reader_routes --write /usr/share/mlflow-host/reader-posts.map
+# Write the list of POST routes that readers may use, and of all routes, for the audit trail. A route that is in neither
+# list of POSTs is closed to readers.
+/opt/mlflow/bin/python -W ignore -m mlflow_host.bake.reader_routes --write /usr/share/mlflow-host/reader-posts.map \
+  --routes /usr/share/mlflow-host/routes.json

@@ -214,10 +214,19 @@ def s3_policy(documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             actions = statement.get("Action", [])
             relevant = [a for a in ([actions] if isinstance(actions, str) else actions) if a.startswith(("s3:", "*"))]
             if relevant:
-                statements.append({**statement, "Action": relevant})
+                statements.append({**statement, "Action": relevant, **_renamed(statement.get("Condition", {}))})
     if not statements:
         statements = [{"Effect": "Deny", "Action": ["s3:*"], "Resource": ["*"]}]
     return {"Version": "2012-10-17", "Statement": statements}
+
+
+def _renamed(condition: Mapping[str, Any]) -> dict[str, Any]:
+    """The condition, with the key of If-None-Match named as the header in which store_front.py forwards it."""
+    tests = {
+        operator: {"referer" if key == "s3:if-none-match" else key: wanted for key, wanted in keys.items()}
+        for operator, keys in condition.items()
+    }
+    return {"Condition": tests} if tests else {}
 
 
 def _access_key(session: str) -> str:

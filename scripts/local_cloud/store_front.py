@@ -2,7 +2,8 @@
 
 Objects, versions, policies and lifecycle rules are SeaweedFS's. Bucket settings that SeaweedFS lacks or implements
 differently from AWS go to the daemon (bucket_settings.py). A request that arrived by TLS is forwarded by TLS, because
-SeaweedFS enforces `aws:SecureTransport` by the connection.
+SeaweedFS enforces `aws:SecureTransport` by the connection. Its conditions do not have the key `s3:if-none-match`, but
+the referer, so the value of If-None-Match is forwarded as the referer, too (roles.py renames the key).
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ http {{
       proxy_set_header Connection "";
       proxy_set_header Content-Type $stored_type;
       proxy_set_header {transport} $scheme;
+      proxy_set_header Referer $http_if_none_match;
       proxy_hide_header Content-Encoding;
       add_header Content-Encoding $kept_encoding always;
       add_header x-amz-bucket-region $bucket_region always;

@@ -89,7 +89,8 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
             continue
         if int(pid) != os.getpid():
             found += [(name, what, unit) for name, value in secrets.items() if value.encode() in text]
-journal = subprocess.run(["journalctl", "--no-pager", "--output=export", "--all"], capture_output=True).stdout
+command = ["journalctl", "--namespace=*", "--no-pager", "--output=export", "--all"]
+journal = subprocess.run(command, capture_output=True).stdout
 found += [(name, "journal", "") for name, value in secrets.items() if value.encode() in journal]
 places = ["/etc", "/home", "/opt", "/root", "/run", "/srv", "/tmp", "/usr", "/var"]
 grep = ["grep", "-rlF", "--null", "--devices=skip", "-f", "-", *places]

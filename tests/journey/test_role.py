@@ -58,6 +58,26 @@ def test_role_reads_and_writes_the_objects_of_its_buckets(server: Server, role: 
     role.delete_object(Bucket=name, Key="of-the-role")
 
 
+def test_role_adds_to_the_audit_trail_and_never_replaces_or_deletes(server: Server, role: Any) -> None:
+    there = {"Bucket": server.buckets["backups"], "Key": "audit/2000/01/01/of-the-role"}
+    copied = f"{there['Bucket']}/copied"
+    role.put_object(Bucket=there["Bucket"], Key="copied", Body=b"forged")
+    denied = {
+        "add without a condition": lambda: role.put_object(**there, Body=b"forged"),
+        "replace another version": lambda: role.put_object(**there, Body=b"forged", IfNoneMatch='"0"'),
+        "copy": lambda: role.copy_object(**there, CopySource=copied),
+        "upload in parts": lambda: role.create_multipart_upload(**there),
+        "delete": lambda: role.delete_object(**there),
+    }
+    assert allowed_of(denied) == {}
+    role.put_object(**there, Body=b"kept", IfNoneMatch="*")
+    assert allowed_of(denied) == {}
+    assert refusal(lambda: role.put_object(**there, Body=b"forged", IfNoneMatch="*")) == "PreconditionFailed"
+    deleted = role.delete_objects(Bucket=there["Bucket"], Delete={"Objects": [{"Key": there["Key"]}]})
+    assert [each["Code"] for each in deleted["Errors"]] == ["AccessDenied"]
+    assert role.get_object(**there)["Body"].read() == b"kept"
+
+
 @pytest.fixture(scope="module")
 def mlflow_keys(server: Server, cloud: LocalCloud) -> dict[str, str]:
     """The credentials of MLflow's processes."""

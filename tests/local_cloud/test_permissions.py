@@ -153,3 +153,13 @@ def test_only_the_session_that_was_minted_is_known() -> None:
     for token in ("", "x", f"{head}.{claims}.", f"{head}.{claims}x.{signature}", f"{head}.{claims}.{signature[:-1]}x"):
         with pytest.raises(ValueError):
             roles._verified(token, key)
+
+
+def test_condition_on_if_none_match_is_enforced_as_one_on_the_header_that_the_store_knows() -> None:
+    """store_front.py forwards If-None-Match as the referer."""
+    statement = deny("s3:PutObject", "arn:aws:s3:::b/*", Condition={"StringNotEquals": {"s3:if-none-match": "*"}})
+    (found,) = roles.s3_policy([{"Statement": [statement]}])["Statement"]
+    assert found["Condition"] == {"StringNotEquals": {"referer": "*"}}
+    assert (found["Effect"], found["Resource"]) == ("Deny", "arn:aws:s3:::b/*")
+    (plain,) = roles.s3_policy([{"Statement": allow("s3:GetObject")}])["Statement"]
+    assert "Condition" not in plain

@@ -127,6 +127,16 @@ def test_machine_writes_metrics_in_its_own_namespace_only(policy: dict[str, Any]
     assert metrics["Condition"] == {"StringEquals": {"cloudwatch:namespace": "mlflow-ami/dev"}}
 
 
+def test_machine_adds_to_the_audit_trail_and_never_replaces_or_deletes(policy: dict[str, Any]) -> None:
+    """moto evaluates no conditions, so the test asserts the statement itself; tests/journey/test_role.py tries it."""
+    trail = f"{BACKUPS}/audit/2026/11/30/x.jsonl.gz"
+    assert not allowed(policy, "s3:DeleteObject", trail)
+    assert allowed(policy, "s3:DeleteObject", f"{BACKUPS}/dumps/x.dump")
+    (adds,) = [each for each in policy["Statement"] if each["Sid"] == "AddToAuditTrail"]
+    assert (adds["Effect"], adds["Action"], adds["Resource"]) == ("Deny", "s3:PutObject", [f"{BACKUPS}/audit/*"])
+    assert adds["Condition"] == {"StringNotEquals": {"s3:if-none-match": "*"}}
+
+
 def test_no_statement_is_wider_than_it_looks(policy: dict[str, Any]) -> None:
     for statement in policy["Statement"]:
         actions = [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]

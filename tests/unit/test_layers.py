@@ -24,6 +24,7 @@ BELOW = {
     "backups": {"contract", "machine", "postgres"},
     "garbage": {"contract", "machine", "postgres", "server", "backups"},
     "upkeep": {"contract", "machine", "postgres", "backups"},
+    "monitor": {"contract", "machine", "postgres", "backups"},
     "boot": {"contract", "machine", "postgres", "schema", "server", "backups"},
     "adopt": {"contract", "machine", "postgres", "schema"},
     "bake": {"contract", "machine", "postgres", "schema", "server", "backups", "garbage"},

@@ -21,10 +21,12 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from mlflow_host.boot import private_ca
 from mlflow_host.contract import credentials, launch, sizing
 from mlflow_host.machine import config, nginx, status
+from mlflow_host.monitor import metrics, request_log, scraping
 from tests.support.services import free_port
 from tests.support.shipped_nginx import HOST as LOOPBACK
 from tests.support.shipped_nginx import ROOTFS, moved, running_nginx, starting_site
@@ -37,6 +39,7 @@ USERS = (
 )
 HOST = "mlflow.example.com"
 TEMPLATES = ROOTFS / "usr/share/mlflow-host/templates"
+LOG_BUFFER = " buffer=32k flush=1s"
 
 pytestmark = [
     pytest.mark.service,
@@ -92,6 +95,9 @@ class Asked(BaseHTTPRequestHandler):
         self.send_response(code)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
+        if self.path.startswith(METRIC):
+            self.send_header("X-MLflow-Host-Ids", "run_id=abc&name=a%20b")
+            self.send_header("X-MLflow-Host-Answer", "direct")
         self.end_headers()
         self.wfile.write(body)
 
@@ -215,6 +221,12 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def site(folder: Path) -> Iterator[Site]:
+    with running_site(folder) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def running_site(folder: Path) -> Iterator[Site]:
     """The site of a machine with two running MLflow processes."""
     port = free_port()
     configuration = unconfigured(folder, port)
@@ -228,6 +240,10 @@ def site(folder: Path) -> Iterator[Site]:
     rendered = moved(rendered, folder, {80: f"{LOOPBACK}:{port}"})
     # the time for which a user is refused after too many failures
     rendered = rendered.replace("max-age=30 always", "max-age=1 always")
+    # Without buffers the log has the order of the requests.
+    configuration.write_text(configuration.read_text().replace(LOG_BUFFER, ""))
+    assert LOG_BUFFER in rendered
+    rendered = rendered.replace(LOG_BUFFER, "")
     nginx.put_login_page(host_config(2), templates=TEMPLATES, run=run)
     (run / "nginx/site.conf").write_text(rendered)
     (run / "nginx/users").write_text(credentials.password_file(USERS))
@@ -704,7 +720,7 @@ def test_health_is_cached_for_one_second(site: Site) -> None:
 
 
 def test_internal_locations_are_not_reachable(site: Site) -> None:
-    for path in ("health", "login", "status/status.json", "status/"):
+    for path in ("health", "load", "login", "status/status.json", "status/"):
         assert site.ask(f"/mlflow-host-{path}")[0] == 404
     assert not site.asked()
 
@@ -890,3 +906,148 @@ def test_path_reaches_mlflow_unchanged(site: Site) -> None:
 def test_undefined_template_variable_is_an_error() -> None:
     with pytest.raises(Exception, match="undefined"):
         nginx.render("site.conf.j2", TEMPLATES, names=["a"])
+
+
+# ── The request log ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+METRIC = "/api/2.0/mlflow/runs/log-metric"
+
+
+def requests_of(site: Site, count: int) -> list[request_log.Request]:
+    """The requests in the log, as mlflow_host.monitor reads them; waits for `count` of them."""
+    log, ends = site.folder / "var/log/nginx/access.log", time.monotonic() + 20
+    while len(found := [*filter(None, map(request_log.parse, log.read_text().splitlines()))]) < count:
+        assert time.monotonic() < ends, log.read_text()
+        time.sleep(0.02)
+    return found
+
+
+def test_log_names_user_role_and_items_of_a_write_and_no_query(site: Site) -> None:
+    assert site.ask(f"{METRIC}?token=hunter2", method="POST", user="will:writes")[0] == 200
+    (found,) = requests_of(site, 1)
+    assert (found.user, found.role, found.address) == ("will", "writer", "127.0.0.1")
+    assert (found.method, found.path, found.status) == ("POST", METRIC, 200)
+    assert (found.writes, found.accepted, found.reached_mlflow) == (True, True, True)
+    assert (found.by, found.ids) == ("direct", (("run_id", "abc"), ("name", "a b")))
+    assert "hunter2" not in (site.folder / "var/log/nginx/access.log").read_text()
+
+
+def test_headers_for_the_log_are_not_sent_to_clients(site: Site) -> None:
+    assert not [name for name in site.ask(METRIC, method="POST")[1] if name.startswith("x-mlflow-host")]
+
+
+def test_searches_are_no_writes(site: Site) -> None:
+    site.ask("/api/2.0/mlflow/runs/search?x=1", method="POST", user="rita:reads")
+    site.ask("/api/2.0/mlflow/runs/get", user="rita:reads")
+    assert [found.writes for found in requests_of(site, 2)] == [False, False]
+
+
+REFUSED: list[tuple[str | None, dict[str, str], int, bool]] = [
+    (None, {}, 401, False),
+    (None, {"Accept": "text/html"}, 401, False),
+    ("will:wrong", {}, 401, False),
+    ("eve:writes", {}, 401, False),
+    ("rita:reads", {}, 403, True),
+    ("rita:wrong", {}, 401, False),
+    ("will:writes", {"Origin": "https://evil.example"}, 403, False),
+    ("rita:reads", {"Origin": "https://evil.example"}, 403, False),
+    ("will:writes", {"Content_Length": str(1 << 40)}, 413, False),
+]
+
+
+def test_refused_writes_are_logged_as_they_were_asked(site: Site) -> None:
+    for user, headers, code, _ in REFUSED:
+        path = "/runs/1" if "Accept" in headers else METRIC
+        assert site.ask(f"{path}?token=hunter2", method="POST", user=user, **headers)[0] == code
+    found = requests_of(site, len(REFUSED))
+    assert {(each.method, each.writes, each.reached_mlflow) for each in found} == {("POST", True, False)}
+    assert [(each.user, each.status, each.accepted) for each in found] == [
+        ((user or "").partition(":")[0], code, accepted) for user, _, code, accepted in REFUSED
+    ]
+    assert [each.path for each in found] == [METRIC, "/runs/1", *[METRIC] * 7]
+
+
+def test_writes_refused_for_failed_logins_and_on_a_full_volume_are_logged(site: Site) -> None:
+    for _ in range(30):
+        if site.ask(METRIC, method="DELETE", user="will:wrong")[0] == 429:
+            break
+    assert (site.run / "nginx/room.map").write_text("default 1;\n")
+    site.reload(lambda: site.ask(METRIC, method="POST")[0] == 507)
+    site.ask("/last")
+    site.reload(lambda: requests_of(site, 3)[-1].path == "/last")
+    found = {each.status: each for each in requests_of(site, 3)}
+    assert (found[429].accepted, found[429].method, found[429].user) == (False, "DELETE", "will")
+    assert (found[507].accepted, found[507].method, found[507].user) == (True, "POST", "ada")
+
+
+def test_any_name_and_path_is_one_line_of_the_log(site: Site) -> None:
+    names = ["a b", 'a"b', "é\n", "a\\x22", "-"]
+    for name in names:
+        assert site.ask(METRIC, method="POST", user=f"{name}:x")[0] == 401
+    paths = ['/a"b', "/%22%0a%20x", "/x\\x22"]
+    for path in paths:
+        site.ask(path, method="PUT", user="will:writes")
+    found = requests_of(site, len(names) + len(paths))
+    assert [each.user for each in found[:5]] == ["a b", 'a"b', "é\n", "a\\x22", ""]
+    assert [(each.method, each.path) for each in found[5:]] == [("PUT", path) for path in paths]
+
+
+def test_write_while_mlflow_is_down_is_logged(site: Site) -> None:
+    stop(site)
+    assert site.ask(METRIC, method="POST", user="will:writes")[0] == 429
+    assert site.ask("/runs/1", method="POST", user="will:writes", Accept="text/html")[0] == 503
+    found = requests_of(site, 2)
+    assert [(each.method, each.status, each.writes, each.accepted) for each in found] == [
+        ("POST", 429, True, True),
+        ("POST", 503, True, True),
+    ]
+
+
+# ── Metrics ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_metrics_are_for_every_user_and_come_from_the_monitor(site: Site) -> None:
+    (site.folder / "run/mlflow-host-monitor").mkdir(mode=0o755)
+    registry = CollectorRegistry()
+    metrics.RequestMetrics(registry).add(())
+    server = scraping.serve(site.folder / "run/mlflow-host-monitor/metrics.sock", registry)
+    try:
+        accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+        code, headers, body = site.ask("/mlflow-host/metrics", user="rita:reads", Accept=accept)
+        assert (code, headers["content-type"].split(";")[0]) == (200, "application/openmetrics-text")
+        assert body.endswith(b"# EOF\n") and b"# TYPE mlflow_host_requests counter" in body
+        careful(headers)
+        assert site.ask("/mlflow-host/metrics", user=None)[0] == 401
+        assert site.ask("/mlflow-host/metrics", user="rita:wrong")[0] == 401
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not site.asked(), "a scrape does not reach MLflow"
+
+
+def test_monitor_sees_requests_in_flight_and_the_load_of_each_process(site: Site) -> None:
+    socket_of_nginx = site.folder / "run/nginx/monitor.sock"
+    waiting = site.connection()
+    waiting.request("GET", "/get-artifact", headers={"Host": HOST, "Authorization": "Basic YWRhOmNvcnJlY3QgaG9yc2U="})
+    site.reload(lambda: bool(site.asked()))
+    (found,) = metrics.Machine(nginx=socket_of_nginx).requests()
+    assert [sample.value for sample in found.samples] == [1]
+    for number in (1, 2):
+        metrics.ask(socket_of_nginx, f"/processes/{number}")
+        assert site.upstreams[number - 1].asked[-1][1] == "/mlflow-host-load"
+    with pytest.raises(OSError, match="status 404"):
+        metrics.ask(socket_of_nginx, "/processes/3")
+
+
+def test_page_of_the_server_is_for_logged_in_people(site: Site) -> None:
+    assert site.ask("/mlflow-host/")[0] == 404, "the monitor has not written it yet"
+    (site.folder / "run/mlflow-host-monitor").mkdir(mode=0o755)
+    (site.folder / "run/mlflow-host-monitor/index.html").write_text("<title>the page</title>")
+    code, headers, body = site.ask("/mlflow-host/", user="rita:reads")
+    assert (code, headers["content-type"], body) == (200, "text/html", b"<title>the page</title>")
+    assert headers["cache-control"] == "no-store"
+    careful(headers)
+    assert site.ask("/mlflow-host", user="rita:reads")[1]["location"] == "/mlflow-host/"
+    assert site.ask("/mlflow-host/", user=None)[0] == site.ask("/mlflow-host/", user="rita:wrong")[0] == 401
+    assert not site.asked()

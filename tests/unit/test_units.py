@@ -30,9 +30,11 @@ NEED_THE_ROLE = {
     "mlflow-host-metrics",
     "mlflow-host-restore",
     "mlflow-host-in-service",
+    "mlflow-host-monitor",
+    "mlflow-host-audit",
 }
 """Read parameters, publish the authority and the schema in service, fetch MLflow's own credentials, back up, restore,
-remove artifacts, feed CloudWatch."""
+remove artifacts, feed CloudWatch, add the audit trail to the backups bucket."""
 
 NO_STEP_OF_THE_BOOT = {
     "mlflow-host-drain",
@@ -49,6 +51,8 @@ NO_STEP_OF_THE_BOOT = {
     "mlflow-host-metrics",
     "mlflow-host-backups-check",
     "mlflow-host-in-service",
+    "mlflow-host-monitor",
+    "mlflow-host-audit",
 }
 """MLflow starts even if they fail, so the status page must not report a failed boot."""
 

@@ -7,12 +7,14 @@ paths, reading or writing. One that matches neither counts as writing: readers g
     python -m mlflow_host.bake.reader_routes --write /usr/share/mlflow-host/reader-posts.map
 
 writes the map file that nginx includes, with one pattern per line. A pattern matches the *raw* request target, so a
-target with an encoded or doubled character does not match and is refused.
+target with an encoded or doubled character does not match and is refused. With `--routes` it also writes a list of all
+routes, for `mlflow_host.monitor`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -164,9 +166,12 @@ def nginx_map(paths: list[str]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the nginx map here; default: print it")
+    parser.add_argument("--routes", type=Path, metavar="FILE", help="write the list of all routes here, as JSON")
     arguments = parser.parse_args()
     installed = installed_routes()
     readable, unsorted = sort_posts(installed)
+    if arguments.routes:
+        arguments.routes.write_text(json.dumps([[route.method, route.path] for route in installed]) + "\n")
     if arguments.write:
         arguments.write.write_text(nginx_map(readable))
         fallbacks.record("reader_routes", fallback(unsorted) + exports(installed))

@@ -17,6 +17,13 @@ def write(path: Path, content: str) -> None:
     sync(path.parent)
 
 
+def replace(path: Path, content: str) -> None:
+    """Replace a file atomically for other processes and for later ones, but not for a power cut: nothing is synced."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(content)
+    new.replace(path)
+
+
 def sync(folder: Path) -> None:
     """Write a folder's entries to disk, after a file in it was created or renamed."""
     handle = os.open(folder, os.O_RDONLY)

@@ -17,7 +17,8 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from typing import Any
 
-from mlflow_host.server.flask_shortcut import Application, Receive, Scope, Send
+from mlflow_host.server.flask_shortcut import Application, Message, Receive, Scope, Send
+from mlflow_host.server.request_ids import ANSWER
 
 ARTIFACT = re.compile(r"/(ajax-)?api/2\.0/mlflow-artifacts/artifacts/.+")
 METHODS = ("GET", "HEAD", "PUT")
@@ -87,7 +88,16 @@ def streamed(application: Application, repository: Any, executor: Executor) -> A
 
     async def answered(scope: Scope, receive: Receive, send: Send) -> None:
         mine = scope["type"] == "http" and scope["method"] in METHODS and ARTIFACT.fullmatch(scope["path"])
-        await (ours if mine else application)(scope, receive, send)
+        if not mine:
+            await application(scope, receive, send)
+            return
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], ANSWER]}
+            await send(message)
+
+        await ours(scope, receive, marked)
 
     return answered
 

@@ -35,8 +35,10 @@ from mlflow_host.server import (
     mlflow_patches,
     page_transfers,
     refusals,
+    request_ids,
     request_limits,
 )
+from mlflow_host.server import load as load_report
 from mlflow_host.server.artifact_streaming import streamed
 from mlflow_host.server.environment import private_environment
 from mlflow_host.server.fast_path import compatibility
@@ -122,13 +124,19 @@ def serve(uds: Path, *, first: bool = True) -> int:
             await super().startup(sockets=sockets)
             notify("READY=1")
 
-    short = with_clients_scheme(page_transfers.without_offers(shortened(application, flask, repository, threads)))
+    executors = {
+        "requests": ThreadPoolExecutor(threads.requests, "request"),
+        "files": ThreadPoolExecutor(threads.files, "file"),
+    }
+    short = with_clients_scheme(page_transfers.without_offers(shortened(application, flask, repository, **executors)))
     apart = request_limits.traces_apart(request_limits.only_objects(short))
     bounded = request_limits.inflating(apart)
     served = request_limits.limited(request_limits.shared(bounded, max(1, threads.requests - 1)))
     served = request_limits.within_memory(served)
     request_limits.bound_memory(int(os.environ.get("MLFLOW_HOST_PROCESS_MEMORY_MB", 0)))
+    served = request_ids.naming_ids(served)
     served = health.with_health(served, os.environ["MLFLOW_BACKEND_STORE_URI"])
+    served = load_report.with_load(served, executors, getattr(getattr(tracking_store(), "engine", None), "pool", None))
     server = Announced(
         uvicorn.Config(
             prepared(served, native_threads=threads.native),
@@ -194,10 +202,10 @@ def load(target: str) -> Any:
         ) from None
 
 
-def shortened(application: Application, flask: Any, repository: Any, threads: Threads) -> Application:
+def shortened(
+    application: Application, flask: Any, repository: Any, requests: ThreadPoolExecutor, files: ThreadPoolExecutor
+) -> Application:
     """`application` with the Flask shortcut, the fast path for the most frequent endpoints, and streamed artifacts."""
-    requests = ThreadPoolExecutor(threads.requests, "request")
-    files = ThreadPoolExecutor(threads.files, "file")
     short = optional(
         "the Flask shortcut: requests pass all layers of FastAPI",
         lambda: short_cut(application, flask, requests=requests, files=files),

@@ -22,6 +22,7 @@ from typing import Any
 from mlflow_host.server.fast_path import compatibility, reads, writes
 from mlflow_host.server.fast_path.store import DirectStore, Unreachable
 from mlflow_host.server.flask_shortcut import Application, Message, Receive, Scope, Send, names_workspace, whole
+from mlflow_host.server.request_ids import ANSWER
 
 Handler = Callable[[DirectStore, Scope, bytes], str]
 
@@ -67,7 +68,7 @@ def answered_directly(application: Application, store: Any, executor: Executor) 
             await application(scope, once(body), send)
             return
         status, told = found
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(told)).encode())]
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(told)).encode()), ANSWER]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": told})
 

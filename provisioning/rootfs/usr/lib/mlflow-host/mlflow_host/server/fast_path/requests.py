@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl
 from mlflow_host.server import json_decode
 from mlflow_host.server.fast_path.store import Unusual, whole_number
 from mlflow_host.server.flask_shortcut import Scope
+from mlflow_host.server.request_ids import PARSED
 
 
 def in_query(scope: Scope, kind: Any) -> Any:
@@ -27,4 +28,7 @@ def in_body(scope: Scope, body: bytes, kind: Any) -> Any:
     (content_type,) = (value for name, value in scope["headers"] if name == b"content-type")
     if content_type.split(b";")[0] != b"application/json":
         raise Unusual
-    return json_decode.plain(json.loads(body), kind)
+    fields = json.loads(body)
+    if isinstance(fields, dict):
+        scope.get(PARSED, []).append(fields)
+    return json_decode.plain(fields, kind)

@@ -1,0 +1,1 @@
+"""Service `mlflow-host-monitor`, which reads nginx's request log: audit trail, metrics, and the page /mlflow-host/."""

@@ -1,0 +1,156 @@
+"""The audit trail: one JSON line for each write that succeeded or was refused, in the journal and in files for the
+backups bucket.
+
+The line has no body, no query and no password: the time, the user and role, the address, the method, the route's name,
+the items that the request names, and the status. A request is a write if nginx treats it as one for readers.
+
+An address without an accepted login could fill the bucket with refusals, so of these at most REFUSALS a minute from one
+address have a line of their own; the others are counted in one line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mlflow_host.contract import audit_trail
+from mlflow_host.contract.audit_trail import Span
+from mlflow_host.machine import atomic_file
+from mlflow_host.monitor.request_log import Position, Request
+from mlflow_host.monitor.routes import Routes
+
+REFUSALS = 20
+"""Lines a minute for refusals of one address without an accepted login."""
+UNKNOWN_PATH_CHARACTERS = 100
+FILE_BYTES = 32 << 20
+"""A file of the trail is complete at this size, before compression."""
+WAITING_BYTES = 256 << 20
+"""Maximum size of the complete files that wait for the bucket; beyond it the oldest is deleted."""
+
+
+@dataclass
+class Lines:
+    """Makes the lines of requests; counts refusals."""
+
+    routes: Routes
+    _refused: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By address and minute."""
+
+    def of(self, requests: Iterable[Request]) -> Iterator[dict[str, Any]]:
+        for request in requests:
+            if not request.writes:
+                continue
+            if not request.accepted:
+                minute = request.time[:16]
+                if any(each != minute for _, each in self._refused):
+                    yield from self.rest()
+                self._refused[request.address, minute] += 1
+                if self._refused[request.address, minute] > REFUSALS:
+                    continue
+            yield self.line(request)
+
+    def rest(self) -> Iterator[dict[str, Any]]:
+        """A line for each address whose refusals were not all written."""
+        for (address, minute), count in self._refused.items():
+            if count > REFUSALS:
+                yield {
+                    "time": utc(f"{minute}:59+00:00"),
+                    "address": address,
+                    "login": "refused",
+                    "more_refusals": count - REFUSALS,
+                }
+        self._refused.clear()
+
+    def line(self, request: Request) -> dict[str, Any]:
+        route, parts = self.routes.match(request.method, request.path)
+        named = {"route": route} if route else {"route": None, "path": request.path[:UNKNOWN_PATH_CHARACTERS]}
+        return {
+            "time": utc(request.time),
+            "user": request.user or None,
+            "role": request.role if request.accepted else None,
+            "login": "accepted" if request.accepted else "refused",
+            "address": request.address,
+            "method": request.method,
+            **named,
+            "ids": dict((*request.ids, *parts)),
+            "status": request.status,
+            "request": request.number,
+        }
+
+
+def utc(time: str) -> str:
+    if time.endswith("+00:00"):
+        return f"{time[:-6]}Z"
+    return datetime.fromisoformat(time).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass
+class Spool:
+    """The folder of the trail's files: `current.jsonl`, and complete ones for `mlflow_host.monitor.upload`.
+
+    `position.json` says how far the log was read and how long the current file was then. After a kill the file is cut
+    to that length, so no line is missing and none is there twice."""
+
+    folder: Path
+
+    def resume(self) -> Position:
+        """Cut the current file to what was recorded, and return how far the log was read."""
+        try:
+            found = json.loads(self.position.read_text())
+        except (OSError, ValueError):
+            return Position()
+        if self.current.exists() and self.current.stat().st_size > found["spooled"]:
+            os.truncate(self.current, found["spooled"])
+        return Position(found["inode"], found["offset"])
+
+    def add(self, lines: list[str], position: Position) -> None:
+        with self.current.open("a") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        self.record(position)
+
+    def record(self, position: Position) -> None:
+        size = self.current.stat().st_size if self.current.exists() else 0
+        content = {"inode": position.inode, "offset": position.offset, "spooled": size}
+        atomic_file.replace(self.position, json.dumps(content) + "\n")
+
+    def complete(self, position: Position) -> None:
+        """Rename the current file, if it has lines, to a name with the times of its first and last line."""
+        if not self.current.exists() or not self.current.stat().st_size:
+            return
+        span = span_of(self.current)
+        self.current.rename(self.folder / f"{audit_trail.file_name(span, uuid.uuid4().hex[:8])}.jsonl")
+        self.record(position)
+
+    def waiting(self) -> list[Path]:
+        """The complete files, oldest first."""
+        return sorted(path for path in self.folder.glob("*.jsonl") if path != self.current)
+
+    def limit(self) -> list[Path]:
+        """Delete the oldest complete files beyond WAITING_BYTES; returns them."""
+        deleted, left = [], self.waiting()
+        while sum(path.stat().st_size for path in left) > WAITING_BYTES:
+            left[0].unlink()
+            deleted.append(left.pop(0))
+        return deleted
+
+    @property
+    def current(self) -> Path:
+        return self.folder / "current.jsonl"
+
+    @property
+    def position(self) -> Path:
+        return self.folder / "position.json"
+
+
+def span_of(file: Path) -> Span:
+    """The earliest and the latest time in a file of the trail: lines have the order in which requests ended."""
+    with file.open() as lines:
+        times = [json.loads(line)["time"] for line in lines]
+    return Span(datetime.fromisoformat(min(times)), datetime.fromisoformat(max(times)))

@@ -1,0 +1,35 @@
+"""Report of this process's load for `mlflow_host.monitor`: requests that wait for a thread, and database connections in
+use. It is read outside the request threads and costs a request nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from mlflow_host.server.flask_shortcut import Application, Receive, Scope, Send
+
+PATH = "/mlflow-host-load"
+"""nginx forwards it for the monitor only, not for clients."""
+
+
+def with_load(application: Application, threads: Mapping[str, ThreadPoolExecutor], pool: Any) -> Application:
+    """`application`, with `PATH` handled. `threads`: the executors by kind; `pool`: SQLAlchemy's, or None."""
+
+    async def answered(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != PATH:
+            await application(scope, receive, send)
+            return
+        body = json.dumps(
+            {
+                "waiting": {kind: executor._work_queue.qsize() for kind, executor in threads.items()},
+                "threads": {kind: executor._max_workers for kind, executor in threads.items()},
+                "connections": pool.checkedout() if pool is not None else None,
+            }
+        ).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    return answered

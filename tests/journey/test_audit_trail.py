@@ -1,0 +1,81 @@
+"""The audit trail of a launched server: who changed what is in the journal and in the bucket, and is read back."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from scripts.local_cloud import LocalCloud
+from tests.support.servers import Server, on_machine, script
+
+pytestmark = pytest.mark.machine
+
+
+def lines_since(began: datetime, *arguments: str) -> list[dict[str, Any]]:
+    told = script("audit_trail.py", "--since", began.isoformat(), "--json", *arguments).stdout
+    return [json.loads(line) for line in told.splitlines()]
+
+
+def test_every_change_and_refusal_is_read_back(
+    server: Server, cloud: LocalCloud, client: MlflowClient, logins: dict[str, tuple[str, str]]
+) -> None:
+    began = datetime.now(UTC).replace(microsecond=0)
+    experiment = client.create_experiment(f"audited-{time.time_ns()}")
+    run = client.create_run(experiment).info.run_id
+    client.log_metric(run, "loss", 0.5)  # answered beside MLflow
+    client.set_tag(run, "note", "hunter2 is no part of the trail")  # answered by MLflow
+    client.log_text(run, "hello", "notes/hello.txt")
+    client.delete_run(run)
+    delete = "/api/2.0/mlflow/runs/delete"
+    assert server.ask(delete, "POST", json={"run_id": run}, auth=logins["reader"]).status_code == 403
+    assert server.ask(f"{delete}?token=hunter2", "POST", json={}, auth=("eve", "hunter2")).status_code == 401
+    on_machine(cloud, server, "systemctl", "restart", "mlflow-host-monitor")
+    found = lines_since(began)
+    by_route = {line["route"].rpartition("mlflow/")[2]: line for line in found}
+    for route in ("experiments/create", "runs/create", "runs/log-metric", "runs/set-tag"):
+        line = by_route[route]
+        assert (line["user"], line["role"], line["login"], line["status"]) == (
+            server.username,
+            "admin",
+            "accepted",
+            200,
+        )
+        assert run in line["ids"].values() or experiment in line["ids"].values()
+    assert by_route["runs/create"]["ids"]["run_id"] == run
+    (uploaded,) = [line for line in found if line["ids"].get("artifact_path", "").endswith("notes/hello.txt")]
+    assert (uploaded["method"], uploaded["status"]) == ("PUT", 200)
+    deletions = [(line["user"], line["login"], line["status"]) for line in found if line["route"] == delete]
+    assert deletions == [
+        (server.username, "accepted", 200),
+        (logins["reader"][0], "accepted", 403),
+        ("eve", "refused", 401),
+    ]
+    journal = on_machine(cloud, server, "journalctl", "--namespace=mlflow-audit", "--output=cat", "--no-pager")
+    assert {line["request"] for line in found} <= {
+        json.loads(line)["request"] for line in journal.splitlines() if line.startswith('{"time"') and "request" in line
+    }
+    assert "hunter2" not in journal + json.dumps(found)
+    assert len(lines_since(began, "--id", run, "--user", server.username)) == 5
+    assert {line["status"] for line in lines_since(began, "--refused")} == {401, 403}
+
+
+def test_trail_of_a_machine_that_stops_is_in_the_bucket(
+    server: Server, cloud: LocalCloud, client: MlflowClient
+) -> None:
+    began = datetime.now(UTC).replace(microsecond=0)
+    name = f"before-the-stop-{time.time_ns()}"
+    client.create_experiment(name)
+    cloud.client("ec2").reboot_instances(InstanceIds=[server.instance_id])
+    deadline = time.monotonic() + 120
+    while not (found := [line for line in lines_since(began) if line.get("ids", {}).get("name") == name]):
+        assert time.monotonic() < deadline, "the trail's last lines are not in the bucket"
+        time.sleep(2)
+    assert [line["status"] for line in found] == [200]
+    while not server.answers():
+        assert time.monotonic() < deadline + 60
+        time.sleep(1)
