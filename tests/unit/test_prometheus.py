@@ -11,11 +11,12 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
+from prometheus_client.openmetrics import parser
 from prometheus_client.parser import text_string_to_metric_families as text_format
 
 from mlflow_host.monitor import metrics, scraping
@@ -25,6 +26,7 @@ from tests.support.services import PostgreSQL
 from tests.unit.test_audit_trail import parsed
 
 RULES = Path(__file__).parents[2] / "infra/prometheus-rules.yaml"
+openmetrics: Any = parser.text_string_to_metric_families
 promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed (scripts/prepare.sh)")
 
 
