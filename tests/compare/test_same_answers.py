@@ -9,10 +9,11 @@ The intended differences, in `STATED`:
 | a page token that is base64 of JSON, but not a token | 500 | 400 with a sentence |
 | JSON that nests too deeply for Python | 500 | 400 with a sentence |
 | more than 30 conditions in a filter or 10 columns to order by | 200, or PostgreSQL's memory | 400 with a sentence |
+| more than 100,000 points of several runs in one history | 200, or a process's memory | 400 with a sentence |
 | more than 1,000 runs or 3 fields at the root in a GraphQL request | 200 up to 10 fields | an error in the response |
 
 The reasons: PostgreSQL cannot store such text and such tokens never work, but clients repeat a request
-for minutes after a 500. MLflow stores a part of a batch with such text; here nothing of it is written. The last three
+for minutes after a 500. MLflow stores a part of a batch with such text; here nothing of it is written. The last four
 limit the cost of a request (server/request_limits.py).
 
 The indentation of JSON is not compared, nor are CORS headers in responses to requests without an Origin.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import signal
 import socket
 import time
 import zlib
@@ -82,45 +83,83 @@ def test_conditions_are_counted_outside_of_quotes(text: str, conditions: int) ->
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("limits")
     (folder / "tmp").mkdir()
     create_schema(f"sqlite:///{folder}/mlflow.db")
-    variables = {
+    return {
         "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db",
         "MLFLOW_ARTIFACTS_DESTINATION": "mlflow-host://artifacts/models",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ALLOWED_HOSTS": "localhost,127.0.0.1:*",
         "TMPDIR": str(folder / "tmp"),
-        "MLFLOW_HOST_PROCESS_MEMORY_MB": "600",
     }
+
+
+@pytest.fixture(scope="module")
+def url(variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("process")
     with server_processes(folder, variables) as (process,), on_loopback(process.socket) as address:
         yield address
 
 
-def test_a_request_that_needs_too_much_memory_fails_alone(url: str) -> None:
-    """The process of this file has 600 MB; two million objects of JSON take 500."""
+def test_a_request_that_needs_too_much_memory_fails_alone(variables: dict[str, str], tmp_path: Path) -> None:
+    """Two million objects of JSON take 500 MB. The process then ends, and systemd starts it again."""
     body = b'{"run_id": "x", "metrics": [' + b'{"a":1},' * (15 * 2**20 // 8) + b"{}]}"
-    headers = {"Content-Type": "application/json"}
-    for _ in range(3):
-        refused = requests.post(f"{url}/api/2.0/mlflow/runs/log-batch", data=body, headers=headers, timeout=120)
+    limited = variables | {"MLFLOW_HOST_PROCESS_MEMORY_MB": "600"}
+    with (
+        server_processes(tmp_path / "limited", limited) as (process,),
+        on_loopback(process.socket) as url,
+        requests.Session() as other,
+    ):
+        assert other.get(f"{url}/version", timeout=60).status_code == 200
+        refused = requests.post(
+            f"{url}/api/2.0/mlflow/runs/log-batch",
+            data=body,
+            headers={"Content-Type": "application/json"},
+            timeout=120,
+        )
         assert (refused.status_code, refused.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE"), refused.text
         assert "needs more memory than there is" in refused.json()["message"]
-        answered = requests.get(f"{url}/api/2.0/mlflow/experiments/get?experiment_id=0", timeout=60)
-        assert answered.status_code == 200
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{process.pid}/stat").read_text().split()[2] != "Z":
+            assert time.monotonic() < deadline, "the process does not end"
+            time.sleep(0.2)
 
 
-def test_a_small_request_beside_it_can_be_repeated() -> None:
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The signals that this process would have sent to itself."""
+    sent: list[int] = []
+    monkeypatch.setattr("mlflow_host.server.request_limits.os.kill", lambda pid, number: sent.append(number))
+    return sent
+
+
+def test_a_small_request_beside_it_can_be_repeated(ended: list[int]) -> None:
     assert request_limits.out_of_memory("POST", "/api/2.0/mlflow/runs/log-batch", 900)[0] == 503
     assert request_limits.out_of_memory("POST", "/api/2.0/mlflow/runs/search", 900)[0] == 400
+    assert ended == [signal.SIGTERM] * 2
 
 
+def test_histories_of_many_runs_are_bounded(url: str) -> None:
+    def ask(runs: int, **more: int) -> requests.Response:
+        query: Any = {"metric_key": "loss", "run_ids": ["0" * 32] * runs, **more}
+        path = "ajax-api/2.0/mlflow/metrics/get-history-bulk-interval"
+        return requests.get(f"{url}/{path}", params=query, timeout=60)
+
+    assert "100 runs with 2500 points each are more than" in ask(100).json()["message"]
+    assert "50 runs with 2001 points each" in ask(50, max_results=2001).json()["message"]
+    for answer in (ask(100, max_results=320), ask(40), ask(1, max_results=2500)):
+        assert "points each" not in answer.text
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread"), RuntimeError("other")])
 @pytest.mark.parametrize("begun", [False, True])
-def test_memory_error_outside_of_flask_is_answered(begun: bool) -> None:
+def test_memory_error_outside_of_flask_is_answered(begun: bool, error: Exception, ended: list[int]) -> None:
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         if begun:
             await send({"type": "http.response.start", "status": 200, "headers": []})
-        raise MemoryError
+        raise error
 
     sent: list[Message] = []
 
@@ -132,12 +171,13 @@ def test_memory_error_outside_of_flask_is_answered(begun: bool) -> None:
 
     scope = {"type": "http", "method": "POST", "path": "/ajax-api/3.0/mlflow/traces/search", "headers": []}
     served = request_limits.within_memory(application)
-    if begun:
-        with pytest.raises(MemoryError):
+    if begun or str(error) == "other":
+        with pytest.raises(type(error)):
             asyncio.run(served(scope, receive, send))
+        assert [message["status"] for message in sent] == [200] * begun and ended == []
     else:
         asyncio.run(served(scope, receive, send))
-    assert sent[0]["status"] == (200 if begun else 400)
+        assert sent[0]["status"] == 400 and ended == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import resource
+import signal
+import sys
 import threading
 import time
 import zlib
@@ -67,6 +70,15 @@ DEAR_SECONDS = 60
 
 POINTS = 50_000
 """Maximum number of points of a metric in one response. MLflow's client requests pages of 25,000."""
+
+SAMPLED_POINTS = 100_000
+"""Maximum number of points of several runs in one response, which take 1 KB of memory each. MLflow's charts request 320
+of each of at most 100 runs."""
+
+MOST_OF_A_RUN = 2500
+"""The maximum and default of MLflow's max_results."""
+
+SAMPLED = re.compile(r".*/metrics/get-history-bulk-interval")
 
 CONDITIONS, ORDERS = 30, 10
 """Maximum number of comparisons in a search's filter, and of columns to order by. Each adds a join. With
@@ -203,7 +215,13 @@ def bound_memory(mebibytes: int) -> None:
 
 def out_of_memory(method: str, path: str, length: int | None) -> tuple[int, str, str]:
     """Status, error code and sentence for a request that exceeded the memory of its process. 400 for a request that
-    may need much; any other one fails because of them, and MLflow's client repeats it after 503."""
+    may need much; any other one fails because of them, and MLflow's client repeats it after 503.
+
+    Ends the process after the requests under way: systemd starts it again, and the other processes answer meanwhile.
+    Python returns little of its memory to the kernel, so the next requests would fail, too.
+    """
+    print(f"mlflow-host: {method} {path} exceeded the memory of this process, which starts again", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGTERM)
     if is_dear(method, path) or (length or 0) > LARGE_BYTES:
         return (
             400,
@@ -226,7 +244,9 @@ def within_memory(application: Application) -> Application:
 
         try:
             await application(scope, receive, noted)
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "can't start new thread" not in str(error):
+                raise
             if begun or scope["type"] != "http":
                 raise
             status, code, sentence = out_of_memory(scope["method"], scope["path"], content_length(scope))
@@ -448,6 +468,19 @@ def problem(fields: Iterable[tuple[str, Any]]) -> str | None:
     return None
 
 
+def sampled(request: Any) -> str | None:
+    """The sentence for histories of several runs with more than SAMPLED_POINTS points."""
+    if not SAMPLED.fullmatch(request.path):
+        return None
+    runs, each = len(request.args.getlist("run_ids")), request.args.get("max_results", str(MOST_OF_A_RUN))
+    if not each.isdecimal() or runs * min(int(each), MOST_OF_A_RUN) <= SAMPLED_POINTS:
+        return None  # MLflow refuses a max_results of another type, and one that is larger
+    return (
+        f"{runs} runs with {each} points each are more than {SAMPLED_POINTS:,} points: request fewer runs at once, or "
+        "a smaller max_results"
+    )
+
+
 def fields_of(request: Any, body: Any) -> list[tuple[str, Any]]:
     """The fields of a Flask request with this JSON, as MLflow reads them: from the query of a GET that has one, else
     from the JSON, which may also be a text that contains the JSON. Names are protobuf's: it takes `orderBy` for
@@ -527,7 +560,9 @@ def refuse_dear_requests(flask_application: Any) -> None:
             fields = fields_of(request, body)
         except RecursionError:
             return answered("the JSON of the request nests too deeply")
-        if sentence := oddity(request.path, request.query_string, body, dict(fields)) or problem(fields):
+        if sentence := (
+            oddity(request.path, request.query_string, body, dict(fields)) or problem(fields) or sampled(request)
+        ):
             return answered(sentence)
         if body is None and request.path.endswith("/runs/log-batch") and with_json():
             return answered("the body of the request is not JSON")
