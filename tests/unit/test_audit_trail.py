@@ -47,13 +47,12 @@ def logged(**changed: str) -> str:
         "writes": "1",
         "accepted": "1",
         "role": "writer",
-        "number": "0" * 32,
         "by": "direct",
         "ids": "run_id=abc",
     } | changed
     return (
         '{time} {address} {user} "{method} {path}" {status} 2 310 0.004 "{upstream}" {writes} {accepted} {role} '
-        '{number} "{by}" "{ids}"'.format(**fields)
+        '"{by}" "{ids}"'.format(**fields)
     )
 
 
@@ -78,7 +77,6 @@ def test_line_names_who_did_what_to_which_item() -> None:
             "route": "/api/2.0/mlflow/runs/log-metric",
             "ids": {"run_id": "abc"},
             "status": 200,
-            "request": "0" * 32,
         }
     ]
 
@@ -231,7 +229,7 @@ def test_a_kill_loses_no_line_and_writes_none_twice(
 ) -> None:
     log, spool = tmp_path / "access.log", audit.Spool(tmp_path)
     numbers = [f"{number:032x}" for number in range(30)]
-    log.write_text("".join(logged(number=number) + "\n" for number in numbers[:10]))
+    log.write_text("".join(logged(ids=f"run_id={number}") + "\n" for number in numbers[:10]))
     stopped = threading.Event()
     stopped.set()
 
@@ -243,7 +241,7 @@ def test_a_kill_loses_no_line_and_writes_none_twice(
 
     run.follow(log, spool, KNOWN, stopped)
     with log.open("a") as file:
-        file.writelines(logged(number=number) + "\n" for number in numbers[10:20])
+        file.writelines(logged(ids=f"run_id={number}") + "\n" for number in numbers[10:20])
     with monkeypatch.context() as patch, pytest.raises(Killed):
         if moment == "add":  # after the lines are written, before the position is
             patch.setattr(audit.Spool, "record", killed)
@@ -259,9 +257,9 @@ def test_a_kill_loses_no_line_and_writes_none_twice(
             patch.setattr(Path, "rename", renamed_and_killed)
         run.follow(log, spool, KNOWN, stopped)
     with log.open("a") as file:
-        file.writelines(logged(number=number) + "\n" for number in numbers[20:])
+        file.writelines(logged(ids=f"run_id={number}") + "\n" for number in numbers[20:])
     run.follow(log, spool, KNOWN, stopped)
-    found = [json.loads(line)["request"] for path in spool.waiting() for line in path.read_text().splitlines()]
+    found = [json.loads(line)["ids"]["run_id"] for path in spool.waiting() for line in path.read_text().splitlines()]
     assert sorted(found) == numbers
 
 
@@ -275,7 +273,7 @@ def test_files_that_wait_for_too_long_are_deleted_and_reported(
     monkeypatch.setattr(audit, "WAITING_BYTES", 3 * 300)
     for number in range(6):
         with log.open("a") as file:
-            file.write(logged(number=f"{number:032x}", time=f"2026-11-30T06:1{number}:00+00:00") + "\n")
+            file.write(logged(ids=f"run_id={number:032x}", time=f"2026-11-30T06:1{number}:00+00:00") + "\n")
         run.follow(log, spool, KNOWN, stopped)
     left = "".join(path.read_text() for path in spool.waiting())
     assert f"{5:032x}" in left and f"{0:032x}" not in left
@@ -326,11 +324,11 @@ def test_follower_of_a_growing_log_ends_at_its_end(tmp_path: Path, monkeypatch: 
     running.start()
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in range(2000):
-        os.write(handle, f"{logged(number=f'{number:032x}')}\n".encode())
+        os.write(handle, f"{logged(ids=f'run_id={number:032x}')}\n".encode())
         if number == 1000:
             time.sleep(0.05)
     os.close(handle)
     stopping.set()
     running.join(30)
-    found = [json.loads(line)["request"] for path in spool.waiting() for line in path.read_text().splitlines()]
+    found = [json.loads(line)["ids"]["run_id"] for path in spool.waiting() for line in path.read_text().splitlines()]
     assert found == [f"{number:032x}" for number in range(2000)]

@@ -29,7 +29,6 @@ def line(minutes: int, **changed: Any) -> dict[str, Any]:
         "route": "/api/2.0/mlflow/runs/log-metric",
         "ids": {"run_id": "abc"},
         "status": 200,
-        "request": f"{minutes:032x}",
     } | changed
 
 

@@ -81,7 +81,6 @@ class Lines:
             **named,
             "ids": dict((*request.ids, *parts)),
             "status": request.status,
-            "request": request.number,
         }
 
 

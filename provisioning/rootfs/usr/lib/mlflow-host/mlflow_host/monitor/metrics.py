@@ -12,15 +12,18 @@ import os
 import re
 import socket
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 from mlflow_host.backups.last_runs import LastRuns, time_of
 from mlflow_host.machine import config
@@ -31,6 +34,11 @@ NGINX = Path("/run/nginx/monitor.sock")
 SECONDS = 3
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 """Upper bounds of the duration's histogram, in seconds."""
+
+DURATION = (
+    "mlflow_host_request_duration_seconds",
+    "Time from a request's first byte to the last byte of its response.",
+)
 
 _API = r"/(?:ajax-)?api/[\d.]+/(?:mlflow/)?"
 KINDS = tuple(
@@ -82,13 +90,8 @@ class RequestMetrics:
             ("kind", "status", "by"),
             registry=registry,
         )
-        self.duration = Histogram(
-            "mlflow_host_request_duration_seconds",
-            "Time from a request's first byte to the last byte of its response.",
-            ("kind",),
-            buckets=BUCKETS,
-            registry=registry,
-        )
+        self.durations = Durations()
+        registry.register(self.durations)
         self.artifacts = Counter(
             "mlflow_host_artifact_bytes",
             "Bytes of artifacts that passed through the server; direct transfers to S3 are not counted.",
@@ -103,18 +106,47 @@ class RequestMetrics:
         )
 
     def add(self, requests: Iterable[Request]) -> None:
+        counts: dict[tuple[str, str, str], int] = {}
+        refused = writes = 0
         for request in requests:
             kind = kind_of(request.path)
-            by = request.by or ("mlflow" if request.reached_mlflow else "nginx")
-            self.requests.labels(kind, str(request.status), by).inc()
-            self.duration.labels(kind).observe(request.seconds)
+            key = kind, str(request.status), request.by or ("mlflow" if request.reached_mlflow else "nginx")
+            counts[key] = counts.get(key, 0) + 1
+            self.durations.add(kind, request.seconds)
             if kind == "artifacts" and request.status < 300:
                 self.artifacts.labels("in").inc(request.bytes_in)
                 self.artifacts.labels("out").inc(request.bytes_out)
-            if request.user and not request.accepted and request.status in (401, 429):
-                self.refused.inc()
-            if request.writes:
-                self.writes.inc()
+            refused += bool(request.user) and not request.accepted and request.status in (401, 429)
+            writes += request.writes
+        for key, count in counts.items():
+            self.requests.labels(*key).inc(count)
+        self.refused.inc(refused)
+        self.writes.inc(writes)
+
+
+class Durations:
+    """Histograms of the seconds of requests, by kind: faster than those of prometheus_client, in the same format."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, list[int]] = {}
+        self._seconds: dict[str, float] = {}
+
+    def add(self, kind: str, seconds: float) -> None:
+        counts = self._counts.get(kind)
+        if counts is None:
+            counts = self._counts[kind] = [0] * (len(BUCKETS) + 1)
+        counts[bisect_left(BUCKETS, seconds)] += 1
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
+
+    def describe(self) -> list[Metric]:
+        return [HistogramMetricFamily(*DURATION, labels=["kind"])]
+
+    def collect(self) -> Iterator[Metric]:
+        found = HistogramMetricFamily(*DURATION, labels=["kind"])
+        for kind, counts in [*self._counts.items()]:
+            bounds = [*map(floatToGoString, BUCKETS), "+Inf"]
+            found.add_metric([kind], [*zip(bounds, accumulate(counts), strict=True)], self._seconds.get(kind, 0.0))
+        yield found
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ IDLE_READS = 5
 
 _LINE = re.compile(
     r'(\S+) (\S+) ([^"]*) "(\S+) ([^" ]*)" (\d{3}) (\d+) (\d+) ([\d.]+) "([^"]*)" '
-    r'([01]) ([01]) (\S+) (\w+) "(\S*)" "(\S*)"'
+    r'([01]) ([01]) (\S+) "(\S*)" "(\S*)"'
 )
 _ESCAPED = re.compile(r"(?:\\x[0-9A-F]{2})+")
 
@@ -43,8 +43,6 @@ class Request(NamedTuple):
     accepted: bool
     """Whether the login was checked and accepted."""
     role: str
-    number: str
-    """nginx's $request_id: unique."""
     by: str
     """"direct" if a process answered beside MLflow, else ""."""
     ids: tuple[tuple[str, str], ...]
@@ -56,7 +54,7 @@ def parse(line: str) -> Request | None:
     found = _LINE.fullmatch(line)
     if not found:
         return None
-    at, address, user, method, path, status, out, inward, seconds, upstream, writes, accepted, role, number, by, ids = (
+    at, address, user, method, path, status, out, inward, seconds, upstream, writes, accepted, role, by, ids = (
         found.groups()
     )
     return Request(
@@ -73,7 +71,6 @@ def parse(line: str) -> Request | None:
         writes == "1",
         accepted == "1",
         role,
-        number,
         "" if by == "-" else by,
         pairs(ids),
     )
