@@ -20,6 +20,7 @@ from mlflow_host.postgres.cluster import Cluster, connection, copy_database, cre
 from mlflow_host.schema.release import release
 from scripts.adopting import target
 from scripts.adopting.target import Api, Target
+from tests.adopt.mariadb import MariaDB, private_mariadb
 from tests.adopt.run_unit import this_image
 from tests.schema.private_cluster import PrivateCluster, private_cluster
 from tests.support.services import HOST_PACKAGE, ObjectStore, object_store, on_loopback, server_processes
@@ -74,6 +75,12 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
         for name, text in store.environment.items():
             patch.setenv(name, text)
         yield store
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[MariaDB]:
+    with private_mariadb() as owned:
+        yield owned
 
 
 @pytest.fixture
