@@ -3,13 +3,17 @@
 
   adopt.py ~/mlflow/mlflow.db                      a SQLite file
   adopt.py postgresql://mlflow@10.0.0.5/mlflow     a PostgreSQL database (RDS, a container, an EC2 instance)
+  adopt.py mysql://mlflow@10.0.0.5/mlflow          a MySQL or MariaDB database
   adopt.py mlflow.dump                             a file of pg_dump, custom or plain
   adopt.py ~/experiments/mlruns                    a folder mlruns/
+  adopt.py https://mlflow.example.com              a tracking server, if nothing behind it can be read
 
 Run it where the source can be read, with AWS credentials for the stack's buckets. The stack is chosen as in connect.py.
-The source is read in one snapshot and never written to. PostgreSQL's password comes from PGPASSWORD or ~/.pgpass: other
-users of this machine see the arguments of a process. IDs, dates and all tables are kept; artifact locations are
-rewritten. The server stays up.
+The source is never written to, and read in one snapshot, except a tracking server. Passwords come from variables,
+because other users of this machine see the arguments of a process: PGPASSWORD or ~/.pgpass, MYSQL_PWD or ~/.my.cnf, and
+for a server MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN. IDs and dates are kept;
+artifact locations are rewritten. All tables of a database are copied; scripts/README.md names what the API of a server
+does not return. The stack's server stays up.
 
   1. rehearse it:     adopt.py SOURCE --dry-run     on the local cloud with --rehearsal, then on AWS
   2. do it:           adopt.py SOURCE               read the table that it prints
@@ -19,7 +23,8 @@ A second run copies the changes since the first, and no artifact twice. Changes 
 an interrupt at any point, the new server is unchanged or complete; run the script again to finish.
 
 Artifacts are copied from the locations in the database: s3://… and local folders. If the old server served them itself
-(mlflow-artifacts:/…), name its store with --artifacts. Another account's bucket: --source-profile.
+(mlflow-artifacts:/…) and its URL is not the source, name its store with --artifacts. Another account's bucket:
+--source-profile.
 
 Users are not copied, because their passwords are hashed another way: the last lines are the users.py commands that add
 them. Gateway secrets and webhooks are encrypted with the old server's passphrase: they are counted and left out.
@@ -85,7 +90,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="adopt.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="a file, a folder mlruns/ or postgresql://…")
+    parser.add_argument("source", help="a file, a folder mlruns/, postgresql://…, mysql://… or https://…")
     connect.add_choice(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would be copied and what does not fit")
     parser.add_argument("--name", help="name of the source, the same at each run (default: from its file or database)")
@@ -158,25 +163,34 @@ def adopt(arguments: argparse.Namespace, name: str, stack: Target) -> int:
 
 def read_source(arguments: argparse.Namespace, folder: Path, stack: Target) -> tuple[Manifest, Reader]:
     say(f"reading {without_password(arguments.source)}")
-    with sources.read(arguments.source) as snapshot:
+    base = arguments.artifacts or (arguments.source if sources.server_url(arguments.source) else "")
+    old = next((url for url in (arguments.source, base) if sources.server_url(url)), None)
+    server = old_server(old) if old else None
+    if base and not urlsplit(base).scheme:
+        base = str(Path(base).resolve())
+    with sources.read(arguments.source, server, say) as snapshot:
         manifest = row_files.write(snapshot, folder)
         say(f"{snapshot.kind} at migration {snapshot.head}, {len(manifest.tables)} tables")
-        base = arguments.artifacts or ""
-        server = None
-        if urlsplit(base).scheme in ("http", "https"):
-            server = Api(base.rstrip("/"), old_login())
-        elif base and not urlsplit(base).scheme:
-            base = str(Path(base).resolve())
         session = boto3.Session(profile_name=arguments.source_profile, region_name=stack.s3.meta.region_name)
         s3 = session.client("s3", endpoint_url=arguments.source_endpoint) if session.get_credentials() else stack.s3
         same = s3.meta.endpoint_url == stack.s3.meta.endpoint_url or all(
             ".amazonaws.com" in each.meta.endpoint_url for each in (s3, stack.s3)
         )
-        return manifest, Reader(snapshot.folder, base, s3, same, server)
+        remote = sources.server_url(arguments.source)
+        return manifest, Reader(snapshot.folder, base, s3, same, server, remote, snapshot.traces)
+
+
+def old_server(url: str) -> Api:
+    """The old server, with the login and the certificate in the variables that its clients use."""
+    if urlsplit(url).password:
+        raise AdoptionError(
+            "the URL contains a password, which other users of this machine see: set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD instead"
+        )
+    return Api(url.rstrip("/"), old_login(), os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
 
 
 def old_login() -> dict[str, str]:
-    """The login of the old server, from the variables that its clients use."""
     token, user = os.environ.get("MLFLOW_TRACKING_TOKEN"), os.environ.get("MLFLOW_TRACKING_USERNAME")
     if token:
         return {"Authorization": f"Bearer {token}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from mlflow_host.contract import adoption
 from mlflow_host.contract.adoption import AdoptionError
+from scripts.adopting.target import Api
 
 ALEMBIC = "alembic_version"
 DUMP_MAGIC = b"PGDMP"
@@ -34,19 +36,32 @@ class Snapshot:
     write_rows: Callable[[str, IO[bytes]], dict[str, int]]
     folder: Path
     """The base folder of relative artifact locations."""
+    traces: frozenset[str] = frozenset()
+    """Of a tracking server: IDs of the traces whose spans are in a file."""
 
 
 def default_name(source: str) -> str:
-    """A name for the source: its database, file or folder."""
+    """A name for the source: its database, file, folder or host."""
+    if server_url(source):
+        return _as_name(urlsplit(source).netloc + urlsplit(source).path)
     path = urlsplit(source).path if "://" in source else str(Path(source).resolve())
     last = [part for part in path.split("/") if part][-2:] if path.endswith(("mlflow.db", "mlruns")) else [path]
     text = "-".join(Path(part).stem for part in last) if len(last) > 1 else Path(last[0]).stem
+    return _as_name(text)
+
+
+def _as_name(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "source"
 
 
+def server_url(text: str) -> bool:
+    return urlsplit(text).scheme in ("http", "https")
+
+
 @contextlib.contextmanager
-def read(source: str) -> Iterator[Snapshot]:
-    """The snapshot of a source, as given on the command line. Raises AdoptionError."""
+def read(source: str, server: Api | None, say: Callable[[str], None]) -> Iterator[Snapshot]:
+    """The snapshot of a source, as given on the command line. `server`: the old server, which is the source if
+    `source` is a URL of HTTP. Raises AdoptionError."""
     scheme = urlsplit(source).scheme.partition("+")[0] if "://" in source else ""
     if scheme in ("postgresql", "postgres"):
         opened: Any = from_postgresql(source)
@@ -54,12 +69,13 @@ def read(source: str) -> Iterator[Snapshot]:
         opened = from_mysql(source)
     elif scheme == "sqlite":
         opened = from_sqlite(Path(unquote(urlsplit(source).path)[1:]))
-    elif scheme in ("http", "https"):
-        raise AdoptionError(
-            f"{source} is a tracking server, and adopt.py reads databases: name the database, dump or folder behind it"
-        )
+    elif server_url(source):
+        assert server
+        opened = from_server(server, say)
     elif scheme:
-        raise AdoptionError(f"{scheme}:// is not a source: use a file, a folder mlruns/, postgresql://… or mysql://…")
+        raise AdoptionError(
+            f"{scheme}:// is not a source: use a file, a folder mlruns/, postgresql://…, mysql://… or https://…"
+        )
     elif Path(source).is_dir():
         opened = from_mlruns(Path(source))
     elif not Path(source).exists():
@@ -335,4 +351,18 @@ def from_mlruns(path: Path) -> Iterator[Snapshot]:
             said = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
             raise AdoptionError(f"mlflow migrate-filestore cannot read {path}: {said}")
         with from_sqlite(made, path.resolve().parent if path.name == "mlruns" else path.resolve()) as snapshot:
-            yield Snapshot("mlruns", snapshot.head, snapshot.columns, snapshot.write_rows, snapshot.folder)
+            yield dataclasses.replace(snapshot, kind="mlruns")
+
+
+# A tracking server
+
+
+@contextlib.contextmanager
+def from_server(api: Api, say: Callable[[str], None]) -> Iterator[Snapshot]:
+    from scripts.adopting import server
+
+    with tempfile.TemporaryDirectory(prefix="mlflow-ami-adopt-") as scratch:
+        made = Path(scratch) / "read.db"
+        traces = server.read(api, made, say)
+        with from_sqlite(made) as snapshot:
+            yield dataclasses.replace(snapshot, kind="tracking server", traces=traces)
