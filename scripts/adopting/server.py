@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import itertools
 import json
 import math
@@ -25,6 +26,8 @@ from mlflow_host.contract.adoption import AdoptionError
 from scripts.adopting.target import Api
 from scripts.adopting.verdict import PROMPTS, number, pages
 
+OLDEST = (1, 28)
+"""The first release with the searches."""
 REQUESTS = 8
 """Requests at the same time."""
 LARGEST = 1.7976931348623157e308
@@ -38,12 +41,12 @@ MODEL_STATUS = {"LOGGED_MODEL_PENDING": 1, "LOGGED_MODEL_READY": 2, "LOGGED_MODE
 
 @dataclass
 class Reading:
-    """`release`: the server's, (0,) if it does not say. `experiments`: those with traces and logged models."""
+    """What the functions below share. `in_files`: IDs of the traces whose spans are in a file."""
 
     api: Api
     database: sqlite3.Connection
     say: Callable[[str], None]
-    release: tuple[int, ...] = (0,)
+    release: tuple[int, ...]
     experiments: list[str] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
     in_files: set[str] = field(default_factory=set)
@@ -68,7 +71,7 @@ def read(api: Api, path: Path, say: Callable[[str], None]) -> frozenset[str]:
     with contextlib.closing(sqlite3.connect(path)) as database, ThreadPoolExecutor(REQUESTS) as pool:
         database.execute("DELETE FROM experiments")
         reading = Reading(api, database, say, release_of(api))
-        say(f"MLflow {'.'.join(map(str, reading.release))}" if any(reading.release) else "a server of unknown release")
+        say(f"MLflow {'.'.join(map(str, reading.release))}")
         read_experiments(reading)
         read_runs(reading, pool)
         read_registry(reading)
@@ -89,9 +92,24 @@ def read(api: Api, path: Path, say: Callable[[str], None]) -> frozenset[str]:
 
 
 def release_of(api: Api) -> tuple[int, ...]:
-    with api.download("/version") as answer:
-        found = re.match(rb"(\d+)\.(\d+)\.(\d+)", answer.read(100))
-    return tuple(int(part) for part in found.groups()) if found else (0,)
+    """Raises AdoptionError if the server is no MLflow, or an older one."""
+    try:
+        with api.download("/version") as answer:
+            said = answer.read(100).decode(errors="replace")
+    except AdoptionError as error:
+        if "404" not in str(error):
+            raise
+        return OLDEST  # MLflow 1 has no such route
+    except (OSError, http.client.HTTPException) as error:
+        raise AdoptionError(f"{api.url} cannot be reached: {str(error) or type(error).__name__}") from None
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", said)
+    release = tuple(int(part) for part in found.groups()) if found else (0,)
+    if release < OLDEST:
+        raise AdoptionError(
+            f"{api.url} is not an MLflow {OLDEST[0]}.{OLDEST[1]} or newer: /version answered {said[:40]!r}; give "
+            "adopt.py its database instead"
+        )
+    return release
 
 
 # Experiments and runs
@@ -99,14 +117,8 @@ def release_of(api: Api) -> tuple[int, ...]:
 
 def read_experiments(reading: Reading) -> None:
     api = reading.api
-    listing: Iterator[dict[str, Any]]
-    if reading.release >= (1, 28):
-        listing = pages(
-            api.post, "/api/2.0/mlflow/experiments/search", "experiments", max_results=1000, view_type="ALL"
-        )
-    else:
-        listing = pages(api.get, "/api/2.0/mlflow/experiments/list", "experiments", view_type="ALL")
-    for each in listing:
+    search = "/api/2.0/mlflow/experiments/search"
+    for each in pages(api.post, search, "experiments", max_results=1000, view_type="ALL"):
         experiment = each["experiment_id"]
         reading.experiments.append(experiment)
         if each["lifecycle_stage"] == "deleted":
@@ -446,7 +458,7 @@ def trace_infos(reading: Reading, experiment: str) -> Iterator[Any]:
     from mlflow.entities.trace_info_v2 import TraceInfoV2
     from mlflow.protos import service_pb2
 
-    if reading.release >= (3,):
+    if reading.release >= (3, 2):
         query = {"locations": [trace_place(experiment)], "max_results": 500}
         for each in pages(reading.api.post, TRACES, "traces", **query):
             yield TraceInfo.from_proto(ParseDict(each, service_pb2.TraceInfoV3(), ignore_unknown_fields=True))
@@ -454,7 +466,10 @@ def trace_infos(reading: Reading, experiment: str) -> Iterator[Any]:
         query = {"experiment_ids": experiment, "max_results": 100}
         for each in pages(reading.api.get, "/api/2.0/mlflow/traces", "traces", **query):
             message = ParseDict(each, service_pb2.TraceInfo(), ignore_unknown_fields=True)
-            yield TraceInfoV2.from_proto(message).to_v3()
+            info = TraceInfoV2.from_proto(message).to_v3()
+            if each.get("status") == "IN_PROGRESS":
+                info.execution_duration = None  # the API returns 0
+            yield info
 
 
 def spans_of(reading: Reading, info: Any) -> list[Any]:

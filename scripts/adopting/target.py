@@ -74,7 +74,10 @@ class Api:
                 reason = str(error) or type(error).__name__
                 continue
             if answer.status == 200:
-                return dict(json.loads(content))
+                try:
+                    return dict(json.loads(content))
+                except ValueError:
+                    raise AdoptionError(f"{self.url}{path.partition('?')[0]} returned no JSON") from None
             reason = f"status {answer.status}: {content[:300].decode(errors='replace')}"
             if answer.status not in (429, 502, 503, 504):
                 break

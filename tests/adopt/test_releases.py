@@ -22,7 +22,7 @@ OLD = {
     "2.9.2": ("sqlalchemy<2.1", "setuptools<70"),
     "2.22.0": ("sqlalchemy<2.1",),
     "3.1.0": ("sqlalchemy<2.1",),
-    "3.9.0": (),
+    "3.9.0": ("flask-cors",),
 }
 """The packages that the release needs besides `environments.STORES_NEED`."""
 
@@ -36,7 +36,7 @@ def client_of(release: str) -> Path:
         environments._uv("venv", "--quiet", "--python", f"{sys.version_info[0]}.{sys.version_info[1]}", str(folder))
         named = {each.split("<")[0] for each in OLD[release]}
         packages = [*OLD[release], *(each for each in environments.STORES_NEED if each not in named)]
-        packages += ["boto3", "pymysql"]
+        packages += ["boto3", "pymysql", "querystring-parser"]
         install = ("pip", "install", "--quiet", "--python", str(python), f"mlflow-skinny=={release}", *packages)
         environments._uv(*install)
         (folder / "complete").touch()
