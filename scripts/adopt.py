@@ -27,7 +27,8 @@ Artifacts are copied from the locations in the database: s3://… and local fold
 --source-profile.
 
 Users are not copied, because their passwords are hashed another way: the last lines are the users.py commands that add
-them. Gateway secrets and webhooks are encrypted with the old server's passphrase: they are counted and left out.
+them. Gateway secrets and webhooks are encrypted with the old server's passphrase: they are counted and left out, or
+with --with-secrets encrypted with the stack's. The old passphrase is typed, or in the old server's variable.
 
 Exit status 0: everything is there, unchanged; 1: something is missing, changed or does not fit, and is named; 2: an
 error with one sentence; 130: interrupted.
@@ -41,6 +42,7 @@ if __name__ == "__main__":
 # isort: split
 import argparse
 import dataclasses
+import getpass
 import json
 import os
 import sqlite3
@@ -58,7 +60,7 @@ import boto3
 from mlflow_host.contract import adoption
 from mlflow_host.contract.adoption import AdoptionError, Manifest, Request
 from scripts import aws_session, connect
-from scripts.adopting import artifacts, row_files, sources, target, verdict
+from scripts.adopting import artifacts, encryption, row_files, sources, target, verdict
 from scripts.adopting.artifacts import Outcome, Reader
 from scripts.adopting.target import Api, Target
 from scripts.adopting.verdict import Kind
@@ -102,7 +104,13 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="experiments and models whose names are in use: leave them out, or rename them (default: refuse all)",
     )
     parser.add_argument("--lossy", action="store_true", help="copy the rest when values or rows do not fit")
-    parser.add_argument(
+    secrets = parser.add_mutually_exclusive_group()
+    secrets.add_argument(
+        "--with-secrets",
+        action="store_true",
+        help="ask for the old server's passphrase, and encrypt its gateway secrets and webhooks with the stack's",
+    )
+    secrets.add_argument(
         "--without-secrets", action="store_true", help="do not count left-out gateway secrets and webhooks as a loss"
     )
     where = parser.add_argument_group("artifacts")
@@ -123,6 +131,8 @@ def adopt(arguments: argparse.Namespace, name: str, stack: Target) -> int:
     with tempfile.TemporaryDirectory(prefix="mlflow-ami-adopt-") as scratch:
         folder = Path(scratch)
         manifest, reader = read_source(arguments, folder, stack)
+        if arguments.with_secrets:
+            manifest = encryption.encrypt_again(manifest, folder, old_secret, stack.passphrase())
         say(f"sending {sum(table.rows for table in manifest.tables.values()):,} rows to the backups bucket")
         row_files.upload(stack.s3, stack.buckets["backups"], name, manifest, folder)
         prepared = prepare(arguments, name, stack)
@@ -152,11 +162,12 @@ def adopt(arguments: argparse.Namespace, name: str, stack: Target) -> int:
         "empty_places": copied.empty,
         "experiments": prepared["experiments"],
         "dump": loaded["dump"],
+        "loaded": loaded,
         "seconds": {"prepare": prepared["seconds"], "load": loaded["seconds"], "artifacts": round(copied.seconds, 1)},
         "users": users_lines(arguments),
     }
-    at = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    stack.write(name, f"report-{at}.json", json.dumps(report, indent=2).encode())
+    stack.write(name, f"report-{loaded['file']}", json.dumps(report, indent=2).encode())
+    stack.run(name, Request("", "report"), say)
     forget_rows(stack, name, manifest)
     return print_verdict(arguments, report, kinds, time.monotonic() - begun)
 
@@ -197,6 +208,11 @@ def old_login() -> dict[str, str]:
     return target.basic(user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else {}
 
 
+def old_secret(variable: str) -> str:
+    """The old server's value: of the same variable here, or typed."""
+    return os.environ.get(variable) or getpass.getpass(f"{variable} of the old server (Enter if it had none): ")
+
+
 def prepare(arguments: argparse.Namespace, name: str, stack: Target) -> dict[str, Any]:
     request = Request(
         id="",
@@ -206,6 +222,7 @@ def prepare(arguments: argparse.Namespace, name: str, stack: Target) -> dict[str
         on_clash=arguments.on_clash,
         leave_artifacts=arguments.leave_artifacts,
         lossy=arguments.lossy,
+        with_secrets=arguments.with_secrets,
     )
     stack.run(name, request, say)
     return dict(stack.read(name, "prepared.json.gz"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
 import json
 import os
 import re
@@ -65,6 +66,13 @@ def parse(text: str) -> Credentials:
     if problems:
         raise CredentialsError(sorted(problems))
     return Credentials(str(passphrase), tuple(read))
+
+
+def webhook_key(kek_passphrase: str) -> str:
+    """A Fernet key that is the same on every machine of the stack. Without it, each MLflow process generates its own
+    key, and another process cannot even list webhooks with a secret."""
+    derived = hmac.digest(kek_passphrase.encode(), b"mlflow-host: secrets of webhooks", "sha256")
+    return base64.urlsafe_b64encode(derived).decode()
 
 
 def _user(name: str, value: Any, default_role: str, problems: list[str]) -> User:
