@@ -3,13 +3,17 @@
 
   adopt.py ~/mlflow/mlflow.db                      a SQLite file
   adopt.py postgresql://mlflow@10.0.0.5/mlflow     a PostgreSQL database (RDS, a container, an EC2 instance)
+  adopt.py mysql://mlflow@10.0.0.5/mlflow          a MySQL or MariaDB database
   adopt.py mlflow.dump                             a file of pg_dump, custom or plain
   adopt.py ~/experiments/mlruns                    a folder mlruns/
+  adopt.py https://mlflow.example.com              a tracking server, if nothing behind it can be read
 
 Run it where the source can be read, with AWS credentials for the stack's buckets. The stack is chosen as in connect.py.
-The source is read in one snapshot and never written to. PostgreSQL's password comes from PGPASSWORD or ~/.pgpass: other
-users of this machine see the arguments of a process. IDs, dates and all tables are kept; artifact locations are
-rewritten. The server stays up.
+The source is never written to, and read in one snapshot, except a tracking server. Passwords come from variables,
+because other users of this machine see the arguments of a process: PGPASSWORD or ~/.pgpass, MYSQL_PWD or ~/.my.cnf, and
+for a server MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN. IDs and dates are kept;
+artifact locations are rewritten. All tables of a database are copied; scripts/README.md names what the API of a server
+does not return. The stack's server stays up.
 
   1. rehearse it:     adopt.py SOURCE --dry-run     on the local cloud with --rehearsal, then on AWS
   2. do it:           adopt.py SOURCE               read the table that it prints
@@ -19,10 +23,12 @@ A second run copies the changes since the first, and no artifact twice. Changes 
 an interrupt at any point, the new server is unchanged or complete; run the script again to finish.
 
 Artifacts are copied from the locations in the database: s3://… and local folders. If the old server served them itself
-(mlflow-artifacts:/…), name its store with --artifacts. Another account's bucket: --source-profile.
+(mlflow-artifacts:/…) and its URL is not the source, name its store with --artifacts. Another account's bucket:
+--source-profile.
 
 Users are not copied, because their passwords are hashed another way: the last lines are the users.py commands that add
-them. Gateway secrets and webhooks are encrypted with the old server's passphrase: they are counted and left out.
+them. Gateway secrets and webhooks are encrypted with the old server's passphrase: they are counted and left out, or
+with --with-secrets encrypted with the stack's. The old passphrase is typed, or in the old server's variable.
 
 Exit status 0: everything is there, unchanged; 1: something is missing, changed or does not fit, and is named; 2: an
 error with one sentence; 130: interrupted.
@@ -36,6 +42,7 @@ if __name__ == "__main__":
 # isort: split
 import argparse
 import dataclasses
+import getpass
 import json
 import os
 import sqlite3
@@ -53,7 +60,7 @@ import boto3
 from mlflow_host.contract import adoption
 from mlflow_host.contract.adoption import AdoptionError, Manifest, Request
 from scripts import aws_session, connect
-from scripts.adopting import artifacts, row_files, sources, target, verdict
+from scripts.adopting import artifacts, encryption, row_files, sources, target, verdict
 from scripts.adopting.artifacts import Outcome, Reader
 from scripts.adopting.target import Api, Target
 from scripts.adopting.verdict import Kind
@@ -85,7 +92,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="adopt.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="a file, a folder mlruns/ or postgresql://…")
+    parser.add_argument("source", help="a file, a folder mlruns/, postgresql://…, mysql://… or https://…")
     connect.add_choice(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would be copied and what does not fit")
     parser.add_argument("--name", help="name of the source, the same at each run (default: from its file or database)")
@@ -97,7 +104,13 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="experiments and models whose names are in use: leave them out, or rename them (default: refuse all)",
     )
     parser.add_argument("--lossy", action="store_true", help="copy the rest when values or rows do not fit")
-    parser.add_argument(
+    secrets = parser.add_mutually_exclusive_group()
+    secrets.add_argument(
+        "--with-secrets",
+        action="store_true",
+        help="ask for the old server's passphrase, and encrypt its gateway secrets and webhooks with the stack's",
+    )
+    secrets.add_argument(
         "--without-secrets", action="store_true", help="do not count left-out gateway secrets and webhooks as a loss"
     )
     where = parser.add_argument_group("artifacts")
@@ -118,6 +131,8 @@ def adopt(arguments: argparse.Namespace, name: str, stack: Target) -> int:
     with tempfile.TemporaryDirectory(prefix="mlflow-ami-adopt-") as scratch:
         folder = Path(scratch)
         manifest, reader = read_source(arguments, folder, stack)
+        if arguments.with_secrets:
+            manifest = encryption.encrypt_again(manifest, folder, old_secret, stack.passphrase())
         say(f"sending {sum(table.rows for table in manifest.tables.values()):,} rows to the backups bucket")
         row_files.upload(stack.s3, stack.buckets["backups"], name, manifest, folder)
         prepared = prepare(arguments, name, stack)
@@ -147,40 +162,55 @@ def adopt(arguments: argparse.Namespace, name: str, stack: Target) -> int:
         "empty_places": copied.empty,
         "experiments": prepared["experiments"],
         "dump": loaded["dump"],
+        "loaded": loaded,
         "seconds": {"prepare": prepared["seconds"], "load": loaded["seconds"], "artifacts": round(copied.seconds, 1)},
         "users": users_lines(arguments),
     }
-    at = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    stack.write(name, f"report-{at}.json", json.dumps(report, indent=2).encode())
+    stack.write(name, f"report-{loaded['file']}", json.dumps(report, indent=2).encode())
+    stack.run(name, Request("", "report"), say)
     forget_rows(stack, name, manifest)
     return print_verdict(arguments, report, kinds, time.monotonic() - begun)
 
 
 def read_source(arguments: argparse.Namespace, folder: Path, stack: Target) -> tuple[Manifest, Reader]:
     say(f"reading {without_password(arguments.source)}")
-    with sources.read(arguments.source) as snapshot:
+    base = arguments.artifacts or (arguments.source if sources.server_url(arguments.source) else "")
+    old = next((url for url in (arguments.source, base) if sources.server_url(url)), None)
+    server = old_server(old) if old else None
+    if base and not urlsplit(base).scheme:
+        base = str(Path(base).resolve())
+    with sources.read(arguments.source, server, say) as snapshot:
         manifest = row_files.write(snapshot, folder)
         say(f"{snapshot.kind} at migration {snapshot.head}, {len(manifest.tables)} tables")
-        base = arguments.artifacts or ""
-        server = None
-        if urlsplit(base).scheme in ("http", "https"):
-            server = Api(base.rstrip("/"), old_login())
-        elif base and not urlsplit(base).scheme:
-            base = str(Path(base).resolve())
         session = boto3.Session(profile_name=arguments.source_profile, region_name=stack.s3.meta.region_name)
         s3 = session.client("s3", endpoint_url=arguments.source_endpoint) if session.get_credentials() else stack.s3
         same = s3.meta.endpoint_url == stack.s3.meta.endpoint_url or all(
             ".amazonaws.com" in each.meta.endpoint_url for each in (s3, stack.s3)
         )
-        return manifest, Reader(snapshot.folder, base, s3, same, server)
+        remote = sources.server_url(arguments.source)
+        return manifest, Reader(snapshot.folder, base, s3, same, server, remote, snapshot.traces)
+
+
+def old_server(url: str) -> Api:
+    """The old server, with the login and the certificate in the variables that its clients use."""
+    if urlsplit(url).password:
+        raise AdoptionError(
+            "the URL contains a password, which other users of this machine see: set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD instead"
+        )
+    return Api(url.rstrip("/"), old_login(), os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
 
 
 def old_login() -> dict[str, str]:
-    """The login of the old server, from the variables that its clients use."""
     token, user = os.environ.get("MLFLOW_TRACKING_TOKEN"), os.environ.get("MLFLOW_TRACKING_USERNAME")
     if token:
         return {"Authorization": f"Bearer {token}"}
     return target.basic(user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else {}
+
+
+def old_secret(variable: str) -> str:
+    """The old server's value: of the same variable here, or typed."""
+    return os.environ.get(variable) or getpass.getpass(f"{variable} of the old server (Enter if it had none): ")
 
 
 def prepare(arguments: argparse.Namespace, name: str, stack: Target) -> dict[str, Any]:
@@ -192,6 +222,7 @@ def prepare(arguments: argparse.Namespace, name: str, stack: Target) -> dict[str
         on_clash=arguments.on_clash,
         leave_artifacts=arguments.leave_artifacts,
         lossy=arguments.lossy,
+        with_secrets=arguments.with_secrets,
     )
     stack.run(name, request, say)
     return dict(stack.read(name, "prepared.json.gz"))

@@ -19,8 +19,8 @@ case "${1:-}" in
   check) wanted=() extras=examples,local-cloud,test ;;
   lint) wanted=(packer git shellcheck) extras=examples,local-cloud,test ;;
   bench) wanted=(packer git "${cloud[@]}" "${contenders[@]}" chromium chromium-driver) extras=examples,local-cloud,test ;;
-  test) wanted=(packer git "${cloud[@]}" "${contenders[@]}" certbot pebble chromium chromium-driver shellcheck testssl.sh
-    lynis curl systemd prometheus) extras=examples,local-cloud,test ;;
+  test) wanted=(packer git "${cloud[@]}" "${contenders[@]}" mariadb-server certbot pebble chromium chromium-driver
+    shellcheck testssl.sh lynis curl systemd prometheus) extras=examples,local-cloud,test ;;
   *) echo "usage: scripts/prepare.sh aws|check|demo|lint|bench|test" >&2; exit 2 ;;
 esac
 
@@ -57,7 +57,7 @@ fi
 if [ ${#missing[@]} -gt 0 ]; then
   say "installing with apt: ${missing[*]}"
   log=$(mktemp -t mlflow-ami-apt.XXXXXX)
-  # Only the programs of some services (PostgreSQL, nginx) are needed: do not start these services now or at the next
+  # Only the programs of some services (PostgreSQL, MariaDB, nginx) are needed: do not start these services now or at the next
   # boot.
   held=
   if [ ! -e /usr/sbin/policy-rc.d ]; then
@@ -72,7 +72,9 @@ if [ ${#missing[@]} -gt 0 ]; then
   if [ -d /run/systemd/system ]; then
     for package in "${missing[@]}"; do
       case $package in
-        postgresql | nginx-light) as_root systemctl disable --quiet "${package%-light}" || true ;;
+        postgresql | nginx-light | mariadb-server)
+          package=${package%-light}
+          as_root systemctl disable --quiet "${package%-server}" || true ;;
         certbot) as_root systemctl disable --quiet certbot.timer || true ;;
         prometheus) as_root systemctl disable --quiet prometheus || true ;;
       esac

@@ -19,6 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from mlflow_host.contract.adoption import AdoptionError
 from mlflow_host.contract.artifact_key import is_of_model
 from scripts.adopting.target import Api, Target
+from scripts.adopting.verdict import pages
 
 COPIES = 16
 """Objects copied at the same time."""
@@ -28,8 +29,8 @@ DENIED = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "NoSuchBucke
 
 @dataclass(frozen=True)
 class File:
-    """One file of the source: its location, and its key in the bucket. `modified` in seconds since 1970; 0 if
-    unknown."""
+    """One file of the source: its location, and its key in the bucket. `bytes` is -1 if unknown, `modified` in seconds
+    since 1970, 0 if unknown."""
 
     source: str
     key: str
@@ -48,6 +49,10 @@ class Reader:
     same_store: bool = True
     """The source's buckets and ours are in one store, so it copies objects itself."""
     server: Api | None = None
+    remote: bool = False
+    """The server is the source, and its folders are on another machine: it returns what they hold."""
+    traces: frozenset[str] = frozenset()
+    """Of such a server: IDs of the traces whose spans are in a file."""
 
 
 @dataclass
@@ -85,11 +90,16 @@ def resolve(place: str, reader: Reader) -> str:
     return str(reader.folder / place)
 
 
-def files_of(place: str, target: str, reader: Reader) -> Iterator[File]:
+def files_of(place: dict[str, Any], reader: Reader) -> Iterator[File]:
     """The files of one location. Raises AdoptionError, OSError or botocore's errors."""
-    address, key = resolve(place, reader), target.removeprefix(ROOT)
+    address, key = resolve(place["source"], reader), place["target"].removeprefix(ROOT)
     where = urlsplit(address)
-    if where.scheme == "s3":
+    if reader.remote and urlsplit(place["source"]).scheme in ("", "file"):
+        assert reader.server
+        if place["kind"] == "trace" and place["key"] not in reader.traces:
+            return
+        yield from _files_of_object(reader.server, place["kind"], place["key"], key)
+    elif where.scheme == "s3":
         prefix = where.path.lstrip("/").rstrip("/") + "/"
         pages = reader.s3.get_paginator("list_objects_v2").paginate(Bucket=where.netloc, Prefix=prefix)
         for page in pages:
@@ -117,7 +127,36 @@ def _files_of_server(server: Api, path: str, key: str) -> Iterator[File]:
         if each.get("is_dir"):
             yield from _files_of_server(server, f"{path}/{name}", f"{key}/{name}")
         else:
-            yield File(f"{server.url}/{path}/{name}", f"{key}/{name}", int(each.get("file_size") or 0), 0)
+            source = f"{server.url}/api/2.0/mlflow-artifacts/artifacts/{quote(f'{path}/{name}')}"
+            yield File(source, f"{key}/{name}", int(each.get("file_size") or 0), 0)
+
+
+def _files_of_object(server: Api, kind: str, name: str, key: str) -> Iterator[File]:
+    """Of a run, a logged model or a trace, by the API with which MLflow's pages show them."""
+    if kind == "trace":
+        # The API returns no size, so this file is copied at each run.
+        source = f"{server.url}/ajax-api/2.0/mlflow/get-trace-artifact?request_id={quote(name)}"
+        yield File(source, f"{key}/traces.json", -1, 0)
+        return
+    names: dict[str, str] = {}
+    if kind == "run":
+        listing, folder, names = "/api/2.0/mlflow/artifacts/list", "path", {"run_id": name}
+        source = f"{server.url}/get-artifact?run_uuid={quote(name)}&path="
+    elif kind == "logged model":
+        model = f"api/2.0/mlflow/logged-models/{quote(name)}/artifacts"
+        listing, folder = f"/{model}/directories", "artifact_directory_path"
+        source = f"{server.url}/ajax-{model}/files?artifact_file_path="
+    else:
+        raise AdoptionError("is in a folder of the old server, which returns no files of model versions")
+    folders = [""]
+    while folders:
+        query = {**names, **({folder: path} if (path := folders.pop()) else {})}
+        for each in pages(server.get, listing, "files", **query):
+            if each.get("is_dir"):
+                folders.append(each["path"])
+            else:
+                size = int(each.get("file_size") or 0)
+                yield File(source + quote(each["path"], safe=""), f"{key}/{each['path']}", size, 0)
 
 
 def present(target: Target, keys: list[str]) -> dict[str, tuple[int, float]]:
@@ -141,7 +180,7 @@ def plan(places: list[dict[str, Any]], reader: Reader, outcome: Outcome) -> list
 
     def list_place(place: dict[str, Any]) -> None:
         try:
-            files = list(files_of(place["source"], place["target"], reader))
+            files = list(files_of(place, reader))
         except (ClientError, BotoCoreError, OSError, AdoptionError) as error:
             with lock:
                 outcome.failed.append(f"{place['kind']} {place['key']}: {place['source']}: {brief(error)}")
@@ -168,7 +207,7 @@ def copy(
     there = present(target, [file.key for file in files])
     missing = [file for file in files if not _same(file, there.get(file.key))]
     outcome.files, outcome.there = len(files), len(files) - len(missing)
-    total = sum(file.bytes for file in missing)
+    total = sum(max(file.bytes, 0) for file in missing)
     outcome.bytes = total
     say(f"{len(files):,} artifacts, {len(missing):,} to copy, {size(total)}")
     if dry_run:
@@ -188,7 +227,7 @@ def copy(
                 outcome.failed.append(problem)
             else:
                 outcome.copied += 1
-            done_bytes[0] += file.bytes
+            done_bytes[0] += max(file.bytes, 0)
             now = time.monotonic()
             if now - said[0] >= 2:
                 said[0] = now
@@ -233,8 +272,7 @@ def _put(file: File, reader: Reader, target: Target) -> None:
             target.s3.upload_fileobj(body, bucket, file.key)
     elif where.scheme in ("http", "https"):
         assert reader.server
-        path = quote(file.source.removeprefix(reader.server.url).strip("/"))
-        with reader.server.download(f"/api/2.0/mlflow-artifacts/artifacts/{path}") as answer:
+        with reader.server.download(file.source.removeprefix(reader.server.url)) as answer:
             target.s3.upload_fileobj(answer, bucket, file.key)
     else:
         target.s3.upload_file(file.source, bucket, file.key)

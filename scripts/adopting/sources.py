@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -14,10 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from mlflow_host.contract import adoption
 from mlflow_host.contract.adoption import AdoptionError
+from scripts.adopting.target import Api
 
 ALEMBIC = "alembic_version"
 DUMP_MAGIC = b"PGDMP"
@@ -34,30 +36,46 @@ class Snapshot:
     write_rows: Callable[[str, IO[bytes]], dict[str, int]]
     folder: Path
     """The base folder of relative artifact locations."""
+    traces: frozenset[str] = frozenset()
+    """Of a tracking server: IDs of the traces whose spans are in a file."""
 
 
 def default_name(source: str) -> str:
-    """A name for the source: its database, file or folder."""
+    """A name for the source: its database, file, folder or host."""
+    if server_url(source):
+        return _as_name(urlsplit(source).netloc + urlsplit(source).path)
     path = urlsplit(source).path if "://" in source else str(Path(source).resolve())
     last = [part for part in path.split("/") if part][-2:] if path.endswith(("mlflow.db", "mlruns")) else [path]
     text = "-".join(Path(part).stem for part in last) if len(last) > 1 else Path(last[0]).stem
+    return _as_name(text)
+
+
+def _as_name(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "source"
 
 
+def server_url(text: str) -> bool:
+    return urlsplit(text).scheme in ("http", "https")
+
+
 @contextlib.contextmanager
-def read(source: str) -> Iterator[Snapshot]:
-    """The snapshot of a source, as given on the command line. Raises AdoptionError."""
+def read(source: str, server: Api | None, say: Callable[[str], None]) -> Iterator[Snapshot]:
+    """The snapshot of a source, as given on the command line. `server`: the old server, which is the source if
+    `source` is a URL of HTTP. Raises AdoptionError."""
     scheme = urlsplit(source).scheme.partition("+")[0] if "://" in source else ""
     if scheme in ("postgresql", "postgres"):
         opened: Any = from_postgresql(source)
+    elif scheme in ("mysql", "mariadb"):
+        opened = from_mysql(source)
     elif scheme == "sqlite":
         opened = from_sqlite(Path(unquote(urlsplit(source).path)[1:]))
-    elif scheme in ("http", "https"):
-        raise AdoptionError(
-            f"{source} is a tracking server, and adopt.py reads databases: name the database, dump or folder behind it"
-        )
+    elif server_url(source):
+        assert server
+        opened = from_server(server, say)
     elif scheme:
-        raise AdoptionError(f"{scheme}:// is not a source: use a file, a folder mlruns/ or postgresql://…")
+        raise AdoptionError(
+            f"{scheme}:// is not a source: use a file, a folder mlruns/, postgresql://…, mysql://… or https://…"
+        )
     elif Path(source).is_dir():
         opened = from_mlruns(Path(source))
     elif not Path(source).exists():
@@ -195,6 +213,74 @@ def from_postgresql(url: str) -> Iterator[Snapshot]:
         opened.close()
 
 
+# MySQL and MariaDB
+
+
+@contextlib.contextmanager
+def from_mysql(url: str) -> Iterator[Snapshot]:
+    """Options of the query that pymysql's SQLAlchemy dialect knows are understood: unix_socket, ssl_ca, ssl_cert,
+    ssl_key. The password is that of the URL, else MYSQL_PWD's, else that of ~/.my.cnf."""
+    import pymysql
+    from pymysql.converters import encoders
+    from pymysql.cursors import SSCursor
+
+    where = urlsplit(url)
+    given: dict[str, Any] = {"host": where.hostname, "port": where.port, "user": unquote(where.username or "")}
+    given["password"] = unquote(where.password or "") or os.environ.get("MYSQL_PWD")
+    wanted = ("unix_socket", "ssl_ca", "ssl_cert", "ssl_key")
+    given |= {name: text for name, text in parse_qsl(where.query) if name in wanted}
+    own = Path.home() / ".my.cnf"
+    if own.exists():
+        given["read_default_file"] = str(own)
+    try:
+        opened = pymysql.connect(
+            database=unquote(where.path.strip("/")),
+            charset="utf8mb4",
+            connect_timeout=15,
+            conv=encoders,  # type: ignore[arg-type]  # no decoders: numbers stay text, so no digit is lost
+            **{name: value for name, value in given.items() if value},
+        )
+    except (pymysql.Error, OSError, RuntimeError) as error:
+        raise AdoptionError(f"the source cannot be reached: {_reason(error)}") from None
+    try:
+
+        def query(text: str) -> list[tuple[Any, ...]]:
+            with opened.cursor() as cursor:
+                cursor.execute(text)
+                return list(cursor.fetchall())
+
+        query("SET SESSION net_write_timeout = 3600")
+        query("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        query("START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY")
+        columns: dict[str, list[str]] = {}
+        for table, column in query(
+            "SELECT c.table_name, c.column_name FROM information_schema.columns c JOIN information_schema.tables t "
+            "USING (table_schema, table_name) WHERE table_schema = database() AND t.table_type = 'BASE TABLE' "
+            "ORDER BY c.table_name, c.ordinal_position"
+        ):
+            columns.setdefault(str(table), []).append(str(column))
+
+        def write_rows(table: str, sink: IO[bytes]) -> dict[str, int]:
+            listed = ", ".join(f"`{column}`" for column in columns[table])
+            with opened.cursor(SSCursor) as cursor:  # SSCursor reads row by row
+                cursor.execute(f"SELECT {listed} FROM `{table}`")
+                return _write(cursor, columns[table], sink)
+
+        yield Snapshot("MySQL", _head_of(columns, query), columns, write_rows, Path.cwd())
+    except pymysql.Error as error:
+        raise AdoptionError(f"the source cannot be read: {_reason(error)}") from None
+    finally:
+        opened.close()
+
+
+def _reason(error: Exception) -> str:
+    """pymysql's errors hold a number and a sentence."""
+    return " ".join(str(error.args[-1] if error.args else error).split())
+
+
+# pg_dump
+
+
 @contextlib.contextmanager
 def from_dump(path: Path) -> Iterator[Snapshot]:
     """A file of pg_dump, in the custom or the plain format. Its rows are in COPY's text format already."""
@@ -265,4 +351,18 @@ def from_mlruns(path: Path) -> Iterator[Snapshot]:
             said = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
             raise AdoptionError(f"mlflow migrate-filestore cannot read {path}: {said}")
         with from_sqlite(made, path.resolve().parent if path.name == "mlruns" else path.resolve()) as snapshot:
-            yield Snapshot("mlruns", snapshot.head, snapshot.columns, snapshot.write_rows, snapshot.folder)
+            yield dataclasses.replace(snapshot, kind="mlruns")
+
+
+# A tracking server
+
+
+@contextlib.contextmanager
+def from_server(api: Api, say: Callable[[str], None]) -> Iterator[Snapshot]:
+    from scripts.adopting import server
+
+    with tempfile.TemporaryDirectory(prefix="mlflow-ami-adopt-") as scratch:
+        made = Path(scratch) / "read.db"
+        traces = server.read(api, made, say)
+        with from_sqlite(made) as snapshot:
+            yield dataclasses.replace(snapshot, kind="tracking server", traces=traces)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from mlflow_host.contract import adoption
+from mlflow_host.contract import adoption, credentials
 from mlflow_host.contract.adoption import AdoptionError, Request
 
 SILENT_SECONDS = 120
@@ -74,7 +74,10 @@ class Api:
                 reason = str(error) or type(error).__name__
                 continue
             if answer.status == 200:
-                return dict(json.loads(content))
+                try:
+                    return dict(json.loads(content))
+                except ValueError:
+                    raise AdoptionError(f"{self.url}{path.partition('?')[0]} returned no JSON") from None
             reason = f"status {answer.status}: {content[:300].decode(errors='replace')}"
             if answer.status not in (429, 502, 503, 504):
                 break
@@ -94,12 +97,14 @@ def basic(username: str, password: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Target:
-    """`buckets`: names by "artifacts", "models" and "backups". `start(name)` starts the machine's unit."""
+    """`buckets`: names by "artifacts", "models" and "backups". `start(name)` starts the machine's unit. `passphrase()`
+    reads the one that encrypts the secrets in the database."""
 
     s3: Any
     buckets: dict[str, str]
     start: Callable[[str], None]
     api: Api
+    passphrase: Callable[[], str]
 
     def read(self, name: str, file: str) -> Any:
         body = self.s3.get_object(Bucket=self.buckets["backups"], Key=adoption.key(name, file))["Body"].read()
@@ -184,16 +189,22 @@ def choose(arguments: Any) -> Target:
     headers = basic(environment["username"], environment["password"])
     certificate = environment.get("server_certificate")
     api = Api(environment["url"], headers, str(certificate) if certificate else None)
+
+    def passphrase() -> str:
+        name = environment["credentials_parameter"]
+        text = stack.ssm.get_parameter(Name=name, WithDecryption=True)["Parameter"]["Value"]
+        return credentials.parse(text).kek_passphrase
+
     if "instance_id" in stack.facts:
-        return from_rehearsal(stack.facts, api)
+        return from_rehearsal(stack.facts, api, passphrase)
     from scripts import pulumi_stack
 
     outputs = pulumi_stack.run("stack", "output", "--json", stack=arguments.stack)
     s3 = pulumi_stack.client("s3", pulumi_stack.provider_settings(arguments.stack))
-    return Target(s3, dict(outputs["buckets"]), start_by_session(outputs["shell"]), api)
+    return Target(s3, dict(outputs["buckets"]), start_by_session(outputs["shell"]), api, passphrase)
 
 
-def from_rehearsal(facts: dict[str, Any], api: Api) -> Target:
+def from_rehearsal(facts: dict[str, Any], api: Api, passphrase: Callable[[], str]) -> Target:
     from scripts.local_cloud import LocalCloud, LocalCloudError
 
     cloud = LocalCloud()
@@ -206,4 +217,4 @@ def from_rehearsal(facts: dict[str, Any], api: Api) -> Target:
         if done.returncode:
             raise AdoptionError(f"the machine cannot start {unit(name)}: {done.stderr.strip()}")
 
-    return Target(cloud.client("s3"), dict(facts["buckets"]), start, api)
+    return Target(cloud.client("s3"), dict(facts["buckets"]), start, api, passphrase)

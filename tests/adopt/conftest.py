@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,12 +21,14 @@ from mlflow_host.postgres.cluster import Cluster, connection, copy_database, cre
 from mlflow_host.schema.release import release
 from scripts.adopting import target
 from scripts.adopting.target import Api, Target
+from tests.adopt.mariadb import MariaDB, private_mariadb
 from tests.adopt.run_unit import this_image
-from tests.schema.private_cluster import PrivateCluster, private_cluster
+from tests.schema.private_cluster import PrivateCluster, alive, private_cluster
 from tests.support.services import HOST_PACKAGE, ObjectStore, object_store, on_loopback, server_processes
 
 ROOT = Path(__file__).parents[2]
 EMPTY = "empty_server"
+PASSPHRASE = "a passphrase for tests only"
 BLANK = Path(tempfile.gettempdir()) / f"mlflow-ami-blank-{os.getpid()}.dump"
 """The dump that the bake writes to schema.empty_database.FILE."""
 
@@ -76,6 +79,12 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
         yield store
 
 
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[MariaDB]:
+    with private_mariadb() as owned:
+        yield owned
+
+
 @pytest.fixture
 def stack(machine_cluster: PrivateCluster, objects: ObjectStore, tmp_path: Path) -> Iterator[Stack]:
     cluster = machine_cluster.cluster
@@ -94,16 +103,18 @@ def stack(machine_cluster: PrivateCluster, objects: ObjectStore, tmp_path: Path)
         "MLFLOW_ARTIFACTS_DESTINATION": f"mlflow-host-proxied://{buckets['artifacts']}/{buckets['models']}",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ALLOWED_HOSTS": "localhost,127.0.0.1:*",
-        "MLFLOW_CRYPTO_KEK_PASSPHRASE": "a passphrase for tests only",
+        "MLFLOW_CRYPTO_KEK_PASSPHRASE": PASSPHRASE,
         "TMPDIR": str(folder / "tmp"),
         **objects.environment,
     }
     with server_processes(folder, variables) as (process,), on_loopback(process.socket) as url:
-        log = folder / "unit.log"
+        log, running = folder / "unit.log", folder / "unit.pid"
         made = Stack(cluster, None, folder, objects, log)  # type: ignore[arg-type]
 
         def start(name: str) -> None:
-            if made.running and made.running[-1].poll() is None:
+            for each in made.running:
+                each.poll()
+            if running.exists() and alive(int(running.read_text())):
                 return  # systemd ignores a start of a unit that is running
             where = [
                 cluster.host,
@@ -124,13 +135,17 @@ def stack(machine_cluster: PrivateCluster, objects: ObjectStore, tmp_path: Path)
                         stderr=output,
                     )
                 )
+            running.write_text(str(made.running[-1].pid))
 
-        made.target = Target(objects.client(), buckets, start, Api(url, {}))
+        made.target = Target(objects.client(), buckets, start, Api(url, {}), lambda: PASSPHRASE)
         yield made
         for each in made.running:
             with contextlib.suppress(ProcessLookupError):
                 each.kill()
             each.wait()
+        if running.exists():  # of an adopt.py that was killed
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(running.read_text()), signal.SIGKILL)
 
 
 Adopt = Callable[..., int]

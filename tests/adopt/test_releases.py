@@ -11,6 +11,7 @@ import pytest
 
 from mlflow_host.postgres.cluster import create_empty
 from tests.adopt.conftest import Stack
+from tests.adopt.mariadb import MariaDB
 from tests.adopt.test_adopt import NEWEST, Reported, counted, fill, reported  # noqa: F401
 from tests.schema import environments
 
@@ -18,23 +19,24 @@ pytestmark = pytest.mark.service
 
 OLD = {
     "1.30.0": ("sqlalchemy<2", "alembic<2", "pandas<2", "numpy<2", "flask<2.3", "werkzeug<2.3", "setuptools<70"),
-    "2.9.2": ("setuptools<70",),
-    "2.22.0": (),
-    "3.1.0": (),
-    "3.9.0": (),
+    "2.9.2": ("sqlalchemy<2.1", "setuptools<70"),
+    "2.22.0": ("sqlalchemy<2.1",),
+    "3.1.0": ("sqlalchemy<2.1",),
+    "3.9.0": ("flask-cors",),
 }
 """The packages that the release needs besides `environments.STORES_NEED`."""
 
 
 def client_of(release: str) -> Path:
     """An interpreter with that release's client. Made on first use."""
-    folder = environments.folder() / f"mlflow-adopt-{release}"
+    folder = environments.folder() / f"mlflow-client-{release}"
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)
         environments._uv("venv", "--quiet", "--python", f"{sys.version_info[0]}.{sys.version_info[1]}", str(folder))
         named = {each.split("<")[0] for each in OLD[release]}
-        packages = [*OLD[release], *(each for each in environments.STORES_NEED if each not in named), "boto3"]
+        packages = [*OLD[release], *(each for each in environments.STORES_NEED if each not in named)]
+        packages += ["boto3", "pymysql", "querystring-parser"]
         install = ("pip", "install", "--quiet", "--python", str(python), f"mlflow-skinny=={release}", *packages)
         environments._uv(*install)
         (folder / "complete").touch()
@@ -77,6 +79,24 @@ def test_postgresql_of_an_older_release_is_adopted_by_url_and_by_dump(
     status, report = reported(uri.replace("+psycopg2", ""), "--name", "old")
     assert (report["lost"], status) == (0, 0)
     assert stack.sql("SELECT count(*) FROM metrics") == rows  # the same source, recognized by its name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", [*OLD, "newest"])
+def test_mariadb_of_each_release_is_adopted_by_url(
+    stack: Stack,
+    reported: Reported,  # noqa: F811
+    mariadb: MariaDB,
+    tmp_path: Path,
+    release: str,
+) -> None:
+    uri = mariadb.database(f"old_{release.replace('.', '_')}")
+    fill(NEWEST if release == "newest" else client_of(release), uri, f"file://{tmp_path}/artifacts")
+    before = mariadb.checksums(uri)
+    status, report = reported(uri.replace("+pymysql", ""))
+    assert (report["lost"], status) == (0, 0)
+    assert counted(report)["metric points"] == 128 and counted(report)["model versions"] == 12
+    assert mariadb.checksums(uri) == before
 
 
 @pytest.mark.slow

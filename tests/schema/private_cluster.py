@@ -99,11 +99,11 @@ class PrivateCluster:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         self.process.wait()
-        while any(_alive(process) for process in children):
+        while any(alive(process) for process in children):
             time.sleep(0.02)
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
     """Whether the process exists and is not a zombie."""
     try:
         return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()

@@ -1,16 +1,22 @@
-"""adopt.py and the machine's unit: a start that systemd ignores is repeated until the unit reports the request."""
+"""adopt.py and the machine's unit: a start that systemd ignores is repeated until the unit reports the request, and the
+verdict is kept on the machine."""
 
 from __future__ import annotations
 
 import io
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlflow_host.adopt import run
 from mlflow_host.contract import adoption
 from mlflow_host.contract.adoption import AdoptionError, Request
+from mlflow_host.postgres import dump_file
+from mlflow_host.postgres.cluster import Cluster
+from mlflow_host.schema.release import ImageSchema
 from scripts.adopting import target
 
 
@@ -53,7 +59,7 @@ def machine(objects: Objects, ignored: int) -> tuple[target.Target, list[str]]:
         objects.held[adoption.key(name, "status.json")] = json.dumps(status).encode()
 
     api: Any = None
-    return target.Target(objects, {"backups": "b"}, start, api), starts
+    return target.Target(objects, {"backups": "b"}, start, api, str), starts
 
 
 @pytest.mark.parametrize("ignored", [0, 1, 3])
@@ -68,3 +74,22 @@ def test_unit_that_never_reports_is_named(waited: list[float]) -> None:
     stack, _ = machine(Objects(), 10**6)
     with pytest.raises(AdoptionError, match="mlflow-host-adopt@old"):
         stack.run("old", Request("", "load"), print)
+
+
+def test_verdict_replaces_the_report_of_the_load_on_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects, file = Objects(), "20261130T000000Z-adoption-old.json"
+    monkeypatch.setattr(dump_file, "s3_client", lambda bucket: objects)
+    bucket, unused = dump_file.Bucket("b", "eu-central-1", ""), Path()
+    settings = run.AdoptSettings(Cluster(host=""), ImageSchema(unused, "", 0, "", ""), bucket, tmp_path, None)
+    for name, content in (
+        ("request.json", adoption.dump(Request("1", "report"))),
+        ("loaded.json", json.dumps({"file": file}).encode()),
+        (f"report-{file}", b'{"kinds": []}'),
+    ):
+        objects.put_object("b", adoption.key("old", name), content)
+    (tmp_path / file).write_text("of the load")
+    run.perform(settings, "old")
+    assert (tmp_path / file).read_text() == '{"kinds": []}'
+    assert json.loads(objects.held[adoption.key("old", "status.json")])["state"] == "done"

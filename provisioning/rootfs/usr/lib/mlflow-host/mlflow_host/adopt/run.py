@@ -3,6 +3,7 @@
     prepare   load the source's rows into a database of their own, bring it to this image's schema, resolve IDs, names
               and locations; the database in service does not change
     load      dump the database in service, then merge the prepared rows into it in one transaction
+    report    keep the verdict of scripts/adopt.py among this machine's reports
 
 After a kill at any moment, the database in service is unchanged or complete. The formats are in `contract.adoption`.
 """
@@ -47,7 +48,7 @@ SPARE = 256 << 20
 
 ENCRYPTED = ("secrets", "webhooks")
 """Tables with values that only the old server's passphrase decrypts. Their rows, and rows that refer to them, are left
-out."""
+out, unless adopt.py encrypted them again."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ def perform(settings: AdoptSettings, name: str) -> None:
     request = adoption.parse_request(store.read("request.json"))
     with store.progress(request) as say:
         try:
+            if request.action == "report":
+                keep_report(settings, store)
+                return
             with release(settings.cluster, settings.image) as mlflow:
                 action = prepare if request.action == "prepare" else load
                 action(settings, name, store, request, mlflow, say)
@@ -183,7 +187,7 @@ def prepare(
         left = arriving.fill(opened, catalog, manifest)
         settling.delete_skipped(opened, settled)
         skipped = arriving.remove_orphans(opened, catalog, "left out with an experiment or model")
-        encrypted = leave_encrypted(opened, catalog)
+        encrypted = [] if request.with_secrets else leave_encrypted(opened, catalog)
         run(opened, f"DROP SCHEMA {arriving.SCHEMA} CASCADE")
         before = row_counts(opened)
     say(f"migrating them to {settings.image.head}")
@@ -330,8 +334,11 @@ def load(
     loaded = loading.load(cluster, name, settings.image, mlflow, settings.blank, say)
     with connection(cluster, cluster.database, autocommit=True) as opened:
         run(opened, "ANALYZE")
+    at = now.astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
+    file = f"{at}-adoption-{name}.json"
     report = {
         "request": request.id,
+        "file": file,
         "dump": address,
         "first": loaded.first,
         "inserted": loaded.inserted,
@@ -343,9 +350,17 @@ def load(
     }
     store.write("loaded.json", json.dumps(report).encode())
     settings.reports.mkdir(parents=True, exist_ok=True)
-    at = now.astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
-    atomic_file.write(settings.reports / f"{at}-adoption-{name}.json", json.dumps(report, indent=2) + "\n")
+    atomic_file.write(settings.reports / file, json.dumps(report, indent=2) + "\n")
     say(f"loaded: {loaded.inserted} rows inserted, {loaded.updated} updated")
+
+
+# Report
+
+
+def keep_report(settings: AdoptSettings, store: Store) -> None:
+    """The verdict contains what `load` reported, and replaces it."""
+    file = json.loads(store.read("loaded.json"))["file"]
+    atomic_file.write(settings.reports / file, store.read(f"report-{file}").decode())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ PREFIX = "adoptions/"
 FORMAT = 1
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 TABLE = re.compile(r"[a-z_][a-z0-9_]{0,62}")
-ACTIONS = ("prepare", "load")
+ACTIONS = ("prepare", "load", "report")
 ON_CLASH = ("refuse", "skip", "rename")
 
 ADOPTED_TAG = "mlflow-ami.adopted"
@@ -61,7 +61,8 @@ class Manifest:
 class Request:
     """`id` is new for each request. `dry_run`: the database in service does not change. `prefix` goes before the
     names of experiments and registered models. `leave_artifacts`: artifact locations stay as they are. `lossy`: carry
-    rows with values that do not fit, shortened or left behind."""
+    rows with values that do not fit, shortened or left behind. `with_secrets`: secrets and webhooks are encrypted with
+    this stack's passphrase."""
 
     id: str
     action: str
@@ -70,6 +71,7 @@ class Request:
     on_clash: str = "refuse"
     leave_artifacts: bool = False
     lossy: bool = False
+    with_secrets: bool = False
     format: int = FORMAT
 
 

@@ -68,6 +68,13 @@ def parse(text: str) -> Credentials:
     return Credentials(str(passphrase), tuple(read))
 
 
+def webhook_key(kek_passphrase: str) -> str:
+    """A Fernet key that is the same on every machine of the stack. Without it, each MLflow process generates its own
+    key, and another process cannot even list webhooks with a secret."""
+    derived = hmac.digest(kek_passphrase.encode(), b"mlflow-host: secrets of webhooks", "sha256")
+    return base64.urlsafe_b64encode(derived).decode()
+
+
 def _user(name: str, value: Any, default_role: str, problems: list[str]) -> User:
     shown = _shown(name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}", name):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hmac
 import os
 import uuid
 from collections.abc import Iterator, Mapping
 
+from mlflow_host.contract.credentials import webhook_key
 from mlflow_host.contract.launch import LaunchDocument
 from mlflow_host.machine.config import DATA, POSTGRESQL_SOCKETS, HostConfig, bracketed
 from mlflow_host.server import job_runner
@@ -98,13 +97,6 @@ def direct_transfers(transfer: str) -> dict[str, str]:
     repository."""
     names = ("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD")
     return dict.fromkeys(names, "true") if transfer == "direct" else {}
-
-
-def webhook_key(kek_passphrase: str) -> str:
-    """A Fernet key that is the same on every machine of the stack. Without it, each MLflow process generates its own
-    key, and another process cannot even list webhooks with a secret."""
-    derived = hmac.digest(kek_passphrase.encode(), b"mlflow-host: secrets of webhooks", "sha256")
-    return base64.urlsafe_b64encode(derived).decode()
 
 
 def artifacts_destination(artifacts: str, models: str, transfer: str) -> str:
