@@ -82,7 +82,7 @@ test-compare: prepare-test ## beside plain MLflow: 10,000 generated requests to 
 	@$(ROOT) $(PYTEST) tests/compare tests/unit/test_artifact_names.py
 test-chaos: prepare-test ## kill the database step, PostgreSQL and the machine at random moments
 	@$(ROOT) $(PYTEST) tests/chaos
-test-adopt: prepare-test ## move in from MLflow 1.30 to the newest: databases, dumps, mlruns/, servers; kills; rates
+test-adopt: prepare-test ## move in from MLflow 1.30 to the newest: databases, dumps, mlruns/, servers; kills
 	@$(ROOT) $(PYTEST) tests/adopt tests/journey/test_adopt.py
 test-restore: prepare-test ## restore on a machine: after a lost volume, to any moment, from dumps, killed half-way
 	@$(ROOT) $(PYTEST) tests/journey/test_backups.py tests/journey/test_postgresql_major.py
