@@ -486,6 +486,8 @@ def test_dear_requests_and_large_bodies_take_fewer_turns_than_others() -> None:
         scope(b"ada"),
         scope(b"ada", "/api/2.0/mlflow/runs/log-batch"),
         scope(b"ada", "/v1/traces"),
+        scope(b"ada", "/graphql"),
+        scope(b"ada", "/ajax-api/2.0/mlflow/metrics/get-history-bulk-interval"),
         scope(b"ada", "/api/3.0/mlflow/datasets/d/records", large),
         scope(b"bob", "/api/3.0/mlflow/datasets/d/records", large),
         scope(b"bob", "/api/2.0/mlflow-artifacts/mpu/create/x", large),
@@ -499,7 +501,7 @@ def test_dear_requests_and_large_bodies_take_fewer_turns_than_others() -> None:
 
     asyncio.run(play())
     assert [seen.most[one["headers"][0][1], one["path"]] for one in kinds] == [
-        request_limits.DEAR_AT_ONCE, 6, 1, 1, 1, 1, 1, 10,
+        request_limits.DEAR_AT_ONCE, 6, 1, 1, 1, 1, 1, 1, 1, 10,
     ]  # fmt: skip
 
 

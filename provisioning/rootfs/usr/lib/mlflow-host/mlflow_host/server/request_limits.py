@@ -111,6 +111,10 @@ UNSHARED = re.compile(r"artifact|^/gateway/|/mlflow/(assistant/|gateway-proxy)")
 """Requests that may wait long for S3 or a model; they have threads of their own."""
 
 
+LARGE_ANSWER = re.compile(r"/v1/traces|.*/(graphql|get-history-bulk-interval)")
+"""Requests whose objects take 200 MB. A process handles one of a user at a time."""
+
+
 class TooLong(Exception):
     """A body without a Content-Length exceeds its limit."""
 
@@ -167,7 +171,7 @@ def limited(application: Application) -> Application:
 
 def shared(application: Application, at_once: int) -> Application:
     """`application`, with at most `at_once` concurrent requests per user. At most `DEAR_AT_ONCE` of them are expensive,
-    and at most one has a large body or OpenTelemetry's spans; further ones of that user wait. The limit is lower than
+    and at most one has a large body or a large answer; further ones of that user wait. The limit is lower than
     the number of threads, so that a thread is free for other users. Large bodies of all users are read one at a
     time."""
     turns: dict[tuple[bytes, str], tuple[asyncio.Semaphore, list[object]]] = {}
@@ -196,7 +200,7 @@ def shared(application: Application, at_once: int) -> Application:
         async with contextlib.AsyncExitStack() as taken:
             if is_dear(method, path):
                 await taken.enter_async_context(turn_of(user, "dear", DEAR_AT_ONCE))
-            if is_large or path == TRACES:
+            if is_large or LARGE_ANSWER.fullmatch(path):
                 await taken.enter_async_context(turn_of(user, "large", 1))
             if not UNSHARED.search(path):
                 await taken.enter_async_context(turn_of(user, "any", at_once))
