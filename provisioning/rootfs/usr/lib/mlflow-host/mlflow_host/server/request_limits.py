@@ -198,10 +198,10 @@ def shared(application: Application, at_once: int) -> Application:
         is_large = may_be_large(scope)
         # Always in this order, so that nobody waits for a turn with one that others wait for.
         async with contextlib.AsyncExitStack() as taken:
-            if is_dear(method, path):
-                await taken.enter_async_context(turn_of(user, "dear", DEAR_AT_ONCE))
             if is_large or LARGE_ANSWER.fullmatch(path):
                 await taken.enter_async_context(turn_of(user, "large", 1))
+            if is_dear(method, path):
+                await taken.enter_async_context(turn_of(user, "dear", DEAR_AT_ONCE))
             if not UNSHARED.search(path):
                 await taken.enter_async_context(turn_of(user, "any", at_once))
             if is_large:
