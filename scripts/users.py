@@ -119,10 +119,10 @@ def run_rotate(stack: ConnectedStack, arguments: argparse.Namespace) -> None:
         return {**users, name: {**known(users, name), "password": stored(stack, users, name, password)}}
 
     change(stack, rotate)
-    if own_parameter(stack) and name == first_admin(users_of(read(stack)[0])):
-        put(stack, own_parameter(stack), password)
     say(f"the new password of {name} takes effect within a minute")
     show(password, arguments)
+    if own_parameter(stack) and name == first_admin(users_of(read(stack)[0])):
+        put(stack, own_parameter(stack), password)
 
 
 def run_role(stack: ConnectedStack, arguments: argparse.Namespace) -> None:

@@ -102,6 +102,7 @@ def test_the_result_is_that_of_mlflows_own_statements(cluster: Cluster, monkeypa
 
 A: Any = sa.column("a")
 B: Any = sa.column("b")
+C: Any = sa.column("c")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,7 @@ B: Any = sa.column("b")
         (sa.and_(A > 1, sa.or_(A == 1, B > 2)), False),
         (sa.or_(A > 1, sa.and_(A == 1, B > 2), B == 3), False),
         (sa.or_(A > 1, B > 2), False),
+        (sa.or_(A > C, sa.and_(A == C, B > 2)), False),
     ],
 )
 def test_only_pages_by_a_key_of_two_columns_are_worded_differently(condition: Any, replaced: bool) -> None:

@@ -55,7 +55,9 @@ def test_the_machine_reads_a_hash_and_may_not_read_the_password(password: str, g
         for statement in json.loads(policy.inputs["policy"])["Statement"]
         if "ssm:GetParameter" in statement["Action"]
     ]
-    assert readable and not [each for each in readable if "admin-password" in json.dumps(each) or "*" in each]
+    assert readable and not [
+        each for each in readable if "admin-password" in json.dumps(each) or "*" in json.dumps(each)
+    ]
 
 
 def test_a_given_password_is_used_and_none_is_generated(given: Run) -> None:

@@ -149,6 +149,27 @@ def header(method: str, body: bytes, answer: bytes = b"{}", path: str = "/api/2.
     return found.decode()
 
 
+@pytest.mark.parametrize(
+    ("body", "path", "found"),
+    [
+        (b' {"run_id": "REAL"}', "/api/2.0/mlflow/runs/delete", "run_id=REAL"),
+        (b'"{\\"run_id\\": \\"REAL\\"}"', "/api/2.0/mlflow/runs/delete", "run_id=REAL"),
+        (b'{"name": "prod", "x_id": "\\ud800"}', "/api/2.0/mlflow/registered-models/delete", "name=prod&x_id=%3F"),
+        (b'{"aws_access_key_id": "secret"}', "/api/2.0/mlflow-artifacts/artifacts/0/a/x.json", "run_id=FAKE"),
+        (b'{"pad": "' + bytes(20_000).replace(b"\0", b" ") + b'", "run_id": "R"}', "/api/x", "run_id=FAKE&cut=1"),
+    ],
+    ids=["a space before", "JSON in a text", "half a surrogate pair", "a file", "beyond the part that is read"],
+)
+def test_ids_are_those_that_mlflow_reads(body: bytes, path: str, found: str) -> None:
+    assert header("POST", body, path=path, query="run_id=FAKE" if "FAKE" in found or "REAL" in found else "") == found
+
+
+def test_fields_that_do_not_fit_are_said_to_be_cut() -> None:
+    fields = {f"{letter}_id": letter * 200 for letter in "abcdef"} | {"run_id": "REAL"}
+    found = header("POST", json.dumps(fields).encode())
+    assert found.endswith("&cut=1") and len(found) <= request_ids.HEADER_CHARACTERS + len("&cut=1")
+
+
 def test_header_has_ids_of_request_and_response_and_no_values() -> None:
     body = json.dumps({"run_id": "abc", "key": "password", "value": "hunter2", "user_id": "eve", "step": 3}).encode()
     assert header("POST", body) == "run_id=abc"
@@ -167,7 +188,7 @@ def test_reads_get_no_header() -> None:
     "body", [b"", b"{", b"[1]", b'{"a":' * 100_000, b"\xff\xfe", b'{"run_id": {"a": 1}}', b'{"run_id": null}']
 )
 def test_any_body_is_passed_on(body: bytes) -> None:
-    assert header("POST", body) == ""
+    assert header("POST", body) == ("cut=1" if len(body) > request_ids.REQUEST_BYTES else "")
 
 
 def test_first_ids_of_a_long_body_are_found() -> None:
@@ -178,7 +199,7 @@ def test_first_ids_of_a_long_body_are_found() -> None:
 def test_header_is_bounded_and_ascii() -> None:
     body = json.dumps({f"a{letter}_id": "é\n" * 100 for letter in "bcdefgh"}).encode()
     found = header("POST", body)
-    assert 0 < len(found) <= request_ids.HEADER_CHARACTERS and found.isascii() and found.isprintable()
+    assert 0 < len(found) <= request_ids.HEADER_CHARACTERS + len("&cut=1") and found.isascii() and found.isprintable()
 
 
 def test_every_route_that_writes_has_a_name() -> None:

@@ -152,7 +152,6 @@ def registry_of(machine: Machine) -> CollectorRegistry:
 def test_part_that_fails_leaves_the_others(machine: Machine) -> None:
     found = values(registry_of(machine))
     assert found["collector_success", "postgresql"] == 0
-    assert {name for name, *labels in found if labels and name == "collector_success"}
     assert [found["collector_success", part] for part in ("versions", "requests", "load", "space", "upkeep")] == [1] * 5
     assert found["requests_in_flight",] == 2
     assert found["requests_waiting", "1", "requests"] == 3

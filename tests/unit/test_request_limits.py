@@ -141,6 +141,30 @@ def test_a_small_request_beside_it_can_be_repeated(ended: list[int]) -> None:
     assert ended == [signal.SIGTERM] * 2
 
 
+@pytest.mark.parametrize(
+    ("error", "status"), [(MemoryError(), 400), (ValueError("of another kind"), 500), (ValueError(""), 400)]
+)
+def test_memory_error_in_a_session_of_mlflow_is_one_of_the_request(
+    error: Exception, status: int, ended: list[int]
+) -> None:
+    """MLflow's session turns every exception into an internal error with the exception's text."""
+    import flask
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import INTERNAL_ERROR
+    from mlflow.server.handlers import catch_mlflow_exception
+
+    application = flask.Flask("test")
+    request_limits.refuse_dear_requests(application)
+
+    @application.post("/api/2.0/mlflow/runs/search")
+    @catch_mlflow_exception
+    def search() -> None:
+        raise MlflowException(message=error, error_code=INTERNAL_ERROR) from error
+
+    answer = application.test_client().post("/api/2.0/mlflow/runs/search", json={})
+    assert (answer.status_code, ended) == (status, [signal.SIGTERM] if status == 400 else [])
+
+
 def test_histories_of_many_runs_are_bounded(url: str) -> None:
     def ask(runs: int, **more: int) -> requests.Response:
         query: Any = {"metric_key": "loss", "run_ids": ["0" * 32] * runs, **more}
@@ -174,7 +198,8 @@ def test_memory_error_outside_of_flask_is_answered(begun: bool, error: Exception
     if begun or str(error) == "other":
         with pytest.raises(type(error)):
             asyncio.run(served(scope, receive, send))
-        assert [message["status"] for message in sent] == [200] * begun and ended == []
+        assert [message["status"] for message in sent] == [200] * begun
+        assert ended == ([] if str(error) == "other" else [signal.SIGTERM])
     else:
         asyncio.run(served(scope, receive, send))
         assert sent[0]["status"] == 400 and ended == [signal.SIGTERM]
@@ -232,10 +257,9 @@ def test_searches_of_one_graphql_request_share_the_number_of_runs(monkeypatch: p
     from mlflow.exceptions import MlflowException
     from mlflow.protos.service_pb2 import SearchRuns
 
-    search = request_limits.bounded(lambda message: SimpleNamespace(runs=[None] * 600))
+    search = request_limits.bounded(lambda message: SimpleNamespace(runs=[None] * min(600, message.max_results)))
     monkeypatch.setattr(request_limits.THIS_THREAD, "runs", request_limits.GRAPHQL_RUNS)
-    for _ in range(2):
-        search(SearchRuns())
+    assert [len(search(SearchRuns()).runs) for _ in range(2)] == [600, 400]
     with pytest.raises(MlflowException, match="at most 1,000 runs"):
         search(SearchRuns())
     monkeypatch.setattr(request_limits.THIS_THREAD, "runs", None)

@@ -135,7 +135,7 @@ class Spool:
         """Delete the oldest complete files beyond WAITING_BYTES; returns them."""
         deleted, left = [], self.waiting()
         while sum(path.stat().st_size for path in left) > WAITING_BYTES:
-            left[0].unlink()
+            left[0].unlink(missing_ok=True)
             deleted.append(left.pop(0))
         return deleted
 

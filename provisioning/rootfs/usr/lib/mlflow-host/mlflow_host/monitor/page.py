@@ -63,7 +63,8 @@ class Page:
         room = read_json(self.run / "web/room.json")
         rows = [("used", f"{room['used_percent']:.1f} %, {room['free_mib']:,} MiB left")] if room else []
         days = days_until_full(list(minutes))
-        rows.append(("at this rate", f"full in {days:.0f} days" if days is not None else "not filling up"))
+        slow = "not filling up" if len(minutes) >= 60 else "not known yet"
+        rows.append(("at this rate", f"full in {days:.0f} days" if days is not None else slow))
         plot = chart([each.disk_percent for each in minutes], minutes, "%", most=100.0)
         return section("Data volume", plot + table(rows) + problems([room.get("problem")]))
 

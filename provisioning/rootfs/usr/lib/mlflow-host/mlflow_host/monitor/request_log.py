@@ -13,6 +13,8 @@ from urllib.parse import parse_qsl
 
 LOG = Path("/var/log/nginx/access.log")
 CHUNK_BYTES = 1 << 20
+PATH_CHARACTERS = 2000
+"""Of a longer path, only the beginning is kept: caches have paths as their keys."""
 IDLE_READS = 5
 """Reads without a new line after which a renamed file counts as complete: nginx reopens its log after the rename."""
 
@@ -62,7 +64,7 @@ def parse(line: str) -> Request | None:
         address,
         "" if user == "-" else unescaped(user),
         method,
-        unescaped(path),
+        unescaped(path)[:PATH_CHARACTERS],
         int(status),
         int(out),
         int(inward),

@@ -43,13 +43,14 @@ def main() -> int:
     scraping.serve(scraping.SOCKET, registry)
     shown = history.History.load(STATE / "history.json")
     drawn = page.Page(RUNTIME / "index.html")
-    drawn.write(shown, datetime.now(UTC))
+    minutes = Minutes(shown, drawn)
+    minutes.draw()
 
     def count(requests: Sequence[request_log.Request]) -> None:
         counted.add(requests)
         shown.add(requests)
 
-    follow(request_log.LOG, spool, routes.installed(), stopping, count, Minutes(shown, drawn).tick)
+    follow(request_log.LOG, spool, routes.installed(), stopping, count, minutes.tick)
     return 0
 
 
@@ -64,12 +65,16 @@ class Minutes:
     def tick(self) -> None:
         if (now := int(time.time() // 60)) == self.minute:
             return
+        self.draw(ended=self.minute)
+        self.minute = now
+
+    def draw(self, ended: int | None = None) -> None:
         try:
-            self.shown.end_minute(self.minute, page.used_percent(self.drawn.data))
+            if ended is not None:
+                self.shown.end_minute(ended, page.used_percent(self.drawn.data))
             self.drawn.write(self.shown, datetime.now(UTC))
         except Exception as error:  # the trail does not depend on the page
             print(f"mlflow-host: the page /mlflow-host/ is not written: {error}", file=sys.stderr, flush=True)
-        self.minute = now
 
 
 def follow(

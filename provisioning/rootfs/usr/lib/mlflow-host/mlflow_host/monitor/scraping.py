@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 SOCKET = Path("/run/mlflow-host-monitor/metrics.sock")
+OPEN = "application/openmetrics-text"
 KEEP_SECONDS = 1.0
 REQUEST_SECONDS = 5
 
@@ -38,7 +39,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def report(self, accept: str) -> tuple[bytes, str]:
         """The report and its content type."""
-        encode, content_type = choose_encoder(accept)
+        # One of two formats: the client's version would be a key of `_kept`.
+        encode, content_type = choose_encoder(f"{OPEN};version=1.0.0" if OPEN in accept else "")
         with self._lock:
             made, report = self._kept.get(content_type, (0.0, b""))
             if not report or time.monotonic() - made > KEEP_SECONDS:

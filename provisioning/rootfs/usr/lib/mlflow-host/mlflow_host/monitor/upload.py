@@ -10,6 +10,7 @@ import gzip
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ def send(spool: audit.Spool, s3: Any, bucket: str, machine: str) -> list[str]:
     sent = []
     for path in spool.waiting():
         key = audit_trail.key(path.stem, machine)
-        put(s3, bucket, key, path)
-        path.unlink()
-        sent.append(key)
+        with suppress(FileNotFoundError):  # another run has sent it
+            put(s3, bucket, key, path)
+            path.unlink()
+            sent.append(key)
     return sent
 
 

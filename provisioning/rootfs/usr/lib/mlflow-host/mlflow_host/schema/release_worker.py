@@ -86,6 +86,8 @@ def _compare_keys_as_rows(connection: Any, statement: Any, *rest: Any) -> Any:
         same, after = tie.clauses
         if not (is_(above, "gt") and is_(same, "eq") and is_(after, "gt") and above.left is same.left):
             return None
+        if not all(isinstance(each.right, elements.BindParameter) for each in (above, same)):
+            return None
         if above.right.effective_value != same.right.effective_value:
             return None
         return sqlalchemy.tuple_(above.left, after.left) > sqlalchemy.tuple_(above.right, after.right)
@@ -321,7 +323,7 @@ def _sentence(error: Exception) -> str:
 def _engine(uri: str) -> Any:
     import sqlalchemy
 
-    # Several rows of an UPDATE in each statement: migrations update rows one by one.
+    # psycopg2 sends several UPDATEs of an executemany() at once; migrations update rows one by one.
     return sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool, executemany_mode="values_plus_batch")
 
 

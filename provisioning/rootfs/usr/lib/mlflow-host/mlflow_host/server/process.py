@@ -121,6 +121,8 @@ def serve(uds: Path, *, first: bool = True) -> int:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             if first and job_runner.asked_for():
                 self.jobs = await job_runner.start(uds)
+            # Not before: the job runner and its jobs would have the same limit.
+            request_limits.bound_memory(int(os.environ.get("MLFLOW_HOST_PROCESS_MEMORY_MB", 0)))
             await super().startup(sockets=sockets)
             notify("READY=1")
 
@@ -133,7 +135,6 @@ def serve(uds: Path, *, first: bool = True) -> int:
     bounded = request_limits.inflating(apart)
     served = request_limits.limited(request_limits.shared(bounded, max(1, threads.requests - 1)))
     served = request_limits.within_memory(served)
-    request_limits.bound_memory(int(os.environ.get("MLFLOW_HOST_PROCESS_MEMORY_MB", 0)))
     served = request_ids.naming_ids(served)
     served = health.with_health(served, os.environ["MLFLOW_BACKEND_STORE_URI"])
     served = load_report.with_load(served, executors, getattr(getattr(tracking_store(), "engine", None), "pool", None))

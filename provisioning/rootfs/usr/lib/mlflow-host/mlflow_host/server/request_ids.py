@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
 from mlflow_host.server.flask_shortcut import Application, Message, Receive, Scope, Send
+from mlflow_host.server.request_limits import ABOUT_FILES, TRACES, UNSHARED
 
 IDS = b"x-mlflow-host-ids"
 ANSWER = (b"x-mlflow-host-answer", b"direct")
@@ -31,6 +33,8 @@ RESPONSE_DEPTH = 3
 NAMING = re.compile(r"(?!user_id$)([a-z]+_)*(id|ids|uuid|name|version|alias)")
 """Fields that name items. A user's name in a request is not the logged-in user's."""
 FIRST_IDS = re.compile(rb'"((?:[a-z]+_)*(?:id|uuid))"\s*:\s*"([\w-]{1,64})"')
+CUT = "cut=1"
+"""In the header if the request has fields that were not read."""
 EXPERIMENT = b"x-mlflow-experiment-id"
 """Header of OpenTelemetry's exports."""
 
@@ -60,7 +64,11 @@ def naming_ids(application: Application) -> Application:
             if started:
                 start = started.pop()
                 whole = message.get("body", b"") if not message.get("more_body") else b""
-                ids = (IDS, header(scope, body, whole).encode())
+                try:
+                    ids = (IDS, header(scope, body, whole).encode())
+                except Exception as error:  # no request fails because of the trail
+                    print(f"mlflow-host: {scope['path']} has no IDs in the trail: {error!r}", file=sys.stderr)
+                    ids = (IDS, CUT.encode())
                 await send({**start, "headers": [*start.get("headers", ()), ids]})
             await send(message)
 
@@ -76,23 +84,32 @@ def header(scope: Scope, request: bytes, response: bytes) -> str:
         for name in fields:
             if names_item(name) and name not in found and (text := written(fields[name])):
                 found[name] = text
-    header = "&".join([f"{name}={value}" for name, value in found.items()])
+    whole = scope[PARSED] or len(request) <= REQUEST_BYTES or not has_fields(scope["path"])
+    header = "&".join([f"{name}={value}" for name, value in found.items()] + [CUT] * (not whole))
     while len(header) > HEADER_CHARACTERS:
-        header = header.rpartition("&")[0]
+        header = f"{header.removesuffix('&' + CUT).rpartition('&')[0]}&{CUT}"
     return header
+
+
+@lru_cache(maxsize=1024)
+def has_fields(path: str) -> bool:
+    """Whether the body consists of the request's fields: not of a file, of spans, or of a question to a model."""
+    return path != TRACES and not (UNSHARED.search(path) and not ABOUT_FILES.search(path))
 
 
 def named_fields(scope: Scope, request: bytes, response: bytes) -> list[Mapping[str, Any]]:
     """The fields of a request and of its response, each as an object without others inside."""
     if scope[PARSED]:
         found = [scope[PARSED][0]]
+    elif not has_fields(scope["path"]):
+        found = []
     elif len(request) > REQUEST_BYTES:
         found = [{name.decode(): value.decode() for name, value in FIRST_IDS.findall(request[:SEARCHED_BYTES])}]
     else:
         found = [parsed(request)]
     if scope["query_string"]:
         found.append(dict(parse_qsl(scope["query_string"].decode("latin-1"))))
-    if scope["path"] == "/v1/traces":
+    if scope["path"] == TRACES:
         found.append({"experiment_id": dict(scope["headers"]).get(EXPERIMENT, b"").decode("latin-1")})
     if len(b"{}") < len(response) <= RESPONSE_BYTES:
         found += objects_in(parsed(response), RESPONSE_DEPTH)
@@ -112,16 +129,16 @@ def written(value: Any) -> str:
         text = value[:ID_CHARACTERS]
         if text.isalnum() and text.isascii():
             return text
-        return re.sub("%.?$", "", quote(text, safe="")[:ID_CHARACTERS])  # a character may take twelve
+        return re.sub("%.?$", "", quote(text, safe="", errors="replace")[:ID_CHARACTERS])  # a character may take twelve
     return str(value) if type(value) is int else ""
 
 
 def parsed(body: bytes) -> Mapping[str, Any]:
     """The JSON object in a body; an empty one if it contains anything else."""
-    if body[:1] != b"{":
-        return {}
     try:
         found = json.loads(body)
+        if isinstance(found, str):  # MLflow reads JSON in a text, too
+            found = json.loads(found)
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -196,7 +196,7 @@ def shared(application: Application, at_once: int) -> Application:
             return
         method, path = scope["method"], scope["path"]
         is_large = may_be_large(scope)
-        # Always in this order, so that nobody waits for a turn with one that others wait for.
+        # Always in this order, so that no two requests wait for each other.
         async with contextlib.AsyncExitStack() as taken:
             if is_large or LARGE_ANSWER.fullmatch(path):
                 await taken.enter_async_context(turn_of(user, "large", 1))
@@ -214,7 +214,8 @@ def shared(application: Application, at_once: int) -> Application:
 def bound_memory(mebibytes: int) -> None:
     """Limit this process's data; 0: no limit. Beyond it, Python raises MemoryError in the thread that needs more."""
     if mebibytes:
-        resource.setrlimit(resource.RLIMIT_DATA, (mebibytes * MEBIBYTE,) * 2)
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (mebibytes * MEBIBYTE, hard))
 
 
 def out_of_memory(method: str, path: str, length: int | None) -> tuple[int, str, str]:
@@ -251,9 +252,11 @@ def within_memory(application: Application) -> Application:
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "can't start new thread" not in str(error):
                 raise
-            if begun or scope["type"] != "http":
+            if scope["type"] != "http":
                 raise
             status, code, sentence = out_of_memory(scope["method"], scope["path"], content_length(scope))
+            if begun:
+                raise
             await answer(send, status, {"error_code": code, "message": sentence})
 
     return checked
@@ -502,6 +505,13 @@ def fields_of(request: Any, body: Any) -> list[tuple[str, Any]]:
     return [(re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name), value) for name, value in body.items()]
 
 
+def is_memory_error(response: Any) -> bool:
+    """Whether an answer of MLflow is that of a MemoryError in a session of its store: an internal error whose text is
+    that of the MemoryError, which is empty."""
+    found = response.get_json(silent=True)
+    return isinstance(found, dict) and found.get("error_code") == "INTERNAL_ERROR" and found.get("message") == ""
+
+
 def bounded(search: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """MLflow's `search` by a protobuf message, with a check that raises MlflowException (400) for one beyond the
     limits. GraphQL searches without the JSON that Flask's hook checks, several times in one request."""
@@ -519,6 +529,8 @@ def bounded(search: Callable[[Any], Any]) -> Callable[[Any], Any]:
             raise MlflowException.invalid_parameter_value(
                 f"a GraphQL request returns at most {GRAPHQL_RUNS:,} runs: ask for fewer at once"
             )
+        if left is not None:
+            message.max_results = min(message.max_results, left)
         found = search(message)
         if left is not None:
             THIS_THREAD.runs = left - len(found.runs)
@@ -545,6 +557,8 @@ def refuse_dear_requests(flask_application: Any) -> None:
 
     @flask_application.after_request  # type: ignore[untyped-decorator]
     def explain(response: Any) -> Any:
+        if response.status_code == 500 and is_memory_error(response):
+            return say_what_was_too_large()
         if response.status_code != 500 or not with_json():
             return response
         body = flask.request.get_json(force=True, silent=True)
@@ -573,7 +587,7 @@ def refuse_dear_requests(flask_application: Any) -> None:
         return None
 
     @flask_application.errorhandler(MemoryError)  # type: ignore[untyped-decorator]
-    def say_what_was_too_large(_: MemoryError) -> Any:
+    def say_what_was_too_large(_: MemoryError | None = None) -> Any:
         request = flask.request
         status, code, sentence = out_of_memory(request.method, request.path, request.content_length)
         return answered(sentence, status, code)
