@@ -193,7 +193,7 @@ def test_any_body_is_passed_on(body: bytes) -> None:
 
 def test_first_ids_of_a_long_body_are_found() -> None:
     body = json.dumps({"run_id": "abc", "metrics": [{"key": "x" * 100, "value": 1}] * 1000}).encode()
-    assert header("POST", body) == "run_id=abc"
+    assert header("POST", body) == "run_id=abc&cut=1"
 
 
 def test_header_is_bounded_and_ascii() -> None:

@@ -159,7 +159,7 @@ def test_memory_error_in_a_session_of_mlflow_is_one_of_the_request(
     @application.post("/api/2.0/mlflow/runs/search")
     @catch_mlflow_exception
     def search() -> None:
-        raise MlflowException(message=error, error_code=INTERNAL_ERROR) from error
+        raise MlflowException(str(error), error_code=INTERNAL_ERROR) from error
 
     answer = application.test_client().post("/api/2.0/mlflow/runs/search", json={})
     assert (answer.status_code, ended) == (status, [signal.SIGTERM] if status == 400 else [])
