@@ -157,7 +157,7 @@ def test_memory_error_in_a_session_of_mlflow_is_one_of_the_request(
     request_limits.refuse_dear_requests(application)
 
     @application.post("/api/2.0/mlflow/runs/search")
-    @catch_mlflow_exception
+    @catch_mlflow_exception  # type: ignore[untyped-decorator]
     def search() -> None:
         raise MlflowException(str(error), error_code=INTERNAL_ERROR) from error
 
