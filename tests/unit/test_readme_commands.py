@@ -61,6 +61,8 @@ NOT_RUN = {
     "scripts/adopt.py ~/mlflow/mlflow.db --dry-run": "needs a source; tests/journey/test_adopt.py runs the script",
     "scripts/adopt.py ~/mlflow/mlflow.db": "as well",
     "scripts/adopt.py postgresql://mlflow@10.0.0.5/mlflow": "needs a source; tests/adopt runs the script",
+    "scripts/adopt.py mysql://mlflow@10.0.0.5/mlflow": "as well",
+    "scripts/adopt.py https://mlflow.example.com": "as well",
     "scripts/images.py diff production ami-0fedcba9876543210": "tests/image/test_images_script.py runs the script",
     "scripts/images.py promote ami-0fedcba9876543210 production --drill drill.json": "as well",
     "sudo scripts/drill.py 3.12.0 3.17.2 --json > drill.json": "takes many minutes",

@@ -19,7 +19,6 @@ from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from typing import Any
-from unittest import mock
 
 MODELS = (
     "mlflow.store.tracking.dbmodels.models",
@@ -50,7 +49,7 @@ def create(uri: str, revision: str) -> None:
 
 
 def upgrade(uri: str, revision: str) -> None:
-    from alembic import command
+    from alembic.runtime.environment import EnvironmentContext
     from alembic.script import ScriptDirectory
 
     utils: Any = import_module("mlflow.store.db.utils")
@@ -59,9 +58,14 @@ def upgrade(uri: str, revision: str) -> None:
     config = utils._get_alembic_config(uri)
     script = ScriptDirectory.from_config(config)
     _delete_at_once(script)
-    with engine.begin() as connection, mock.patch.object(ScriptDirectory, "from_config", return_value=script):
+
+    def steps(current: Any, _: Any) -> Any:
+        return script._upgrade_revs(revision, current)
+
+    # alembic's command.upgrade, with the prepared scripts.
+    with engine.begin() as connection, EnvironmentContext(config, script, fn=steps, destination_rev=revision):
         config.attributes["connection"] = connection
-        command.upgrade(config, revision)
+        script.run_env()
     engine.dispose()
 
 
