@@ -142,27 +142,40 @@ def test_a_small_request_beside_it_can_be_repeated(ended: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(MemoryError(), 400), (ValueError("of another kind"), 500), (ValueError(""), 400)]
+    ("error", "status"), [(MemoryError(), 400), (ValueError("of another kind"), 500), (AssertionError(), 500)]
 )
 def test_memory_error_in_a_session_of_mlflow_is_one_of_the_request(
-    error: Exception, status: int, ended: list[int]
+    error: Exception, status: int, ended: list[int], tmp_path: Path
 ) -> None:
-    """MLflow's session turns every exception into an internal error with the exception's text."""
+    """MLflow's session turns every exception into an internal error."""
     import flask
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import INTERNAL_ERROR
+    import sqlalchemy
     from mlflow.server.handlers import catch_mlflow_exception
+    from mlflow.store.db.utils import _get_managed_session_maker
 
-    application = flask.Flask("test")
+    engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path}/empty.db")
+    session_maker = _get_managed_session_maker(sqlalchemy.orm.sessionmaker(engine), "sqlite")
+    application: Any = flask.Flask("test")
     request_limits.refuse_dear_requests(application)
+    raised: list[Exception] = [error]
 
-    @application.post("/api/2.0/mlflow/runs/search")
+    @application.post("/api/2.0/mlflow/runs/search")  # type: ignore[untyped-decorator]
     @catch_mlflow_exception  # type: ignore[untyped-decorator]
-    def search() -> None:
-        raise MlflowException(str(error), error_code=INTERNAL_ERROR) from error
+    def search() -> str:
+        with session_maker() as session:
+            session.execute(sqlalchemy.text("select 1"))
+            if raised:
+                raise raised.pop()
+        return "found"
 
-    answer = application.test_client().post("/api/2.0/mlflow/runs/search", json={})
-    assert (answer.status_code, ended) == (status, [signal.SIGTERM] if status == 400 else [])
+    db_connections.notice_memory_errors()
+    try:
+        client = application.test_client()
+        answer = client.post("/api/2.0/mlflow/runs/search", json={})
+        assert (answer.status_code, ended) == (status, [signal.SIGTERM] if status == 400 else [])
+        assert client.post("/api/2.0/mlflow/runs/search", json={}).text == "found"
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.orm.Session, "after_soft_rollback", request_limits.note_memory_error)
 
 
 def test_histories_of_many_runs_are_bounded(url: str) -> None:

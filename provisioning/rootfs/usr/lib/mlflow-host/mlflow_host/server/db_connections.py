@@ -4,6 +4,7 @@ point `sqlalchemy.plugins` and is loaded by `…?plugin=mlflow-host` in a databa
 - MLflow checks a connection by a query before each transaction (pre_ping). On a Unix socket the plug-in polls the
   socket instead, which shows a closed connection without a round trip.
 - A session expires all its objects after each transaction. The plug-in skips that after read-only transactions.
+- MLflow's session turns a MemoryError into an error like any other; `request_limits` is told of it.
 - Text that PostgreSQL cannot store is refused with 400 (`refusals`), and so is a request whose queries take too long
   (`request_limits`).
 """
@@ -18,7 +19,7 @@ from sqlalchemy.engine import URL, Connection, CreateEnginePlugin, Engine
 from sqlalchemy.orm import Session
 
 from mlflow_host.server.refusals import refuse_text
-from mlflow_host.server.request_limits import check_time
+from mlflow_host.server.request_limits import check_time, note_memory_error
 
 PLUGIN = "mlflow-host"
 
@@ -62,6 +63,11 @@ def keep_what_was_read() -> None:
     """Make sessions on this plug-in's engines expire their objects only after transactions that wrote."""
     event.listen(Session, "after_begin", note_connection)
     event.listen(Session, "before_commit", expire_after_writes)
+
+
+def notice_memory_errors() -> None:
+    """Let `request_limits` know of each MemoryError in a session of MLflow's store."""
+    event.listen(Session, "after_soft_rollback", note_memory_error)
 
 
 def note_connection(session: Session, _: object, connection: Connection) -> None:

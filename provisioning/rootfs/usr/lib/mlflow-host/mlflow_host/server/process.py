@@ -92,6 +92,7 @@ def serve(uds: Path, *, first: bool = True) -> int:
     mlflow_patches.block_import_of_auth()
     mlflow_patches.apply(mlflow_patches.BEFORE_IMPORT)
     db_connections.keep_what_was_read()
+    db_connections.notice_memory_errors()
     application, flask = load(APPLICATION), load(FLASK_APPLICATION)
     mlflow_patches.apply(mlflow_patches.AFTER_IMPORT)
     if job_runner.asked_for() and not optional(BACKGROUND_JOBS, job_runner.launcher, None):

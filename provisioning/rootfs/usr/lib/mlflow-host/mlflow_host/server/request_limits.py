@@ -225,7 +225,7 @@ def out_of_memory(method: str, path: str, length: int | None) -> tuple[int, str,
     Ends the process after the requests under way: systemd starts it again, and the other processes answer meanwhile.
     Python returns little of its memory to the kernel, so the next requests would fail, too.
     """
-    print(f"mlflow-host: {method} {path} exceeded the memory of this process, which starts again", file=sys.stderr)
+    print(f"mlflow-host: {method} {path!r} exceeded the memory of this process, which starts again", file=sys.stderr)
     os.kill(os.getpid(), signal.SIGTERM)
     if is_dear(method, path) or (length or 0) > LARGE_BYTES:
         return (
@@ -386,6 +386,8 @@ class BudgetOfThread(threading.local):
     """The deadline for its queries."""
     runs: int | None = None
     """Runs in its answer."""
+    exceeded_memory: bool = False
+    """Whether a session of MLflow's store ended with a MemoryError, for which MLflow returns 500."""
 
 
 THIS_THREAD = BudgetOfThread()
@@ -402,11 +404,18 @@ def check_time(*_: object) -> None:
         )
 
 
+def note_memory_error(*_: object) -> None:
+    """SQLAlchemy's hook after a rollback, which MLflow's session does while it handles an exception."""
+    if isinstance(sys.exc_info()[1], MemoryError):
+        THIS_THREAD.exceeded_memory = True
+
+
 async def refuse(send: Send, status: int, sentence: str) -> None:
     await answer(send, status, {"error_code": "INVALID_PARAMETER_VALUE", "message": sentence})
 
 
-async def answer(send: Send, status: int, content: dict[str, str]) -> None:
+async def answer(send: Send, status: int, content: dict[str, Any]) -> None:
+    """Send JSON."""
     body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -505,13 +514,6 @@ def fields_of(request: Any, body: Any) -> list[tuple[str, Any]]:
     return [(re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name), value) for name, value in body.items()]
 
 
-def is_memory_error(response: Any) -> bool:
-    """Whether an answer of MLflow is that of a MemoryError in a session of its store: an internal error whose text is
-    that of the MemoryError, which is empty."""
-    found = response.get_json(silent=True)
-    return isinstance(found, dict) and found.get("error_code") == "INTERNAL_ERROR" and found.get("message") == ""
-
-
 def bounded(search: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """MLflow's `search` by a protobuf message, with a check that raises MlflowException (400) for one beyond the
     limits. GraphQL searches without the JSON that Flask's hook checks, several times in one request."""
@@ -557,7 +559,7 @@ def refuse_dear_requests(flask_application: Any) -> None:
 
     @flask_application.after_request  # type: ignore[untyped-decorator]
     def explain(response: Any) -> Any:
-        if response.status_code == 500 and is_memory_error(response):
+        if response.status_code == 500 and THIS_THREAD.exceeded_memory:
             return say_what_was_too_large()
         if response.status_code != 500 or not with_json():
             return response
@@ -574,6 +576,7 @@ def refuse_dear_requests(flask_application: Any) -> None:
         try:
             THIS_THREAD.until = time.monotonic() + DEAR_SECONDS if is_dear(request.method, request.path) else None
             THIS_THREAD.runs = GRAPHQL_RUNS if request.path.endswith("/graphql") else None
+            THIS_THREAD.exceeded_memory = False
             body = request.get_json(force=True, silent=True) if with_json() else None
             fields = fields_of(request, body)
         except RecursionError:
