@@ -132,6 +132,29 @@ def from_sqlite(path: Path, folder: Path | None = None) -> Iterator[Snapshot]:
             copy.close()
 
 
+def _query_of(opened: Any) -> Callable[[str], list[tuple[Any, ...]]]:
+    """A function that returns the rows of a query, for a connection of PostgreSQL or MySQL."""
+
+    def query(text: str) -> list[tuple[Any, ...]]:
+        with opened.cursor() as cursor:
+            cursor.execute(text)
+            return list(cursor.fetchall())
+
+    return query
+
+
+def _columns_of(schema: str, query: Callable[[str], list[tuple[Any, ...]]]) -> dict[str, list[str]]:
+    """The columns of each table. `schema`: the SQL function that names the current one."""
+    columns: dict[str, list[str]] = {}
+    for table, column in query(
+        "SELECT c.table_name, c.column_name FROM information_schema.columns c JOIN information_schema.tables t "
+        f"USING (table_schema, table_name) WHERE table_schema = {schema} AND t.table_type = 'BASE TABLE' "
+        "ORDER BY c.table_name, c.ordinal_position"
+    ):
+        columns.setdefault(str(table), []).append(str(column))
+    return columns
+
+
 def _head_of(columns: dict[str, list[str]], query: Callable[[str], Any]) -> str:
     if ALEMBIC not in columns:
         return ""
@@ -184,19 +207,8 @@ def from_postgresql(url: str) -> Iterator[Snapshot]:
         raise AdoptionError(f"the source cannot be reached: {' '.join(str(error).split())}") from None
     try:
         opened.set_session(isolation_level="REPEATABLE READ", readonly=True)
-
-        def query(text: str) -> list[tuple[Any, ...]]:
-            with opened.cursor() as cursor:
-                cursor.execute(text)
-                return list(cursor.fetchall())
-
-        columns: dict[str, list[str]] = {}
-        for table, column in query(
-            "SELECT c.table_name, c.column_name FROM information_schema.columns c JOIN information_schema.tables t "
-            "USING (table_schema, table_name) WHERE table_schema = current_schema() AND t.table_type = 'BASE TABLE' "
-            "ORDER BY c.table_name, c.ordinal_position"
-        ):
-            columns.setdefault(str(table), []).append(str(column))
+        query = _query_of(opened)
+        columns = _columns_of("current_schema()", query)
 
         def write_rows(table: str, sink: IO[bytes]) -> dict[str, int]:
             listed = ", ".join(f'"{column}"' for column in columns[table])
@@ -243,22 +255,11 @@ def from_mysql(url: str) -> Iterator[Snapshot]:
     except (pymysql.Error, OSError, RuntimeError) as error:
         raise AdoptionError(f"the source cannot be reached: {_reason(error)}") from None
     try:
-
-        def query(text: str) -> list[tuple[Any, ...]]:
-            with opened.cursor() as cursor:
-                cursor.execute(text)
-                return list(cursor.fetchall())
-
+        query = _query_of(opened)
         query("SET SESSION net_write_timeout = 3600")
         query("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         query("START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY")
-        columns: dict[str, list[str]] = {}
-        for table, column in query(
-            "SELECT c.table_name, c.column_name FROM information_schema.columns c JOIN information_schema.tables t "
-            "USING (table_schema, table_name) WHERE table_schema = database() AND t.table_type = 'BASE TABLE' "
-            "ORDER BY c.table_name, c.ordinal_position"
-        ):
-            columns.setdefault(str(table), []).append(str(column))
+        columns = _columns_of("database()", query)
 
         def write_rows(table: str, sink: IO[bytes]) -> dict[str, int]:
             listed = ", ".join(f"`{column}`" for column in columns[table])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.services import PostgreSQL, create_schema, postgresql
+from tests.support.services import ObjectStore, PostgreSQL, create_schema, object_store, postgresql
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -23,4 +23,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
     with postgresql(tmp_path_factory.mktemp("cluster") / "postgresql") as running:
         running.execute("create database mlflow")
         create_schema(running.uri())
+        yield running
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """An object store with the buckets `artifacts` and `models`."""
+    with object_store(tmp_path_factory.mktemp("object-store")) as running:
+        for bucket in ("artifacts", "models"):
+            running.client().create_bucket(Bucket=bucket)
         yield running

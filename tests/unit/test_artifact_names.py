@@ -41,7 +41,6 @@ from tests.support.services import (
     HOST_PACKAGE,
     ObjectStore,
     create_schema,
-    object_store,
     on_loopback,
     process,
     server_processes,
@@ -65,14 +64,6 @@ def no_patience() -> Iterator[None]:
         patch.setenv("MLFLOW_MULTIPART_UPLOAD_CHUNK_SIZE", str(5 * 2**20))
         patch.setenv("MLFLOW_MULTIPART_DOWNLOAD_CHUNK_SIZE", str(5 * 2**20))
         yield
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    with object_store(tmp_path_factory.mktemp("object-store")) as running:
-        for bucket in ("artifacts", "models"):
-            running.client().create_bucket(Bucket=bucket)
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 from mlflow_host.bake import reader_routes
 from mlflow_host.monitor import audit, run
 from mlflow_host.monitor.routes import Routes
-from tests.support.services import ObjectStore, PostgreSQL, object_store, server_processes
+from tests.support.services import ObjectStore, PostgreSQL, server_processes
 from tests.unit.test_site import HOST, Site, running_site, stop
 
 pytestmark = [
@@ -26,14 +26,6 @@ pytestmark = [
 ]
 
 API = "/api/2.0/mlflow"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    with object_store(tmp_path_factory.mktemp("object-store")) as running:
-        for bucket in ("artifacts", "models"):
-            running.client().create_bucket(Bucket=bucket)
-        yield running
 
 
 @pytest.fixture

@@ -28,7 +28,6 @@ from tests.support.services import (
     HOST_PACKAGE,
     ObjectStore,
     family,
-    object_store,
     on_loopback,
     process,
     server_processes,
@@ -292,14 +291,6 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("database")
     create_schema(f"sqlite:///{folder}/mlflow.db")
     return folder / "mlflow.db"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    with object_store(tmp_path_factory.mktemp("object-store")) as running:
-        for bucket in ("artifacts", "models"):
-            running.client().create_bucket(Bucket=bucket)
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -40,28 +40,29 @@ class Lines:
     """Makes the lines of requests; counts refusals."""
 
     routes: Routes
-    _refused: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By address and minute."""
+    _minute: str = ""
+    _refused: Counter[str] = field(default_factory=Counter)
+    """Refusals in that minute, by address."""
 
     def of(self, requests: Iterable[Request]) -> Iterator[dict[str, Any]]:
         for request in requests:
             if not request.writes:
                 continue
             if not request.accepted:
-                minute = request.time[:16]
-                if any(each != minute for _, each in self._refused):
+                if request.time[:16] != self._minute:
                     yield from self.rest()
-                self._refused[request.address, minute] += 1
-                if self._refused[request.address, minute] > REFUSALS:
+                    self._minute = request.time[:16]
+                self._refused[request.address] += 1
+                if self._refused[request.address] > REFUSALS:
                     continue
             yield self.line(request)
 
     def rest(self) -> Iterator[dict[str, Any]]:
         """A line for each address whose refusals were not all written."""
-        for (address, minute), count in self._refused.items():
+        for address, count in self._refused.items():
             if count > REFUSALS:
                 yield {
-                    "time": utc(f"{minute}:59+00:00"),
+                    "time": utc(f"{self._minute}:59+00:00"),
                     "address": address,
                     "login": "refused",
                     "more_refusals": count - REFUSALS,

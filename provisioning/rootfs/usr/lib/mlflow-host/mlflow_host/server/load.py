@@ -3,12 +3,12 @@ use. It is read outside the request threads and costs a request nothing."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mlflow_host.server.flask_shortcut import Application, Receive, Scope, Send
+from mlflow_host.server.request_limits import answer
 
 PATH = "/mlflow-host-load"
 """nginx forwards it for the monitor only, not for clients."""
@@ -21,15 +21,11 @@ def with_load(application: Application, threads: Mapping[str, ThreadPoolExecutor
         if scope["type"] != "http" or scope["path"] != PATH:
             await application(scope, receive, send)
             return
-        body = json.dumps(
-            {
-                "waiting": {kind: executor._work_queue.qsize() for kind, executor in threads.items()},
-                "threads": {kind: executor._max_workers for kind, executor in threads.items()},
-                "connections": pool.checkedout() if pool is not None else None,
-            }
-        ).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        report = {
+            "waiting": {kind: executor._work_queue.qsize() for kind, executor in threads.items()},
+            "threads": {kind: executor._max_workers for kind, executor in threads.items()},
+            "connections": pool.checkedout() if pool is not None else None,
+        }
+        await answer(send, 200, report)
 
     return answered

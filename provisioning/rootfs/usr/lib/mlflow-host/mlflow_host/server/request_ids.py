@@ -67,7 +67,7 @@ def naming_ids(application: Application) -> Application:
                 try:
                     ids = (IDS, header(scope, body, whole).encode())
                 except Exception as error:  # no request fails because of the trail
-                    print(f"mlflow-host: {scope['path']} has no IDs in the trail: {error!r}", file=sys.stderr)
+                    print(f"mlflow-host: {scope['path']!r} has no IDs in the trail: {error!r}", file=sys.stderr)
                     ids = (IDS, CUT.encode())
                 await send({**start, "headers": [*start.get("headers", ()), ids]})
             await send(message)
