@@ -13,8 +13,7 @@ from mlflow import MlflowClient
 from scripts.local_cloud import LocalCloud
 from tests.support.servers import Server, on_machine, script
 
-# Not in `make test`: on a machine of the local cloud the lines reach the journal, but not yet the bucket.
-pytestmark = [pytest.mark.machine, pytest.mark.slow]
+pytestmark = pytest.mark.machine
 
 
 def lines_since(began: datetime, *arguments: str) -> list[dict[str, Any]]:
