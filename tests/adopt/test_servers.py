@@ -18,7 +18,7 @@ from scripts.drilling.worker_client import WorkerClient
 from tests.adopt.conftest import Stack
 from tests.adopt.test_adopt import NEWEST, Reported, counted, fill, reported, without_places  # noqa: F401
 from tests.adopt.test_releases import OLD, client_of
-from tests.support.services import process, wait_until
+from tests.support.services import free_port, process, wait_until
 
 pytestmark = pytest.mark.service
 
@@ -26,8 +26,7 @@ pytestmark = pytest.mark.service
 @contextmanager
 def tracking_server(python: Path, folder: Path, uri: str, login: str = "", place: str = "") -> Iterator[str]:
     """The URL of a server of that interpreter's release."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     log = folder / "old-server.log"
     command = [
         str(python),

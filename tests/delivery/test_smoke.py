@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from scripts.delivering import smoke_test
 from scripts.delivering.commands import StepFailed
 from tests.delivery.workflows import Runner, runner
 from tests.support.moto_cloud import moto_cloud
+from tests.support.services import free_port
 
 pytestmark = pytest.mark.service
 PARAMETER = "/mlflow-ami/prod/credentials"
@@ -29,9 +29,7 @@ PARAMETER = "/mlflow-ami/prod/credentials"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An MLflow server without a login, on SQLite."""
     folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     stores = [f"--backend-store-uri=sqlite:///{folder}/mlflow.db", f"--artifacts-destination={folder}/artifacts"]
     with (folder / "log").open("w") as log:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ from typing import Any
 
 HOST_PACKAGE = Path(__file__).parents[2] / "provisioning/rootfs/usr/lib/mlflow-host"
 START_SECONDS = 240
+GIVEN_PORTS: set[int] = set()
 
 
 @dataclass(frozen=True)
@@ -278,10 +280,15 @@ def family(pid: int) -> list[int]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port below those that the kernel gives to connections (from 32768), or one of them could take it before the
+    server does; none twice."""
+    while True:
+        port = random.randrange(23_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            if port not in GIVEN_PORTS:
+                probe.bind(("127.0.0.1", port))
+                GIVEN_PORTS.add(port)
+                return port
 
 
 def program(name: str) -> str:

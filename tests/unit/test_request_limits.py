@@ -174,6 +174,7 @@ def test_memory_error_in_a_session_of_mlflow_is_one_of_the_request(
         answer = client.post("/api/2.0/mlflow/runs/search", json={})
         assert (answer.status_code, ended) == (status, [signal.SIGTERM] if status == 400 else [])
         assert client.post("/api/2.0/mlflow/runs/search", json={}).text == "found"
+        assert request_limits.THIS_THREAD.until is None, "the thread's next request may have no budget"
     finally:
         sqlalchemy.event.remove(sqlalchemy.orm.Session, "after_soft_rollback", request_limits.note_memory_error)
 

@@ -82,7 +82,8 @@ SAMPLED = re.compile(r".*/metrics/get-history-bulk-interval")
 
 CONDITIONS, ORDERS = 30, 10
 """Maximum number of comparisons in a search's filter, and of columns to order by. Each adds a join. With
-join_collapse_limit = 4, PostgreSQL's planner takes 10 MB for 10 of them, and 100 MB for 40."""
+join_collapse_limit = 4, PostgreSQL's planner takes 8 MB for 10 conditions and 100 MB for 30
+(tests/bench/planner_memory.py)."""
 
 GRAPHQL_RUNS = 1000
 """Maximum number of runs in the answer to a GraphQL request, which is MLflow's default. The objects for 10,000 runs
@@ -576,7 +577,6 @@ def refuse_dear_requests(flask_application: Any) -> None:
         try:
             THIS_THREAD.until = time.monotonic() + DEAR_SECONDS if is_dear(request.method, request.path) else None
             THIS_THREAD.runs = GRAPHQL_RUNS if request.path.endswith("/graphql") else None
-            THIS_THREAD.exceeded_memory = False
             body = request.get_json(force=True, silent=True) if with_json() else None
             fields = fields_of(request, body)
         except RecursionError:
@@ -588,6 +588,11 @@ def refuse_dear_requests(flask_application: Any) -> None:
         if body is None and request.path.endswith("/runs/log-batch") and with_json():
             return answered("the body of the request is not JSON")
         return None
+
+    @flask_application.teardown_request  # type: ignore[untyped-decorator]
+    def forget(_: BaseException | None) -> None:
+        """The thread's next request may be one of MLflow's FastAPI routes, which has no budget."""
+        THIS_THREAD.__dict__.clear()
 
     @flask_application.errorhandler(MemoryError)  # type: ignore[untyped-decorator]
     def say_what_was_too_large(_: MemoryError | None = None) -> Any:
