@@ -63,10 +63,15 @@ class Wanted:
         return (
             self.since <= datetime.fromisoformat(line["time"]) <= self.until
             and self.user in (None, line.get("user"))
-            and (self.item is None or any(self.item in value.split(",") for value in line.get("ids", {}).values()))
+            and (self.item is None or any(names(value, self.item) for value in line.get("ids", {}).values()))
             and (self.route is None or self.route in (line.get("route") or line.get("path") or ""))
             and (not self.refused or line["login"] == "refused" or line["status"] >= 400)
         )
+
+
+def names(value: str, item: str) -> bool:
+    """Whether one of a line's IDs, a list with commas or a file's path is or contains the item."""
+    return item == value or item in re.split("[,/]", value)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +107,8 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--until", type=moment, default=moment("0m"), metavar="TIME", help="as --since; default: now")
     parser.add_argument("--user", help="only this user's")
     parser.add_argument(
-        "--id", help="only those that name this ID or name: a run, an experiment, a model, a file's path"
+        "--id",
+        help="only those that name this ID or name: a run (its files included), an experiment, a model, a file's path",
     )
     parser.add_argument("--route", help="only routes that contain this text, such as registered-models")
     parser.add_argument("--refused", action="store_true", help="only refused logins, and statuses of 400 or above")

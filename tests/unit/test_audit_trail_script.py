@@ -36,6 +36,7 @@ LINES = [
     [line(-30 * 60), line(-29 * 60, user="bob")],
     [line(0), line(5, ids={"experiment_id": "7", "trace_ids": "t1,t2"}, route="/api/2.0/mlflow/experiments/delete")],
     [line(10, user="eve", role=None, login="refused", status=401), line(11, status=403, user="rita", role="reader")],
+    [line(11, ids={"artifact_path": "7/ab12/artifacts/notes/hello.txt"})],
     [line(12, login="refused", more_refusals=9, address="203.0.113.9")],
 ]
 
@@ -72,10 +73,11 @@ ALL = ("--since", "2026-11-28", "--until", "2026-11-30")
     ("arguments", "wanted"),
     [
         (ALL, [each for lines in LINES for each in lines]),
+        ((*ALL, "--id", "ab12"), LINES[3]),
         (("--since", "2026-11-29T12:00", "--until", "2026-11-29T14:05:00+02:00"), LINES[1]),
         (("--since", "2026-11-29T12:05:00Z", "--until", "2026-11-29T12:10"), [LINES[1][1], LINES[2][0]]),
         ((*ALL, "--user", "bob"), [LINES[0][1]]),
-        ((*ALL, "--refused"), [*LINES[2], *LINES[3]]),
+        ((*ALL, "--refused"), [*LINES[2], *LINES[4]]),
         ((*ALL, "--id", "t2"), [LINES[1][1]]),
         ((*ALL, "--route", "experiments"), [LINES[1][1]]),
         ((*ALL, "--id", "nothing"), []),
@@ -98,7 +100,7 @@ def test_text_is_for_people_and_cannot_change_the_terminal(bucket: str, capsys: 
     out, err = capsys.readouterr()
     assert "2026-11-29T12:10:00Z  eve (login refused)  203.0.113.7  POST /api/2.0/mlflow/runs/log-metric  401" in out
     assert "rita (reader)" in out and "203.0.113.9  9 more refusals in this minute" in out
-    assert err == "audit_trail: 7 lines in 4 objects of backups\n"
+    assert err == "audit_trail: 8 lines in 5 objects of backups\n"
     assert "\x1b" not in audit_trail.shown(line(0, user="\x1b[2J"))
 
 
