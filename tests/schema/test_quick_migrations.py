@@ -42,7 +42,9 @@ SELECT 'tr-' || md5(n::text), 0, lpad(to_hex(s), 16, '0'), 'span', 'LLM', 'OK', 
 FROM generate_series(1, 700) n, generate_series(1, 3) s;
 INSERT INTO span_metrics (trace_id, span_id, key, value)
 SELECT 'tr-' || md5(n::text), lpad(to_hex(s), 16, '0'), k, n / 7.0
-FROM generate_series(1, 700) n, generate_series(1, 2) s, unnest(array['input_cost', 'total_cost', 'mine']) k;
+FROM generate_series(1, 700) n, generate_series(1, 2) s, unnest(array['input_cost', 'total_cost', 'mine']) k
+UNION SELECT 'tr-' || md5(n::text), lpad(to_hex(3), 16, '0'), k, n
+FROM generate_series(1, 300) n, unnest(array['output_cost', 'mine']) k WHERE k = 'mine' OR n < 200;
 INSERT INTO assessments (assessment_id, trace_id, name, assessment_type, value, created_timestamp,
     last_updated_timestamp, source_type, valid)
 SELECT 'a-' || n, 'tr-' || md5(n::text), 'correct', 'feedback',
@@ -67,15 +69,34 @@ def content(cluster: Cluster, database: str) -> dict[str, list[str]]:
         return {name: sorted(text for (text,) in rows(opened, f'SELECT t::text FROM "{name}" t')) for name in tables}
 
 
-def upgraded(cluster: Cluster, name: str) -> dict[str, list[str]]:
+PREPOPULATED = """
+UPDATE spans SET model_name = 'wrong', total_cost = 1 WHERE start_time_unix_nano % 2 = 0;
+UPDATE spans SET output_cost = end_time_unix_nano WHERE end_time_unix_nano % 3 = 0;
+"""
+"""Values in the new columns as if MLflow's own utility had filled them before the migration, for other contents."""
+
+
+def upgraded(cluster: Cluster, name: str, filled_before: bool) -> dict[str, list[str]]:
+    from mlflow.store.db.trace_analytics_schema_75868b020152 import analytics_columns_by_table
+
     copy_database(cluster, "before", name)
+    if filled_before:
+        dialect = sa.create_engine(cluster.uri(name)).dialect
+        with connection(cluster, name) as opened:
+            for column in analytics_columns_by_table()["spans"]:  # type: ignore[no-untyped-call]
+                run(opened, f"ALTER TABLE spans ADD COLUMN {column.name} {column.type.compile(dialect)}")
+            run(opened, PREPOPULATED)
     release_worker.upgrade(cluster.uri(name), AFTER)
     return content(cluster, name)
 
 
-def test_the_result_is_that_of_mlflows_own_statements(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("filled_before", [False, True])
+def test_the_result_is_that_of_mlflows_own_statements(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, filled_before: bool
+) -> None:
     statements: list[str] = []
     seen: list[str] = []
+    pages: list[int] = []
 
     def rewritten(connection: Any, statement: Any, *rest: Any) -> Any:
         found, *more = original(connection, statement, *rest)
@@ -85,19 +106,26 @@ def test_the_result_is_that_of_mlflows_own_statements(cluster: Cluster, monkeypa
             seen.append(str(found.table))
         return found, *more
 
+    def count(_: Any, cursor: Any, statement: str, *__: Any) -> None:
+        if "spans.dimension_attributes, spans.input_cost" in statement:
+            pages.append(cursor.rowcount)
+
     original = release_worker._compare_keys_as_rows
     with monkeypatch.context() as patched:
         patched.setattr(release_worker, "_compare_keys_as_rows", rewritten)
-        quick = upgraded(cluster, "quick")
+        sa.event.listen(sa.Engine, "after_cursor_execute", count)
+        quick = upgraded(cluster, f"quick_{filled_before}", filled_before)
+        sa.event.remove(sa.Engine, "after_cursor_execute", count)
     assert statements and all("(spans.trace_id, spans.span_id) > (" in each for each in statements)
     assert sorted(seen) == ["span_metrics", "trace_metrics", "trace_request_metadata", "trace_tags"]
     monkeypatch.setattr(release_worker, "_compare_keys_as_rows", lambda connection, *given: given[:3])
-    monkeypatch.setattr(release_worker, "_delete_at_once", lambda script: None)
+    monkeypatch.setattr(release_worker, "_quicken", lambda script: None)
     monkeypatch.setattr(release_worker, "_engine", lambda uri: sa.create_engine(uri, poolclass=sa.NullPool))
-    plain = upgraded(cluster, "plain")
+    plain = upgraded(cluster, f"plain_{filled_before}", filled_before)
     assert quick.keys() == plain.keys()
     assert [name for name in plain if plain[name] != quick[name]] == []
-    assert len(plain["spans"]) == 2100 and len(plain["span_metrics"]) == 1400
+    assert len(plain["spans"]) == 2100 and len(plain["span_metrics"]) == 1700
+    assert 1599 <= sum(pages) < 2100, "spans without a value are not read"
 
 
 A: Any = sa.column("a")
@@ -140,5 +168,5 @@ def test_a_function_that_mlflow_changed_stays() -> None:
             return type("Revision", (), {"module": Migration})
 
     before = Migration._delete_trace_rows
-    release_worker._delete_at_once(Script)
+    release_worker._quicken(Script)
     assert Migration._delete_trace_rows is before

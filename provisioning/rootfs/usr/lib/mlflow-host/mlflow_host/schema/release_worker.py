@@ -57,7 +57,7 @@ def upgrade(uri: str, revision: str) -> None:
     import_module("sqlalchemy").event.listen(engine, "before_execute", _compare_keys_as_rows, retval=True)
     config = utils._get_alembic_config(uri)
     script = ScriptDirectory.from_config(config)
-    _delete_at_once(script)
+    _quicken(script)
 
     def steps(current: Any, _: Any) -> Any:
         return script._upgrade_revs(revision, current)
@@ -103,26 +103,30 @@ def _compare_keys_as_rows(connection: Any, statement: Any, *rest: Any) -> Any:
     return statement, *rest[:2]
 
 
-SLOW_DELETES = {
+KNOWN_FUNCTIONS = {
     "75868b020152": {
         "_delete_trace_rows": "2db101a6b84bf1a56574e8da8335b880f08e460bf835956b26d292f8572491a4",
         "_delete_span_metric_rows": "c811548869bdf5c49dacd07a3458238eacf286524e2abf795d4f9a9ecb62503a",
+        "_backfill_span_analytics": "b0b74886fd8d3c5394027cc8c8310e8cb991cf65c3f558b941356fbd7abc0c07",
     }
 }
-"""Functions of MLflow's migrations that delete rows by their key in batches, each of which reads all rows that were
-deleted before: revision → function → SHA-256 of its syntax tree."""
+"""Functions of MLflow's migrations that are slow with many rows: revision → function → SHA-256 of its syntax tree. Two
+delete rows by their key in batches, each of which reads all rows that were deleted before; the last one reads all spans
+to update those with a model or costs."""
 
 
-def _delete_at_once(script: Any) -> None:
-    """Replace the functions of `SLOW_DELETES` by one DELETE each. A function that MLflow changed stays."""
-    for revision, functions in SLOW_DELETES.items():
+def _quicken(script: Any) -> None:
+    """Replace the functions of `KNOWN_FUNCTIONS`. A function that MLflow changed stays."""
+    for revision, functions in KNOWN_FUNCTIONS.items():
         try:
             migration = script.get_revision(revision).module
         except Exception:  # this release does not have it
             continue
         for name, digest in functions.items():
-            if _digest(getattr(migration, name, None)) == digest:
-                setattr(migration, name, partial(_delete_keys, migration))
+            function = getattr(migration, name, None)
+            if _digest(function) == digest:
+                quick = partial(_skip_empty_spans, migration, function) if "span_analytics" in name else None
+                setattr(migration, name, quick or partial(_delete_keys, migration))
 
 
 def _digest(function: Any) -> str:
@@ -137,6 +141,34 @@ def _digest(function: Any) -> str:
 def _delete_keys(migration: Any, table: Any, keys: list[str] | None = None) -> None:
     """Delete the rows of a table with these keys; without keys, those of the costs, which are columns now."""
     migration.op.get_bind().execute(table.delete().where(table.c.key.in_(keys or list(migration._COST_COLUMNS))))
+
+
+def _skip_empty_spans(migration: Any, backfill: Callable[[], None]) -> None:
+    """Call MLflow's function, which reads only spans that have a model, a cost, or a value in one of the new columns.
+    It does not change the others."""
+    sqlalchemy: Any = import_module("sqlalchemy")
+
+    def skip(_: Any, statement: Any, *rest: Any) -> Any:
+        columns = getattr(statement, "selected_columns", {})
+        if "dimension_attributes" in columns:
+            spans = columns["dimension_attributes"].table
+            metrics = sqlalchemy.table("span_metrics", *map(sqlalchemy.column, ("trace_id", "span_id", "key")))
+            costs = sqlalchemy.exists().where(
+                metrics.c.trace_id == spans.c.trace_id,
+                metrics.c.span_id == spans.c.span_id,
+                metrics.c.key.in_(list(migration._COST_COLUMNS)),
+            )
+            keys = ("trace_id", "span_id")
+            filled = [column.is_not(None) for column in columns if column.name not in keys]
+            statement = statement.where(sqlalchemy.or_(*filled, costs))
+        return statement, *rest[:2]
+
+    bind = migration.op.get_bind()
+    sqlalchemy.event.listen(bind, "before_execute", skip, retval=True)
+    try:
+        backfill()
+    finally:
+        sqlalchemy.event.remove(bind, "before_execute", skip)
 
 
 def enumerations() -> dict[str, list[str]]:
