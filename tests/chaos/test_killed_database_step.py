@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -82,11 +83,11 @@ class Prepared:
                 assert found
                 ownership.write(opened, name, found)
 
-    def start(self, operation: str) -> subprocess.Popen[str]:
+    def start(self, operation: str, *options: str) -> subprocess.Popen[str]:
         path = ":".join(str(ROOT / folder) for folder in (".", "provisioning/rootfs/usr/lib/mlflow-host"))
         where = (self.cluster.host, self.cluster.user, str(self.folder / "reports"), OPERATIONS[operation])
         return subprocess.Popen(
-            [sys.executable, str(run_step.__file__), *where],
+            [sys.executable, str(run_step.__file__), *where, *options],
             env={**without_mlflow(os.environ), "PYTHONPATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -97,8 +98,13 @@ class Prepared:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
-    folder = tmp_path_factory.mktemp("kills")
-    with private_cluster() as server, journey(server.cluster, folder) as way:
+    with private_cluster() as server, prepare(server, tmp_path_factory.mktemp("kills")) as ready:
+        yield ready
+
+
+@contextmanager
+def prepare(server: PrivateCluster, folder: Path) -> Iterator[Prepared]:
+    with journey(server.cluster, folder) as way:
         ready = Prepared(server, folder, {}, {}, {})
         way.stop(image(OLDER))
         for operation, version in OPERATIONS.items():
@@ -157,8 +163,7 @@ def _cases(first: int, last: int) -> list[tuple[int, str, str]]:
 def _kill_and_recover(ready: Prepared, seed: int, operation: str, victim: str) -> None:
     chosen = random.Random(seed)
     ready.reset(operation)
-    cluster, live = ready.cluster, ready.cluster.database
-    before = {name: _sums(cluster, name) for name in ready.aside[operation]}
+    before = {name: _sums(ready.cluster, name) for name in ready.aside[operation]}
     pauses = ready.lines[operation]
     line = chosen.randrange(len(pauses))
     pause = chosen.uniform(0, pauses[line])
@@ -175,7 +180,14 @@ def _kill_and_recover(ready: Prepared, seed: int, operation: str, victim: str) -
         process.communicate(timeout=120)
         ready.server.start()
 
-    where = f"seed {SEED}: {operation}, {victim} killed {pause:.2f} s after line {line}"
+    check_and_finish(
+        ready, operation, before, f"seed {SEED}: {operation}, {victim} killed {pause:.2f} s after line {line}"
+    )
+
+
+def check_and_finish(ready: Prepared, operation: str, before: dict[str, Sums], where: str) -> None:
+    """The database in service is the complete old or new one, and the next run of the step finishes."""
+    cluster, live = ready.cluster, ready.cluster.database
     assert live in databases(cluster), where
     with connection(cluster, live) as opened:
         reached = head(opened) == image(OPERATIONS[operation]).head

@@ -137,7 +137,7 @@ KINDS: dict[str, Callable[[], list[Request]]] = {
         history("get-history", run_id=HEAVY, max_results=2_000_000_000),
         history("get-history", run_id=HEAVY, max_results=50_000),
     ],
-    "GraphQL": lambda: [by_graphql(), by_graphql(maxResults=50_000), by_graphql(10, maxResults=1000)],
+    "GraphQL": lambda: [by_graphql(), by_graphql(maxResults=50_000), by_graphql(10, maxResults=100)],
     "bulk histories": lambda: [
         history("get-history-bulk", run_id=RUN_IDS[:100]),
         history("get-history-bulk-interval", run_ids=[HEAVY] * 100, max_results=2500),

@@ -112,9 +112,12 @@ def alive(process: int) -> bool:
 
 
 @contextmanager
-def private_cluster() -> Iterator[PrivateCluster]:
+def private_cluster(mebibytes: int | None = None) -> Iterator[PrivateCluster]:
+    """With `mebibytes`, on a file system of that size in memory, which needs root."""
     account = _account()
     folder = Path(tempfile.mkdtemp(prefix="mlflow-ami-pg-", dir="/tmp"))
+    if mebibytes:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", folder], check=True)
     os.chown(folder, account.pw_uid, account.pw_gid)
     folder.chmod(0o755)
     owned = PrivateCluster(folder)
@@ -126,6 +129,8 @@ def private_cluster() -> Iterator[PrivateCluster]:
         yield owned
     finally:
         owned.stop()
+        if mebibytes:
+            subprocess.run(["umount", "--lazy", folder], check=True)
         shutil.rmtree(folder, ignore_errors=True)
 
 

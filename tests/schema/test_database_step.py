@@ -32,7 +32,7 @@ from mlflow_host.postgres.cluster import (
     run,
     value,
 )
-from mlflow_host.schema import state
+from mlflow_host.schema import change, state
 from tests.schema import run_step
 from tests.schema.environments import image, releases
 from tests.schema.journey import Journey
@@ -313,9 +313,13 @@ def test_baked_dump_with_another_migration_head_is_refused(at: At, empty: Path) 
 
 
 @pytest.mark.slow
-def test_chained_rollbacks_are_merged_back_one_by_one(on_the_way: Journey) -> None:
+@pytest.mark.parametrize("beside", [0, change.BESIDE], ids=["large", "small"])
+def test_chained_rollbacks_are_merged_back_one_by_one(
+    on_the_way: Journey, beside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two rollbacks from the newest release, an upgrade to the middle, a rollback, an upgrade to the newest; every stop
-    writes."""
+    writes. A large kept database is prepared beside the migration."""
+    monkeypatch.setattr(change, "BESIDE", beside)
     oldest, middle, newest = releases()[1], releases()[4], releases()[-2]
     for version in (newest, middle, oldest, middle, oldest, newest):
         assert on_the_way.stop(image(version)) == []

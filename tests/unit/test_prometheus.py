@@ -125,6 +125,11 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     (tmp_path / "image.json").write_text(
         json.dumps({"mlflow_version": "3.17.2", "image_version": "20261130T000000Z", "migration_head": "dc11669786a5"})
     )
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(
+        "#!/bin/sh\nprintf 'NRestarts=0\\nId=nginx.service\\n\\nNRestarts=2\\nId=mlflow-server@1.service\\n'\n"
+    )
+    systemctl.chmod(0o755)
     server = socketserver.ThreadingUnixStreamServer(str(tmp_path / "nginx.sock"), Answers)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
@@ -134,6 +139,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
             data=tmp_path,
             run=tmp_path,
             facts=tmp_path / "image.json",
+            systemctl=str(systemctl),
             waiting=lambda: 2,
             processes=1,
         )
@@ -152,12 +158,15 @@ def registry_of(machine: Machine) -> CollectorRegistry:
 def test_part_that_fails_leaves_the_others(machine: Machine) -> None:
     found = values(registry_of(machine))
     assert found["collector_success", "postgresql"] == 0
-    assert [found["collector_success", part] for part in ("versions", "requests", "load", "space", "upkeep")] == [1] * 5
+    assert [found["collector_success", part] for part in ("versions", "requests", "load", "space", "restarts")] == [
+        1
+    ] * 5
     assert found["requests_in_flight",] == 2
     assert found["requests_waiting", "1", "requests"] == 3
     assert found["pool_connections_used", "1"] == 5
     assert found["backup_problems",] == 1 and found["audit_files_waiting",] == 2
     assert found["backup_age_seconds", "dump"] > 0 and ("backup_age_seconds", "base") not in found
+    assert found["unit_restarts_total", "mlflow-server@1"] == 2 and found["unit_restarts_total", "nginx"] == 0
     assert found["filesystem_free_bytes", "/"] > 0 and found["memory_total_bytes",] > 0
     assert found["info", "3.17.2", "20261130T000000Z", "dc11669786a5"] == 1
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -23,7 +26,7 @@ import requests
 
 from mlflow_host.server import db_connections, health, refusals, request_limits
 from mlflow_host.server.flask_shortcut import Message, Receive, Scope, Send, whole
-from tests.support.services import create_schema, on_loopback, postgresql, server_processes
+from tests.support.services import HOST_PACKAGE, create_schema, on_loopback, postgresql, server_processes
 
 pytestmark = pytest.mark.service
 
@@ -139,6 +142,27 @@ def test_a_small_request_beside_it_can_be_repeated(ended: list[int]) -> None:
     assert request_limits.out_of_memory("POST", "/api/2.0/mlflow/runs/log-batch", 900)[0] == 503
     assert request_limits.out_of_memory("POST", "/api/2.0/mlflow/runs/search", 900)[0] == 400
     assert ended == [signal.SIGTERM] * 2
+
+
+LEAVE_CYCLES = """
+import gc
+from mlflow_host.server import request_limits
+def data(): return int(request_limits.STATM.read_text().split()[5])
+gc.disable()
+def leave():
+    for _ in range(250):
+        block = [bytearray(2**20)]
+        block.append(block)
+leave(); unlimited = data(); request_limits.return_memory(); assert data() == unlimited
+request_limits.bound_memory(1000); request_limits.return_memory(); assert data() == unlimited
+request_limits.bound_memory(400); request_limits.return_memory(); assert data() < unlimited / 2
+leave(); again = data(); request_limits.return_memory(); assert data() == again, "not twice within five seconds"
+"""
+
+
+def test_garbage_is_collected_when_half_of_the_memory_is_used() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(HOST_PACKAGE)}
+    subprocess.run([sys.executable, "-c", LEAVE_CYCLES], env=environment, check=True)
 
 
 @pytest.mark.parametrize(
@@ -261,8 +285,8 @@ def test_a_graphql_request_returns_a_bounded_number_of_runs(url: str) -> None:
         return requests.post(f"{url}/graphql", json=body, timeout=60).json()
 
     assert len(ask()["data"]["mlflowSearchRuns"]["runs"]) >= 2
-    assert len(ask(maxResults=1000)["data"]["mlflowSearchRuns"]["runs"]) >= 2
-    assert "at most 1,000 runs" in ask(maxResults=1001)["errors"][0]
+    assert len(ask(maxResults=100)["data"]["mlflowSearchRuns"]["runs"]) >= 2
+    assert "at most 100 runs" in ask(maxResults=101)["errors"][0]
 
 
 def test_searches_of_one_graphql_request_share_the_number_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,10 +295,10 @@ def test_searches_of_one_graphql_request_share_the_number_of_runs(monkeypatch: p
     from mlflow.exceptions import MlflowException
     from mlflow.protos.service_pb2 import SearchRuns
 
-    search = request_limits.bounded(lambda message: SimpleNamespace(runs=[None] * min(600, message.max_results)))
+    search = request_limits.bounded(lambda message: SimpleNamespace(runs=[None] * min(60, message.max_results)))
     monkeypatch.setattr(request_limits.THIS_THREAD, "runs", request_limits.GRAPHQL_RUNS)
-    assert [len(search(SearchRuns()).runs) for _ in range(2)] == [600, 400]
-    with pytest.raises(MlflowException, match="at most 1,000 runs"):
+    assert [len(search(SearchRuns()).runs) for _ in range(2)] == [60, 40]
+    with pytest.raises(MlflowException, match="at most 100 runs"):
         search(SearchRuns())
     monkeypatch.setattr(request_limits.THIS_THREAD, "runs", None)
     search(SearchRuns(max_results=50_000))

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.utils import floatToGoString
 
 from mlflow_host.backups.last_runs import LastRuns, time_of
@@ -60,6 +67,9 @@ KINDS = tuple(
     }.items()
 )
 """Kinds of requests by their paths; the first match counts. Everything else is `pages`."""
+
+RESTARTED = ("mlflow-server@*", "mlflow-host-postgresql", "nginx", "mlflow-host-archive", "mlflow-host-monitor")
+"""Units whose processes systemd starts again."""
 
 STATEMENTS = """
 select case when backend_type = 'autovacuum worker' then 'autovacuum'
@@ -159,13 +169,16 @@ class Machine:
     run: Path = config.RUN
     facts: Path = config.IMAGE_FACTS
     memory: Path = Path("/proc/meminfo")
+    stat: Path = Path("/proc/stat")
+    tmpfs: Path = Path("/run")
+    systemctl: str = "/usr/bin/systemctl"
     waiting: Callable[[], int] = lambda: 0
     """Number of files of the audit trail that are not in the bucket yet."""
     processes: int = 0
 
     def collect(self) -> Iterator[Metric]:
         success = gauge("collector_success", "Whether a part of these metrics was measured.", "collector")
-        for part in (self.versions, self.requests, self.load, self.postgresql, self.space, self.upkeep):
+        for part in (self.versions, self.requests, self.load, self.postgresql, self.space, self.upkeep, self.restarts):
             try:
                 found = [*part()]
             except Exception as error:  # one failed measurement does not stop the others
@@ -224,7 +237,7 @@ class Machine:
     def space(self) -> Iterator[Metric]:
         size = gauge("filesystem_size_bytes", "Size of a file system, without root's reserve.", "mountpoint")
         free = gauge("filesystem_free_bytes", "Free space of a file system.", "mountpoint")
-        for mount in (Path("/"), self.data):
+        for mount in (Path("/"), self.data, self.tmpfs):
             found = os.statvfs(mount)
             size.add_metric([str(mount)], (found.f_blocks - found.f_bfree + found.f_bavail) * found.f_frsize)
             free.add_metric([str(mount)], found.f_bavail * found.f_frsize)
@@ -254,6 +267,19 @@ class Machine:
         if at := time_of(read_json(self.data / "reports/garbage.json")):
             removal.add_metric([], (now - at).total_seconds())
         yield removal
+
+    def restarts(self) -> Iterator[Metric]:
+        show = [self.systemctl, "show", "--property=Id,NRestarts", *RESTARTED]
+        told = subprocess.run(show, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
+        counted = CounterMetricFamily(
+            "mlflow_host_unit_restarts", "Restarts by systemd after a process ended or hung.", labels=["unit"]
+        )
+        for unit in told.strip().split("\n\n"):
+            properties = dict(line.split("=", 1) for line in unit.splitlines())
+            counted.add_metric([properties["Id"].removesuffix(".service")], int(properties["NRestarts"]))
+        yield counted
+        (booted,) = (line for line in self.stat.read_text().splitlines() if line.startswith("btime "))
+        yield single("boot_time_seconds", "Unix time of the machine's boot.", int(booted.split()[1]))
 
 
 def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:

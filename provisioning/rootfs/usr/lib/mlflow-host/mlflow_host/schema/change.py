@@ -43,6 +43,10 @@ MARGIN = 1.25
 SPARE = 256 << 20
 """Bytes that must stay free in addition."""
 
+BESIDE = 256 << 20
+"""Bytes of a kept database from which its part of a merge is prepared beside the migration, by a second process with
+MLflow. For a smaller one, importing MLflow again would take longer."""
+
 GIB = 1 << 30
 
 
@@ -253,11 +257,15 @@ def upgrade(
         entry = pending.pop()
         reached = entry.head in known
         target = entry.head if reached else image.head
-        say(f"migrating the copy to {target}")
-        mlflow.upgrade(work, target)
-        say(f"merging data back from {entry.database}")
         unreadable = {} if reached else unreadable_values(cluster, entry.database, enumerations(image, mlflow))
-        returned[entry.database] = merge_back(cluster, mlflow, entry, target, work, unreadable)
+        with merge_source(cluster, image, mlflow, entry, target, unreadable) as prepared:
+            say(f"migrating the copy to {target}")
+            mlflow.upgrade(work, target)
+            say(f"merging data back from {entry.database}")
+            base, fitted = prepared()
+            returned[entry.database] = merge(cluster, fitted, base, work)
+        for temporary in {base, fitted} - {entry.database}:
+            drop(cluster, temporary)
         if refused := [table for table in returned[entry.database] if table.refused]:
             unresolved.append(entry.database)
             notes += [
@@ -280,11 +288,29 @@ def upgrade(
     )
 
 
-def merge_back(
-    cluster: Cluster, mlflow: Release, entry: PendingMerge, target: str, work: str, unreadable: dict[str, list[str]]
-) -> tuple[MergedTable, ...]:
-    """Merge a kept database into `work`, which is at migration `target`, without the rows that have an `unreadable`
-    value. Drops its own temporary databases."""
+@contextmanager
+def merge_source(
+    cluster: Cluster,
+    image: ImageSchema,
+    mlflow: Release,
+    entry: PendingMerge,
+    target: str,
+    unreadable: dict[str, list[str]],
+) -> Iterator[Callable[[], tuple[str, str]]]:
+    """Yields a function that returns the databases to merge from, `base` and `fitted` of `prepare_merge`. A large kept
+    database is prepared beside the block, which migrates the copy."""
+    if database_bytes(cluster, entry.database) < BESIDE:
+        yield lambda: prepare_merge(cluster, mlflow, entry, target, unreadable)
+        return
+    with release(cluster, image) as other, ThreadPoolExecutor(1) as beside:
+        yield beside.submit(prepare_merge, cluster, other, entry, target, unreadable).result
+
+
+def prepare_merge(
+    cluster: Cluster, mlflow: Release, entry: PendingMerge, target: str, unreadable: dict[str, list[str]]
+) -> tuple[str, str]:
+    """The kept database as it was carried back, migrated to `target`, and the kept database at `target`, without the
+    rows that have an `unreadable` value: itself if it is at that migration."""
     base, fitted = f"{WORK_PREFIX}base", f"{WORK_PREFIX}fitted"
     create_empty(cluster, base)
     mlflow.create(base, entry.carried_to)
@@ -296,11 +322,7 @@ def merge_back(
         carry(cluster, entry.database, fitted, unreadable=unreadable)
     carry(cluster, entry.database, base, unreadable=entry.unreadable)
     mlflow.upgrade(base, target)
-    found = merge(cluster, fitted, base, work)
-    drop(cluster, base)
-    if fitted != entry.database:
-        drop(cluster, fitted)
-    return found
+    return base, fitted
 
 
 @contextmanager

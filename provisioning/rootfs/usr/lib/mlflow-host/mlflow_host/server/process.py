@@ -13,6 +13,8 @@ does.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import faulthandler
 import gc
 import importlib
 import logging
@@ -126,6 +128,7 @@ def serve(uds: Path, *, first: bool = True) -> int:
             request_limits.bound_memory(int(os.environ.get("MLFLOW_HOST_PROCESS_MEMORY_MB", 0)))
             await super().startup(sockets=sockets)
             notify("READY=1")
+            self.watchdog = asyncio.create_task(answer_watchdog())
 
     executors = {
         "requests": ThreadPoolExecutor(threads.requests, "request"),
@@ -297,6 +300,17 @@ def notify(state: str) -> None:
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             channel.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+
+
+async def answer_watchdog() -> None:
+    """Tell systemd three times per WatchdogSec that the event loop runs. If it does not, systemd sends SIGABRT, and
+    faulthandler writes the stack of each thread to the journal."""
+    if not (interval := int(os.environ.get("WATCHDOG_USEC", 0)) / 1e6):
+        return
+    faulthandler.enable()
+    while True:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(interval / 3)
 
 
 def main(arguments: list[str] | None = None) -> int:
