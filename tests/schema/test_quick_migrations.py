@@ -83,7 +83,7 @@ def upgraded(cluster: Cluster, name: str, filled_before: bool) -> dict[str, list
     if filled_before:
         dialect = sa.create_engine(cluster.uri(name)).dialect
         with connection(cluster, name) as opened:
-            for column in analytics_columns_by_table()["spans"]:  # type: ignore[no-untyped-call]
+            for column in analytics_columns_by_table()["spans"]:
                 run(opened, f"ALTER TABLE spans ADD COLUMN {column.name} {column.type.compile(dialect)}")
             run(opened, PREPOPULATED)
     release_worker.upgrade(cluster.uri(name), AFTER)

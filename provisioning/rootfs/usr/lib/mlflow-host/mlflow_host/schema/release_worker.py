@@ -123,7 +123,7 @@ def _quicken(script: Any) -> None:
         except Exception:  # this release does not have it
             continue
         for name, digest in functions.items():
-            function = getattr(migration, name, None)
+            function: Any = getattr(migration, name, None)
             if _digest(function) == digest:
                 quick = partial(_skip_empty_spans, migration, function) if "span_analytics" in name else None
                 setattr(migration, name, quick or partial(_delete_keys, migration))
