@@ -140,6 +140,9 @@ def test_second_run_carries_later_changes_and_copies_nothing_twice(
     assert stack.sql("SELECT count(*) FROM runs") == runs + 1
     assert stack.sql(f"SELECT value FROM tags WHERE key = 'note' AND run_uuid = '{made['run']}'") == "changed since"
     assert stack.sql("SELECT count(*) FROM tags WHERE key = 'ours'") == 1
+    kept = sorted((stack.folder / "reports").glob("*-adoption-*.json"))
+    assert [json.loads(file.read_text())["kinds"][0]["kind"] for file in kept] == ["experiments"] * 2
+    assert {f"report-{file.name}" for file in kept} <= {key.rpartition("/")[2] for key in stack.keys("backups")}
     now = {each["Key"]: each["LastModified"] for each in objects_of(stack)}
     assert {key for key in now if key not in modified} == {f"1/{made['run']}/artifacts/late.txt"}
     assert all(now[key] == at for key, at in modified.items())
@@ -219,6 +222,17 @@ def test_dry_run_changes_nothing(stack: Stack, reported: Reported, small: Filled
     assert status == 0 and told["rows"]["runs"] == 6 and told["artifacts"]["files"] == 4
     assert (stack.sql("SELECT last_value FROM experiments_experiment_id_seq"), stack.keys("artifacts")) == before
     assert stack.sql("SELECT count(*) FROM runs") == 0
+
+
+@pytest.mark.slow
+def test_left_artifacts_keep_their_locations_and_the_needed_rights_are_named(
+    stack: Stack, reported: Reported, small: Filled
+) -> None:
+    status, report = reported(small.source, "--leave-artifacts")
+    assert (report["lost"], status) == (0, 0)
+    place = stack.sql(f"SELECT artifact_uri FROM runs WHERE run_uuid = '{small.run}'")
+    assert place == f"file://{small.folder}/artifacts/one/{small.run}/artifacts"
+    assert report["left_places"] and not stack.keys("artifacts") | stack.keys("models")
 
 
 def damaged(small: Filled, folder: Path) -> Path:

@@ -1,30 +1,42 @@
-"""If the unit is killed at any moment, the server is unchanged or complete, and a second run finishes."""
+"""If the unit or adopt.py is killed at any moment, the server is unchanged or complete, and a second run finishes."""
 
 from __future__ import annotations
 
+import dataclasses
+import multiprocessing
 import random
+import sqlite3
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from mlflow_host.postgres.cluster import connection, rows
 from scripts import adopt as script
 from scripts.adopting import target
 from tests.adopt.conftest import Adopt, Stack
 from tests.adopt.test_adopt import Filled, fill
 
 pytestmark = pytest.mark.service
-ROWS = "SELECT (SELECT count(*) FROM runs), (SELECT count(*) FROM metrics), (SELECT count(*) FROM model_versions)"
+COUNTED = ("experiments", "runs", "params", "tags", "metrics", "latest_metrics", "model_versions", "spans", "inputs")
+ROWS = f"SELECT {', '.join(f'(SELECT count(*) FROM {table})' for table in COUNTED)}"
+MOMENTS = (
+    ("unit", "creating an empty database"), ("unit", "loading the source's rows"), ("unit", "fitting the rows"),
+    ("unit", "migrating them"), ("unit", "finding the artifacts"), ("unit", "dumping the database"),
+    ("unit", "merging the rows"), ("unit", "merging the rows"), ("unit", "merging the rows"),
+    ("adopt.py", "sending"), ("adopt.py", "listing the artifacts"), ("adopt.py", "the machine: merging the rows"),
+    ("adopt.py", "reading everything back"),
+)  # fmt: skip
+"""(the process to kill, its last message)."""
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Filled:
     """A source with so many rows that loading takes some time."""
-    import sqlite3
-
     folder = tmp_path_factory.mktemp("large")
     made = fill(Path(sys.executable), f"sqlite:///{folder}/mlflow.db", f"file://{folder}/artifacts")
     opened = sqlite3.connect(folder / "mlflow.db")
@@ -41,66 +53,90 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Filled:
     return Filled(str(folder / "mlflow.db"), made["run"], folder)
 
 
-def counts(stack: Stack) -> tuple[int, int, int]:
-    from mlflow_host.postgres.cluster import connection, rows
+Counts = tuple[int, ...]
 
+
+def counts(stack: Stack) -> Counts:
     with connection(stack.cluster, stack.cluster.database) as opened:
         return tuple(rows(opened, ROWS)[0])
 
 
-def kills(seed: int) -> list[tuple[str, float]]:
-    """(the unit's last message before a kill, seconds from that message to the kill) by kill."""
-    chance = random.Random(seed)
-    moments = [
-        "creating an empty database", "loading the source's rows", "fitting the rows", "finding the artifacts",
-        "dumping the database", "merging the rows", "merging the rows", "merging the rows", "merging the rows",
-    ]  # fmt: skip
-    return [(moment, chance.uniform(0, 1.2)) for moment in moments]
-
-
-def adopt_with_a_kill(stack: Stack, adopt: Adopt, source: Filled, moment: str, after: float) -> int:
-    """Kill the unit `after` seconds after its message `moment`; returns adopt.py's exit status."""
-
-    def kill_then() -> None:
-        seen = 0
-        while not over.wait(0.02):
-            text = stack.log.read_text() if stack.log.exists() else ""
-            if moment in text[begun:]:
-                seen = 1
-                break
-        if seen:
+def kill_when(
+    moment: str, after: float, said: Callable[[], str], kill: Callable[[], None], over: Callable[[], bool]
+) -> None:
+    """Kill `after` seconds after the message `moment`."""
+    while not over():
+        time.sleep(0.02)
+        if moment in said():
             time.sleep(after)
-            stack.running[-1].kill()
+            kill()
+            return
 
-    begun = len(stack.log.read_text()) if stack.log.exists() else 0
+
+def adopt_with_the_unit_killed(stack: Stack, adopt: Adopt, source: str, moment: str, after: float) -> None:
+    def kill() -> None:
+        stack.running[-1].kill()
+        if stack.running[-1].wait() == -9:
+            target.SILENT_SECONDS = 0  # adopt.py need not wait
+
     over = threading.Event()
-    killer = threading.Thread(target=kill_then, daemon=True)
+    stack.log.touch()
+    killer = threading.Thread(
+        target=kill_when, args=(moment, after, stack.log.read_text, kill, over.is_set), daemon=True
+    )
     killer.start()
     try:
-        return adopt(source.source)
+        adopt(source)
     finally:
         over.set()
         killer.join()
 
 
+def adopt_with_the_script_killed(stack: Stack, source: str, moment: str, after: float, log: Path) -> None:
+    """Kill adopt.py; the unit continues, as it does on a machine."""
+
+    def child() -> None:
+        """With connections of its own, which a kill does not break off for the parent."""
+        stack.target = dataclasses.replace(
+            stack.target, s3=stack.store.client(), api=target.Api(stack.target.api.url, {})
+        )
+        sys.stderr = log.open("w", buffering=1)
+        script.main([source])
+
+    log.touch()
+    running = multiprocessing.get_context("fork").Process(target=child)
+    running.start()
+    kill_when(moment, after, log.read_text, running.kill, lambda: not running.is_alive())
+    running.join()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_killed_unit_leaves_the_server_whole_and_a_second_run_finishes(
-    stack: Stack, adopt: Adopt, large: Filled, monkeypatch: pytest.MonkeyPatch, seed: int
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_adoption_leaves_the_server_whole_and_a_second_run_finishes(
+    stack: Stack, adopt: Adopt, large: Filled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int
 ) -> None:
-    monkeypatch.setattr(target, "SILENT_SECONDS", 25)
-    before = counts(stack)
-    whole: Any = None
-    survived = []
-    for moment, after in kills(seed) if seed > 1 else kills(seed)[1:6:2]:
-        status = adopt_with_a_kill(stack, adopt, large, moment, after)
-        now = counts(stack)
-        survived.append((moment, round(after, 2), status, now))
-        if status == 0:
-            whole = whole or now
-        assert now in (before, whole) or (whole is None and now[1] >= 60_000), survived
-        whole = now if now != before else whole
-    print(survived)
-    monkeypatch.setattr(target, "SILENT_SECONDS", 300)
-    assert script.main([large.source]) == 0
-    assert counts(stack)[1] == 60_000 + 128
+    api = stack.target.api
+    api.post("/api/2.0/mlflow/experiments/create", name="ours")
+    own = api.post("/api/2.0/mlflow/runs/create", experiment_id="1", start_time=5)["run"]["info"]["run_id"]
+    ours = (
+        "SELECT (SELECT e::text FROM experiments e WHERE experiment_id = 1) || r::text FROM runs r "
+        f"WHERE run_uuid = '{own}'"
+    )
+    before, untouched = counts(stack), stack.sql(ours)
+    with closing(sqlite3.connect(large.source)) as opened:
+        there = opened.execute(ROWS).fetchone()
+    added = {"experiments": -1}  # Default joins the server's
+    whole = tuple(b + t + added.get(table, 0) for table, b, t in zip(COUNTED, before, there, strict=True))
+    victim, moment = MOMENTS[seed % len(MOMENTS)]
+    after = random.Random(seed).uniform(0, 1.2)
+    monkeypatch.setattr(target, "SILENT_SECONDS", 120)
+    if victim == "unit":
+        adopt_with_the_unit_killed(stack, adopt, large.source, moment, after)
+    else:
+        adopt_with_the_script_killed(stack, large.source, moment, after, tmp_path / "adopt.log")
+    assert counts(stack) in (before, whole), (victim, moment, after)
+    assert stack.sql(ours) == untouched
+    target.SILENT_SECONDS = 300
+    assert adopt(large.source) == 0
+    assert counts(stack) == whole
+    assert stack.sql(ours) == untouched

@@ -59,7 +59,7 @@ def test_sqlite_file_of_an_older_release_is_adopted(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("release", ["1.30.0", "2.22.0"])
+@pytest.mark.parametrize("release", OLD)
 def test_postgresql_of_an_older_release_is_adopted_by_url_and_by_dump(
     stack: Stack,
     reported: Reported,  # noqa: F811
@@ -100,7 +100,7 @@ def test_mariadb_of_each_release_is_adopted_by_url(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("release", ["2.9.2", "3.1.0"])
+@pytest.mark.parametrize("release", OLD)
 def test_folder_mlruns_is_adopted(
     stack: Stack,
     reported: Reported,  # noqa: F811
