@@ -5,9 +5,8 @@ python run_unit.py NAME HOST USER BUCKET ENDPOINT REPORTS BLANK"""
 from __future__ import annotations
 
 import sys
+from importlib import metadata
 from pathlib import Path
-
-import mlflow
 
 from mlflow_host.adopt import run
 from mlflow_host.contract.adoption import AdoptionError
@@ -21,7 +20,7 @@ from tests.schema.private_cluster import programs
 def this_image() -> ImageSchema:
     python = Path(sys.executable)
     chain = known_revisions(python)
-    return ImageSchema(python, chain[-1], len(chain), mlflow.__version__, "stand-in")
+    return ImageSchema(python, chain[-1], len(chain), metadata.version("mlflow"), "stand-in")
 
 
 def main() -> None:

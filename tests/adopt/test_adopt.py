@@ -18,7 +18,8 @@ from mlflow_host.postgres.cluster import create_empty
 from scripts.adopting import verdict
 from scripts.drilling.worker_client import WorkerClient
 from tests.adopt import old_client
-from tests.adopt.conftest import Adopt, Stack
+from tests.adopt.conftest import Adopt
+from tests.adopt.stack import Stack
 
 pytestmark = pytest.mark.service
 NEWEST = Path(sys.executable)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import random
+import signal
 import sqlite3
 import sys
 import threading
@@ -18,7 +19,8 @@ import pytest
 from mlflow_host.postgres.cluster import connection, rows
 from scripts import adopt as script
 from scripts.adopting import target
-from tests.adopt.conftest import Adopt, Stack
+from tests.adopt.conftest import Adopt
+from tests.adopt.stack import Stack
 from tests.adopt.test_adopt import Filled, fill
 
 pytestmark = pytest.mark.service
@@ -32,6 +34,8 @@ MOMENTS = (
     ("adopt.py", "reading everything back"),
 )  # fmt: skip
 """(the process to kill, its last message)."""
+SOON_OVER = {"finding the artifacts": 0.2, "merging the rows": 0.6}
+"""Seconds after the unit's message within which it does not end."""
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +77,14 @@ def kill_when(
             return
 
 
-def adopt_with_the_unit_killed(stack: Stack, adopt: Adopt, source: str, moment: str, after: float) -> None:
+def adopt_with_the_unit_killed(stack: Stack, adopt: Adopt, source: str, moment: str, after: float) -> int | None:
+    """Returns the unit's exit status, and None if it was not killed."""
+    status: list[int] = []
+
     def kill() -> None:
         stack.running[-1].kill()
-        if stack.running[-1].wait() == -9:
+        status.append(stack.running[-1].wait())
+        if status == [-signal.SIGKILL]:
             target.SILENT_SECONDS = 0  # adopt.py need not wait
 
     over = threading.Event()
@@ -90,10 +98,11 @@ def adopt_with_the_unit_killed(stack: Stack, adopt: Adopt, source: str, moment: 
     finally:
         over.set()
         killer.join()
+    return status[0] if status else None
 
 
-def adopt_with_the_script_killed(stack: Stack, source: str, moment: str, after: float, log: Path) -> None:
-    """Kill adopt.py; the unit continues, as it does on a machine."""
+def adopt_with_the_script_killed(stack: Stack, source: str, moment: str, after: float, log: Path) -> int | None:
+    """Kill adopt.py; the unit continues, as it does on a machine. Returns adopt.py's exit status."""
 
     def child() -> None:
         """With connections of its own, which a kill does not break off for the parent."""
@@ -108,6 +117,7 @@ def adopt_with_the_script_killed(stack: Stack, source: str, moment: str, after: 
     running.start()
     kill_when(moment, after, log.read_text, running.kill, lambda: not running.is_alive())
     running.join()
+    return running.exitcode
 
 
 @pytest.mark.slow
@@ -128,12 +138,13 @@ def test_killed_adoption_leaves_the_server_whole_and_a_second_run_finishes(
     added = {"experiments": -1}  # Default joins the server's
     whole = tuple(b + t + added.get(table, 0) for table, b, t in zip(COUNTED, before, there, strict=True))
     victim, moment = MOMENTS[seed % len(MOMENTS)]
-    after = random.Random(seed).uniform(0, 1.2)
+    after = random.Random(seed).uniform(0, SOON_OVER.get(moment, 1.2))
     monkeypatch.setattr(target, "SILENT_SECONDS", 120)
     if victim == "unit":
-        adopt_with_the_unit_killed(stack, adopt, large.source, moment, after)
+        status = adopt_with_the_unit_killed(stack, adopt, large.source, moment, after)
     else:
-        adopt_with_the_script_killed(stack, large.source, moment, after, tmp_path / "adopt.log")
+        status = adopt_with_the_script_killed(stack, large.source, moment, after, tmp_path / "adopt.log")
+    assert status == -signal.SIGKILL, (victim, moment, after)
     assert counts(stack) in (before, whole), (victim, moment, after)
     assert stack.sql(ours) == untouched
     target.SILENT_SECONDS = 300

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mlflow_host.postgres.cluster import create_empty
-from tests.adopt.conftest import Stack
 from tests.adopt.mariadb import MariaDB
+from tests.adopt.stack import Stack
 from tests.adopt.test_adopt import NEWEST, Reported, counted, fill, reported  # noqa: F401
 from tests.schema import environments
 

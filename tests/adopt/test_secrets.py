@@ -12,7 +12,7 @@ import pytest
 
 from mlflow_host.contract.credentials import webhook_key
 from scripts.drilling.worker_client import without_mlflow
-from tests.adopt.conftest import PASSPHRASE, Stack
+from tests.adopt.stack import PASSPHRASE, Stack
 from tests.adopt.test_adopt import Reported, reported  # noqa: F401
 
 pytestmark = [pytest.mark.service, pytest.mark.slow]

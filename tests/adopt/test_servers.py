@@ -15,7 +15,7 @@ import pytest
 from mlflow_host.postgres.cluster import connection, rows
 from scripts.adopting.target import basic
 from scripts.drilling.worker_client import WorkerClient
-from tests.adopt.conftest import Stack
+from tests.adopt.stack import Stack
 from tests.adopt.test_adopt import NEWEST, Reported, counted, fill, reported, without_places  # noqa: F401
 from tests.adopt.test_releases import OLD, client_of
 from tests.support.services import free_port, process, wait_until

@@ -1,0 +1,133 @@
+"""A stack without a machine: PostgreSQL, the object store, the server's processes, and the unit as a process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlflow_host.postgres import dump_file
+from mlflow_host.postgres.cluster import Cluster, connection, copy_database, create_empty, databases, drop, run, value
+from mlflow_host.schema.release import release
+from scripts.adopting.target import Api, Target
+from tests.adopt.run_unit import this_image
+from tests.schema.private_cluster import PrivateCluster, alive, private_cluster
+from tests.support.services import HOST_PACKAGE, ObjectStore, on_loopback, server_processes
+
+ROOT = Path(__file__).parents[2]
+EMPTY = "empty_server"
+PASSPHRASE = "a passphrase for tests only"
+BLANK = Path(tempfile.gettempdir()) / f"mlflow-ami-blank-{os.getpid()}.dump"
+"""The dump that the bake writes to schema.empty_database.FILE."""
+
+
+@dataclass
+class Stack:
+    """An empty server, and the `Target` with which adopt.py uses it. `running`: the unit's processes."""
+
+    cluster: Cluster
+    target: Target
+    folder: Path
+    store: ObjectStore
+    log: Path
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def sql(self, query: str, database: str | None = None) -> Any:
+        with connection(self.cluster, database or self.cluster.database) as opened:
+            return value(opened, query)
+
+    def execute(self, statement: str) -> int:
+        with connection(self.cluster, self.cluster.database) as opened:
+            return run(opened, statement)
+
+    def keys(self, kind: str) -> set[str]:
+        pages = self.store.client().get_paginator("list_objects_v2").paginate(Bucket=self.target.buckets[kind])
+        return {found["Key"] for page in pages for found in page.get("Contents", ())}
+
+
+@contextmanager
+def cluster_of_a_machine() -> Iterator[PrivateCluster]:
+    """With the database EMPTY, and its dump in BLANK."""
+    with private_cluster() as owned:
+        create_empty(owned.cluster, EMPTY)
+        image = this_image()
+        with release(owned.cluster, image) as mlflow:
+            mlflow.create(EMPTY, image.head)
+            mlflow.query_stores(EMPTY)
+        try:
+            with BLANK.open("wb") as file:
+                subprocess.run(dump_file.dump_command(owned.cluster, EMPTY), stdout=file, check=True)
+            yield owned
+        finally:
+            BLANK.unlink()
+
+
+@contextmanager
+def empty_stack(owned: PrivateCluster, objects: ObjectStore, folder: Path) -> Iterator[Stack]:
+    """Deletes the databases of the stack before it. `folder` does not exist."""
+    cluster = owned.cluster
+    for name in databases(cluster):
+        if name.startswith(("mlflow", "mlflow_host_work")):
+            drop(cluster, name)
+    copy_database(cluster, EMPTY, cluster.database)
+    mark = uuid.uuid4().hex[:10]
+    buckets = {kind: f"{kind}-{mark}" for kind in ("artifacts", "models", "backups")}
+    for bucket in buckets.values():
+        objects.client().create_bucket(Bucket=bucket)
+    (folder / "tmp").mkdir(parents=True)
+    variables = {
+        "MLFLOW_BACKEND_STORE_URI": cluster.uri(cluster.database),
+        "MLFLOW_ARTIFACTS_DESTINATION": f"mlflow-host-proxied://{buckets['artifacts']}/{buckets['models']}",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ALLOWED_HOSTS": "localhost,127.0.0.1:*",
+        "MLFLOW_CRYPTO_KEK_PASSPHRASE": PASSPHRASE,
+        "TMPDIR": str(folder / "tmp"),
+        **objects.environment,
+    }
+    with server_processes(folder, variables) as (process,), on_loopback(process.socket) as url:
+        log, running = folder / "unit.log", folder / "unit.pid"
+        made = Stack(cluster, None, folder, objects, log)  # type: ignore[arg-type]
+
+        def start(name: str) -> None:
+            for each in made.running:
+                each.poll()
+            if running.exists() and alive(int(running.read_text())):
+                return  # systemd ignores a start of a unit that is running
+            arguments = [cluster.host, cluster.user, buckets["backups"], objects.endpoint, folder / "reports", BLANK]
+            command = [sys.executable, "-m", "tests.adopt.run_unit", name, *map(str, arguments)]
+            path = ":".join(map(str, (ROOT, HOST_PACKAGE)))
+            # The unit's own shell writes its process ID, so that a kill of adopt.py leaves no unit without one.
+            shell = ["sh", "-c", 'echo $$ >"$0.new" && mv "$0.new" "$0" && exec "$@"', str(running)]
+            with log.open("ab") as output:
+                made.running.append(
+                    subprocess.Popen(
+                        [*shell, *command],
+                        env={**os.environ, "PYTHONPATH": path},
+                        cwd=ROOT,
+                        stdout=output,
+                        stderr=output,
+                    )
+                )
+            started = made.running[-1]
+            while started.poll() is None and not (running.exists() and int(running.read_text()) == started.pid):
+                time.sleep(0.01)
+
+        made.target = Target(objects.client(), buckets, start, Api(url, {}), lambda: PASSPHRASE)
+        yield made
+        for each in made.running:
+            with contextlib.suppress(ProcessLookupError):
+                each.kill()
+            each.wait()
+        if running.exists():  # of an adopt.py that was killed
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(running.read_text()), signal.SIGKILL)
