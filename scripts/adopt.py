@@ -161,6 +161,7 @@ def adopt(arguments: argparse.Namespace, name: str, stack: Target) -> int:
         "left_places": prepared["left_places"],
         "empty_places": copied.empty,
         "experiments": prepared["experiments"],
+        "gone": loaded.get("gone", {}),
         "dump": loaded["dump"],
         "loaded": loaded,
         "seconds": {"prepare": prepared["seconds"], "load": loaded["seconds"], "artifacts": round(copied.seconds, 1)},
@@ -279,6 +280,8 @@ def tell_about(report: dict[str, Any], copied: Outcome | None = None) -> None:
     for entry in [*report["left"], *report.get("encrypted", ())]:
         where = f"{entry['table']}.{entry['column']}" if entry["column"] else entry["table"]
         say(f"{where}: {entry['count']:,} {entry['remedy']} ({entry['reason']})")
+    for table, count in report.get("gone", {}).items():
+        say(f"{table}: {count:,} rows are no longer at the source; they stay on the server")
     for place in report["left_places"]:
         say(f"artifacts stay at {place}: clients need s3:ListBucket and s3:GetObject for it")
     for line in copied.failed[: verdict.SHOWN] if copied else ():

@@ -256,6 +256,9 @@ def computed_id(*parts: str) -> str:
 
 def read_registry(reading: Reading) -> None:
     api = reading.api
+    if not has_registry(api):
+        reading.say("the server has no model registry")
+        return
     kinds: list[dict[str, Any]] = [{}, {"filter": PROMPTS}]
     for kind in kinds if reading.release >= (2, 21) else kinds[:1]:
         search = "/api/2.0/mlflow/registered-models/search"
@@ -279,6 +282,17 @@ def read_registry(reading: Reading) -> None:
         for each in pages(api.get, search, "model_versions", max_results=10000, **kind):
             insert_version(reading, each)
     reading.say(f"{reading.database.execute('SELECT count(*) FROM model_versions').fetchone()[0]:,} model versions")
+
+
+def has_registry(api: Api) -> bool:
+    """MLflow 1 has none for a folder mlruns/."""
+    try:
+        api.get("/api/2.0/mlflow/registered-models/search", max_results=1)
+    except AdoptionError as error:
+        if "Model registry functionality is unavailable" not in str(error):
+            raise
+        return False
+    return True
 
 
 def insert_version(reading: Reading, each: dict[str, Any]) -> None:

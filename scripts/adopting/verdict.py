@@ -112,7 +112,7 @@ def _ids(source: Source) -> list[str]:
     return sorted({str(new) for new in source.prepared["experiments"].values() if new is not None}, key=int)
 
 
-def pages(ask: Callable[..., dict[str, Any]], path: str, items: str, **query: Any) -> Iterator[dict[str, Any]]:
+def pages(ask: Callable[..., dict[str, Any]], path: str, items: str, /, **query: Any) -> Iterator[dict[str, Any]]:
     token = None
     while True:
         answer = ask(path, **query, **({"page_token": token} if token else {}))

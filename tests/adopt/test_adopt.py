@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,33 +121,90 @@ def without_places(thing: Any) -> Any:
     return "" if thing is None else str(thing)
 
 
+CHANGES_SINCE = """
+import sys
+from mlflow.tracking import MlflowClient
+uri, experiment, run = sys.argv[1:]
+client = MlflowClient(uri, uri)
+(unfinished,) = client.search_runs(["0"], "status = 'RUNNING'")
+client.set_terminated(unfinished.info.run_id, "KILLED", end_time=1_700_000_000_000)
+client.create_run("0", tags={"mlflow.user": "eve"})
+client.log_metric(run, "late", 7.0)
+client.log_metric(run, "loss", 0.001, timestamp=1_600_000_000_120, step=120)
+client.set_tag(run, "note", "changed since")
+client.log_text(run, "new", "late.txt")
+client.delete_run(client.search_runs([experiment], "attributes.status = 'FAILED'")[0].info.run_id)
+client.rename_experiment(experiment, "renamed since")
+client.delete_model_version("fraud", "1")
+client.delete_registered_model_alias("fraud", "champion")
+"""
+
+
 @pytest.mark.slow
 def test_second_run_carries_later_changes_and_copies_nothing_twice(
     stack: Stack, reported: Reported, tmp_path: Path
 ) -> None:
     uri, place = f"sqlite:///{tmp_path}/mlflow.db", f"file://{tmp_path}/artifacts"
     made = fill(NEWEST, uri, place)
+    run = made["run"]
     assert reported(tmp_path / "mlflow.db")[0] == 0
     runs = stack.sql("SELECT count(*) FROM runs")
     stack.execute("INSERT INTO tags (key, value, run_uuid) SELECT 'ours', 'since', run_uuid FROM runs LIMIT 1")
-    code = (
-        "import sys, mlflow; from mlflow.tracking import MlflowClient as C; c = C(sys.argv[1]); "
-        "c.log_metric(sys.argv[2], 'late', 7.0); c.set_tag(sys.argv[2], 'note', 'changed since'); "
-        "c.log_text(sys.argv[2], 'new', 'late.txt'); c.create_run('0', tags={'mlflow.user': 'eve'})"
-    )
-    subprocess.run([str(NEWEST), "-W", "ignore", "-c", code, uri, made["run"]], check=True)
+    command = [str(NEWEST), "-W", "ignore", "-c", CHANGES_SINCE, uri, made["experiment"], run]
+    subprocess.run(command, check=True)
     modified = {each["Key"]: each["LastModified"] for each in objects_of(stack)}
     status, report = reported(tmp_path / "mlflow.db")
     assert (report["lost"], status) == (0, 0)
     assert stack.sql("SELECT count(*) FROM runs") == runs + 1
-    assert stack.sql(f"SELECT value FROM tags WHERE key = 'note' AND run_uuid = '{made['run']}'") == "changed since"
+    assert stack.sql("SELECT end_time FROM runs WHERE status = 'KILLED'") == 1_700_000_000_000
+    assert stack.sql("SELECT lifecycle_stage FROM runs WHERE status = 'FAILED'") == "deleted"
+    assert stack.sql(f"SELECT count(*) FROM metrics WHERE key = 'loss' AND run_uuid = '{run}'") == 121
+    assert stack.sql(f"SELECT value FROM latest_metrics WHERE key = 'loss' AND run_uuid = '{run}'") == 0.001
+    assert stack.sql(f"SELECT value FROM tags WHERE key = 'note' AND run_uuid = '{run}'") == "changed since"
     assert stack.sql("SELECT count(*) FROM tags WHERE key = 'ours'") == 1
+    assert stack.sql(f"SELECT name FROM experiments WHERE experiment_id = {made['experiment']}") == "renamed since"
+    assert stack.sql("SELECT current_stage FROM model_versions WHERE version = 1") == "Deleted_Internal"
+    # Rows that the source deleted stay, and are counted.
+    assert report["gone"] == {"registered_model_aliases": 1}
+    assert stack.sql("SELECT count(*) FROM registered_model_aliases") == 1
     kept = sorted((stack.folder / "reports").glob("*-adoption-*.json"))
     assert [json.loads(file.read_text())["kinds"][0]["kind"] for file in kept] == ["experiments"] * 2
     assert {f"report-{file.name}" for file in kept} <= {key.rpartition("/")[2] for key in stack.keys("backups")}
     now = {each["Key"]: each["LastModified"] for each in objects_of(stack)}
-    assert {key for key in now if key not in modified} == {f"1/{made['run']}/artifacts/late.txt"}
+    assert {key for key in now if key not in modified} == {f"1/{run}/artifacts/late.txt"}
     assert all(now[key] == at for key, at in modified.items())
+
+
+@pytest.mark.slow
+def test_value_that_changed_on_both_sides_stays_and_is_named(stack: Stack, reported: Reported, tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    run = fill(NEWEST, f"sqlite:///{path}", f"file://{tmp_path}/artifacts")["run"]
+    assert reported(path)[0] == 0
+    where = f"key = 'note' AND run_uuid = '{run}'"
+    stack.execute(f"UPDATE tags SET value = 'ours' WHERE {where}")
+    with closing(sqlite3.connect(path)) as opened, opened:
+        opened.execute(f"UPDATE tags SET value = 'theirs' WHERE {where}")
+    status, report = reported(path)
+    assert (report["lost"], status) == (1, 1)
+    assert f"run tags {run} / note is 'ours' instead of 'theirs'" in [
+        line for kind in report["kinds"] for line in kind["lines"]
+    ]
+    assert stack.sql(f"SELECT value FROM tags WHERE {where}") == "ours"
+
+
+@pytest.mark.slow
+def test_second_run_recognizes_what_the_first_renamed(stack: Stack, reported: Reported, small: Filled) -> None:
+    stack.target.api.post("/api/2.0/mlflow/experiments/create", name="churn ünïcode")
+    stack.target.api.post("/api/2.0/mlflow/registered-models/create", name="fraud")
+    query = (
+        "SELECT (SELECT string_agg(name, ', ' ORDER BY name) FROM experiments) || "
+        "(SELECT string_agg(name || version, ', ' ORDER BY name, version) FROM model_versions)"
+    )
+    assert reported(small.source, "--on-clash", "rename")[0] == 0
+    names = stack.sql(query)
+    status, report = reported(small.source, "--on-clash", "rename")
+    assert (report["lost"], status) == (0, 0)
+    assert stack.sql(query) == names and report["gone"] == {}
 
 
 def objects_of(stack: Stack) -> list[Any]:

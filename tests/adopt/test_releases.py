@@ -110,6 +110,8 @@ def test_folder_mlruns_is_adopted(
     made = fill(client_of(release), f"file://{tmp_path}/mlruns", "")
     status, report = reported(tmp_path / "mlruns")
     assert (report["lost"], status) == (0, 0)
+    assert counted(report)["metric points"] == 128
+    assert counted(report)["model versions"] == (0 if release == "1.30.0" else 12)  # without a registry in FileStore
     number = report["experiments"][made["experiment"]]
     assert number < 2**31, "a FileStore's experiment IDs are longer than PostgreSQL's"
     assert f"{number}/{made['run']}/artifacts/notes.txt" in stack.keys("artifacts")

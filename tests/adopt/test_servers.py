@@ -25,7 +25,7 @@ pytestmark = pytest.mark.service
 
 @contextmanager
 def tracking_server(python: Path, folder: Path, uri: str, login: str = "", place: str = "") -> Iterator[str]:
-    """The URL of a server of that interpreter's release."""
+    """The URL of a server of that interpreter's release. `place`: where its clients write artifacts."""
     port = free_port()
     log = folder / "old-server.log"
     command = [
@@ -34,7 +34,7 @@ def tracking_server(python: Path, folder: Path, uri: str, login: str = "", place
         "ignore",
         str(Path(__file__).with_name("old_server.py")),
         uri,
-        str(folder / "served"),
+        place or str(folder / "served"),
         str(port),
         login,
     ]
@@ -138,6 +138,26 @@ def test_server_of_each_release_is_adopted_by_its_url(
         again, report = reported(url)
         assert (again, report["lost"]) == (0, 0)
         compare_tables(tmp_path / "old.db", stack)  # nothing twice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", ["1.30.0", "2.22.0"])
+def test_server_with_a_folder_mlruns_is_adopted_by_its_url(
+    stack: Stack,
+    reported: Reported,  # noqa: F811
+    tmp_path: Path,
+    release: str,
+) -> None:
+    """`mlflow ui` without options was such a server. In 1.30 it has no model registry."""
+    python = client_of(release)
+    with tracking_server(python, tmp_path, f"file://{tmp_path}/mlruns") as url:
+        made = fill(python, url, "")
+        status, report = reported(url)
+    assert (report["lost"], status) == (0, 0)
+    assert counted(report)["metric points"] == 128
+    assert counted(report)["model versions"] == (0 if release == "1.30.0" else 12)
+    number = report["experiments"][made["experiment"]]
+    assert f"{number}/{made['run']}/artifacts/model/data.bin" in stack.keys("artifacts")
 
 
 @pytest.mark.slow

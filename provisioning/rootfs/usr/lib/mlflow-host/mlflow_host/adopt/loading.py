@@ -30,7 +30,7 @@ from mlflow_host.postgres.cluster import (
     value,
 )
 from mlflow_host.schema import empty_database
-from mlflow_host.schema.merging import compare_rows, merge_rows
+from mlflow_host.schema.merging import compare_rows, merge_rows, rows_gone
 from mlflow_host.schema.release import ImageSchema, Release
 
 Say = Callable[[str], None]
@@ -48,9 +48,11 @@ def base_database(name: str) -> str:
 
 @dataclass(frozen=True)
 class Loaded:
-    """By table: (number of rows that are new or changed in the source, that are missing here, that differ here)."""
+    """By table: (number of rows that are new or changed in the source, that are missing here, that differ here).
+    `gone`: number of rows that the source no longer has and that stay here."""
 
     tables: dict[str, tuple[int, int, int]]
+    gone: dict[str, int]
     inserted: int
     updated: int
     first: bool
@@ -73,6 +75,7 @@ def load(cluster: Cluster, name: str, image: ImageSchema, mlflow: Release, blank
                 say("merging the rows into the database in service")
                 merged = merge_rows(from_work, from_base, writer)
                 counted = compare_rows(from_work, writer)
+                gone = {} if first else rows_gone(from_work, writer)
             lost = {table: numbers[1] for table, numbers in counted.items() if numbers[1]}
             if first and lost:
                 listed = ", ".join(f"{table} ({count})" for table, count in lost.items())
@@ -87,7 +90,7 @@ def load(cluster: Cluster, name: str, image: ImageSchema, mlflow: Release, blank
                 run(writer, rename.format(sql.Identifier(base), sql.Identifier(old)))
             run(writer, rename.format(sql.Identifier(work), sql.Identifier(base)))
     drop(cluster, old)
-    return Loaded(counted, sum(table.rows for table in merged), sum(table.values for table in merged), first)
+    return Loaded(counted, gone, sum(table.rows for table in merged), sum(table.values for table in merged), first)
 
 
 @contextmanager

@@ -343,6 +343,7 @@ def load(
         "first": loaded.first,
         "inserted": loaded.inserted,
         "updated": loaded.updated,
+        "gone": loaded.gone,
         "tables": {
             table: dict(zip(("compared", "missing", "changed"), n, strict=True)) for table, n in loaded.tables.items()
         },

@@ -82,7 +82,8 @@ def settle(opened: Any, source: str, request: Request, live: Live, reserved: dic
             if settled == "skip":
                 made.experiments[old] = None
                 continue
-            new = _other(f"{new} ({source})", set(here) | set(made.names.values()))
+            taken = {each for each, number in here.items() if number != known}
+            new = _other(f"{new} ({source})", taken | set(made.names.values()))
         made.names[old] = new
         if known is not None:
             made.experiments[old] = known
@@ -101,7 +102,7 @@ def settle(opened: Any, source: str, request: Request, live: Live, reserved: dic
             if settled == "skip":
                 made.models[name] = None
                 continue
-            new = _other(f"{new}-{source}", set(live.models))
+            new = _other(f"{new}-{source}", {each for each, at in live.models.items() if at != created})
         made.models[name] = new
     return made
 

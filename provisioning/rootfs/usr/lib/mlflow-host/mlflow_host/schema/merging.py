@@ -122,6 +122,24 @@ def compare_rows(from_kept: Any, writer: Any) -> dict[str, tuple[int, int, int]]
     return found
 
 
+def rows_gone(from_kept: Any, writer: Any) -> dict[str, int]:
+    """By table: number of rows of `base` that `kept` lacks and `work` still has. Call it after `merge_rows` as well."""
+    found = {}
+    for table in _tables(read_catalog(from_kept), read_catalog(writer)):
+        kept, base = temporary(table, "kept"), temporary(table, "base")
+        if value(writer, "SELECT to_regclass(%s) IS NULL", (f"pg_temp.{base}",)):
+            continue
+        count = value(
+            writer,
+            f"SELECT count(*) FROM {base} AS base JOIN {quoted(table.name)} AS work "
+            f"ON {table.same_key('base', 'work')} "
+            f"WHERE NOT EXISTS (SELECT 1 FROM {kept} AS kept WHERE {table.same_key('base', 'kept')})",
+        )
+        if count:
+            found[table.name] = int(count)
+    return found
+
+
 def _tables(source: Catalog, target: Catalog) -> list[Table]:
     names = set(source.tables) & set(target.tables) - DERIVED - TRANSIENT - {BOOKKEEPING}
     found = []
@@ -132,13 +150,13 @@ def _tables(source: Catalog, target: Catalog) -> list[Table]:
 
 
 def _differing_buckets(from_kept: Any, from_base: Any, table: Table) -> list[int]:
-    """Groups of rows of `kept` that are missing or different in `base`."""
+    """Groups of rows that are missing or different on one side."""
     query = (
         f"SELECT {table.bucket}, count(*), sum(hashtextextended(ROW({table.listed()})::text, 1)::numeric) "
         f"FROM {quoted(table.name)} GROUP BY 1"
     )
-    there = {bucket: sums for bucket, *sums in rows(from_base, query)}
-    return [bucket for bucket, *sums in rows(from_kept, query) if there.get(bucket) != sums]
+    kept, base = ({bucket: sums for bucket, *sums in rows(reader, query)} for reader in (from_kept, from_base))
+    return sorted(bucket for bucket in kept.keys() | base.keys() if kept.get(bucket) != base.get(bucket))
 
 
 def temporary(table: Table, what: str) -> str:
