@@ -20,26 +20,27 @@ pytestmark = pytest.mark.service
 OLD = {
     "1.30.0": ("sqlalchemy<2", "alembic<2", "pandas<2", "numpy<2", "flask<2.3", "werkzeug<2.3", "setuptools<70"),
     "2.9.2": ("sqlalchemy<2.1", "setuptools<70"),
-    "2.22.0": ("sqlalchemy<2.1",),
-    "3.1.0": ("sqlalchemy<2.1",),
+    "2.22.0": ("sqlalchemy<2.1", "opentelemetry-sdk<1.30"),
+    "3.1.0": ("sqlalchemy<2.1", "opentelemetry-sdk<1.30"),
     "3.9.0": ("flask-cors",),
 }
-"""The packages that the release needs besides `environments.STORES_NEED`."""
+"""The packages that the release needs besides `environments.STORES_NEED`. With a newer OpenTelemetry, the clients of
+2.22 and 3.1 log a warning and end no trace."""
 
 
 def client_of(release: str) -> Path:
-    """An interpreter with that release's client. Made on first use."""
+    """An interpreter with that release's client. Made on first use, and when its packages change here."""
     folder = environments.folder() / f"mlflow-client-{release}"
     python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
+    named = {each.split("<")[0] for each in OLD[release]}
+    packages = [*OLD[release], *(each for each in environments.STORES_NEED if each not in named)]
+    packages += [f"mlflow-skinny=={release}", "boto3", "pymysql", "querystring-parser"]
+    complete = folder / "complete"
+    if not complete.exists() or complete.read_text() != "\n".join(packages):
         shutil.rmtree(folder, ignore_errors=True)
         environments._uv("venv", "--quiet", "--python", f"{sys.version_info[0]}.{sys.version_info[1]}", str(folder))
-        named = {each.split("<")[0] for each in OLD[release]}
-        packages = [*OLD[release], *(each for each in environments.STORES_NEED if each not in named)]
-        packages += ["boto3", "pymysql", "querystring-parser"]
-        install = ("pip", "install", "--quiet", "--python", str(python), f"mlflow-skinny=={release}", *packages)
-        environments._uv(*install)
-        (folder / "complete").touch()
+        environments._uv("pip", "install", "--quiet", "--python", str(python), *packages)
+        complete.write_text("\n".join(packages))
     return python
 
 
