@@ -1,7 +1,8 @@
-"""CloudWatch: alarms."""
+"""CloudWatch: alarms, a dashboard, a log group."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from scripts.rehearsal.resource_types import Aws, Kind, physical_name
@@ -50,7 +51,86 @@ def _recover(aws: Aws, inputs: Props) -> str | None:
     return str(inputs["name"]) if _read(aws, inputs["name"], inputs) else None
 
 
+def _put_dashboard(aws: Aws, inputs: Props) -> str:
+    name = str(inputs["dashboardName"])
+    aws.client("cloudwatch").put_dashboard(DashboardName=name, DashboardBody=inputs["dashboardBody"])
+    return name
+
+
+def _read_dashboard(aws: Aws, id_: str, inputs: Props) -> Props | None:
+    client = aws.client("cloudwatch")
+    try:
+        return {"dashboardArn": client.get_dashboard(DashboardName=id_)["DashboardArn"]}
+    except client.exceptions.DashboardNotFoundError:
+        return None
+
+
+def _update_dashboard(aws: Aws, id_: str, old: Props, new: Props) -> None:
+    _put_dashboard(aws, new)
+
+
+def _delete_dashboard(aws: Aws, id_: str, inputs: Props) -> None:
+    with suppress(aws.client("cloudwatch").exceptions.DashboardNotFoundError):
+        aws.client("cloudwatch").delete_dashboards(DashboardNames=[id_])
+
+
+def _recover_dashboard(aws: Aws, inputs: Props) -> str | None:
+    return str(inputs["dashboardName"]) if _read_dashboard(aws, inputs["dashboardName"], inputs) else None
+
+
+def _create_group(aws: Aws, inputs: Props) -> str:
+    name = str(inputs["name"])
+    aws.client("logs").create_log_group(logGroupName=name, tags=inputs.get("tagsAll", {}))
+    _retain(aws, name, inputs)
+    return name
+
+
+def _retain(aws: Aws, name: str, inputs: Props) -> None:
+    aws.client("logs").put_retention_policy(logGroupName=name, retentionInDays=int(inputs["retentionInDays"]))
+
+
+def _read_group(aws: Aws, id_: str, inputs: Props) -> Props | None:
+    groups = aws.client("logs").describe_log_groups(logGroupNamePrefix=id_)["logGroups"]
+    return next(({"arn": each["arn"].removesuffix(":*")} for each in groups if each["logGroupName"] == id_), None)
+
+
+def _update_group(aws: Aws, id_: str, old: Props, new: Props) -> None:
+    _retain(aws, id_, new)
+    before, after = old.get("tagsAll", {}), new.get("tagsAll", {})
+    found = _read_group(aws, id_, new)
+    if found and (gone := sorted(before.keys() - after.keys())):
+        aws.client("logs").untag_resource(resourceArn=found["arn"], tagKeys=gone)
+    if found and after != before and after:
+        aws.client("logs").tag_resource(resourceArn=found["arn"], tags=after)
+
+
+def _delete_group(aws: Aws, id_: str, inputs: Props) -> None:
+    with suppress(aws.client("logs").exceptions.ResourceNotFoundException):
+        aws.client("logs").delete_log_group(logGroupName=id_)
+
+
+def _recover_group(aws: Aws, inputs: Props) -> str | None:
+    return str(inputs["name"]) if _read_group(aws, inputs["name"], inputs) else None
+
+
 KINDS = {
+    "aws:cloudwatch/dashboard:Dashboard": Kind(
+        create=_put_dashboard,
+        read=_read_dashboard,
+        update=_update_dashboard,
+        delete=_delete_dashboard,
+        recover=_recover_dashboard,
+        replace_on=frozenset({"dashboardName"}),
+    ),
+    "aws:cloudwatch/logGroup:LogGroup": Kind(
+        create=_create_group,
+        read=_read_group,
+        update=_update_group,
+        delete=_delete_group,
+        recover=_recover_group,
+        replace_on=frozenset({"name"}),
+        tagged=True,
+    ),
     "aws:cloudwatch/metricAlarm:MetricAlarm": Kind(
         create=_put,
         read=_read,
@@ -60,5 +140,5 @@ KINDS = {
         replace_on=frozenset({"name"}),
         generate={"name": physical_name},
         tagged=True,
-    )
+    ),
 }
