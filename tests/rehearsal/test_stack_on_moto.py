@@ -257,7 +257,7 @@ def test_log_group_and_dashboard_follow_their_settings(aws: Aws) -> None:
     assert groups() == [("/mlflow-ami/moto", 7)]
 
     off = done(up(aws, state, ami))
-    assert {"delete LogGroup", "delete Dashboard", "replace Instance"} <= set(off)
+    assert {"delete LogGroup", "delete Dashboard"} <= set(off)
     assert groups() == [] and cloudwatch.list_dashboards()["DashboardEntries"] == []
 
 

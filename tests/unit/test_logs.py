@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -145,24 +145,11 @@ def test_line_of_another_unit_only_moves_the_cursor() -> None:
     assert (one.cursor, one.streams) == ("s=1", {})
 
 
-# The journal; a program that prints the lines of a file stands in for journalctl
+# The journal; `tail` stands in for journalctl: line N has the cursor s=N
 
-FOLLOW = """
-import sys, time
-file, after = sys.argv[1], sys.argv[2:]
-skip = bool(after)
-with open(file, "rb") as lines:
-    while True:
-        line = lines.readline()
-        if line == b"END\\n":
-            sys.exit(3)
-        if line and not skip:
-            sys.stdout.buffer.write(line); sys.stdout.flush()
-        elif line and after[0].removeprefix("--after-cursor=").encode() in line:
-            skip = False
-        elif not line:
-            time.sleep(0.01)
-"""
+FOLLOW = ("sh", "-c", 'exec tail -n +$((${1##*=} + 1)) -f "$0"')
+LONG = 60
+"""Seconds after which a test gives up."""
 
 
 @pytest.fixture
@@ -173,7 +160,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def follow(file: Path, cursor: str = "") -> Journal:
-    return Journal(cursor, [sys.executable, "-c", FOLLOW, str(file)])
+    return Journal(cursor, [*FOLLOW, str(file)])
 
 
 def test_lines_come_complete_also_those_in_several_parts(file: Path) -> None:
@@ -181,10 +168,10 @@ def test_lines_come_complete_also_those_in_several_parts(file: Path) -> None:
     long = line(1, message="x" * 300_000)
     with file.open("wb", buffering=0) as out:
         out.write(long + line(2)[:10])
-        assert opened.read(5) == [long.rstrip(b"\n")]
+        assert opened.read(LONG) == [long.rstrip(b"\n")]
         assert opened.read(0.1) == []
         out.write(line(2)[10:])
-        assert opened.read(5) == [line(2).rstrip(b"\n")]
+        assert opened.read(LONG) == [line(2).rstrip(b"\n")]
     opened.close()
 
 
@@ -193,22 +180,21 @@ def test_line_that_would_fill_the_memory_is_left_out(file: Path, monkeypatch: py
     file.write_bytes(line(1) + line(2, message="x" * 1_000_000) + line(3))
     found: list[bytes] = []
     opened = follow(file)
-    while len(found) < 2 and (lines := opened.read(5)):
+    while len(found) < 2 and (lines := opened.read(LONG)):
         found += lines
     opened.close()
     assert found == [line(1).rstrip(b"\n"), line(3).rstrip(b"\n")]
 
 
-def test_end_of_journalctl_is_an_error_that_restarts_the_service(file: Path) -> None:
-    file.write_bytes(b"END\n")
+def test_end_of_journalctl_is_an_error_that_restarts_the_service() -> None:
     with pytest.raises(journal.JournalEnded, match="status 3"):
-        follow(file).read(5)
+        Journal("", ["sh", "-c", "exit 3"]).read(LONG)
 
 
 def test_cursor_is_passed_to_journalctl(file: Path) -> None:
     file.write_bytes(line(1) + line(2))
     opened = follow(file, "s=1")
-    assert opened.read(5) == [line(2).rstrip(b"\n")]
+    assert opened.read(LONG) == [line(2).rstrip(b"\n")]
     opened.close()
 
 
@@ -241,6 +227,7 @@ class Cloud:
 
 def shipped(file: Path, put: run.Put, saved: list[str], stopping: threading.Event) -> None:
     opened = follow(file, saved[-1] if saved else "")
+    select.select([opened._output], [], [], LONG)
     try:
         run.ship(opened, put, saved.append, stopping)
     finally:
@@ -278,7 +265,7 @@ def test_lines_are_sent_in_batches_while_the_service_runs(file: Path, monkeypatc
     file.write_bytes(line(1))
     thread = threading.Thread(target=shipped, args=(file, cloud.put, saved, stopping))
     thread.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + LONG
     while not saved and time.monotonic() < deadline:
         time.sleep(0.02)
     stopping.set()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
+from botocore.exceptions import ClientError
+
 from scripts.rehearsal.resource_types import Aws, Kind, physical_name
 from scripts.rehearsal.resources.tags import as_list
 from scripts.rehearsal.wire import Props
@@ -58,10 +60,11 @@ def _put_dashboard(aws: Aws, inputs: Props) -> str:
 
 
 def _read_dashboard(aws: Aws, id_: str, inputs: Props) -> Props | None:
-    client = aws.client("cloudwatch")
     try:
-        return {"dashboardArn": client.get_dashboard(DashboardName=id_)["DashboardArn"]}
-    except client.exceptions.DashboardNotFoundError:
+        return {"dashboardArn": aws.client("cloudwatch").get_dashboard(DashboardName=id_)["DashboardArn"]}
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "ResourceNotFound":
+            raise
         return None
 
 
@@ -70,8 +73,11 @@ def _update_dashboard(aws: Aws, id_: str, old: Props, new: Props) -> None:
 
 
 def _delete_dashboard(aws: Aws, id_: str, inputs: Props) -> None:
-    with suppress(aws.client("cloudwatch").exceptions.DashboardNotFoundError):
+    try:
         aws.client("cloudwatch").delete_dashboards(DashboardNames=[id_])
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "ResourceNotFound":
+            raise
 
 
 def _recover_dashboard(aws: Aws, inputs: Props) -> str | None:
