@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 FOLLOW = (
     *("journalctl", "--follow", "--no-tail", "--quiet", "--output=json"),
+    # Without --merge, --follow leaves out earlier boots: lines that were not sent before a reboot.
+    "--merge",
     # Without --all, a field of more than 4,096 bytes is null.
     *("--all", "--output-fields=MESSAGE,PRIORITY,UNIT,_PID,_SYSTEMD_UNIT"),
 )
