@@ -276,7 +276,8 @@ def walks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Walk]]
 
 CASES = (
     "refused", "launched", "no change", "another image", "upgraded", "rolled back", "grown", "one more network",
-    "tls off", "readers", "no readers", "logs and a dashboard", "neither", "restored", "refreshed", "made again", "destroyed",
+    "tls off", "readers", "no readers", "logs and a dashboard", "neither", "restored", "refreshed", "made again",
+    "destroyed",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import boto3
 import pytest
+from botocore.exceptions import NoCredentialsError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -346,35 +347,52 @@ def messages(logs: Any, stream: str) -> list[str]:
 
 
 def test_stream_of_a_new_machine_is_created_and_then_used(logs: Any) -> None:
-    put = run.to_cloudwatch(logs, GROUP, "i-0123456789abcdef0")
+    put = run.to_cloudwatch(lambda: logs, GROUP, "i-0123456789abcdef0")
     put("nginx", [Event("nginx", NOW, "first")])
     put("nginx", [Event("nginx", NOW + 1, "second")])
     assert messages(logs, "i-0123456789abcdef0/nginx") == ["first", "second"]
 
 
 def test_missing_log_group_is_an_error_that_keeps_the_lines(logs: Any) -> None:
-    put = run.to_cloudwatch(logs, "/deleted", "i-0")
+    put = run.to_cloudwatch(lambda: logs, "/deleted", "i-0")
     with pytest.raises(logs.exceptions.ResourceNotFoundException):
         put("nginx", [Event("nginx", NOW, "first")])
+
+
+def test_client_without_credentials_is_replaced_and_one_that_works_is_kept(logs: Any) -> None:
+    session: Any = boto3.Session()
+    nameless = session.client("logs", region_name="eu-central-1")
+    nameless.meta.events.register("before-sign", no_credentials)
+    made = [logs, nameless]
+    put = run.to_cloudwatch(made.pop, GROUP, "i-3")
+    with pytest.raises(NoCredentialsError):
+        put("host", [Event("host", NOW, "first")])
+    for text in ("first", "second"):
+        put("host", [Event("host", NOW, text)])
+    assert messages(logs, "i-3/host") == ["first", "second"] and made == []
+
+
+def no_credentials(**_: Any) -> None:
+    raise NoCredentialsError
 
 
 def test_old_lines_that_cloudwatch_rejects_are_reported_and_do_not_stop_the_others(
     logs: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put = run.to_cloudwatch(logs, GROUP, "i-1")
+    put = run.to_cloudwatch(lambda: logs, GROUP, "i-1")
     put("host", [Event("host", NOW - 15 * 86_400_000, "old"), Event("host", NOW, "new")])
     assert messages(logs, "i-1/host") == ["new"]
-    assert "refuses old or future lines of host: {'tooOldLogEventEndIndex'" in capsys.readouterr().err
+    assert "refuses some or all of 2 lines of host: {'tooOldLogEventEndIndex'" in capsys.readouterr().err
 
 
 def test_request_that_cloudwatch_never_accepts_is_reported_and_left_out(
     logs: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put = run.to_cloudwatch(logs, GROUP, "i-2")
+    put = run.to_cloudwatch(lambda: logs, GROUP, "i-2")
     put("host", [Event("host", NOW, "first")])
     put("host", [Event("host", NOW, "b"), Event("host", NOW - 1, "a")])
     assert messages(logs, "i-2/host") == ["first"]
-    assert "refuses 2 lines of host" in capsys.readouterr().err
+    assert "refuses some or all of 2 lines of host: An error occurred (Inv" in capsys.readouterr().err
 
 
 DOCUMENT = launch.LaunchDocument(

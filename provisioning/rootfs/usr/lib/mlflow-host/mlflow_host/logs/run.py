@@ -49,7 +49,7 @@ def main() -> int:
         return 0
     saved = STATE / "cursor"
     journal = Journal(saved.read_text().strip() if saved.exists() else "")
-    put = to_cloudwatch(client(document), document.monitoring.log_group, MACHINE.read_text().strip())
+    put = to_cloudwatch(lambda: connect(document), document.monitoring.log_group, MACHINE.read_text().strip())
     try:
         ship(journal, put, lambda cursor: atomic_file.write(saved, f"{cursor}\n"), stopping)
     except JournalEnded as error:
@@ -106,7 +106,8 @@ def deliver(batch: Batch, put: Put, save: Callable[[str], None], stopping: threa
     return True
 
 
-def client(document: LaunchDocument) -> Any:
+def connect(document: LaunchDocument) -> Any:
+    """boto3's client, with the role's credentials if the metadata service has them already."""
     import boto3
     from botocore.config import Config
 
@@ -118,23 +119,31 @@ def client(document: LaunchDocument) -> Any:
     )
 
 
-def to_cloudwatch(logs: Any, group: str, machine: str) -> Put:
-    """Sends to the stream `<machine>/<stream>` of the group, which is created when it is missing."""
+def to_cloudwatch(connected: Callable[[], Any], group: str, machine: str) -> Put:
+    """Sends to the stream `<machine>/<stream>` of the group, which is created when it is missing.
+
+    After an error it connects anew: a client that was made without credentials never gets any."""
+    unused: list[Any] = []
 
     def put(stream: str, events: Sequence[Event]) -> None:
+        logs = unused.pop() if unused else connected()
         there = {"logGroupName": group, "logStreamName": f"{machine}/{stream}"}
         entries = [{"timestamp": each.at, "message": each.text} for each in events]
+        refused = None
         try:
-            answer = logs.put_log_events(**there, logEvents=entries)
-        except logs.exceptions.ResourceNotFoundException:
-            logs.create_log_stream(**there)
-            answer = logs.put_log_events(**there, logEvents=entries)
+            try:
+                answer = logs.put_log_events(**there, logEvents=entries)
+            except logs.exceptions.ResourceNotFoundException:
+                logs.create_log_stream(**there)
+                answer = logs.put_log_events(**there, logEvents=entries)
+            refused = answer.get("rejectedLogEventsInfo")
         except logs.exceptions.InvalidParameterException as error:
             # It would be refused again and again, and all later lines with it.
-            print(f"mlflow-host: CloudWatch Logs refuses {len(entries)} lines of {stream}: {error}", file=sys.stderr)
-            return
-        if refused := answer.get("rejectedLogEventsInfo"):
-            print(f"mlflow-host: CloudWatch Logs refuses old or future lines of {stream}: {refused}", file=sys.stderr)
+            refused = error
+        if refused:
+            report = f"CloudWatch Logs refuses some or all of {len(entries)} lines of {stream}: {refused}"
+            print(f"mlflow-host: {report}", file=sys.stderr, flush=True)
+        unused.append(logs)
 
     return put
 
