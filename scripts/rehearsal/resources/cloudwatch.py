@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from botocore.exceptions import ClientError
@@ -60,12 +61,9 @@ def _put_dashboard(aws: Aws, inputs: Props) -> str:
 
 
 def _read_dashboard(aws: Aws, id_: str, inputs: Props) -> Props | None:
-    try:
+    with _unless_missing():
         return {"dashboardArn": aws.client("cloudwatch").get_dashboard(DashboardName=id_)["DashboardArn"]}
-    except ClientError as error:
-        if error.response["Error"]["Code"] != "ResourceNotFound":
-            raise
-        return None
+    return None
 
 
 def _update_dashboard(aws: Aws, id_: str, old: Props, new: Props) -> None:
@@ -73,8 +71,15 @@ def _update_dashboard(aws: Aws, id_: str, old: Props, new: Props) -> None:
 
 
 def _delete_dashboard(aws: Aws, id_: str, inputs: Props) -> None:
-    try:
+    with _unless_missing():
         aws.client("cloudwatch").delete_dashboards(DashboardNames=[id_])
+
+
+@contextmanager
+def _unless_missing() -> Iterator[None]:
+    """Suppress the error of a dashboard that does not exist."""
+    try:
+        yield
     except ClientError as error:
         if error.response["Error"]["Code"] != "ResourceNotFound":
             raise
@@ -116,7 +121,10 @@ def _delete_group(aws: Aws, id_: str, inputs: Props) -> None:
 
 
 def _recover_group(aws: Aws, inputs: Props) -> str | None:
-    return str(inputs["name"]) if _read_group(aws, inputs["name"], inputs) else None
+    if not _read_group(aws, inputs["name"], inputs):
+        return None
+    _retain(aws, inputs["name"], inputs)
+    return str(inputs["name"])
 
 
 KINDS = {
