@@ -51,9 +51,15 @@ class Role:
     """The policies that must exist before the machine boots."""
 
 
-def role(config: Settings, kept: Storage, parameters: Parameters, opts: pulumi.ResourceOptions) -> Role:
-    """The machine's role: the stack's buckets and parameters, CloudWatch metrics, Session Manager. MLflow's processes
-    have a role of their own: objects of two buckets. Only the machine's role may assume it."""
+def role(
+    config: Settings,
+    kept: Storage,
+    parameters: Parameters,
+    logs: aws.cloudwatch.LogGroup | None,
+    opts: pulumi.ResourceOptions,
+) -> Role:
+    """The machine's role: the stack's buckets and parameters, CloudWatch metrics and logs, Session Manager. MLflow's
+    processes have a role of their own: objects of two buckets. Only the machine's role may assume it."""
     machine = aws.iam.Role(
         "server",
         description="MLflow server: its own buckets and parameters, Session Manager",
@@ -81,7 +87,7 @@ def role(config: Settings, kept: Storage, parameters: Parameters, opts: pulumi.R
     policy = aws.iam.RolePolicy(
         "server",
         role=machine.name,
-        policy=pulumi.Output.json_dumps(machine_policy(config, kept, parameters, mlflow)),
+        policy=pulumi.Output.json_dumps(machine_policy(config, kept, parameters, mlflow, logs)),
         opts=opts,
     )
     mlflow_policy = aws.iam.RolePolicy(
@@ -126,14 +132,27 @@ def added_only(backups: aws.s3.Bucket) -> list[dict[str, Any]]:
     ]
 
 
-def machine_policy(config: Settings, kept: Storage, parameters: Parameters, mlflow: aws.iam.Role) -> dict[str, Any]:
+def machine_policy(
+    config: Settings, kept: Storage, parameters: Parameters, mlflow: aws.iam.Role, logs: aws.cloudwatch.LogGroup | None
+) -> dict[str, Any]:
     """The machine's permissions. In the backups bucket a delete only hides an object; the role cannot delete
-    versions, and in the audit trail it can neither replace nor hide objects."""
+    versions, and in the audit trail it can neither replace nor hide objects. In the log group it can only add."""
     read = [each.arn for each in (parameters.credentials, parameters.reader) if each]
     publish = [
         {"Sid": sid, "Effect": "Allow", "Action": "ssm:PutParameter", "Resource": parameter.arn}
         for sid, parameter in {"Authority": parameters.authority, "InService": parameters.in_service}.items()
         if parameter
+    ]
+    added = [
+        {
+            "Sid": "Logs",
+            "Effect": "Allow",
+            "Action": ["logs:CreateLogStream", "logs:PutLogEvents"],
+            # With ":*", the streams of the group: the form that these two actions need.
+            "Resource": pulumi.Output.concat(group.arn, ":*"),
+        }
+        for group in (logs,)
+        if group
     ]
     return {
         "Version": "2012-10-17",
@@ -148,6 +167,7 @@ def machine_policy(config: Settings, kept: Storage, parameters: Parameters, mlfl
                 "Resource": read,
             },
             *publish,
+            *added,
             {
                 "Sid": "Metrics",
                 "Effect": "Allow",

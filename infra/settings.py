@@ -28,6 +28,10 @@ ADMIN = "admin"
 ANYWHERE = "0.0.0.0/0"
 RESERVED = ("facts", "images")
 """Names below /mlflow-ami/ in Systems Manager that scripts/images.py uses."""
+RETENTION_DAYS = (
+    *(0, 1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653),
+)
+"""Values of `logRetentionDays`: 0, and those that PutRetentionPolicy of CloudWatch Logs accepts."""
 RULES_PER_GROUP = 60
 """Inbound rules EC2 allows in a security group by default (Amazon VPC quotas)."""
 
@@ -67,6 +71,9 @@ class Settings:
     alarms: tuple[str, ...]
     """Names in `contract.alarms`."""
     alarm_topic_arn: str
+    dashboard: bool
+    log_retention_days: int
+    """Days that the log group keeps a line; 0: the stack has no log group."""
     restore_from: str
     """The backup to restore at the next boot; each value is restored once."""
     backups_endpoint: str
@@ -75,6 +82,7 @@ class Settings:
     ssm_endpoint: str
     sts_endpoint: str
     monitoring_endpoint: str
+    logs_endpoint: str
 
     @property
     def title(self) -> str:
@@ -92,6 +100,11 @@ class Settings:
         encrypted = [("https", 443, self.allowed_cidrs)] if self.tls != "off" else []
         plain = ("http", 80, (ANYWHERE,) if self.tls == "acme" else self.allowed_cidrs)
         return [plain, *encrypted, ("ssh", 22, self.ssh_cidrs), ("postgresql", 5432, self.postgres_cidrs)]
+
+    @property
+    def log_group(self) -> str:
+        """The log group's name; "" without one."""
+        return f"/mlflow-ami/{self.stack}" if self.log_retention_days else ""
 
     def parameter(self, name: str) -> str:
         """Full name of one of the stack's parameters in Systems Manager."""
@@ -159,6 +172,8 @@ def read() -> tuple[Settings, list[str]]:
             "alarmTopicArn",
             _matches(r"arn:aws[a-z-]*:sns:[a-z0-9-]+:\d{12}:[A-Za-z0-9_-]{1,256}", "is not the ARN of an SNS topic"),
         ),
+        dashboard=take("dashboard"),
+        log_retention_days=take("logRetentionDays", _days_of_logs),
         backup_retention_days=take("backupRetentionDays", _between(1, 3650, "days")),
         restore_from=take("restoreFrom", restore_request.wrong),
         backups_endpoint=take("backupsEndpoint", launch.endpoint_url),
@@ -167,6 +182,7 @@ def read() -> tuple[Settings, list[str]]:
         ssm_endpoint=take("ssmEndpoint", launch.endpoint_url),
         sts_endpoint=take("stsEndpoint", launch.endpoint_url),
         monitoring_endpoint=take("monitoringEndpoint", launch.endpoint_url),
+        logs_endpoint=take("logsEndpoint", launch.endpoint_url),
     )
     given = functools.partial(pulumi.Config(project).get, default="")
     if not given("amiId") and not given("channel"):
@@ -310,6 +326,13 @@ def _domain(value: str) -> str | None:
     if launch.host(value) is None and launch.host_is_public_name(value):
         return None
     return "is not a domain name in lower case such as mlflow.example.com"
+
+
+def _days_of_logs(value: int) -> str | None:
+    if value in RETENTION_DAYS:
+        return None
+    near = min(RETENTION_DAYS, key=lambda each: abs(each - value))
+    return f"is not a retention of CloudWatch Logs: the nearest is {near}"
 
 
 def _names_of_alarms(values: tuple[str, ...]) -> str | None:

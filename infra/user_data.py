@@ -118,12 +118,17 @@ def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
             "endpoint": config.backups_endpoint,
             "authority": config.backups_authority,
         },
-        "monitoring": {"alarms": [name for name in config.alarms if name in alarms.NAMES]},
+        "monitoring": {
+            "alarms": [name for name in config.alarms if name in alarms.NAMES],
+            "dashboard": config.dashboard,
+            "log_group": config.log_group,
+        },
         "endpoints": {
             "s3": config.s3_endpoint,
             "ssm": config.ssm_endpoint,
             "sts": config.sts_endpoint,
             "monitoring": config.monitoring_endpoint,
+            "logs": config.logs_endpoint,
         },
     }
 

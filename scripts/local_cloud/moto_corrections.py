@@ -24,6 +24,7 @@ bucket_settings.py. The documents are the services' API References, by the name 
 - CopyImage: the copy has the tags and the key that the request names, and the encryption of its source.
 - PutMetricAlarm: a new alarm is in INSUFFICIENT_DATA, an updated one keeps its state.
 - ListTagsForResource of CloudWatch, TagResource: ResourceNotFoundException once the alarm is deleted.
+- DeleteLogGroup: its tags are deleted; ListTagsForResource of CloudWatch Logs is then ResourceNotFoundException.
 - GetParameter without decryption: the ciphertext. moto returns the clear text after a prefix.
 - PutParameter, "Managing parameter tiers" (Systems Manager User Guide): Intelligent-Tiering makes a standard parameter,
   or an advanced one for more than 4 KiB or with policies.
@@ -56,6 +57,8 @@ from moto.ec2.responses.instances import InstanceResponse
 from moto.ec2.responses.vpcs import VPCs
 from moto.iam.exceptions import NotFoundException
 from moto.iam.models import IAMBackend
+from moto.logs.exceptions import ResourceNotFoundException as LogsNotFound
+from moto.logs.models import LogsBackend
 from moto.ssm.models import Parameter
 from moto.sts.models import STSBackend
 
@@ -154,6 +157,8 @@ def install() -> None:
         (CloudWatchBackend, "delete_alarms"): _delete_alarms(CloudWatchBackend.delete_alarms),
         (CloudWatchBackend, "list_tags_for_resource"): _of_an_alarm(CloudWatchBackend.list_tags_for_resource),
         (CloudWatchBackend, "tag_resource"): _of_an_alarm(CloudWatchBackend.tag_resource),
+        (LogsBackend, "delete_log_group"): _delete_log_group(LogsBackend.delete_log_group),
+        (LogsBackend, "list_tags_for_resource"): _of_a_log_group(LogsBackend.list_tags_for_resource),
         (Parameter, "__init__"): _make_parameter(Parameter.__init__),
         (Parameter, "response_object"): _describe_parameter(Parameter.response_object),
         (STSBackend, "get_caller_identity"): _get_caller_identity(STSBackend.get_caller_identity),
@@ -244,6 +249,24 @@ def _of_an_alarm(original: Any) -> Any:
         if ":alarm:" in arn and arn.rpartition(":alarm:")[2] not in self.alarms:
             raise ResourceNotFoundException(f"The alarm {arn} does not exist")
         return original(self, arn, *args)
+
+    return answer
+
+
+def _delete_log_group(original: Any) -> Any:
+    def delete(self: LogsBackend, log_group_name: str) -> None:
+        if group := self.groups.get(log_group_name):
+            self.tagger.delete_all_tags_for_resource(group.arn)
+        original(self, log_group_name)
+
+    return delete
+
+
+def _of_a_log_group(original: Any) -> Any:
+    def answer(self: LogsBackend, resource_arn: str) -> Any:
+        if ":log-group:" in resource_arn and resource_arn.rpartition(":log-group:")[2] not in self.groups:
+            raise LogsNotFound()
+        return original(self, resource_arn)
 
     return answer
 

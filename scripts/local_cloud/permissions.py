@@ -74,6 +74,9 @@ def resources(prefix: str, region: str, asked: Mapping[str, Any]) -> tuple[str, 
         names = [name for each in given for name in (each if isinstance(each, list) else [each])]
         if names:
             return tuple(parameter_arn(region, str(name)) for name in names)
+    if prefix == "logs" and asked.get("logGroupName"):
+        stream = f":log-stream:{asked['logStreamName']}" if asked.get("logStreamName") else ""
+        return (f"arn:aws:logs:{region}:{ACCOUNT}:log-group:{asked['logGroupName']}{stream}",)
     if prefix == "sts" and asked.get("RoleArn"):
         return (str(asked["RoleArn"]),)
     if prefix == "iam" and asked.get("RoleName"):

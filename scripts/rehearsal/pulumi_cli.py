@@ -179,6 +179,7 @@ GIVEN = (
     "ssmEndpoint",
     "stsEndpoint",
     "monitoringEndpoint",
+    "logsEndpoint",
 )
 """Settings that the rehearsal sets at every run, unless the user set them with --set."""
 

@@ -220,6 +220,7 @@ def configuration(cloud: LocalCloud, ami: str, settings: Props) -> tuple[dict[st
         f"{prefix}:ssmEndpoint": cloud.endpoint,
         f"{prefix}:stsEndpoint": cloud.endpoint,
         f"{prefix}:monitoringEndpoint": cloud.endpoint,
+        f"{prefix}:logsEndpoint": cloud.endpoint,
     }
     if "channel" in settings:
         del config[f"{prefix}:amiId"]

@@ -20,7 +20,7 @@ REPOSITORY = "example/mlflow-ami"
 PROVIDER = "arn:aws:iam::123456789012:oidc-provider/token.actions.githubusercontent.com"
 ISSUER = "token.actions.githubusercontent.com"
 BRANCH = "ref:refs/heads/"
-LAUNCH = ["LaunchNetworkAndMachine", "LaunchBuckets", "LaunchAlarm", "LaunchRoleAndSecret"]
+LAUNCH = ["LaunchNetworkAndMachine", "LaunchBuckets", "LaunchAlarm", "LaunchLogs", "LaunchRoleAndSecret"]
 PARAMETERS = "arn:aws:ssm:eu-central-1:123456789012:parameter/mlflow-ami"
 
 

@@ -8,44 +8,22 @@ from __future__ import annotations
 import base64
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from scripts.local_cloud import LocalCloud
-from tests.support.servers import BUILD, Server, describe_server, script
+from tests.support.canaries import logged, names, secrets_of
+from tests.support.servers import BUILD, Server, describe_server
 
 pytestmark = pytest.mark.machine
 
-PERSON = "leak.canary"
-
 
 @pytest.fixture(scope="module")
-def secrets(server: Server, cloud: LocalCloud, example_runs: Mapping[str, str]) -> Any:
-    """Name → value. They include the password of a user with a successful and a failed login."""
-    parameter = json.loads(script("rehearse.py", "status", "--json").stdout)["credentials_parameter"]
-    document = json.loads(cloud.client("ssm").get_parameter(Name=parameter, WithDecryption=True)["Parameter"]["Value"])
-    password = script("users.py", "add", PERSON).stdout.strip()
-    try:
-        for login in ((PERSON, password), (server.username, server.password), (PERSON, "wrong")):
-            server.ask("/version", auth=login)
-        found = {
-            "admin's password": server.password,
-            "admin's login": base64.b64encode(f"{server.username}:{server.password}".encode()).decode(),
-            "passphrase": document["kek_passphrase"],
-            "person's password": password,
-            "person's login": base64.b64encode(f"{PERSON}:{password}".encode()).decode(),
-        }
-        assert all(len(value) >= 20 for value in found.values())
+def secrets(server: Server, cloud: LocalCloud, example_runs: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
+    with secrets_of(server, cloud) as found:
         yield found
-    finally:
-        script("users.py", "remove", PERSON)
-
-
-def names(secrets: Mapping[str, str], text: str) -> list[str]:
-    return [name for name, value in secrets.items() if value in text]
 
 
 def test_nothing_that_the_launch_leaves_behind_holds_a_secret(
@@ -69,6 +47,7 @@ def test_nothing_that_the_launch_leaves_behind_holds_a_secret(
         "stack's state": "\n".join(path.read_text() for path in cloud.places.root.glob("rehearsal*.json")),
         "object store's log": (cloud.places.root / "object-store.log").read_text(errors="replace"),
         "cloud's log": cloud.places.log.read_text(errors="replace"),
+        "log groups": "\n".join(each["message"] for each in logged(cloud)),
         "logs of the bakes": "\n".join(path.read_text(errors="replace") for path in Path(BUILD).rglob("*.log")),
         "facts": "\n".join(path.read_text() for path in Path(BUILD).rglob("*.json")),
     }

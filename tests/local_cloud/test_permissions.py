@@ -15,6 +15,7 @@ from scripts.local_cloud import permissions, roles
 REGION = "eu-central-1"
 HERE = "http://127.0.0.1:9"
 OWN = f"arn:aws:ssm:{REGION}:123456789012:parameter/own/secret"
+GROUP = f"arn:aws:logs:{REGION}:123456789012:log-group:/own"
 CALLER = "arn:aws:sts::123456789012:assumed-role/machine/i-0"
 
 
@@ -78,6 +79,11 @@ def test_requests_are_read_as_policies_name_them() -> None:
     assert sent("sts", "get_caller_identity").action == "sts:GetCallerIdentity"
     metric = sent("cloudwatch", "put_metric_data", Namespace="n", MetricData=[])
     assert (metric.action, metric.context["cloudwatch:namespace"]) == ("cloudwatch:PutMetricData", "n")
+    stream = {"logGroupName": "/own", "logStreamName": "i-0/nginx"}
+    assert sent("logs", "create_log_stream", **stream).resources == (f"{GROUP}:log-stream:i-0/nginx",)
+    events = sent("logs", "put_log_events", **stream, logEvents=[{"timestamp": 1, "message": "m"}])
+    assert (events.action, events.resources) == ("logs:PutLogEvents", (f"{GROUP}:log-stream:i-0/nginx",))
+    assert sent("logs", "delete_log_group", logGroupName="/own").resources == (GROUP,)
     assert sent("route53", "list_hosted_zones").action == "route53:GET:/2013-04-01/hostedzone"
 
 
@@ -130,6 +136,14 @@ def test_metrics_go_into_the_namespace_that_the_condition_names() -> None:
     statement = allow("cloudwatch:PutMetricData", Condition={"StringEquals": {"cloudwatch:namespace": "mine"}})
     assert not refused(sent("cloudwatch", "put_metric_data", Namespace="mine", MetricData=[]), statement)
     assert refused(sent("cloudwatch", "put_metric_data", Namespace="AWS/EC2", MetricData=[]), statement)
+
+
+def test_lines_go_to_the_log_group_that_the_statement_names() -> None:
+    statement = allow(["logs:CreateLogStream", "logs:PutLogEvents"], f"{GROUP}:*")
+    events: dict[str, Any] = {"logStreamName": "i-0/nginx", "logEvents": [{"timestamp": 1, "message": "m"}]}
+    assert not refused(sent("logs", "put_log_events", logGroupName="/own", **events), statement)
+    assert refused(sent("logs", "put_log_events", logGroupName="/own-2", **events), statement)
+    assert refused(sent("logs", "get_log_events", logGroupName="/own", logStreamName="i-0/nginx"), statement)
 
 
 def test_get_caller_identity_is_always_allowed() -> None:

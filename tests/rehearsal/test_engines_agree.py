@@ -169,6 +169,13 @@ def inventory(cloud: MotoCloud) -> dict[str, Any]:
         ),
         "roles": sorted(each["RoleName"] for each in iam.list_roles()["Roles"]),
         "alarms": len(cloud.client("cloudwatch").describe_alarms()["MetricAlarms"]),
+        "dashboards": [
+            each["DashboardName"] for each in cloud.client("cloudwatch").list_dashboards()["DashboardEntries"]
+        ],
+        "log groups": [
+            (each["logGroupName"], each["retentionInDays"])
+            for each in cloud.client("logs").describe_log_groups()["logGroups"]
+        ],
     }
 
 
@@ -236,6 +243,8 @@ def walked(name: str, cloud: MotoCloud, folder: Path) -> Walk:
     walk.up("tls off", **here, tls="off")
     walk.up("readers", **here, postgresCidrs=MINE)
     walk.up("no readers", **here)
+    walk.up("logs and a dashboard", **here, logRetentionDays="7", dashboard="true")
+    walk.up("neither", **here)
     last = {**here, "restoreFrom": "latest"}
     with backed_up(walk):
         walk.up("restored", **last)
@@ -267,7 +276,8 @@ def walks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Walk]]
 
 CASES = (
     "refused", "launched", "no change", "another image", "upgraded", "rolled back", "grown", "one more network",
-    "tls off", "readers", "no readers", "restored", "refreshed", "made again", "destroyed",
+    "tls off", "readers", "no readers", "logs and a dashboard", "neither", "restored", "refreshed", "made again",
+    "destroyed",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from moto.route53 import models
 
+from mlflow_host.contract import alarms
 from scripts.local_cloud import hosted_zones
 from scripts.local_cloud.base_images import BASES
 from scripts.rehearsal import program_runner, stack
@@ -226,6 +227,38 @@ def test_all_mistakes_are_reported_with_the_programs_sentences(aws: Aws) -> None
     for part in ("everybody", "ami-00000000000000000"):
         assert part in text
     assert state.resources == []
+
+
+def test_log_group_and_dashboard_follow_their_settings(aws: Aws) -> None:
+    state, ami = State(), image(aws, "20261125T101500Z")
+    logs, cloudwatch = aws.client("logs"), aws.client("cloudwatch")
+
+    def groups() -> list[tuple[str, int]]:
+        found = logs.describe_log_groups(logGroupNamePrefix="/mlflow-ami/")["logGroups"]
+        return [(each["logGroupName"], each["retentionInDays"]) for each in found]
+
+    settings: dict[str, Any] = {"logRetentionDays": "7", "dashboard": "true"}
+    up(aws, state, ami, **settings)
+    assert groups() == [("/mlflow-ami/moto", 7)]
+    [group] = [each for each in state.resources if each.type.endswith(":LogGroup")]
+    tags = logs.list_tags_for_resource(resourceArn=reveal(group.outputs)["arn"])["tags"]
+    assert tags["mlflow-ami:stack"] == "moto"
+    body = json.loads(cloudwatch.get_dashboard(DashboardName="mlflow-moto")["DashboardBody"])
+    assert len(body["widgets"]) == len(alarms.PLOTS)
+    assert done(up(aws, state, ami, **settings)) == []
+
+    assert done(up(aws, state, ami, **{**settings, "logRetentionDays": "30"})) == ["update LogGroup"]
+    assert groups() == [("/mlflow-ami/moto", 30)]
+
+    # Both were deleted by hand.
+    logs.delete_log_group(logGroupName="/mlflow-ami/moto")
+    cloudwatch.delete_dashboards(DashboardNames=["mlflow-moto"])
+    assert {"create LogGroup", "create Dashboard"} <= set(done(up(aws, state, ami, **settings)))
+    assert groups() == [("/mlflow-ami/moto", 7)]
+
+    off = done(up(aws, state, ami))
+    assert {"delete LogGroup", "delete Dashboard"} <= set(off)
+    assert groups() == [] and cloudwatch.list_dashboards()["DashboardEntries"] == []
 
 
 def test_domain_record_is_created_and_deleted_with_the_stack(aws: Aws, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,6 +296,9 @@ def computed(kind: str, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         "aws:s3/bucket:Bucket": {"bucket": f"{name}-1a2b3c4", "arn": f"arn:aws:s3:::{name}-1a2b3c4"},
         "aws:ec2/eip:Eip": {"publicIp": ADDRESS},
         "aws:iam/role:Role": {"name": f"{name}-1a2b3c4", "arn": f"arn:aws:iam::123456789012:role/{name}-1a2b3c4"},
+        "aws:cloudwatch/logGroup:LogGroup": {
+            "arn": f"arn:aws:logs:eu-central-1:123456789012:log-group:{inputs.get('name', '')}"
+        },
         "aws:iam/instanceProfile:InstanceProfile": {"name": f"{name}-profile-1a2b3c4"},
         "aws:ssm/parameter:Parameter": {
             "arn": f"arn:aws:ssm:eu-central-1:123456789012:parameter{inputs.get('name', '')}"

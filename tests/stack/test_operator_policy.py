@@ -35,6 +35,15 @@ LATER = {
     "s3:TagResource": "tags of buckets, by version 6 of the provider, which pulumi-aws 7 has",
     "s3:ListTagsForResource": "the same",
     "iam:CreateServiceLinkedRole": "the role by which CloudWatch reboots the machine, once per account",
+    **dict.fromkeys(
+        ("cloudwatch:DeleteDashboards", "cloudwatch:GetDashboard", "cloudwatch:PutDashboard"),
+        "the setting dashboard, which was recorded without; by the provider's source, dashboard.go",
+    ),
+    **dict.fromkeys(
+        ("logs:CreateLogGroup", "logs:DeleteLogGroup", "logs:DescribeLogGroups", "logs:ListTagsForResource",
+         "logs:PutRetentionPolicy", "logs:TagResource", "logs:UntagResource"),
+        "the setting logRetentionDays, which was recorded without; by the provider's source, group.go",
+    ),
     "ec2:StartInstances": "another instanceType: the machine is stopped, changed and started",
     "ec2:ModifySecurityGroupRules": "another description of a rule",
     "ec2:ModifyVpcEndpoint": "another route table of the S3 endpoint",
@@ -47,7 +56,7 @@ LATER = {
     "s3:DeleteObject": "a stack's buckets are emptied before they can be deleted",
     "s3:DeleteObjectVersion": "the same",
     "s3:ListBucketVersions": "the same",
-}
+}  # fmt: skip
 """Actions in the policy that were not recorded, and their purpose."""
 
 S3 = {
@@ -89,6 +98,7 @@ STATEMENTS = {
     "LaunchNetworkAndMachine": ("ec2",),
     "LaunchBuckets": ("s3",),
     "LaunchAlarm": ("cloudwatch",),
+    "LaunchLogs": ("logs",),
     "LaunchRoleAndSecret": ("iam", "ssm"),
 }
 """Statement → the only services that it may allow."""

@@ -127,6 +127,17 @@ def test_machine_writes_metrics_in_its_own_namespace_only(policy: dict[str, Any]
     assert metrics["Condition"] == {"StringEquals": {"cloudwatch:namespace": "mlflow-ami/dev"}}
 
 
+def test_machine_adds_to_its_own_log_group_only_and_only_if_there_is_one(policy: dict[str, Any]) -> None:
+    with_logs = json.loads(run(logRetentionDays="7").one("iam.RolePolicy", "server").inputs["policy"])
+    group = "arn:aws:logs:eu-central-1:123456789012:log-group:/mlflow-ami/dev"
+    for action in ("logs:PutLogEvents", "logs:CreateLogStream"):
+        assert allowed(with_logs, action, f"{group}:log-stream:i-0/nginx")
+        assert not allowed(with_logs, action, f"{group}-2:log-stream:i-0/nginx")
+        assert not allowed(policy, action, f"{group}:log-stream:i-0/nginx")
+    for action in ("CreateLogGroup", "DeleteLogGroup", "DeleteLogStream", "GetLogEvents", "PutRetentionPolicy"):
+        assert not allowed(with_logs, f"logs:{action}", f"{group}:log-stream:i-0/nginx")
+
+
 def test_machine_adds_to_the_audit_trail_and_never_replaces_or_deletes(policy: dict[str, Any]) -> None:
     """moto evaluates no conditions, so the test asserts the statement itself; tests/journey/test_role.py tries it."""
     trail = f"{BACKUPS}/audit/2026/11/30/x.jsonl.gz"

@@ -274,6 +274,29 @@ def test_only_chosen_alarms_are_created_and_measured() -> None:
     assert alarms_of(none) == {} and document(none).monitoring.alarms == ()
 
 
+def test_log_group_is_there_before_the_machine_and_only_with_a_retention() -> None:
+    found = run(logRetentionDays="30", stack_name="prod")
+    group = found.one("cloudwatch.LogGroup")
+    assert (group.inputs["name"], group.inputs["retentionInDays"]) == ("/mlflow-ami/prod", 30)
+    assert group.urn in found.one("iam.RolePolicy", "server").dependencies
+    assert found.one("iam.RolePolicy", "server").urn in found.one("ec2.Instance").dependencies
+    assert run().of_type("cloudwatch.LogGroup") == []
+
+
+def test_dashboard_has_the_plots_of_the_metrics_that_the_machine_then_sends() -> None:
+    found = run(dashboard="true", alarms="[]", stack_name="prod.eu")
+    dashboard = found.one("cloudwatch.Dashboard").inputs
+    assert dashboard["dashboardName"] == "mlflow-prod_eu"
+    shown = [each["properties"] for each in json.loads(dashboard["dashboardBody"])["widgets"]]
+    assert {each["region"] for each in shown} == {"eu-central-1"}
+    lines = [line for each in shown for line in each["metrics"]]
+    assert {line[0] for line in lines} == {"mlflow-ami/prod.eu"}
+    sent = document(found).monitoring
+    assert {line[1] for line in lines} == alarms.metrics(sent.alarms, sent.dashboard)
+    assert [line[2:] for line in lines if line[1] == alarms.DISK_USED] == [[alarms.VOLUME, VOLUME]]
+    assert run().of_type("cloudwatch.Dashboard") == []
+
+
 def test_machine_that_fails_its_status_check_is_rebooted() -> None:
     alarm = alarms_of(run())["status-check"]
     assert (alarm["namespace"], alarm["metricName"]) == ("AWS/EC2", "StatusCheckFailed_Instance")

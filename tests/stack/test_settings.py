@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import pulumi
+import pulumi_aws as aws
 import pytest
 import yaml
 from hypothesis import given
@@ -90,6 +91,11 @@ BACKED_UP = Account(
         ({"rootVolumeGib": "3"}, "rootVolumeGib: '3' must be from 4 to 16384 GiB."),
         ({"deletedRetentionDays": "3651"}, "deletedRetentionDays: '3651' must be from 0 to 3650 days."),
         ({"deletedRetentionDays": "0"}, None),
+        ({"logRetentionDays": "10"}, "logRetentionDays: '10' is not a retention of CloudWatch Logs: the nearest is 7."),
+        ({"logRetentionDays": "-5"}, "logRetentionDays: '-5' is not a retention of CloudWatch Logs: the nearest is 0."),
+        ({"logRetentionDays": "ever"}, "logRetentionDays: 'ever' must be a whole number."),
+        ({"logRetentionDays": "30"}, None),
+        ({"dashboard": "yes"}, "dashboard: 'yes' must be true or false."),
         ({"alarmTopicArn": "ops"}, "alarmTopicArn: 'ops' is not the ARN of an SNS topic."),
         (
             {"alarmTopicArn": "arn:aws:sns:us-east-1:123456789012:ops"},
@@ -222,6 +228,14 @@ def test_jobs_come_with_a_warning_of_what_they_reach() -> None:
 def test_a_network_named_twice_is_one_rule() -> None:
     found = run(allowedCidrs='["203.0.113.7/32", "203.0.113.7/32"]')
     assert len(found.of_type("vpc.SecurityGroupIngressRule")) == 2, "one for each port"
+
+
+def test_retentions_of_logs_are_those_of_the_provider_and_in_the_description() -> None:
+    """The provider lists the values that CloudWatch Logs accepts in its own check of `retention_in_days`."""
+    text, _, _ = (aws.cloudwatch.LogGroupArgs.retention_in_days.__doc__ or "").partition(", and 0.")
+    assert set(settings.RETENTION_DAYS) == {0, *map(int, re.findall(r"\d+", text))}
+    described = {int(number) for number in re.findall(r"\d+", PROJECT["config"]["logRetentionDays"]["description"])}
+    assert set(settings.RETENTION_DAYS) <= described
 
 
 def test_defaults_are_those_of_pulumi_yaml() -> None:

@@ -83,6 +83,9 @@ def test_launch_document_names_the_resources_of_the_stack() -> None:
         ),
         ({"deletedRetentionDays": "0"}, {"mlflow": {"deleted_retention_days": 0}}),
         ({"monitoringEndpoint": "https://cw.example.com"}, {"endpoints": {"monitoring": "https://cw.example.com"}}),
+        ({"logsEndpoint": "https://logs.example.com"}, {"endpoints": {"logs": "https://logs.example.com"}}),
+        ({"logRetentionDays": "14"}, {"monitoring": {"log_group": "/mlflow-ami/dev", "dashboard": False}}),
+        ({"dashboard": "true"}, {"monitoring": {"log_group": "", "dashboard": True}}),
         ({"artifactTransfer": "proxied"}, {"mlflow": {"artifact_transfer": "proxied"}}),
         ({"backupRetentionDays": "7"}, {"backups": {"retention_days": 7}}),
         ({"s3Endpoint": "https://127.0.0.1:8333"}, {"endpoints": {"s3": "https://127.0.0.1:8333", "ssm": ""}}),
@@ -183,6 +186,15 @@ def test_an_older_image_gets_no_key_that_it_would_refuse() -> None:
     newer = configured()
     assert document(newer).backups.endpoint == "https://10.0.0.1"
     assert not [line for _, line in newer.log if "older" in line]
+
+
+def test_image_of_revision_5_gets_no_log_group_and_the_preview_says_so() -> None:
+    image = Account(images={NEW: Image(tags=image_tags(launch_revision="5"))})
+    older = run(image, logRetentionDays="14", dashboard="true")
+    assert document(older).monitoring == launch.Monitoring(alarms.NAMES)
+    (told,) = [line for _, line in older.log if "older" in line]
+    assert "is older than monitoring.dashboard and monitoring.log_group of the launch document" in told
+    assert not [line for _, line in run(image).log if "older" in line]
 
 
 def test_older_image_without_newer_settings_causes_no_warning() -> None:

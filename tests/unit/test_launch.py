@@ -147,6 +147,8 @@ REFUSED = [
     ("web", "authority_parameter", "x", '"x": it must be the full name of an SSM parameter'),
     ("mlflow", "job_execution", "no", '"no": it must be true or false'),
     ("monitoring", "alarms", ["disk"], '["disk"]: it must be "server-down" or "data-volume-full" or'),
+    ("monitoring", "dashboard", "yes", '"yes": it must be true or false'),
+    ("monitoring", "log_group", "/a group", '"/a group": it must be the name of a CloudWatch log group'),
     ("mlflow", "deleted_retention_days", -1, "-1: it must be from 0 to 3650"),
     ("mlflow", "role", "server", '"server": it must be the ARN of an IAM role'),
     ("mlflow", "artifact_transfer", "magic", '"magic": it must be "direct" or "proxied"'),

@@ -25,6 +25,7 @@ BELOW = {
     "garbage": {"contract", "machine", "postgres", "server", "backups"},
     "upkeep": {"contract", "machine", "postgres", "backups"},
     "monitor": {"contract", "machine", "postgres", "backups"},
+    "logs": {"contract", "machine"},
     "boot": {"contract", "machine", "postgres", "schema", "server", "backups"},
     "adopt": {"contract", "machine", "postgres", "schema"},
     "bake": {"contract", "machine", "postgres", "schema", "server", "backups", "garbage"},

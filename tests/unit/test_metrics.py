@@ -19,6 +19,7 @@ import pytest
 
 from mlflow_host.contract import alarms, launch
 from mlflow_host.machine import aws, config
+from mlflow_host.monitor import history, request_log
 from mlflow_host.upkeep import cloudwatch, metrics
 from tests.support.moto_server import moto_server
 
@@ -26,14 +27,16 @@ KEYS = aws.Keys("access", "secret", "token")
 NOW = datetime(2026, 11, 29, 12, 0, tzinfo=UTC)
 
 
-def document(endpoint: str, *, tls: str = "private", names: tuple[str, ...] = alarms.NAMES) -> launch.LaunchDocument:
+def document(
+    endpoint: str, *, tls: str = "private", names: tuple[str, ...] = alarms.NAMES, dashboard: bool = False
+) -> launch.LaunchDocument:
     return launch.LaunchDocument(
         launch.Stack("dev", "eu-central-1"),
         launch.Buckets("a-bucket", "m-bucket", "b-bucket"),
         launch.CredentialsParameter("/mlflow-ami/dev/credentials"),
         launch.DataVolume("vol-0123456789abcdef0"),
         launch.Web(("52.1.2.3",), tls=tls),
-        monitoring=launch.Monitoring(names),
+        monitoring=launch.Monitoring(names, dashboard),
         endpoints=launch.Endpoints(monitoring=endpoint),
     )
 
@@ -98,15 +101,43 @@ def test_only_metrics_of_the_stacks_alarms_are_measured(web: Path) -> None:
     assert metrics.measured({"BackupProblems"}) == {"BackupProblems": 2}
 
 
-def test_every_metric_of_an_alarm_has_a_measurement(web: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dashboard_without_alarms_has_its_own_metrics(web: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, document("http://127.0.0.1:9", names=(), dashboard=True))
+    asked: list[set[str]] = []
+    monkeypatch.setattr(metrics, "measured", asked.append)
+    assert cloudwatch.main() == 0
+    assert asked == [{alarms.REQUESTS, alarms.MEDIAN, alarms.SLOW, "ServerErrorPercent", "DiskUsedPercent"}]
+
+
+def test_metrics_of_the_dashboard_are_those_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = history.History(tmp_path / "history.json")
+    request = request_log.Request(
+        "", "", "", "GET", "/api/2.0/mlflow/runs/get", 200, 0, 0, 0.02, True, False, True, "", "", ()
+    )
+    kept.add([request._replace(seconds=each / 1000) for each in range(1, 121)])
+    minute = int(NOW.timestamp() // 60)
+    kept.end_minute(minute - 1, 12.5)
+    monkeypatch.setattr(metrics, "HISTORY", kept.file)
+    assert metrics.measured({alarms.REQUESTS, alarms.MEDIAN, alarms.SLOW}, NOW) == {
+        alarms.REQUESTS: 2.0,
+        alarms.MEDIAN: 61.0,
+        alarms.SLOW: 115.0,
+    }
+    assert metrics.measured({alarms.REQUESTS}, NOW + timedelta(minutes=2)) == {}, "the page's service does not run"
+    kept.file.unlink()
+    assert metrics.measured({alarms.REQUESTS}, NOW) == {}
+
+
+def test_every_metric_has_a_unit_and_a_measurement(web: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (web / "room.json").write_text(json.dumps({"used_percent": 1}))
     (web / "backups.json").write_text(json.dumps({"problems": []}))
     for name in ("answers", "memory_used", "failed_units"):
         monkeypatch.setattr(metrics, name, lambda: 1.0)
     monkeypatch.setattr(metrics, "error_percent", lambda log, now: 1.0)
     monkeypatch.setattr(metrics, "certificate_days", lambda now: 1.0)
-    wanted = {alarm.metric for alarm in alarms.ALARMS}
-    assert set(metrics.measured(wanted)) == wanted
+    monkeypatch.setattr(metrics, "last_minute", lambda history, column, now, per=1: 1.0)
+    wanted = alarms.metrics(alarms.NAMES, dashboard=True)
+    assert set(metrics.measured(wanted)) == wanted == set(alarms.UNITS)
 
 
 def test_measurement_that_fails_does_not_silence_the_others(

@@ -32,9 +32,10 @@ NEED_THE_ROLE = {
     "mlflow-host-in-service",
     "mlflow-host-monitor",
     "mlflow-host-audit",
+    "mlflow-host-logs",
 }
 """Read parameters, publish the authority and the schema in service, fetch MLflow's own credentials, back up, restore,
-remove artifacts, feed CloudWatch, add the audit trail to the backups bucket."""
+remove artifacts, feed CloudWatch and its logs, add the audit trail to the backups bucket."""
 
 NO_STEP_OF_THE_BOOT = {
     "mlflow-host-drain",
@@ -53,6 +54,7 @@ NO_STEP_OF_THE_BOOT = {
     "mlflow-host-in-service",
     "mlflow-host-monitor",
     "mlflow-host-audit",
+    "mlflow-host-logs",
 }
 """MLflow starts even if they fail, so the status page must not report a failed boot."""
 

@@ -1,11 +1,12 @@
-"""The metrics that a machine sends to CloudWatch and the alarms that the stack sets on them: one table for both.
+"""The metrics that a machine sends to CloudWatch, the stack's alarms on them, and the plots of its dashboard.
 
-CloudWatch charges per metric and per alarm, so the machine sends the metrics of the stack's alarms only. The namespace
-is the stack's own; `DISK_USED` has the data volume's ID as its dimension, the others have none.
+CloudWatch charges per metric and per alarm, so the machine sends the metrics of the stack's alarms and dashboard only.
+The namespace is the stack's own; `DISK_USED` has the data volume's ID as its dimension, the others have none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 WARN_PERCENT, RELENT_PERCENT, REFUSE_PERCENT = 90, 95, 97
@@ -81,6 +82,38 @@ OF_OLDER_IMAGES = ("data-volume-full",)
 """Alarms whose metric is sent by an image that does not know the launch document's `monitoring.alarms`."""
 SINCE = 5
 """The launch document's revision of that key."""
+
+
+REQUESTS, MEDIAN, SLOW = "RequestsPerSecond", "LatencyMedian", "LatencyPercentile95"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot of the dashboard. Those of requests, latency and disk are those of the page /mlflow-host/."""
+
+    title: str
+    metrics: tuple[str, ...]
+
+
+PLOTS = (
+    Plot("Requests per second", (REQUESTS,)),
+    Plot("Latency in milliseconds: 95th percentile and median", (SLOW, MEDIAN)),
+    Plot("Responses with a status of 500 or above, per cent", ("ServerErrorPercent",)),
+    Plot("Data volume, per cent used", (DISK_USED,)),
+)
+UNITS = {
+    **{alarm.metric: alarm.unit for alarm in ALARMS},
+    REQUESTS: "Count/Second",
+    MEDIAN: "Milliseconds",
+    SLOW: "Milliseconds",
+}
+"""CloudWatch's unit of each metric."""
+
+
+def metrics(names: Iterable[str], dashboard: bool) -> set[str]:
+    """The metrics of the alarms of these names, and of the dashboard."""
+    watched = {alarm.metric for alarm in ALARMS if alarm.name in set(names)}
+    return watched | {metric for plot in PLOTS if dashboard for metric in plot.metrics}
 
 
 def fed_by(launch_revision: int) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from typing import Any
 from mlflow_host.contract import alarms as of_alarms
 
 FORMAT = 1
-REVISION = 5
+REVISION = 6
 """The newest `since` of all keys. An image without a stated revision has revision 1."""
 
 Check = Callable[[Any], str | None]
@@ -192,13 +192,15 @@ class Backups:
 class Monitoring:
     alarms: tuple[str, ...] = key(every(one_of(*of_alarms.NAMES)), of_alarms.OF_OLDER_IMAGES, since=of_alarms.SINCE)
     """The stack's alarms (see `mlflow_host.contract.alarms`): the machine sends their metrics to CloudWatch."""
+    dashboard: bool = key(default=False, since=6)
+    """Whether the stack has a dashboard: the machine sends its metrics to CloudWatch as well."""
+    log_group: str = key(matches(r"[\w./#-]{0,512}", "the name of a CloudWatch log group"), "", since=6)
+    """The log group to which the machine sends its journal; empty: none."""
 
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Endpoints used instead of AWS's public ones: interface endpoints, or an S3-compatible store. Empty: AWS's.
-
-    No code reads `logs`; it stays, because older stacks may send it."""
+    """Endpoints used instead of AWS's public ones: interface endpoints, or an S3-compatible store. Empty: AWS's."""
 
     s3: str = key(lambda value: endpoint_url(value) if value else None, "")
     ssm: str = key(lambda value: endpoint_url(value) if value else None, "")

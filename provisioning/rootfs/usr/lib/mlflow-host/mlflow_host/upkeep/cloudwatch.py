@@ -1,4 +1,4 @@
-"""Timer `mlflow-host-metrics`: send the metrics of the stack's alarms to CloudWatch, once a minute, in one call.
+"""Timer `mlflow-host-metrics`: send the metrics of the stack's alarms and dashboard to CloudWatch, once a minute.
 
 A failed call is logged; the next run sends the values of its own time.
 """
@@ -18,9 +18,9 @@ from mlflow_host.upkeep import metrics
 
 def main() -> int:
     document = config.load().launch
-    wanted = {alarm.metric for alarm in alarms.ALARMS if alarm.name in document.monitoring.alarms}
+    wanted = alarms.metrics(document.monitoring.alarms, document.monitoring.dashboard)
     if not wanted:
-        print("the stack has no alarm, so nothing is measured")
+        print("the stack has no alarm and no dashboard, so nothing is measured")
         return 0
     found = metrics.measured(wanted)
     if not found:
@@ -39,8 +39,7 @@ def main() -> int:
 
 
 def put(document: LaunchDocument, found: Mapping[str, float], keys: aws.Keys, now: datetime) -> None:
-    """Send the values by their metrics' names. Raises aws.ServiceUnreachable or aws.ServiceError."""
-    units = {alarm.metric: alarm.unit for alarm in alarms.ALARMS}
+    """Send the values by their metrics' names, in one call. Raises aws.ServiceUnreachable or aws.ServiceError."""
     body = {
         "Action": "PutMetricData",
         "Version": "2010-08-01",
@@ -49,7 +48,7 @@ def put(document: LaunchDocument, found: Mapping[str, float], keys: aws.Keys, no
     for number, (name, value) in enumerate(sorted(found.items()), 1):
         datum = {
             "MetricName": name,
-            "Unit": units[name],
+            "Unit": alarms.UNITS[name],
             "Value": str(value),
             "Timestamp": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
         }

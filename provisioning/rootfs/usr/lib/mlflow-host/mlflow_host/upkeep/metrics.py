@@ -1,4 +1,4 @@
-"""Measure the machine for the stack's alarms, by the metrics' names in `contract.alarms`.
+"""Measure the machine for the stack's alarms and dashboard, by the metrics' names in `contract.alarms`.
 
 A measurement that cannot be made yet, or has no meaning (a certificate without TLS), is left out.
 """
@@ -15,10 +15,14 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from mlflow_host.contract import alarms
 from mlflow_host.machine import config
 
 ACCESS_LOG = Path("/var/log/nginx/access.log")
 MEMORY = Path("/proc/meminfo")
+HISTORY = Path("/var/lib/mlflow-host-monitor/history.json")
+"""The minutes that `mlflow-host-monitor` plots on the page /mlflow-host/, each as a list: its start in minutes since
+the epoch, requests, errors, median and 95th percentile of the latency in milliseconds, use of the data volume."""
 HEALTH = "/healthz"
 """nginx answers 200 only after a process of MLflow has queried PostgreSQL."""
 SECONDS = 15
@@ -43,6 +47,9 @@ def measured(wanted: set[str], now: datetime | None = None) -> dict[str, float]:
         "ServerErrorPercent": lambda: error_percent(ACCESS_LOG, at),
         "CertificateDaysLeft": lambda: certificate_days(at),
         "FailedUnits": failed_units,
+        alarms.REQUESTS: lambda: last_minute(HISTORY, 1, at, per=60),
+        alarms.MEDIAN: lambda: last_minute(HISTORY, 3, at),
+        alarms.SLOW: lambda: last_minute(HISTORY, 4, at),
     }
     found = {}
     for name in sorted(wanted & measures.keys()):
@@ -116,6 +123,15 @@ def error_percent(log: Path, now: datetime) -> float | None:
             break
         statuses.append(status)
     return round(100 * sum(status >= 500 for status in statuses) / max(len(statuses), FEW_REQUESTS), 1)
+
+
+def last_minute(history: Path, column: int, now: datetime, per: int = 1) -> float | None:
+    """A column of the last minute on the page, divided by `per`; None if the page has no minute that ended just now."""
+    try:
+        minute = json.loads(history.read_text())["minutes"][-1]
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    return float(minute[column]) / per if now.timestamp() // 60 - minute[0] <= 2 else None
 
 
 def certificate_days(now: datetime) -> float | None:
