@@ -70,6 +70,23 @@ def test_a_body_of_unknown_length_is_read_up_to_its_limit_only(url: str, method:
     assert requests.request(method, url + path, data=(b"{}" for _ in range(1)), timeout=60).status_code < 413
 
 
+@pytest.mark.parametrize("path", ["/api/2.0/mlflow/runs/log-batch", "/api/2.0/mlflow-artifacts/mpu/create/1/x"])
+@pytest.mark.parametrize("item", [b'{"a":1},', b"[],"])
+def test_json_of_many_objects_is_refused_before_it_is_parsed(url: str, path: str, item: bytes) -> None:
+    """15 MiB of empty lists would take 400 MB of memory."""
+    body = b'{"x": [' + item * 800_000 + b"{}]}"
+    refused = requests.post(url + path, data=body, headers={"Content-Type": "application/json"}, timeout=60)
+    assert refused.status_code == 413 and "more than 500,000 objects and lists: send it" in refused.json()["message"]
+    fewer = b'{"x": [' + item * 400_000 + b"{}]}"
+    taken = requests.post(url + path, data=fewer, headers={"Content-Type": "application/json"}, timeout=60)
+    assert taken.status_code in (400, 404, 501), taken.text
+
+
+def test_a_file_of_many_braces_is_no_json(url: str) -> None:
+    sent = requests.put(f"{url}/api/2.0/mlflow-artifacts/artifacts/1/x", data=b"{" * 3_000_000, timeout=60)
+    assert sent.status_code != 413, sent.text
+
+
 @pytest.mark.parametrize(
     ("text", "conditions"),
     [
@@ -107,9 +124,9 @@ def url(variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_a_request_that_needs_too_much_memory_fails_alone(variables: dict[str, str], tmp_path: Path) -> None:
-    """Two million objects of JSON take 500 MB. The process then ends, and systemd starts it again."""
-    body = b'{"run_id": "x", "metrics": [' + b'{"a":1},' * (15 * 2**20 // 8) + b"{}]}"
-    limited = variables | {"MLFLOW_HOST_PROCESS_MEMORY_MB": "600"}
+    """Half a million objects of JSON take 120 MB. The process then ends, and systemd starts it again."""
+    body = b'{"run_id": "x", "metrics": [' + b'{"a":1},' * 480_000 + b"{}]}"
+    limited = variables | {"MLFLOW_HOST_PROCESS_MEMORY_MB": "380"}
     with (
         server_processes(tmp_path / "limited", limited) as (process,),
         on_loopback(process.socket) as url,
@@ -499,6 +516,64 @@ async def unread() -> Message:
 
 async def unsent(message: Message) -> None:
     pytest.fail(f"the application sends {message}")
+
+
+def test_a_request_that_waits_too_long_for_its_turn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_limits, "WAIT_SECONDS", 0.2)
+    ended = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await ended.wait()
+
+    async def run() -> tuple[list[Message], list[Message]]:
+        application = request_limits.shared(slow, 1)
+        user = [(request_limits.USER, b"ada")]
+        scope = {"type": "http", "method": "POST", "path": "/graphql", "headers": user}
+        sent: tuple[list[Message], list[Message]] = ([], [])
+
+        async def ask(number: int) -> None:
+            async def keep(message: Message) -> None:
+                sent[number].append(message)
+
+            await application(scope, lambda: asyncio.sleep(0), keep)  # type: ignore[arg-type,return-value]
+
+        first = asyncio.create_task(ask(0))
+        await asyncio.sleep(0)
+        await ask(1)
+        ended.set()
+        await first
+        await ask(0)
+        return sent
+
+    first, second = asyncio.run(run())
+    assert first == [] and second[0]["status"] == 429 and b"send fewer at once" in second[1]["body"]
+
+
+@pytest.mark.parametrize(("error", "status"), [(MemoryError(), 400), (ValueError("x"), 500)])
+def test_a_500_that_starlette_sent_for_a_lack_of_memory_is_replaced(
+    error: Exception, status: int, ended: list[int]
+) -> None:
+    from starlette.applications import Starlette
+    from starlette.routing import Route
+
+    async def raised(_: Any) -> Any:
+        raise error
+
+    application = request_limits.within_memory(Starlette(routes=[Route("/graphql", raised, methods=["POST"])]))
+    sent: list[Message] = []
+
+    async def run() -> None:
+        async def keep(message: Message) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/graphql", "headers": [], "query_string": b""}
+        try:
+            await application(scope, lambda: asyncio.sleep(0), keep)  # type: ignore[arg-type,return-value]
+        except ValueError:
+            assert status == 500
+
+    asyncio.run(run())
+    assert sent[0]["status"] == status and len([each for each in sent if "status" in each]) == 1
 
 
 def test_one_user_leaves_a_thread_to_the_others() -> None:

@@ -124,8 +124,35 @@ LARGE_ANSWER = re.compile(r"/v1/traces|.*/(graphql|get-history-bulk-interval)")
 """Requests whose objects take 200 MB. A process handles one of a user at a time."""
 
 
+OBJECTS = 500_000
+"""Maximum number of objects and lists in JSON. Each takes up to 250 bytes of memory, and three in the request."""
+
+WAIT_SECONDS = 100
+"""Longest wait for a turn. MLflow's client gives up after 120 seconds."""
+
+
 class TooLong(Exception):
-    """A body without a Content-Length exceeds its limit."""
+    """A body exceeds a limit; the text says which one."""
+
+
+class HeldError:
+    """A `send` function that keeps a response with status 500. Starlette sends one for any exception and then raises
+    it again, so another answer is still possible."""
+
+    def __init__(self, send: Send) -> None:
+        self.send, self.begun = send, False
+        self.kept: list[Message] = []
+
+    async def __call__(self, message: Message) -> None:
+        if self.kept or message.get("status") == 500:
+            self.kept.append(message)
+        else:
+            self.begun = True
+            await self.send(message)
+
+    async def flush(self) -> None:
+        while self.kept:
+            await self.send(self.kept.pop(0))
 
 
 def limit_of(method: str, path: str) -> int | None:
@@ -146,29 +173,30 @@ def limited(application: Application) -> Application:
             await application(scope, receive, send)
             return
         length = content_length(scope)
-        received, begun = 0, False
+        received, objects, held = 0, 0, HeldError(send)
 
         async def counted() -> Message:
-            nonlocal received
+            nonlocal received, objects
             message = await receive()
-            received += len(message.get("body", b""))
+            body = message.get("body", b"")
+            received += len(body)
             if received > limit:
-                raise TooLong
+                raise TooLong(f"the request has more than the {limit:,} bytes that {scope['path']} takes")
+            objects += body.count(b"{") + body.count(b"[")
+            if objects > OBJECTS and is_json(scope["path"]):
+                raise TooLong(f"the JSON of the request has more than {OBJECTS:,} objects and lists")
             return message
 
-        async def noted(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
-        if length is None:
+        if length is None or LARGE_BYTES < length <= limit:
             try:
-                await application(scope, counted, noted)
-            except TooLong:
-                if begun:
-                    raise
-                more = f"the request has more than the {limit:,} bytes that {scope['path']} takes"
-                await refuse(send, 413, f"{more}: send it in parts")
+                await application(scope, counted, held)
+                await held.flush()
+            except Exception as error:
+                if isinstance(error, TooLong) and not held.begun:
+                    await refuse(send, 413, f"{error}: send it in parts")
+                    return
+                await held.flush()
+                raise
         elif length > limit:
             more = f"the request has {length:,} bytes; {scope['path']} takes at most {limit:,}"
             await refuse(send, 413, f"{more}: send it in parts")
@@ -207,14 +235,20 @@ def shared(application: Application, at_once: int) -> Application:
         is_large = may_be_large(scope)
         # Always in this order, so that no two requests wait for each other.
         async with contextlib.AsyncExitStack() as taken:
-            if is_large or LARGE_ANSWER.fullmatch(path):
-                await taken.enter_async_context(turn_of(user, "large", 1))
-            if is_dear(method, path):
-                await taken.enter_async_context(turn_of(user, "dear", DEAR_AT_ONCE))
-            if not UNSHARED.search(path):
-                await taken.enter_async_context(turn_of(user, "any", at_once))
-            if is_large:
-                await taken.enter_async_context(large)
+            try:
+                async with asyncio.timeout(WAIT_SECONDS):
+                    if is_large or LARGE_ANSWER.fullmatch(path):
+                        await taken.enter_async_context(turn_of(user, "large", 1))
+                    if is_dear(method, path):
+                        await taken.enter_async_context(turn_of(user, "dear", DEAR_AT_ONCE))
+                    if not UNSHARED.search(path):
+                        await taken.enter_async_context(turn_of(user, "any", at_once))
+                    if is_large:
+                        await taken.enter_async_context(large)
+            except TimeoutError:
+                sentence = f"this request waited {WAIT_SECONDS} seconds for others of this user: send fewer at once"
+                await answer(send, 429, {"error_code": "REQUEST_LIMIT_EXCEEDED", "message": sentence})
+                return
             await application(scope, receive, send)
 
     return in_turn
@@ -249,26 +283,21 @@ def within_memory(application: Application) -> Application:
     """`application`, with an answer for a request that exceeds the memory of this process."""
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
-
-        async def noted(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
+        held = HeldError(send)
         try:
-            await application(scope, receive, noted)
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "can't start new thread" not in str(error):
-                raise
-            if scope["type"] != "http":
-                raise
-            status, code, sentence = out_of_memory(scope["method"], scope["path"], content_length(scope))
-            if begun:
-                raise
-            await answer(send, status, {"error_code": code, "message": sentence})
+            await application(scope, receive, held)
+            await held.flush()
+        except Exception as error:
+            lacks_memory = isinstance(error, MemoryError) or "can't start new thread" in str(error)
+            if lacks_memory and scope["type"] == "http":
+                status, code, sentence = out_of_memory(scope["method"], scope["path"], content_length(scope))
+                if not held.begun:
+                    await answer(send, status, {"error_code": code, "message": sentence})
+                    return
+            await held.flush()
+            raise
         finally:
-            if scope["type"] == "http" and is_dear(scope["method"], scope["path"]):
+            if scope["type"] == "http" and (is_dear(scope["method"], scope["path"]) or may_be_large(scope)):
                 await asyncio.to_thread(return_memory)
 
     return checked
@@ -318,6 +347,11 @@ def may_be_large(scope: Scope) -> bool:
         return False
     length = content_length(scope)
     return length is None or length > LARGE_BYTES
+
+
+def is_json(path: str) -> bool:
+    """Whether a body of this path is JSON, neither a file nor spans."""
+    return path != TRACES and ("artifact" not in path or bool(ABOUT_FILES.search(path)))
 
 
 def is_dear(method: str, path: str) -> bool:
@@ -579,8 +613,8 @@ def refuse_dear_requests(flask_application: Any) -> None:
     def with_json() -> bool:
         """Whether the request has a body other than a file."""
         request = flask.request
-        is_json = not UNSHARED.search(request.path) or ABOUT_FILES.search(request.path)
-        return bool(is_json and request.data)
+        shared_path = not UNSHARED.search(request.path) or ABOUT_FILES.search(request.path)
+        return bool(shared_path and request.data)
 
     @flask_application.after_request  # type: ignore[untyped-decorator]
     def explain(response: Any) -> Any:
