@@ -80,7 +80,7 @@ test-security: prepare-test ## access and leaks: route walk, canaries, fuzzers, 
 	@$(ROOT) $(PYTEST) -k "not debian13" $(SECURITY)
 test-compare: prepare-test ## beside plain MLflow: 10,000 generated requests to two releases, 220 hard names of files
 	@$(ROOT) $(PYTEST) tests/compare tests/unit/test_artifact_names.py
-test-chaos: prepare-test ## kill the database step, PostgreSQL and the machine at random moments
+test-chaos: prepare-test ## kill the database step, PostgreSQL and the machine at random moments, and fill the disk
 	@$(ROOT) $(PYTEST) tests/chaos
 test-adopt: prepare-test ## move in from MLflow 1.30 to the newest: databases, dumps, mlruns/, servers; kills
 	@$(ROOT) $(PYTEST) tests/adopt tests/journey/test_adopt.py
