@@ -259,6 +259,9 @@ def test_log_group_and_dashboard_follow_their_settings(aws: Aws) -> None:
     off = done(up(aws, state, ami))
     assert {"delete LogGroup", "delete Dashboard"} <= set(off)
     assert groups() == [] and cloudwatch.list_dashboards()["DashboardEntries"] == []
+    moto: Any = SimpleNamespace(region=REGION)
+    stack.destroy(moto, aws.client, state, say=lambda line: None, done=lambda step: None)
+    assert state.resources == []
 
 
 def test_domain_record_is_created_and_deleted_with_the_stack(aws: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
