@@ -170,10 +170,11 @@ def leave():
     for _ in range(250):
         block = [bytearray(2**20)]
         block.append(block)
-leave(); unlimited = data(); request_limits.return_memory(); assert data() == unlimited
-request_limits.bound_memory(1000); request_limits.return_memory(); assert data() == unlimited
-request_limits.bound_memory(400); request_limits.return_memory(); assert data() < unlimited / 2
-leave(); again = data(); request_limits.return_memory(); assert data() == again, "not twice within five seconds"
+leave(); assert not request_limits.uses_much_memory()
+request_limits.bound_memory(1000); assert not request_limits.uses_much_memory()
+request_limits.bound_memory(400); assert request_limits.uses_much_memory()
+before = data(); request_limits.return_memory(); assert data() < before / 2
+leave(); assert not request_limits.uses_much_memory(), "not twice within five seconds"
 """
 
 

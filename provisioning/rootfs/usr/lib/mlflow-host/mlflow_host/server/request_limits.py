@@ -22,6 +22,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -155,6 +156,7 @@ class HeldError:
             await self.send(self.kept.pop(0))
 
 
+@lru_cache(maxsize=4096)
 def limit_of(method: str, path: str) -> int | None:
     return next(limit for pattern, limit in BODY_BYTES if pattern.fullmatch(f"{method} {path}"))
 
@@ -297,19 +299,25 @@ def within_memory(application: Application) -> Application:
             await held.flush()
             raise
         finally:
-            if scope["type"] == "http" and (is_dear(scope["method"], scope["path"]) or may_be_large(scope)):
+            needs_much = scope["type"] == "http" and (is_dear(scope["method"], scope["path"]) or may_be_large(scope))
+            if needs_much and uses_much_memory():
                 await asyncio.to_thread(return_memory)
 
     return checked
 
 
-def return_memory() -> None:
-    """Collect garbage and return free memory to the kernel, if this process has used more than half of its limit. The
-    collector by itself runs too rarely: searches leave cycles of objects, one per row."""
+def uses_much_memory() -> bool:
+    """Whether this process has used more than half of its limit, and has not returned memory for five seconds."""
+    if time.monotonic() < LAST_RETURN[0] + RETURN_SECONDS:
+        return False
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     data = int(STATM.read_text().split()[5]) * resource.getpagesize()
-    if limit == resource.RLIM_INFINITY or data < limit / 2 or time.monotonic() < LAST_RETURN[0] + RETURN_SECONDS:
-        return
+    return limit != resource.RLIM_INFINITY and data > limit / 2
+
+
+def return_memory() -> None:
+    """Collect garbage and return free memory to the kernel. The collector by itself runs too rarely: searches leave
+    cycles of objects, one per row."""
     LAST_RETURN[0] = time.monotonic()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -354,6 +362,7 @@ def is_json(path: str) -> bool:
     return path != TRACES and ("artifact" not in path or bool(ABOUT_FILES.search(path)))
 
 
+@lru_cache(maxsize=4096)
 def is_dear(method: str, path: str) -> bool:
     return DEAR.fullmatch(f"{method} {path}") is not None
 
