@@ -550,7 +550,7 @@ def test_a_request_that_waits_too_long_for_its_turn_is_refused(monkeypatch: pyte
     assert first == [] and second[0]["status"] == 429 and b"send fewer at once" in second[1]["body"]
 
 
-@pytest.mark.parametrize(("error", "status"), [(MemoryError(), 400), (ValueError("x"), 500)])
+@pytest.mark.parametrize(("error", "status"), [(MemoryError(), 400), (ValueError(request_limits.NO_THREAD), 500)])
 def test_a_500_that_starlette_sent_for_a_lack_of_memory_is_replaced(
     error: Exception, status: int, ended: list[int]
 ) -> None:

@@ -103,18 +103,6 @@ def _compare_keys_as_rows(connection: Any, statement: Any, *rest: Any) -> Any:
     return statement, *rest[:2]
 
 
-KNOWN_FUNCTIONS = {
-    "75868b020152": {
-        "_delete_trace_rows": "2db101a6b84bf1a56574e8da8335b880f08e460bf835956b26d292f8572491a4",
-        "_delete_span_metric_rows": "c811548869bdf5c49dacd07a3458238eacf286524e2abf795d4f9a9ecb62503a",
-        "_backfill_span_analytics": "b0b74886fd8d3c5394027cc8c8310e8cb991cf65c3f558b941356fbd7abc0c07",
-    }
-}
-"""Functions of MLflow's migrations that are slow with many rows: revision → function → SHA-256 of its syntax tree. Two
-delete rows by their key in batches, each of which reads all rows that were deleted before; the last one reads all spans
-to update those with a model or costs."""
-
-
 def _quicken(script: Any) -> None:
     """Replace the functions of `KNOWN_FUNCTIONS`. A function that MLflow changed stays."""
     for revision, functions in KNOWN_FUNCTIONS.items():
@@ -122,11 +110,10 @@ def _quicken(script: Any) -> None:
             migration = script.get_revision(revision).module
         except Exception:  # this release does not have it
             continue
-        for name, digest in functions.items():
-            function: Any = getattr(migration, name, None)
+        for name, (digest, quick) in functions.items():
+            function = getattr(migration, name, None)
             if _digest(function) == digest:
-                quick = partial(_skip_empty_spans, migration, function) if "span_analytics" in name else None
-                setattr(migration, name, quick or partial(_delete_keys, migration))
+                setattr(migration, name, partial(quick, migration, function))
 
 
 def _digest(function: Any) -> str:
@@ -138,7 +125,7 @@ def _digest(function: Any) -> str:
     return hashlib.sha256(tree.encode()).hexdigest()
 
 
-def _delete_keys(migration: Any, table: Any, keys: list[str] | None = None) -> None:
+def _delete_keys(migration: Any, _: Any, table: Any, keys: list[str] | None = None) -> None:
     """Delete the rows of a table with these keys; without keys, those of the costs, which are columns now."""
     migration.op.get_bind().execute(table.delete().where(table.c.key.in_(keys or list(migration._COST_COLUMNS))))
 
@@ -169,6 +156,21 @@ def _skip_empty_spans(migration: Any, backfill: Callable[[], None]) -> None:
         backfill()
     finally:
         sqlalchemy.event.remove(bind, "before_execute", skip)
+
+
+KNOWN_FUNCTIONS: dict[str, dict[str, tuple[str, Callable[..., None]]]] = {
+    "75868b020152": {
+        "_delete_trace_rows": ("2db101a6b84bf1a56574e8da8335b880f08e460bf835956b26d292f8572491a4", _delete_keys),
+        "_delete_span_metric_rows": ("c811548869bdf5c49dacd07a3458238eacf286524e2abf795d4f9a9ecb62503a", _delete_keys),
+        "_backfill_span_analytics": (
+            "b0b74886fd8d3c5394027cc8c8310e8cb991cf65c3f558b941356fbd7abc0c07",
+            _skip_empty_spans,
+        ),
+    }
+}
+"""Functions of MLflow's migrations that are slow with many rows: revision → function → SHA-256 of its syntax tree, and
+what replaces it. Two delete rows by their key in batches, each of which reads all rows that were deleted before; the
+last one reads all spans to update those with a model or costs."""
 
 
 def enumerations() -> dict[str, list[str]]:

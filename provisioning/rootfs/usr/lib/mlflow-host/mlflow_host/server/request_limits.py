@@ -90,13 +90,16 @@ join_collapse_limit = 4, PostgreSQL's planner takes 8 MB for 10 conditions and 1
 (tests/bench/planner_memory.py)."""
 
 GRAPHQL_RUNS = 100
-"""Maximum number of runs in the answer to a GraphQL request. MLflow's pages use the first one of an answer. 1,000 runs
-with 150 metrics and parameters took 600 MB and half a minute."""
+"""Maximum number of runs in the answer to a GraphQL request. MLflow makes several objects for each metric, parameter
+and tag of a run. MLflow's pages use only the first run of an answer."""
+
+NO_THREAD = "can't start new thread"
+"""The text of Python's RuntimeError when there is no memory for a thread's stack."""
 
 STATM = Path("/proc/self/statm")
 LAST_RETURN = [0.0]
 RETURN_SECONDS = 5
-"""Least time between two returns of memory, each of which stops the process for 0.2 s."""
+"""Shortest time between two returns of memory. Each one stops the process while it collects garbage."""
 
 FILTERS = ("filter", "filter_string", "filter_string1", "filter_string2", "base_filter", "filters")
 """The fields of MLflow's requests that contain a filter; `filters` is a list of them."""
@@ -126,7 +129,8 @@ LARGE_ANSWER = re.compile(r"/v1/traces|.*/(graphql|get-history-bulk-interval)")
 
 
 OBJECTS = 500_000
-"""Maximum number of objects and lists in JSON. Each takes up to 250 bytes of memory, and three in the request."""
+"""Maximum number of objects and lists in JSON. An empty list takes two bytes in the body and 56 in memory; `{"a":1}`
+takes seven and about 200."""
 
 WAIT_SECONDS = 100
 """Longest wait for a turn. MLflow's client gives up after 120 seconds."""
@@ -248,7 +252,7 @@ def shared(application: Application, at_once: int) -> Application:
                     if is_large:
                         await taken.enter_async_context(large)
             except TimeoutError:
-                sentence = f"this request waited {WAIT_SECONDS} seconds for others of this user: send fewer at once"
+                sentence = f"this request waited {WAIT_SECONDS} seconds for its turn: send fewer at once"
                 await answer(send, 429, {"error_code": "REQUEST_LIMIT_EXCEEDED", "message": sentence})
                 return
             await application(scope, receive, send)
@@ -290,8 +294,7 @@ def within_memory(application: Application) -> Application:
             await application(scope, receive, held)
             await held.flush()
         except Exception as error:
-            lacks_memory = isinstance(error, MemoryError) or "can't start new thread" in str(error)
-            if lacks_memory and scope["type"] == "http":
+            if lacks_memory(error) and scope["type"] == "http":
                 status, code, sentence = out_of_memory(scope["method"], scope["path"], content_length(scope))
                 if not held.begun:
                     await answer(send, status, {"error_code": code, "message": sentence})
@@ -304,6 +307,11 @@ def within_memory(application: Application) -> Application:
                 await asyncio.to_thread(return_memory)
 
     return checked
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether Python raised it for a lack of memory. Other errors may contain any text, a user's as well."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and str(error) == NO_THREAD)
 
 
 def uses_much_memory() -> bool:
@@ -622,8 +630,8 @@ def refuse_dear_requests(flask_application: Any) -> None:
     def with_json() -> bool:
         """Whether the request has a body other than a file."""
         request = flask.request
-        shared_path = not UNSHARED.search(request.path) or ABOUT_FILES.search(request.path)
-        return bool(shared_path and request.data)
+        has_json = not UNSHARED.search(request.path) or ABOUT_FILES.search(request.path)
+        return bool(has_json and request.data)
 
     @flask_application.after_request  # type: ignore[untyped-decorator]
     def explain(response: Any) -> Any:
@@ -644,6 +652,7 @@ def refuse_dear_requests(flask_application: Any) -> None:
         try:
             THIS_THREAD.until = time.monotonic() + DEAR_SECONDS if is_dear(request.method, request.path) else None
             THIS_THREAD.runs = GRAPHQL_RUNS if request.path.endswith("/graphql") else None
+            THIS_THREAD.exceeded_memory = False  # a FastAPI route in this thread may have set it
             body = request.get_json(force=True, silent=True) if with_json() else None
             fields = fields_of(request, body)
         except RecursionError:
