@@ -193,7 +193,10 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
     # PostgreSQL archives its last segment while the machine stops.
     aws.client("s3").delete_bucket_policy(Bucket=outputs["buckets"]["backups"])
     ec2.meta.events.register("before-call.ec2.TerminateInstances", archive)
-    stack.destroy(cloud, aws.client, state, say=lines.append, done=lambda step: None)
+    try:
+        stack.destroy(cloud, aws.client, state, say=lines.append, done=lambda step: None)
+    finally:  # the later tests of this module use the same client
+        ec2.meta.events.unregister("before-call.ec2.TerminateInstances", archive)
     assert "Pulumi refuses to delete what is protected" in lines[0] and "Volume data" in lines[0]
     assert lines[1].startswith(f"S3 refuses to delete {filled}, which holds objects")
     assert len(lines) == 2
