@@ -8,7 +8,6 @@ reader could send both. The limits are far above the requests of MLflow's client
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import gc
 import json
@@ -20,7 +19,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -132,6 +131,9 @@ OBJECTS = 500_000
 """Maximum number of objects and lists in JSON. An empty list takes two bytes in the body and 56 in memory; `{"a":1}`
 takes seven and about 200."""
 
+KINDS = {"large": 1, "dear": DEAR_AT_ONCE}
+"""Concurrent requests of one user, by kind."""
+
 WAIT_SECONDS = 100
 """Longest wait for a turn. MLflow's client gives up after 120 seconds."""
 
@@ -217,47 +219,73 @@ def shared(application: Application, at_once: int) -> Application:
     and at most one has a large body or a large answer; further ones of that user wait. The limit is lower than
     the number of threads, so that a thread is free for other users. Large bodies of all users are read one at a
     time."""
-    turns: dict[tuple[bytes, str], tuple[asyncio.Semaphore, list[object]]] = {}
+    users: dict[bytes, TurnsOfUser] = {}
     large = asyncio.Semaphore(1)
-
-    @contextlib.asynccontextmanager
-    async def turn_of(user: bytes, kind: str, most: int) -> AsyncIterator[None]:
-        turn, present = turns.setdefault((user, kind), (asyncio.Semaphore(most), []))
-        present.append(user)
-        try:
-            async with turn:
-                yield
-        finally:
-            present.pop()
-            if not present:
-                del turns[user, kind]
 
     async def in_turn(scope: Scope, receive: Receive, send: Send) -> None:
         user = next((value for name, value in scope.get("headers", ()) if name == USER), b"")
         if not user:
             await application(scope, receive, send)
             return
-        method, path = scope["method"], scope["path"]
         is_large = may_be_large(scope)
-        # Always in this order, so that no two requests wait for each other.
-        async with contextlib.AsyncExitStack() as taken:
-            try:
-                async with asyncio.timeout(WAIT_SECONDS):
-                    if is_large or LARGE_ANSWER.fullmatch(path):
-                        await taken.enter_async_context(turn_of(user, "large", 1))
-                    if is_dear(method, path):
-                        await taken.enter_async_context(turn_of(user, "dear", DEAR_AT_ONCE))
-                    if not UNSHARED.search(path):
-                        await taken.enter_async_context(turn_of(user, "any", at_once))
-                    if is_large:
-                        await taken.enter_async_context(large)
-            except TimeoutError:
+        own = users.get(user) or users.setdefault(user, TurnsOfUser(at_once))
+        turns = [own.turns[kind] for kind in kinds_of(scope["method"], scope["path"], is_large)] + [large] * is_large
+        own.requests += 1
+        taken: list[asyncio.Semaphore] = []
+        try:
+            if await took(turns, taken):
+                await application(scope, receive, send)
+            else:
                 sentence = f"this request waited {WAIT_SECONDS} seconds for its turn: send fewer at once"
                 await answer(send, 429, {"error_code": "REQUEST_LIMIT_EXCEEDED", "message": sentence})
-                return
-            await application(scope, receive, send)
+        finally:
+            for turn in taken:
+                turn.release()
+            own.requests -= 1
+            if not own.requests:
+                del users[user]
 
     return in_turn
+
+
+class TurnsOfUser:
+    """The turns of one user in this process, by kind, and the number of requests that have or await them."""
+
+    def __init__(self, at_once: int) -> None:
+        self.requests = 0
+        self.turns = {kind: asyncio.Semaphore(most) for kind, most in KINDS.items()}
+        self.turns["any"] = asyncio.Semaphore(at_once)
+
+
+async def took(turns: list[asyncio.Semaphore], taken: list[asyncio.Semaphore]) -> bool:
+    """Acquire `turns` one by one and append each to `taken`; False after `WAIT_SECONDS`. Without a wait, this costs a
+    few microseconds: a timer, and a context manager for each turn, would cost forty."""
+
+    async def acquire() -> None:
+        for turn in turns:
+            await turn.acquire()
+            taken.append(turn)
+
+    if not any(turn.locked() for turn in turns):
+        await acquire()
+        return True
+    try:
+        async with asyncio.timeout(WAIT_SECONDS):
+            await acquire()
+    except TimeoutError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=4096)
+def kinds_of(method: str, path: str, is_large: bool) -> tuple[str, ...]:
+    """The kinds of turns that a request takes, always in this order, so that no two requests wait for each other."""
+    kinds = {
+        "large": is_large or LARGE_ANSWER.fullmatch(path),
+        "dear": is_dear(method, path),
+        "any": not UNSHARED.search(path),
+    }
+    return tuple(kind for kind, applies in kinds.items() if applies)
 
 
 def bound_memory(mebibytes: int) -> None:
