@@ -17,7 +17,7 @@ from tests.schema.environments import environment, releases
 from tests.support import training
 from tests.support.servers import OLDER, Server, client_of, describe_server, launch_server, own_stack
 
-pytestmark = [pytest.mark.machine, pytest.mark.slow]
+pytestmark = pytest.mark.machine
 
 NEWEST = releases()[-1]
 CLIENTS = ("2.22.0", OLDER, "3.17.2", NEWEST)
@@ -120,6 +120,7 @@ def test_training_goes_on_while_the_machine_is_replaced(
         assert differences(after, NEWEST, files[NEWEST]) == []
 
 
+@pytest.mark.slow
 def test_trainings_of_old_and_new_clients_go_on_over_ten_swaps(
     cloud: LocalCloud, image: Mapping[str, Any], older_image: str, tmp_path: Path
 ) -> None:
