@@ -18,11 +18,15 @@ import psycopg2
 import pytest
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.server import fastapi_security
+from mlflow.server.fastapi_security import init_fastapi_security
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from mlflow_host.server.fast_path import reads
 from mlflow_host.server.fast_path import store as fast_path_store
-from mlflow_host.server.fast_path.app import answered_directly
+from mlflow_host.server.fast_path.app import answered_directly, with_mlflows_checks
 from mlflow_host.server.fast_path.reads import statement
 from mlflow_host.server.fast_path.store import DirectStore
 from mlflow_host.server.flask_shortcut import Application, Message, Receive, Scope, Send
@@ -146,6 +150,45 @@ def test_unhandled_requests_reach_mlflow_complete(application: Application, body
 def test_other_requests_are_unchanged(application: Application) -> None:
     assert ask(application, "POST", "/api/2.0/mlflow/runs/delete", (b"{}",), host="any")[2] == HANDED_ON + b"{}"
     assert ask(application, "GET", "/api/2.0/mlflow/runs/search", (b"",), host="any")[2] == HANDED_ON
+
+
+@pytest.mark.parametrize("origins", ["https://mlflow.test", "*"])
+@pytest.mark.parametrize(
+    "method, headers",
+    [
+        ("GET", {}),
+        ("HEAD", {}),
+        ("POST", {"host": "elsewhere.test"}),
+        ("POST", {"origin": "https://elsewhere.test"}),
+        ("POST", {"origin": "https://mlflow.test"}),
+        ("POST", {"origin": "http://localhost:3000"}),
+        ("OPTIONS", {"origin": "https://mlflow.test", "access-control-request-method": "POST"}),
+        ("OPTIONS", {"origin": "https://elsewhere.test", "access-control-request-method": "POST"}),
+    ],
+)
+def test_checks_without_starlettes_application_are_the_same(
+    method: str, headers: dict[str, str], origins: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def mlflow(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"answered"})
+
+    monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "mlflow.test")
+    monkeypatch.setenv("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", origins)
+    whole: Any = Starlette(routes=[Mount("/", mlflow)])
+    init_fastapi_security(whole)
+    checked = with_mlflows_checks(mlflow)
+    assert not isinstance(checked, Starlette)
+    target = "/api/2.0/mlflow/runs/search"
+    assert ask(checked, method, target, (b"",), **headers) == ask(whole, method, target, (b"",), **headers)
+
+
+def test_release_that_adds_more_than_middleware_gets_a_starlette_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def mlflow(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(fastapi_security, "init_fastapi_security", lambda app: app.exception_handlers.clear())
+    assert isinstance(with_mlflows_checks(mlflow), Starlette)
 
 
 def test_write_from_another_origin_is_refused(application: Application, store: DirectStore, run_id: str) -> None:
