@@ -103,11 +103,14 @@ test-tools-quick: # the tests with real tools that take under five minutes: no b
 	@$(ROOT) $(WITH_TOOLS) $(PYTEST) -m "tools and not slow"
 
 .PHONY: check fix lint lock bench audit follow
-# No root and no apt packages: what runs at every change.
+# No root and no apt packages: what runs at every change. Compiled Python is kept even where the environment forbids it,
+# because compiling MLflow and moto takes as long as many tests. A file's tests stay in one process, and so do its
+# fixtures.
+check: export PYTHONDONTWRITEBYTECODE :=
 check: prepare-check ## format, lint, types and the tests that need nothing else, in a minute
 	@.venv/bin/ruff format --check -q . && .venv/bin/ruff check -q .
 	@.venv/bin/mypy $(TYPED)
-	@$(PYTEST) -q -m "not machine and not service and not slow and not tools" tests/unit
+	@exec $(PYTEST) -q -n 2 --dist loadfile -m "not machine and not service and not slow and not tools" tests/unit
 fix: prepare-check ## format, and mend what ruff can mend
 	@.venv/bin/ruff check --fix -q .; .venv/bin/ruff format -q .
 lint: prepare-lint ## ruff, mypy, shellcheck, packer fmt

@@ -9,6 +9,7 @@ Imports inside the fixtures keep the unit tests fast: MLflow alone takes seconds
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -51,6 +52,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Tests that run as root leave no file owned by root in the checkout of the sudo user."""
     invoker.give_back(Path(__file__).parents[1])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def botocore_files_are_parsed_once() -> Iterator[None]:
+    """Each new session of boto3 parses the JSON of its services again, which takes up to half a second."""
+    from botocore.loaders import JSONFileLoader
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JSONFileLoader, "load_file", staticmethod(functools.cache(JSONFileLoader().load_file)))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,8 @@ SECRET = ("secret_id", "secret_name", "encrypted_value", "wrapped_dek", "kek_ver
 HOOK = ("webhook_id", "name", "secret")
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Manifest:
+@pytest.fixture(scope="module")
+def rows() -> dict[str, list[tuple[str | None, ...]]]:
     """Two secrets, one of the second version of the passphrase, and two webhooks, one without a secret."""
     rows: dict[str, list[tuple[str | None, ...]]] = {"secrets": [], "webhooks": []}
     for version in (1, 2):
@@ -32,6 +32,12 @@ def source(tmp_path: Path) -> Manifest:
         value, key = (f"\\x{each.hex()}" for each in (made.encrypted_value, made.wrapped_dek))
         rows["secrets"].append((*name, value, key, str(version), "a\tb\u2028c"))
     rows["webhooks"] = [("w-1", "one", Fernet(KEY).encrypt(b"of the hook").decode()), ("w-2", "two", None)]
+    return rows
+
+
+@pytest.fixture
+def source(rows: dict[str, list[tuple[str | None, ...]]], tmp_path: Path) -> Manifest:
+    """The files of `rows`."""
     tables = {}
     for table, columns in (("secrets", SECRET), ("webhooks", HOOK)):
         lines = "".join("\t".join(map(adoption.escape, row)) + "\n" for row in rows[table])

@@ -718,9 +718,12 @@ def test_decided_exchange_precedes_requests_and_a_request_by_hand_precedes_the_s
 
 def test_only_status_1_of_archive_get_ends_recovery(tmp_path: Path) -> None:
     """PostgreSQL ends recovery for statuses up to 125 and fails for 126."""
-    for status, expected in ((0, 0), (1, 1), (25, 126), (82, 126), (103, 126)):
-        script = tmp_path / "fetch"
+    expected = {0: 0, 1: 1, 25: 126, 82: 126, 103: 126}
+    running = {}
+    for status in expected:
+        script = tmp_path / f"fetch-{status}"
         script.write_text(f"#!/bin/sh\nexit {status}\n")
         script.chmod(0o755)
         shell = restore.FETCH.format(fetch=script).replace("%f", "F").replace("%p", "P")
-        assert subprocess.run(["sh", "-c", shell]).returncode == expected
+        running[status] = subprocess.Popen(["sh", "-c", shell])
+    assert {status: each.wait() for status, each in running.items()} == expected

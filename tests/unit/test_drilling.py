@@ -3,8 +3,6 @@ outage."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -199,7 +197,8 @@ def test_outage_lasts_from_the_last_response_to_the_next() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["newest", "3.12", "ami-", "i-0123456789abcdef0"])
-def test_argument_that_names_no_image_is_refused(wrong: str) -> None:
-    done = subprocess.run([sys.executable, drill.__file__, wrong, "3.12.0"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert f"{wrong!r} is neither an image ID nor a release of MLflow" in done.stderr
+def test_argument_that_names_no_image_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        drill.main([wrong, "3.12.0"])
+    assert ended.value.code == 2
+    assert f"{wrong!r} is neither an image ID nor a release of MLflow" in capsys.readouterr().err

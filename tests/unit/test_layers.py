@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
-from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -33,17 +33,22 @@ BELOW = {
 """The folders that each folder of mlflow_host may import, besides itself."""
 
 
-def imported(file: Path, package: str, *, at_import_only: bool = False) -> Iterator[str]:
+def imported(file: Path, package: str, *, at_import_only: bool = False) -> list[str]:
     """The modules of `package` that a file imports, by their dotted names below it."""
+    names = all_imported(file, at_import_only)
+    return [name.removeprefix(f"{package}.") for name in names if name.split(".")[0] == package]
+
+
+@functools.cache
+def all_imported(file: Path, at_import_only: bool) -> list[str]:
     tree = ast.parse(file.read_text())
+    names: list[str] = []
     for node in tree.body if at_import_only else ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        yield from (name.removeprefix(f"{package}.") for name in names if name.split(".")[0] == package)
+            names += [alias.name for alias in node.names]
+    return names
 
 
 def modules() -> list[Path]:
