@@ -101,7 +101,7 @@ class PublishedPorts:
         routes: dict[str, tuple[Any, ...]] = {}
         for instance_id, machine in list(self.machines.items()):
             record = inventory.find(instance_id)
-            if record is None or record.state not in ("running", "pending"):
+            if record is None:
                 continue
             for nic in record.nics.values():
                 if not nic.public_ip:

@@ -199,3 +199,36 @@ def test_nothing_is_published_for_a_terminated_machine(account: Account) -> None
     account.ec2.terminate_instances(InstanceIds=[instance])
     account.wait_state(instance, "terminated")
     assert f"{address}:" not in subprocess.check_output(["ss", "-ltn"], text=True)
+
+
+LINGERING = """
+import signal, socket, time
+connection, _ = socket.create_server(("0.0.0.0", 80)).accept()
+def stop(*_):
+    time.sleep(4)
+    connection.sendall(b"done")
+    raise SystemExit
+signal.signal(signal.SIGTERM, stop)
+connection.sendall(b"accepted")
+while True:
+    time.sleep(1)
+"""
+
+
+def test_connections_last_until_a_stopping_machine_is_down(shared: Account, group: str) -> None:
+    instance = shared.launch(group)
+    server = "systemd-run -q --unit web --property After=network.target python3 /server.py"
+    shared.run(instance, f"cat > /server.py <<'EOF'\n{LINGERING}\nEOF\n{server}")
+    address = shared.address(instance)
+    connected: list[socket.socket] = []
+
+    def accepted() -> bool:
+        with contextlib.suppress(OSError):
+            connected[:] = [socket.create_connection((address, 80), timeout=30)]
+            return connected[0].recv(64) == b"accepted"
+        return False
+
+    wait_until(accepted, 20, "the server does not answer")
+    shared.ec2.stop_instances(InstanceIds=[instance])
+    with connected[0] as connection:
+        assert connection.recv(64) == b"done"
