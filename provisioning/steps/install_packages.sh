@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Bake step: install distribution packages: PostgreSQL without a cluster, nginx, Python, backup and certificate tools.
 set -euo pipefail
-export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 LC_ALL=C.UTF-8
+export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
 
 packages=(
   ca-certificates
@@ -21,7 +21,7 @@ apt-get update --quiet=2
 
 missing=()
 for package in "${packages[@]}"; do
-  if [[ $(apt-cache policy "$package") != *"Candidate: "[^\(]* ]]; then missing+=("$package"); fi
+  if [[ $(LC_ALL=C apt-cache policy "$package") != *"Candidate: "[^\(]* ]]; then missing+=("$package"); fi
 done
 if [ ${#missing[@]} -gt 0 ]; then
   # shellcheck source=/dev/null

@@ -118,17 +118,27 @@ def choices(pattern: str) -> list[str]:
 @pytest.mark.parametrize("absent", ["mlflow-ami-has-no-such-package", "mail-transport-agent"])
 def test_missing_package_ends_the_bake_before_anything_is_installed(tmp_path: Path, absent: str) -> None:
     """apt knows the second only as a name that others provide. apt-get and install are stand-ins that record."""
+    done, called = run_step(tmp_path, STEP.read_text(encoding="utf-8").replace("  certbot\n", f"  {absent}\n"))
+    assert done.returncode == 1
+    [sentence] = done.stderr.splitlines()
+    assert re.match(rf"install_packages: cannot install {absent}: the archives of .+ have no such package", sentence)
+    assert called == ["update"]
+
+
+@pytest.mark.skipif(not shutil.which("apt-cache"), reason="apt-cache looks up the packages")
+def test_complete_archive_is_no_reason_to_stop(tmp_path: Path) -> None:
+    _, called = run_step(tmp_path, STEP.read_text(encoding="utf-8"))
+    assert called == ["update", "install a file", "install"]
+
+
+def run_step(tmp_path: Path, text: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """Run the step with stand-ins for apt-get and install; returns its result and their calls."""
     step, called = tmp_path / "install_packages.sh", tmp_path / "called"
-    step.write_text(STEP.read_text(encoding="utf-8").replace("  certbot\n", f"  {absent}\n"))
+    step.write_text(text)
     (tmp_path / "apt-get").write_text(f'#!/bin/sh\necho "$1" >>{called}\n')
     (tmp_path / "install").write_text(f"#!/bin/sh\necho install a file >>{called}\n")
     for stand_in in ("apt-get", "install"):
         (tmp_path / stand_in).chmod(0o755)
     variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", str(step)], env=variables, capture_output=True, text=True)
-    assert done.returncode == 1
-    [sentence] = done.stderr.splitlines()
-    assert re.match(
-        rf"install_packages: cannot install .*{absent}.*: the archives of .+ have no such package", sentence
-    )
-    assert called.read_text() == "update\n"
+    return done, called.read_text().splitlines()
