@@ -23,6 +23,8 @@ IMAGE_FORMAT = "1"
 ROLE_OF_DATA_VOLUME = "data"
 CHANNELS = "/mlflow-ami/images"
 """Path of the channels in Systems Manager: each parameter holds an image ID (scripts/images.py promote)."""
+EXAMPLES = {"x86_64": "t3.small", "arm64": "t4g.small"}
+"""An instance type by architecture."""
 REPORTS = 4
 """The first launch revision whose images report the schema in service."""
 
@@ -41,6 +43,8 @@ class Facts:
     postgresql_major: int
     launch_revision: int = field(default=1, compare=False)
     """Revision of the launch document that the image reads."""
+    architecture: str = field(default="", compare=False)
+    """Empty in a machine's report, and on a volume of an earlier release of this program."""
 
     @property
     def described(self) -> str:
@@ -113,6 +117,18 @@ def inspect(config: Settings, provider: pulumi.ProviderResource) -> tuple[Existi
 
 def upgrade_summary(found: Existing) -> str:
     """One line: the effect of this image's boot on the data."""
+    meant_for = found.volume.meant_for if found.volume else None
+    before, after = (meant_for.architecture if meant_for else ""), found.image.architecture
+    moved = ""
+    if before and after and before != after:
+        moved = (
+            f" The architecture changes from {before} to {after}, which was never tried with the cluster of a data "
+            "volume: take a dump with `mlflow-host-dump` on the machine first."
+        )
+    return f"{_schema_summary(found)}{moved}"
+
+
+def _schema_summary(found: Existing) -> str:
     image, volume = found.image, found.volume
     if volume is None:
         return f"New data volume: {image.described} creates schema {image.migration_head} on it."
@@ -175,6 +191,7 @@ def record(image: Facts) -> dict[str, str]:
         "mlflow-ami:migration-count": str(image.migration_count),
         "mlflow-ami:postgresql-major": str(image.postgresql_major),
         "mlflow-ami:launch-revision": str(image.launch_revision),
+        **({"mlflow-ami:architecture": image.architecture} if image.architecture else {}),
     }
 
 
@@ -384,7 +401,9 @@ def _instance_type(
     if architecture and architecture not in kind.supported_architectures:
         refusals.append(
             f"instanceType: {config.instance_type} is a machine for {' or '.join(kind.supported_architectures)}, but "
-            f"the image {ami_id} is for {architecture}: choose a type of that architecture."
+            f"the image {ami_id} is for {architecture}: choose a type of that architecture, such as "
+            f"{EXAMPLES.get(architecture, 't3.small')}, or an image baked with `scripts/bake.py --architecture "
+            f"{kind.supported_architectures[0]}`."
         )
     needed = sizing.SYSTEM_MB + sizing.SERVER_MB + (sizing.JOBS_MB if config.job_execution else 0)
     if kind.memory_size < needed:
@@ -461,6 +480,7 @@ def _facts(image_id: str, tags: Mapping[str, str]) -> Facts | None:
             migration_count=int(tags["mlflow-ami:migration-count"]),
             postgresql_major=int(tags["mlflow-ami:postgresql-major"]),
             launch_revision=int(tags.get("mlflow-ami:launch-revision", "1")),
+            architecture=tags.get("mlflow-ami:architecture", ""),
         )
     except (KeyError, ValueError):
         return None

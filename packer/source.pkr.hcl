@@ -8,15 +8,15 @@ source "amazon-ebs" "mlflow" {
     owners      = var.source_ami_owners
     most_recent = true
     filters = {
-      name                = var.source_ami_name
-      architecture        = "x86_64"
+      name                = local.source_ami_name
+      architecture        = var.architecture
       root-device-type    = "ebs"
       virtualization-type = "hvm"
     }
   }
 
   region                      = var.region
-  instance_type               = var.instance_type
+  instance_type               = local.instance_type
   subnet_id                   = var.subnet_id
   associate_public_ip_address = true
   ena_support                 = true

@@ -1,9 +1,20 @@
 # ── Source image ────────────────────────────────────────────────────────────────────────────────────────────────────
 
+variable "architecture" {
+  type        = string
+  default     = "x86_64"
+  description = "Architecture of the image, in EC2's terms: x86_64 (t3, m7i), or arm64 for Graviton (t4g, m7g)."
+
+  validation {
+    condition     = var.architecture == "x86_64" || var.architecture == "arm64"
+    error_message = "The architecture must be x86_64 or arm64."
+  }
+}
+
 variable "source_ami_name" {
   type        = string
-  default     = "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-amd64-server-*"
-  description = "Name of the source image: an exact name, or a pattern whose newest match is used."
+  default     = ""
+  description = "Name of the source image: an exact name, or a pattern whose newest match is used. Empty: Ubuntu 24.04 of the architecture."
 }
 
 variable "source_ami_owners" {
@@ -65,8 +76,8 @@ variable "region" {
 
 variable "instance_type" {
   type        = string
-  default     = "t3.medium"
-  description = "Instance type of the builder. It determines only the architecture of the image."
+  default     = ""
+  description = "Instance type of the builder, of the architecture of the image. Empty: t3.medium, or t4g.medium for arm64."
 }
 
 variable "subnet_id" {
@@ -112,7 +123,16 @@ locals {
   requirements   = "${path.root}/../provisioning/requirements.lock"
   mlflow_version = split(" ", split("\nmlflow==", file(local.requirements))[1])[0]
 
-  ami_name = "mlflow-ami-${local.mlflow_version}-${local.image_version}"
+  # Ubuntu's name for the architecture, the default builder, and the end of the image's name.
+  amd64   = { ubuntu = "amd64", builder = "t3.medium", suffix = "" }
+  arm64   = { ubuntu = "arm64", builder = "t4g.medium", suffix = "-arm64" }
+  machine = var.architecture == "arm64" ? local.arm64 : local.amd64
+
+  canonicals      = "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-${local.machine.ubuntu}-server-*"
+  source_ami_name = var.source_ami_name == "" ? local.canonicals : var.source_ami_name
+  instance_type   = var.instance_type == "" ? local.machine.builder : var.instance_type
+
+  ami_name = "mlflow-ami-${local.mlflow_version}-${local.image_version}${local.machine.suffix}"
 
   # Tags of the image and its snapshots; scripts/bake.py adds facts from image.json.
   tags = {
@@ -121,5 +141,6 @@ locals {
     "mlflow-ami:image-version"  = local.image_version
     "mlflow-ami:git-commit"     = var.git_commit
     "mlflow-ami:mlflow-version" = local.mlflow_version
+    "mlflow-ami:architecture"   = var.architecture
   }
 }

@@ -36,7 +36,7 @@ from scripts.baking.request import (
     require_bakeable,
     require_network,
 )
-from scripts.baking.source_images import SOURCE_OWNERS, find_source_image
+from scripts.baking.source_images import SOURCE_NAMES, SOURCE_OWNERS, find_source_image
 from scripts.baking.template import digest, stage, variables
 from scripts.imaging import catalog, record
 from scripts.interrupts import end_like_ctrl_c, uninterrupted
@@ -68,7 +68,8 @@ def bake_image(arguments: argparse.Namespace, clock: StepClock) -> dict[str, Any
     if not arguments.local:
         environment = for_packer(session, environment)
     require_network(ec2, arguments.subnet)
-    source = find_source_image(ec2, wanted, tuple(arguments.source_owner or SOURCE_OWNERS))
+    owners = tuple(arguments.source_owner or SOURCE_OWNERS)
+    source = find_source_image(ec2, wanted, owners, arguments.architecture)
 
     clock.begin(f"lock MLflow {arguments.mlflow_version}" if arguments.mlflow_version else "stage the template")
     bake.directory.mkdir(parents=True)
@@ -125,7 +126,10 @@ def validate(arguments: argparse.Namespace) -> None:
         shutil.rmtree(bake.directory / "provisioning", ignore_errors=True)
     shutil.rmtree(bake.directory)
     version = ".".join(map(str, packer.version))
-    print(f"bake: Packer {version} accepts the template, for MLflow {bake.mlflow_version}", file=sys.stderr)
+    print(
+        f"bake: Packer {version} accepts the template, for MLflow {bake.mlflow_version} on {arguments.architecture}",
+        file=sys.stderr,
+    )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -142,9 +146,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="source image on the embedded cloud (default debian12; ubuntu24.04 where Ubuntu's archive answers)",
     )
     where.add_argument("--region", help=f"AWS region (default: {aws_session.WHERE})")
-    where.add_argument("--instance-type", metavar="TYPE", help="instance type of the builder (default t3.medium)")
+    where.add_argument(
+        "--instance-type", metavar="TYPE", help="instance type of the builder (default t3.medium, or t4g.medium)"
+    )
     where.add_argument("--subnet", metavar="ID", help="subnet of the builder (default: one of the default VPC)")
     what = parser.add_argument_group("what")
+    what.add_argument(
+        "--architecture",
+        choices=tuple(SOURCE_NAMES),
+        default="x86_64",
+        help="x86_64 (t3, m7i), or arm64 for Graviton (t4g, m7g); AWS only (default %(default)s)",
+    )
     what.add_argument("--mlflow-version", metavar="X", help="another MLflow release than the lock file's, as 3.12.0")
     what.add_argument(
         "--source-ami", metavar="IMAGE", help="id, name or pattern (default: Canonical's newest Ubuntu 24.04)"
@@ -166,6 +178,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--base names a source image of the embedded cloud: give --local as well, or --source-ami")
     if arguments.local and arguments.region:
         parser.error("--region is for AWS: the embedded cloud has only one region")
+    if arguments.local and arguments.architecture != "x86_64":
+        parser.error(f"--architecture {arguments.architecture} is for AWS: the embedded cloud's machines are x86_64")
     if arguments.mlflow_version and not re.fullmatch(r"\d+(\.\d+){2}\w*", arguments.mlflow_version):
         parser.error(f"--mlflow-version {arguments.mlflow_version}: give a release as it is named on PyPI, as 3.12.0")
     if arguments.kms_key and arguments.unencrypted:

@@ -99,7 +99,8 @@ def promote(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
     was = f" instead of {done['before']}" if done["before"] else ""
     verb = "would name" if arguments.dry_run else "names"
     changed = f"the channel {done['channel']} of {place.region} {verb} {done['image']}{was}"
-    return done, changed if done["changed"] else f"{changed.partition(' instead')[0]}, as before"
+    note = f"; {done['note']}" if done["note"] else ""
+    return done, changed + note if done["changed"] else f"{changed.partition(' instead')[0]}, as before"
 
 
 def deprecate(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
@@ -250,7 +251,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         f"Also deletes unfinished images, snapshots of deleted images, and builders of ended bakes. {protected}",
         image=False,
     )
-    sweeping.add_argument("--keep", type=int, default=5, metavar="N", help="finished images to keep (default 5)")
+    sweeping.add_argument(
+        "--keep", type=int, default=5, metavar="N", help="finished images to keep of each architecture (default 5)"
+    )
     sweeping.add_argument(
         "--older-than", type=int, default=0, metavar="DAYS", help="delete older ones only (default 0)"
     )

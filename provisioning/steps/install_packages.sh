@@ -3,11 +3,6 @@
 set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
 
-# The cluster belongs on the data volume. PostgreSQL's package scripts read this setting during installation.
-install -D -m 0644 /dev/stdin /etc/postgresql-common/createcluster.d/mlflow-host.conf <<'EOF'
-create_main_cluster = false
-EOF
-
 packages=(
   ca-certificates
   certbot
@@ -23,6 +18,24 @@ packages=(
 )
 
 apt-get update --quiet=2
+
+missing=()
+for package in "${packages[@]}"; do
+  if [[ $(LC_ALL=C apt-cache policy "$package") != *"Candidate: "[^\(]* ]]; then missing+=("$package"); fi
+done
+if [ ${#missing[@]} -gt 0 ]; then
+  # shellcheck source=/dev/null
+  system=$(. /etc/os-release && echo "$PRETTY_NAME")
+  echo "install_packages: cannot install ${missing[*]}: the archives of $system have no such package for" \
+    "$(dpkg --print-architecture); choose another source image, on Ubuntu one with the component universe" >&2
+  exit 1
+fi
+
+# The cluster belongs on the data volume. PostgreSQL's package scripts read this setting during installation.
+install -D -m 0644 /dev/stdin /etc/postgresql-common/createcluster.d/mlflow-host.conf <<'EOF'
+create_main_cluster = false
+EOF
+
 # Skip the fsync per unpacked file; the sync below is enough.
 apt-get install --yes --quiet=2 --no-install-recommends -o DPkg::Lock::Timeout=300 -o DPkg::Options::=--force-unsafe-io \
   "${packages[@]}" </dev/null

@@ -64,6 +64,11 @@ def operating_system() -> str:
     return f"{release['ID']} {release.get('VERSION_ID', 'testing')}"
 
 
+def architecture() -> str:
+    """The machine's architecture by EC2's name: "x86_64" or "arm64", which the kernel calls aarch64."""
+    return {"aarch64": "arm64"}.get(platform.machine(), platform.machine())
+
+
 def companions() -> list[Fallback]:
     """The packages that MLflow requires in its own version but that are not in the image, because the index did not
     have them."""
@@ -133,7 +138,7 @@ def facts() -> dict[str, Any]:
         "git_dirty": os.environ["GIT_DIRTY"] != "false",
         "source_ami": os.environ["SOURCE_AMI"],
         "source_ami_name": os.environ["SOURCE_AMI_NAME"],
-        "architecture": platform.machine(),
+        "architecture": architecture(),
         "os": operating_system(),
         "mlflow_version": metadata.version("mlflow"),
         "migration_head": head,

@@ -13,7 +13,11 @@ from scripts.baking.request import BakeRefused
 if TYPE_CHECKING:
     from mypy_boto3_ec2 import EC2Client
 
-SOURCE_NAME = "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-amd64-server-*"
+SOURCE_NAMES = {
+    "x86_64": "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-amd64-server-*",
+    "arm64": "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-arm64-server-*",
+}
+"""Canonical's image by architecture, in EC2's terms; the template has the same defaults."""
 SOURCE_OWNERS = ("099720109477",)
 
 
@@ -26,8 +30,9 @@ class SourceImage:
     owner: str
 
 
-def find_source_image(ec2: EC2Client, wanted: str | None, owners: tuple[str, ...]) -> SourceImage:
-    """The newest image with the ID, name or name pattern `wanted`. Raises BakeRefused if there is none."""
+def find_source_image(ec2: EC2Client, wanted: str | None, owners: tuple[str, ...], architecture: str) -> SourceImage:
+    """The newest image of the architecture with the ID, name or name pattern `wanted`. Raises BakeRefused if there is
+    none."""
     asked: dict[str, Any]
     if wanted and wanted.startswith("ami-"):
         asked = {"ImageIds": [wanted]}
@@ -35,8 +40,8 @@ def find_source_image(ec2: EC2Client, wanted: str | None, owners: tuple[str, ...
         asked = {
             "Owners": list(owners),
             "Filters": [
-                {"Name": "name", "Values": [wanted or SOURCE_NAME]},
-                {"Name": "architecture", "Values": ["x86_64"]},
+                {"Name": "name", "Values": [wanted or SOURCE_NAMES[architecture]]},
+                {"Name": "architecture", "Values": [architecture]},
             ],
         }
     region = ec2.meta.region_name
@@ -49,10 +54,14 @@ def find_source_image(ec2: EC2Client, wanted: str | None, owners: tuple[str, ...
             raise BakeRefused(aws_session.explain(error, region)) from None
     if not found:
         raise BakeRefused(
-            f"region {region} has no source image {wanted or SOURCE_NAME!r} of owner {', '.join(owners)}: "
-            "name another with --source-ami, or another region with --region"
+            f"region {region} has no source image {wanted or SOURCE_NAMES[architecture]!r} of owner "
+            f"{', '.join(owners)} for {architecture}: name another with --source-ami, another region with --region, or "
+            "another --architecture"
         )
     newest = max(found, key=lambda image: str(image.get("CreationDate", "")))
-    if newest["Architecture"] != "x86_64":
-        raise BakeRefused(f"{newest['ImageId']} is for {newest['Architecture']}, but the image is built for x86_64")
+    if newest["Architecture"] != architecture:
+        raise BakeRefused(
+            f"{newest['ImageId']} is for {newest['Architecture']}, but the image is built for {architecture}: add "
+            f"--architecture {newest['Architecture']}, or name another --source-ami"
+        )
     return SourceImage(newest["ImageId"], newest["Name"], newest["OwnerId"])

@@ -61,6 +61,7 @@ def variables(
     bundle = find_ca_bundle(arguments.ca_bundle, environment)
     named: dict[str, str | None] = {
         "region": arguments.region,
+        "architecture": arguments.architecture,
         "bake_id": bake.id,
         "image_version": bake.image_version,
         "git_commit": checkout.commit,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from scripts.imaging import channels
-from scripts.imaging.catalog import STACK, Image, Place, tags_of
+from scripts.imaging.catalog import STACK, Image, Place, find, tags_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Claims:
     """Stack → the image of its last `pulumi up`."""
     volumes: Mapping[str, str] = field(default_factory=dict)
     """Stack → its data volume."""
+    architectures: Mapping[str, str] = field(default_factory=dict)
+    """Image ID → its architecture, for the existing images."""
 
     def channels_of(self, image: Image) -> list[str]:
         return sorted(name for name, held in self.channels.items() if held == image.id)
@@ -38,6 +40,10 @@ class Claims:
     def rollbacks_of(self, image: Image) -> list[str]:
         """The stacks that could roll back to this image."""
         return [stack for stack in self.stacks_of(image) if self.current.get(stack) != image.id]
+
+    def architecture_of(self, stack: str) -> str:
+        """The architecture of the image of the stack's last `pulumi up`; "" if that image is deleted."""
+        return self.architectures.get(self.current.get(stack, ""), "")
 
 
 def read(place: Place) -> Claims:
@@ -58,7 +64,8 @@ def read(place: Place) -> Claims:
         if stack := tags.get("mlflow-ami:stack"):
             volumes[stack], current[stack] = volume["VolumeId"], tags.get("mlflow-ami:last-image", "")
     found = {image: tuple(sorted(instances)) for image, instances in running.items()}
-    return Claims(found, channels.read(place.ssm), current, volumes)
+    architectures = {image.id: image.architecture for image in find(place.ec2)}
+    return Claims(found, channels.read(place.ssm), current, volumes, architectures)
 
 
 def objections(image: Image, others: list[Image], claims: Claims) -> list[str]:
@@ -75,10 +82,12 @@ def objections(image: Image, others: list[Image], claims: Claims) -> list[str]:
         return reasons
     left = [each for each in others if each.usable and each.id != image.id]
     for stack in claims.rollbacks_of(image):
-        if not any(stack in claims.rollbacks_of(each) for each in left):
+        # An image of another architecture also needs another instance type, so it does not take the place of this one.
+        fit = {image.architecture, claims.architecture_of(stack)}
+        if not any(stack in claims.rollbacks_of(each) and each.architecture in fit for each in left):
             reasons.append(
-                f"it is the last image that the stack {stack} can roll back to: launch another image there, and keep "
-                f"it for some time"
+                f"it is the last image that the stack {stack} can roll back to on {image.architecture}: launch another "
+                f"image there, and keep it for some time"
             )
     major = image.fact("postgresql-major")
     same = [each for each in left if (each.fact("postgresql-major"), each.architecture) == (major, image.architecture)]

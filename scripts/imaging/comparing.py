@@ -32,6 +32,7 @@ def diff(a: Image, b: Image, a_facts: Facts | None, b_facts: Facts | None, datab
         "from": about(a),
         "to": about(b),
         "changed": {name: [a.fact(name), b.fact(name)] for name in COMPARED if a.fact(name) != b.fact(name)},
+        "same_architecture": a.architecture == b.architecture,
         "schema": schema(a, b, old, new),
         "packages": {
             kind: packages(old["packages"].get(kind, {}), new["packages"].get(kind, {})) for kind in ("deb", "python")
@@ -54,6 +55,7 @@ def about(image: Image) -> dict[str, str]:
         "image-version",
         "git-commit",
         "os",
+        "architecture",
         "mlflow-version",
         "migration-head",
         "migration-count",
@@ -213,6 +215,8 @@ def describe(found: Mapping[str, Any]) -> str:
         for name, (old, new) in found["changed"].items()
         if name not in ("mlflow-version", "postgresql-major")
     ]
+    if not found["same_architecture"]:
+        lines.append("  A stack that changes from one to the other, or rolls back, also needs another instanceType.")
     lines += [*schema_lines(found["schema"]), *package_lines(found["packages"])]
     lines += [*vulnerability_lines(found["vulnerabilities"]), *launch_lines(found["launch"])]
     lines += [f"  {word} without  {what}" for word in ("gone", "new") for what in found["fallbacks"][word]]

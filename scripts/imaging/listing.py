@@ -30,6 +30,9 @@ def summary(image: Image, known: Claims, region: str) -> dict[str, Any]:
         "running": list(known.running.get(image.id, ())),
         "channels": known.channels_of(image),
         "rollback_of": known.rollbacks_of(image),
+        "other_architecture_of": [
+            stack for stack in known.rollbacks_of(image) if known.architecture_of(stack) not in ("", image.architecture)
+        ],
         "drills": image.drills,
         "age_days": round((datetime.now(UTC) - created(image.created)).total_seconds() / 86400, 1),
         "used_mib": mib,
@@ -49,7 +52,11 @@ def line(each: dict[str, Any]) -> str:
     marks = [
         *(f"runs on {instance}" for instance in each["running"]),
         *(f"channel {name}" for name in each["channels"]),
-        *(f"{stack} can roll back to it" for stack in each["rollback_of"]),
+        *(
+            f"{stack} can roll back to it"
+            + (f" with an {each['architecture']} instance type" if stack in each["other_architecture_of"] else "")
+            for stack in each["rollback_of"]
+        ),
         f"{len(each['drills'])} drills passed" if each["drills"] else "",
         "kept" if "mlflow-ami:keep" in tags else "",
         "" if each["finished"] else "unfinished",
@@ -74,7 +81,10 @@ def line(each: dict[str, Any]) -> str:
 
 
 def of_json(each: dict[str, Any]) -> Image:
-    return Image(each["id"], each["name"], each["created"], each["state"], each["tags"], tuple(each["snapshots"]))
+    return Image(
+        each["id"], each["name"], each["created"], each["state"], each["tags"], tuple(each["snapshots"]),
+        each["architecture"],
+    )  # fmt: skip
 
 
 def details(place: Place, image: Image) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def promote(
     done = {"region": place.region, "channel": channel, "parameter": name, "before": before, "image": image.id}
     require_usable(image)
     if before == image.id:
-        return done | {"changed": False}
+        return done | {"changed": False, "note": ""}
     held = named(find(place.ec2), before) if before else None
     if held and held.architecture != image.architecture:
         raise ImageRefused(
@@ -45,7 +45,10 @@ def promote(
         if tag:
             place.ec2.create_tags(Resources=[image.id], Tags=as_tags(tag))
         channels.write(place.ssm, channel, image.id)
-    return done | {"changed": True}
+    ran_on = str((drill or {}).get("newer", {}).get("architecture", "x86_64"))  # older drills do not name it
+    elsewhere = bool(tag) and ran_on != image.architecture
+    note = f"the drill ran on {ran_on}, and the image is for {image.architecture}" if elsewhere else ""
+    return done | {"changed": True, "note": note}
 
 
 def require_usable(image: Image) -> None:
@@ -119,11 +122,11 @@ def facts(image: Image) -> tuple[str, ...]:
 
 def about(drill: Mapping[str, Any]) -> str:
     """The value of the tag that records a drill."""
-    return f"{drill['at']} on {drill['newer'].get('os', '?')}, nothing lost"
+    return f"{drill['at']} on {drill['newer'].get('os', '?')} {drill['newer'].get('architecture', '')}, nothing lost"
 
 
 def record_drill(place: Place, older: Image, newer: Image, at: datetime | None = None) -> None:
     """Tag the newer image with a passed drill between the two. Idempotent."""
     moment = (at or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
-    value = f"{moment} on {newer.fact('os')}, nothing lost"
+    value = f"{moment} on {newer.fact('os')} {newer.architecture}, nothing lost"
     place.ec2.create_tags(Resources=[newer.id], Tags=as_tags({f"{DRILL}{older.version}": value}))

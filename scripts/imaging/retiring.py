@@ -88,10 +88,14 @@ def delete(ec2: EC2Client, ssm: SSMClient, image: Image) -> list[str]:
 
 
 def superfluous(found: list[Image], known: Claims, keep: int, older_than: timedelta, now: datetime) -> list[Image]:
-    """Images to delete, oldest first: finished ones older than `older_than` that are not among the newest `keep`, and
-    unfinished ones of ended bakes; never one for which `claims.objections` gives a reason to stay without the
-    others."""
-    newest = {image.id for image in [image for image in found if image.finished][:keep]}
+    """Images to delete, oldest first: finished ones older than `older_than` that are not among the newest `keep` of
+    their architecture, and unfinished ones of ended bakes; never one for which `claims.objections` gives a reason to
+    stay without the others."""
+    newest = {
+        image.id
+        for architecture in {image.architecture for image in found}
+        for image in [each for each in found if each.finished and each.architecture == architecture][:keep]
+    }
     left, going = list(found), []
     for image in sorted(found, key=lambda image: (image.created, image.id)):
         limit = older_than if image.finished else STALE

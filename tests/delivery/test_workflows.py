@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from scripts import connect, delivery, prepare_tools
+from scripts.baking import source_images
 from scripts.rehearsal import tools
 from tests.delivery.workflows import FILES, ROOT, WORKFLOWS, jobs, steps, words
 
@@ -36,6 +37,17 @@ def test_actionlint_finds_nothing_and_would_find_a_mistake(tmp_path: Path) -> No
     broken = tmp_path / "broken.yml"
     broken.write_text(FILES[0].read_text().replace("outputs.image", "outputs.immage").replace("runs-on", "run-on"))
     assert subprocess.run([str(ACTIONLINT), str(broken)], capture_output=True).returncode == 1
+
+
+def test_bake_begins_with_an_image_on_canonicals_ubuntu() -> None:
+    """Unless the repository's variables name another source image, which are empty at first."""
+    [(name, job)] = WORKFLOWS["bake"]["jobs"].items()
+    assert (name, "needs" in job) == ("bake", False)
+    lines = [step["run"] for step in job["steps"] if step.get("run", "").startswith("scripts/")]
+    assert lines[0] == 'scripts/delivery.py bake --source-ami "$SOURCE_AMI" --source-owner "$SOURCE_OWNER"'
+    assert job["env"]["SOURCE_AMI"] == "${{ vars.SOURCE_AMI }}"
+    assert "ubuntu-noble-24.04-amd64-server" in source_images.SOURCE_NAMES["x86_64"]
+    assert source_images.SOURCE_OWNERS == ("099720109477",)
 
 
 def test_there_is_one_workflow_for_each_purpose() -> None:

@@ -123,7 +123,16 @@ def test_contradicting_options_are_refused(arguments: list[str], word: str) -> N
 def test_help_explains_the_options() -> None:
     done = run_bake("--help")
     assert done.returncode == 0
-    for word in ("--local", "--mlflow-version", "--source-ami", "--validate", "--if-changed", "--json", "build/bake"):
+    for word in (
+        "--local",
+        "--mlflow-version",
+        "--architecture",
+        "--source-ami",
+        "--validate",
+        "--if-changed",
+        "--json",
+        "build/bake",
+    ):
         assert word in done.stdout
 
 
@@ -131,20 +140,54 @@ def test_region_without_the_source_image_is_refused(ec2: Any) -> None:
     with pytest.raises(
         request.BakeRefused, match=r"region eu-central-1 has no source image .*noble.* --source-ami.*--region"
     ):
-        source_images.find_source_image(ec2, None, source_images.SOURCE_OWNERS)
+        source_images.find_source_image(ec2, None, source_images.SOURCE_OWNERS, "x86_64")
     with pytest.raises(request.BakeRefused, match="ami-0123456789abcdef0"):
-        source_images.find_source_image(ec2, "ami-0123456789abcdef0", source_images.SOURCE_OWNERS)
+        source_images.find_source_image(ec2, "ami-0123456789abcdef0", source_images.SOURCE_OWNERS, "x86_64")
 
 
 def test_newest_matching_source_image_is_taken(ec2: Any) -> None:
-    found = source_images.find_source_image(ec2, "ubuntu/images/*", source_images.SOURCE_OWNERS)
+    found = source_images.find_source_image(ec2, "ubuntu/images/*", source_images.SOURCE_OWNERS, "x86_64")
     every = ec2.describe_images(
         Owners=list(source_images.SOURCE_OWNERS), Filters=[{"Name": "name", "Values": ["ubuntu/images/*"]}]
     )
     assert len(every["Images"]) > 1
     newest = max(every["Images"], key=lambda image: image["CreationDate"])
     assert found.name == newest["Name"]
-    assert source_images.find_source_image(ec2, found.id, ()) == found
+    assert source_images.find_source_image(ec2, found.id, (), "x86_64") == found
+
+
+def test_source_image_is_of_the_images_architecture(ec2: Any) -> None:
+    from moto.ec2.models import ec2_backends
+
+    def find(wanted: str | None) -> source_images.SourceImage:
+        return source_images.find_source_image(ec2, wanted, (), "arm64")
+
+    with pytest.raises(request.BakeRefused, match=r"noble-24\.04-arm64-server.* for arm64: .*another --architecture"):
+        find(None)
+    intel, arm = (
+        ec2.register_image(Name=f"somebodys-{name}", RootDeviceName="/dev/sda1")["ImageId"] for name in ("a", "b")
+    )
+    there = ec2_backends["123456789012"][REGION].amis
+    there[intel].architecture, there[arm].architecture = "x86_64", "arm64"
+    assert find(arm).id == arm
+    with pytest.raises(request.BakeRefused, match=f"{arm} is for arm64, .* for x86_64: add --architecture arm64"):
+        source_images.find_source_image(ec2, arm, (), "x86_64")
+    with pytest.raises(request.BakeRefused, match=f"{intel} is for x86_64, but the image is built for arm64"):
+        find(intel)
+
+
+def test_bake_for_arm64_gives_the_template_its_architecture_and_reuses_no_image_for_x86(tmp_path: Path) -> None:
+    folder = request.Bake("id", "v", tmp_path)
+    for name in ("packer", "provisioning"):
+        (tmp_path / name).mkdir()
+    sources = [source_images.SourceImage(f"ami-{each}", each, "1") for each in source_images.SOURCE_NAMES]
+    assert len({template.digest(folder, source) for source in sources}) == 2
+    for architecture in source_images.SOURCE_NAMES:
+        arguments = bake.parse(["--architecture", architecture])
+        given = template.variables(arguments, folder, request.Checkout("x", False), None, {})
+        assert f"-var=architecture={architecture}" in given
+        assert not any(each.startswith(("-var=source_ami_name", "-var=instance_type")) for each in given)
+    assert bake.parse([]).architecture == "x86_64"
 
 
 def test_ca_bundle_of_this_host_is_used_and_a_missing_one_refused(tmp_path: Path) -> None:

@@ -40,7 +40,13 @@ def packer(*arguments: str, **environment: str) -> str:
 
 def test_current_packer_takes_the_template_as_it_is() -> None:
     packer("init")
-    assert "valid" in packer("validate", "-var=region=eu-central-1", AWS_REGION="eu-central-1")
+    for architecture in ("x86_64", "arm64"):
+        given = ["-var=region=eu-central-1", f"-var=architecture={architecture}"]
+        assert "valid" in packer("validate", *given, AWS_REGION="eu-central-1")
+    command = [str(PACKER), "validate", "-var=region=eu-central-1", "-var=architecture=riscv64", "."]
+    known = {**os.environ, "PACKER_PLUGIN_PATH": str(tools.PACKER_PLUGINS), "CHECKPOINT_DISABLE": "1"}
+    refused = subprocess.run(command, cwd=REPOSITORY / "packer", env=known, capture_output=True, text=True)
+    assert refused.returncode and "The architecture must be x86_64 or arm64." in refused.stdout + refused.stderr
     packer("fmt", "-check", "-diff")
 
 

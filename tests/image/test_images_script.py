@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import json
 import re
@@ -413,6 +414,45 @@ def test_promote_refuses_another_architecture_and_a_channel_with_a_deleted_image
     assert run("promote", two, "staging", "--without-drill")["changed"] is True
 
 
+def test_drill_on_another_architecture_counts_and_is_named(aws: Place, tmp_path: Path) -> None:
+    one, two = make(aws, "20261101T000000Z", architecture="arm64"), make(aws, "20261102T000000Z", architecture="arm64")
+    for each in (one, two):
+        images_of_moto(aws)[each].architecture = "arm64"
+    run("promote", one, "staging-arm64")
+    file = tmp_path / "drill.json"
+    end = {"mlflow_version": "3.19.0", "migration_head": "f4a9b2c7d1e6", "postgresql_major": "15", "os": "debian 12"}
+    file.write_text(json.dumps({"lost": 0, "at": "now", "older": end, "newer": end | {"architecture": "x86_64"}}))
+    said = run_text("promote", two, "staging-arm64", "--drill", str(file))
+    assert "the drill ran on x86_64, and the image is for arm64" in said
+    assert catalog.named(catalog.find(aws.ec2), two).drills == {  # type: ignore[union-attr]
+        "20261101T000000Z": "now on debian 12 x86_64, nothing lost"
+    }
+
+
+def test_images_of_another_architecture_are_no_rollback_without_saying_so(aws: Place) -> None:
+    intel, arm, now, other = (make(aws, f"2026110{number}T000000Z") for number in (1, 2, 3, 4))
+    for each in (arm, other):
+        images_of_moto(aws)[each].architecture = "arm64"
+    stack(aws, "prod", intel, arm, now)
+    found = {each["id"]: each for each in run("list")}
+    assert [found[each]["other_architecture_of"] for each in (intel, arm)] == [[], ["prod"]]
+    lines = {line.split()[0]: line for line in run_text("list").splitlines()}
+    assert lines[arm].endswith("prod can roll back to it with an arm64 instance type")
+    assert lines[intel].endswith("prod can roll back to it")
+    assert "it is the last image that the stack prod can roll back to on x86_64" in refused("retire", intel)
+    run("retire", arm)  # the stack, which runs on x86_64, still has an image to roll back to
+
+
+def test_diff_and_show_name_the_architecture(aws: Place) -> None:
+    one, two = make(aws, "20261101T000000Z"), make(aws, "20261102T000000Z", architecture="arm64")
+    images_of_moto(aws)[two].architecture = "arm64"
+    found = run("diff", one, two, "--no-vulnerabilities")
+    assert found["changed"]["architecture"] == ["x86_64", "arm64"] and not found["same_architecture"]
+    text = run_text("diff", one, two, "--no-vulnerabilities")
+    assert "architecture  x86_64 → arm64" in text and "also needs another instanceType" in text
+    assert re.search(r"^  architecture +arm64$", run_text("show", two), re.MULTILINE)
+
+
 def images_of_moto(aws: Place) -> Any:
     from moto.ec2.models import ec2_backends
 
@@ -509,6 +549,12 @@ def ids(found: list[catalog.Image]) -> list[str]:
 def test_newest_finished_images_stay() -> None:
     found = [image(number, hours_old=48 + number) for number in range(7)]
     assert ids(retiring.superfluous(found, Claims(), 5, ALWAYS, NOW)) == ["ami-5", "ami-6"]
+
+
+def test_newest_finished_images_of_each_architecture_stay() -> None:
+    found = [image(number, hours_old=48 + number) for number in range(6)]
+    found[:3] = [dataclasses.replace(each, architecture="arm64") for each in found[:3]]
+    assert ids(retiring.superfluous(found, Claims(), 2, ALWAYS, NOW)) == ["ami-2", "ami-5"]
 
 
 def test_images_younger_than_the_limit_stay() -> None:

@@ -1,11 +1,13 @@
 """The lock file: hashed, for every Python version of an image, and the same on every machine."""
 
 import re
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 
 from scripts import lock
 
@@ -48,6 +50,48 @@ def test_every_package_is_pinned_by_version_and_hash(path: Path) -> None:
     for requirement, hashes in found.items():
         assert re.fullmatch(r"==[\w.+!]+", str(requirement.specifier)), requirement
         assert hashes, f"{requirement} has no hash"
+
+
+def wheels(path: Path, python: str, machine: str) -> dict[NormalizedName, tuple[str, set[str]]]:
+    """uv's choice for the packages of a lock file on a machine with the C library of Debian 12: the version and the
+    hashes of the wheels by name. Fails if a package has no wheel for it."""
+    command = [
+        lock.find_uv(), "pip", "compile", "--no-config", "--quiet", "--no-deps", "--only-binary", ":all:",
+        "--format", "pylock.toml", "--python-version", python, "--python-platform", f"{machine}-manylinux_2_36",
+        str(path),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {
+        canonicalize_name(each["name"]): (each["version"], {wheel["hashes"]["sha256"] for wheel in each["wheels"]})
+        for each in tomllib.loads(done.stdout)["packages"]
+    }
+
+
+def without_locked_wheel(path: Path, python: str, machine: str) -> list[str]:
+    """The packages of which the lock file has no hash of the wheel that uv chooses."""
+    locked = {(canonicalize_name(each.name), str(each.specifier)[2:]): set(hs) for each, hs in entries(path).items()}
+    return [name for name, (its, found) in wheels(path, python, machine).items() if not found & locked[name, its]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize("python", PYTHONS.values(), ids=PYTHONS.keys())
+def test_every_package_has_a_locked_wheel_for_both_architectures(python: str, machine: str) -> None:
+    for path in LOCKS:
+        versions = {name: version for name, (version, _) in wheels(path, python, machine).items()}
+        assert versions == for_python(path, python)
+        assert without_locked_wheel(path, python, machine) == []
+
+
+@pytest.mark.slow
+def test_lock_file_with_the_wheel_of_one_architecture_only_is_found(tmp_path: Path) -> None:
+    version, found = wheels(LOCKS[0], "3.11", "x86_64")[canonicalize_name("psycopg2-binary")]
+    hashes = " \\\n    ".join(f"--hash=sha256:{each}" for each in sorted(found))
+    path = tmp_path / "requirements.lock"
+    path.write_text(f"psycopg2-binary=={version} \\\n    {hashes}\n")
+    assert without_locked_wheel(path, "3.11", "x86_64") == []
+    assert without_locked_wheel(path, "3.11", "aarch64") == ["psycopg2-binary"]
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)

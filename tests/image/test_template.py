@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.baking import template
+from scripts.baking import packer_run, request, source_images, template
 from tests.support.servers import script
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -52,7 +52,41 @@ def test_image_is_encrypted_by_default() -> None:
 
 def test_source_image_is_canonicals_newest_unless_named() -> None:
     assert re.search(r'default\s+= \["099720109477"\]', variables()["source_ami_owners"])
-    assert "ubuntu-noble-24.04-amd64-server-*" in variables()["source_ami_name"]
+    assert re.search(r'default\s+= ""', variables()["source_ami_name"])
+
+
+EXPECTED = {
+    "x86_64": (source_images.SOURCE_NAMES["x86_64"], "t3.medium", r"mlflow-ami-\d+\.\d+\.\d+-2026v"),
+    "arm64": (source_images.SOURCE_NAMES["arm64"], "t4g.medium", r"mlflow-ami-\d+\.\d+\.\d+-2026v-arm64"),
+}
+
+
+@pytest.mark.skipif(not shutil.which("packer"), reason="packer is not installed")
+@pytest.mark.parametrize("architecture", EXPECTED)
+def test_source_image_builder_and_names_follow_the_architecture(architecture: str, tmp_path: Path) -> None:
+    """The values are the ones that Packer computes, of the folder as bake.py stages it."""
+    staged = template.stage(request.Bake("id", "v", tmp_path), packer_run.find_packer(), None)
+    given = ["-var=region=eu-central-1", "-var=image_version=2026v", f"-var=architecture={architecture}"]
+
+    def value(name: str) -> str:
+        asked = subprocess.run(
+            ["packer", "console", *given, str(staged.template)], input=name, capture_output=True, text=True
+        )
+        return asked.stdout.strip()
+
+    found = [value(f"local.{name}") for name in ("source_ami_name", "instance_type", "ami_name")]
+    source, builder, name = EXPECTED[architecture]
+    assert found[:2] == [source, builder]
+    assert re.fullmatch(name, found[2])
+    assert value('local.tags["mlflow-ami:architecture"]') == architecture
+
+
+@pytest.mark.skipif(not shutil.which("packer"), reason="packer is not installed")
+def test_packer_refuses_an_unknown_architecture(tmp_path: Path) -> None:
+    staged = template.stage(request.Bake("id", "v", tmp_path), packer_run.find_packer(), None)
+    command = ["packer", "validate", "-var=region=eu-central-1", "-var=architecture=riscv64", str(staged.template)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode and "The architecture must be x86_64 or arm64." in done.stdout + done.stderr
 
 
 def test_image_and_builder_answer_imdsv2_only_with_every_packer() -> None:
@@ -100,7 +134,14 @@ def test_template_is_formatted() -> None:
 @pytest.mark.skipif(not shutil.which("packer"), reason="packer is not installed")
 @pytest.mark.parametrize(
     "options",
-    [[], ["--subnet", "subnet-1"], ["--unencrypted"], ["--kms-key", "alias/x"], ["--instance-type", "c7i.large"]],
+    [
+        [],
+        ["--subnet", "subnet-1"],
+        ["--unencrypted"],
+        ["--kms-key", "alias/x"],
+        ["--instance-type", "c7i.large"],
+        ["--architecture", "arm64"],
+    ],
 )
 def test_packer_accepts_the_template_offline(options: list[str]) -> None:
     assert "accepts the template" in script("bake.py", "--validate", *options).stderr

@@ -81,13 +81,14 @@ def account(**changes: Any) -> Account:
             account(images={NEW: Image(architecture="arm64")}),
             {},
             f"instanceType: t3.small is a machine for x86_64, but the image {NEW} is for arm64: choose a type of that "
-            "architecture.",
+            "architecture, such as t4g.small, or an image baked with `scripts/bake.py --architecture x86_64`.",
             id="wrong architecture",
         ),
         pytest.param(
             account(),
             {"instanceType": "t4g.small"},
-            f"instanceType: t4g.small is a machine for arm64, but the image {NEW} is for x86_64",
+            f"instanceType: t4g.small is a machine for arm64, but the image {NEW} is for x86_64: choose a type of that "
+            "architecture, such as t3.small, or an image baked with `scripts/bake.py --architecture arm64`.",
             id="wrong architecture, the other way round",
         ),
         pytest.param(
@@ -367,6 +368,18 @@ def test_recorded_tags_are_read_by_the_next_run() -> None:
         "Upgrade over 5 migrations, schema b7e2c1a4d9f3 → f4a9b2c7d1e6",
         "Rollback over 5 migrations, schema f4a9b2c7d1e6 → b7e2c1a4d9f3",
     ]
+
+
+@pytest.mark.parametrize(("before", "said"), [("x86_64", True), ("arm64", False), ("", False)])
+def test_change_of_the_architecture_of_an_existing_data_volume_is_named(before: str, said: bool) -> None:
+    there = account(
+        images={NEW: Image(tags=image_tags(architecture="arm64"), architecture="arm64")},
+        volumes=data_volume(OLD, architecture=before),
+    )
+    found = run(there, instanceType="t4g.small")
+    line = found.log[0][1]
+    assert ("The architecture changes from x86_64 to arm64, which was never tried" in line) is said
+    assert found.one("ebs.Volume").inputs["tags"]["mlflow-ami:architecture"] == "arm64"
 
 
 def test_other_stacks_volumes_are_left_alone() -> None:

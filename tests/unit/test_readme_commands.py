@@ -18,6 +18,7 @@ from tests.support.readme_commands import REPOSITORY, clone, commands, run
 RUN_HERE: dict[str, tuple[int, str]] = {
     "make help": (0, "make test-chaos"),
     "scripts/bake.py --region eu-central-1": (2, "there are no AWS credentials: run aws configure"),
+    "scripts/bake.py --region eu-central-1 --architecture arm64": (2, "there are no AWS credentials"),
     'eval "$(scripts/connect.py --stack prod)"': (0, "install Pulumi (https://www.pulumi.com/docs/install/)"),
     "cd infra": (0, ""),
     "cd ..": (0, ""),
@@ -41,6 +42,7 @@ NOT_RUN = {
     "pulumi config set amiId ami-0123456789abcdef0": "Pulumi's CLI",
     "pulumi config set --path 'allowedCidrs[0]' 203.0.113.7/32": "Pulumi's CLI",
     "pulumi config set amiId ami-0fedcba9876543210": "Pulumi's CLI",
+    "pulumi config set instanceType t4g.small": "Pulumi's CLI",
     "pulumi config set restoreFrom latest && pulumi up": "Pulumi's CLI; tests/journey/test_backups.py restores",
     "pulumi up": "needs an AWS account",
     "sudo scripts/drill.py 3.12.0 3.17.2": "takes many minutes; tests/journey/test_drill.py runs the script",

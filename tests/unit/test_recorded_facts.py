@@ -44,6 +44,14 @@ def test_tables_and_columns_are_read_from_the_dumped_schema(step: ModuleType) ->
     assert step.tables(SCHEMA) == {"alembic_version": ["version_num"], "runs": ["run_uuid", "end", "status"]}
 
 
+@pytest.mark.parametrize(("kernels", "ec2s"), [("aarch64", "arm64"), ("x86_64", "x86_64")])
+def test_architecture_has_the_name_that_ec2_uses(
+    step: ModuleType, monkeypatch: pytest.MonkeyPatch, kernels: str, ec2s: str
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: kernels)
+    assert step.architecture() == ec2s
+
+
 def test_migrations_are_named_from_first_to_head(step: ModuleType) -> None:
     found, (head, count) = mlflow_migrations.titles(), step.migrations()
     assert (found[-1]["revision"], len(found)) == (head, count)
