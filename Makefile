@@ -52,7 +52,7 @@ SECURITY := $(addprefix tests/journey/test_,access.py every_route.py roles_and_r
 	tests/local_cloud/test_permissions.py tests/stack/test_permissions.py tests/stack/test_secrets.py tests/stack/test_settings.py
 BESIDE := build/test-without-machines.txt
 .PHONY: test test-on-machines test-without-machines test-all test-schema test-compare test-chaos test-restore test-security \
-	test-housekeeping test-adopt test-swaps test-tools test-delivery
+	test-housekeeping test-adopt test-swaps test-ubuntu test-tools test-delivery
 test: prepare-test ## lint and all tests that CI runs; PART=schema runs those of tests/schema
 ifdef PART
 	@$(ROOT) $(PYTEST) -m "not slow and not tools" tests/$(PART)
@@ -84,6 +84,8 @@ test-chaos: prepare-test ## kill the database step, PostgreSQL and the machine a
 	@$(ROOT) $(PYTEST) tests/chaos
 test-adopt: prepare-test ## move in from MLflow 1.30 to the newest: databases, dumps, mlruns/, servers; kills
 	@$(ROOT) $(PYTEST) tests/adopt tests/journey/test_adopt.py
+test-ubuntu: prepare-test ## the tests on machines that CI runs, on Ubuntu 24.04, if its archive answers
+	@$(ROOT) env TEST_BASES=ubuntu24.04 $(PYTEST) -m "machine and not slow and not tools" tests/journey tests/image
 test-swaps: prepare-test ## trainings by clients of four releases during ten replacements of the machine
 	@$(ROOT) $(PYTEST) -k "not debian13" tests/journey/test_unnoticed_swaps.py
 test-restore: prepare-test ## restore on a machine: after a lost volume, to any moment, from dumps, killed half-way

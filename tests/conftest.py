@@ -36,6 +36,8 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")
 
 BASES = [pytest.param("debian12"), pytest.param("debian13", marks=pytest.mark.slow)]
+if "TEST_BASES" in os.environ:  # make test-ubuntu
+    BASES = [pytest.param(name) for name in os.environ["TEST_BASES"].split()]
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

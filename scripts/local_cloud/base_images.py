@@ -6,11 +6,14 @@ A base is a minimal server system with cloud-init, SSH and sudo. Its login user 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,6 +98,13 @@ BASES = {
     )
 }
 
+UBUNTU_KEYRING = (
+    "http://archive.ubuntu.com/ubuntu/pool/main/u/ubuntu-keyring/ubuntu-keyring_2023.11.28.1_all.deb",
+    "36de43b15853ccae0028e9a767613770c704833f82586f28eb262f0311adb8a8",
+)
+"""The package with the keys of Ubuntu's archive, which Debian does not have, and its SHA-256. The fingerprint of the
+newest key is F6EC B376 2474 EDA9 D21B  7022 8719 20D1 991B C93C."""
+
 CLOUD_CONFIG = """\
 # Use the EC2 instance metadata service as the only data source.
 datasource_list: [Ec2]
@@ -143,7 +153,9 @@ def build(places: Places, base: Base, tell: Callable[[str], None]) -> Path:
     tell(f"making the {base.name} source image with mmdebstrap (some minutes; log in {log_path})")
     started = time.monotonic()
     try:
-        if _mmdebstrap(_command(base, target), log_path, tell) != 0:
+        with tempfile.TemporaryDirectory(prefix="mlflow-ami-keyring-") as scratch:
+            status = _mmdebstrap(_command(base, keyring_of(base, Path(scratch)), target), log_path, tell)
+        if status != 0:
             tail = " | ".join(log_path.read_text(errors="replace").splitlines()[-4:])
             raise LocalCloudError(f"mmdebstrap could not make {base.name}: {tail} (see {log_path})")
         finish(target)
@@ -180,9 +192,30 @@ def _mmdebstrap(command: list[str], log_path: Path, tell: Callable[[str], None])
             raise
 
 
-def _command(base: Base, target: Path) -> list[str]:
+def keyring_of(base: Base, scratch: Path) -> Path:
+    """The keys of the base's archive. Where Ubuntu's are not installed, downloads them to `scratch`. Raises
+    LocalCloudError."""
+    installed = Path(base.keyring)
+    if installed.exists() or "ubuntu" not in base.mirror:
+        return installed
+    url, digest = UBUNTU_KEYRING
+    package = scratch / "keyring.deb"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            package.write_bytes(response.read())
+    except OSError as error:
+        raise LocalCloudError(
+            f"Ubuntu's archive does not answer ({error}): use --base debian12, or another network"
+        ) from None
+    if hashlib.sha256(package.read_bytes()).hexdigest() != digest:
+        raise LocalCloudError(f"{url} does not have the expected SHA-256: install Ubuntu's keys as {installed}")
+    subprocess.run(["dpkg-deb", "--extract", str(package), str(scratch)], check=True, capture_output=True)
+    return scratch / base.keyring.lstrip("/")
+
+
+def _command(base: Base, keyring: Path, target: Path) -> list[str]:
     argv = ["mmdebstrap", "--variant=minbase", "--mode=root", f"--components={base.components}"]
-    argv += [f"--keyring={base.keyring}", f"--include={','.join(PACKAGES)}"]
+    argv += [f"--keyring={keyring}", f"--include={','.join(PACKAGES)}"]
     argv += ['--aptopt=Apt::Install-Recommends "false"', '--aptopt=Acquire::Languages "none"']
     argv += ['--aptopt=Acquire::Retries "3"']
     return [*argv, base.suite, str(target), *_sources(base)]

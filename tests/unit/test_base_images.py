@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from scripts.local_cloud import base_images
+from scripts.local_cloud.layout import LocalCloudError
 
 
 def test_each_stage_is_logged(tmp_path: Path) -> None:
@@ -22,3 +25,47 @@ def test_progress_is_logged_every_minute(tmp_path: Path, monkeypatch: pytest.Mon
     told: list[str] = []
     assert base_images._mmdebstrap(["sleep", "2"], tmp_path / "log", told.append) == 0
     assert told and "still running" in told[0]
+
+
+@pytest.fixture
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with a keyring in place of Ubuntu's."""
+    keyring, control = tmp_path / "content/keys/test.gpg", tmp_path / "content/DEBIAN/control"
+    for file, text in (
+        (keyring, "the keys"),
+        (control, "Package: keys\nVersion: 1\nArchitecture: all\nMaintainer: t <t@example.com>\nDescription: t\n"),
+    ):
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    package = tmp_path / "keyring.deb"
+    subprocess.run(["dpkg-deb", "--build", str(tmp_path / "content"), str(package)], check=True, capture_output=True)
+    digest = hashlib.sha256(package.read_bytes()).hexdigest()
+    monkeypatch.setattr(base_images, "UBUNTU_KEYRING", (package.as_uri(), digest))
+    return package
+
+
+def ubuntu(keyring: str) -> base_images.Base:
+    return base_images.Base("test", "noble", "main", "http://archive.ubuntu.com/ubuntu", keyring, "test", "")
+
+
+def test_ubuntus_keys_are_downloaded_where_they_are_not_installed(archive: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    assert base_images.keyring_of(ubuntu("/keys/test.gpg"), scratch).read_text() == "the keys"
+    installed = tmp_path / "installed.gpg"
+    installed.touch()
+    assert base_images.keyring_of(ubuntu(str(installed)), scratch) == installed
+    debian = base_images.BASES["debian12"]
+    assert base_images.keyring_of(debian, scratch) == Path(debian.keyring)
+
+
+def test_changed_keyring_is_refused(archive: Path, tmp_path: Path) -> None:
+    archive.write_bytes(archive.read_bytes() + b"x")
+    with pytest.raises(LocalCloudError, match=r"does not have the expected SHA-256"):
+        base_images.keyring_of(ubuntu("/keys/test.gpg"), tmp_path)
+
+
+def test_silent_archive_is_one_sentence_with_the_remedy(archive: Path, tmp_path: Path) -> None:
+    archive.unlink()
+    with pytest.raises(LocalCloudError, match=r"Ubuntu's archive does not answer .* use --base debian12"):
+        base_images.keyring_of(ubuntu("/keys/test.gpg"), tmp_path)
