@@ -132,6 +132,7 @@ def test_units_without_need_of_the_role_cannot_reach_the_metadata_service(server
 
 def test_crash_leaves_no_memory_on_disk(server: Server, cloud: LocalCloud) -> None:
     """A core dump would hold passwords and keys."""
+    cloud.exec(server.instance_id, ["systemctl", "start", "ssh"])  # on Ubuntu its socket starts it
     for unit in ("mlflow-server@1", "mlflow-host-postgresql", "nginx", "ssh"):
         read = f"cat /proc/$(systemctl show --value --property MainPID {unit})/limits"
         limits = cloud.exec(server.instance_id, ["sh", "-c", read]).stdout
@@ -139,6 +140,7 @@ def test_crash_leaves_no_memory_on_disk(server: Server, cloud: LocalCloud) -> No
 
 
 def test_ssh_takes_keys_only_and_forwards_nothing(server: Server, cloud: LocalCloud) -> None:
+    cloud.exec(server.instance_id, ["systemctl", "start", "ssh"])  # makes /run/sshd; on Ubuntu its socket starts it
     effective = cloud.exec(server.instance_id, ["/usr/sbin/sshd", "-T"]).stdout.splitlines()
     off = ("passwordauthentication", "kbdinteractiveauthentication", "permitrootlogin", "permitemptypasswords")
     forwarding = ("allowtcpforwarding", "allowagentforwarding", "x11forwarding", "permittunnel")
