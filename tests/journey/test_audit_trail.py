@@ -39,7 +39,7 @@ def test_every_change_and_refusal_is_read_back(
     time.sleep(3)  # nginx writes its log every second
     on_machine(cloud, server, "systemctl", "restart", "mlflow-host-monitor")
     found = lines_since(began)
-    ours = [line for line in found if line["user"] == server.username]
+    ours = [line for line in found if line.get("user") == server.username]
     by_route = {line["route"].rpartition("mlflow/")[2]: line for line in ours}
     for route in ("experiments/create", "runs/create", "runs/log-metric", "runs/set-tag"):
         line = by_route[route]
@@ -51,19 +51,21 @@ def test_every_change_and_refusal_is_read_back(
         )
         assert run in line["ids"].values() or experiment in line["ids"].values()
     assert by_route["runs/create"]["ids"]["run_id"] == run
-    (uploaded,) = [line for line in found if line["ids"].get("artifact_path", "").endswith("notes/hello.txt")]
+    (uploaded,) = [line for line in ours if line["ids"].get("artifact_path", "").endswith("notes/hello.txt")]
     assert (uploaded["method"], uploaded["status"]) == ("PUT", 200)
-    deletions = [(line["user"], line["login"], line["status"]) for line in found if line["route"] == delete]
-    assert deletions == [
+    # Each of nginx's processes writes its own lines every second, so lines of the same second are in any order.
+    deletions = {(line["user"], line["login"], line["status"]) for line in found if line.get("route") == delete}
+    assert deletions == {
         (server.username, "accepted", 200),
         (logins["reader"][0], "accepted", 403),
         ("eve", "refused", 401),
-    ]
+    }
     journal = on_machine(cloud, server, "journalctl", "--namespace=mlflow-audit", "--output=cat", "--no-pager")
     assert {json.dumps(line, separators=(",", ":")) for line in found} <= set(journal.splitlines())
     assert "hunter2" not in journal + json.dumps(found)
     assert len(lines_since(began, "--id", run, "--user", server.username)) == 5
-    assert {line["status"] for line in lines_since(began, "--refused")} == {401, 403}
+    refusals = lines_since(began, "--refused")
+    assert {line["status"] for line in refusals if "more_refusals" not in line} == {401, 403}
 
 
 def test_trail_of_a_machine_that_stops_is_in_the_bucket(
