@@ -109,7 +109,7 @@ test-tools-quick: # the tests with real tools that take under five minutes: no b
 # because compiling MLflow and moto takes as long as many tests. A file's tests stay in one process, and so do its
 # fixtures.
 check: export PYTHONDONTWRITEBYTECODE :=
-check: prepare-check ## format, lint, types and the tests that need nothing else, in a minute
+check: prepare-check ## format, lint, types and the tests that need nothing else, in under two minutes
 	@.venv/bin/ruff format --check -q . && .venv/bin/ruff check -q .
 	@.venv/bin/mypy $(TYPED)
 	@exec $(PYTEST) -q -n 2 --dist loadfile -m "not machine and not service and not slow and not tools" tests/unit
