@@ -84,7 +84,7 @@ test-chaos: prepare-test ## kill the database step, PostgreSQL and the machine a
 	@$(ROOT) $(PYTEST) tests/chaos
 test-adopt: prepare-test ## move in from MLflow 1.30 to the newest: databases, dumps, mlruns/, servers; kills
 	@$(ROOT) $(PYTEST) tests/adopt tests/journey/test_adopt.py
-test-ubuntu: prepare-test ## the tests on machines that CI runs, on Ubuntu 24.04, if its archive answers
+test-ubuntu: prepare-test ## the machine tests of tests/journey and tests/image on Ubuntu 24.04, if its archive answers
 	@$(ROOT) env TEST_BASES=ubuntu24.04 $(PYTEST) -m "machine and not slow and not tools" tests/journey tests/image
 test-swaps: prepare-test ## trainings by clients of four releases during ten replacements of the machine
 	@$(ROOT) $(PYTEST) -k "not debian13" tests/journey/test_unnoticed_swaps.py

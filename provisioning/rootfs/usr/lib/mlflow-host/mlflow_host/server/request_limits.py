@@ -65,9 +65,8 @@ DEAR = re.compile(
 """Requests whose answer may take much memory and time: searches, histories, traces."""
 
 DEAR_AT_ONCE = 2
-"""Expensive requests of one user that a process handles at a time. With three or four, eight clients of one user search
-a quarter or a half faster, but each search takes up to 100 MB in PostgreSQL and more here: a machine with 2 GiB has no
-room for eight."""
+"""Expensive requests of one user that a process handles at a time. With more, one user's searches end sooner, but each
+takes up to 100 MB in PostgreSQL (`CONDITIONS`) and memory in this process."""
 
 DEAR_SECONDS = 60
 """Seconds after which an expensive request makes no further query."""
@@ -259,8 +258,8 @@ class TurnsOfUser:
 
 
 async def took(turns: list[asyncio.Semaphore], taken: list[asyncio.Semaphore]) -> bool:
-    """Acquire `turns` one by one and append each to `taken`; False after `WAIT_SECONDS`. Without a wait, this costs a
-    few microseconds: a timer, and a context manager for each turn, would cost forty."""
+    """Acquire `turns` one by one and append each to `taken`; False after `WAIT_SECONDS`. Every request calls this, so
+    it sets a timer only if one of the turns is taken."""
 
     async def acquire() -> None:
         for turn in turns:

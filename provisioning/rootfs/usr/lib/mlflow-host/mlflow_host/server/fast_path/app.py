@@ -80,8 +80,8 @@ def answered_directly(application: Application, store: Any, executor: Executor) 
 def with_mlflows_checks(application: Application) -> Application:
     """`application`, with the middleware that MLflow adds to its own for hosts, origins and headers.
 
-    A Starlette application calls its layers for errors and routes as well, which takes 5 % of the time of a request. A
-    release that does more than add middleware gets one.
+    A Starlette application also calls its layers for errors and routes at each request. A release of MLflow that does
+    more than add middleware gets one.
     """
     from mlflow.server.fastapi_security import init_fastapi_security
     from starlette.applications import Starlette
