@@ -94,8 +94,9 @@ test-housekeeping: prepare-test ## removals in eight releases; a volume that fil
 	@$(ROOT) $(PYTEST) tests/unit/test_garbage.py tests/schema/test_garbage_collection.py \
 		tests/journey/test_housekeeping.py tests/journey/test_jobs_and_big_files.py
 
+# Debian gives ordinary users a PATH without /usr/sbin, where losetup and nginx are.
 TOOLS := $(CURDIR)/build/tools
-WITH_TOOLS := env PATH="$(TOOLS)/bin:$$PATH" PACKER_PLUGIN_PATH=$(TOOLS)/packer-plugins
+WITH_TOOLS := env PATH="$(TOOLS)/bin:$$PATH:/usr/sbin:/sbin" PACKER_PLUGIN_PATH=$(TOOLS)/packer-plugins
 .PHONY: test-tools-quick
 test-tools: prepare-test prepare-tools ## the real tools: Pulumi's engine against ours, its CLI, a bake by a current Packer
 	@$(ROOT) $(WITH_TOOLS) $(PYTEST) -m tools
