@@ -155,7 +155,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--architecture",
         choices=tuple(SOURCE_NAMES),
         default="x86_64",
-        help="x86_64 (t3, m7i), or arm64 for Graviton (t4g, m7g); AWS only (default %(default)s)",
+        help="x86_64 (t3, m7i), or arm64 for Graviton (t4g, m7g); --local uses qemu-user (default %(default)s)",
     )
     what.add_argument("--mlflow-version", metavar="X", help="another MLflow release than the lock file's, as 3.12.0")
     what.add_argument(
@@ -178,8 +178,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--base names a source image of the embedded cloud: give --local as well, or --source-ami")
     if arguments.local and arguments.region:
         parser.error("--region is for AWS: the embedded cloud has only one region")
-    if arguments.local and arguments.architecture != "x86_64":
-        parser.error(f"--architecture {arguments.architecture} is for AWS: the embedded cloud's machines are x86_64")
+    if arguments.local and arguments.architecture == "arm64" and arguments.base not in (None, "debian12"):
+        parser.error(f"--base {arguments.base} is for x86_64: the embedded cloud has arm64 of debian12 only")
     if arguments.mlflow_version and not re.fullmatch(r"\d+(\.\d+){2}\w*", arguments.mlflow_version):
         parser.error(f"--mlflow-version {arguments.mlflow_version}: give a release as it is named on PyPI, as 3.12.0")
     if arguments.kms_key and arguments.unencrypted:

@@ -158,6 +158,11 @@ def choose_session(arguments: argparse.Namespace) -> boto3.Session:
     return session
 
 
+def local_base(arguments: argparse.Namespace) -> str:
+    """The name of the embedded cloud's source image for the base and the architecture."""
+    return str(arguments.base) if arguments.architecture == "x86_64" else f"{arguments.base}-{arguments.architecture}"
+
+
 def local_environment(arguments: argparse.Namespace, environment: dict[str, str]) -> tuple[dict[str, str], str]:
     """Environment variables for the embedded cloud, and the ID of the source image there."""
     from scripts.local_cloud import LocalCloud, LocalCloudError
@@ -165,7 +170,7 @@ def local_environment(arguments: argparse.Namespace, environment: dict[str, str]
     cloud = LocalCloud()
     try:
         cloud.up()
-        wanted = arguments.source_ami or cloud.source_ami(arguments.base)
+        wanted = arguments.source_ami or cloud.source_ami(local_base(arguments))
     except LocalCloudError as error:
         raise BakeRefused(str(error)) from None
     arguments.region = cloud.region

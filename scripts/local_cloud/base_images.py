@@ -59,6 +59,7 @@ class Base:
     series: str
     """The AMI's name without its end."""
     description: str
+    architecture: str = "x86_64"
 
     @property
     def ami_name(self) -> str:
@@ -76,6 +77,16 @@ BASES = {
             "/usr/share/keyrings/debian-archive-keyring.gpg",
             "debian/images/mmdebstrap/debian-bookworm-12-amd64-server",
             "Debian 12 (bookworm), made locally with mmdebstrap in place of Canonical's Ubuntu 24.04",
+        ),
+        Base(
+            "debian12-arm64",
+            "bookworm",
+            "main",
+            "http://deb.debian.org/debian",
+            "/usr/share/keyrings/debian-archive-keyring.gpg",
+            "debian/images/mmdebstrap/debian-bookworm-12-arm64-server",
+            "Debian 12 (bookworm) for arm64, made locally with mmdebstrap and run by qemu-user",
+            "arm64",
         ),
         Base(
             "debian13",
@@ -129,6 +140,20 @@ system_info:
 """
 
 
+EMULATOR = Path("/proc/sys/fs/binfmt_misc/qemu-aarch64")
+"""Exists if the kernel starts programs for arm64 with qemu-user."""
+
+UNDER_QEMU = """\
+# qemu-user cannot start a process in a new mount namespace, in which systemd sets up credentials, and does not know all
+# of netlink, by which systemd sets up the loopback device of a private network.
+[Service]
+PrivateNetwork=no
+LoadCredential=
+LoadCredentialEncrypted=
+SetCredential=
+SetCredentialEncrypted=
+"""
+
 AUTHORITY = "local-cloud/authority.crt"
 TRUSTED = "/etc/ssl/certs/ca-certificates.crt"
 TRUST = f"""\
@@ -148,6 +173,7 @@ def build(places: Places, base: Base, tell: Callable[[str], None]) -> Path:
     """
     if shutil.which("mmdebstrap") is None:
         raise LocalCloudError("mmdebstrap is not installed: apt-get install mmdebstrap")
+    require_emulator(base)
     target = places.making / f"{base.name}-{uuid.uuid4().hex[:8]}"
     log_path = places.root / f"mmdebstrap-{base.name}.log"
     tell(f"making the {base.name} source image with mmdebstrap (some minutes; log in {log_path})")
@@ -159,6 +185,8 @@ def build(places: Places, base: Base, tell: Callable[[str], None]) -> Path:
             tail = " | ".join(log_path.read_text(errors="replace").splitlines()[-4:])
             raise LocalCloudError(f"mmdebstrap could not make {base.name}: {tail} (see {log_path})")
         finish(target)
+        if base.architecture == "arm64":
+            prepare_for_qemu(target)
         trust(target, object_store_ca.ensure(places).read_text())
         target.chmod(0o755)
     except BaseException:
@@ -215,6 +243,8 @@ def keyring_of(base: Base, scratch: Path) -> Path:
 
 def _command(base: Base, keyring: Path, target: Path) -> list[str]:
     argv = ["mmdebstrap", "--variant=minbase", "--mode=root", f"--components={base.components}"]
+    if base.architecture == "arm64":
+        argv.append("--architectures=arm64")
     argv += [f"--keyring={keyring}", f"--include={','.join(PACKAGES)}"]
     argv += ['--aptopt=Apt::Install-Recommends "false"', '--aptopt=Acquire::Languages "none"']
     argv += ['--aptopt=Acquire::Retries "3"']
@@ -251,6 +281,29 @@ def finish(root: Path) -> None:
         for path in (root / name).rglob("*"):
             if path.is_file():
                 path.unlink()
+
+
+def require_emulator(base: Base) -> None:
+    """Raise LocalCloudError if the base is for arm64 and this machine does not run its programs."""
+    if base.architecture != "arm64":
+        return
+    flags = re.search(r"(?m)^flags: (\S*)", EMULATOR.read_text()) if EMULATOR.exists() else None
+    if shutil.which("arch-test") is None or not flags or not {"C", "F"} <= set(flags[1]):
+        raise LocalCloudError(
+            "this machine does not run programs for arm64 in machines of the local cloud: apt-get install "
+            "qemu-user-static arch-test, mount binfmt_misc, and register qemu-aarch64 with the flags C and F (C for "
+            "sudo, F for containers)"
+        )
+
+
+def prepare_for_qemu(root: Path) -> None:
+    """Reset the settings of the distribution's units with which they do not start under qemu-user."""
+    units = root / "usr/lib/systemd/system"
+    for unit in units.glob("*.service"):
+        if not unit.is_symlink() and re.search(r"(?m)^((Load|Set)Credential|PrivateNetwork=)", unit.read_text()):
+            drop_in = root / f"etc/systemd/system/{unit.name}.d/qemu-user.conf"
+            drop_in.parent.mkdir(parents=True, exist_ok=True)
+            drop_in.write_text(UNDER_QEMU)
 
 
 def trust(root: Path, certificate: str) -> None:

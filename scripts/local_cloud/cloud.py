@@ -157,11 +157,13 @@ class LocalCloud:
                 return str(image["ImageId"])
         with self._locked():
             made = base_images.build(self.places, chosen, self.tell)
-            return self.register_source_image(chosen.ami_name, chosen.description, made)
+            return self.register_source_image(chosen.ami_name, chosen.description, made, chosen.architecture)
 
-    def register_source_image(self, name: str, description: str, made: Path) -> str:
+    def register_source_image(self, name: str, description: str, made: Path, architecture: str = "x86_64") -> str:
         """Turn a folder in `places.making` into a public image of Canonical's account; returns its AMI ID."""
-        return str(self._order("register", name=name, description=description, made=str(made)))
+        return str(
+            self._order("register", name=name, description=description, made=str(made), architecture=architecture)
+        )
 
     def down(self) -> None:
         """Stop machines, daemon and object store. All data stays, and `up` starts them again. Idempotent."""

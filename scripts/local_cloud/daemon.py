@@ -80,21 +80,21 @@ class Daemon(RunningMachines):
             case "ping":
                 return os.getpid()
             case "register":
-                return self.register(order["name"], order["description"], Path(order["made"]))
+                return self.register(order["name"], order["description"], Path(order["made"]), order["architecture"])
             case "down":
                 return self.power_off()
             case "status":
                 return self.status()
         raise LocalCloudError(f"unknown command {order['op']!r}")
 
-    def register(self, name: str, description: str, made: Path) -> str:
+    def register(self, name: str, description: str, made: Path, architecture: str) -> str:
         """Register a source image from the folder `made` and return its ID; an existing image of that name is kept."""
         home = inventory.of_region(self.allotment.region)
         with self.api:
             for image in home.amis.values():
                 if image.name == name and image.owner_id == ec2.CANONICAL:
                     return str(image.id)
-            image = home.register_source_image(name, description)
+            image = home.register_source_image(name, description, architecture)
             file_systems.record_image(self.places, image.ebs_snapshot.id, [file_systems.adopt(self.places, made)])
             moto_state.save(self.places)
             return str(image.id)

@@ -238,11 +238,13 @@ class EmbodiedEC2(CorrectedEC2):
         bodies().make_image(image.id, instance_id, reboot=not asked("NoReboot"))
         return image
 
-    def register_source_image(self, name: str, description: str, gib: int = ROOT_GIB) -> Ami:
+    def register_source_image(
+        self, name: str, description: str, architecture: str = "x86_64", gib: int = ROOT_GIB
+    ) -> Ami:
         """A public image of Canonical's account; the caller records the layers under the image's snapshot."""
         image = self.register_image(name, description)
         image.owner_id, image.owner_alias = CANONICAL, "amazon"
-        image.architecture, image.virtualization_type, image.hypervisor = "x86_64", "hvm", "xen"
+        image.architecture, image.virtualization_type, image.hypervisor = architecture, "hvm", "xen"
         image.launch_permissions.append({"Group": "all"})
         self._describe_body(image, gib, encrypted=False)
         image.ebs_snapshot.owner_id = CANONICAL

@@ -259,12 +259,13 @@ def image_to_run(client: Client, arguments: ImageArguments, current: State, sett
 
 
 def newest_image(client: Client, base: str | None) -> str:
-    """The newest finished image in the local cloud, of those baked on `base` if given. Raises Refused without one."""
+    """The newest finished x86_64 image in the local cloud, of those baked on `base` if given; one for arm64 is chosen
+    by its ID. Raises Refused without one."""
     system = re.sub(r"(?<=[a-z])(?=\d)", " ", base or "")
     found = [
         image
         for image in catalog.find(client("ec2"), {"mlflow-ami:os": system} if base else None)
-        if image.finished and image.state == "available"
+        if image.finished and image.state == "available" and image.architecture == "x86_64"
     ]
     if not found:
         bake = MAKE_AN_IMAGE + (f" --base {base}" if base else "")

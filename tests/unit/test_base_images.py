@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import subprocess
 from pathlib import Path
@@ -69,3 +70,41 @@ def test_silent_archive_is_one_sentence_with_the_remedy(archive: Path, tmp_path:
     archive.unlink()
     with pytest.raises(LocalCloudError, match=r"Ubuntu's archive does not answer .* use --base debian12"):
         base_images.keyring_of(ubuntu("/keys/test.gpg"), tmp_path)
+
+
+ARM = base_images.BASES["debian12-arm64"]
+
+
+def test_only_the_base_for_arm64_is_made_for_arm64(tmp_path: Path) -> None:
+    for base in base_images.BASES.values():
+        command = base_images._command(base, tmp_path / "keyring", tmp_path / "target")
+        assert ("--architectures=arm64" in command) is (base is ARM)
+
+
+@pytest.mark.parametrize(
+    ("registered", "accepted"),
+    [("enabled\nflags: POCF\n", True), ("enabled\nflags: POF\n", False), ("disabled\n", False), (None, False)],
+)
+def test_a_base_for_arm64_needs_the_emulator(
+    registered: str | None, accepted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_images, "EMULATOR", tmp_path / "qemu-aarch64")
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    if registered is not None:
+        base_images.EMULATOR.write_text(registered)
+    base_images.require_emulator(base_images.BASES["debian12"])
+    with contextlib.nullcontext() if accepted else pytest.raises(LocalCloudError, match="apt-get install qemu-user"):
+        base_images.require_emulator(ARM)
+
+
+def test_units_start_without_what_qemu_cannot_do(tmp_path: Path) -> None:
+    units = tmp_path / "usr/lib/systemd/system"
+    units.mkdir(parents=True)
+    (units / "sysctl.service").write_text("[Service]\nLoadCredential=sysctl.extra\n")
+    (units / "cron.service").write_text("[Service]\nExecStart=/usr/sbin/cron\n")
+    (units / "reap.service").write_text("[Service]\nPrivateNetwork=true\n")
+    (units / "procps.service").symlink_to("sysctl.service")
+    base_images.prepare_for_qemu(tmp_path)
+    changed = sorted(path.name for path in (tmp_path / "etc/systemd/system").iterdir())
+    assert changed == ["reap.service.d", "sysctl.service.d"]
+    assert "\nLoadCredential=\n" in (tmp_path / "etc/systemd/system/sysctl.service.d/qemu-user.conf").read_text()

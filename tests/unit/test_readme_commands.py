@@ -54,6 +54,16 @@ NOT_RUN = {
     "sudo -E .venv/bin/python -m tests.bench.launches": "takes many minutes",
     "sudo -E .venv/bin/python -m tests.bench.machine": "takes ten minutes of full load",
     "sudo -E .venv/bin/python -m tests.bench.machine --connections 200": "takes minutes of full load",
+    "sudo apt-get install qemu-user-static arch-test": "installs packages; these six were run by hand",
+    "mountpoint -q /proc/sys/fs/binfmt_misc || sudo mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc": (
+        "as well"
+    ),
+    "test ! -e /proc/sys/fs/binfmt_misc/qemu-aarch64 || echo -1 | sudo tee /proc/sys/fs/binfmt_misc/qemu-aarch64": (
+        "as well"
+    ),
+    "sed s/:OPF/:OPCF/ /usr/lib/binfmt.d/qemu-aarch64.conf | sudo tee /proc/sys/fs/binfmt_misc/register": "as well",
+    "sudo scripts/bake.py --local --architecture arm64": "as well",
+    "sudo scripts/rehearse.py up --ami ami-0123456789abcdef0 --set instanceType=t4g.medium": "as well",
     "scripts/retire_stack.py --stack prod --dry-run": "needs a stack; tests/rehearsal runs the script",
     "scripts/retire_stack.py --stack prod --keep ./leaving": "as well",
     "scripts/recover_backups.py --bucket mlflow-backups-1a2b3c4 --before 2026-11-29T12:00:00Z": (
