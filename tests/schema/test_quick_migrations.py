@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
+import psycopg2.extras
 import pytest
 import sqlalchemy as sa
 
@@ -50,6 +52,8 @@ INSERT INTO assessments (assessment_id, trace_id, name, assessment_type, value, 
 SELECT 'a-' || n, 'tr-' || md5(n::text), 'correct', 'feedback',
     (array['true', '0.5', '"yes"', '"other"', 'null'])[1 + n % 5], n, n, 'HUMAN', true FROM generate_series(1, 700) n;
 """
+
+FIRST_TRACE = f"tr-{hashlib.md5(b'1', usedforsecurity=False).hexdigest()}"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,7 @@ def test_the_result_is_that_of_mlflows_own_statements(
     statements: list[str] = []
     seen: list[str] = []
     pages: list[int] = []
+    joins: list[bool] = []
 
     def rewritten(connection: Any, statement: Any, *rest: Any) -> Any:
         found, *more = original(connection, statement, *rest)
@@ -109,14 +114,25 @@ def test_the_result_is_that_of_mlflows_own_statements(
     def count(_: Any, cursor: Any, statement: str, *__: Any) -> None:
         if "spans.dimension_attributes, spans.input_cost" in statement:
             pages.append(cursor.rowcount)
+        if "FROM span_metrics" in statement and "span_metrics.value" in statement:
+            joins.append("JOIN (VALUES" in statement)
 
+    def update(cursor: Any, sql: str, *rest: Any, **options: Any) -> None:
+        updated.append(sql.split()[1])
+        execute_values(cursor, sql, *rest, **options)
+
+    updated: list[str] = []
+    execute_values = psycopg2.extras.execute_values
     original = release_worker._compare_keys_as_rows
     with monkeypatch.context() as patched:
+        patched.setattr(psycopg2.extras, "execute_values", update)
         patched.setattr(release_worker, "_compare_keys_as_rows", rewritten)
         sa.event.listen(sa.Engine, "after_cursor_execute", count)
         quick = upgraded(cluster, f"quick_{filled_before}", filled_before)
         sa.event.remove(sa.Engine, "after_cursor_execute", count)
     assert statements and all("(spans.trace_id, spans.span_id) > (" in each for each in statements)
+    assert joins and all(joins)
+    assert set(updated) == {"trace_info", "spans", "assessments"}
     assert sorted(seen) == ["span_metrics", "trace_metrics", "trace_request_metadata", "trace_tags"]
     monkeypatch.setattr(release_worker, "_compare_keys_as_rows", lambda connection, *given: given[:3])
     monkeypatch.setattr(release_worker, "_quicken", lambda script: None)
@@ -154,6 +170,18 @@ def test_only_pages_by_a_key_of_two_columns_are_worded_differently(condition: An
     assert ("(a, b) > (1, 2)" in text) is replaced
     if not replaced:
         assert found.compare(statement)
+
+
+def test_an_update_that_misses_a_row_raises_the_error_of_mlflow(cluster: Cluster) -> None:
+    traces = sa.table("trace_info", sa.column("request_id", sa.String), sa.column("status", sa.String))
+    statement = traces.update().where(traces.c.request_id == sa.bindparam("id")).values(status=sa.bindparam("status"))
+    there, missing = ({"id": each, "status": "ERROR"} for each in (FIRST_TRACE, "tr-missing"))
+    engine = sa.create_engine(cluster.uri("before"), poolclass=sa.NullPool)
+    with engine.connect() as opened:
+        release_worker._update_at_once(None, None, opened, statement, [there], "trace")
+        with pytest.raises(RuntimeError, match="trace backfill updated 1 of 2 rows"):
+            release_worker._update_at_once(None, None, opened, statement, [there, missing], "trace")
+        opened.rollback()
 
 
 def test_a_function_that_mlflow_changed_stays() -> None:

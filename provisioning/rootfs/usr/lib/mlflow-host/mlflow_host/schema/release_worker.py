@@ -158,6 +158,33 @@ def _skip_empty_spans(migration: Any, backfill: Callable[[], None]) -> None:
         sqlalchemy.event.remove(bind, "before_execute", skip)
 
 
+def _join_keys(_: Any, query: Callable[..., Any], span_metrics: Any, keys: list[Any], dialect: str) -> Any:
+    """The costs of the spans with these keys, by the query that MLflow has for SQL Server: a join with VALUES. For its
+    other query, a list of pairs after IN, PostgreSQL plans one index scan per pair."""
+    return query(span_metrics, keys, "mssql")
+
+
+def _update_at_once(_: Any, __: Any, bind: Any, statement: Any, updates: list[dict[str, Any]], kind: str) -> None:
+    """Run MLflow's UPDATE, which it gives the values of one row at a time, as one UPDATE ... FROM (VALUES ...). The
+    parameters of its condition have names of their own; the others have the names of their columns."""
+    extras: Any = import_module("psycopg2.extras")
+    quote, text = bind.dialect.identifier_preparer.quote, import_module("sqlalchemy").String
+    where, table = statement.whereclause, quote(statement.table.name)
+    keys = {each.right.key: each.left for each in getattr(where, "clauses", [where])}
+    columns = [keys[name] if name in keys else statement.table.c[name] for name in updates[0]]
+    # A cast to VARCHAR(n) would cut a longer value, so texts have none; NULL needs the others.
+    casts = ["%s" if isinstance(c.type, text) else f"%s::{c.type.compile(bind.dialect)}" for c in columns]
+    assigned = [f"{quote(c.name)} = given.{quote(c.name)}" for c in columns if c not in set(keys.values())]
+    found = [f"{table}.{quote(c.name)} = given.{quote(c.name)}" for c in keys.values()]
+    given = f"(VALUES %s) AS given ({', '.join(quote(c.name) for c in columns)})"
+    sql = f"UPDATE {table} SET {', '.join(assigned)} FROM {given} WHERE {' AND '.join(found)}"
+    rows = [[update[name] for name in updates[0]] for update in updates]
+    with bind.connection.cursor() as cursor:
+        extras.execute_values(cursor, sql, rows, f"({', '.join(casts)})", page_size=len(rows))
+        if cursor.rowcount != len(rows):
+            raise RuntimeError(f"Trace analytics {kind} backfill updated {cursor.rowcount} of {len(rows)} rows")
+
+
 KNOWN_FUNCTIONS: dict[str, dict[str, tuple[str, Callable[..., None]]]] = {
     "75868b020152": {
         "_delete_trace_rows": ("2db101a6b84bf1a56574e8da8335b880f08e460bf835956b26d292f8572491a4", _delete_keys),
@@ -166,11 +193,19 @@ KNOWN_FUNCTIONS: dict[str, dict[str, tuple[str, Callable[..., None]]]] = {
             "b0b74886fd8d3c5394027cc8c8310e8cb991cf65c3f558b941356fbd7abc0c07",
             _skip_empty_spans,
         ),
+        "_span_metrics_for_keys_query": (
+            "45c2ff0244d0c0145c31307058cce353ae7b588418cd5112e5f178adf0b1e228",
+            _join_keys,
+        ),
+        "_execute_backfill_updates": (
+            "aa4b2dfaa00d4d7bb0e54f0df0837225fcd814520cc96848e934e81856405e9f",
+            _update_at_once,
+        ),
     }
 }
 """Functions of MLflow's migrations that are slow with many rows: revision → function → SHA-256 of its syntax tree, and
-what replaces it. Two delete rows by their key in batches, each of which reads all rows that were deleted before; the
-last one reads all spans to update those with a model or costs."""
+what replaces it. Two delete rows by their key in batches, each of which reads all rows that were deleted before; one
+reads all spans to update those with a model or costs; one updates row by row."""
 
 
 def enumerations() -> dict[str, list[str]]:
