@@ -17,7 +17,9 @@ import re
 import shutil
 import sys
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import ClientError
 
 from scripts import aws_session
 from scripts.baking.cleanup import prune_builds, sweep
@@ -40,6 +42,9 @@ from scripts.baking.source_images import SOURCE_NAMES, SOURCE_OWNERS, find_sourc
 from scripts.baking.template import digest, stage, variables
 from scripts.imaging import catalog, record
 from scripts.interrupts import end_like_ctrl_c, uninterrupted
+
+if TYPE_CHECKING:
+    from mypy_boto3_ssm import SSMClient
 
 
 def bake_image(arguments: argparse.Namespace, clock: StepClock) -> dict[str, Any]:
@@ -90,9 +95,9 @@ def bake_image(arguments: argparse.Namespace, clock: StepClock) -> dict[str, Any
         if step := step_of(line):
             clock.begin(step)
 
+    reserve(ssm, bake)
     finished: str | None = None
     try:
-        record.reserve(ssm, bake.image_version, bake.id)
         with contextlib.nullcontext() if packer.has_plugins else require_tokens(ec2, bake):
             run_packer(packer, command, bake, environment, narrate)
         clock.begin("tag the image with its facts")
@@ -104,6 +109,16 @@ def bake_image(arguments: argparse.Namespace, clock: StepClock) -> dict[str, Any
             sweep(ec2, ssm, bake, finished)
     image = catalog.read(ec2.describe_images(ImageIds=[finished])["Images"][0])
     return result(image, arguments, clock, log=bake.log)
+
+
+def reserve(ssm: "SSMClient", bake: Bake) -> None:
+    """Raises BakeRefused if another bake has the image version, which is the second of its start."""
+    try:
+        record.reserve(ssm, bake.image_version, bake.id)
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "ParameterAlreadyExists":
+            raise
+        raise BakeRefused(f"another bake has the image version {bake.image_version}: run the command again") from None
 
 
 def validate(arguments: argparse.Namespace) -> None:

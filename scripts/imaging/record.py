@@ -49,14 +49,14 @@ def write(ssm: SSMClient, facts: dict[str, Any]) -> None:
 def reserve(ssm: SSMClient, version: str, bake_id: str) -> None:
     """Store a parameter that marks the image as being baked; `release` deletes it.
 
-    A bake calls this before Packer starts: without ssm:PutParameter it would fail at its end. Raises ClientError.
+    A bake calls this before Packer starts: without ssm:PutParameter it would fail at its end. Raises ClientError, with
+    the code ParameterAlreadyExists if another bake has the version.
     """
     ssm.put_parameter(
         Name=f"{folder(version)}/baking",
         Description="mlflow-ami: this image is being baked; the parameter can be deleted when no bake runs",
         Type="String",
         Value=bake_id,
-        Overwrite=True,
     )
 
 

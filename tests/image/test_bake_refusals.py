@@ -15,7 +15,7 @@ from moto import mock_aws
 
 from scripts import aws_session, bake
 from scripts.baking import cleanup, packer_run, request, source_images, template
-from scripts.imaging import catalog
+from scripts.imaging import catalog, record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REGION = "eu-central-1"
@@ -238,6 +238,15 @@ def test_credentials_that_cannot_store_the_record_are_refused_before_packer_star
 
 
 # ── Staging and the digest ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_only_one_bake_has_the_image_version_of_a_second(ec2: Any, tmp_path: Path) -> None:
+    ssm = boto3.client("ssm", region_name=REGION)
+    first, second = (request.Bake(f"20261101t000000z-{pid}", "20261101T000000Z", tmp_path) for pid in (7, 8))
+    bake.reserve(ssm, first)
+    with pytest.raises(request.BakeRefused, match="another bake has the image version 20261101T000000Z"):
+        bake.reserve(ssm, second)
+    assert record.reserved(ssm) == {"20261101T000000Z": first.id}
 
 
 @pytest.fixture
