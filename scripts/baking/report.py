@@ -71,11 +71,16 @@ def finish_image(ec2: EC2Client, ssm: SSMClient, bake: Bake, inputs_digest: str)
 def report(image: catalog.Image, region: str, local: bool, log: Path | None, clock: StepClock) -> str:
     """The text output: the image, its versions, and the commands that launch it."""
     tags = {key.removeprefix("mlflow-ami:"): value for key, value in image.tags.items()}
+    arm = image.architecture == "arm64"
     if local:
-        launch = [f"scripts/rehearse.py up --ami {image.id}", 'eval "$(scripts/connect.py --rehearsal)"']
+        launch = [
+            f"scripts/rehearse.py up --ami {image.id}" + arm * " --set instanceType=t4g.medium",
+            'eval "$(scripts/connect.py --rehearsal)"',
+        ]
     else:
         launch = [
             f"pulumi -C infra config set amiId {image.id} && pulumi -C infra config set aws:region {region}",
+            *(["pulumi -C infra config set instanceType t4g.small"] if arm else []),
             "pulumi -C infra up",
         ]
     lines = [

@@ -52,7 +52,8 @@ def open_terminal(cloud: Any, folder: Path, log: Path) -> Terminal:
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     environment = {**os.environ, **pulumi_cli.environment(cloud), "HOME": str(folder)}
-    # S3 has a certificate of the cloud's own authority here, and on AWS one that every client trusts.
-    environment["REQUESTS_CA_BUNDLE"] = environment["AWS_CA_BUNDLE"]
+    # S3 of the local cloud has a certificate of its own authority; moto's has none.
+    if "AWS_CA_BUNDLE" in environment:
+        environment["REQUESTS_CA_BUNDLE"] = environment["AWS_CA_BUNDLE"]
     environment["PATH"] = os.pathsep.join([str(REPOSITORY / ".venv/bin"), environment["PATH"]])
     return Terminal(checkout / "infra", environment, log)
