@@ -114,8 +114,8 @@ def test_the_result_is_that_of_mlflows_own_statements(
     def count(_: Any, cursor: Any, statement: str, *__: Any) -> None:
         if "spans.dimension_attributes, spans.input_cost" in statement:
             pages.append(cursor.rowcount)
-        if "FROM span_metrics" in statement and "span_metrics.value" in statement:
-            joins.append("JOIN (VALUES" in statement)
+        if "value" in statement and "FROM span_metrics" in statement:
+            joins.append("JOIN unnest(" in statement)
 
     def update(cursor: Any, sql: str, *rest: Any, **options: Any) -> None:
         updated.append(sql.split()[1])
@@ -126,13 +126,14 @@ def test_the_result_is_that_of_mlflows_own_statements(
     original = release_worker._compare_keys_as_rows
     with monkeypatch.context() as patched:
         patched.setattr(psycopg2.extras, "execute_values", update)
+        patched.setattr(release_worker, "PAGE_ROWS", 300)
         patched.setattr(release_worker, "_compare_keys_as_rows", rewritten)
         sa.event.listen(sa.Engine, "after_cursor_execute", count)
         quick = upgraded(cluster, f"quick_{filled_before}", filled_before)
         sa.event.remove(sa.Engine, "after_cursor_execute", count)
     assert statements and all("(spans.trace_id, spans.span_id) > (" in each for each in statements)
     assert joins and all(joins)
-    assert set(updated) == {"trace_info", "spans", "assessments"}
+    assert set(updated) == {"trace_info", "spans", "assessments"} and len(updated) > 6
     assert sorted(seen) == ["span_metrics", "trace_metrics", "trace_request_metadata", "trace_tags"]
     monkeypatch.setattr(release_worker, "_compare_keys_as_rows", lambda connection, *given: given[:3])
     monkeypatch.setattr(release_worker, "_quicken", lambda script: None)

@@ -30,6 +30,9 @@ MODELS = (
 READ_AT_MOST = 200
 """Rows of each table that are read as MLflow's objects."""
 
+PAGE_ROWS = 2000
+"""Rows that a migration in `KNOWN_FUNCTIONS` reads and updates at once; MLflow's 250 take a third longer."""
+
 NAMED_AT_MOST = 3
 """Unreadable rows of each table that are named."""
 
@@ -104,7 +107,7 @@ def _compare_keys_as_rows(connection: Any, statement: Any, *rest: Any) -> Any:
 
 
 def _quicken(script: Any) -> None:
-    """Replace the functions of `KNOWN_FUNCTIONS`. A function that MLflow changed stays."""
+    """Replace the functions of `KNOWN_FUNCTIONS`, and read longer pages. A function that MLflow changed stays."""
     for revision, functions in KNOWN_FUNCTIONS.items():
         try:
             migration = script.get_revision(revision).module
@@ -114,6 +117,8 @@ def _quicken(script: Any) -> None:
             function = getattr(migration, name, None)
             if _digest(function) == digest:
                 setattr(migration, name, partial(quick, migration, function))
+        if hasattr(migration, "_BATCH_SIZE"):
+            migration._BATCH_SIZE = PAGE_ROWS
 
 
 def _digest(function: Any) -> str:
@@ -140,14 +145,15 @@ def _skip_empty_spans(migration: Any, backfill: Callable[[], None]) -> None:
         if "dimension_attributes" in columns:
             spans = columns["dimension_attributes"].table
             metrics = sqlalchemy.table("span_metrics", *map(sqlalchemy.column, ("trace_id", "span_id", "key")))
-            costs = sqlalchemy.exists().where(
+            # PostgreSQL would read all of span_metrics for each page to answer EXISTS; this it looks up in the index.
+            cost = sqlalchemy.select(metrics.c.key).where(
                 metrics.c.trace_id == spans.c.trace_id,
                 metrics.c.span_id == spans.c.span_id,
                 metrics.c.key.in_(list(migration._COST_COLUMNS)),
             )
             keys = ("trace_id", "span_id")
             filled = [column.is_not(None) for column in columns if column.name not in keys]
-            statement = statement.where(sqlalchemy.or_(*filled, costs))
+            statement = statement.where(sqlalchemy.or_(*filled, cost.limit(1).scalar_subquery().is_not(None)))
         return statement, *rest[:2]
 
     bind = migration.op.get_bind()
@@ -158,10 +164,17 @@ def _skip_empty_spans(migration: Any, backfill: Callable[[], None]) -> None:
         sqlalchemy.event.remove(bind, "before_execute", skip)
 
 
-def _join_keys(_: Any, query: Callable[..., Any], span_metrics: Any, keys: list[Any], dialect: str) -> Any:
-    """The costs of the spans with these keys, by the query that MLflow has for SQL Server: a join with VALUES. For its
-    other query, a list of pairs after IN, PostgreSQL plans one index scan per pair."""
-    return query(span_metrics, keys, "mssql")
+def _join_keys(migration: Any, _: Any, span_metrics: Any, keys: list[Any], dialect: str) -> Any:
+    """The query for the costs of the spans with these keys. For MLflow's, a list of pairs after IN, PostgreSQL plans
+    one index scan per pair."""
+    query = """
+        SELECT trace_id, span_id, key, value FROM span_metrics
+        JOIN unnest(CAST(:traces AS text[]), CAST(:spans AS text[])) AS page (trace_id, span_id)
+        USING (trace_id, span_id) WHERE key = ANY (:costs)
+    """
+    traces, spans = zip(*keys, strict=True)
+    given = {"traces": [*traces], "spans": [*spans], "costs": [*migration._COST_COLUMNS]}
+    return import_module("sqlalchemy").text(query).bindparams(**given)
 
 
 def _update_at_once(_: Any, __: Any, bind: Any, statement: Any, updates: list[dict[str, Any]], kind: str) -> None:
