@@ -3,6 +3,7 @@
     .venv/bin/python -m tests.bench.outage                     newest release to 3.12.0 and back, 10,000 runs and
                                                                1,000,000 metric rows, on machines of the local cloud
     .venv/bin/python -m tests.bench.outage --newer ami-… --older ami-… --runs 1000 --metrics 100000
+    .venv/bin/python -m tests.bench.outage --traces 200000     with traces of five spans, for MLflow 3.17 and newer
 
 The outage lasts from the old machine's last response with status 200 to the new machine's first; ten HTTPS requests per
 second with a password are sent. The baseline is timed on the newer machine before: `pg_dump | pg_restore` of the same
@@ -31,7 +32,25 @@ from tests.bench.carry_rate import FILL
 
 AS_POSTGRES = ("runuser", "-u", "postgres", "--")
 PSQL = (*AS_POSTGRES, "psql", "--host=/run/postgresql", "--no-psqlrc", "--quiet", "--tuples-only", "--no-align")
-COUNTED = ("runs", "metrics", "latest_metrics", "params", "tags")
+COUNTED = ("runs", "metrics", "latest_metrics", "params", "tags", "trace_info", "spans")
+FILL_TRACES = """
+INSERT INTO trace_info (request_id, experiment_id, timestamp_ms, execution_time_ms, status, request_preview,
+    trace_name, session_id, input_tokens, output_tokens, total_tokens, input_cost, output_cost, total_cost)
+SELECT 'tr-' || md5(n::text), 0, 1700000000000 + n, 100, 'OK', 'question ' || n, 'predict', 'session-' || n %% 1000,
+    10, n %% 100, 10 + n %% 100, 0.01, 0.02, 0.03
+FROM generate_series(1, %(traces)s) n;
+INSERT INTO trace_tags (key, value, request_id)
+SELECT 'mlflow.artifactLocation', 'mlflow-artifacts:/0/traces/' || n, 'tr-' || md5(n::text)
+FROM generate_series(1, %(traces)s) n;
+INSERT INTO spans (trace_id, experiment_id, span_id, name, type, status, start_time_unix_nano, end_time_unix_nano,
+    content, model_name, model_provider, input_cost, output_cost, total_cost)
+SELECT 'tr-' || md5(n::text), 0, lpad(to_hex(s), 16, '0'), 'span ' || s, 'LLM', 'OK', n, n + 5,
+    repeat('{"a": "content of a span ' || n || '"}', 15), CASE s WHEN 1 THEN 'gpt-4o' END,
+    CASE s WHEN 1 THEN 'openai' END, CASE s WHEN 1 THEN 0.01 END, CASE s WHEN 1 THEN 0.02 END,
+    CASE s WHEN 1 THEN 0.03 END
+FROM generate_series(1, %(traces)s) n, generate_series(1, 5) s;
+"""
+"""One span of five has a model and costs, as one call of a model in a trace."""
 DUMP_AND_RESTORE = (
     "set -eo pipefail; cd /; as='runuser -u postgres --'; at=--host=/run/postgresql; "
     "$as createdb $at restored; "
@@ -56,8 +75,10 @@ def main() -> int:
 def measure(cloud: LocalCloud, newer: str, older: str, options: argparse.Namespace) -> dict[str, Any]:
     server, _ = drill.launch(newer, {})
     instance = server["instance_id"]
-    drill.say(f"writing {options.runs:,} runs and {options.metrics:,} metric rows")
+    drill.say(f"writing {options.runs:,} runs, {options.metrics:,} metric rows and {options.traces:,} traces")
     fill = FILL % {"runs": options.runs, "metrics": options.metrics}
+    if options.traces:
+        fill += FILL_TRACES % {"traces": options.traces}
     query(cloud, instance, f"{fill}; VACUUM ANALYZE; CHECKPOINT")
     before = counts(cloud, instance)
     started = time.monotonic()
@@ -126,6 +147,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--older", type=drill.image_argument, default="3.12.0", help="an image or a release (3.12.0)")
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--metrics", type=int, default=1_000_000)
+    parser.add_argument("--traces", type=int, default=0)
     parser.add_argument("--base", default="debian12", help="source image of baked images (%(default)s)")
     return parser.parse_args()
 

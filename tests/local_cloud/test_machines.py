@@ -21,6 +21,7 @@ def test_instance_type_sets_cores_and_memory(account: Account, machine: str) -> 
     assert account.run(machine, "nproc") == str(min(2, int(subprocess.check_output(["nproc"]))))
     limits = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null | head -n 1"
     assert int(account.run(machine, limits)) == 1024**3  # t3.micro
+    assert int(account.run(machine, "stat --file-system --format=%b /dev/shm")) * 4096 == 1024**3 // 2
 
 
 def test_key_pair_opens_ssh_for_the_login_user(account: Account, machine: str) -> None:
