@@ -5,6 +5,8 @@ Packer starts a temporary instance (the builder), provisions it over SSH and mak
 other resources are removed, whether the bake succeeds or fails.
 """
 
+from __future__ import annotations
+
 if __name__ == "__main__":
     import enter_venv  # noqa: F401 - starts this script again with the project's packages
 
@@ -111,7 +113,7 @@ def bake_image(arguments: argparse.Namespace, clock: StepClock) -> dict[str, Any
     return result(image, arguments, clock, log=bake.log)
 
 
-def reserve(ssm: "SSMClient", bake: Bake) -> None:
+def reserve(ssm: SSMClient, bake: Bake) -> None:
     """Raises BakeRefused if another bake has the image version, which is the second of its start."""
     try:
         record.reserve(ssm, bake.image_version, bake.id)

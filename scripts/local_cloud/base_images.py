@@ -291,8 +291,8 @@ def require_emulator(base: Base) -> None:
     if shutil.which("arch-test") is None or not flags or not {"C", "F"} <= set(flags[1]):
         raise LocalCloudError(
             "this machine does not run programs for arm64 in machines of the local cloud: apt-get install "
-            "qemu-user-static arch-test, mount binfmt_misc, and register qemu-aarch64 with the flags C and F (C for "
-            "sudo, F for containers)"
+            "qemu-user-static arch-test, mount binfmt_misc, and register qemu-aarch64 with the flags C and F, as "
+            "scripts/README.md shows"
         )
 
 

@@ -173,9 +173,17 @@ class Daemon(RunningMachines):
             moto_state.save(self.places)
 
     def _tick(self) -> None:
-        """Every second: ports of wide rules, pending detachments, old terminated instances, alarms."""
-        while not self.stopping.wait(1):
+        """Every second: ports of wide rules, pending detachments, old terminated instances, alarms. More often: ports
+        on which a machine does not listen yet."""
+        due = 0.0
+        while not self.stopping.wait(0.1):
             try:
+                if time.monotonic() < due:
+                    if self.ports.awaited:
+                        with self.api:
+                            self.ports.settle()
+                    continue
+                due = time.monotonic() + 1
                 self.settle_network()
                 self._forget_terminated()
                 self._settle_alarms()

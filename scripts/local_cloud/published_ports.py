@@ -40,20 +40,32 @@ class PublishedPorts:
         self.lock = threading.Lock()
         self.routes: dict[str, tuple[Any, ...]] = {}
         self.addresses: dict[str, set[str]] = {}
+        self.awaited = False
         self.forwarder: socket.socket
         threading.Thread(target=self._mind_forwarder, args=(self._start_forwarder(),), daemon=True).start()
 
     def settle(self) -> None:
-        """Publish the ports that security groups allow and close the others; call with the API lock held."""
+        """Publish the ports that security groups allow and close the others; call with the API lock held.
+
+        A port is published once its machine listens on it. Until then a connection is refused, as on EC2: the forwarder
+        could only reset it after it was accepted, and clients do not repeat a request after a reset.
+        """
         wanted = self._wanted_routes()
         with self.lock:
             self._cut_lost_addresses()
             for name in [name for name in self.routes if "-public-" in name]:
                 if self.routes[name] != wanted.get(name):
                     self._close(name)
-            for name, route in wanted.items():
-                if name not in self.routes:
-                    self._publish(name, route)
+            due = {name: route for name, route in wanted.items() if name not in self.routes}
+            for name in self._listening(due):
+                self._publish(name, due.pop(name))
+            self.awaited = bool(due)
+
+    def _listening(self, routes: dict[str, tuple[Any, ...]]) -> list[str]:
+        """The routes to a port on which the machine listens."""
+        pids = {instance: machine.pid for instance, machine in self.machines.items()}
+        ports = {each: listening_ports(pids[each]) for each in {route[0] for route in routes.values()} & pids.keys()}
+        return [name for name, route in routes.items() if route[2] in ports.get(route[0], ())]
 
     def open_inside(self, instance_id: str, namespace: int) -> None:
         """Forward S3 and the APIs from a machine's loopback to this host's."""

@@ -98,6 +98,17 @@ def test_service_on_the_machines_loopback_is_not_published(account: Account, web
     account.forbid(group, 8082)
 
 
+def test_port_is_refused_until_a_server_listens(account: Account, web: str, group: str) -> None:
+    address = account.address(web)
+    account.allow(group, 8083)
+    time.sleep(1.5)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((address, 8083), timeout=5)
+    account.run(web, "systemd-run -q --unit late python3 -m http.server 8083")
+    wait_until(lambda: reachable(address, 8083), 20, "8083 is not open")
+    account.forbid(group, 8083)
+
+
 def test_rule_for_all_ports_publishes_listening_ports(account: Account) -> None:
     group = account.group()
     permission = {"IpProtocol": "-1", "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}
