@@ -114,7 +114,8 @@ def bake_image(arguments: argparse.Namespace, clock: StepClock) -> dict[str, Any
 
 
 def reserve(ssm: SSMClient, bake: Bake) -> None:
-    """Raises BakeRefused if another bake has the image version, which is the second of its start."""
+    """Reserve the image version, which is the second in which the bake began. Raises BakeRefused if another bake has
+    reserved it, and ClientError."""
     try:
         record.reserve(ssm, bake.image_version, bake.id)
     except ClientError as error:

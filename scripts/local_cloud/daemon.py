@@ -173,8 +173,8 @@ class Daemon(RunningMachines):
             moto_state.save(self.places)
 
     def _tick(self) -> None:
-        """Every second: ports of wide rules, pending detachments, old terminated instances, alarms. More often: ports
-        on which a machine does not listen yet."""
+        """Every second: ports of wide rules, pending detachments, old terminated instances, alarms. Ten times a second:
+        ports that wait until their machine listens."""
         due = 0.0
         while not self.stopping.wait(0.1):
             try:

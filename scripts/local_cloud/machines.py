@@ -365,7 +365,7 @@ def _size_options(size: Size) -> list[str]:
         memory,
         "--memory-swap",
         memory,
-        "--shm-size",  # systemd's, which PostgreSQL's parallel workers use; podman's is 64 MiB
+        "--shm-size",  # half of the memory, as systemd sets it; PostgreSQL's workers need more than podman's 64 MiB
         f"{size.memory_mib // 2}m",
         "--pids-limit",
         "0",

@@ -40,15 +40,15 @@ class PublishedPorts:
         self.lock = threading.Lock()
         self.routes: dict[str, tuple[Any, ...]] = {}
         self.addresses: dict[str, set[str]] = {}
-        self.awaited = False
+        self.awaited = False  # whether a port waits until its machine listens
         self.forwarder: socket.socket
         threading.Thread(target=self._mind_forwarder, args=(self._start_forwarder(),), daemon=True).start()
 
     def settle(self) -> None:
         """Publish the ports that security groups allow and close the others; call with the API lock held.
 
-        A port is published once its machine listens on it. Until then a connection is refused, as on EC2: the forwarder
-        could only reset it after it was accepted, and clients do not repeat a request after a reset.
+        A port is published when its machine begins to listen on it. Until then a connection is refused, as on EC2. The
+        forwarder could only accept and reset it, and MLflow's client does not repeat a POST after a reset.
         """
         wanted = self._wanted_routes()
         with self.lock:
@@ -63,8 +63,8 @@ class PublishedPorts:
 
     def _listening(self, routes: dict[str, tuple[Any, ...]]) -> list[str]:
         """The routes to a port on which the machine listens."""
-        pids = {instance: machine.pid for instance, machine in self.machines.items()}
-        ports = {each: listening_ports(pids[each]) for each in {route[0] for route in routes.values()} & pids.keys()}
+        asked = {route[0] for route in routes.values()}
+        ports = {each: listening_ports(machine.pid) for each, machine in list(self.machines.items()) if each in asked}
         return [name for name, route in routes.items() if route[2] in ports.get(route[0], ())]
 
     def open_inside(self, instance_id: str, namespace: int) -> None:

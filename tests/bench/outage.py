@@ -7,8 +7,9 @@
 
 The outage lasts from the old machine's last response with status 200 to the new machine's first; ten HTTPS requests per
 second with a password are sent. The baseline is timed on the newer machine before: `pg_dump | pg_restore` of the same
-database, in custom format without compression, through a pipe into an empty database. Both rates count all rows of all
-tables. Prints JSON on stdout and progress on stderr. Removes the server and its data at the end; keeps baked images.
+database, in custom format without compression, through a pipe into an empty database. Both rates count the rows of
+the tables in `COUNTED`. Prints JSON on stdout and progress on stderr. Removes the server and its data at the end; keeps
+baked images.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ SELECT 'tr-' || md5(n::text), 0, lpad(to_hex(s), 16, '0'), 'span ' || s, 'LLM', 
     CASE s WHEN 1 THEN 0.03 END
 FROM generate_series(1, %(traces)s) n, generate_series(1, 5) s;
 """
-"""One span of five has a model and costs, as one call of a model in a trace."""
+"""One span of five has a model and costs."""
 DUMP_AND_RESTORE = (
     "set -eo pipefail; cd /; as='runuser -u postgres --'; at=--host=/run/postgresql; "
     "$as createdb $at restored; "

@@ -109,6 +109,7 @@ def test_packer_gets_the_credentials_of_any_kind_of_profile(tmp_path: Path, monk
     [
         (["--base", "debian13"], "--local"),
         (["--local", "--region", "eu-west-1"], "--region"),
+        (["--local", "--base", "debian13", "--architecture", "arm64"], "arm64 of debian12 only"),
         (["--mlflow-version", "2.*"], "3.12.0"),
         (["--mlflow-version", "latest"], "3.12.0"),
         (["--kms-key", "x", "--unencrypted"], "exclude"),
@@ -237,9 +238,6 @@ def test_credentials_that_cannot_store_the_record_are_refused_before_packer_star
     assert ssm.describe_parameters()["Parameters"] == []  # and no part of it is left
 
 
-# ── Staging and the digest ──────────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_only_one_bake_has_the_image_version_of_a_second(ec2: Any, tmp_path: Path) -> None:
     ssm = boto3.client("ssm", region_name=REGION)
     first, second = (request.Bake(f"20261101t000000z-{pid}", "20261101T000000Z", tmp_path) for pid in (7, 8))
@@ -247,6 +245,9 @@ def test_only_one_bake_has_the_image_version_of_a_second(ec2: Any, tmp_path: Pat
     with pytest.raises(request.BakeRefused, match="another bake has the image version 20261101T000000Z"):
         bake.reserve(ssm, second)
     assert record.reserved(ssm) == {"20261101T000000Z": first.id}
+
+
+# ── Staging and the digest ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -175,7 +176,8 @@ def image(number: int, made: str) -> catalog.Image:
 def test_current_image_is_kept_unless_another_is_chosen(
     options: dict[str, object], pinned: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog, "find", lambda ec2, tags=None: [image(2, "2026-02"), image(1, "2026-01")])
+    graviton = dataclasses.replace(image(4, "2026-04"), architecture="arm64")
+    monkeypatch.setattr(catalog, "find", lambda ec2, tags=None: [graviton, image(2, "2026-02"), image(1, "2026-01")])
     arguments = argparse.Namespace(**{"ami": None, "newest": False, "base": None} | options)
     current = State(outputs={"amiId": pinned} if pinned else {})
     assert stack.image_to_run(lambda service: None, arguments, current, {}) == chosen

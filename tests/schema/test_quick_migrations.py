@@ -187,6 +187,8 @@ def test_an_update_that_misses_a_row_raises_the_error_of_mlflow(cluster: Cluster
 
 def test_a_function_that_mlflow_changed_stays() -> None:
     class Migration:
+        _BATCH_SIZE = 250
+
         @staticmethod
         def _delete_trace_rows(table: Any, keys: list[str]) -> None:
             """Another one."""
@@ -198,4 +200,4 @@ def test_a_function_that_mlflow_changed_stays() -> None:
 
     before = Migration._delete_trace_rows
     release_worker._quicken(Script)
-    assert Migration._delete_trace_rows is before
+    assert Migration._delete_trace_rows is before and Migration._BATCH_SIZE == 250

@@ -54,7 +54,7 @@ NOT_RUN = {
     "sudo -E .venv/bin/python -m tests.bench.launches": "takes many minutes",
     "sudo -E .venv/bin/python -m tests.bench.machine": "takes ten minutes of full load",
     "sudo -E .venv/bin/python -m tests.bench.machine --connections 200": "takes minutes of full load",
-    "sudo apt-get install qemu-user-static arch-test": "installs packages; these six were run by hand",
+    "sudo apt-get install qemu-user-static arch-test": "installs packages; these six were run by hand as root",
     "mountpoint -q /proc/sys/fs/binfmt_misc || sudo mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc": (
         "as well"
     ),

@@ -31,7 +31,7 @@ READ_AT_MOST = 200
 """Rows of each table that are read as MLflow's objects."""
 
 PAGE_ROWS = 2000
-"""Rows that a migration in `KNOWN_FUNCTIONS` reads and updates at once; MLflow's 250 take a third longer."""
+"""Rows that a migration in `KNOWN_FUNCTIONS` reads and updates at once, in place of MLflow's 250."""
 
 NAMED_AT_MOST = 3
 """Unreadable rows of each table that are named."""
@@ -107,17 +107,17 @@ def _compare_keys_as_rows(connection: Any, statement: Any, *rest: Any) -> Any:
 
 
 def _quicken(script: Any) -> None:
-    """Replace the functions of `KNOWN_FUNCTIONS`, and read longer pages. A function that MLflow changed stays."""
+    """Replace the functions of `KNOWN_FUNCTIONS`. A function that MLflow changed stays, and so does the length of the
+    pages that it reads."""
     for revision, functions in KNOWN_FUNCTIONS.items():
         try:
             migration = script.get_revision(revision).module
         except Exception:  # this release does not have it
             continue
-        for name, (digest, quick) in functions.items():
-            function = getattr(migration, name, None)
-            if _digest(function) == digest:
-                setattr(migration, name, partial(quick, migration, function))
-        if hasattr(migration, "_BATCH_SIZE"):
+        known = [name for name in functions if _digest(getattr(migration, name, None)) == functions[name][0]]
+        for name in known:
+            setattr(migration, name, partial(functions[name][1], migration, getattr(migration, name)))
+        if known == list(functions):
             migration._BATCH_SIZE = PAGE_ROWS
 
 
@@ -145,7 +145,7 @@ def _skip_empty_spans(migration: Any, backfill: Callable[[], None]) -> None:
         if "dimension_attributes" in columns:
             spans = columns["dimension_attributes"].table
             metrics = sqlalchemy.table("span_metrics", *map(sqlalchemy.column, ("trace_id", "span_id", "key")))
-            # PostgreSQL would read all of span_metrics for each page to answer EXISTS; this it looks up in the index.
+            # For EXISTS, PostgreSQL would read all of span_metrics for each page. It answers this from the index.
             cost = sqlalchemy.select(metrics.c.key).where(
                 metrics.c.trace_id == spans.c.trace_id,
                 metrics.c.span_id == spans.c.span_id,
@@ -165,8 +165,8 @@ def _skip_empty_spans(migration: Any, backfill: Callable[[], None]) -> None:
 
 
 def _join_keys(migration: Any, _: Any, span_metrics: Any, keys: list[Any], dialect: str) -> Any:
-    """The query for the costs of the spans with these keys. For MLflow's, a list of pairs after IN, PostgreSQL plans
-    one index scan per pair."""
+    """The query for the costs of the spans with these keys. MLflow's has a list of pairs after IN, for which PostgreSQL
+    plans one index scan per pair."""
     query = """
         SELECT trace_id, span_id, key, value FROM span_metrics
         JOIN unnest(CAST(:traces AS text[]), CAST(:spans AS text[])) AS page (trace_id, span_id)
@@ -178,8 +178,8 @@ def _join_keys(migration: Any, _: Any, span_metrics: Any, keys: list[Any], diale
 
 
 def _update_at_once(_: Any, __: Any, bind: Any, statement: Any, updates: list[dict[str, Any]], kind: str) -> None:
-    """Run MLflow's UPDATE, which it gives the values of one row at a time, as one UPDATE ... FROM (VALUES ...). The
-    parameters of its condition have names of their own; the others have the names of their columns."""
+    """Update all rows with one UPDATE ... FROM (VALUES ...). MLflow executes `statement` once per row. The parameters
+    of its condition have names of their own; the others have the names of their columns."""
     extras: Any = import_module("psycopg2.extras")
     quote, text = bind.dialect.identifier_preparer.quote, import_module("sqlalchemy").String
     where, table = statement.whereclause, quote(statement.table.name)
@@ -187,7 +187,7 @@ def _update_at_once(_: Any, __: Any, bind: Any, statement: Any, updates: list[di
     columns = [keys[name] if name in keys else statement.table.c[name] for name in updates[0]]
     # A cast to VARCHAR(n) would cut a longer value, so texts have none; NULL needs the others.
     casts = ["%s" if isinstance(c.type, text) else f"%s::{c.type.compile(bind.dialect)}" for c in columns]
-    assigned = [f"{quote(c.name)} = given.{quote(c.name)}" for c in columns if c not in set(keys.values())]
+    assigned = [f"{quote(name)} = given.{quote(name)}" for name in updates[0] if name not in keys]
     found = [f"{table}.{quote(c.name)} = given.{quote(c.name)}" for c in keys.values()]
     given = f"(VALUES %s) AS given ({', '.join(quote(c.name) for c in columns)})"
     sql = f"UPDATE {table} SET {', '.join(assigned)} FROM {given} WHERE {' AND '.join(found)}"
