@@ -80,11 +80,13 @@ def test_own_page_can_write(server: Server, client: MlflowClient) -> None:
 
 def test_healthz_reports_whether_the_database_answers(server: Server, cloud: LocalCloud) -> None:
     assert_healthz_becomes(server, 200)
+    machine(cloud, server, "systemctl", "stop", "mlflow-host-watchdog")  # it would replace PostgreSQL
     machine(cloud, server, "systemctl", "kill", "--signal=SIGSTOP", "mlflow-host-postgresql")
     try:
         assert_healthz_becomes(server, 503)
     finally:
         machine(cloud, server, "systemctl", "kill", "--signal=SIGCONT", "mlflow-host-postgresql")
+        machine(cloud, server, "systemctl", "start", "mlflow-host-watchdog")
     assert_healthz_becomes(server, 200)
 
 

@@ -83,6 +83,22 @@ def test_process_that_ends_or_hangs_is_replaced(
         assert "Fatal Python error: Aborted" in lines and "most recent call first" in lines
 
 
+@pytest.mark.parametrize("unit", ["mlflow-host-postgresql", "nginx"])
+def test_postgresql_or_nginx_that_hangs_is_replaced(
+    server: Server, cloud: LocalCloud, client: MlflowClient, logins: dict[str, Any], run: str, unit: str
+) -> None:
+    client.log_metric(run, "loss", 1.0, step=1)
+    with counted_restart(cloud, server, logins, unit):
+        stopped = cloud.exec(server.instance_id, ["systemctl", "kill", "--signal=SIGSTOP", unit])
+        assert stopped.returncode == 0
+    client.log_metric(run, "loss", 2.0, step=2)
+    assert [point.value for point in client.get_metric_history(run, "loss")] == [1.0, 2.0]
+    lines = cloud.exec(
+        server.instance_id, ["journalctl", "-u", "mlflow-host-watchdog", "-o", "cat", "--no-pager"]
+    ).stdout
+    assert f"{unit}.service has not answered for" in lines
+
+
 def test_server_survives_a_full_run_folder(
     server: Server, cloud: LocalCloud, client: MlflowClient, logins: dict[str, Any], run: str
 ) -> None:

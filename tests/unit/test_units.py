@@ -55,6 +55,7 @@ NO_STEP_OF_THE_BOOT = {
     "mlflow-host-monitor",
     "mlflow-host-audit",
     "mlflow-host-logs",
+    "mlflow-host-watchdog",
 }
 """MLflow starts even if they fail, so the status page must not report a failed boot."""
 

@@ -1,1 +1,1 @@
-"""Modules that timers run: disk space, CloudWatch metrics, users."""
+"""Modules that timers run (disk space, CloudWatch metrics, users), and the watchdog of PostgreSQL and nginx."""
