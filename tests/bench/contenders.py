@@ -24,6 +24,8 @@ from tests.support.services import family
 from tests.support.shipped_nginx import HOST, ROOTFS, moved, running_nginx, starting_site
 
 USER, PASSWORD = "ada", "correct horse battery staple"
+USERS = 64
+"""Further users of `ours`, one for each client: the server bounds what one user can hold, and a team has many."""
 MACHINE_MEMORY_MB = 2048
 """Machine size for `ours`: a t3.small. This machine should have two cores too."""
 
@@ -232,15 +234,22 @@ def ours(folder: Path, store: services.ObjectStore, transfer: str = "direct") ->
         site = nginx.render_site(host, nginx.ui_files(), certificate, templates=templates, run=run)
         site, open_port = moved(site, folder, listens), services.free_port()
         (run / "nginx/site.conf").write_text(site + without_login(site, port, open_port))
-        users = (credentials.User(USER, PASSWORD, "admin"),)
+        names = (USER, *(f"user-{number}" for number in range(USERS)))
+        users = tuple(credentials.User(name, PASSWORD, "admin") for name in names)
         (run / "nginx/users").write_text(credentials.password_file(users))
-        (run / "nginx/roles.map").write_text(f'"{USER}" admin;\n')
+        (run / "nginx/roles.map").write_text("".join(f'"{name}" admin;\n' for name in names))
         stack.enter_context(running_nginx(configuration, port, folder / "nginx.log"))
         yield Contender(
             folder.name,
             f"the image's: {len(processes)} processes on Unix sockets, sized for {MACHINE_MEMORY_MB} MiB, "
             f"its settings of PostgreSQL and nginx, HTTPS and login, files {transfer}",
-            Target((HOST, port), HOST, (authorization(),), authority=str(authority.ca)),
+            Target(
+                (HOST, port),
+                HOST,
+                (authorization(),),
+                authority=str(authority.ca),
+                logins=tuple(map(authorization, names[1:])),
+            ),
             f"https://{HOST}:{port}",
             data,
             cluster,
@@ -275,8 +284,8 @@ def seeded_cluster(folder: Path, settings: Mapping[str, str]) -> Iterator[tuple[
         yield cluster, seed(cluster, "mlflow")
 
 
-def authorization() -> str:
-    return "Authorization: Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+def authorization(user: str = USER) -> str:
+    return "Authorization: Basic " + base64.b64encode(f"{user}:{PASSWORD}".encode()).decode()
 
 
 # Processes

@@ -11,7 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,14 @@ class Target:
     headers: tuple[str, ...] = ()
     authority: str = ""
     """File of the CA certificate for HTTPS; "" for plain HTTP."""
+    logins: tuple[str, ...] = ()
+    """Authorization headers of further users: client n is user n. Without them all clients are the one in `headers`."""
+
+    def of_client(self, number: int) -> Target:
+        if not self.logins:
+            return self
+        others = tuple(line for line in self.headers if not line.startswith("Authorization:"))
+        return replace(self, headers=(*others, self.logins[number % len(self.logins)]))
 
 
 @dataclass(frozen=True)
@@ -257,7 +265,10 @@ def _clients(sender: Any, target: Target, operation: str, data: Dataset, clients
     deadline = [0.0]
 
     def client(number: int) -> None:
-        connection, requests = Connection(target), (OPERATIONS | {IN_TURN: in_turn})[operation](data, number)
+        connection, requests = (
+            Connection(target.of_client(number)),
+            (OPERATIONS | {IN_TURN: in_turn})[operation](data, number),
+        )
         begin.wait()
         while (started := time.monotonic()) < deadline[0]:
             try:

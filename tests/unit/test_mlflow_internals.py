@@ -13,9 +13,10 @@ LIST = REPOSITORY / "provisioning/mlflow-internals.md"
 PUBLIC = re.compile(
     r"mlflow|mlflow:environment_variables|mlflow\.(cli|env|entities|exceptions|environment_variables|artifactLocation)(:.*)?"
     r"|mlflow\.store\.artifact\.(artifact_repo|artifact_repository_registry)(:.*)?"
+    r"|mlflow\.protos:databricks_pb2|mlflow\.protos\.databricks_pb2:[A-Z_]+|mlflow\.runName"
 )
-"""Exceptions: names that MLflow documents, a file and a tag of that form, and the plug-in interface of artifact
-repositories."""
+"""Exceptions: names that MLflow documents, a file and a tag of that form, the plug-in interface of artifact
+repositories, the error codes that the documentation of MlflowException refers to, and a system tag."""
 NAME = re.compile(r"_MLFLOW_\w+|mlflow(\.\w+)+(:[\w.]+)?")
 
 

@@ -130,6 +130,18 @@ def test_the_check_names_each_difference_to_mlflow_server() -> None:
     ]
 
 
+def test_variable_that_mlflow_server_sets_to_its_default_need_not_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import environment_variables
+
+    declared: Any = environment_variables
+    new = declared._BooleanEnvironmentVariable("_MLFLOW_NEW", False)
+    monkeypatch.setattr(environment_variables, "_MLFLOW_NEW", new, raising=False)
+    assert check_release.compare_with_cli(["uvicorn", APPLICATION], {"_MLFLOW_NEW": "false"}, {}) == []
+    assert check_release.compare_with_cli(["uvicorn", APPLICATION], {"_MLFLOW_NEW": "true"}, {}) == [
+        "it sets _MLFLOW_NEW = 'true'"
+    ]
+
+
 def test_release_that_starts_workers_in_another_way_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow.server
 

@@ -68,6 +68,13 @@ def test_changed_source_of_all_answers_leaves_mlflows_own_store(
     assert type(compatibility.tracking_store(cluster.uri(), ROOT)) is SqlAlchemyStore
 
 
+def test_program_that_logs_to_the_database_gets_mlflows_own_store(cluster: PostgreSQL) -> None:
+    store = compatibility.tracking_store(cluster.uri())
+    assert type(store) is SqlAlchemyStore
+    location = store.get_experiment(store.create_experiment("of a program")).artifact_location
+    assert location.startswith("mlflow-artifacts:/")
+
+
 def test_changed_source_of_logging_leaves_metrics_to_mlflows_own_method(
     cluster: PostgreSQL, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ from mlflow_host.garbage.removal import RemovalRefused
 from mlflow_host.garbage.removal import check_release as check_removal
 from mlflow_host.server import job_runner
 from mlflow_host.server.environment import (
-    OF_NEWER_RELEASES,
+    BOOT_ID,
     artifacts_destination,
     direct_transfers,
     private_environment,
@@ -175,17 +175,26 @@ def compare_with_cli(command: list[str], variables: Mapping[str, str], ours: Map
     """The differences between the private variables that `mlflow server` sets for its workers and those that
     `private_environment` sets. Public settings are not compared: their defaults apply where they are read.
     """
-    variables = {name: value for name, value in variables.items() if name.startswith("_")}
-    different = {"_MLFLOW_SERVER_BOOT_ID"}
+    variables = {
+        name: value for name, value in variables.items() if name.startswith("_") and not is_default(name, value)
+    }
     problems = [] if command[-1] == APPLICATION else [f"it runs {command[-1]}, not {APPLICATION}"]
     problems += [f"it sets {name} = {variables[name]!r}" for name in sorted(variables.keys() - ours.keys())]
-    problems += [f"it does not set {name}" for name in sorted(ours.keys() - variables.keys() - OF_NEWER_RELEASES)]
+    problems += [f"it does not set {name}" for name in sorted(ours.keys() - variables.keys() - {BOOT_ID})]
     problems += [
         f"it sets {name} = {variables[name]!r}, not {ours[name]!r}"
-        for name in sorted((variables.keys() & ours.keys()) - different)
+        for name in sorted((variables.keys() & ours.keys()) - {BOOT_ID})
         if variables[name] != ours[name]
     ]
     return problems
+
+
+def is_default(name: str, value: str) -> bool:
+    """Whether MLflow uses `value` also where the variable is not set."""
+    from mlflow import environment_variables
+
+    variable = getattr(environment_variables, name, None)
+    return variable is not None and str(variable.default).lower() == value.lower()
 
 
 def start_once(uds: Path) -> tuple[float, float, list[str], dict[str, Any]]:

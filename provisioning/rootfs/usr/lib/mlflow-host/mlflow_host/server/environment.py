@@ -120,12 +120,13 @@ def allowed_origins(hostnames: tuple[str, ...], tls: str) -> list[str]:
     return [f"{scheme}://{bracketed(name)}" for name in hostnames]
 
 
-OF_NEWER_RELEASES = {"_MLFLOW_IN_JOB_EXECUTOR", "_MLFLOW_SERVER_BOOT_ID", "_MLFLOW_SERVER_TLS_LISTENER"}
-"""Private variables that some releases since 3.12 do not have."""
+BOOT_ID = "_MLFLOW_SERVER_BOOT_ID"
+"""Only newer releases have it, and each server has its own."""
 
 
 def private_environment(public: Mapping[str, str]) -> dict[str, str]:
-    """The private variables that `mlflow server` sets for its workers, for the settings in `public`."""
+    """The private variables that `mlflow server` sets for its workers, for the settings in `public`, except those that
+    it sets to their defaults."""
     return {
         "_MLFLOW_SERVER_FILE_STORE": public["MLFLOW_BACKEND_STORE_URI"],
         "_MLFLOW_SERVER_REGISTRY_STORE": public["MLFLOW_BACKEND_STORE_URI"],
@@ -133,7 +134,5 @@ def private_environment(public: Mapping[str, str]) -> dict[str, str]:
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
         "_MLFLOW_SERVER_ARTIFACT_DESTINATION": public["MLFLOW_ARTIFACTS_DESTINATION"],
         "_MLFLOW_SGI_NAME": "uvicorn",
-        "_MLFLOW_IN_JOB_EXECUTOR": "false",
-        "_MLFLOW_SERVER_BOOT_ID": uuid.uuid4().hex,
-        "_MLFLOW_SERVER_TLS_LISTENER": "false",
+        BOOT_ID: uuid.uuid4().hex,
     }

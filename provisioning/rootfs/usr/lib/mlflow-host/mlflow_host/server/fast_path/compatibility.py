@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 ABSENT = ""
+ARTIFACT_ROOT = "mlflow-artifacts:/"
+"""Location of new experiments, as in `environment.private_environment`."""
 
 SOURCES: dict[str, tuple[str, ...]] = {
     "server/handlers.py": (
@@ -208,16 +210,15 @@ RESTS_ON: dict[str, frozenset[str]] = {
 
 
 def tracking_store(store_uri: str, artifact_uri: str | None = None) -> Any:
-    """The store for a PostgreSQL URI. The server passes the artifacts' location; programs that log do not."""
+    """The store for a PostgreSQL URI. The server passes the artifacts' location; programs that log do not, and get
+    MLflow's own store."""
     from mlflow import environment_variables
     from mlflow.server.handlers import TrackingStoreRegistryWrapper
-    from mlflow.tracking._tracking_service import utils as client
 
-    if artifact_uri is None:
-        return client._get_sqlalchemy_store(store_uri, artifact_uri)
     workspaces: Any = getattr(environment_variables, "MLFLOW_ENABLE_WORKSPACES", None)  # since MLflow 3.10
-    if (workspaces and workspaces.get()) or switched_off(installed_mlflow()).keys() >= set(SHORTCUTS):
-        return TrackingStoreRegistryWrapper._get_sqlalchemy_store(store_uri, artifact_uri)
+    plain = artifact_uri is None or (workspaces and workspaces.get())
+    if plain or switched_off(installed_mlflow()).keys() >= set(SHORTCUTS):
+        return TrackingStoreRegistryWrapper._get_sqlalchemy_store(store_uri, artifact_uri or ARTIFACT_ROOT)
     from mlflow_host.server.fast_path.store import DirectStore
 
     return DirectStore(store_uri, artifact_uri)

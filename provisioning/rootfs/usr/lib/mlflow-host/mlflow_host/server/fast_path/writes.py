@@ -18,7 +18,6 @@ from typing import Any
 from mlflow.entities import LifecycleStage
 from mlflow.protos.service_pb2 import CreateRun, LogBatch, LogMetric
 from mlflow.utils import name_utils, uri, validation
-from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
 from mlflow_host.server.fast_path.reads import Found, info, members
 from mlflow_host.server.fast_path.requests import in_body
@@ -38,6 +37,8 @@ insert into tags (run_uuid, key, value) select %(run_id)s, * from unnest(%(keys)
 """
 
 NOTHING = "{}"
+RUN_NAME = "mlflow.runName"
+"""MLflow's documentation of tracking, system tags."""
 
 REQUIRED = ("key", "value", "timestamp")
 LINKS = ("model_id", "dataset_name", "dataset_digest")
@@ -69,7 +70,7 @@ def is_plain(metric: Any) -> bool:
 def create_run(store: DirectStore, scope: Scope, body: bytes) -> str:
     request = in_body(scope, body, CreateRun)
     tags = [(tag.key, tag.value) for tag in request.tags]
-    named = next((value for key, value in tags if key == MLFLOW_RUN_NAME), "")
+    named = next((value for key, value in tags if key == RUN_NAME), "")
     if request.run_name and named and request.run_name != named:
         raise Unusual
     experiment = whole_number(request.experiment_id)
@@ -77,7 +78,7 @@ def create_run(store: DirectStore, scope: Scope, body: bytes) -> str:
         raise Unusual
     run_id, name = uuid.uuid4().hex, request.run_name or named or name_utils._generate_random_name()
     if not named:
-        tags.append((MLFLOW_RUN_NAME, name))
+        tags.append((RUN_NAME, name))
     with store.cursor() as cursor:
         cursor.execute(EXPERIMENT, (experiment,))
         (location,) = only(cursor.fetchall())
