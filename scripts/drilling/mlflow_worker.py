@@ -190,6 +190,7 @@ def write_models(client: Any, experiment: str, run: str, stop: str) -> None:
 
 def write_traces(client: Any, experiment: str, run: str, stop: str) -> str:
     traces = []
+    linked: tuple[str, str] | None = None
     for number in range(3):
         span = client.start_trace(
             f"trace {stop} {number}",
@@ -199,7 +200,9 @@ def write_traces(client: Any, experiment: str, run: str, stop: str) -> str:
             tags={"stop": stop},
             experiment_id=experiment,
         )
-        inner = client.start_span("llm", span.trace_id, span.span_id, span_type="CHAT_MODEL", inputs={"messages": []})
+        inner = client.start_span(
+            "llm", span.trace_id, span.span_id, span_type="CHAT_MODEL", inputs={"messages": []}, **links_to(linked)
+        )
         inner.set_attribute("mlflow.llm.model", "model-a")
         inner.set_attribute("mlflow.llm.provider", "provider-b")
         inner.set_attribute(
@@ -211,6 +214,7 @@ def write_traces(client: Any, experiment: str, run: str, stop: str) -> str:
         client.end_span(span.trace_id, inner.span_id, outputs={"answer": 42}, status="OK")
         client.end_trace(span.trace_id, outputs={"answer": f"because {stop}"}, status="ERROR" if number == 2 else "OK")
         traces.append(span.trace_id)
+        linked = span.trace_id, inner.span_id
     source = mlflow.entities.AssessmentSource(source_type="HUMAN", source_id="someone")
     feedback = {"trace_id": traces[0], "name": "quality", "source": source, "metadata": {"stop": stop}}
     mlflow.log_feedback(value=4.5, rationale="good", **feedback)
@@ -218,6 +222,14 @@ def write_traces(client: Any, experiment: str, run: str, stop: str) -> str:
     mlflow.log_expectation(trace_id=traces[1], name="expected", value={"a": [1, 2]}, source=source)
     client._tracking_client.store.link_traces_to_run(traces[:2], run)
     return str(traces[0])
+
+
+def links_to(span: tuple[str, str] | None) -> dict[str, Any]:
+    """The argument of `start_span` that links to a span of another trace; {} in a release without links."""
+    link = getattr(mlflow.entities, "Link", None)
+    if span is None or link is None:
+        return {}
+    return {"links": [link(trace_id=span[0], span_id=span[1], attributes={"reason": "retry", "attempt": 2})]}
 
 
 def write_prompts(client: Any, experiment: str, run: str, trace: str, stop: str) -> None:

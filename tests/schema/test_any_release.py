@@ -39,3 +39,6 @@ def test_every_table_of_the_newest_schema_is_filled_by_a_kind_of_object(on_the_w
         counts = row_counts(opened)
     assert {table for table, count in counts.items() if not count} <= NOT_WRITTEN
     assert not NOT_WRITTEN - {BOOKKEEPING} - counts.keys(), "they are gone: shorten the list"
+    _, written = on_the_way.expected.written[-1]
+    spans = [span for trace in written["traces"].values() for span in trace["spans"]]
+    assert sum(bool(span["links"]) for span in spans) == 2, "links between spans have no table of their own"
