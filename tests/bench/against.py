@@ -5,8 +5,9 @@
 
 Each has its own PostgreSQL and nginx, and the packages of the earlier commit's lock file, so that both run the same
 MLflow. They are measured in turns, the other one suspended. A ratio is that of one round; the median of the rounds is
-printed, with the quartiles. Requests of several clients are those of as many users, unless --one-user is given: some
-limits are per user.
+printed, with the quartiles; `cpu` is that of the requests per second of processor time of MLflow's server processes,
+which other load on the machine changes less. Requests of several clients are those of as many users, unless --one-user
+is given: some limits are per user.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ def measure(sides: list[Side], options: argparse.Namespace) -> list[dict[str, An
     names = [name for name in load.OPERATIONS if any(wanted in name for wanted in options.only)]
     cases = [(name, clients) for name in names for clients in options.clients]
     found: dict[tuple[str, int], list[tuple[float, float]]] = {case: [] for case in cases}
+    cpu: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     errors: dict[tuple[str, int], list[str]] = {case: [] for case in cases}
     for side in sides:
         with alone(side, sides):
@@ -141,14 +143,18 @@ def measure(sides: list[Side], options: argparse.Namespace) -> list[dict[str, An
                 load.run(side.target, name, side.data, 2, 1.0)
     for number in range(options.rounds):
         for case in cases:
-            rates = {}
+            rates, used = {}, {}
             for index in (0, 1) if number % 2 else (1, 0):
                 side = sides[index]
                 with alone(side, sides):
+                    begun = load.cpu_seconds(side.processes())
                     measured = load.run(side.target, case[0], side.data, case[1], options.seconds)
+                    spent = load.cpu_seconds(side.processes()) - begun
                 rates[index] = measured.per_second
+                used[index] = spent / max(len(measured.latencies), 1)
                 errors[case] += measured.errors
             found[case].append((rates[0], rates[1]))
+            cpu[case].append(used[0] / max(used[1], 1e-9))
         say(f"round {number + 1} of {options.rounds}")
     rows = []
     for case, pairs in found.items():
@@ -162,6 +168,7 @@ def measure(sides: list[Side], options: argparse.Namespace) -> list[dict[str, An
                 "now": round(statistics.median(now for _, now in pairs), 1),
                 "ratio": round(middle, 3),
                 "quartiles": [round(low, 3), round(high, 3)],
+                "cpu": round(statistics.median(cpu[case]), 3),
                 "errors": len(errors[case]),
                 "first_error": errors[case][0] if errors[case] else "",
             }
@@ -180,15 +187,15 @@ def alone(side: Side, sides: list[Side]) -> Iterator[None]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'operation':26} clients  before/s    now/s  ratio  quartiles    errors"]
+    lines = [f"{'operation':26} clients  before/s    now/s  ratio  quartiles    cpu    errors"]
     for row in rows:
         quartiles = "–".join(f"{each:.2f}" for each in row["quartiles"])
         lines.append(
             f"{row['operation']:26} {row['clients']:7} {row['before']:9} {row['now']:8}  {row['ratio']:.3f}  "
-            f"{quartiles:11} {row['errors']:7} {row['first_error'][:80]}"
+            f"{quartiles:11}  {row['cpu']:.3f} {row['errors']:7} {row['first_error'][:80]}"
         )
-    mean = math.exp(statistics.fmean(math.log(max(row["ratio"], 1e-9)) for row in rows))
-    return "\n".join([*lines, f"geometric mean of the ratios: {mean:.3f}"])
+    means = [math.exp(statistics.fmean(math.log(max(row[each], 1e-9)) for row in rows)) for each in ("ratio", "cpu")]
+    return "\n".join([*lines, "geometric means: {:.3f} of the ratios, {:.3f} of cpu".format(*means)])
 
 
 def arguments() -> argparse.Namespace:
