@@ -77,7 +77,7 @@ def main() -> int:
         earlier = folder / "earlier"
         check_out(options.commit, earlier)
         lock = earlier / "provisioning/requirements.lock"
-        sides = []
+        sides: list[Side] = []
         for checkout, what in ((earlier, options.commit), (ROOT, "this checkout")):
             say(f"starting the server of {what}")
             place = folder / f"side-{len(sides)}"
@@ -119,16 +119,15 @@ def started(checkout: Path, folder: Path, lock: Path) -> Iterator[Side]:
         if not line:
             raise RuntimeError(f"the server of {checkout} did not start; its messages are above")
         told = json.loads(line)
-        address = told["target"].pop("address")
-        target = load.Target(
-            tuple(address) if isinstance(address, list) else address,
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in told["target"].items()},
-        )
-        data = {name: tuple(value) if isinstance(value, list) else value for name, value in told["data"].items()}
-        yield Side(target, load.Dataset(**data), tuple(told["servers"]))
+        target, data = load.Target(**with_tuples(told["target"])), load.Dataset(**with_tuples(told["data"]))
+        yield Side(target, data, tuple(told["servers"]))
     finally:
         running.stdin.close()
         running.wait(120)
+
+
+def with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def measure(sides: list[Side], options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,6 +29,7 @@ from mlflow_host.server.fast_path.app import answered_directly, with_mlflows_che
 from mlflow_host.server.fast_path.reads import statement
 from mlflow_host.server.fast_path.store import DirectStore
 from mlflow_host.server.flask_shortcut import Application, Message, Receive, Scope, Send
+from mlflow_host.server.request_threads import RequestThreads
 from tests.support.services import PostgreSQL
 
 pytestmark = pytest.mark.service
@@ -67,7 +67,7 @@ def test_a_history_of_too_many_points_is_refused_with_the_remedy(
 
 
 @pytest.fixture
-def application(store: DirectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Application]:
+def application(store: DirectStore, monkeypatch: pytest.MonkeyPatch) -> Application:
     async def mlflow(scope: Scope, receive: Receive, send: Send) -> None:
         body = (await receive())["body"]
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -75,8 +75,7 @@ def application(store: DirectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
     monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "mlflow.test")
     monkeypatch.setenv("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", "https://mlflow.test")
-    with ThreadPoolExecutor(2) as executor:
-        yield answered_directly(mlflow, store, executor)
+    return answered_directly(mlflow, store, RequestThreads(2, "request"))
 
 
 def ask(
@@ -221,8 +220,7 @@ def logging_of(run_id: str) -> bytes:
 
 def test_requests_use_mlflows_own_store_if_configured(cluster: PostgreSQL, application: Application) -> None:
     own = SqlAlchemyStore(cluster.uri(), "mlflow-artifacts:/")
-    with ThreadPoolExecutor(1) as executor:
-        assert answered_directly(application, own, executor) is application
+    assert answered_directly(application, own, RequestThreads(1, "request")) is application
 
 
 NUMBERS = (

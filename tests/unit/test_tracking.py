@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mlflow_host.server.db_connections import through_plugin
 from mlflow_host.server.fast_path import compatibility
 from mlflow_host.server.fast_path.app import ANSWERS, answer_or_none, answered_directly
 from mlflow_host.server.fast_path.store import DirectStore
+from mlflow_host.server.request_threads import RequestThreads
 from tests.support.services import PostgreSQL
 
 ROOT = "mlflow-artifacts:/"
@@ -111,11 +112,10 @@ def answered_by(store: DirectStore, method: str, path: str, query: str, body: by
         "root_path": "", "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
     }  # fmt: skip
 
-    async def ask(executor: Executor) -> None:
-        await answered_directly(application, store, executor)(scope, receive, send)
+    async def ask() -> None:
+        await answered_directly(application, store, RequestThreads(1, "request"))(scope, receive, send)
 
-    with ThreadPoolExecutor(1) as executor:
-        asyncio.run(ask(executor))
+    asyncio.run(ask())
     return "MLflow" if reached else "fast path"
 
 

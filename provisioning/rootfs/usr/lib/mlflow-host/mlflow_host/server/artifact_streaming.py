@@ -8,17 +8,16 @@ after MLflow's checks of host, origin and path. Every other request is passed to
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import posixpath
 import re
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor
 from typing import Any
 
 from mlflow_host.server.flask_shortcut import Application, Message, Receive, Scope, Send
 from mlflow_host.server.request_ids import ANSWER
+from mlflow_host.server.request_threads import RequestThreads
 
 ARTIFACT = re.compile(r"/(ajax-)?api/2\.0/mlflow-artifacts/artifacts/.+")
 METHODS = ("GET", "HEAD", "PUT")
@@ -28,9 +27,9 @@ OTHER_RULES = ("MLFLOW_ENABLE_WORKSPACES", "MLFLOW_ARTIFACTS_PRESIGNED_ONLY")
 """With these settings MLflow uses more than the path; then requests are passed to MLflow."""
 
 
-def streamed(application: Application, repository: Any, executor: Executor) -> Application:
+def streamed(application: Application, repository: Any, threads: RequestThreads) -> Application:
     """`application`, with artifacts streamed from and to `repository`. Calls that wait for the store run in
-    `executor`."""
+    `threads`."""
     from fastapi import FastAPI
     from mlflow.server.fastapi_security import init_fastapi_security
     from starlette.requests import Request
@@ -42,20 +41,19 @@ def streamed(application: Application, repository: Any, executor: Executor) -> A
         return application
 
     async def download(request: Request) -> Response:
-        loop = asyncio.get_running_loop()
         try:
             path = safe_path(request.path_params["path"])
             if request.method == "HEAD":
-                size = await loop.run_in_executor(executor, repository.size, path)
+                size = await threads.call(repository.size, path)
             else:
-                stored = await loop.run_in_executor(executor, repository.open, path)
+                stored = await threads.call(repository.open, path)
                 size = stored["ContentLength"]
         except Exception as error:
             return JSONResponse(*reason(error))
 
         async def chunks() -> AsyncIterator[bytes]:
             with stored["Body"] as body:
-                while chunk := await loop.run_in_executor(executor, body.read, CHUNK_BYTES):
+                while chunk := await threads.call(body.read, CHUNK_BYTES):
                     yield chunk
 
         headers = {

@@ -9,14 +9,14 @@ gunicorn.
 
 from __future__ import annotations
 
-import asyncio
 import io
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, MutableMapping
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+
+from mlflow_host.server.request_threads import RequestThreads
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -39,7 +39,9 @@ class FlaskResponse:
     close: Callable[[], None]
 
 
-def short_cut(application: Any, flask: WsgiApplication, *, requests: Executor, files: Executor) -> Application:
+def short_cut(
+    application: Any, flask: WsgiApplication, *, requests: RequestThreads, files: RequestThreads
+) -> Application:
     """`application` (Starlette) with this middleware. `flask` runs in the threads of `requests`, or of `files` for
     requests that may wait for S3."""
     from starlette.routing import Match, Mount
@@ -57,8 +59,8 @@ def short_cut(application: Any, flask: WsgiApplication, *, requests: Executor, f
         if detour or is_native(scope["method"], scope["path"]):
             await application(scope, receive, send)
         else:
-            executor = files if "artifact" in scope["path"] else requests
-            await through_flask(flask, executor, scope, receive, send)
+            threads = files if "artifact" in scope["path"] else requests
+            await through_flask(flask, threads, scope, receive, send)
 
     return shortened
 
@@ -68,22 +70,23 @@ def names_workspace(scope: Scope) -> bool:
     return any(name == b"x-mlflow-workspace" for name, _ in scope["headers"])
 
 
-async def through_flask(flask: WsgiApplication, executor: Executor, scope: Scope, receive: Receive, send: Send) -> None:
-    loop = asyncio.get_running_loop()
+async def through_flask(
+    flask: WsgiApplication, threads: RequestThreads, scope: Scope, receive: Receive, send: Send
+) -> None:
     body = await whole(receive)
     if body is None:
         return
-    answer = await loop.run_in_executor(executor, call, flask, environ(scope, body))
+    answer = await threads.call(call, flask, environ(scope, body))
     try:
         await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
         await send({"type": "http.response.body", "body": answer.body, "more_body": answer.rest is not None})
         if answer.rest is not None:
-            while chunk := await loop.run_in_executor(executor, next, answer.rest, b""):
+            while chunk := await threads.call(next, answer.rest, b""):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
     finally:
         if answer.rest is not None:
-            await loop.run_in_executor(executor, answer.close)
+            await threads.call(answer.close)
 
 
 async def whole(receive: Receive) -> bytes | None:

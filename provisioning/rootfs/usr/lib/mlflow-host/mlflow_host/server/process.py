@@ -22,7 +22,6 @@ import os
 import socket
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ from mlflow_host.server.environment import private_environment
 from mlflow_host.server.fast_path import compatibility
 from mlflow_host.server.flask_shortcut import Application, Message, Receive, Scope, Send, short_cut
 from mlflow_host.server.mlflow_checks import Refusal, check_schema, forbid_migrations, optional, repository_of
+from mlflow_host.server.request_threads import RequestThreads
 
 APPLICATION = "mlflow.server.fastapi_app:app"
 FLASK_APPLICATION = "mlflow.server:app"
@@ -130,18 +130,18 @@ def serve(uds: Path, *, first: bool = True) -> int:
             notify("READY=1")
             self.watchdog = asyncio.create_task(answer_watchdog())
 
-    executors = {
-        "requests": ThreadPoolExecutor(threads.requests, "request"),
-        "files": ThreadPoolExecutor(threads.files, "file"),
+    callers = {
+        "requests": RequestThreads(threads.requests, "request"),
+        "files": RequestThreads(threads.files, "file"),
     }
-    short = with_clients_scheme(page_transfers.without_offers(shortened(application, flask, repository, **executors)))
+    short = with_clients_scheme(page_transfers.without_offers(shortened(application, flask, repository, **callers)))
     apart = request_limits.traces_apart(request_limits.only_objects(short))
     bounded = request_limits.inflating(apart)
     served = request_limits.limited(request_limits.shared(bounded, max(1, threads.requests - 1)))
     served = request_limits.within_memory(served)
     served = request_ids.naming_ids(served)
     served = health.with_health(served, os.environ["MLFLOW_BACKEND_STORE_URI"])
-    served = load_report.with_load(served, executors, getattr(getattr(tracking_store(), "engine", None), "pool", None))
+    served = load_report.with_load(served, callers, getattr(getattr(tracking_store(), "engine", None), "pool", None))
     server = Announced(
         uvicorn.Config(
             prepared(served, native_threads=threads.native),
@@ -208,7 +208,7 @@ def load(target: str) -> Any:
 
 
 def shortened(
-    application: Application, flask: Any, repository: Any, requests: ThreadPoolExecutor, files: ThreadPoolExecutor
+    application: Application, flask: Any, repository: Any, requests: RequestThreads, files: RequestThreads
 ) -> Application:
     """`application` with the Flask shortcut, the fast path for the most frequent endpoints, and streamed artifacts."""
     short = optional(
@@ -222,10 +222,10 @@ def shortened(
     return optional("streamed artifacts: MLflow spools them", lambda: streamed(direct, repository, files), direct)
 
 
-def answered(application: Application, executor: ThreadPoolExecutor) -> Application:
+def answered(application: Application, requests: RequestThreads) -> Application:
     from mlflow_host.server.fast_path.app import answered_directly
 
-    return answered_directly(application, tracking_store(), executor)
+    return answered_directly(application, tracking_store(), requests)
 
 
 def tracking_store() -> Any:

@@ -22,7 +22,8 @@ IDS = b"x-mlflow-host-ids"
 ANSWER = (b"x-mlflow-host-answer", b"direct")
 
 PARSED = "mlflow_host.parsed"
-"""Key of a scope: a list to which the fast path adds the JSON object of the body, so that it is parsed only once."""
+"""Key of a scope: a list to which the fast path adds the JSON object of the body, and an object with the names of what
+it created, so that neither the body nor the response is parsed again."""
 READING = ("GET", "HEAD", "OPTIONS")
 REQUEST_BYTES, RESPONSE_BYTES = 16 << 10, 4 << 10
 """Longer bodies are not parsed. Of a longer request, the first KiB is searched: clients send the run's ID first."""
@@ -100,7 +101,7 @@ def has_fields(path: str) -> bool:
 def named_fields(scope: Scope, request: bytes, response: bytes) -> list[Mapping[str, Any]]:
     """The fields of a request and of its response, each as an object without others inside."""
     if scope[PARSED]:
-        found = [scope[PARSED][0]]
+        found = [*scope[PARSED]]
     elif not has_fields(scope["path"]):
         found = []
     elif len(request) > REQUEST_BYTES:
@@ -111,7 +112,7 @@ def named_fields(scope: Scope, request: bytes, response: bytes) -> list[Mapping[
         found.append(dict(parse_qsl(scope["query_string"].decode("latin-1"))))
     if scope["path"] == TRACES:
         found.append({"experiment_id": dict(scope["headers"]).get(EXPERIMENT, b"").decode("latin-1")})
-    if len(b"{}") < len(response) <= RESPONSE_BYTES:
+    if len(scope[PARSED]) < 2 and len(b"{}") < len(response) <= RESPONSE_BYTES:
         found += objects_in(parsed(response), RESPONSE_DEPTH)
     return found
 

@@ -134,6 +134,12 @@ takes seven and about 200."""
 KINDS = {"large": 1, "dear": DEAR_AT_ONCE}
 """Concurrent requests of one user, by kind."""
 
+IDLE_USERS = 1000
+"""Users without a request whose turns are kept, because making them takes as long as the rest of this layer."""
+
+NEEDS_MUCH = "mlflow_host.needs_much"
+"""Key of a scope, for a request that may take much memory."""
+
 WAIT_SECONDS = 100
 """Longest wait for a turn. MLflow's client gives up after 120 seconds."""
 
@@ -177,10 +183,14 @@ def limited(application: Application) -> Application:
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
         limit = limit_of(scope["method"], scope["path"]) if scope["type"] == "http" else None
-        if limit is None:
+        length = content_length(scope) if limit is not None else None
+        if limit is None or (length is not None and length <= min(limit, LARGE_BYTES)):
             await application(scope, receive, send)
             return
-        length = content_length(scope)
+        if length is not None and length > limit:
+            more = f"the request has {length:,} bytes; {scope['path']} takes at most {limit:,}"
+            await refuse(send, 413, f"{more}: send it in parts")
+            return
         received, objects, held = 0, 0, HeldError(send)
 
         async def counted() -> Message:
@@ -195,21 +205,15 @@ def limited(application: Application) -> Application:
                 raise TooLong(f"the JSON of the request has more than {OBJECTS:,} objects and lists")
             return message
 
-        if length is None or LARGE_BYTES < length <= limit:
-            try:
-                await application(scope, counted, held)
-                await held.flush()
-            except Exception as error:
-                if isinstance(error, TooLong) and not held.begun:
-                    await refuse(send, 413, f"{error}: send it in parts")
-                    return
-                await held.flush()
-                raise
-        elif length > limit:
-            more = f"the request has {length:,} bytes; {scope['path']} takes at most {limit:,}"
-            await refuse(send, 413, f"{more}: send it in parts")
-        else:
-            await application(scope, receive, send)
+        try:
+            await application(scope, counted, held)
+            await held.flush()
+        except Exception as error:
+            if isinstance(error, TooLong) and not held.begun:
+                await refuse(send, 413, f"{error}: send it in parts")
+                return
+            await held.flush()
+            raise
 
     return checked
 
@@ -223,13 +227,18 @@ def shared(application: Application, at_once: int) -> Application:
     large = asyncio.Semaphore(1)
 
     async def in_turn(scope: Scope, receive: Receive, send: Send) -> None:
-        user = next((value for name, value in scope.get("headers", ()) if name == USER), b"")
-        if not user:
+        if scope["type"] != "http":
             await application(scope, receive, send)
             return
         is_large = may_be_large(scope)
+        kinds = kinds_of(scope["method"], scope["path"], is_large)
+        scope[NEEDS_MUCH] = is_large or "dear" in kinds
+        user = next((value for name, value in scope["headers"] if name == USER), b"")
+        if not user:
+            await application(scope, receive, send)
+            return
         own = users.get(user) or users.setdefault(user, TurnsOfUser(at_once))
-        turns = [own.turns[kind] for kind in kinds_of(scope["method"], scope["path"], is_large)] + [large] * is_large
+        turns = [own.turns[kind] for kind in kinds] + [large] * is_large
         own.requests += 1
         taken: list[asyncio.Semaphore] = []
         try:
@@ -242,7 +251,7 @@ def shared(application: Application, at_once: int) -> Application:
             for turn in taken:
                 turn.release()
             own.requests -= 1
-            if not own.requests:
+            if not own.requests and len(users) > IDLE_USERS:
                 del users[user]
 
     return in_turn
@@ -330,8 +339,7 @@ def within_memory(application: Application) -> Application:
             await held.flush()
             raise
         finally:
-            needs_much = scope["type"] == "http" and (is_dear(scope["method"], scope["path"]) or may_be_large(scope))
-            if needs_much and uses_much_memory():
+            if scope.get(NEEDS_MUCH) and uses_much_memory():
                 await asyncio.to_thread(return_memory)
 
     return checked

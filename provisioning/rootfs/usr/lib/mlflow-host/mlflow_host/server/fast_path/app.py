@@ -12,17 +12,16 @@ releases.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import Any
 
 from mlflow_host.server.fast_path import compatibility, reads, writes
 from mlflow_host.server.fast_path.store import DirectStore, Unreachable
 from mlflow_host.server.flask_shortcut import Application, Message, Receive, Scope, Send, names_workspace, whole
 from mlflow_host.server.request_ids import ANSWER
+from mlflow_host.server.request_threads import RequestThreads
 
 Handler = Callable[[DirectStore, Scope, bytes], str]
 
@@ -40,10 +39,10 @@ exception if MLflow must handle the request; then nothing was changed."""
 PREFIXES = ("/api/2.0/mlflow", "/ajax-api/2.0/mlflow")
 
 
-def answered_directly(application: Application, store: Any, executor: Executor) -> Application:
-    """`application`, with the requests in `ANSWERS` handled by `store`, in the threads of `executor`, after MLflow's
-    checks of host and origin. If the tracking store is MLflow's, returns `application` itself. `compatibility` switches
-    single endpoints off."""
+def answered_directly(application: Application, store: Any, threads: RequestThreads) -> Application:
+    """`application`, with the requests in `ANSWERS` handled by `store`, in `threads`, after MLflow's checks of host
+    and origin. If the tracking store is MLflow's, returns `application` itself. `compatibility` switches single
+    endpoints off."""
     if not isinstance(store, DirectStore):
         return application
     off = compatibility.switched_off(compatibility.installed_mlflow())
@@ -59,7 +58,7 @@ def answered_directly(application: Application, store: Any, executor: Executor) 
         if body is None:
             return
         answer = answers[scope["method"], scope["path"]]
-        found = await asyncio.get_running_loop().run_in_executor(executor, answer_or_none, answer, store, scope, body)
+        found = await threads.call(answer_or_none, answer, store, scope, body)
         if found is None:
             await application(scope, once(body), send)
             return

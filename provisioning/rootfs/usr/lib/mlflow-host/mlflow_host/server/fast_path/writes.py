@@ -23,6 +23,7 @@ from mlflow_host.server.fast_path.reads import Found, info, members
 from mlflow_host.server.fast_path.requests import in_body
 from mlflow_host.server.fast_path.store import DirectStore, Unusual, only, whole_number
 from mlflow_host.server.flask_shortcut import Scope
+from mlflow_host.server.request_ids import PARSED
 
 EXPERIMENT = "select artifact_location from experiments where experiment_id = %s and lifecycle_stage = 'active'"
 
@@ -102,4 +103,5 @@ def create_run(store: DirectStore, scope: Scope, body: bytes) -> str:
         keys, values = map(list, zip(*tags, strict=True))
         # Last: after an exception MLflow creates the run.
         cursor.execute(CREATE_RUN, run._asdict() | {"keys": keys, "values": values})
+    scope.get(PARSED, []).append({"run_uuid": run_id, "run_id": run_id, "run_name": name})
     return answer
