@@ -121,6 +121,9 @@ def reserve(ssm: SSMClient, bake: Bake) -> None:
     except ClientError as error:
         if error.response["Error"]["Code"] != "ParameterAlreadyExists":
             raise
+        # botocore repeats a request whose response was lost, and then finds the parameter of the first one.
+        if record.reserved(ssm).get(bake.image_version) == bake.id:
+            return
         raise BakeRefused(f"another bake has the image version {bake.image_version}: run the command again") from None
 
 
