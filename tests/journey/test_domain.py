@@ -75,7 +75,7 @@ def test_stack_with_a_domain_gets_a_certificate_and_its_next_machine_requests_no
 
         exports = json.loads(person(sys.executable, str(SCRIPTS / "connect.py"), "--json"))
         login = {"MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"}
-        assert set(exports) == {*login, *PIECES}
+        assert set(exports) == {*login, *PIECES, "REQUESTS_CA_BUNDLE"}  # the last one for the local S3
         assert person(sys.executable, "-W", "ignore", "-c", CLIENT, **exports).split("\n")[-2] == "found by its name"
         user = f"{exports['MLFLOW_TRACKING_USERNAME']}:{exports['MLFLOW_TRACKING_PASSWORD']}"
         page = person("curl", "-sSf", "--noproxy", "*", "--config", "-", f"https://{DOMAIN}/", given=f"user = {user}")

@@ -108,7 +108,7 @@ def pebble_beside(server: Server, cloud: LocalCloud, own: Certificates, folder: 
     """Pebble in the machine's network; yields a function that returns its root certificate."""
     inside = cloud.shell_command(server.instance_id)
     network = ["nsenter", f"--net=/proc/{inside[inside.index('--target') + 1]}/ns/net", "--"]
-    names = subprocess.Popen([*network, sys.executable, str(REPOSITORY / "tests" / "authority.py"), str(NAMES)])
+    names = subprocess.Popen([*network, sys.executable, str(REPOSITORY / "tests/support/authority.py"), str(NAMES)])
     try:
         with pebble(folder, own, ("127.0.0.1", NAMES), network=network, certificateValidityPeriod=10 * DAY) as root:
             yield root

@@ -83,39 +83,57 @@ def kills(systemctl: Path) -> list[str]:
     return [line for line in calls.read_text().splitlines() if line.startswith("kill")] if calls.exists() else []
 
 
+class Time:
+    """A clock that a check of a hung program moves by ANSWER_SECONDS, and each pause by PAUSE_SECONDS."""
+
+    def __init__(self, *answers: bool) -> None:
+        self.answers, self.now = iter(answers), 100.0
+
+    def hangs(self) -> bool:
+        found = next(self.answers)
+        self.now += watchdog.ANSWER_SECONDS * found
+        return found
+
+    def pass_checks(self, watch: watchdog.Watch, count: int) -> None:
+        for _ in range(count):
+            watch.check()
+            self.now += watchdog.PAUSE_SECONDS
+
+
+def watched(systemctl: Path, time: Time, unit: str = "nginx.service") -> watchdog.Watch:
+    return watchdog.Watch(unit, time.hangs, str(systemctl), lambda: time.now)
+
+
 def test_unit_is_killed_once_when_it_has_hung_for_15_seconds(systemctl: Path) -> None:
-    watch = watchdog.Watch("nginx.service", lambda: True, str(systemctl))
-    for now in (100.0, 106.0, 112.0):
-        watch.check(now)
+    time = Time(*[True] * 6)
+    watch = watched(systemctl, time)
+    time.pass_checks(watch, 2)
     assert not kills(systemctl)
-    watch.check(118.0)
+    time.pass_checks(watch, 1)  # 16 seconds after the first one began
     assert kills(systemctl) == ["kill --signal=SIGKILL nginx.service"]
-    for now in (121.0, 127.0, 133.0):
-        watch.check(now)
+    time.pass_checks(watch, 2)
     assert len(kills(systemctl)) == 1
-    watch.check(139.0)
+    time.pass_checks(watch, 1)
     assert len(kills(systemctl)) == 2
 
 
 def test_answer_in_between_begins_the_count_again(systemctl: Path) -> None:
-    answers = iter([True, True, False, True, True, True])
-    watch = watchdog.Watch("nginx.service", lambda: next(answers), str(systemctl))
-    for now in (100.0, 106.0, 112.0, 114.0, 120.0, 126.0):
-        watch.check(now)
+    time = Time(True, True, False, True, True)
+    time.pass_checks(watched(systemctl, time), 5)
     assert not kills(systemctl)
 
 
 def test_pause_of_the_machine_is_no_hang(systemctl: Path) -> None:
-    answers = iter([True, True, False])
-    watch = watchdog.Watch("nginx.service", lambda: next(answers), str(systemctl))
-    for now in (100.0, 900.0, 902.0):
-        watch.check(now)
+    time = Time(True, True, False)
+    watch = watched(systemctl, time)
+    time.pass_checks(watch, 1)
+    time.now += 900
+    time.pass_checks(watch, 2)
     assert not kills(systemctl)
 
 
 def test_unit_that_starts_or_stops_is_not_killed(systemctl: Path, tmp_path: Path) -> None:
     (tmp_path / "stopping").touch()
-    watch = watchdog.Watch("mlflow-host-postgresql.service", lambda: True, str(systemctl))
-    for now in (100.0, 106.0, 112.0, 118.0, 124.0):
-        watch.check(now)
+    time = Time(*[True] * 5)
+    time.pass_checks(watched(systemctl, time, "mlflow-host-postgresql.service"), 5)
     assert not kills(systemctl)

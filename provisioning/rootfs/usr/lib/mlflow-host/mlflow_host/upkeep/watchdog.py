@@ -40,7 +40,7 @@ def main() -> int:
     ]
     while True:
         for watch in watches:
-            watch.check(time.monotonic())
+            watch.check()
         time.sleep(PAUSE_SECONDS)
 
 
@@ -68,19 +68,21 @@ class Watch:
     unit: str
     hangs: Callable[[], bool]
     systemctl: str = "/usr/bin/systemctl"
+    clock: Callable[[], float] = time.monotonic
     failed: int = 0
     since: float = 0.0
 
-    def check(self, now: float) -> None:
-        """`now`: time in seconds at the start of the check."""
+    def check(self) -> None:
+        began = self.clock()
         if not self.hangs():
             self.failed = 0
             return
         self.failed += 1
         if self.failed == 1:
-            self.since = now
-        if self.failed >= FEWEST_CHECKS and now - self.since >= HANG_SECONDS and self.is_active():
-            self.kill(now - self.since)
+            self.since = began
+        seconds = self.clock() - self.since
+        if self.failed >= FEWEST_CHECKS and seconds >= HANG_SECONDS and self.is_active():
+            self.kill(seconds)
             self.failed = 0
 
     def is_active(self) -> bool:
