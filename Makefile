@@ -52,7 +52,8 @@ SECURITY := $(addprefix tests/journey/test_,access.py every_route.py roles_and_r
 	tests/local_cloud/test_permissions.py tests/stack/test_permissions.py tests/stack/test_secrets.py tests/stack/test_settings.py
 OF_DATA := $(addprefix tests/,adopt chaos compare schema)
 .PHONY: test test-on-machines test-without-machines test-of-data test-of-parts test-all test-schema test-compare \
-	test-chaos test-restore test-security test-housekeeping test-adopt test-swaps test-ubuntu test-tools test-delivery
+	test-chaos test-restore test-security test-security-on-machines test-security-without-machines \
+	test-housekeeping test-adopt test-swaps test-ubuntu test-tools test-delivery
 test: prepare-test ## lint and all tests that CI runs; PART=schema runs those of tests/schema
 ifdef PART
 	@$(ROOT) $(PYTEST) -m "not slow and not tools" tests/$(PART)
@@ -84,7 +85,13 @@ test-all: prepare-test ## every test: Debian 13 and the slow matrices included
 test-schema: prepare-test ## schema carry-over between the last eight MLflow releases, every pair of neighbours
 	@$(ROOT) $(PYTEST) tests/schema
 test-security: prepare-test ## access and leaks: route walk, canaries, fuzzers, scanners, missing guards (Debian 12)
-	@$(ROOT) $(PYTEST) -k "not debian13" $(SECURITY)
+	@exec $(MAKE) --no-print-directory --keep-going test-security-on-machines test-security-without-machines
+# First, and alone: test_budgets.py measures what requests cost each other.
+test-security-on-machines:
+	@exec $(ROOT) $(PYTEST) -k "not debian13" -m machine $(SECURITY)
+# Half of them run other tests in a copy of the repository, once for each removed check.
+test-security-without-machines:
+	@exec $(ROOT) $(PYTEST) -n 2 -k "not debian13" -m "not machine" $(SECURITY)
 test-compare: prepare-test ## beside plain MLflow: 10,000 generated requests to two releases, 220 hard names of files
 	@$(ROOT) $(PYTEST) tests/compare tests/unit/test_artifact_names.py
 test-chaos: prepare-test ## kill the database step, PostgreSQL and the machine at random moments, and fill the disk
