@@ -50,36 +50,29 @@ SECURITY := $(addprefix tests/journey/test_,access.py every_route.py roles_and_r
 	  bill_of_materials.py guards.py routes.py request_limits.py artifact_fence.py) \
 	tests/local_cloud/test_signatures.py \
 	tests/local_cloud/test_permissions.py tests/stack/test_permissions.py tests/stack/test_secrets.py tests/stack/test_settings.py
-OF_DATA := $(addprefix tests/,adopt chaos compare schema)
-.PHONY: test test-on-machines test-without-machines test-of-data test-of-parts test-all test-schema test-compare \
-	test-chaos test-restore test-security test-security-on-machines test-security-without-machines \
-	test-housekeeping test-adopt test-swaps test-ubuntu test-tools test-delivery
+BESIDE := build/test-without-machines.txt
+.PHONY: test test-on-machines test-without-machines test-all test-schema test-compare test-chaos test-restore \
+	test-security test-security-on-machines test-security-without-machines test-housekeeping test-adopt test-swaps \
+	test-ubuntu test-tools test-delivery
 test: prepare-test ## lint and all tests that CI runs; PART=schema runs those of tests/schema
 ifdef PART
 	@$(ROOT) $(PYTEST) -m "not slow and not tools" tests/$(PART)
 else
 	@$(MAKE) --no-print-directory lint
 	@echo "tests: on machines, and in parallel all others, whose output follows at the end"
-	@exec $(ROOT) $(MAKE) --no-print-directory --jobs=3 test-on-machines test-without-machines
+	@exec $(ROOT) $(MAKE) --no-print-directory --jobs=2 test-on-machines test-without-machines
 	@if $(PYTHON) scripts/prepare_tools.py --check; then exec $(MAKE) --no-print-directory test-tools-quick; else \
 		echo "tests: those with the real Pulumi and Packer were left out: neither is built here (make test-tools)"; fi
 endif
 # These tests wait for machines much of the time. Without `exec` a SIGTERM would end the shell and leave pytest running.
 test-on-machines:
 	@exec $(ROOT) $(PYTEST) -m "machine and not slow and not tools"
-# Two processes, because together they take longer than the tests on machines. Their output goes to files, so that it does
-# not mix. The variable with the cloud's folder is removed, because the check for leftovers counts processes that have
-# it. The shell passes SIGTERM on.
-define beside
-	@mkdir -p build; env -u MLFLOW_AMI_LOCAL_CLOUD $(ROOT) $(PYTEST) -m "not machine and not slow and not tools" $(1) >build/$@.txt 2>&1 & \
+# Their output goes to a file, so that it does not mix with that of the other tests. The variable with the cloud's
+# folder is removed, because the check for leftovers counts processes that have it. The shell passes SIGTERM on.
+test-without-machines:
+	@mkdir -p build; env -u MLFLOW_AMI_LOCAL_CLOUD $(ROOT) $(PYTEST) -m "not machine and not slow and not tools" >$(BESIDE) 2>&1 & \
 	trap 'kill $$!' TERM; trap : INT; while kill -0 $$! 2>/dev/null; do wait $$!; status=$$?; done; \
-	echo; cat build/$@.txt; exit $$status
-endef
-test-without-machines: test-of-data test-of-parts
-test-of-data:
-	$(call beside,$(OF_DATA))
-test-of-parts:
-	$(call beside,$(addprefix --ignore=,$(OF_DATA)))
+	echo; cat $(BESIDE); exit $$status
 test-all: prepare-test ## every test: Debian 13 and the slow matrices included
 	@$(ROOT) $(PYTEST)
 test-schema: prepare-test ## schema carry-over between the last eight MLflow releases, every pair of neighbours

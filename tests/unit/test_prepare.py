@@ -70,8 +70,6 @@ def test_each_make_target_that_runs_python_is_prepared_or_prints_an_error() -> N
     assert unprepared <= {
         "test-on-machines",
         "test-without-machines",
-        "test-of-data",
-        "test-of-parts",
         "test-security-on-machines",
         "test-security-without-machines",
         "test-tools-quick",
