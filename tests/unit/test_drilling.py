@@ -78,6 +78,15 @@ def test_fields_of_only_one_release_are_compared_between_stops_of_that_release()
     assert differences(was, found, exact=True) == ["/new exists only before"]
 
 
+def test_links_that_an_older_server_does_not_return_are_no_change_until_its_own_release_reads() -> None:
+    was = {"spans": [{"links": [{"span_id": "a"}], "name": "predict"}]}
+    found = {"spans": [{"links": [], "name": "predict"}]}
+    assert differences(was, found, exact=False) == differences(found, was, exact=False) == []
+    assert differences(was, found, exact=True) != []
+    other = {"spans": [{"links": [{"span_id": "b"}], "name": "predict"}]}
+    assert differences(was, other, exact=False) == ["/spans[0]/links[0]/span_id was 'a' and is 'b'"]
+
+
 def test_text_cut_to_the_column_of_an_older_release_is_equal() -> None:
     long, cut = "x" * 6000, "x" * 5000
     assert differences(long, cut, exact=False) == []
