@@ -4,10 +4,10 @@
     .venv/bin/python -m tests.bench.against HEAD~20 --only log-metric "get run" --clients 1 8 --rounds 20
 
 Each has its own PostgreSQL and nginx, and the packages of the earlier commit's lock file, so that both run the same
-MLflow. They are measured in turns, the other one suspended. A ratio is that of one round; the median of the rounds is
-printed, with the quartiles; `cpu` is that of the requests per second of processor time of MLflow's server processes,
-which other load on the machine changes less. Requests of several clients are those of as many users, unless --one-user
-is given: some limits are per user.
+MLflow. They are measured in turns, the other one suspended. Each round gives a ratio of the requests per second; their
+median and quartiles are printed. `cpu` is the ratio of the requests per second of processor time of MLflow's server
+processes, which other load on the machine changes less. Each client is a user of its own, because some limits are per
+user; with --one-user all clients are one user.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import io
 import json
 import math
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from typing import Any
 from scripts.interrupts import exit_with
 from tests.bench import load
 from tests.bench.__main__ import say
-from tests.bench.contenders import signal_all
+from tests.bench.contenders import alone
 from tests.support import services
 
 ROOT = Path(__file__).parents[2]
@@ -173,16 +172,6 @@ def measure(sides: list[Side], options: argparse.Namespace) -> list[dict[str, An
             }
         )
     return rows
-
-
-@contextlib.contextmanager
-def alone(side: Side, sides: list[Side]) -> Iterator[None]:
-    paused = [pid for other in sides if other is not side for pid in other.processes()]
-    signal_all(paused, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        signal_all(paused, signal.SIGCONT)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -10,10 +10,11 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from scripts.rehearsal.status import PIECES
 from tests.bench import environments
@@ -297,8 +298,12 @@ def signal_all(pids: list[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
+class HasProcesses(Protocol):
+    def processes(self) -> list[int]: ...
+
+
 @contextlib.contextmanager
-def alone(contender: Contender, others: list[Contender]) -> Iterator[None]:
+def alone(contender: HasProcesses, others: Sequence[HasProcesses]) -> Iterator[None]:
     """Suspend the processes of the others, so that one is measured at a time and all keep their caches."""
     paused = [pid for other in others if other is not contender for pid in other.processes()]
     signal_all(paused, signal.SIGSTOP)

@@ -130,18 +130,18 @@ def serve(uds: Path, *, first: bool = True) -> int:
             notify("READY=1")
             self.watchdog = asyncio.create_task(answer_watchdog())
 
-    callers = {
+    pools = {
         "requests": RequestThreads(threads.requests, "request"),
         "files": RequestThreads(threads.files, "file"),
     }
-    short = with_clients_scheme(page_transfers.without_offers(shortened(application, flask, repository, **callers)))
+    short = with_clients_scheme(page_transfers.without_offers(shortened(application, flask, repository, **pools)))
     apart = request_limits.traces_apart(request_limits.only_objects(short))
     bounded = request_limits.inflating(apart)
     served = request_limits.limited(request_limits.shared(bounded, max(1, threads.requests - 1)))
     served = request_limits.within_memory(served)
     served = request_ids.naming_ids(served)
     served = health.with_health(served, os.environ["MLFLOW_BACKEND_STORE_URI"])
-    served = load_report.with_load(served, callers, getattr(getattr(tracking_store(), "engine", None), "pool", None))
+    served = load_report.with_load(served, pools, getattr(getattr(tracking_store(), "engine", None), "pool", None))
     server = Announced(
         uvicorn.Config(
             prepared(served, native_threads=threads.native),
