@@ -9,11 +9,20 @@ Messages are JSON objects, one a datagram:
         with the listening socket and, when the target is inside a machine, its network namespace as descriptors
     {"op": "cut", "id": …}
         open connections stay open but transfer nothing, as when a machine gets another public address
+    {"op": "unlisten", "id": …}
+        closes the listening socket; open connections go on
     {"op": "close", "id": …}
+
+The forwarder sends {"refused": id} when a machine refuses a connection. The client's own is accepted by then and can no
+longer be refused as on EC2, where MLflow's client repeats any request; after a reset it does not repeat a POST that
+creates something. So the connection waits for the next `open` of its published address, as a connection would whose
+first packet was lost.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import ipaddress
 import json
 import os
@@ -22,6 +31,7 @@ import select
 import socket
 import struct
 import sys
+import time
 from dataclasses import dataclass, field
 
 from scripts.local_cloud import namespaces
@@ -29,6 +39,8 @@ from scripts.local_cloud import namespaces
 CHUNK = 256 * 1024
 BACKLOG_LIMIT = 64
 """Connections accepted per wake-up before other sockets are served."""
+WAIT_SECONDS = 120
+"""How long a refused connection waits for a machine that listens: MLflow's client waits as long for a response."""
 
 
 @dataclass
@@ -36,10 +48,21 @@ class ForwardedPort:
     """One listening socket and the target of its connections."""
 
     listening: socket.socket
+    published: tuple[str, int]
     networks: list[ipaddress.IPv4Network] | None
     target: tuple[str, int]
     namespace: int | None
     keep_source: bool
+
+
+@dataclass
+class WaitingClient:
+    """An accepted connection whose machine refused it."""
+
+    sock: socket.socket
+    source: str
+    published: tuple[str, int]
+    until: float  # by time.monotonic()
 
 
 @dataclass
@@ -53,7 +76,7 @@ class Side:
     mask: int = 0
     read_closed: bool = False
     write_closing: bool = False
-    connecting: bool = False
+    connecting: WaitingClient | None = None  # until connected: the client that waits for it
     silent: bool = False  # transfers nothing any more
 
 
@@ -66,13 +89,15 @@ class Forwarder:
         self.routes: dict[str, ForwardedPort] = {}
         self.by_listener: dict[int, str] = {}
         self.sides: dict[int, Side] = {}
+        self.waiting_clients: list[WaitingClient] = []
         self.buffer = bytearray(CHUNK)
         self.view = memoryview(self.buffer)
         self.poller.register(control.fileno(), select.EPOLLIN)
 
     def run(self) -> None:
         while True:
-            for number, event in self.poller.poll():
+            self.give_up_waiting()
+            for number, event in self.poller.poll(1 if self.waiting_clients else None):
                 if number == self.control.fileno():
                     if not self.obey():
                         return
@@ -97,8 +122,14 @@ class Forwarder:
             listening = socket.socket(fileno=descriptors[0])
             listening.setblocking(False)
             cidrs = order["cidrs"]
+            if before := self.routes.get(order["id"]):
+                self.unlisten(before)
+                if before.namespace is not None:
+                    os.close(before.namespace)
+            published = listening.getsockname()
             self.routes[order["id"]] = ForwardedPort(
                 listening,
+                published,
                 None if cidrs is None else [ipaddress.IPv4Network(cidr, strict=False) for cidr in cidrs],
                 (order["target"][0], order["target"][1]),
                 descriptors[1] if len(descriptors) > 1 else None,
@@ -106,6 +137,13 @@ class Forwarder:
             )
             self.by_listener[listening.fileno()] = order["id"]
             self.poller.register(listening.fileno(), select.EPOLLIN)
+            due = [each for each in self.waiting_clients if each.published == published]
+            self.waiting_clients = [each for each in self.waiting_clients if each.published != published]
+            for each in due:
+                self.forward(order["id"], each)
+        elif order["op"] == "unlisten" and (route := self.routes.get(order["id"])):
+            self.accept(order["id"])
+            self.unlisten(route)
         elif order["op"] == "cut":
             for side in self.sides.values():
                 if side.route == order["id"] and not side.silent:
@@ -113,9 +151,7 @@ class Forwarder:
                         self.poller.unregister(side.sock.fileno())
                     side.mask, side.silent = 0, True
         elif order["op"] == "close" and (route := self.routes.pop(order["id"], None)):
-            self.poller.unregister(route.listening.fileno())
-            del self.by_listener[route.listening.fileno()]
-            route.listening.close()
+            self.unlisten(route)
             if route.namespace is not None:
                 os.close(route.namespace)
             for side in [side for side in self.sides.values() if side.route == order["id"]]:
@@ -129,22 +165,53 @@ class Forwarder:
                 client, (address, _port) = route.listening.accept()
             except OSError:
                 return
-            if route.networks is not None and not any(ipaddress.IPv4Address(address) in n for n in route.networks):
-                refuse(client)
-                continue
-            try:
-                server, connecting = self.connect(route, address)
-            except OSError:
-                refuse(client)
-                continue
-            for sock in (client, server):
-                sock.setblocking(False)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            near, far = Side(client, identifier), Side(server, identifier, connecting=connecting)
-            near.other, far.other = far, near
-            for side in (near, far):
-                self.sides[side.sock.fileno()] = side
-                self.watch(side)
+            self.forward(identifier, WaitingClient(client, address, route.published, time.monotonic() + WAIT_SECONDS))
+
+    def forward(self, identifier: str, client: WaitingClient) -> None:
+        """Connect an accepted client to the target."""
+        route = self.routes[identifier]
+        allowed = route.networks is None or any(ipaddress.IPv4Address(client.source) in each for each in route.networks)
+        if not allowed:
+            reset(client.sock)
+            return
+        try:
+            server, connecting = self.connect(route, client.source)
+        except ConnectionRefusedError:
+            self.let_wait(identifier, client)
+            return
+        except OSError:
+            reset(client.sock)
+            return
+        for sock in (client.sock, server):
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        near, far = Side(client.sock, identifier), Side(server, identifier, connecting=client if connecting else None)
+        near.other, far.other = far, near
+        for side in (near, far):
+            self.sides[side.sock.fileno()] = side
+            self.watch(side)
+
+    def let_wait(self, identifier: str, client: WaitingClient) -> None:
+        """Keep a client whose machine does not listen; ports outside machines reset theirs."""
+        if not self.routes[identifier].keep_source:
+            reset(client.sock)
+            return
+        self.waiting_clients.append(client)
+        with contextlib.suppress(OSError):  # the daemon has ended
+            self.control.send(json.dumps({"refused": identifier}).encode())
+
+    def give_up_waiting(self) -> None:
+        now = time.monotonic()
+        for each in [each for each in self.waiting_clients if each.until < now]:
+            self.waiting_clients.remove(each)
+            reset(each.sock)
+
+    def unlisten(self, route: ForwardedPort) -> None:
+        number = route.listening.fileno()
+        if number >= 0:
+            self.poller.unregister(number)
+            del self.by_listener[number]
+            route.listening.close()
 
     def connect(self, route: ForwardedPort, source: str) -> tuple[socket.socket, bool]:
         """A socket that is connecting to the target, from the client's own address if required; True while
@@ -190,12 +257,18 @@ class Forwarder:
         other = side.other
         assert other is not None
         if side.connecting:
-            if side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self.abort(side)
+            if error := side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                if error == errno.ECONNREFUSED:
+                    self.forget(side)
+                    self.forget(other)
+                    side.sock.close()
+                    self.let_wait(side.route, side.connecting)
+                else:
+                    self.abort(side)
                 return
             if not event & select.EPOLLOUT:
                 return
-            side.connecting = False
+            side.connecting = None
         if side.waiting and event & (select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR):
             sent = side.sock.send(side.waiting)
             del side.waiting[:sent]
@@ -234,14 +307,18 @@ class Forwarder:
     def drop(self, side: Side) -> None:
         """End a connection on both sides."""
         for end in (side, side.other):
-            if end is None:
-                continue
-            number = end.sock.fileno()
-            if number >= 0 and self.sides.pop(number, None) is not None:
-                if end.mask:
-                    self.poller.unregister(number)
-                    end.mask = 0
+            if end is not None and self.forget(end):
                 end.sock.close()
+
+    def forget(self, side: Side) -> bool:
+        """Serve the socket no more; False if it is closed already."""
+        number = side.sock.fileno()
+        if number < 0 or self.sides.pop(number, None) is None:
+            return False
+        if side.mask:
+            self.poller.unregister(number)
+            side.mask = 0
+        return True
 
 
 IP_BIND_ADDRESS_NO_PORT = 24
@@ -252,7 +329,7 @@ RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 """struct linger: on, zero seconds."""
 
 
-def refuse(client: socket.socket) -> None:
+def reset(client: socket.socket) -> None:
     """Close with a reset, because nothing was ever connected."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     client.close()

@@ -18,6 +18,8 @@ from scripts.local_cloud.machines import Machine
 
 WIDEST_RANGE = 32
 """A rule for more ports is published only for listening ports, which are looked up every second."""
+REFUSED: tuple[Any, ...] = ("refused",)
+"""Instead of a route: its machine no longer listens, and connections from before may still be open."""
 
 
 class PublishedPorts:
@@ -47,16 +49,16 @@ class PublishedPorts:
     def settle(self) -> None:
         """Publish the ports that security groups allow and close the others; call with the API lock held.
 
-        A port is published when its machine begins to listen on it. Until then a connection is refused, as on EC2. The
-        forwarder could only accept and reset it, and MLflow's client does not repeat a POST after a reset.
+        A port is published while its machine listens on it. Otherwise a connection is refused, as on EC2. The forwarder
+        could only accept and reset it, and MLflow's client does not repeat every POST after a reset.
         """
         wanted = self._wanted_routes()
         with self.lock:
             self._cut_lost_addresses()
             for name in [name for name in self.routes if "-public-" in name]:
-                if self.routes[name] != wanted.get(name):
+                if name not in wanted or self.routes[name] not in (wanted[name], REFUSED):
                     self._close(name)
-            due = {name: route for name, route in wanted.items() if name not in self.routes}
+            due = {name: route for name, route in wanted.items() if self.routes.get(name, REFUSED) == REFUSED}
             for name in self._listening(due):
                 self._publish(name, due.pop(name))
             self.awaited = bool(due)
@@ -165,6 +167,7 @@ class PublishedPorts:
 
     def _start_forwarder(self) -> subprocess.Popen[bytes]:
         self.forwarder, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        threading.Thread(target=self._heed_forwarder, args=(self.forwarder,), daemon=True).start()
         with theirs:
             return subprocess.Popen(
                 [sys.executable, "-m", "scripts.local_cloud.port_forwarder", str(theirs.fileno())],
@@ -173,6 +176,17 @@ class PublishedPorts:
                 cwd=Path(__file__).parents[2],
                 start_new_session=True,
             )
+
+    def _heed_forwarder(self, forwarder: socket.socket) -> None:
+        """Stop to listen on the ports that machines refuse, until the forwarder ends."""
+        with contextlib.suppress(OSError):
+            while message := forwarder.recv(65536):
+                name = json.loads(message)["refused"]
+                with self.lock:
+                    if name in self.routes:
+                        self.routes[name] = REFUSED
+                        self._send({"op": "unlisten", "id": name})
+                        self.awaited = True
 
     def _mind_forwarder(self, process: subprocess.Popen[bytes]) -> None:
         """Start the forwarder again if it ends, with the same routes; its open connections are lost."""

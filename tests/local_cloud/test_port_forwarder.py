@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,10 +27,18 @@ def control() -> Iterator[socket.socket]:
     assert process.wait(5) == 0, "the forwarder ends with the daemon"
 
 
-def open_route(control: socket.socket, target: tuple[str, int], cidrs: list[str] | None = None) -> tuple[str, int]:
-    """A published address whose connections are forwarded to `target`."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        order = {"op": "open", "id": "route", "cidrs": cidrs, "target": target, "keep_source": False}
+def open_route(
+    control: socket.socket,
+    target: tuple[str, int],
+    cidrs: list[str] | None = None,
+    *,
+    published: tuple[str, int] = ("127.0.0.1", 0),
+    machine: str = "",
+) -> tuple[str, int]:
+    """A published address whose connections are forwarded to `target`, a port of `machine` if that is given."""
+    with socket.create_server(published) as listening:
+        identifier = machine or "route"
+        order = {"op": "open", "id": identifier, "cidrs": cidrs, "target": target, "keep_source": bool(machine)}
         socket.send_fds(control, [json.dumps(order).encode()], [listening.fileno()])
         host, port = listening.getsockname()
         return host, port
@@ -77,6 +86,51 @@ def test_refused_target_resets_the_client(control: socket.socket) -> None:
     published = open_route(control, nowhere)
     with socket.create_connection(published, timeout=5) as client, pytest.raises(ConnectionResetError):
         client.recv(1)
+
+
+def test_client_that_a_machine_refuses_waits_for_the_next_machine(control: socket.socket) -> None:
+    """The ports of a machine that stops are closed before the forwarder's; the address then moves to another."""
+    control.settimeout(5)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nowhere = closed.getsockname()
+    published = open_route(control, nowhere, machine="old")
+    with socket.create_connection(published, timeout=5) as client:
+        client.sendall(b"question")
+        assert json.loads(control.recv(100)) == {"refused": "old"}
+        control.send(json.dumps({"op": "unlisten", "id": "old"}).encode())
+        assert wait_until_refused(published)
+        control.send(json.dumps({"op": "close", "id": "old"}).encode())
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            assert open_route(control, server.getsockname(), published=published, machine="new") == published
+            server.settimeout(5)
+            with server.accept()[0] as accepted:
+                assert accepted.recv(100) == b"question"
+                accepted.sendall(b"answer")
+            assert receive_all(client) == b"answer"
+
+
+def test_open_connections_go_on_when_the_machine_no_longer_listens(control: socket.socket) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        published = open_route(control, server.getsockname(), machine="old")
+        client, accepted = socket.create_connection(published, timeout=5), server.accept()[0]
+    with client, accepted:
+        control.send(json.dumps({"op": "unlisten", "id": "old"}).encode())
+        assert wait_until_refused(published)
+        client.sendall(b"question")
+        assert accepted.recv(100) == b"question"
+
+
+def wait_until_refused(published: tuple[str, int]) -> bool:
+    ends = time.monotonic() + 5
+    while time.monotonic() < ends:
+        try:
+            socket.create_connection(published, timeout=5).close()
+        except ConnectionRefusedError:
+            return True
+        except ConnectionResetError:  # the port was closed during the handshake
+            continue
+        time.sleep(0.02)
+    return False
 
 
 def test_reset_of_the_server_reaches_the_client(control: socket.socket) -> None:

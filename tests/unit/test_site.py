@@ -784,6 +784,30 @@ def test_requests_while_nginx_stops_are_to_be_repeated(site: Site) -> None:
     assert site.asked() == []
 
 
+def test_a_machine_that_stops_lets_requests_in_progress_end_and_closes_connections(site: Site) -> None:
+    """Before nginx stops: it would reset a request on its way on an idle connection, which clients may not repeat."""
+    login = {"Host": HOST, "Authorization": "Basic " + base64.b64encode(b"ada:correct horse").decode()}
+    idle, begun = site.connection(), site.connection()
+    idle.request("GET", "/", headers=login)
+    assert idle.getresponse().read()
+    begun.request("GET", "/get-artifact", headers=login)
+    in_progress = begun.getresponse()
+    (site.folder / "run/nginx/stopping").touch()
+    idle.request("POST", "/api/2.0/mlflow/runs/create", headers=login)
+    answer = idle.getresponse()
+    assert (answer.status, answer.headers["connection"], answer.headers["retry-after"]) == (429, "close", None)
+    for path, accept, expected in (
+        ("/api/2.0/mlflow/runs/search", "*/*", (429, "application/json")),
+        ("/", "text/html", (503, "text/html")),
+        ("/healthz", "*/*", (503, "application/json")),
+    ):
+        code, headers, _ = site.ask(path, user=None, Accept=accept)
+        assert (code, headers["content-type"].split(";")[0], headers["connection"]) == (*expected, "close")
+    for upstream in site.upstreams:
+        upstream.go_on.set()
+    assert in_progress.read() == b"first\nlast\n"
+
+
 def test_mlflows_own_error_response_is_unchanged(site: Site) -> None:
     code, _, body = site.ask("/broken")
     assert (code, json.loads(body)["error_code"]) == (500, "INTERNAL_ERROR")
