@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from scripts.local_cloud import LocalCloud
 from tests.schema.environments import environment, releases
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.machine
 
 NEWEST = releases()[-1]
 CLIENTS = ("2.22.0", OLDER, "3.17.2", NEWEST)
+SEARCH = "/api/2.0/mlflow/runs/search"
 PATIENCE_SECONDS = 300
 
 
@@ -108,14 +111,48 @@ def wait_for_rounds(files: Mapping[str, Path]) -> None:
         time.sleep(1)
 
 
+@contextmanager
+def asking(server: Server) -> Iterator[list[str]]:
+    """Ask the server without pause during the block, on kept connections and on new ones.
+
+    Yields the failures that MLflow's clients do not repeat for a POST that creates something: a connection that ends
+    before the response. They repeat refused connections, and SSL errors, which the certificate of a starting machine
+    causes.
+    """
+    failures: list[str] = []
+    stop = threading.Event()
+
+    def ask(kept: bool) -> None:
+        session = requests.Session()
+        while not stop.wait(0.02):
+            session = session if kept else requests.Session()
+            try:
+                session.post(f"{server.url}{SEARCH}", json={}, verify=server.server_certificate or True, timeout=120)
+            except requests.ConnectionError as error:
+                if not isinstance(error, requests.exceptions.SSLError) and "refused" not in str(error):
+                    failures.append(f"{'kept' if kept else 'new'} connection: {error!r}")
+
+    threads = [threading.Thread(target=ask, args=(kept,)) for kept in (True, False)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield failures
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
 def test_training_goes_on_while_the_machine_is_replaced(
     cloud: LocalCloud, image: Mapping[str, Any], tmp_path: Path
 ) -> None:
     with own_stack(cloud, "swaps"):
         server = launch_server("--ami", image["ami_id"])
         with trainings(server, (NEWEST,), tmp_path) as files:
-            after = swap(files, "--set", "backupRetentionDays=7")
+            with asking(server) as failures:
+                after = swap(files, "--set", "backupRetentionDays=7")
             assert after.instance_id != server.instance_id
+        assert failures == []
         assert len(acknowledged(files[NEWEST])) >= 2
         assert differences(after, NEWEST, files[NEWEST]) == []
 
