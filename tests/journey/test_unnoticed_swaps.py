@@ -116,7 +116,7 @@ def asking(server: Server) -> Iterator[list[str]]:
     """Ask the server without pause during the block, on kept connections and on new ones.
 
     Yields the failures that MLflow's clients do not repeat for a POST that creates something: a connection that ends
-    before the response. They repeat refused connections, and SSL errors, which the certificate of a starting machine
+    before the response. They repeat failures to connect, and SSL errors, which the certificate of a starting machine
     causes.
     """
     failures: list[str] = []
@@ -129,7 +129,7 @@ def asking(server: Server) -> Iterator[list[str]]:
             try:
                 session.post(f"{server.url}{SEARCH}", json={}, verify=server.server_certificate or True, timeout=120)
             except requests.ConnectionError as error:
-                if not isinstance(error, requests.exceptions.SSLError) and "refused" not in str(error):
+                if not isinstance(error, requests.exceptions.SSLError) and "Failed to establish" not in str(error):
                     failures.append(f"{'kept' if kept else 'new'} connection: {error!r}")
 
     threads = [threading.Thread(target=ask, args=(kept,)) for kept in (True, False)]
