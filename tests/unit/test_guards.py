@@ -165,6 +165,6 @@ def test_removed_guard_fails_a_test(file: str, text: str, instead: str, test: st
     chosen = ["-m", "not machine", "-k", name] if name else []
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", path, *chosen],
-        cwd=tmp_path, capture_output=True, text=True,
+        cwd=tmp_path, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 1, f"ended with {done.returncode}, where 1 is a test that fails:\n{done.stdout[-2000:]}"

@@ -540,7 +540,7 @@ def test_a_request_that_waits_too_long_for_its_turn_is_refused(monkeypatch: pyte
 
         first = asyncio.create_task(ask(0))
         await asyncio.sleep(0)
-        await ask(1)
+        await asyncio.wait_for(ask(1), timeout=10)
         ended.set()
         await first
         await ask(0)
