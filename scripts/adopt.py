@@ -67,7 +67,7 @@ from scripts.adopting.verdict import Kind
 from scripts.interrupts import end_like_ctrl_c
 
 AUTH = "basic_auth.db"
-"""MLflow's own database of users, beside the server's."""
+"""The SQLite file in which MLflow keeps its users. Without --users it is looked for in the folder of SOURCE."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,7 +29,7 @@ OLDEST = (3, 11)
 RESTARTED = "MLFLOW_AMI_RESTARTED"
 """Environment variable: id of the process that was started again."""
 ROOT_BYTECODE = "/var/cache/mlflow-ami/bytecode"
-"""Where root keeps compiled Python when the checkout is another user's."""
+"""The folder for root's bytecode files when the checkout belongs to another user."""
 
 
 def enter(name: str) -> None:
@@ -50,7 +50,7 @@ def enter(name: str) -> None:
 
 
 def refuse(name: str, text: str) -> NoReturn:
-    """End the process with a sentence."""
+    """Print the script's name and `text` to standard error, and exit with status 2."""
     sys.stderr.write(f"{name}: {text}\n")
     sys.stderr.flush()
     sys.exit(2)

@@ -119,7 +119,7 @@ def compile_lock(folder: Path, sources: list[str]) -> str | None:
 
 
 def lacking_companions(said: str, constraints: tuple[str, ...]) -> str | None:
-    """The version of MLflow if the resolution failed because the index lacks a companion of it; else None.
+    """The version of MLflow, if the index lacks that version of a package in `COMPANIONS`; else None.
 
     `said` is uv's message. Without a constraint on MLflow uv takes the newest release that resolves.
     """

@@ -123,7 +123,8 @@ def pages(ask: Callable[..., dict[str, Any]], path: str, items: str, /, **query:
 
 
 def number(text: Any) -> Any:
-    """A whole number; None without one. Other text, which SQLite allows anywhere, stays as it is."""
+    """`text` as a whole number; None if it is None or empty. SQLite allows other text anywhere, which stays as
+    it is."""
     if text is None or text == "":
         return None
     try:

@@ -25,7 +25,7 @@ database has the whole text, and the next stop of the release that wrote it must
 
 @dataclass(frozen=True)
 class Touched:
-    """Objects of earlier stops that a stop changed or deleted on purpose."""
+    """Objects that earlier stops of the drill wrote and a later one changed or deleted on purpose."""
 
     changed: set[Key]
     deleted: set[Key]

@@ -23,7 +23,8 @@ FINISHED = "mlflow-ami:format"
 DRILL = "mlflow-ami:drill:"
 """Start of a tag that records a passed drill; the rest is the image version of the other image of the drill."""
 STACK = "mlflow-ami:stack:"
-"""Start of a tag that infra/ writes at `pulumi up`; the rest is the stack's name, the value its data volume."""
+"""Start of the key of a tag that infra/ writes at `pulumi up`. The rest of the key is the stack's name; the value is
+the ID of the stack's data volume."""
 FALLBACK_SEPARATOR = " / "
 TAG_LENGTH = 256
 SOON = timedelta(minutes=5)

@@ -117,7 +117,7 @@ def orphans(ec2: EC2Client, found: list[Image]) -> list[str]:
 
 
 def stale_builders(ec2: EC2Client, now: datetime) -> list[str]:
-    """IDs of builders whose bake has ended, for example because its machine was switched off."""
+    """IDs of builder instances whose bake has ended, for example because the computer that ran it was switched off."""
     pages = ec2.get_paginator("describe_instances").paginate(
         Filters=[{"Name": "tag-key", "Values": ["mlflow-ami:bake"]}]
     )

@@ -36,13 +36,13 @@ from scripts.local_cloud import (
     control_socket,
     ec2,
     file_systems,
-    hosted_zones,
     inventory,
     moto_corrections,
     moto_state,
+    route53,
     volumes,
 )
-from scripts.local_cloud.api import Api, RequestHandler
+from scripts.local_cloud.aws_api_server import Api, RequestHandler
 from scripts.local_cloud.layout import Allotment, LocalCloudError, Places, read_allotment
 from scripts.local_cloud.port_forwarder import raise_file_limit
 from scripts.local_cloud.roles import Roles
@@ -60,7 +60,7 @@ class Daemon(RunningMachines):
         super().__init__(places, allotment, threading.RLock(), Roles(places, allotment), threading.Event())
         moto_corrections.install()
         ec2.install(self, lambda: inventory.free_address(allotment.public_addresses))
-        hosted_zones.install()
+        route53.install()
 
     def serve(self) -> None:
         app = Api(self.places, self.allotment, self.roles, self.api, self.settle_network)

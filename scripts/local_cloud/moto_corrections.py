@@ -1,7 +1,8 @@
-"""Corrections of moto where it differs from AWS, each with AWS's document.
+"""Corrections of moto where it differs from AWS. Each begins with the API call, whose page in the
+service's API Reference it follows.
 
 EC2's are methods of CorrectedEC2, the parent of EmbodiedEC2 (ec2.py); `install` replaces the others. S3's are in
-bucket_settings.py. The documents are the services' API References, by the name of the call.
+s3_bucket_settings.py.
 
 - DeleteSubnet: DependencyViolation while an interface is in it; its route table associations are deleted with it.
 - DeleteVpcEndpoints: a deleted endpoint is InvalidVpcEndpointId.NotFound to DescribeVpcEndpoints; one that does not

@@ -192,7 +192,7 @@ class Forwarder:
             self.watch(side)
 
     def let_wait(self, identifier: str, client: WaitingClient) -> None:
-        """Keep a client whose machine does not listen; ports outside machines reset theirs."""
+        """Let a client wait if the target is a port of a machine that does not listen; reset it for another target."""
         if not self.routes[identifier].keep_source:
             reset(client.sock)
             return

@@ -74,8 +74,8 @@ class Roles:
         }
 
     def refusal(self, environ: Mapping[str, Any], request: permissions.Request) -> permissions.Denial | None:
-        """Why a request with a role's credentials is denied; None if the role's current policies allow it, and for
-        requests with permanent keys, which belong to the account owner."""
+        """Why a request with a role's credentials is denied; None if the role's current policies allow it. Also None
+        for a request with permanent keys, which belong to the account owner."""
         access_key, token = permissions.credential_scope(environ)[0], str(environ.get("HTTP_X_AMZ_SECURITY_TOKEN", ""))
         if not token and not access_key.startswith("ASIA"):
             return None

@@ -1,9 +1,10 @@
 """S3's endpoint: nginx in front of SeaweedFS, so that both ports serve one S3.
 
 Objects, versions, policies and lifecycle rules are SeaweedFS's. Bucket settings that SeaweedFS lacks or implements
-differently from AWS go to the daemon (bucket_settings.py). A request that arrived by TLS is forwarded by TLS, because
-SeaweedFS enforces `aws:SecureTransport` by the connection. Its conditions do not have the key `s3:if-none-match`, but
-the referer, so the value of If-None-Match is forwarded as the referer, too (roles.py renames the key).
+differently from AWS go to the daemon (s3_bucket_settings.py). A request that arrived by TLS is forwarded by TLS,
+because SeaweedFS enforces `aws:SecureTransport` by the connection. Its conditions do not have the key
+`s3:if-none-match`, but the referer, so the value of If-None-Match is forwarded as the referer, too (roles.py renames
+the key).
 """
 
 from __future__ import annotations

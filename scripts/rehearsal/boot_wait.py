@@ -96,9 +96,9 @@ def wait(
 ) -> float:
     """Wait for the first authenticated 200 and return its time (seconds since 1970).
 
-    Logs each step that the machine reports. `alive` returns the instance's state, `certificate` the certificate for
-    HTTPS, None until the machine has published it. Raises BootFailed if a step failed, the machine ended, the password
-    stays refused, or `seconds` have passed.
+    Logs each step that the machine reports. `alive` returns the instance's state. `certificate` returns the
+    server's certificate, or None until the machine has published it. Raises BootFailed if a step failed, the machine
+    ended, the password stays refused, or `seconds` have passed.
     """
     began = time.monotonic()
     looked = began

@@ -216,7 +216,8 @@ def replacing(kind: Kind, changed: set[str], before: Props, after: Props) -> set
 
 
 def outputs(kind: Kind, inputs: Props, found: Props) -> Props:
-    """Inputs and computed outputs together; secret if the input or the type is."""
+    """Inputs and computed outputs together. A value is secret if its input is, or if the type has it in
+    `secret_outputs`."""
     secret = {key for key, value in inputs.items() if holds_secret(value)} | kind.secret_outputs
     merged = {**reveal(inputs), **reveal(found)}
     merged.pop(GENERATED, None)

@@ -157,8 +157,8 @@ def with_changes(settings: Props, assignments: list[str], secret_names: list[str
     """`settings` with each `key=value` applied, `key=` reset to its default, and secrets read from standard input; and
     a sentence for each argument that is not an assignment, or a secret on the command line.
 
-    Lists may be written a,b,c. The stack checks names and values, because its sentences are better. Raises Refused for
-    a missing secret.
+    Lists may be written a,b,c. Names and values are checked later, by the stack's program, whose error messages are
+    better. Raises Refused for a missing secret.
     """
     types = {name: entry["type"] for name, entry in declared().items()}
     changed, mistakes = dict(settings), []

@@ -1,4 +1,5 @@
-"""Tracking servers are adopted by their URL alone, with every value that their release's API returns."""
+"""Adopting a tracking server needs only its URL, and a login if it has one, and copies every value that its API
+returns."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def main() -> int:
         def counting(answer: app.Handler, store: DirectStore, scope: Scope, body: bytes) -> tuple[int, bytes] | None:
             found = answer_or_none(answer, store, scope, body)
             path = scope["path"].partition("/mlflow/")[2]
-            counted.write(f"{path} {'handed on' if found is None else 'beside'}\n")
+            counted.write(f"{path} {'passed on' if found is None else 'answered'}\n")
             return found
 
         app.answer_or_none = counting

@@ -168,7 +168,7 @@ class Pair:
         return own.result(), ours
 
     def counts(self) -> Counter[str]:
-        """Number of our server's responses so far by kind: `runs/get beside`, `runs/get handed on`."""
+        """Number of our server's responses so far by kind: `runs/get answered`, `runs/get passed on`."""
         return Counter(self.counted.read_text().split("\n")) if self.counted.exists() else Counter()
 
 

@@ -17,8 +17,8 @@ import pytest
 from scripts.rehearsal import stack
 from tests.delivery.workflows import line_of
 from tests.support.marks import NEEDS_PULUMI
+from tests.support.pulumi_terminal import Terminal, open_terminal
 from tests.support.servers import REPOSITORY
-from tests.support.terminal import Terminal, open_terminal
 
 if TYPE_CHECKING:
     from scripts.local_cloud import LocalCloud

@@ -181,7 +181,8 @@ def upload_begun(server: Server, path: str, body: bytes) -> Iterator[ssl.SSLSock
 
 
 def finished(upload: ssl.SSLSocket, body: bytes) -> tuple[int, str]:
-    """Status and text of the answer after the other half; who was refused need not take it."""
+    """Send the other half; returns the status and body of the response. A server that has refused the upload may have
+    closed the connection, so an error while sending is ignored."""
     with contextlib.suppress(OSError):
         upload.sendall(body[len(body) // 2 :])
     answer = http.client.HTTPResponse(upload)
@@ -191,7 +192,7 @@ def finished(upload: ssl.SSLSocket, body: bytes) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Look:
-    """Bytes: of the server processes' memory, with pages they share counted in proportion, and of spooled files."""
+    """Bytes of memory of the server processes, with shared pages counted in proportion, and bytes of spooled files."""
 
     memory: int
     spooled: int

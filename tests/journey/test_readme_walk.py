@@ -1,4 +1,5 @@
-"""README's commands for AWS, from `stack init` to the deletion of the stack, with the real `pulumi` and both Packers.
+"""README's commands for AWS, from `stack init` to the deletion of the stack, with the real
+`pulumi`, and with images baked by the current Packer and by Packer 1.6.
 
 The commands are those of README, run by bash in a copy of infra/. AWS is the local cloud, so settings with its
 endpoints are added. The output is written to build/readme-walk.txt.
@@ -15,8 +16,8 @@ import pytest
 
 from scripts.rehearsal import stack
 from tests.support.marks import NEEDS_PULUMI
+from tests.support.pulumi_terminal import Terminal, open_terminal
 from tests.support.servers import REPOSITORY
-from tests.support.terminal import Terminal, open_terminal
 
 if TYPE_CHECKING:
     from scripts.local_cloud import LocalCloud

@@ -51,7 +51,7 @@ def sent(service: str, operation: str, **arguments: Any) -> permissions.Request:
 
 
 def as_daemon_reads(request: AWSPreparedRequest) -> permissions.Request:
-    from scripts.local_cloud.api import parse
+    from scripts.local_cloud.aws_api_server import parse
 
     headers = {
         name: value.decode() if isinstance(value, bytes) else str(value) for name, value in request.headers.items()

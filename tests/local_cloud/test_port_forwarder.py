@@ -35,7 +35,8 @@ def open_route(
     published: tuple[str, int] = ("127.0.0.1", 0),
     machine: str = "",
 ) -> tuple[str, int]:
-    """A published address whose connections are forwarded to `target`, a port of `machine` if that is given."""
+    """Publish a port whose connections are forwarded to `target`, and return its address. With the name of a machine,
+    `target` is treated as a port of it."""
     with socket.create_server(published) as listening:
         identifier = machine or "route"
         order = {"op": "open", "id": identifier, "cidrs": cidrs, "target": target, "keep_source": bool(machine)}

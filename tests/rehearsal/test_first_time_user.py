@@ -15,7 +15,7 @@ import pytest
 from scripts.rehearsal import stack
 from tests.support.marks import NEEDS_PULUMI
 from tests.support.moto_cloud import MotoCloud, moto_cloud, register_image
-from tests.support.terminal import REPOSITORY, Terminal, open_terminal
+from tests.support.pulumi_terminal import REPOSITORY, Terminal, open_terminal
 
 pytestmark = [
     pytest.mark.tools,

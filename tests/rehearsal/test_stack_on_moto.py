@@ -15,7 +15,7 @@ import pytest
 from moto.route53 import models
 
 from mlflow_host.contract import alarms
-from scripts.local_cloud import hosted_zones
+from scripts.local_cloud import route53
 from scripts.local_cloud.base_images import BASES
 from scripts.rehearsal import program_runner, stack
 from scripts.rehearsal.data_sources import LOOKUPS
@@ -269,14 +269,14 @@ def test_log_group_and_dashboard_follow_their_settings(aws: Aws) -> None:
 
 def test_domain_record_is_created_and_deleted_with_the_stack(aws: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "create_route53_zone_id", models.create_route53_zone_id)  # so that it can be recovered
-    hosted_zones.install()
-    state, route53 = State(), aws.client("route53")
+    route53.install()
+    state, client = State(), aws.client("route53")
     ami = image(aws, "20261124T101500Z")
-    zone = route53.create_hosted_zone(Name="example.com", CallerReference="test")["HostedZone"]["Id"].split("/")[-1]
+    zone = client.create_hosted_zone(Name="example.com", CallerReference="test")["HostedZone"]["Id"].split("/")[-1]
     domain = {"domainName": "mlflow.example.com", "hostedZoneId": zone}
 
     def addresses() -> dict[str, list[str]]:
-        found = route53.list_resource_record_sets(HostedZoneId=zone)["ResourceRecordSets"]
+        found = client.list_resource_record_sets(HostedZoneId=zone)["ResourceRecordSets"]
         return {each["Name"]: [r["Value"] for r in each["ResourceRecords"]] for each in found if each["Type"] == "A"}
 
     outputs = reveal(up(aws, state, ami, **domain).outputs)

@@ -23,7 +23,7 @@ BAKE = {
     "ec2:ModifyInstanceMetadataOptions", "ec2:RunInstances", "ec2:StopInstances", "ec2:TerminateInstances",
     "ssm:DeleteParameters", "ssm:GetParametersByPath", "ssm:PutParameter",
 }  # fmt: skip
-"""Calls of Packer (1.6 and 1.16), bake.py and images.py; tests/image/test_operator_calls.py compares them."""
+"""Calls of Packer (1.6 and 1.16), bake.py and images.py; tests/image/test_aws_calls_of_a_bake.py compares them."""
 
 LATER = {
     "ec2:DeleteTags": "a tag that was removed from aws:defaultTags",

@@ -48,7 +48,7 @@ def move(folder: Path, listens: Mapping[int, str]) -> Path:
 
 
 def moved(text: str, folder: Path, listens: Mapping[int, str]) -> str:
-    """A configuration or template with its paths below `folder` and its ports replaced as in `listens`."""
+    """A configuration or template in which these paths are below `folder` and the ports are those in `listens`."""
     for path in (
         "/run/mlflow-host",
         "/run/nginx",

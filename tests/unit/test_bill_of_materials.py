@@ -37,8 +37,8 @@ def bill() -> dict[str, Any]:
 
 
 def test_package_urls_match_vulnerability_databases(bill: dict[str, Any]) -> None:
-    """Package URL specification: epoch and plus sign are percent-encoded; a package's source if its name or version
-    differs."""
+    """As the Package URL specification requires, the colon of an epoch and the plus sign are percent-encoded. The
+    source package is named if its name or version differs."""
     assert [each["purl"] for each in bill["components"]] == [
         "pkg:deb/debian/nginx-light@1.22.1-9%2Bdeb12u3?distro=debian-12&upstream=nginx",
         "pkg:deb/debian/libstdc%2B%2B6@1%3A12.2.0-14?distro=debian-12&upstream=gcc-12%4012.2.0-14",

@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import psycopg2
 
-from mlflow_host.adopt import arriving, loading, placing, settling
+from mlflow_host.adopt import artifact_locations, conflicts, merge, staging
 from mlflow_host.contract import adoption
 from mlflow_host.contract.adoption import ADOPTED_TAG, AdoptionError, Manifest, Request
 from mlflow_host.machine import atomic_file, config
@@ -171,7 +171,7 @@ def prepare(
     begun = time.monotonic()
     manifest = adoption.parse_manifest(store.read("manifest.json"))
     check(settings, manifest)
-    cluster, work = settings.cluster, loading.work_database(name)
+    cluster, work = settings.cluster, merge.work_database(name)
     say(f"creating an empty database at the source's migration {manifest.head}")
     create_empty(cluster, work)
     mlflow.create(work, manifest.head)
@@ -180,15 +180,15 @@ def prepare(
         if missing := {"experiments", "runs"} - manifest.tables.keys():
             raise AdoptionError(f"the source has no table {sorted(missing)[0]}: it is not an MLflow database")
         say("loading the source's rows")
-        arriving.stage(opened, manifest, lambda table: store.rows(table, manifest.tables[table].sha256))
+        staging.stage(opened, manifest, lambda table: store.rows(table, manifest.tables[table].sha256))
         settled = settle(settings, name, store, request, opened)
-        settling.apply(opened, manifest, catalog, settled)
+        conflicts.apply(opened, manifest, catalog, settled)
         say("fitting the rows to MLflow's schema")
-        left = arriving.fill(opened, catalog, manifest)
-        settling.delete_skipped(opened, settled)
-        skipped = arriving.remove_orphans(opened, catalog, "left out with an experiment or model")
+        left = staging.fill(opened, catalog, manifest)
+        conflicts.delete_skipped(opened, settled)
+        skipped = staging.remove_orphans(opened, catalog, "left out with an experiment or model")
         encrypted = [] if request.with_secrets else leave_encrypted(opened, catalog)
-        run(opened, f"DROP SCHEMA {arriving.SCHEMA} CASCADE")
+        run(opened, f"DROP SCHEMA {staging.SCHEMA} CASCADE")
         before = row_counts(opened)
     say(f"migrating them to {settings.image.head}")
     mlflow.upgrade(work, settings.image.head)
@@ -196,9 +196,9 @@ def prepare(
         catalog = read_catalog(opened)
         notes = check_row_counts(before, row_counts(opened))
         say("finding the artifacts")
-        places, others = placing.find(opened, catalog)
+        places, others = artifact_locations.find(opened, catalog)
         if not request.leave_artifacts:
-            placing.rewrite(opened, catalog, places)
+            artifact_locations.rewrite(opened, catalog, places)
         finish_experiments(settings, opened, name, settled)
         counts = row_counts(opened)
     left += [
@@ -251,18 +251,18 @@ def check(settings: AdoptSettings, manifest: Manifest) -> None:
         )
 
 
-def settle(settings: AdoptSettings, name: str, store: Store, request: Request, opened: Any) -> settling.Settlement:
+def settle(settings: AdoptSettings, name: str, store: Store, request: Request, opened: Any) -> conflicts.Settlement:
     try:
         earlier = json.loads(gzip.decompress(store.read("prepared.json.gz")))
         reserved = {} if earlier["dry_run"] else {k: v for k, v in earlier["experiments"].items() if v is not None}
     except AdoptionError:
         reserved = {}
     with connection(settings.cluster, settings.cluster.database, autocommit=True) as live:
-        there = settling.read_live(live, name)
-        fresh = settling.fresh_ids(live, reserve=not request.dry_run)
-        settled = settling.settle(opened, name, request, there, reserved, fresh)
+        there = conflicts.read_live(live, name)
+        fresh = conflicts.fresh_ids(live, reserve=not request.dry_run)
+        settled = conflicts.settle(opened, name, request, there, reserved, fresh)
         if not request.dry_run:
-            settling.reserve_kept(live, settled)
+            conflicts.reserve_kept(live, settled)
     return settled
 
 
@@ -273,11 +273,11 @@ def leave_encrypted(opened: Any, catalog: Any) -> list[LeftBehind]:
         if table in catalog.tables and (count := run(opened, f"DELETE FROM {table}")):
             left.append(LeftBehind(table, None, count, "left behind", "encrypted with the old server's passphrase"))
     if left:
-        left += arriving.remove_orphans(opened, catalog, "needs an encrypted row")
+        left += staging.remove_orphans(opened, catalog, "needs an encrypted row")
     return left
 
 
-def finish_experiments(settings: AdoptSettings, opened: Any, name: str, settled: settling.Settlement) -> None:
+def finish_experiments(settings: AdoptSettings, opened: Any, name: str, settled: conflicts.Settlement) -> None:
     """Tag the adopted experiments. An experiment 0 that is merged into the server's experiment 0 gets the values of the
     latter."""
     for old, new in settled.experiments.items():
@@ -297,7 +297,7 @@ def finish_experiments(settings: AdoptSettings, opened: Any, name: str, settled:
         run(opened, f"UPDATE experiments SET {listed} WHERE experiment_id = 0", found[0])
 
 
-def refusals(settled: settling.Settlement, left: list[LeftBehind], request: Request) -> list[str]:
+def refusals(settled: conflicts.Settlement, left: list[LeftBehind], request: Request) -> list[str]:
     """Sentences: the reasons why nothing is loaded."""
     told = []
     if request.on_clash == "refuse" and settled.clashes:
@@ -322,7 +322,7 @@ def load(
     settings: AdoptSettings, name: str, store: Store, request: Request, mlflow: Release, say: Callable[[str], None]
 ) -> None:
     begun, cluster = time.monotonic(), settings.cluster
-    if loading.work_database(name) not in databases(cluster):
+    if merge.work_database(name) not in databases(cluster):
         raise AdoptionError("the prepared rows were deleted by a boot of the machine: run adopt.py again")
     say("dumping the database in service")
     now = settings.now()
@@ -331,7 +331,7 @@ def load(
     metadata = dump_file.dump_metadata(revision, owner, major(cluster))
     key = dump_file.dump_key(now, "before-adoption", revision)
     address = dump_file.dump(cluster, cluster.database, settings.bucket, key, metadata)
-    loaded = loading.load(cluster, name, settings.image, mlflow, settings.blank, say)
+    loaded = merge.load(cluster, name, settings.image, mlflow, settings.blank, say)
     with connection(cluster, cluster.database, autocommit=True) as opened:
         run(opened, "ANALYZE")
     at = now.astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")

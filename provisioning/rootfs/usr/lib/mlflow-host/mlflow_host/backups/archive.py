@@ -28,7 +28,8 @@ WAITING_SHARE = 0.2
 """Share of the data volume that waiting segments may use."""
 LEAST_WAITING = 256 << 20
 BETWEEN_TRIES = timedelta(minutes=1)
-"""While segments are skipped, only one per minute is tried first, so that skipping is faster than new writes."""
+"""While segments are skipped: the time without a push after one that failed. The queue then shrinks faster than new
+writes fill it."""
 REQUEST_SECONDS = 10
 """Timeout for the archive_command to send the segment's name."""
 

@@ -1,7 +1,7 @@
 """Bake: the fallbacks, features that the installed MLflow release does not support, with the reasons.
 
 The steps of the bake record their fallbacks here; `record_facts.py` copies the list into image.json. MLflow's own code
-replaces each of these features, so no entry makes the bake fail, opens a route or loses data.
+is used instead of each of them, so a fallback does not make the bake fail, open a route or lose data.
 """
 
 from __future__ import annotations

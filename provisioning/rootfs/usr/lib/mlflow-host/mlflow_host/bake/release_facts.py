@@ -50,8 +50,8 @@ def facts() -> dict[str, Any]:
 
 
 def handlers() -> Iterator[tuple[str, str]]:
-    """Path and handler's source of every POST route. A route of an included router has its path without the router's
-    prefix in FastAPI, so the handler is found by the schema's path and operation."""
+    """For every POST route, its path and the source of its handler. A route of an included router has its path without
+    the router's prefix in FastAPI, so the handler is found by the schema's path and operation."""
     with variables({"MLFLOW_BACKEND_STORE_URI": "sqlite://"}):
         from mlflow.server import app as flask_app
         from mlflow.server.fastapi_app import app as fastapi_app

@@ -111,7 +111,7 @@ WHERE lifecycle_stage = 'deleted' AND deleted_time <= %s"""
 
 
 def runs(opened: Any, criteria: Criteria, only: str | None = None) -> list[Item]:
-    """Runs deleted before the cutoff. `only`: just the run with that ID, and lock its row."""
+    """Runs deleted before the cutoff. With the run ID `only`, at most that run, and its row is locked."""
     return [
         judge(RUN, id, name, experiment, location, at, criteria, criteria.references.runs)
         for id, name, experiment, location, at in _those(opened, _RUNS, "run_uuid", criteria, only)

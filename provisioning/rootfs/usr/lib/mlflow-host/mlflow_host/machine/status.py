@@ -79,7 +79,7 @@ class BootStep:
 
     @contextmanager
     def reporting(self) -> Iterator[BootStep]:
-        """Record a failure of the block like `step`, but leave the step running after it."""
+        """Like `step`, record a failure of the `with` block. Without a failure the recorded state stays "running"."""
         self.record("running")
         try:
             yield self

@@ -1,6 +1,6 @@
 """HTTP server for Prometheus on a Unix socket, behind nginx: the registry in the format that the request accepts.
 
-A report is kept for KEEP_SECONDS, so that no number of scrapes makes it measure more often.
+A report is reused for KEEP_SECONDS, so many scrapes cost no more than one in that time.
 """
 
 from __future__ import annotations

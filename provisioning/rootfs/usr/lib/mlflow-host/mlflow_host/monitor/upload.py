@@ -1,7 +1,7 @@
 """Timer `mlflow-host-audit`: add the complete files of the audit trail to the backups bucket, compressed.
 
-An object is written only if none of its name exists (If-None-Match), which the machine's role requires below that
-prefix. Files that could not be sent are sent by the next run.
+An object is written only if no object has its name (If-None-Match); below the trail's prefix the machine's role
+requires this header. Files that could not be sent are sent by the next run.
 """
 
 from __future__ import annotations

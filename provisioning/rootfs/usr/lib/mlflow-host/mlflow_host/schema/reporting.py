@@ -52,7 +52,7 @@ class MergedTable:
     refused: int = 0
     """Rows not inserted, because another row has their key or a value that must be unique."""
     refused_keys: tuple[str, ...] = ()
-    """The keys of the first of them."""
+    """The keys of the first refused rows."""
 
 
 @dataclass(frozen=True)

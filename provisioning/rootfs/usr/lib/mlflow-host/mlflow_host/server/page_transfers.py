@@ -1,5 +1,5 @@
-"""ASGI middleware that removes the offer of direct transfers from the server-info of MLflow's pages, not of its
-clients.
+"""ASGI middleware that removes the offer of direct transfers from the server-info that MLflow's pages get. Its clients
+get it unchanged.
 
 Pages of MLflow 3.18 and newer fetch an artifact from S3 by a presigned URL if server-info offers direct downloads. The
 stack's buckets have no CORS rules, so a browser blocks each such response, and the page then requests the file from the

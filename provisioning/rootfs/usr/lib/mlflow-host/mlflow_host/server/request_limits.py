@@ -258,7 +258,8 @@ def shared(application: Application, at_once: int) -> Application:
 
 
 class TurnsOfUser:
-    """The turns of one user in this process, by kind, and the number of requests that have or await them."""
+    """One user's semaphores in this process, one per kind of request, and the number of the user's requests that run
+    or wait."""
 
     def __init__(self, at_once: int) -> None:
         self.requests = 0
@@ -516,7 +517,7 @@ def check_time(*_: object) -> None:
 
 
 def note_memory_error(*_: object) -> None:
-    """SQLAlchemy's hook after a rollback, which MLflow's session does while it handles an exception."""
+    """Called by SQLAlchemy after a rollback: MLflow's session rolls back while it handles an exception."""
     if isinstance(sys.exc_info()[1], MemoryError):
         THIS_THREAD.exceeded_memory = True
 
@@ -627,7 +628,7 @@ def fields_of(request: Any, body: Any) -> list[tuple[str, Any]]:
 
 def bounded(search: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """MLflow's `search` by a protobuf message, with a check that raises MlflowException (400) for one beyond the
-    limits. GraphQL searches without the JSON that Flask's hook checks, several times in one request."""
+    limits. A GraphQL request may call `search` several times, and has no JSON that Flask's hook could check."""
     from mlflow.exceptions import MlflowException
 
     def checked(message: Any) -> Any:

@@ -1,10 +1,10 @@
 """Timer `mlflow-host-room`: grow the data volume's file system, report its use, and make nginx refuse writes on a full
 volume.
 
-PostgreSQL stops without space for its write-ahead log, and then nothing can be read either. So from REFUSE_PERCENT on
-nginx refuses writes with a sentence, and reads continue. Writes are accepted again below RELENT_PERCENT, after the
-volume was enlarged or a kept database dropped. From WARN_PERCENT on, and while the file system cannot be grown, this
-unit fails (`systemctl --failed`), and the sentence is shown at /mlflow-host/room.json and on the status page.
+PostgreSQL stops without space for its write-ahead log, and then nothing can be read either. So at REFUSE_PERCENT nginx
+begins to refuse writes and says why; reads continue. Writes are accepted again below RELENT_PERCENT, after the volume
+was enlarged or a kept database dropped. From WARN_PERCENT on, and while the file system cannot be grown, this unit
+fails (`systemctl --failed`), and the sentence is shown at /mlflow-host/room.json and on the status page.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Choose what the fast path answers: endpoints whose sources in the installed MLflow match those of a compared release.
 
-MLflow answers the others. `RESTS_ON` has the sources of each endpoint. They are compared by hashes of the text of their
-syntax tree's nodes, which needs no import and is the same under every Python. Parsing takes half a second, so it is
-done once per process, while the database step is still running.
+MLflow answers the others. `RESTS_ON` has the sources of each endpoint. They are compared by the hash of each
+definition's text, so no module is imported, and the hash does not depend on Python's version. Parsing takes half a
+second, so it is done once per process, while the database step is still running.
 
 Entry point `mlflow.tracking_store`: `postgresql`. MLflow loads it during its own import.
 """

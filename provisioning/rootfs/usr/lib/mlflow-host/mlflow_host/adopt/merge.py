@@ -97,8 +97,9 @@ def load(cluster: Cluster, name: str, image: ImageSchema, mlflow: Release, blank
 def base_or_empty(
     cluster: Cluster, base: str, empty: str, image: ImageSchema, mlflow: Release, blank: Path | None, say: Say
 ) -> Iterator[tuple[str, bool]]:
-    """(the database to compare with, whether it is empty). A base of another schema is not used: rows that it has are
-    in service, and later changes of the source in these rows are not carried."""
+    """(the database to compare with, whether it is empty). A base of another schema is not used. Then only rows that
+    are missing in the database in service are carried; rows adopted before stay as they are, even if the source has
+    changed them since."""
     if base in databases(cluster):
         with connection(cluster, base) as opened:
             revision = head(opened)

@@ -12,10 +12,10 @@ from urllib.parse import parse_qsl
 
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 
-from scripts.local_cloud import bucket_settings, ec2, moto_state, permissions, signatures
-from scripts.local_cloud.bucket_settings import BucketSettings
+from scripts.local_cloud import ec2, moto_state, permissions, s3_bucket_settings, signatures
 from scripts.local_cloud.layout import Allotment, Places
 from scripts.local_cloud.roles import Roles
+from scripts.local_cloud.s3_bucket_settings import BucketSettings
 
 READ_ONLY = ("Describe", "Get", "List", "Head", "BatchGet", "Lookup", "Search", "Simulate", "Decrypt")
 
@@ -48,7 +48,7 @@ class Api:
         environ["wsgi.input"] = io.BytesIO(body)
         if reason := signatures.of_a_page(environ, self.ports):
             return _refused(environ, permissions.Denial("AccessDenied", reason), start_response)
-        if bucket_settings.MARK in environ:  # the object store verifies these requests
+        if s3_bucket_settings.MARK in environ:  # the object store verifies these requests
             return self._answer_for_store(environ, body, start_response)
         action, parameters = parse(environ, body)
         asked = permissions.read(environ, body, action, parameters)

@@ -14,8 +14,8 @@ from typing import Any
 from psycopg2 import sql
 from psycopg2.extras import execute_values
 
-from mlflow_host.adopt.arriving import SCHEMA
-from mlflow_host.adopt.loading import is_empty
+from mlflow_host.adopt.merge import is_empty
+from mlflow_host.adopt.staging import SCHEMA
 from mlflow_host.contract.adoption import ADOPTED_TAG, Manifest, Request
 from mlflow_host.postgres.catalog import Catalog
 from mlflow_host.postgres.cluster import rows, run, value
