@@ -16,7 +16,8 @@ from settings import Settings
 from storage import Storage
 
 DATA_DEVICE = "/dev/sdf"
-"""Device name of the attachment. The machine finds the volume by its ID, because the kernel chooses another name."""
+"""Device name of the attachment. The machine finds the volume by the volume's ID, because the kernel gives the device
+another name."""
 RECORD_SECONDS = 300
 
 

@@ -69,7 +69,7 @@ def page(
     if after["different"]:
         lines += [
             "",
-            f"## Evidence: sources that differ from every compared release, with those of {before['version']}",
+            f"## Evidence: sources that differ from every compared release, as a diff from {before['version']}",
         ]
         for name in after["different"]:
             old, new = (each["sources"][name]["text"].splitlines() for each in (before, after))

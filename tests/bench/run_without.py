@@ -28,7 +28,7 @@ def without_auth_block() -> None:
 
 
 def without(name: str) -> Callable[[], None]:
-    """Replace a function of `server.process` that wraps the application by one that returns it."""
+    """Return a replacement for the function `name` of `server.process`: it returns the application unwrapped."""
 
     def remove() -> None:
         from mlflow_host.server import process

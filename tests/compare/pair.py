@@ -88,8 +88,8 @@ class Side:
         self.connection = None
 
     def without_ids(self, text: str) -> str:
-        """With the numbers of runs instead of their IDs, and without values that a server generates: other IDs, run
-        names, the text of a refused SQL statement."""
+        """`text` with the number of each run instead of its ID, with placeholders for other IDs and run names, and cut
+        off before an SQL statement."""
         for number, run_id in enumerate(self.runs):
             if run_id in text:
                 text = text.replace(run_id, f"<run {number}>")

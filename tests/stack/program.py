@@ -101,7 +101,7 @@ class Account:
 
 
 def report(volume: str = "", **changes: str) -> dict[str, str]:
-    """The parameter in-service, as a machine with the image of `image_tags` writes it."""
+    """The parameter `in-service` as written by a machine whose image has these `image_tags`."""
     told = {name.split(":")[1].replace("-", "_"): value for name, value in image_tags(**changes).items()}
     known = {each: told[each] for each in ("image_version", "mlflow_version", "migration_head")}
     numbers = {each: int(told[each]) for each in ("migration_count", "postgresql_major")}

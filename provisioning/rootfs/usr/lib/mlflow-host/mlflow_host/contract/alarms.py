@@ -111,7 +111,7 @@ UNITS = {
 
 
 def metrics(names: Iterable[str], dashboard: bool) -> set[str]:
-    """The metrics of the alarms of these names, and of the dashboard."""
+    """The metrics that the named alarms watch and, if `dashboard`, those that the dashboard plots."""
     watched = {alarm.metric for alarm in ALARMS if alarm.name in set(names)}
     return watched | {metric for plot in PLOTS if dashboard for metric in plot.metrics}
 

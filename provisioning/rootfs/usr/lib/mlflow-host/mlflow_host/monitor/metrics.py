@@ -1,7 +1,7 @@
 """Metrics for Prometheus: counters of requests from nginx's log, and gauges of the machine, measured at a scrape.
 
-The names and labels are in provisioning/README.md. Everything that fails to be measured is left out of that scrape, and
-`mlflow_host_collector_success` names it.
+The names and labels are in provisioning/README.md. What cannot be measured is left out of the scrape, and its
+`mlflow_host_collector_success` is 0.
 """
 
 from __future__ import annotations

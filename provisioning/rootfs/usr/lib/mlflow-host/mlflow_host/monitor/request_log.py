@@ -52,7 +52,7 @@ class Request(NamedTuple):
 
 
 def parse(line: str) -> Request | None:
-    """None for a line of another format: of the time before the site was configured, or of another server block."""
+    """None for a line in another format: written before the site was configured, or by another server block."""
     found = _LINE.fullmatch(line)
     if not found:
         return None

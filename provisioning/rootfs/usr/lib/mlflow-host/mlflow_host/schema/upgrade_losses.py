@@ -79,8 +79,8 @@ def _is_narrower(was: Column, now: Column | None) -> bool:
 
 
 def _load(reader: Any, writer: Any, table: Table, planned: TablePlan | None) -> None:
-    """Temporary tables in the migrated database: the old rows ("…_kept"), and the same as a carry back would rebuild
-    them ("…_base")."""
+    """Create temporary tables in the migrated database: the old rows ("…_kept"), and, if `planned`, the rows that
+    carrying the data back would rebuild ("…_base", else empty)."""
     kept, base = temporary(table, "kept"), temporary(table, "base")
     columns = ", ".join(f"{quoted(column.name)} {column.type}" for column in table.columns)
     for each in (kept, base):

@@ -65,8 +65,8 @@ DEAR = re.compile(
 """Requests whose answer may take much memory and time: searches, histories, traces."""
 
 DEAR_AT_ONCE = 2
-"""Expensive requests of one user that a process handles at a time. With more, one user's searches end sooner, but each
-takes up to 100 MB in PostgreSQL (`CONDITIONS`) and memory in this process."""
+"""Maximum number of one user's expensive requests that a process handles at a time. With more, one user's searches end
+sooner, but each takes up to 100 MB in PostgreSQL (`CONDITIONS`) and memory in this process."""
 
 DEAR_SECONDS = 60
 """Seconds after which an expensive request makes no further query."""
