@@ -84,7 +84,8 @@ def build(config: Settings, found: Existing, volume: pulumi.Resource, opts: pulu
         only."""
         return parameter(name, description, "String", value, credentials, ignore_changes=WRITTEN_ONCE)
 
-    # After the data volume and before the other parameters, so that with a lost state only the first one is refused.
+    # Created after the data volume and before the other parameters, so that with a lost state AWS refuses one resource,
+    # not all of them.
     credentials = parameter(
         "credentials",
         "its users, and the passphrase of its key encryption key",

@@ -15,7 +15,7 @@ from scripts.interrupts import passed_on
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path("build/delivery")
-"""Files that one step writes and another reads, below the repository."""
+"""Folder in the repository for files that one step writes and another reads."""
 
 
 class StepFailed(Exception):

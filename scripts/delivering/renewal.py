@@ -70,7 +70,7 @@ def propose(version: str, passed: bool) -> None:
 
 
 def released(channel: str) -> str:
-    """The release of MLflow of the image that the channel names; empty if it names none."""
+    """The MLflow release in the image that the channel names; empty if it names none."""
     found = json.loads(script("images.py", "list", "--json"))
     return next((image_steps.fact(each, "mlflow-version") for each in found if channel in each["channels"]), "")
 

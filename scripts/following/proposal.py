@@ -26,7 +26,7 @@ def reads(path: str) -> bool:
 
 
 def pattern(path: str) -> str:
-    """A route's path as an alternative of the lists, which are verbose regular expressions."""
+    """A route's path as a line of the lists, which are verbose regular expressions."""
     literal = re.sub(r"<[^>]+>", "<>", path)
     escaped = re.escape(literal).replace(re.escape("<>"), "<[^>]+>")
     return re.sub(r"^/(ajax\\-)?api/", "/(ajax-)?api/", escaped).replace("\\-", "-")

@@ -1,4 +1,4 @@
-"""Bucket settings that SeaweedFS lacks or implements differently from AWS: each difference, and AWS's document.
+"""Bucket settings that SeaweedFS lacks or implements differently from AWS.
 
 nginx (store_front.py) sends these requests here. The same request first goes to SeaweedFS, which verifies the
 signature, the role's policies and the bucket's policy; a refusal is returned. Then moto responds. Its record of the

@@ -121,7 +121,7 @@ def _install_plugins(home: Path) -> None:
 
 
 def write_executable(path: Path, arguments: list[str]) -> None:
-    """Make `path` a program that runs this project's Python with these arguments, followed by its own."""
+    """Write a script to `path` that runs this project's Python with `arguments` and then those of its caller."""
     command = shlex.join([sys.executable, *arguments])
     path.write_text(f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(tools.CHECKOUT))} exec {command} "$@"\n')
     path.chmod(0o755)

@@ -4,10 +4,10 @@
     .venv/bin/python -m tests.bench.against HEAD~20 --only log-metric "get run" --clients 1 8 --rounds 20
 
 Each has its own PostgreSQL and nginx, and the packages of the earlier commit's lock file, so that both run the same
-MLflow. They are measured in turns, the other one suspended. Each round gives a ratio of the requests per second; their
-median and quartiles are printed. `cpu` is the ratio of the requests per second of processor time of MLflow's server
-processes, which other load on the machine changes less. Each client is a user of its own, because some limits are per
-user; with --one-user all clients are one user.
+MLflow. They are measured alternately; meanwhile the other one is suspended. Each round gives a ratio of the requests
+per second; their median and quartiles are printed. `cpu` is the same ratio per second of processor time that MLflow's
+server processes used, which other load on the machine affects less. Each client is a user of its own, because some
+limits are per user; with --one-user all clients are one user.
 """
 
 from __future__ import annotations

@@ -232,7 +232,8 @@ def test_look_ups_go_through_the_same_provider_as_the_resources() -> None:
 
 
 def on(schema: str, last: str | None, last_image: str = OLD, reported: str = "") -> str:
-    """The message of preview for an image of `schema`, after an `up` of `last` and a machine's report of `reported`."""
+    """The message of preview for an image with `schema`, if the last `up` had `last` and the machine
+    reported `reported`."""
     volumes = data_volume(last_image, **SCHEMAS[last]) if last else {}
     parameters = report(**SCHEMAS[reported]) if reported else {"in-service": "not reported yet"}
     there = account(

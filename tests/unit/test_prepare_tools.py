@@ -1,4 +1,4 @@
-"""prepare_tools.py builds what is missing, once, with a stand-in for `go`."""
+"""prepare_tools.py builds only what is missing. A stand-in replaces `go` here."""
 
 from __future__ import annotations
 

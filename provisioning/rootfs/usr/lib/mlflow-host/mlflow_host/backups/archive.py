@@ -28,8 +28,8 @@ WAITING_SHARE = 0.2
 """Share of the data volume that waiting segments may use."""
 LEAST_WAITING = 256 << 20
 BETWEEN_TRIES = timedelta(minutes=1)
-"""While segments are skipped: the time without a push after one that failed. The queue then shrinks faster than new
-writes fill it."""
+"""While too many segments wait: how long after a failed push the next ones are skipped without a push. So the queue
+shrinks faster than new writes fill it."""
 REQUEST_SECONDS = 10
 """Timeout for the archive_command to send the segment's name."""
 

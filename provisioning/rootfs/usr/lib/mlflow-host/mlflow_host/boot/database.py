@@ -10,8 +10,8 @@
     newer      carry back    load the empty database, copy all tables and columns in both schemas, verify, flip
 
 The step only reads the database in service until the flip, one transaction that renames it and gives its name to its
-successor. A crash before the flip leaves the database in service, and unfinished databases that the next boot drops.
-The replaced database is kept under a name with its migration head and the time.
+successor. After a crash before the flip, the old database is still in service, and the next boot drops the unfinished
+ones. The replaced database is kept under a name with its migration head and the time.
 """
 
 from __future__ import annotations

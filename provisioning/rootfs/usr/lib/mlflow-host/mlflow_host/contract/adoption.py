@@ -149,7 +149,7 @@ _ESCAPED = re.compile(r"\\(x[0-9a-fA-F]{1,2}|[0-7]{1,3}|.)", re.DOTALL)
 
 
 def unescape(field: str) -> str | None:
-    """The value of a field of COPY's text format, as pg_dump writes it too."""
+    """The value of a field in COPY's text format, which pg_dump also uses."""
     if field == "\\N":
         return None
     return _ESCAPED.sub(_unescaped, field) if "\\" in field else field

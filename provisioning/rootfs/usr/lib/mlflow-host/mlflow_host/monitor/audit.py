@@ -2,7 +2,7 @@
 backups bucket.
 
 The line has no body, no query and no password: the time, the user and role, the address, the method, the route's name,
-the items that the request names, and the status. A request is a write if nginx treats it as one for readers.
+the items that the request names, and the status. A request is a write if nginx would refuse it to a reader.
 
 An address without an accepted login could fill the bucket with refusals, so of these at most REFUSALS a minute from one
 address have a line of their own; the others are counted in one line.

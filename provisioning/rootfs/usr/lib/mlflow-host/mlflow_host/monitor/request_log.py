@@ -134,8 +134,8 @@ class Follower:
         self._file, self._idle = None, 0
 
     def _open(self) -> BinaryIO | None:
-        """The file of the position, which logrotate may have renamed, else the current one from its start. None if
-        there is none yet."""
+        """Open the log file of `position`, even if logrotate has renamed it; if it is gone, the current file at its
+        start. None if there is none yet."""
         renamed = self.log.with_name(f"{self.log.name}.1")
         for path in (self.log, renamed):
             with suppress(FileNotFoundError):
