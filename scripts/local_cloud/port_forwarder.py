@@ -13,10 +13,10 @@ Messages are JSON objects, one a datagram:
         closes the listening socket; open connections go on
     {"op": "close", "id": …}
 
-The forwarder sends {"refused": id} when a machine refuses a connection. The client's own is accepted by then and can no
-longer be refused as on EC2, where MLflow's client repeats any request; after a reset it does not repeat a POST that
-creates something. So the connection waits for the next `open` of its published address, as a connection would whose
-first packet was lost.
+The forwarder sends {"refused": id} when a machine refuses a connection. It has accepted the client's connection by
+then, so it cannot refuse that one as EC2 does. It could only reset it, and MLflow's client does not repeat a POST that
+creates something after a reset; it does after a refusal. So the client waits for the next `open` of the same published
+address. To the client that is a slow connect.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CHUNK = 256 * 1024
 BACKLOG_LIMIT = 64
 """Connections accepted per wake-up before other sockets are served."""
 WAIT_SECONDS = 120
-"""How long a refused connection waits for a machine that listens: MLflow's client waits as long for a response."""
+"""How long a client waits for a machine that listens. MLflow's client waits as long for a response by default."""
 
 
 @dataclass
@@ -197,8 +197,10 @@ class Forwarder:
             reset(client.sock)
             return
         self.waiting_clients.append(client)
-        with contextlib.suppress(OSError):  # the daemon has ended
-            self.control.send(json.dumps({"refused": identifier}).encode())
+        # The message is left out while the queue is full, because the daemon may be waiting for this process. The next
+        # refusal sends it again.
+        with contextlib.suppress(OSError):
+            self.control.send(json.dumps({"refused": identifier}).encode(), socket.MSG_DONTWAIT)
 
     def give_up_waiting(self) -> None:
         now = time.monotonic()
@@ -311,7 +313,7 @@ class Forwarder:
                 end.sock.close()
 
     def forget(self, side: Side) -> bool:
-        """Serve the socket no more; False if it is closed already."""
+        """Remove the socket from the poller and the connections; False if it was closed before."""
         number = side.sock.fileno()
         if number < 0 or self.sides.pop(number, None) is None:
             return False

@@ -19,7 +19,7 @@ from scripts.local_cloud.machines import Machine
 WIDEST_RANGE = 32
 """A rule for more ports is published only for listening ports, which are looked up every second."""
 REFUSED: tuple[Any, ...] = ("refused",)
-"""Instead of a route: its machine no longer listens, and connections from before may still be open."""
+"""In place of a route whose machine no longer listens. Its earlier connections may still be open."""
 
 
 class PublishedPorts:
@@ -167,7 +167,7 @@ class PublishedPorts:
 
     def _start_forwarder(self) -> subprocess.Popen[bytes]:
         self.forwarder, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        threading.Thread(target=self._heed_forwarder, args=(self.forwarder,), daemon=True).start()
+        threading.Thread(target=self._unlisten_refused, args=(self.forwarder,), daemon=True).start()
         with theirs:
             return subprocess.Popen(
                 [sys.executable, "-m", "scripts.local_cloud.port_forwarder", str(theirs.fileno())],
@@ -177,8 +177,8 @@ class PublishedPorts:
                 start_new_session=True,
             )
 
-    def _heed_forwarder(self, forwarder: socket.socket) -> None:
-        """Stop to listen on the ports that machines refuse, until the forwarder ends."""
+    def _unlisten_refused(self, forwarder: socket.socket) -> None:
+        """Close the listening sockets of ports on which machines refuse connections, until the forwarder ends."""
         with contextlib.suppress(OSError):
             while message := forwarder.recv(65536):
                 name = json.loads(message)["refused"]

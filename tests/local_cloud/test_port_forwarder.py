@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -90,7 +91,7 @@ def test_refused_target_resets_the_client(control: socket.socket) -> None:
 
 
 def test_client_that_a_machine_refuses_waits_for_the_next_machine(control: socket.socket) -> None:
-    """The ports of a machine that stops are closed before the forwarder's; the address then moves to another."""
+    """A stopping machine closes its ports before the forwarder does. Then its address moves to another machine."""
     control.settimeout(5)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         nowhere = closed.getsockname()
@@ -119,6 +120,20 @@ def test_open_connections_go_on_when_the_machine_no_longer_listens(control: sock
         assert wait_until_refused(published)
         client.sendall(b"question")
         assert accepted.recv(100) == b"question"
+
+
+def test_refusals_that_the_daemon_does_not_read_block_nothing(control: socket.socket) -> None:
+    """The daemon may be waiting for the forwarder to read an order while it reads no refusals."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nowhere = closed.getsockname()
+    refusing = open_route(control, nowhere, machine="old")
+    with contextlib.ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as server:
+        for _ in range(700):
+            stack.enter_context(socket.create_connection(refusing, timeout=5))
+        published = open_route(control, server.getsockname(), machine="new")
+        server.settimeout(5)
+        with socket.create_connection(published, timeout=5), server.accept()[0]:
+            pass
 
 
 def wait_until_refused(published: tuple[str, int]) -> bool:
