@@ -113,11 +113,11 @@ def wait_for_rounds(files: Mapping[str, Path]) -> None:
 
 @contextmanager
 def asking(server: Server) -> Iterator[list[str]]:
-    """Ask the server without pause during the block, on kept connections and on new ones.
+    """Send POST requests every 20 ms during the block, on a kept connection and on new ones.
 
-    Yields the failures that MLflow's clients do not repeat for a POST that creates something: a connection that ends
-    before the response. They repeat failures to connect, and SSL errors, which the certificate of a starting machine
-    causes.
+    Yields the failures after which MLflow's client does not repeat a POST that creates something: connections that end
+    before the response. Failures to connect and SSL errors are left out, because the client repeats those. A starting
+    machine causes SSL errors with its temporary certificate.
     """
     failures: list[str] = []
     stop = threading.Event()

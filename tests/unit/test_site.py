@@ -787,7 +787,7 @@ def test_requests_while_nginx_stops_are_to_be_repeated(site: Site) -> None:
 
 
 def test_a_machine_that_stops_lets_requests_in_progress_end_and_closes_connections(site: Site) -> None:
-    """Before nginx stops: it would reset a request on its way on an idle connection, which clients may not repeat."""
+    """nginx closes idle connections when it stops. A request just sent on one would be reset."""
     login = {"Host": HOST, "Authorization": "Basic " + base64.b64encode(b"ada:correct horse").decode()}
     idle, begun = site.connection(), site.connection()
     idle.request("GET", "/", headers=login)
