@@ -1,9 +1,10 @@
-"""Benchmark: MLflow's migration to 3.17 of a database with many traces, as a ratio to MLflow's own statements.
+"""Benchmark: migrate a database with many traces to MLflow 3.17, with this project's statements and with MLflow's
+statements.
 
     .venv/bin/python -m tests.bench.trace_upgrade [--traces 10000] [--without-baseline]
 
-Each trace has five spans, a name, a session, tokens and costs. The baseline runs the same migration with MLflow's own
-statements, whose time grows with the square of the traces. Prints JSON on stdout.
+Each trace has five spans, a name, a session, tokens and costs. The baseline is the same migration with MLflow's own
+statements. The duration of the baseline grows with the square of the number of traces. Prints JSON on stdout.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from scripts.interrupts import exit_with
 from tests.schema.private_cluster import private_cluster
 
 BEFORE, AFTER = "b7e2c1a4d9f3", "75868b020152"
-"""The migration that moves the analytics of traces to columns, and the one before it."""
+"""AFTER is the migration that moves the analytics of traces to columns. BEFORE is the migration before AFTER."""
 
 FILL = """
 INSERT INTO experiments (experiment_id, name, artifact_location, lifecycle_stage) VALUES (0, 'Default', 'x', 'active');
@@ -67,7 +68,7 @@ def main() -> int:
         seconds = {}
         for name in ("ours",) if options.without_baseline else ("ours", "mlflow"):
             copy_database(cluster, "before", name)
-            say(f"migrating with {'our' if name == 'ours' else 'its own'} statements")
+            say(f"migrating with the statements of {'this project' if name == 'ours' else 'MLflow'}")
             begun = time.monotonic()
             if name == "ours":
                 release_worker.upgrade(cluster.uri(name), AFTER)
@@ -80,7 +81,7 @@ def main() -> int:
 
 
 def plain(uri: str) -> None:
-    """The migration as `mlflow db upgrade` runs it."""
+    """Run the migration like `mlflow db upgrade`."""
     from alembic import command
     from mlflow.store.db import utils
 

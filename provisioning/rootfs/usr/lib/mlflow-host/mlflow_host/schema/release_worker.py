@@ -1,23 +1,23 @@
-"""Worker process of `release.Release`: runs tasks with the MLflow of the interpreter that runs this file.
+"""Worker process of `release.Release`: runs tasks with the MLflow that is installed for this Python interpreter.
 
-Reads one JSON request per line on stdin and writes one JSON reply per line on stdout, until stdin ends. Importing
-MLflow takes seconds, so the step starts one worker early and sends it all tasks. This file imports nothing from
-mlflow_host, because tests run it with the interpreters of other environments.
+The worker reads one JSON request per line from stdin and writes one JSON reply per line to stdout, until stdin ends.
+Importing MLflow takes seconds, so the database step starts one worker early and sends all tasks to this worker.
+This file imports nothing from mlflow_host, because tests run it in virtual environments that lack mlflow_host.
 """
 
 from __future__ import annotations
 
 import ast
 import enum
-import hashlib
 import inspect
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 MODELS = (
@@ -25,16 +25,13 @@ MODELS = (
     "mlflow.store.model_registry.dbmodels.models",
     "mlflow.store.workspace.dbmodels.models",
 )
-"""The modules with the classes of MLflow's tables; older releases lack some of them."""
+"""The modules that define MLflow's tables. Older releases lack some of these modules."""
 
 READ_AT_MOST = 200
-"""Rows of each table that are read as MLflow's objects."""
-
-PAGE_ROWS = 2000
-"""Rows that a migration in `KNOWN_FUNCTIONS` reads and updates at once, in place of MLflow's 250."""
+"""Maximum number of rows per table that `query_stores` converts to MLflow's objects."""
 
 NAMED_AT_MOST = 3
-"""Unreadable rows of each table that are named."""
+"""Maximum number of unreadable rows per table that a message names."""
 
 
 def head() -> str:
@@ -43,7 +40,7 @@ def head() -> str:
 
 
 def create(uri: str, revision: str) -> None:
-    """Create the tables in an empty database as MLflow's store does: the initial tables, then all migrations."""
+    """Create tables in an empty database as MLflow's store does: the initial tables, then the migrations."""
     first_tables: Any = import_module("mlflow.store.tracking.dbmodels.initial_models")
     engine = _engine(uri)
     first_tables.Base.metadata.create_all(engine)
@@ -56,174 +53,37 @@ def upgrade(uri: str, revision: str) -> None:
     from alembic.script import ScriptDirectory
 
     utils: Any = import_module("mlflow.store.db.utils")
+    quick = _quick_migrations()
     engine = _engine(uri)
-    import_module("sqlalchemy").event.listen(engine, "before_execute", _compare_keys_as_rows, retval=True)
+    import_module("sqlalchemy").event.listen(engine, "before_execute", quick.compare_keys_as_rows, retval=True)
     config = utils._get_alembic_config(uri)
     script = ScriptDirectory.from_config(config)
-    _quicken(script)
+    quick.quicken(script)
 
     def steps(current: Any, _: Any) -> Any:
         return script._upgrade_revs(revision, current)
 
-    # alembic's command.upgrade, with the prepared scripts.
+    # These lines do the same as alembic's command.upgrade, but with the functions of quick_migrations.py.
     with engine.begin() as connection, EnvironmentContext(config, script, fn=steps, destination_rev=revision):
         config.attributes["connection"] = connection
         script.run_env()
     engine.dispose()
 
 
-def _compare_keys_as_rows(connection: Any, statement: Any, *rest: Any) -> Any:
-    """SQLAlchemy's hook before each statement: `(a, b) > (x, y)` for `a > x OR a = x AND b > y`, which is the same.
-
-    MLflow's migrations read large tables page by page in this way. PostgreSQL finds the first row of a page in an index
-    by the short form only; by the long one, each page reads all pages before it.
-    """
-    sqlalchemy: Any = import_module("sqlalchemy")
-    operators, elements = import_module("operator"), sqlalchemy.sql.elements
-
-    def is_(expression: Any, operator: str) -> bool:
-        return getattr(expression, "operator", None) is getattr(operators, operator)
-
-    def replaced(element: Any, **_: Any) -> Any:
-        if not (isinstance(element, elements.BooleanClauseList) and is_(element, "or_") and len(element.clauses) == 2):
-            return None
-        above, tie = (each.element if isinstance(each, elements.Grouping) else each for each in element.clauses)
-        if not (isinstance(tie, elements.BooleanClauseList) and is_(tie, "and_") and len(tie.clauses) == 2):
-            return None
-        same, after = tie.clauses
-        if not (is_(above, "gt") and is_(same, "eq") and is_(after, "gt") and above.left is same.left):
-            return None
-        if not all(isinstance(each.right, elements.BindParameter) for each in (above, same)):
-            return None
-        if above.right.effective_value != same.right.effective_value:
-            return None
-        return sqlalchemy.tuple_(above.left, after.left) > sqlalchemy.tuple_(above.right, after.right)
-
-    if isinstance(statement, sqlalchemy.sql.Select) and statement.whereclause is not None:
-        visitors = sqlalchemy.sql.visitors
-        if any(replaced(each) is not None for each in visitors.iterate(statement.whereclause)):
-            statement = visitors.replacement_traverse(statement, {}, replaced)
-    return statement, *rest[:2]
-
-
-def _quicken(script: Any) -> None:
-    """Replace the functions of `KNOWN_FUNCTIONS`. A function that MLflow changed stays, and so does the length of the
-    pages that it reads."""
-    for revision, functions in KNOWN_FUNCTIONS.items():
-        try:
-            migration = script.get_revision(revision).module
-        except Exception:  # this release does not have it
-            continue
-        known = [name for name in functions if _digest(getattr(migration, name, None)) == functions[name][0]]
-        for name in known:
-            setattr(migration, name, partial(functions[name][1], migration, getattr(migration, name)))
-        if known == list(functions):
-            migration._BATCH_SIZE = PAGE_ROWS
-
-
-def _digest(function: Any) -> str:
-    """SHA-256 of a function's syntax tree; "" for anything else."""
-    try:
-        tree = ast.unparse(ast.parse(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return ""
-    return hashlib.sha256(tree.encode()).hexdigest()
-
-
-def _delete_keys(migration: Any, _: Any, table: Any, keys: list[str] | None = None) -> None:
-    """Delete the rows of a table with these keys; without keys, those of the costs, which are columns now."""
-    migration.op.get_bind().execute(table.delete().where(table.c.key.in_(keys or list(migration._COST_COLUMNS))))
-
-
-def _skip_empty_spans(migration: Any, backfill: Callable[[], None]) -> None:
-    """Call MLflow's function, which reads only spans that have a model, a cost, or a value in one of the new columns.
-    It does not change the others."""
-    sqlalchemy: Any = import_module("sqlalchemy")
-
-    def skip(_: Any, statement: Any, *rest: Any) -> Any:
-        columns = getattr(statement, "selected_columns", {})
-        if "dimension_attributes" in columns:
-            spans = columns["dimension_attributes"].table
-            metrics = sqlalchemy.table("span_metrics", *map(sqlalchemy.column, ("trace_id", "span_id", "key")))
-            # For EXISTS, PostgreSQL would read all of span_metrics for each page. It answers this from the index.
-            cost = sqlalchemy.select(metrics.c.key).where(
-                metrics.c.trace_id == spans.c.trace_id,
-                metrics.c.span_id == spans.c.span_id,
-                metrics.c.key.in_(list(migration._COST_COLUMNS)),
-            )
-            keys = ("trace_id", "span_id")
-            filled = [column.is_not(None) for column in columns if column.name not in keys]
-            statement = statement.where(sqlalchemy.or_(*filled, cost.limit(1).scalar_subquery().is_not(None)))
-        return statement, *rest[:2]
-
-    bind = migration.op.get_bind()
-    sqlalchemy.event.listen(bind, "before_execute", skip, retval=True)
-    try:
-        backfill()
-    finally:
-        sqlalchemy.event.remove(bind, "before_execute", skip)
-
-
-def _join_keys(migration: Any, _: Any, span_metrics: Any, keys: list[Any], dialect: str) -> Any:
-    """The query for the costs of the spans with these keys. MLflow's has a list of pairs after IN, for which PostgreSQL
-    plans one index scan per pair."""
-    query = """
-        SELECT trace_id, span_id, key, value FROM span_metrics
-        JOIN unnest(CAST(:traces AS text[]), CAST(:spans AS text[])) AS page (trace_id, span_id)
-        USING (trace_id, span_id) WHERE key = ANY (:costs)
-    """
-    traces, spans = zip(*keys, strict=True)
-    given = {"traces": [*traces], "spans": [*spans], "costs": [*migration._COST_COLUMNS]}
-    return import_module("sqlalchemy").text(query).bindparams(**given)
-
-
-def _update_at_once(_: Any, __: Any, bind: Any, statement: Any, updates: list[dict[str, Any]], kind: str) -> None:
-    """Update all rows with one UPDATE ... FROM (VALUES ...). MLflow executes `statement` once per row. The parameters
-    of its condition have names of their own; the others have the names of their columns."""
-    extras: Any = import_module("psycopg2.extras")
-    quote, text = bind.dialect.identifier_preparer.quote, import_module("sqlalchemy").String
-    where, table = statement.whereclause, quote(statement.table.name)
-    keys = {each.right.key: each.left for each in getattr(where, "clauses", [where])}
-    columns = [keys[name] if name in keys else statement.table.c[name] for name in updates[0]]
-    # A cast to VARCHAR(n) would cut a longer value, so texts have none; NULL needs the others.
-    casts = ["%s" if isinstance(c.type, text) else f"%s::{c.type.compile(bind.dialect)}" for c in columns]
-    assigned = [f"{quote(name)} = given.{quote(name)}" for name in updates[0] if name not in keys]
-    found = [f"{table}.{quote(c.name)} = given.{quote(c.name)}" for c in keys.values()]
-    given = f"(VALUES %s) AS given ({', '.join(quote(c.name) for c in columns)})"
-    sql = f"UPDATE {table} SET {', '.join(assigned)} FROM {given} WHERE {' AND '.join(found)}"
-    rows = [[update[name] for name in updates[0]] for update in updates]
-    with bind.connection.cursor() as cursor:
-        extras.execute_values(cursor, sql, rows, f"({', '.join(casts)})", page_size=len(rows))
-        if cursor.rowcount != len(rows):
-            raise RuntimeError(f"Trace analytics {kind} backfill updated {cursor.rowcount} of {len(rows)} rows")
-
-
-KNOWN_FUNCTIONS: dict[str, dict[str, tuple[str, Callable[..., None]]]] = {
-    "75868b020152": {
-        "_delete_trace_rows": ("2db101a6b84bf1a56574e8da8335b880f08e460bf835956b26d292f8572491a4", _delete_keys),
-        "_delete_span_metric_rows": ("c811548869bdf5c49dacd07a3458238eacf286524e2abf795d4f9a9ecb62503a", _delete_keys),
-        "_backfill_span_analytics": (
-            "b0b74886fd8d3c5394027cc8c8310e8cb991cf65c3f558b941356fbd7abc0c07",
-            _skip_empty_spans,
-        ),
-        "_span_metrics_for_keys_query": (
-            "45c2ff0244d0c0145c31307058cce353ae7b588418cd5112e5f178adf0b1e228",
-            _join_keys,
-        ),
-        "_execute_backfill_updates": (
-            "aa4b2dfaa00d4d7bb0e54f0df0837225fcd814520cc96848e934e81856405e9f",
-            _update_at_once,
-        ),
-    }
-}
-"""Functions of MLflow's migrations that are slow with many rows: revision → function → SHA-256 of its syntax tree, and
-what replaces it. Two delete rows by their key in batches, each of which reads all rows that were deleted before; one
-reads all spans to update those with a model or costs; one updates row by row."""
+def _quick_migrations() -> Any:
+    """Return the module quick_migrations, which Python cannot import by name if this file runs as a script."""
+    path = Path(__file__).with_name("quick_migrations.py")
+    spec = spec_from_file_location("mlflow_host.schema.quick_migrations", path)
+    assert spec and spec.loader
+    if spec.name not in sys.modules:
+        sys.modules[spec.name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+    return sys.modules[spec.name]
 
 
 def enumerations() -> dict[str, list[str]]:
-    """The values that MLflow can read, by "table.column", of the columns that its models convert to an enumeration, as
-    in `BudgetTargetScope(self.target_scope)` and `JobStatus.from_int(self.status)`. Any other value raises an error."""
+    """Return the values that MLflow accepts in each enumeration column; the keys are "table.column". MLflow's models
+    convert enumeration columns, for example by `JobStatus.from_int(self.status)`, and fail for other values."""
     found: dict[str, set[str]] = {}
     for module in _models():
         for node in ast.parse(inspect.getsource(module)).body:
@@ -237,7 +97,7 @@ def enumerations() -> dict[str, list[str]]:
 
 
 def _conversions(module: Any, model: Any, source: ast.AST) -> Iterator[tuple[str, set[str]]]:
-    """(column, values) for each call in a model's source that converts one of its columns to an enumeration."""
+    """Find the calls in a model's source code that convert a column to an enumeration. Yields (column, values)."""
     imported = {
         each.asname or each.name: (node.module, each.name)
         for node in ast.walk(source)
@@ -275,12 +135,13 @@ def _accepts(convert: Callable[[Any], Any], value: Any) -> bool:
 
 
 def query_stores(uri: str, artifact_root: str) -> dict[str, Any]:
-    """Open the stores that the server opens, run queries, and read rows of every table as MLflow's objects. `answers`:
-    number of results by kind; `unread`: a sentence for each kind that could not be read in full.
+    """Open the server's stores, run queries, and convert rows of each table to MLflow's objects. Returns `answers`, the
+    number of results by kind, and `unread`, a sentence for each failed search and for each table with rows that MLflow
+    could not read.
 
-    Raises an error if a store does not open, or if PostgreSQL refuses a query: then the schema is not this release's.
-    MLflow creates the default experiment of an empty database here, with its location below `artifact_root`. The stores
-    without workspaces refuse a database that has any; those with workspaces search the default one."""
+    Raises an error if a store does not open, or if PostgreSQL rejects a query, because the schema is then wrong. If the
+    database is empty, MLflow creates the default experiment, with its artifacts below `artifact_root`. For a database
+    with workspaces, MLflow's workspace stores are used, and they search only the default workspace."""
     everything: Any = import_module("mlflow.entities").ViewType.ALL
     if _has_workspaces(uri):
         os.environ["MLFLOW_ENABLE_WORKSPACES"] = "true"
@@ -338,8 +199,8 @@ def _has_workspaces(uri: str) -> bool:
 
 
 def _unreadable_rows(uri: str) -> list[str]:
-    """A sentence for each table with rows that the release's own models cannot turn into MLflow's objects. Encrypted
-    columns are not read, as this process has no key."""
+    """Return a sentence for each table with rows that MLflow's models cannot convert to MLflow's objects. Encrypted
+    columns are not read, because this process has no key for them."""
     orm: Any = import_module("sqlalchemy.orm")
     engine = _engine(uri)
     found = []
@@ -377,7 +238,7 @@ def _why_unreadable(row: Any) -> str | None:
 
 
 def _readable_models() -> set[Any]:
-    """The classes of MLflow's tables that have an object in its interface."""
+    """Return the model classes whose rows MLflow can convert to objects of its Python API."""
     every = {model for module in _models() for model in vars(module).values() if hasattr(model, "__mapper__")}
     return {model for model in every if hasattr(model, "to_mlflow_entity")}
 
@@ -393,7 +254,7 @@ def _models() -> list[Any]:
 
 
 def _is_of_the_database(error: BaseException | None) -> bool:
-    """Whether SQLAlchemy raised the error, or one that it was raised from."""
+    """Return whether SQLAlchemy raised this error or an error in its chain of causes."""
     database_error: Any = import_module("sqlalchemy.exc").SQLAlchemyError
     while error is not None:
         if isinstance(error, database_error):
@@ -409,7 +270,7 @@ def _sentence(error: Exception) -> str:
 def _engine(uri: str) -> Any:
     import sqlalchemy
 
-    # psycopg2 sends several UPDATEs of an executemany() at once; migrations update rows one by one.
+    # Migrations update rows with executemany(). In the mode values_plus_batch, one round trip sends many UPDATEs.
     return sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool, executemany_mode="values_plus_batch")
 
 
