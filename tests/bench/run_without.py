@@ -1,6 +1,6 @@
-"""The image's server process without some of its shortcuts: `python run_without.py NAME[,NAME…] --socket PATH`.
+"""Run the image's server process without some of its shortcuts: `python run_without.py NAME[,NAME…] --socket PATH`.
 
-The production code has no switch for this: a shortcut is removed here, before the process starts.
+The production code has no switch for a shortcut, so this script removes the shortcut before the process starts.
 """
 
 from __future__ import annotations
@@ -21,14 +21,8 @@ def without_patch(target: str) -> Callable[[], None]:
     return remove
 
 
-def without_auth_block() -> None:
-    from mlflow_host.server import mlflow_patches
-
-    mlflow_patches.block_import_of_auth = lambda: None
-
-
 def without(name: str) -> Callable[[], None]:
-    """Return a replacement for the function `name` of `server.process`: it returns the application unwrapped."""
+    """Return a function that replaces `name` of `server.process`. The replacement returns the application unchanged."""
 
     def remove() -> None:
         from mlflow_host.server import process
@@ -52,10 +46,8 @@ SHORTCUTS: dict[str, Callable[[], None]] = {
     "fast path": without("answered"),
     "Flask shortcut": without("short_cut"),
     "connections": without_connections,
-    "MessageToDict": without_patch("google.protobuf.json_format:MessageToDict"),
     "ParseDict": without_patch("google.protobuf.json_format:ParseDict"),
     "compact JSON": without_patch("mlflow.utils.proto_json_utils:json"),
-    "block of auth": without_auth_block,
 }
 
 if __name__ == "__main__":

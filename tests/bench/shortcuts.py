@@ -1,10 +1,11 @@
-"""The gain of each shortcut of the server: requests per second with it, as a ratio to the same server without it.
+"""The gain of each server shortcut: requests per second with the shortcut, divided by requests per second without the
+shortcut.
 
     .venv/bin/python -m tests.bench.shortcuts [--rounds 5] [--seconds 2] [--json]
 
-All variants of the server process run on one database and are measured in turns, with the others suspended. MLflow
-answers an endpoint itself in a release whose sources differ from those of a compared release; the shortcuts of MLflow's
-own answers are therefore measured without the fast path.
+All variants of the server process run on one database. One variant is measured while the other variants are suspended.
+The fast path does not serve an endpoint if MLflow's source code for this endpoint differs from that of every tested
+release. Therefore, the shortcuts that speed up MLflow's own responses are measured without the fast path.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tests.support import services
 
 RUNNER = Path(__file__).with_name("run_without.py")
 CASES = {name: "" if name == "fast path" else "fast path" for name in SHORTCUTS}
-"""Shortcut → the shortcuts that both servers of its comparison lack."""
+"""Shortcut → the names of the shortcuts that both servers lack when this shortcut is measured."""
 CLIENTS = 8
 
 
@@ -45,7 +46,7 @@ def main() -> int:
     if options.json:
         print(json.dumps(ratios, indent=1))
         return 0
-    print(f"| requests/s with it / without it | {' | '.join(options.operations)} |")
+    print(f"| requests/s with the shortcut / without it | {' | '.join(options.operations)} |")
     print("| --- |" + " --- |" * len(options.operations))
     for shortcut, row in ratios.items():
         print(f"| {shortcut} | {' | '.join(f'{row[each]:.2f}' for each in options.operations)} |")
@@ -53,7 +54,7 @@ def main() -> int:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Shortcut → operation → ratio of the medians."""
+    """Return a dictionary: shortcut → operation → ratio of the median requests per second."""
     lacking = sorted({"", *(CASES[each] for each in options.only)} | {joined(each) for each in options.only})
     with contextlib.ExitStack() as stack:
         say("filling the database")
@@ -81,13 +82,13 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, fl
 
 
 def joined(shortcut: str) -> str:
-    """The names of all shortcuts that the server without this one lacks."""
+    """Return the names of all shortcuts that the server without `shortcut` lacks."""
     return ",".join(filter(None, (CASES[shortcut], shortcut)))
 
 
 @contextlib.contextmanager
 def server(folder: Path, cluster: services.PostgreSQL, data: load.Dataset, lack: str) -> Iterator[Contender]:
-    """One process, on a Unix socket and without nginx."""
+    """Run one server process on a Unix socket, without nginx."""
     place = folder / (lack.replace(" ", "-").replace(",", "+") or "whole")
     place.mkdir()
     variables = {

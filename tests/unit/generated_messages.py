@@ -1,4 +1,4 @@
-"""Random messages of every type that MLflow defines, and JSON for them, in the form of clients and in other forms."""
+"""Generate JSON in usual and unusual forms for every message type that MLflow defines."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from typing import Any
 import mlflow.protos
 from google.protobuf import any_pb2, duration_pb2, field_mask_pb2, struct_pb2, timestamp_pb2, wrappers_pb2
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from google.protobuf.message import Message
-from google.protobuf.struct_pb2 import Value
 
-from mlflow_host.server.json_encode import is_repeated
+from mlflow_host.server.json_decode import is_repeated
 
 NUMBERS = [0, 1, -1, 2**31 - 1, -(2**31)]
 VALUES: dict[int, list[Any]] = {
@@ -53,7 +51,8 @@ UNUSUAL_NAMES = ["unknown", "Key", "[mlflow.unknown]", ""]
 
 
 def messages() -> list[Descriptor]:
-    """Every message type that MLflow defines, nested ones included, and Google's types with special JSON."""
+    """Return every message type that MLflow defines, including nested types, and Google's types that have their own
+    JSON form."""
 
     def within(descriptor: Descriptor) -> list[Descriptor]:
         return [descriptor, *(each for nested in descriptor.nested_types for each in within(nested))]
@@ -66,42 +65,8 @@ def messages() -> list[Descriptor]:
     return [each for each in found if not each.GetOptions().map_entry]
 
 
-def fill(message: Message, chance: random.Random, depth: int = 0) -> Message:
-    if message.DESCRIPTOR.full_name.startswith("google.protobuf."):
-        return message  # random content of these has no JSON form
-    for field in message.DESCRIPTOR.fields:
-        if chance.random() < 0.25 or (field.message_type and depth > 3):
-            continue
-        count = chance.randint(0, 3) if is_repeated(field) else 1
-        if field.message_type and field.message_type.GetOptions().map_entry:
-            kinds = field.message_type.fields_by_name
-            if kinds["key"].cpp_type == FieldDescriptor.CPPTYPE_STRING and not kinds["value"].message_type:
-                getattr(message, field.name)["key"] = value_for(kinds["value"], chance)
-        elif field.message_type:
-            for _ in range(count):
-                held = getattr(message, field.name)
-                one = held.add() if is_repeated(field) else held
-                if isinstance(one, Value):
-                    one.string_value = "a value"
-                else:
-                    fill(one, chance, depth + 1)
-        elif is_repeated(field):
-            getattr(message, field.name).extend(value_for(field, chance) for _ in range(count))
-        else:
-            setattr(message, field.name, value_for(field, chance))
-    return message
-
-
-def value_for(field: FieldDescriptor, chance: random.Random) -> Any:
-    if field.type == FieldDescriptor.TYPE_BYTES:
-        return b"\x00\xffbytes"
-    if field.enum_type:
-        return chance.choice(field.enum_type.values).number
-    return chance.choice(VALUES[field.cpp_type])
-
-
 def json_for(descriptor: Descriptor, chance: random.Random, unusual: float, depth: int = 0) -> dict[str, Any]:
-    """JSON that a client may send for a message; each name and value is unusual with that probability."""
+    """Return JSON that a client may send for a message. `unusual` is the probability of an unusual name or value."""
     found: dict[str, Any] = {}
     for field in chance.sample(list(descriptor.fields), len(descriptor.fields)):
         if chance.random() < 0.4 or (field.message_type and depth > 2):

@@ -1,8 +1,9 @@
-"""Faster replacement for protobuf's ParseDict, with which MLflow reads its requests.
+"""A faster replacement for protobuf's ParseDict, which MLflow uses to parse requests.
 
-`ParseDict` looks up a field's type for every value. `parse_dict` looks it up once per field, and builds the message
-with protobuf's constructor, which is compiled. It handles JSON as clients write it: declared field names, values of the
-field's type. For other JSON it calls `ParseDict`, so the result or error is the same.
+`ParseDict` looks up a field's type for every value. `parse_dict` looks up each field's type only once, and builds the
+message with protobuf's compiled constructor. `parse_dict` itself handles only JSON in the form that MLflow's clients
+send: declared field names, and values of the field's type. For other JSON, `parse_dict` calls `ParseDict`, so the
+results and errors are the same as those of `ParseDict`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from mlflow_host.server.json_encode import NotPlain, is_googles, is_repeated
-
 Check = Callable[[Any], None]
 Fields = dict[str, type | Check]
-"""By field name: the type of a scalar's values, or a function that raises NotPlain for other values."""
+"""For each field name of a message, the check of a value. For a scalar field, the check is a Python type. For any other
+field, the check is a function that raises NotPlain for a wrong value."""
 
 TYPES: dict[int, type] = {
     FieldDescriptor.CPPTYPE_INT32: int,
@@ -37,8 +37,12 @@ GREATEST = sys.float_info.max
 thorough = json_format.ParseDict
 
 
+class NotPlain(Exception):
+    """Only protobuf's own function can parse a message or its JSON, for example because the message has maps."""
+
+
 def parse_dict(js_dict: Any, message: Message, *unusual: Any, **options: Any) -> Message:
-    """Same result as `json_format.ParseDict`, which is called for unusual JSON, messages or options."""
+    """Return the same result as `json_format.ParseDict`. Calls `ParseDict` for unusual JSON, messages or options."""
     if not unusual and options.keys() <= {"ignore_unknown_fields"} and type(js_dict) is dict and js_dict:
         try:
             made = plain(js_dict, type(message))
@@ -50,8 +54,18 @@ def parse_dict(js_dict: Any, message: Message, *unusual: Any, **options: Any) ->
     return thorough(js_dict, message, *unusual, **options)
 
 
+def is_repeated(field: FieldDescriptor) -> bool:
+    found = field.is_repeated if hasattr(field, "is_repeated") else field.label == FieldDescriptor.LABEL_REPEATED
+    return bool(found)
+
+
+def is_googles(descriptor: Descriptor) -> bool:
+    """Return true if protobuf may define a special JSON form for this message (timestamps, structures, …)."""
+    return bool(descriptor.full_name.startswith("google.protobuf."))
+
+
 def plain(js_dict: dict[str, Any], kind: type[Message]) -> Message:
-    """A new message. Raises an exception where JSON has more than plain names and values."""
+    """Return a new message. Raises an exception if the JSON has names or values that only `ParseDict` handles."""
     fields = known.get(kind)
     if fields is None:
         fields = known[kind] = fields_of(kind.DESCRIPTOR)
@@ -63,7 +77,7 @@ known: dict[type[Message], Fields] = {}
 
 
 def check(fields: Fields, value: Any) -> None:
-    """Raises NotPlain or KeyError when the constructor might treat `value` differently than `ParseDict`."""
+    """Raises NotPlain or KeyError if protobuf's constructor might convert `value` differently than `ParseDict`."""
     if type(value) is not dict:
         raise NotPlain
     for name, held in value.items():
@@ -79,8 +93,8 @@ def check(fields: Fields, value: Any) -> None:
 
 
 def fields_of(descriptor: Descriptor, within: tuple[str, ...] = ()) -> Fields:
-    """The fields that `parse_dict` handles. `ParseDict` handles the others: maps, oneof, bytes, 32-bit floats, Google's
-    own messages, recursive messages."""
+    """Return the fields that `parse_dict` handles. Other fields need `ParseDict`: maps, oneof, bytes, 32-bit floats,
+    Google's own messages, and recursive messages."""
     by_json_name = {field.json_name: field.number for field in descriptor.fields}
     found: Fields = {}
     if is_googles(descriptor):

@@ -1,13 +1,15 @@
-"""MLflow's server, one process per Unix socket: MLflow's own ASGI application, run by uvicorn without a parent.
+"""Run one process of MLflow's server: uvicorn with MLflow's own ASGI application on a Unix socket.
 
-    python -m mlflow_host.server.process 1         process 1, on /run/mlflow/server-1.sock
+This command runs process 1, which listens on /run/mlflow/server-1.sock:
+
+    python -m mlflow_host.server.process 1
 
 `mlflow server` would start the same application with a parent process, a job runner and workers that share one socket.
-It passes settings to the workers in private variables. `environment.private_environment` sets the same variables, and
-the bake compares them with the installed `mlflow server` and starts a process once (`bake.check_release`).
+That parent passes settings to the workers in private environment variables. Here, `environment.private_environment`
+sets the variables. The bake compares them with the variables of the installed `mlflow server` (`bake.check_release`).
 
-A process listens only after it has answered a query from PostgreSQL. It never changes the schema; the database step
-does.
+A process opens its socket after a test request has read from PostgreSQL. The process never changes the database schema;
+only the database step changes the schema.
 """
 
 from __future__ import annotations
@@ -51,17 +53,18 @@ APPLICATION = "mlflow.server.fastapi_app:app"
 FLASK_APPLICATION = "mlflow.server:app"
 
 KEEP_ALIVE_SECONDS = 300
-"""Longer than nginx keeps an idle upstream connection, so that nginx never reuses one that is being closed."""
+"""The time after which uvicorn closes an idle connection. nginx closes idle upstream connections earlier, so nginx
+never sends a request on a connection that uvicorn is closing."""
 
 GRACE_SECONDS = 20
-"""Time for running requests to finish when the process stops."""
+"""When the process stops, running requests have this number of seconds to finish."""
 
 COLLECT_AFTER = (50_000, 50, 50)
-"""Thresholds of the garbage collector. With Python's default (700, 10, 10), searches in large experiments take a third
-longer."""
+"""Thresholds of Python's garbage collector. With the default thresholds (700, 10, 10), searches in large experiments
+take a third longer."""
 
 DEFAULT_THREADS = 16
-"""Concurrent requests of one process, if MLFLOW_HOST_REQUEST_THREADS is not set."""
+"""Maximum number of concurrent requests of one process, if MLFLOW_HOST_REQUEST_THREADS is not set."""
 
 
 LOGGING: dict[str, Any] = {
@@ -71,27 +74,27 @@ LOGGING: dict[str, Any] = {
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
     "loggers": {"uvicorn": {"handlers": ["stderr"], "level": "WARNING", "propagate": False}},
 }
-"""The journal adds the time and the unit; nginx writes the access log."""
+"""Log lines have no timestamp and no unit name, because the journal adds both. nginx writes the access log."""
 
 BACKGROUND_JOBS = "background jobs: jobExecution has no effect"
 
 CHECK_QUERY = "/api/2.0/mlflow/experiments/get?experiment_id=0"
-"""Unlike /health, this request reads from the database."""
+"""The test request that is sent before the socket is opened. This request reads from the database, but /health does
+not."""
 
 
 def serve(uds: Path, *, first: bool = True) -> int:
-    """Run one process until SIGTERM. Returns 0 if it started. Raises Refusal when it cannot start. The `first` process
-    of a machine also starts the job runner, if job execution is enabled."""
+    """Run one server process until SIGTERM. Returns 0 if the process started. Raises Refusal if a check fails. The
+    `first` process of a machine also starts the job runner, if job execution is enabled."""
     public = {name: os.environ.get(name, "") for name in ("MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION")}
     if missing := [name for name, value in public.items() if not value]:
         raise Refusal(f"{' and '.join(missing)} not set: start the unit mlflow-server@, or load mlflow.env first")
-    # The plug-in avoids round trips to PostgreSQL.
+    # The SQLAlchemy plug-in in the URI avoids round trips to PostgreSQL.
     uri = public["MLFLOW_BACKEND_STORE_URI"]
     os.environ.update(private_environment(public | {"MLFLOW_BACKEND_STORE_URI": db_connections.through_plugin(uri)}))
     if job_runner.asked_for():
         os.environ.update(job_runner.queues(uds.parent))
     gc.set_threshold(*COLLECT_AFTER)
-    mlflow_patches.block_import_of_auth()
     mlflow_patches.apply(mlflow_patches.BEFORE_IMPORT)
     db_connections.keep_what_was_read()
     db_connections.notice_memory_errors()
@@ -101,8 +104,8 @@ def serve(uds: Path, *, first: bool = True) -> int:
         os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     forbid_migrations()
     refusals.install(flask)
-    compatibility.switched_off(compatibility.installed_mlflow())  # half a second, once per process
-    if CONFIG.exists():  # on a booting machine, the imports above run in parallel with the database step
+    compatibility.switched_off(compatibility.installed_mlflow())  # This takes half a second. The hashes are cached.
+    if CONFIG.exists():  # At boot, the code above runs in parallel with the database step.
         wait_until_done("database")
     check_schema(public["MLFLOW_BACKEND_STORE_URI"])
 
@@ -111,7 +114,7 @@ def serve(uds: Path, *, first: bool = True) -> int:
     serve_s3_locations()
     fence = artifact_fence.Fence.around(public["MLFLOW_ARTIFACTS_DESTINATION"])
     artifact_fence.close(fence)
-    request_limits.refuse_dear_requests(flask)  # first, because it refuses JSON that the other hook cannot read
+    request_limits.refuse_dear_requests(flask)  # this hook is first: it rejects JSON that the next hook cannot parse
     artifact_fence.refuse_at_creation(flask, fence)
     repository = repository_of(public["MLFLOW_ARTIFACTS_DESTINATION"])
     threads = Threads.split(int(os.environ.get("MLFLOW_HOST_REQUEST_THREADS", DEFAULT_THREADS)))
@@ -119,12 +122,12 @@ def serve(uds: Path, *, first: bool = True) -> int:
     import uvicorn
 
     class Announced(uvicorn.Server):
-        """Notifies systemd once the socket is open."""
+        """uvicorn's server, which also notifies systemd after the socket is open."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             if first and job_runner.asked_for():
                 self.jobs = await job_runner.start(uds)
-            # Not before: the job runner and its jobs would have the same limit.
+            # The memory limit is set after the job runner's start, because jobs would inherit an earlier limit.
             request_limits.bound_memory(int(os.environ.get("MLFLOW_HOST_PROCESS_MEMORY_MB", 0)))
             await super().startup(sockets=sockets)
             notify("READY=1")
@@ -161,8 +164,8 @@ def serve(uds: Path, *, first: bool = True) -> int:
 
 
 def with_clients_scheme(application: Application) -> Application:
-    """`application`, with the scheme that the client used, from nginx's header X-Forwarded-Proto. Only nginx can reach
-    the socket. Without it, redirects of Flask and FastAPI would lead from https to http."""
+    """Return `application` with middleware that sets the URL scheme from nginx's header X-Forwarded-Proto. Only nginx
+    can connect to the socket. Without this middleware, redirects would lead from https to http."""
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -176,17 +179,17 @@ def with_clients_scheme(application: Application) -> Application:
 
 @dataclass(frozen=True)
 class Threads:
-    """Concurrent requests of one process, by kind.
+    """Maximum numbers of concurrent requests of one process, by kind of request.
 
-    A request holds at most two connections of a pool (log_batch does), so a pool of twice the sum is never exhausted.
-    If it were, MLflow would return 400, which clients do not retry.
+    A request uses at most two database connections (for example log_batch). The connection pool therefore has at least
+    two connections per request. If no connection were free, MLflow would return 400, which clients do not retry.
     """
 
     requests: int
     files: int
-    """Requests that may wait for S3."""
+    """Maximum number of requests that may wait for S3."""
     native: int
-    """Requests of MLflow's native ASGI routes."""
+    """Maximum number of requests to MLflow's native ASGI routes."""
 
     @classmethod
     def split(cls, total: int) -> Threads:
@@ -195,7 +198,7 @@ class Threads:
 
 
 def load(target: str) -> Any:
-    """The object that "module:name" names. Raises Refusal."""
+    """Import the object "module:name". Raises Refusal if the installed MLflow does not have this object."""
     module, name = target.split(":")
     try:
         with warnings.catch_warnings():
@@ -203,14 +206,14 @@ def load(target: str) -> Any:
             return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise Refusal(
-            f"the installed MLflow has no {target} ({error}): bake the image with a release that has it"
+            f"the installed MLflow has no {target} ({error}): bake the image with an MLflow release that has this name"
         ) from None
 
 
 def shortened(
     application: Application, flask: Any, repository: Any, requests: RequestThreads, files: RequestThreads
 ) -> Application:
-    """`application` with the Flask shortcut, the fast path for the most frequent endpoints, and streamed artifacts."""
+    """Return `application` with the middleware for the Flask shortcut, the fast path and streamed artifacts."""
     short = optional(
         "the Flask shortcut: requests pass all layers of FastAPI",
         lambda: short_cut(application, flask, requests=requests, files=files),
@@ -229,7 +232,7 @@ def answered(application: Application, requests: RequestThreads) -> Application:
 
 
 def tracking_store() -> Any:
-    """MLflow's tracking store of this process."""
+    """Return the tracking store that MLflow uses in this process."""
     from mlflow.server import handlers
 
     untyped: Any = handlers
@@ -237,8 +240,8 @@ def tracking_store() -> Any:
 
 
 def prepared(application: Application, *, native_threads: int) -> Application:
-    """The application, whose startup completes only after it has answered a query, so its caches are filled and its
-    connections are open. Objects that exist then are excluded from garbage collection (gc.freeze)."""
+    """Return `application` with a startup that sends the test request CHECK_QUERY. The request fills caches and opens
+    database connections. The startup then excludes all existing objects from garbage collection (gc.freeze)."""
 
     async def warm(send: Send, message: Message) -> None:
         if message["type"] == "lifespan.startup.complete":
@@ -249,7 +252,7 @@ def prepared(application: Application, *, native_threads: int) -> Application:
             if status != 200:
                 message = {
                     "type": "lifespan.startup.failed",
-                    "message": f"MLflow answers {status} to {CHECK_QUERY}: its reason is above",
+                    "message": f"MLflow returned {status} for {CHECK_QUERY}: the log lines above have the reason",
                 }
             gc.collect()
             gc.freeze()
@@ -265,7 +268,7 @@ def prepared(application: Application, *, native_threads: int) -> Application:
 
 
 async def status_of(application: Application, target: str) -> int:
-    """The status code of the application's response to a GET with Host: localhost."""
+    """Send a GET request with "Host: localhost" to the application, and return the status of the response."""
     path, _, query = target.partition("?")
     scope = {
         "type": "http",
@@ -296,15 +299,15 @@ async def status_of(application: Application, target: str) -> int:
 
 
 def notify(state: str) -> None:
-    """Notify systemd, if the unit has Type=notify."""
+    """Send a notification to systemd, if the unit has Type=notify."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             channel.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
 
 
 async def answer_watchdog() -> None:
-    """Tell systemd three times per WatchdogSec that the event loop runs. If it does not, systemd sends SIGABRT, and
-    faulthandler writes the stack of each thread to the journal."""
+    """Send systemd's watchdog notification three times per WatchdogSec from the event loop. If the event loop hangs,
+    systemd sends SIGABRT, and faulthandler writes the stack of each thread to the journal."""
     if not (interval := int(os.environ.get("WATCHDOG_USEC", 0)) / 1e6):
         return
     faulthandler.enable()
