@@ -1,4 +1,4 @@
-"""The servers to compare, each with its own PostgreSQL and nginx, all on the loopback interface."""
+"""The servers of the benchmark. Each server has its own PostgreSQL and nginx, which listen on loopback."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from tests.support.shipped_nginx import HOST, ROOTFS, moved, running_nginx, star
 
 USER, PASSWORD = "ada", "correct horse battery staple"
 USERS = 64
-"""Further users of `ours`, one for each client: the server bounds what one user can hold, and a team has many."""
+"""The number of additional users of `ours`, one per client, because the server limits each user's requests."""
 MACHINE_MEMORY_MB = 2048
-"""Machine size for `ours`: a t3.small. This machine should have two cores too."""
+"""The memory of a t3.small, for which `ours` is sized. The benchmark's machine should have two cores, like a
+t3.small."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Contender:
     data: Dataset
     cluster: services.PostgreSQL
     servers: tuple[int, ...]
-    """Process ids; their children belong to them."""
+    """The process IDs of the servers. `processes` adds their child processes."""
     unguarded: Target | None = None
-    """The same server through an nginx without a login, if there is one to compare with."""
+    """The address of the contender's server behind an nginx that requires no login, or None."""
     exports: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables of its clients, besides URL and login."""
+    """Environment variables that the contender's clients need in addition to URL and login."""
 
     def processes(self) -> list[int]:
         return [pid for server in self.servers for pid in family(server)]
@@ -67,7 +68,7 @@ Start = Callable[[Path, services.ObjectStore], "contextlib.AbstractContextManage
 
 @contextlib.contextmanager
 def tutorial(folder: Path, store: services.ObjectStore) -> Iterator[Contender]:
-    """A set-up as in tutorials: `mlflow server` with defaults, a PostgreSQL password, nginx with a bcrypt file."""
+    """The set-up of tutorials: `mlflow server` with defaults, a PostgreSQL password, nginx with a bcrypt file."""
     with contextlib.ExitStack() as stack:
         cluster, data = stack.enter_context(seeded_cluster(folder / "postgresql", {}))
         port, site_port = services.free_port(), services.free_port()
@@ -155,7 +156,7 @@ def mlflow_server(
     *arguments: str,
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `mlflow server` on the loopback interface; end it with its children."""
+    """Run `mlflow server` on the loopback interface; stop the server and its children at the end."""
     bucket = f"{folder.name}-one"
     store.client().create_bucket(Bucket=bucket)
     command = [str(environments.tutorial().with_name("mlflow")), "server", "--host", HOST, "--port", str(port)]
@@ -163,7 +164,8 @@ def mlflow_server(
     command += ["--allowed-hosts", f"{HOST},{HOST}:*", *arguments]
     (folder / "tmp").mkdir()
     environment = {**os.environ, **store.environment, "TMPDIR": str(folder / "tmp"), **(settings or {})}
-    # In its own session: when the terminal hangs up, its supervisor would otherwise start new workers during the stop.
+    # The server runs in its own session. In the terminal's session, a hangup of the terminal would make uvicorn's
+    # supervisor start new workers while the server stops.
     with services.process(command, folder / "server.log", env=environment, start_new_session=True) as running:
         services.wait_until(lambda: answers(port), running, folder / "server.log")
         time.sleep(5)  # the job runner and its consumers start after the workers
@@ -186,8 +188,8 @@ def answers(port: int) -> bool:
 
 @contextlib.contextmanager
 def ours(folder: Path, store: services.ObjectStore, transfer: str = "direct") -> Iterator[Contender]:
-    """The image's server process, PostgreSQL configuration and nginx, sized for a 2 GiB machine. `transfer`: the value
-    of artifact_transfer in the launch document."""
+    """The image's server process, PostgreSQL configuration and nginx, sized for a machine with 2 GiB. `transfer` is the
+    value of artifact_transfer in the launch document."""
     from mlflow_host.boot import private_ca
     from mlflow_host.contract import credentials, launch, sizing
     from mlflow_host.machine import config, nginx
@@ -238,12 +240,12 @@ def ours(folder: Path, store: services.ObjectStore, transfer: str = "direct") ->
         names = (USER, *(f"user-{number}" for number in range(USERS)))
         users = tuple(credentials.User(name, PASSWORD, "admin") for name in names)
         (run / "nginx/users").write_text(credentials.password_file(users))
-        (run / "nginx/roles.map").write_text("".join(f'"{name}" admin;\n' for name in names))
+        nginx.put_roles(users, run=run)
         stack.enter_context(running_nginx(configuration, port, folder / "nginx.log"))
         yield Contender(
             folder.name,
-            f"the image's: {len(processes)} processes on Unix sockets, sized for {MACHINE_MEMORY_MB} MiB, "
-            f"its settings of PostgreSQL and nginx, HTTPS and login, files {transfer}",
+            f"the image's server: {len(processes)} processes on Unix sockets, sized for {MACHINE_MEMORY_MB} MiB, "
+            f"the image's settings of PostgreSQL and nginx, HTTPS, a login, file transfer {transfer}",
             Target(
                 (HOST, port),
                 HOST,
@@ -261,14 +263,14 @@ def ours(folder: Path, store: services.ObjectStore, transfer: str = "direct") ->
 
 
 def postgresql_settings(shipped: str) -> dict[str, str]:
-    """The settings of a rendered postgresql.conf, without paths."""
+    """Return the settings of a rendered postgresql.conf, without the settings that contain paths or addresses."""
     found = dict(re.findall(r"^(\w+) = '?([^'\n]*)'?$", shipped, re.MULTILINE))
     places = {"hba_file", "ident_file", "listen_addresses", "unix_socket_directories", "lc_messages"}
     return {name: value for name, value in found.items() if name not in places}
 
 
 def without_login(site: str, port: int, open_port: int) -> str:
-    """A copy of the site's last server block, MLflow's, on another port and without a login."""
+    """Return a copy of MLflow's server block, the last block of the site, on another port and without a login."""
     server = site[site.rindex("\nserver {") :]
     for guard in ("auth_request /mlflow-host-login;", "auth_basic $known_realm;"):
         assert guard in server
@@ -304,7 +306,7 @@ class HasProcesses(Protocol):
 
 @contextlib.contextmanager
 def alone(contender: HasProcesses, others: Sequence[HasProcesses]) -> Iterator[None]:
-    """Suspend the processes of the others, so that one is measured at a time and all keep their caches."""
+    """Suspend the other contenders' processes, which keep their caches, so that one contender is measured at a time."""
     paused = [pid for other in others if other is not contender for pid in other.processes()]
     signal_all(paused, signal.SIGSTOP)
     try:
@@ -314,7 +316,7 @@ def alone(contender: HasProcesses, others: Sequence[HasProcesses]) -> Iterator[N
 
 
 def memory_mb(pids: list[int]) -> float:
-    """Sum of the processes' proportional set sizes, in MB."""
+    """Return the sum of the processes' proportional set sizes (PSS) in MB."""
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -324,7 +326,7 @@ def memory_mb(pids: list[int]) -> float:
 
 
 class PeakMemory:
-    """The peak memory of a contender's server during the `with` block, sampled five times per second."""
+    """Measure the peak memory of a contender's server during the `with` block, five times per second."""
 
     def __init__(self, contender: Contender):
         self.contender, self.mb = contender, 0.0

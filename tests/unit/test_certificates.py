@@ -1,4 +1,4 @@
-"""The private authority is kept across images; the server certificate is renewed for new names and before its end."""
+"""If the server certificate is renewed for new names or before its end, the private authority stays the same."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 import socket
 import ssl
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,15 @@ import pytest
 from mlflow_host.boot import certificates, private_ca
 from mlflow_host.contract import launch, sizing
 from mlflow_host.machine import config, nginx, status
+from tests.support.shipped_nginx import ROOTFS
 
 NOW = datetime.datetime.now(datetime.UTC)
 NAMES = ("127.0.0.1", "mlflow.example.com")
 
 
 def handshake(issued: private_ca.Certificates, name: str, *, trusting: Path) -> str:
-    """The TLS version agreed between a server that presents `issued` and a client that trusts one file."""
+    """Connect a server with the certificate `issued` and a client that trusts only the authority in the file
+    `trusting`, and return the TLS version."""
     server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server_context.load_cert_chain(issued.certificate, issued.key)
     ours, theirs = socket.socketpair()
@@ -144,3 +147,41 @@ def test_starting_page_has_the_certificate_while_the_machine_is_not_configured(
     monkeypatch.setattr(nginx, "put_site", lambda host, certificate: put("site", certificate))
     certificates.main()
     assert happened == served
+
+
+def test_nginx_is_reloaded_only_for_a_change_and_drained_before_a_reload_in_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = launch.LaunchDocument(
+        stack=launch.Stack("dev", "eu-central-1"),
+        buckets=launch.Buckets("aaa", "mmm", "bbb"),
+        credentials=launch.CredentialsParameter("/x"),
+        data_volume=launch.DataVolume("vol-01234567"),
+        web=launch.Web(NAMES, "private"),
+    )
+    host = config.host_config(document, sizing.size(sizing.MachineSize(2048, 2)))
+    stopping, drained = tmp_path / "stopping", []
+    (tmp_path / "nginx").mkdir()
+    render = partial(nginx.render_site, templates=ROOTFS / "usr/share/mlflow-host/templates")
+    monkeypatch.setattr(nginx, "render_site", render)
+    monkeypatch.setattr(nginx, "put_login_page", lambda host, run: None)
+    monkeypatch.setattr(nginx, "reload", lambda: drained.append(stopping.exists()))
+    monkeypatch.setattr(nginx, "reload_after_drain", partial(nginx.reload_after_drain, stopping))
+    issued = private_ca.ensure(NAMES, tmp_path / "certificates", now=NOW - datetime.timedelta(days=61))
+    certificate = nginx.Certificate(issued.certificate, issued.key, trusted=False)
+    for _ in range(2):
+        nginx.put_site(host, certificate, run=tmp_path)
+    assert drained == [False], "the site replaces the starting page, and the second call changes nothing"
+    assert private_ca.ensure(NAMES, tmp_path / "certificates").renewed
+    nginx.put_site(host, certificate, run=tmp_path)
+    assert drained == [False, True]
+
+    def refuse() -> None:
+        raise status.StepFailed("nginx does not accept the site")
+
+    private_ca.ensure(("elsewhere.example.com",), tmp_path / "certificates")
+    monkeypatch.setattr(nginx, "reload", refuse)
+    before = (tmp_path / "nginx/site.conf").read_text()
+    with pytest.raises(status.StepFailed):
+        nginx.put_site(host, certificate, run=tmp_path)
+    assert (tmp_path / "nginx/site.conf").read_text() == before and not stopping.exists()

@@ -1,4 +1,4 @@
-"""nginx with the site that is written at boot: a real nginx, with a stand-in for MLflow's processes behind it."""
+"""Test a real nginx with the site that the boot writes. A stand-in for MLflow's processes is the upstream."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ pytestmark = [
 
 
 class Upstream(socketserver.ThreadingUnixStreamServer):
-    """Stands in for one MLflow process: returns the request that it received, and behaves as the request's path
-    says."""
+    """A stand-in for one MLflow process. The stand-in returns the request that it received. The path of the request
+    selects what else the stand-in does."""
 
     daemon_threads = True
     request_queue_size = 512
@@ -76,7 +76,7 @@ class Asked(BaseHTTPRequestHandler):
         return
 
     def body(self) -> int:
-        """The length of the body, read in pieces."""
+        """Read the body in pieces, and return its length."""
         length = 0
         if self.headers.get("Transfer-Encoding") == "chunked":
             while size := int(self.rfile.readline(), 16):
@@ -110,7 +110,7 @@ class Asked(BaseHTTPRequestHandler):
         elif self.path == "/health":
             self.server.asked.pop()
             time.sleep(self.server.seconds_to_health)
-            with contextlib.suppress(BrokenPipeError):  # nginx does not wait for a slow one
+            with contextlib.suppress(BrokenPipeError):  # nginx closes the connection of a slow health check
                 self.answer(200, b"OK", "text/plain")
         elif self.path.startswith("/moved"):
             self.send_response(308)
@@ -154,7 +154,7 @@ class Site:
     nginx: int = 0
 
     def reload(self, until: Callable[[], bool]) -> None:
-        """Let nginx reload its configuration, and wait until the change takes effect."""
+        """Make nginx reload its configuration, and wait until `until` returns true."""
         os.kill(self.nginx, signal.SIGHUP)
         ends = time.monotonic() + 20
         while not until():
@@ -175,7 +175,8 @@ class Site:
         source: str | None = None,
         **headers: str,
     ) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers (names in lower case) and body. Underscores in header names stand for hyphens."""
+        """Send a request, and return status, headers (names in lower case) and body. In the names of `headers`,
+        underscores stand for hyphens."""
         sent = {"Host": host} | {name.replace("_", "-"): value for name, value in headers.items()}
         if user:
             sent["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
@@ -201,8 +202,8 @@ def host_config(processes: int) -> config.HostConfig:
 
 
 def unconfigured(folder: Path, port: int, encrypted: int | None = None) -> Path:
-    """The configuration of a starting machine, below `folder`, on `port` instead of 80 and on `encrypted` instead of
-    443. Returns nginx.conf."""
+    """Write the configuration of a starting machine below `folder`, and return nginx.conf. `port` replaces port 80, and
+    `encrypted` replaces port 443."""
     listens = {80: f"{LOOPBACK}:{port}", 443: f"{LOOPBACK}:{encrypted or free_port()}"}
     configuration = starting_site(folder, listens)
     status.publish(folder / "run/mlflow-host", folder / "usr/share/mlflow-host/page.html")
@@ -211,7 +212,7 @@ def unconfigured(folder: Path, port: int, encrypted: int | None = None) -> Path:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Not in pytest's folder, which nginx's workers, another user, cannot access."""
+    """Yield a folder outside pytest's folder, because the user of nginx's workers cannot access pytest's folder."""
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="mlflow-site-") as name:
@@ -227,7 +228,7 @@ def site(folder: Path) -> Iterator[Site]:
 
 @contextlib.contextmanager
 def running_site(folder: Path) -> Iterator[Site]:
-    """The site of a machine with two running MLflow processes."""
+    """Run the site of a machine with stand-ins for two MLflow processes."""
     port = free_port()
     configuration = unconfigured(folder, port)
     run = folder / "run/mlflow-host"
@@ -238,16 +239,16 @@ def running_site(folder: Path) -> Iterator[Site]:
     (ui / "favicon.ico").write_text("icon")
     rendered = nginx.render_site(host_config(2), ui, templates=TEMPLATES, run=run)
     rendered = moved(rendered, folder, {80: f"{LOOPBACK}:{port}"})
-    # the time for which a user is refused after too many failures
+    # Shorten the time for which nginx refuses a user after too many failed logins.
     rendered = rendered.replace("max-age=30 always", "max-age=1 always")
-    # Without buffers the log has the order of the requests.
+    # Disable the log buffer, so that the lines of the log have the order of the requests.
     configuration.write_text(configuration.read_text().replace(LOG_BUFFER, ""))
     assert LOG_BUFFER in rendered
     rendered = rendered.replace(LOG_BUFFER, "")
     nginx.put_login_page(host_config(2), templates=TEMPLATES, run=run)
     (run / "nginx/site.conf").write_text(rendered)
     (run / "nginx/users").write_text(credentials.password_file(USERS))
-    (run / "nginx/roles.map").write_text("".join(f'"{user.name}" {user.role};\n' for user in USERS))
+    nginx.put_roles(USERS, run=run)
     (folder / "usr/share/mlflow-host/reader-posts.map").write_text('"~^/api/2\\.0/mlflow/runs/search(\\?|$)" 1;\n')
     upstreams = [Upstream(folder / f"run/mlflow/server-{n}.sock") for n in (1, 2)]
     for upstream in upstreams:
@@ -382,7 +383,7 @@ def careful(headers: dict[str, str]) -> None:
 
 
 def test_no_location_of_the_site_leaves_out_the_headers_of_all(site: Site) -> None:
-    """A location with its own add_header does not inherit the headers of its server."""
+    """An nginx location with its own add_header does not inherit the add_header directives of its server block."""
     for path in ("/healthz", "/mlflow-host/room.json", "/mlflow-host/garbage.json", "/static-files/static/js/none.js"):
         careful(site.ask(path)[1])
     careful(site.ask("/", method="DELETE", user="rita:reads")[1])
@@ -411,22 +412,34 @@ def test_password_is_accepted_and_not_forwarded(site: Site) -> None:
     assert headers["X-MLflow-Host-User"] == "ada"
 
 
+def test_change_of_a_role_needs_no_reload(site: Site) -> None:
+    def writes(name: str) -> int:
+        return site.ask(METRIC, method="POST", user=name)[0]
+
+    assert (writes("rita:reads"), writes("will:writes")) == (403, 200)
+    promoted = credentials.User("rita", "reads", "writer")
+    nginx.put_roles([promoted, *(user for user in USERS if user.name not in ("rita", "will"))], run=site.run)
+    assert (writes("rita:reads"), writes("will:writes"), writes("ada:correct horse")) == (200, 403, 200)
+    for name in ("../admins/ada", "ada/../ada", ".", "..", "", "/"):
+        assert writes(f"{name}:correct horse") == 401
+
+
 def test_full_volume_refuses_writes_and_allows_reads(site: Site) -> None:
     def writes(user: str | None = "ada:correct horse") -> int:
         return site.ask("/api/2.0/mlflow/runs/create", method="POST", user=user)[0]
 
     assert writes() == 200
-    room = site.run / "nginx/room.map"
-    room.write_text("default 1;\n")
-    site.reload(lambda: writes() == 507)
+    full = site.run / "nginx/volume-full"
+    full.touch()
+    assert writes() == 507, "nginx does not need a reload"
     code, _, body = site.ask("/api/2.0/mlflow/runs/log-metric", method="POST")
     assert (code, json.loads(body)["error_code"]) == (507, "RESOURCE_EXHAUSTED")
     assert "dataVolumeGib" in json.loads(body)["message"]
     assert site.ask("/api/2.0/mlflow/runs/get?run_id=1")[0] == 200
     assert site.ask("/api/2.0/mlflow/runs/search", method="POST")[0] == 200
     assert writes(user=None) == writes(user="ada:wrong") == 401
-    room.write_text("default 0;\n")
-    site.reload(lambda: writes() == 200)
+    full.unlink()
+    assert writes() == 200
 
 
 @pytest.mark.parametrize("host", ["evil.example.com", "localhost", "169.254.169.254", f"{HOST}.evil.com", "_", ""])
@@ -599,7 +612,7 @@ def test_password_spraying_is_limited_and_known_users_are_not(site: Site) -> Non
 
 @pytest.mark.parametrize("name", ["../nginx", "..", "?", "", "a/b", "will wrong", "will\x00", "wi\nll", "é"])
 def test_user_name_alone_does_not_count_as_a_known_login(name: str, site: Site) -> None:
-    """A name becomes part of the path of a file that marks an earlier login."""
+    """nginx marks an earlier login with a file, and the path of this file contains the user's name."""
     assert site.ask("/", user="will:writes")[0] == 200
     codes = {site.ask("/", user=f"{name}:writes")[0] for _ in range(102)}
     assert codes == {401, 429}
@@ -625,7 +638,7 @@ def test_the_socket_of_the_login_is_in_a_folder_that_only_nginx_may_enter(site: 
 
 @pytest.mark.parametrize("pair", ["127.0.0.1 ../x", "../../x", "127.0.0.1 a/b", "/tmp/x", "127.0.0.1 ada\t"])
 def test_login_writes_no_file_for_an_invalid_pair(pair: str, site: Site) -> None:
-    """A request of another process that can connect to the socket."""
+    """The test connects to nginx's private socket, as another process on the machine could do."""
     before = sorted(site.folder.rglob("*"))
     for user, name in (("ada:correct horse", "X-New-Pair"), ("ada:wrong", "X-Known-Pair")):
         with socket.socket(socket.AF_UNIX) as asked:
@@ -633,7 +646,7 @@ def test_login_writes_no_file_for_an_invalid_pair(pair: str, site: Site) -> None
             login = base64.b64encode(user.encode()).decode()
             headers = f"Host: x\r\nConnection: close\r\nAuthorization: Basic {login}\r\n{name}: {pair}\r\n"
             asked.sendall(f"GET / HTTP/1.1\r\n{headers}\r\n".encode())
-            # nginx would write the files after the response and before the end of the connection.
+            # nginx would write a file after the response and before it closes the connection, so read to the end.
             answer = b"".join(iter(lambda: asked.recv(4096), b""))
             assert answer.startswith(b"HTTP/1.1 20" if user != "ada:wrong" else b"HTTP/1.1 403")
     assert sorted(site.folder.rglob("*")) == before
@@ -651,7 +664,7 @@ def test_number_of_login_files_is_limited(site: Site, monkeypatch: pytest.Monkey
 
 
 def test_requests_of_one_user_in_flight_are_bounded(site: Site) -> None:
-    """From one address; another user at the same address does not wait."""
+    """The limit applies to one user at one address. Another user at the same address does not wait."""
 
     def open_one(user: str) -> http.client.HTTPConnection:
         connection = site.connection()
@@ -753,7 +766,7 @@ def test_large_artifact_gets_503_while_mlflow_is_down(user: str | None, site: Si
 
 
 def test_a_request_that_mlflow_may_have_begun_is_not_to_be_repeated(site: Site) -> None:
-    """MLflow's clients repeat every request after a 429, also one that creates something."""
+    """After status 429, MLflow's clients repeat every request, even a request that creates data."""
     code, headers, _ = site.ask("/dies", method="POST")
     assert (code, "retry-after" in headers) == (503, False)
     assert len(site.asked()) == 1
@@ -777,7 +790,7 @@ def test_login_is_required_while_mlflow_is_slow(site: Site) -> None:
 
 
 def test_requests_while_nginx_stops_are_to_be_repeated(site: Site) -> None:
-    """By then nginx no longer listens, not even on its own socket for logins."""
+    """While nginx stops, it no longer listens on any socket, including its private socket for logins."""
     (site.folder / "run/nginx/private/login.sock").unlink()
     for user in ("ada:correct horse", "ada:wrong", None):
         code, headers, body = site.ask("/api/2.0/mlflow/runs/search", method="POST", user=user)
@@ -787,7 +800,7 @@ def test_requests_while_nginx_stops_are_to_be_repeated(site: Site) -> None:
 
 
 def test_a_machine_that_stops_lets_requests_in_progress_end_and_closes_connections(site: Site) -> None:
-    """nginx closes idle connections when it stops. A request just sent on one would be reset."""
+    """nginx closes idle connections when it stops. A new request on a closing connection would get a reset."""
     login = {"Host": HOST, "Authorization": "Basic " + base64.b64encode(b"ada:correct horse").decode()}
     idle, begun = site.connection(), site.connection()
     idle.request("GET", "/", headers=login)
@@ -855,7 +868,7 @@ def test_every_status_of_mlflow_is_passed_on(site: Site) -> None:
     ],
 )
 def test_upload_is_streamed_to_mlflow(path: str, site: Site) -> None:
-    """MLflow receives the first bytes before the client has sent the last."""
+    """MLflow receives the first bytes of an upload before the client has sent the last bytes."""
     connection = site.connection()
     connection.putrequest("PUT", path, skip_host=True)
     connection.putheader("Host", HOST)
@@ -872,7 +885,7 @@ def test_upload_is_streamed_to_mlflow(path: str, site: Site) -> None:
 
 @pytest.mark.parametrize("user", [None, "ada:wrong", "ada:correct horse"])
 def test_too_large_body_is_refused_before_it_is_sent(user: str | None, site: Site) -> None:
-    """A body would be buffered on the root volume. Artifacts are not buffered and may have any size."""
+    """nginx would buffer a large body on the root volume. Artifacts are not buffered and may have any size."""
     for path, wanted in (("/api/2.0/mlflow/runs/log-batch", 413), ("/graphql", 413)):
         assert (path, site.ask(path, method="POST", user=user, Content_Length=str(1 << 40))[0]) == (path, wanted)
     assert not site.asked()
@@ -941,7 +954,7 @@ METRIC = "/api/2.0/mlflow/runs/log-metric"
 
 
 def requests_of(site: Site, count: int) -> list[request_log.Request]:
-    """The requests in the log, as mlflow_host.monitor reads them; waits for `count` of them."""
+    """Wait until the log has `count` requests, and return the requests as mlflow_host.monitor parses them."""
     log, ends = site.folder / "var/log/nginx/access.log", time.monotonic() + 20
     while len(found := [*filter(None, map(request_log.parse, log.read_text().splitlines()))]) < count:
         assert time.monotonic() < ends, log.read_text()
@@ -988,7 +1001,7 @@ def test_refused_writes_are_logged_as_they_were_asked(site: Site) -> None:
         assert site.ask(f"{path}?token=hunter2", method="POST", user=user, **headers)[0] == code
     found = requests_of(site, len(REFUSED))
     assert {(each.method, each.writes, each.reached_mlflow) for each in found} == {("POST", True, False)}
-    # nginx answers before it logs, and its processes log independently, so two lines can be in the other order.
+    # nginx answers before it logs, and its processes log independently, so lines can be out of order.
     assert sorted((each.user, each.status, each.accepted) for each in found) == sorted(
         ((user or "").partition(":")[0], code, accepted) for user, _, code, accepted in REFUSED
     )
@@ -999,8 +1012,8 @@ def test_writes_refused_for_failed_logins_and_on_a_full_volume_are_logged(site: 
     for _ in range(30):
         if site.ask(METRIC, method="DELETE", user="will:wrong")[0] == 429:
             break
-    assert (site.run / "nginx/room.map").write_text("default 1;\n")
-    site.reload(lambda: site.ask(METRIC, method="POST")[0] == 507)
+    (site.run / "nginx/volume-full").touch()
+    assert site.ask(METRIC, method="POST")[0] == 507
     site.ask("/last")
     site.reload(lambda: requests_of(site, 3)[-1].path == "/last")
     found = {each.status: each for each in requests_of(site, 3)}

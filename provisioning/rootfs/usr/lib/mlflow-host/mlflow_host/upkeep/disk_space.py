@@ -1,10 +1,10 @@
-"""Timer `mlflow-host-room`: grow the data volume's file system, report its use, and make nginx refuse writes on a full
-volume.
+"""Timer `mlflow-host-room`: grow the data volume's file system, report its free space, and reject writes if it is full.
 
-PostgreSQL stops without space for its write-ahead log, and then nothing can be read either. So at REFUSE_PERCENT nginx
-begins to refuse writes and says why; reads continue. Writes are accepted again below RELENT_PERCENT, after the volume
-was enlarged or a kept database dropped. From WARN_PERCENT on, and while the file system cannot be grown, this unit
-fails (`systemctl --failed`), and the sentence is shown at /mlflow-host/room.json and on the status page.
+If there is no space for the write-ahead log, PostgreSQL stops, and reads fail too. Therefore nginx rejects writes if
+the used space is at least REFUSE_PERCENT, and still accepts reads. nginx accepts writes again if the used space is
+below RELENT_PERCENT, for example after the volume is enlarged or a kept database is dropped. This unit fails
+(`systemctl --failed`) if the used space is at least WARN_PERCENT, or if the file system cannot be grown. The reason for
+the failure is in /mlflow-host/room.json and on the status page.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ REMEDY = "enlarge it (the setting dataVolumeGib), or drop a kept database that y
 
 @dataclass(frozen=True)
 class Room:
-    """How full a volume is, without root's reserve."""
+    """The used and the free space of a volume. The blocks that are reserved for root are not counted."""
 
     used: float
-    """Per cent."""
+    """Used space in per cent."""
     free_mib: int
 
     @property
@@ -36,14 +36,13 @@ class Room:
 
 def main() -> int:
     growth = file_system.grow(config.DATA_DEVICE)
-    room, switch = measure(config.DATA), config.RUN / "nginx" / "room.map"
-    refused = is_refused(switch)
+    room, switch = measure(config.DATA), config.RUN / "nginx" / "volume-full"
+    refused = switch.exists()
     refusing = refuses(room, refused)
     if refusing != refused:
-        nginx.write_private(switch, f"default {int(refusing)};\n", mode=0o644)
-        nginx.reload()
+        switch.touch() if refusing else switch.unlink()
         print(
-            f"mlflow-host: writes are {'refused' if refusing else 'accepted again'}: {room.sentence}", file=sys.stderr
+            f"mlflow-host: writes are {'rejected' if refusing else 'accepted again'}: {room.sentence}", file=sys.stderr
         )
     problem = "; ".join(filter(None, (growth, told(room, refusing))))
     found = {"used_percent": round(room.used, 1), "free_mib": room.free_mib, "refusing": refusing, "problem": problem}
@@ -60,21 +59,17 @@ def measure(folder: Path) -> Room:
     return Room(100 * (1 - volume.f_bavail / usable), volume.f_bavail * volume.f_frsize >> 20)
 
 
-def is_refused(switch: Path) -> bool:
-    return switch.exists() and switch.read_text().startswith("default 1")
-
-
 def refuses(room: Room, refused: bool) -> bool:
-    """Whether writes are refused; between the two limits the previous state `refused` is kept."""
+    """Return true if nginx must reject writes. Between RELENT_PERCENT and REFUSE_PERCENT, the state does not change."""
     return room.used >= (RELENT_PERCENT if refused else REFUSE_PERCENT)
 
 
 def told(room: Room, refusing: bool) -> str:
-    """The sentence about the remedy; "" while there is enough space."""
+    """Return a sentence with the remedy, or "" if there is enough space."""
     if refusing:
-        return f"{room.sentence}, so nothing can be written any more: {REMEDY}"
+        return f"{room.sentence}, so the server rejects writes: {REMEDY}"
     if room.used >= WARN_PERCENT:
-        return f"{room.sentence}, and at {REFUSE_PERCENT} % nothing can be written any more: {REMEDY}"
+        return f"{room.sentence}, and the server rejects writes from {REFUSE_PERCENT} % on: {REMEDY}"
     return ""
 
 

@@ -1,5 +1,5 @@
-"""Timer `mlflow-host-users`: read the credentials parameter again, so that user changes need no restart. It also limits
-the number of files that nginx writes for logins.
+"""Timer `mlflow-host-users`: read the users from the credentials parameter, so that changes of users need no restart.
+This program also limits the number and the size of the files that nginx writes for logins.
 
 If the parameter cannot be read or is invalid, the users stay unchanged, and the journal has the reason.
 """
@@ -16,10 +16,9 @@ def main() -> int:
     nginx.prune_markers()
     try:
         found = parameters.fetch(config.load().launch, lambda message: None, patience=0)
-        if nginx.put_users(found):
-            nginx.reload()
+        nginx.put_users(found)
     except StepFailed as failure:
-        print(f"mlflow-host: users stay as they are: {failure}", file=sys.stderr)
+        print(f"mlflow-host: the users stay unchanged: {failure}", file=sys.stderr)
         return 2
     return 0
 
