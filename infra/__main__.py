@@ -1,4 +1,4 @@
-"""The stack as a table of contents: read settings, check them against AWS, declare resources, export outputs."""
+"""Pulumi's entry point: read the settings, check them against AWS, declare the resources, export the outputs."""
 
 import pulumi
 

@@ -27,11 +27,12 @@ SESSION_MANAGER = (
     "ssmmessages:OpenControlChannel",
     "ssmmessages:OpenDataChannel",
 )
-"""The permissions that Session Manager's agent needs. AWS's managed policy also allows reading every parameter."""
+"""The permissions of Session Manager's agent. AWS's managed policy for this agent is not used, because it also allows
+reading all parameters."""
 
 
 def provider(config: Settings) -> aws.Provider:
-    """The AWS provider with the stack's default tags. All settings in the namespace `aws:` apply to it."""
+    """The AWS provider with the stack's default tags and with all settings in the namespace `aws:`."""
     given: dict[str, Any] = {}
     for name in inspect.signature(aws.ProviderArgs).parameters:
         key = re.sub(r"_([a-z0-9])", lambda match: match[1].upper(), name)
@@ -58,8 +59,9 @@ def role(
     logs: aws.cloudwatch.LogGroup | None,
     opts: pulumi.ResourceOptions,
 ) -> Role:
-    """The machine's role: the stack's buckets and parameters, CloudWatch metrics and logs, Session Manager. MLflow's
-    processes have a role of their own: objects of two buckets. Only the machine's role may assume it."""
+    """Create two roles. The machine's role can access the stack's buckets and parameters, CloudWatch metrics and logs,
+    and Session Manager. The role of MLflow's processes can access only objects of two buckets. Only the machine's role
+    may assume the role of MLflow."""
     machine = aws.iam.Role(
         "server",
         description="MLflow server: its own buckets and parameters, Session Manager",
@@ -103,7 +105,7 @@ def role(
 
 
 def objects_of(*buckets: aws.s3.Bucket) -> list[dict[str, Any]]:
-    """Read and write objects in these buckets, without access to old versions."""
+    """Statements that allow reading and writing objects in these buckets, without access to old versions."""
     arns = [bucket.arn for bucket in buckets]
     return [
         {"Sid": "Buckets", "Effect": "Allow", "Action": list(OF_A_BUCKET), "Resource": arns},
@@ -117,8 +119,8 @@ def objects_of(*buckets: aws.s3.Bucket) -> list[dict[str, Any]]:
 
 
 def added_only(backups: aws.s3.Bucket) -> list[dict[str, Any]]:
-    """The audit trail: objects below its prefix are added and never replaced or deleted. S3 replaces none with
-    If-None-Match: *, which the first statement requires of every PutObject and so of every part of an upload."""
+    """Statements for the audit trail: objects below its prefix can be added, but never replaced or deleted. The first
+    statement requires the header `If-None-Match: *` for every PutObject, so that S3 refuses to replace an object."""
     below = pulumi.Output.concat(backups.arn, "/", audit_trail.PREFIX, "*")
     return [
         {
@@ -135,8 +137,9 @@ def added_only(backups: aws.s3.Bucket) -> list[dict[str, Any]]:
 def machine_policy(
     config: Settings, kept: Storage, parameters: Parameters, mlflow: aws.iam.Role, logs: aws.cloudwatch.LogGroup | None
 ) -> dict[str, Any]:
-    """The machine's permissions. In the backups bucket a delete only hides an object; the role cannot delete
-    versions, and in the audit trail it can neither replace nor hide objects. In the log group it can only add."""
+    """The machine's permissions. In the backups bucket, the machine's role can overwrite and hide objects, but cannot
+    delete old versions. In the audit trail, the machine's role cannot replace or hide objects. In the log group, the
+    machine's role can only add lines."""
     read = [each.arn for each in (parameters.credentials, parameters.reader) if each]
     publish = [
         {"Sid": sid, "Effect": "Allow", "Action": "ssm:PutParameter", "Resource": parameter.arn}
@@ -148,7 +151,7 @@ def machine_policy(
             "Sid": "Logs",
             "Effect": "Allow",
             "Action": ["logs:CreateLogStream", "logs:PutLogEvents"],
-            # With ":*", the streams of the group: the form that these two actions need.
+            # These two actions need the ARN of the group's streams, which ends in ":*".
             "Resource": pulumi.Output.concat(group.arn, ":*"),
         }
         for group in (logs,)
@@ -182,7 +185,7 @@ def machine_policy(
 
 
 def _parsed(text: str) -> Any:
-    """Pulumi returns lists, objects, numbers and booleans as JSON, text unchanged."""
+    """The value of a setting. Pulumi returns lists, objects, numbers and booleans as JSON, and text unchanged."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

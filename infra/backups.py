@@ -1,4 +1,4 @@
-"""Check that the backup named by restoreFrom exists, before the machine that restores it is created."""
+"""Check that the backup in the setting restoreFrom exists, before Pulumi creates the machine that restores it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from preflight import Existing
 from settings import Settings
 
 KEYS = 10_000
-"""How many names below dumps/ are read; a dump has two, its own and its digest's."""
+"""This program reads at most this number of S3 keys below dumps/. Each dump has two keys: the dump and its digest."""
 
 
 def restore_from(
     config: Settings, found: Existing, bucket: pulumi.Output[str], opts: pulumi.ResourceOptions
 ) -> pulumi.Output[str]:
-    """The setting restoreFrom, resolved after its backup was found; resources that depend on it are created later.
-    Fails with pulumi.RunError.
+    """The setting restoreFrom, as an output that Pulumi resolves after the backup was found. Pulumi creates the
+    resources that depend on this output after the check. The output fails with pulumi.RunError if the backup does not
+    exist.
 
-    A value that an earlier `up` has checked is not checked again: the machine restores once per value, and the backup
-    may have expired since.
+    A value that an earlier `pulumi up` has checked is not checked again: the machine restores each value only once, and
+    the backup may have expired after the restore.
     """
     if not config.restore_from or (found.volume and found.volume.restore_from == config.restore_from):
         return pulumi.Output.from_input(config.restore_from)
@@ -43,7 +44,7 @@ def restore_from(
 
 
 async def _dumps(bucket: str, asked: pulumi.InvokeOptions) -> list[str]:
-    """Keys of the dumps, oldest first."""
+    """S3 keys of the dumps, oldest first."""
     there = await _objects(asked, bucket=bucket, prefix=restore_request.DUMPS, max_keys=KEYS)
     return sorted(key for key in there.keys if restore_request.is_dump(key))
 
@@ -59,5 +60,5 @@ async def _labels(bucket: str, asked: pulumi.InvokeOptions) -> list[str]:
 
 async def _objects(asked: pulumi.InvokeOptions, **arguments: Any) -> aws.s3.GetObjectsResult:
     there = await aws.s3.get_objects_output(**arguments, opts=asked).future()
-    assert there is not None  # a data source returns a result or raises
+    assert there is not None  # a Pulumi data source always returns a result or raises
     return there

@@ -1,5 +1,5 @@
-"""The launch document's format and checks, imported from the code in the image: preview refuses every document that the
-boot would refuse."""
+"""The launch document's format and checks, imported from the image's code. The preview therefore refuses every launch
+document that the boot would refuse."""
 
 import sys
 from pathlib import Path

@@ -1,10 +1,11 @@
-"""The stack's parameters in Systems Manager: credentials and their passphrase, and the values that the machine
-publishes.
+"""The stack's parameters in Systems Manager: the users with their passwords, a passphrase, and the values that the
+machine publishes.
 
-The credentials are generated once and stored encrypted in Pulumi's state and in two SSM SecureStrings: one for the
-machine, with the hash of the admin's password, and one for people, with the password. The machine's role cannot read
-the second. Pulumi writes both only when it creates the stack. Later the users are managed in the first parameter
-(scripts/users.py); if Pulumi wrote it again, an `up` would restore removed users.
+The credentials are generated once and stored encrypted in Pulumi's state and in two SSM SecureStrings. The parameter
+`credentials` is for the machine and contains the hash of the admin's password. The parameter `admin-password` is for
+people and contains the password; the machine's role cannot read it. Pulumi writes the parameters `credentials` and
+`admin-password` only when it creates the stack. Later, scripts/users.py changes the users in `credentials`. If Pulumi
+wrote `credentials` at each `pulumi up`, it would restore removed users.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from preflight import Existing
 from settings import ADMIN, Settings
 
 WRITTEN_ONCE = ["value", "description", "tier", "keyId"]
-"""All properties, not only the value: when any other property changes, the provider also writes the value in its
-state."""
+"""Properties whose changes Pulumi ignores after it has created the parameter. The list does not contain only the value,
+because the provider also writes the value from Pulumi's state when any other property changes."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class Parameters:
     password: aws.ssm.Parameter
     """SecureString: the password of the user admin, for connect.py."""
     authority: aws.ssm.Parameter | None
-    """String: certificate of the private authority, published by the machine. None if tls is not private."""
+    """String: certificate of the private certificate authority. The machine writes it. None if tls is not private."""
     reader: aws.ssm.Parameter | None
     """SecureString: password of the role that reads the database over the network. None if postgresCidrs is empty."""
     in_service: aws.ssm.Parameter
-    """String: the image whose schema is in service, reported by the machine."""
+    """String: the image whose schema the database in service has. The machine writes it."""
 
     @property
     def ready(self) -> list[pulumi.Resource]:
@@ -49,7 +50,8 @@ class Parameters:
 
 
 def build(config: Settings, found: Existing, volume: pulumi.Resource, opts: pulumi.ResourceOptions) -> Parameters:
-    # Losing the passphrase makes the secrets in the database unreadable, so it is protected like the data volume.
+    # Without this passphrase, the secrets in the database are unreadable, so Pulumi protects this resource from
+    # deletion.
     passphrase = random.RandomPassword(
         "kek-passphrase", length=48, special=False, opts=pulumi.ResourceOptions(protect=True)
     )
@@ -65,7 +67,8 @@ def build(config: Settings, found: Existing, volume: pulumi.Resource, opts: pulu
     def parameter(
         name: str, description: str, type: str, value: Any, after: pulumi.Resource, **options: Any
     ) -> aws.ssm.Parameter:
-        # A standard parameter holds 4 KiB, about 40 users; Intelligent-Tiering makes a larger one advanced.
+        # A standard parameter holds 4 KiB, about 40 users. With Intelligent-Tiering, a larger parameter becomes an
+        # advanced parameter.
         tier = "Intelligent-Tiering" if name == "credentials" else None
         hooks = lost_state.refuse_second_parameter(config, found, name)
         more = pulumi.ResourceOptions(hooks=hooks, depends_on=[after], **options)
@@ -80,12 +83,12 @@ def build(config: Settings, found: Existing, volume: pulumi.Resource, opts: pulu
         )
 
     def published(name: str, description: str, value: str) -> aws.ssm.Parameter:
-        """Created empty, so that destroying the stack deletes it and the machine needs write access to this parameter
-        only."""
+        """A parameter with a placeholder, whose value the machine writes later. Because Pulumi creates the parameter,
+        `pulumi destroy` deletes it, and the machine needs no right to create parameters."""
         return parameter(name, description, "String", value, credentials, ignore_changes=WRITTEN_ONCE)
 
-    # Created after the data volume and before the other parameters, so that with a lost state AWS refuses one resource,
-    # not all of them.
+    # Pulumi creates the parameter `credentials` after the data volume and before the other parameters. If the state is
+    # lost, `pulumi up` therefore fails at one resource only.
     credentials = parameter(
         "credentials",
         "its users, and the passphrase of its key encryption key",
@@ -130,6 +133,6 @@ def _given(config: Settings) -> pulumi.Output[str] | None:
 
 
 def _hash(known: Sequence[str]) -> str:
-    """`known` is the password and the salt."""
+    """The hash of a password. `known` contains the password and the salt."""
     password, salt = known
     return hashed(password, salt.encode())

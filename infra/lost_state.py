@@ -1,7 +1,7 @@
-"""Refuse to create resources that AWS has under this stack's name but Pulumi's state does not contain.
+"""Refuse to create a resource that exists in AWS under this stack's name, but is not in Pulumi's state.
 
-Pulumi's engine calls the hooks below before it creates the data volume or a parameter, in previews too. They refuse
-when the state was lost, or when another backend, project or copy of the stack is selected.
+Pulumi calls the hooks below before it creates the data volume or a parameter, in previews too. The hooks fail if the
+state was lost, or if another backend, project or copy of the stack is selected.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VOLUME, BUCKET, ADDRESS, PARAMETER = (
 
 
 def refuse_second_volume(config: Settings, found: Existing) -> pulumi.ResourceHookBinding:
-    """Hook of the data volume. Refuses to create it if a volume with the stack's tags exists, or if the stack was
+    """Hooks of the data volume, which fail if another volume with the stack's tags exists, or if the stack was
     renamed."""
 
     def before_create(arguments: pulumi.ResourceHookArgs) -> None:
@@ -45,7 +45,7 @@ def refuse_second_volume(config: Settings, found: Existing) -> pulumi.ResourceHo
 
 
 def refuse_second_parameter(config: Settings, found: Existing, name: str) -> pulumi.ResourceHookBinding:
-    """Hook of a parameter of the stack: refuses to create it if one with this name exists."""
+    """Hook of one of the stack's parameters. The hook fails if AWS already has a parameter with this name."""
     full = config.parameter(name)
 
     def before_create(arguments: pulumi.ResourceHookArgs) -> None:
@@ -55,7 +55,7 @@ def refuse_second_parameter(config: Settings, found: Existing, name: str) -> pul
             raise pulumi.RunError(_refusal(config, found, f"the parameter {full}"))
         raise pulumi.RunError(
             f"The parameter {full} exists, but the selected state does not have it; nothing was changed. Select the "
-            f"state that does, or import it with `{_import(config, PARAMETER, name, full)}`."
+            f"state that has the parameter, or import it with `{_import(config, PARAMETER, name, full)}`."
         )
 
     return pulumi.ResourceHookBinding(before_create=[_hook(f"no-second-{name}", before_create)])
@@ -66,7 +66,7 @@ def _hook(name: str, check: pulumi.ResourceHookFunction) -> pulumi.ResourceHook:
 
 
 def _refusal(config: Settings, found: Existing, what: str) -> str:
-    """The sentence for a resource that exists already, with the commands that import it."""
+    """The error message for a resource that already exists, with the commands that import the resource."""
     commands = [f"pulumi up --target '{_provider(config)}'"]
     if found.machines:
         ids = " ".join(found.machines)
@@ -78,7 +78,7 @@ def _refusal(config: Settings, found: Existing, what: str) -> str:
         if found.volume and found.volume.buckets
         else (
             f" Import the three buckets in the same way, as {BUCKET} mlflow-artifacts, mlflow-models and "
-            "mlflow-backups: `aws s3 ls` lists their names, which begin with these."
+            "mlflow-backups: `aws s3 ls` lists the names of the buckets, which begin with these words."
         )
     )
     head = (
@@ -100,7 +100,7 @@ def _import(config: Settings, kind: str, name: str, id_: str) -> str:
 
 
 def _kept(config: Settings, found: Existing) -> list[tuple[str, str, str]]:
-    """Type, name in this program, and AWS ID of the resources that outlive machines."""
+    """The resources that outlive machines: (type, name in this program, AWS ID)."""
     volume = [(VOLUME, "data", found.volume.id)] if found.volume else []
     buckets = found.volume.buckets.items() if found.volume else []
     known = ("credentials", "admin-password", "certificate-authority", "postgres-reader", "in-service")

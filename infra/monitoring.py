@@ -1,4 +1,4 @@
-"""CloudWatch: the log group, a dashboard, alarms on the machine's own metrics and on EC2's status checks."""
+"""CloudWatch resources: the log group, a dashboard, and alarms on the machine's metrics and EC2's status checks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from settings import Settings
 from storage import Storage
 
 STATUS_CHECK_MINUTES = 3
-"""Minutes of failed checks in a row after which the machine is rebooted. A booting machine passes within two."""
+"""The alarm reboots the machine if the status check fails for this number of consecutive minutes. A booting machine
+passes the check within two minutes."""
 
 
 def log_group(config: Settings, opts: pulumi.ResourceOptions) -> aws.cloudwatch.LogGroup | None:
-    """The log group of the stack's machines, if the settings name a retention."""
+    """The log group of the stack's machines; None if `logRetentionDays` is 0."""
     if not config.log_group:
         return None
     return aws.cloudwatch.LogGroup(
@@ -29,14 +30,14 @@ def log_group(config: Settings, opts: pulumi.ResourceOptions) -> aws.cloudwatch.
 def build(
     config: Settings, image: Facts, kept: Storage, instance: aws.ec2.Instance, opts: pulumi.ResourceOptions
 ) -> None:
-    """The dashboard; the alarms of the setting `alarms` whose metrics the image sends, and one on the machine's own
-    status check, which reboots it. EC2 itself moves a machine off broken hardware. Without a topic alarms are only
-    visible in the console."""
+    """Create the dashboard, and each alarm in the setting `alarms` whose metric the image sends. The alarm on the
+    instance status check reboots the machine. There is no alarm for broken hardware, because EC2 itself moves the
+    machine to other hardware. Without an SNS topic, alarms are visible only in the console."""
     told = [config.alarm_topic_arn] if config.alarm_topic_arn else []
     if config.dashboard:
         aws.cloudwatch.Dashboard(
             "server",
-            # A dashboard's name has no dots.
+            # CloudWatch allows no dots in the name of a dashboard.
             dashboard_name=re.sub(r"[^\w-]", "_", config.title),
             dashboard_body=pulumi.Output.json_dumps(dashboard(config, kept)),
             opts=opts,
@@ -84,7 +85,7 @@ def build(
 
 
 def dashboard(config: Settings, kept: Storage) -> dict[str, Any]:
-    """The content of the dashboard in CloudWatch's format: two plots in a row."""
+    """The content of the dashboard in CloudWatch's format, with two plots per row."""
     namespace = alarms.namespace(config.stack)
     dimensions = {alarms.DISK_USED: [alarms.VOLUME, kept.volume.id]}
     return {

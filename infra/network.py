@@ -18,13 +18,14 @@ class Network:
     """The subnet in the data volume's zone."""
     group: aws.ec2.SecurityGroup
     address: aws.ec2.Eip
-    """The server's Elastic IP. It is kept when the machine is replaced, because clients and DNS records contain it."""
+    """The server's Elastic IP. A new machine gets the same Elastic IP, because clients and DNS records contain this
+    address."""
     ready: list[pulumi.Resource]
-    """The resources that the machine's first call to AWS needs."""
+    """The resources that must exist before the machine's first call to AWS."""
 
 
 def build(config: Settings, zones: tuple[str, str], opts: pulumi.ResourceOptions) -> Network:
-    """VPC, internet gateway, route table, S3 gateway endpoint, a subnet in each zone, security group, address."""
+    """Create the VPC with its gateways, route table, subnets (one per zone) and security group, and the Elastic IP."""
     vpc = aws.ec2.Vpc(
         "network",
         cidr_block=NETWORK,
@@ -73,8 +74,8 @@ def build(config: Settings, zones: tuple[str, str], opts: pulumi.ResourceOptions
 
 
 def _block(zone: str) -> str:
-    """A zone's subnet CIDR, derived from the zone's letter, so that no subnet moves when the region's list of zones
-    changes."""
+    """The CIDR of a zone's subnet. The CIDR depends only on the zone's letter, so the subnets stay the same if the
+    region's list of zones changes."""
     return f"10.20.{ord(zone[-1]) - ord('a')}.0/24"
 
 

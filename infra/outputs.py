@@ -51,7 +51,7 @@ def export(
 
 
 def client_environment(config: Settings, url: str, password: str, authority: str) -> str:
-    """Shell lines that configure an MLflow client. They fetch the password; they do not contain it."""
+    """Shell lines that configure an MLflow client. The lines do not contain the password, but fetch it from SSM."""
     fetch = f"aws ssm get-parameter --region {config.region} --query Parameter.Value --output text --name"
     lines = [
         f"export MLFLOW_TRACKING_URI={url}",

@@ -1,8 +1,9 @@
 """Look up the existing image, zones, parameters and data volume, and refuse settings that would fail or lose data.
 
-The schema of the volume has two sources. Its tags name the image of the last `up`: Pulumi writes them before the boot,
-which may be interrupted or fail. The parameter `in-service` contains the report of a machine whose boot finished;
-images before launch revision REPORTS report nothing.
+The schema of the data volume is read from two sources. The volume's tags contain the image of the last `pulumi up`.
+Pulumi writes the volume's tags before the boot, and the boot may then be interrupted or fail. The parameter
+`in-service` contains the report of a machine whose boot finished. Machines of images with a launch revision below
+REPORTS write no report.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from settings import Settings
 
 BUCKETS = ("artifacts", "models", "backups")
 IMAGE_FORMAT = "1"
-"""Version of the image facts that this stack reads (tag mlflow-ami:format)."""
+"""Version of the image facts (tag mlflow-ami:format) that this program reads."""
 ROLE_OF_DATA_VOLUME = "data"
 CHANNELS = "/mlflow-ami/images"
-"""Path of the channels in Systems Manager: each parameter holds an image ID (scripts/images.py promote)."""
+"""Path of the channels' parameters in Systems Manager, which contain image IDs (scripts/images.py promote)."""
 EXAMPLES = {"x86_64": "t3.small", "arm64": "t4g.small"}
 """An instance type by architecture."""
 REPORTS = 4
@@ -31,7 +32,7 @@ REPORTS = 4
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts in an image's tags, or those stored for the image that last used the data volume."""
+    """Facts of an image, from the image's tags, from the data volume's tags, or from a machine's report."""
 
     image_id: str
     """Empty in a machine's report, which contains no image ID."""
@@ -39,12 +40,12 @@ class Facts:
     mlflow_version: str
     migration_head: str
     migration_count: int
-    """Number of migrations up to and including the head; orders two images."""
+    """Number of migrations up to and including the head. A newer schema has a higher number."""
     postgresql_major: int
     launch_revision: int = field(default=1, compare=False)
     """Revision of the launch document that the image reads."""
     architecture: str = field(default="", compare=False)
-    """Empty in a machine's report, and on a volume of an earlier release of this program."""
+    """Architecture; empty in a machine's report, and on a volume that an earlier release of this program created."""
 
     @property
     def described(self) -> str:
@@ -58,13 +59,13 @@ class ExistingVolume:
     zone: str
     gib: int
     meant_for: Facts | None
-    """The image of the last `up`, even if its boot failed; None if the volume has no such tags."""
+    """The image of the last `pulumi up`, even if its boot failed; None if the volume's tags contain no image."""
     buckets: Mapping[str, str] = field(default_factory=dict)
-    """The stack's buckets by purpose; empty for a volume of an earlier release of this program."""
+    """Purpose → name of the stack's buckets; empty for a volume that an earlier release of this program created."""
     restore_from: str = ""
-    """restoreFrom at the last `up`."""
+    """The value of the setting restoreFrom at the last `pulumi up`."""
     reported: Facts | None = None
-    """The image that a machine reported in service on this volume; None without a report or if it is outdated."""
+    """The image in the last report of a machine with this volume; None if the report is missing or outdated."""
 
     @property
     def last(self) -> Facts | None:
@@ -75,13 +76,13 @@ class ExistingVolume:
 class Existing:
     image: Facts
     zones: tuple[str, str]
-    """The zone of the server and its data volume, and a second one."""
+    """(the zone of the server and its data volume, a second zone)."""
     volume: ExistingVolume | None
-    """The stack's data volume, None before the first launch."""
+    """The stack's data volume; None before the first launch."""
     image_gib: int = 0
-    """Size of the image's root volume, 0 if unknown."""
+    """Size of the image's root volume; 0 if unknown."""
     parameters: frozenset[str] = frozenset()
-    """Full names of the stack's parameters that exist."""
+    """Full names of the stack's existing parameters."""
     addresses: tuple[str, ...] = ()
     """Allocation IDs of the stack's Elastic IPs."""
     machines: tuple[str, ...] = ()
@@ -89,9 +90,10 @@ class Existing:
 
 
 def inspect(config: Settings, provider: pulumi.ProviderResource) -> tuple[Existing, list[str]]:
-    """(existing resources, one sentence for each reason why `up` would fail or lose data).
+    """Return (existing resources, refusals). Each refusal is a sentence with a reason why `pulumi up` would fail or
+    lose data.
 
-    With refusals, do not use the first: fields that could not be looked up are empty.
+    If there are refusals, do not use the resources, because fields that could not be looked up are empty.
     """
     refusals: list[str] = []
     asked = pulumi.InvokeOptions(provider=provider)
@@ -116,7 +118,7 @@ def inspect(config: Settings, provider: pulumi.ProviderResource) -> tuple[Existi
 
 
 def upgrade_summary(found: Existing) -> str:
-    """One line: the effect of this image's boot on the data."""
+    """One line that describes how the boot of this image changes the data."""
     meant_for = found.volume.meant_for if found.volume else None
     before, after = (meant_for.architecture if meant_for else ""), found.image.architecture
     moved = ""
@@ -166,7 +168,7 @@ def _change(image: Facts, last: Facts) -> str:
 
 
 def channel_summary(config: Settings, found: Existing) -> str:
-    """One line: which image the channel names now. It is recorded in the output amiId."""
+    """One line with the channel's current image. The stack's output amiId is the ID of this image."""
     return (
         f"The channel {config.channel} names {found.image.described}. To stay on this image after later promotions: "
         f"`pulumi config rm channel && pulumi config set amiId {found.image.image_id}`."
@@ -174,15 +176,15 @@ def channel_summary(config: Settings, found: Existing) -> str:
 
 
 def restore_summary(config: Settings) -> str:
-    """One line: the effect of restoreFrom."""
+    """One line that describes the effect of restoreFrom."""
     return (
-        f"Restore of {config.restore_from}, unless this data volume has it already: the current database is kept "
-        "aside, and the restored schema is changed to the image's."
+        f"Restore of {config.restore_from}, if it was not restored to this data volume before: the current database is "
+        "kept aside, and the restored database is changed to the image's schema."
     )
 
 
 def record(image: Facts) -> dict[str, str]:
-    """The tags that store an image's facts on the data volume; `_facts` reads them."""
+    """The tags in which the data volume records an image's facts. `_facts` reads these tags."""
     return {
         "mlflow-ami:last-image": image.image_id,
         "mlflow-ami:image-version": image.image_version,
@@ -196,12 +198,12 @@ def record(image: Facts) -> dict[str, str]:
 
 
 def identity(config: Settings) -> dict[str, str]:
-    """The tags that identify the stack's resources; the provider sets them as default tags."""
+    """The tags that identify the stack's resources. The provider sets these tags as default tags."""
     return {"mlflow-ami:project": config.project, "mlflow-ami:stack": config.stack}
 
 
 def _ami_id(config: Settings, asked: pulumi.InvokeOptions, refusals: list[str]) -> str:
-    """The ID of the image to run: amiId, or the one that the channel names now."""
+    """The ID of the image to run: the setting amiId, or the channel's current image; "" after a refusal."""
     if not config.channel:
         return config.ami_id
     if config.ami_id:
@@ -224,12 +226,13 @@ def _ami_id(config: Settings, asked: pulumi.InvokeOptions, refusals: list[str]) 
 
 
 def _image(config: Settings, ami_id: str, asked: pulumi.InvokeOptions, refusals: list[str]) -> tuple[Facts, str, int]:
-    """The image's facts, its architecture ("x86_64", "arm64"; "" when there is no such image) and its size in GiB."""
+    """(facts of the image, its architecture, the size of its root volume in GiB). The architecture is "x86_64" or
+    "arm64", or "" if there is no such image."""
     if not ami_id:
         return _no_image(ami_id), "", 0
     setting = "channel" if config.channel else "amiId"
     try:
-        # A rollback pins an old image, so deprecated images are included.
+        # Deprecated images are included, because a rollback pins an old image.
         ami = aws.ec2.get_ami(filters=[{"name": "image-id", "values": [ami_id]}], include_deprecated=True, opts=asked)
     except Exception as error:
         refusals.append(
@@ -294,8 +297,8 @@ def _data_volume(
         ).ids
         if len(ids) > 1:
             refusals.append(
-                f"The volumes {', '.join(sorted(ids))} all carry the tags of this stack's data volume: remove the tag "
-                f"mlflow-ami:role from all but the data volume."
+                f"The volumes {', '.join(sorted(ids))} all have the tags of this stack's data volume: remove the tag "
+                f"mlflow-ami:role from each volume that is not the data volume."
             )
         if len(ids) != 1:
             return None
@@ -316,7 +319,8 @@ def _data_volume(
 
 
 def _reported(report: in_service.InService | None, volume: str, meant_for: Facts | None) -> Facts | None:
-    """A machine's report. It is valid for this volume only, and only if the image of the last `up` writes reports."""
+    """The facts in a machine's report; None if the report is about another volume. The result is also None if the image
+    of the last `pulumi up` writes no reports, because the report is then outdated."""
     if report is None or report.volume != volume:
         return None
     image_id = ""
@@ -335,7 +339,7 @@ def _reported(report: in_service.InService | None, volume: str, meant_for: Facts
 
 
 def _beside(config: Settings, asked: pulumi.InvokeOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The stack's addresses and machines. They are only printed in messages, so a failed look-up is not an error."""
+    """IDs of the stack's addresses and machines. The IDs are used only in messages, so a failed look-up is no error."""
     tags, states = identity(config), ["pending", "running", "stopping", "stopped"]
     try:
         addresses = aws.ec2.get_eips(tags=tags, opts=asked).allocation_ids
@@ -348,8 +352,9 @@ def _beside(config: Settings, asked: pulumi.InvokeOptions) -> tuple[tuple[str, .
 def _zones(
     config: Settings, volume: ExistingVolume | None, asked: pulumi.InvokeOptions, refusals: list[str]
 ) -> tuple[str, str]:
-    """The data volume's zone, even if AWS no longer offers the instance type there. A new stack gets a zone that has
-    it."""
+    """(the server's zone, a second zone). The server's zone is the data volume's zone, even if AWS no longer offers the
+    instance type in this zone. A new stack gets the zone in the setting availabilityZone, or the first zone that offers
+    the instance type."""
     try:
         names = sorted(
             aws.get_availability_zones(
@@ -378,7 +383,7 @@ def _zones(
     first = (volume.zone if volume else "") or config.availability_zone or next(iter(usable), "")
     if offered and first in names and first not in offered:
         refusals.append(
-            f"instanceType: EC2 offers no {config.instance_type} in {first}, the server's zone; it does in "
+            f"instanceType: EC2 offers no {config.instance_type} in {first}, the server's zone, but in "
             f"{', '.join(usable)}."
         )
     second = next((zone for zone in names if zone != first), "")
@@ -390,7 +395,7 @@ def _zones(
 def _instance_type(
     config: Settings, ami_id: str, architecture: str, asked: pulumi.InvokeOptions, refusals: list[str]
 ) -> None:
-    """Check that the instance type fits the image. `_zones` refuses a type that no zone offers."""
+    """Check the instance type's architecture and memory. `_zones` refuses a type that no zone offers."""
     if any(refusal.startswith("instanceType:") for refusal in refusals):
         return
     try:
@@ -414,7 +419,7 @@ def _instance_type(
 
 
 def _names(config: Settings, asked: pulumi.InvokeOptions, refusals: list[str]) -> None:
-    """Check that the key pair and the hosted zone exist; otherwise an `up` would fail halfway."""
+    """Check that the key pair and the hosted zone exist, because `pulumi up` would otherwise fail halfway."""
     if config.key_name:
         try:
             aws.ec2.get_key_pair(key_name=config.key_name, opts=asked)
@@ -446,7 +451,7 @@ def _names(config: Settings, asked: pulumi.InvokeOptions, refusals: list[str]) -
 
 
 def _misfits(config: Settings, image: Facts, volume: ExistingVolume) -> list[str]:
-    """Why this image or these settings do not fit the existing data volume."""
+    """The reasons why this image or these settings do not fit the existing data volume, one sentence each."""
     refusals = []
     if config.data_volume_gib < volume.gib:
         refusals.append(
@@ -462,15 +467,15 @@ def _misfits(config: Settings, image: Facts, volume: ExistingVolume) -> list[str
     if volume.last and other_major and not config.restore_from:
         refusals.append(
             f"amiId: {image.image_id} has PostgreSQL {image.postgresql_major}, but the data volume {volume.id} holds "
-            f"a cluster of PostgreSQL {volume.last.postgresql_major}, which it cannot read: pin an image with "
-            f"PostgreSQL {volume.last.postgresql_major}, or move by dump and restore: take a dump with "
-            "`mlflow-host-dump` on the machine, and set restoreFrom to the name it prints together with this image."
+            f"a cluster of PostgreSQL {volume.last.postgresql_major}, which the image cannot read. Pin an image with "
+            f"PostgreSQL {volume.last.postgresql_major}, or move by dump and restore: run `mlflow-host-dump` on the "
+            "machine, and set restoreFrom to the name that it prints, together with this image."
         )
     return refusals
 
 
 def _facts(image_id: str, tags: Mapping[str, str]) -> Facts | None:
-    """Facts from the tags of an image or a volume; None if any tag is missing."""
+    """The facts in the tags of an image or a volume; None if any tag is missing."""
     try:
         return Facts(
             image_id=image_id,
@@ -491,7 +496,8 @@ def _no_image(ami_id: str) -> Facts:
 
 
 def _unanswered(error: Exception, missing: str, failed: str) -> str:
-    """A sentence for a failed look-up: `missing` if AWS has no such resource, otherwise `failed` with AWS's reason."""
+    """The sentence for a failed look-up: `missing` if AWS has no such resource, otherwise `failed` with AWS's
+    reason."""
     reason: Any = str(error)
     if missing and any(sign in reason for sign in ("returned no results", "NotFound", "no matching", "NoSuch")):
         return missing

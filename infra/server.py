@@ -1,4 +1,5 @@
-"""The machine. A new image or new user-data replaces it; it holds no data."""
+"""The machine, its attachments and its DNS record. The machine contains no data, so Pulumi can replace it for a new
+image or new user-data."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from settings import Settings
 from storage import Storage
 
 DATA_DEVICE = "/dev/sdf"
-"""Device name of the attachment. The machine finds the volume by the volume's ID, because the kernel gives the device
-another name."""
+"""Device name of the attachment. The kernel gives the device another name, so the machine finds the volume by its
+ID."""
 RECORD_SECONDS = 300
 
 
@@ -25,7 +26,7 @@ RECORD_SECONDS = 300
 class Server:
     instance: aws.ec2.Instance
     hostnames: pulumi.Output[list[str]]
-    """The server's host names; the first is used in its URL."""
+    """The server's host names. The server's URL contains the first host name."""
 
 
 def launch(
@@ -37,11 +38,11 @@ def launch(
     role: Role,
     opts: pulumi.ResourceOptions,
 ) -> Server:
-    """Instance, data volume attachment, address and, in a hosted zone, the DNS record.
+    """Create the instance, attach the data volume and the address, and write the DNS record in the hosted zone, if any.
 
-    The old instance is deleted before the new one is created, because the volume can be attached to one instance only.
-    The attachment stops the instance before that, while it still has its address: the server answers the requests that
-    it has accepted, then PostgreSQL shuts down.
+    Pulumi deletes the old instance before it creates the new one, because a volume can be attached to one instance
+    only. Pulumi stops the old instance before it detaches the volume and the address. During the stop, the server
+    answers the requests that it has accepted, and then PostgreSQL shuts down.
     """
     hostnames = net.address.public_ip.apply(lambda ip: [name for name in (config.domain_name, ip) if name])
     instance = aws.ec2.Instance(
@@ -82,7 +83,7 @@ def launch(
         stop_instance_before_detaching=True,
         opts=_with(opts, delete_before_replace=True, depends_on=[association]),
     )
-    # The tag stays when the stack launches another image: scripts/images.py keeps the last image to roll back to.
+    # The tag stays when the stack launches another image, so that scripts/images.py keeps this image for a rollback.
     aws.ec2.Tag(
         "image",
         resource_id=found.image.image_id,

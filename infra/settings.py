@@ -1,6 +1,6 @@
 """The stack's settings: the Pulumi configuration, read once into one frozen dataclass.
 
-Names, types, defaults and descriptions come from Pulumi.yaml. This module makes no AWS calls; `preflight` does.
+Names, types, defaults and descriptions come from Pulumi.yaml. This module does not call AWS; `preflight` does.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ PROJECT = Path(__file__).with_name("Pulumi.yaml")
 ADMIN = "admin"
 ANYWHERE = "0.0.0.0/0"
 RESERVED = ("facts", "images")
-"""Names below /mlflow-ami/ in Systems Manager that scripts/images.py uses."""
+"""Names that no stack can have, because scripts/images.py uses them below /mlflow-ami/ in Systems Manager."""
 RETENTION_DAYS = (
     *(0, 1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653),
 )
-"""Values of `logRetentionDays`: 0, and those that PutRetentionPolicy of CloudWatch Logs accepts."""
+"""Values of `logRetentionDays`: 0, and the values that PutRetentionPolicy of CloudWatch Logs accepts."""
 RULES_PER_GROUP = 60
-"""Inbound rules EC2 allows in a security group by default (Amazon VPC quotas)."""
+"""Default quota of inbound rules in a security group (Amazon VPC quotas)."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The stack's settings. Empty text is "", as in the launch document."""
+    """The stack's settings. A setting without a value is "", as in the launch document."""
 
     project: str
     stack: str
     region: str
     ami_id: str
-    """Empty when `channel` chooses the image."""
+    """The ID of the image; empty if the setting `channel` selects the image."""
     channel: str
     allowed_cidrs: tuple[str, ...]
     instance_type: str
@@ -53,7 +53,7 @@ class Settings:
     availability_zone: str
     domain_name: str
     tls: str
-    """As in the launch document: private, acme or off."""
+    """The key web.tls of the launch document: private, acme or off."""
     acme_email: str
     acme_directory: str
     hosted_zone_id: str
@@ -61,21 +61,22 @@ class Settings:
     """Secret: wrap it in pulumi.Output.secret before passing it to a resource."""
     ssh_cidrs: tuple[str, ...]
     postgres_cidrs: tuple[str, ...]
-    """Networks that may read the database. With any, PostgreSQL listens on the network."""
+    """Networks from which clients may read the database. PostgreSQL listens on the network only if the tuple is not
+    empty."""
     key_name: str
     artifact_transfer: str
     job_execution: bool
     deleted_retention_days: int
-    """Days until objects deleted in MLflow are removed; 0: never."""
+    """Days after which items that users deleted in MLflow are permanently removed; 0: never."""
     backup_retention_days: int
     alarms: tuple[str, ...]
     """Names in `contract.alarms`."""
     alarm_topic_arn: str
     dashboard: bool
     log_retention_days: int
-    """Days that the log group keeps a line; 0: the stack has no log group."""
+    """Days for which the log group keeps a line; 0: the stack has no log group."""
     restore_from: str
-    """The backup to restore at the next boot; each value is restored once."""
+    """The backup to restore at the next boot. The machine restores each value only once."""
     backups_endpoint: str
     backups_authority: str
     s3_endpoint: str
@@ -86,7 +87,7 @@ class Settings:
 
     @property
     def title(self) -> str:
-        """Name of the stack's resources in the AWS console."""
+        """The stack's name in the AWS console."""
         return f"mlflow-{self.stack}"
 
     @property
@@ -95,15 +96,16 @@ class Settings:
 
     @property
     def doors(self) -> list[tuple[str, int, tuple[str, ...]]]:
-        """The inbound rules: name, port, networks. With TLS, port 80 redirects. With acme it is open to everybody,
-        because the addresses of the public authority are not published."""
+        """The inbound rules: (name, port, networks). With TLS, port 80 only redirects to port 443. With tls acme, port
+        80 is open to everybody, because the certificate authority does not publish the addresses from which it
+        connects."""
         encrypted = [("https", 443, self.allowed_cidrs)] if self.tls != "off" else []
         plain = ("http", 80, (ANYWHERE,) if self.tls == "acme" else self.allowed_cidrs)
         return [plain, *encrypted, ("ssh", 22, self.ssh_cidrs), ("postgresql", 5432, self.postgres_cidrs)]
 
     @property
     def log_group(self) -> str:
-        """The log group's name; "" without one."""
+        """The log group's name; "" if the stack has no log group."""
         return f"/mlflow-ami/{self.stack}" if self.log_retention_days else ""
 
     def parameter(self, name: str) -> str:
@@ -118,9 +120,9 @@ def schema() -> Mapping[str, Mapping[str, Any]]:
 
 
 def read() -> tuple[Settings, list[str]]:
-    """The settings of the selected stack, and a sentence for every mistake in them.
+    """Return (the settings of the selected stack, the mistakes in these settings). Each mistake is one sentence.
 
-    A setting with a mistake gets its default, so that the other settings are still checked.
+    A setting with a mistake gets its default value, so that the code can also check the other settings.
     """
     project, stack = pulumi.get_project(), pulumi.get_stack()
     mistakes = _unknown(project) + _stack_name(stack)
@@ -199,7 +201,7 @@ def read() -> tuple[Settings, list[str]]:
 
 
 def as_sentences(mistakes: list[str]) -> str:
-    """All mistakes as one message, a line each."""
+    """All mistakes in one message, with one line for each mistake."""
     head = "There is a mistake in the settings" if len(mistakes) == 1 else f"There are {len(mistakes)} mistakes"
     return "\n".join([f"{head}; nothing was changed:", *(f"  - {mistake}" for mistake in mistakes)])
 
@@ -237,7 +239,7 @@ def _unknown(project: str) -> list[str]:
 def _stack_name(stack: str) -> list[str]:
     if stack in RESERVED:
         return [
-            f"The stack's name {stack!r} is taken: /mlflow-ami/{stack}/ holds parameters of images. Choose another."
+            f"The stack's name {stack!r} is taken: /mlflow-ami/{stack}/ contains parameters of images. Choose another."
         ]
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,49}", stack):
         return []
@@ -306,8 +308,8 @@ def _contradictions(found: Settings) -> list[str]:
     rules = sum(len(networks) for _, _, networks in found.doors)
     if rules > RULES_PER_GROUP:
         mistakes.append(
-            f"allowedCidrs, sshCidrs and postgresCidrs make {rules} inbound rules, more than the {RULES_PER_GROUP} a "
-            "security group allows: combine adjacent networks."
+            f"allowedCidrs, sshCidrs and postgresCidrs make {rules} inbound rules, more than the {RULES_PER_GROUP} "
+            "rules of a security group: combine adjacent networks."
         )
     if found.availability_zone and found.region and not found.availability_zone.startswith(found.region):
         mistakes.append(f"availabilityZone: {found.availability_zone!r} is not in the region {found.region}.")
@@ -332,7 +334,7 @@ def _days_of_logs(value: int) -> str | None:
     if value in RETENTION_DAYS:
         return None
     near = min(RETENTION_DAYS, key=lambda each: abs(each - value))
-    return f"is not a retention of CloudWatch Logs: the nearest is {near}"
+    return f"is not a retention period of CloudWatch Logs: the nearest period is {near}"
 
 
 def _names_of_alarms(values: tuple[str, ...]) -> str | None:
@@ -373,7 +375,8 @@ def _boolean(text: str) -> bool | None:
 
 
 def _list(text: str) -> tuple[str, ...] | None:
-    """A JSON list, as Pulumi passes it, or names separated by commas. Duplicates are dropped."""
+    """The names in a JSON list (Pulumi's format), or in text that separates names by commas. None for other JSON.
+    Duplicates are dropped."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError:

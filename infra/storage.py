@@ -1,4 +1,4 @@
-"""The three buckets and the data volume. They outlive machines, and all of them are protected."""
+"""The three buckets and the data volume, which outlive machines. Pulumi protects these resources from deletion."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from settings import Settings
 UPLOAD_DAYS = 7
 """Days after which S3 deletes the parts of an unfinished upload."""
 ELSEWHERE = ["lifecycleRules", "policy", "serverSideEncryptionConfiguration", "versioning"]
-"""Properties of a bucket that resources of their own manage. A refresh reads them into the bucket's state, and the next
-`up` would remove them from the bucket again (pulumi/pulumi-aws#6244)."""
+"""Bucket properties that other Pulumi resources manage. Pulumi ignores their changes in the bucket resource. Otherwise,
+the next `pulumi up` would remove properties that `pulumi refresh` has read into the bucket's state
+(pulumi/pulumi-aws#6244)."""
 NAME_ONCE_GIVEN = ["bucket"]
-"""A bucket that was imported keeps its name; Pulumi would otherwise choose another one and replace it."""
+"""Pulumi keeps the name of an imported bucket. Otherwise, Pulumi would choose a new name and replace the bucket."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,11 @@ class Storage:
     models: aws.s3.Bucket
     backups: aws.s3.Bucket
     volume: aws.ebs.Volume
-    """Holds PostgreSQL's cluster. Its tags name the image of the last `up`."""
+    """The volume with PostgreSQL's cluster. The volume's tags contain facts of the image of the last `pulumi up`."""
     ready: list[pulumi.Resource]
     """The bucket settings that must be in effect before the machine writes its first object."""
     restore_from: pulumi.Output[str]
-    """The backup to restore at the next boot, checked against the backups bucket."""
+    """The backup to restore at the next boot, after the check that the backups bucket contains it."""
 
     @property
     def buckets(self) -> dict[str, aws.s3.Bucket]:
@@ -40,7 +41,7 @@ class Storage:
 
 
 def build(config: Settings, found: preflight.Existing, opts: pulumi.ResourceOptions) -> Storage:
-    """Buckets that are versioned, encrypted, private and TLS only, and the data volume."""
+    """Create the data volume, and three buckets that are versioned, encrypted, private and reachable by TLS only."""
     ready: list[pulumi.Resource] = []
     buckets = {name: _bucket(f"mlflow-{name}", config.backup_retention_days, ready, opts) for name in preflight.BUCKETS}
     restore_from = backups.restore_from(config, found, buckets["backups"].bucket, opts)
@@ -120,7 +121,7 @@ def _bucket(
 
 
 def tls_only(bucket: aws.s3.Bucket) -> dict[str, Any]:
-    """Bucket policy that denies every request without TLS 1.2 or newer, for all principals."""
+    """A bucket policy that denies all requests without TLS 1.2 or newer."""
     resources = [bucket.arn, pulumi.Output.concat(bucket.arn, "/*")]
     denied = {"Effect": "Deny", "Principal": "*", "Action": "s3:*", "Resource": resources}
     return {

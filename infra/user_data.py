@@ -1,4 +1,5 @@
-"""User-data: the launch document in a cloud-config, checked by the code that reads it on the machine."""
+"""User-data: a cloud-config with the launch document. This module checks the document with the code that reads the
+document on the machine."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from storage import Storage
 
 TEMPLATE = Path(__file__).with_name("user_data.yaml.j2")
 LIMIT_BYTES = 16384
-"""EC2's limit on user-data before it is encoded."""
+"""EC2's limit for the size of user-data, before base64 encoding."""
 SAMPLE: dict[str, Any] = {
     "hostnames": ["203.0.113.1"],
     "artifacts": "mlflow-artifacts-0000000",
@@ -32,7 +33,7 @@ SAMPLE: dict[str, Any] = {
     "reader": "/mlflow-ami/stack/postgres-reader",
     "role": "",
 }
-"""Sample names in AWS's format, to check the user-data before the resources exist."""
+"""Sample names in AWS's format, used to check the user-data before the resources exist."""
 
 
 def written(
@@ -43,7 +44,8 @@ def written(
     parameters: Parameters,
     role: pulumi.Output[str],
 ) -> pulumi.Output[str]:
-    """The stack's user-data for a machine of that image, once AWS has returned the names in it."""
+    """The stack's user-data for a machine of `image`, as an output. Pulumi resolves the output after AWS has returned
+    the names that the user-data contains."""
     named = pulumi.Output.all(
         hostnames=hostnames,
         **{name: bucket.bucket for name, bucket in kept.buckets.items()},
@@ -59,7 +61,7 @@ def written(
 
 
 def problems(config: Settings, image: Facts) -> list[str]:
-    """Mistakes in the user-data that do not depend on the names from AWS."""
+    """The mistakes in the user-data that can be found before AWS returns the names of the resources."""
     try:
         render(_sample(config), image.launch_revision)
     except pulumi.RunError as error:
@@ -68,7 +70,7 @@ def problems(config: Settings, image: Facts) -> list[str]:
 
 
 def cautions(config: Settings, image: Facts) -> list[str]:
-    """Warnings: settings that an older image ignores, and alarms whose metrics it does not send."""
+    """Warnings about settings that an older image ignores, and about alarms whose metrics the image does not send."""
     _, left_out = launch.known_to(image.launch_revision, _sample(config))
     ignored = [key for key in left_out if key != "monitoring.alarms"]
     found = []
@@ -80,8 +82,8 @@ def cautions(config: Settings, image: Facts) -> list[str]:
     fed = (*alarms.fed_by(image.launch_revision), alarms.STATUS_CHECK)
     if unfed := [name for name in config.alarms if name not in fed]:
         found.append(
-            f"{image.described} does not send the metrics of these alarms: {', '.join(unfed)}. They are left out "
-            f"until an image that sends them is pinned."
+            f"{image.described} does not send the metrics of these alarms: {', '.join(unfed)}. The alarms are left "
+            f"out until an image that sends these metrics is pinned."
         )
     return found
 
@@ -92,7 +94,7 @@ def _sample(config: Settings) -> dict[str, Any]:
 
 
 def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
-    """The launch document's content from the settings and the names that AWS returned; unset keys are empty."""
+    """The launch document's content, made from the settings and the names that AWS returned. Unset keys are empty."""
     return {
         "stack": {"name": config.stack, "region": config.region},
         "buckets": {bucket: names[bucket] for bucket in ("artifacts", "models", "backups")},
@@ -134,13 +136,13 @@ def document(config: Settings, names: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def render(content: Mapping[str, Any], revision: int = launch.REVISION) -> str:
-    """The cloud-config as text, for an image of that launch document revision. Raises pulumi.RunError if the machine
-    would refuse it or it exceeds EC2's size limit."""
+    """The cloud-config as text, for an image that reads this revision of the launch document. Raises pulumi.RunError if
+    the machine would refuse the document, or if the text exceeds EC2's size limit."""
     tables, _ = launch.known_to(revision, content)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False
     )
-    # JSON's strings, booleans and lists of strings are valid TOML, except for one control character.
+    # JSON strings, booleans and lists of strings are valid TOML, if one control character is escaped.
     environment.filters["toml"] = lambda value: json.dumps(value).replace("\x7f", "\\u007f")
     text = environment.from_string(TEMPLATE.read_text()).render(format=launch.FORMAT, tables=tables)
     size = len(text.encode())

@@ -65,7 +65,7 @@ build {
     destination = "${var.output_directory}/sbom.cdx.json"
   }
 
-  # ── Clean, then check: no step after assert_image changes the image ─────────────────────────────────────────────────
+  # ── Clean and check. No step runs after assert_image.py ────────────────────────────────────────────────────────────
 
   provisioner "shell" {
     execute_command = "sudo env {{ .Vars }} {{ .Path }}"

@@ -1,4 +1,4 @@
-# Packer 1.6 has amazon-ebs built in and rejects this block, so scripts/bake.py omits this file for it.
+# Packer 1.6 contains amazon-ebs and rejects this block, so scripts/bake.py omits this file for Packer 1.6.
 packer {
   required_version = ">= 1.7.0"
 

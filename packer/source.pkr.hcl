@@ -23,9 +23,9 @@ source "amazon-ebs" "mlflow" {
   run_tags                    = merge(local.tags, { "Name" = "mlflow-ami builder" })
   run_volume_tags             = merge(local.tags, { "Name" = "mlflow-ami builder" })
 
-  # IMDSv2 only, on the builder and in the image. Packer 1.6 has neither argument, so scripts/bake.py removes the lines
-  # for it and sets both itself. The builder has no instance profile, so its metadata service returns no credentials.
-  # From 1.7:
+  # The builder and the image require IMDSv2. Packer 1.6 does not have the arguments imds_support and metadata_options,
+  # so scripts/bake.py removes these arguments for Packer 1.6 and requires IMDSv2 itself. The builder has no instance
+  # profile, so its metadata service returns no credentials. From 1.7:
   imds_support = "v2.0"
   metadata_options {
     http_endpoint               = "enabled"
@@ -34,7 +34,7 @@ source "amazon-ebs" "mlflow" {
   }
   # End of what needs 1.7.
 
-  # Encrypted from the start: encrypt_boot would build unencrypted and then copy the image.
+  # The root volume is encrypted when it is created. With encrypt_boot, Packer would copy an unencrypted image.
   launch_block_device_mappings {
     device_name           = "/dev/sda1"
     volume_type           = "gp3"

@@ -119,11 +119,11 @@ variable "output_directory" {
 locals {
   image_version = var.image_version == "" ? formatdate("YYYYMMDD'T'hhmmss'Z'", timestamp()) : var.image_version
 
-  # The lock file defines the MLflow release. (Packer 1.6 has no regex().)
+  # The lock file defines the MLflow release. The code uses split(), because Packer 1.6 has no regex().
   requirements   = "${path.root}/../provisioning/requirements.lock"
   mlflow_version = split(" ", split("\nmlflow==", file(local.requirements))[1])[0]
 
-  # Ubuntu's name for the architecture, the default builder, and the end of the image's name.
+  # For each architecture: Ubuntu's name for it, the builder's default instance type, and the end of the image's name.
   amd64   = { ubuntu = "amd64", builder = "t3.medium", suffix = "" }
   arm64   = { ubuntu = "arm64", builder = "t4g.medium", suffix = "-arm64" }
   machine = var.architecture == "arm64" ? local.arm64 : local.amd64
@@ -134,7 +134,7 @@ locals {
 
   ami_name = "mlflow-ami-${local.mlflow_version}-${local.image_version}${local.machine.suffix}"
 
-  # Tags of the image and its snapshots; scripts/bake.py adds facts from image.json.
+  # Tags of the image and its snapshots. Later, scripts/bake.py adds facts from image.json.
   tags = {
     "Name"                      = local.ami_name
     "mlflow-ami:bake"           = var.bake_id

@@ -1,43 +1,48 @@
 #!/usr/bin/env python3
-"""Move from any MLflow server to a stack: copy its database and artifacts, and check that nothing was lost.
+"""Move from an MLflow server to a stack: copy the server's database and artifacts, and check that nothing was lost.
 
+Examples:
   adopt.py ~/mlflow/mlflow.db                      a SQLite file
   adopt.py postgresql://mlflow@10.0.0.5/mlflow     a PostgreSQL database (RDS, a container, an EC2 instance)
   adopt.py mysql://mlflow@10.0.0.5/mlflow          a MySQL or MariaDB database
   adopt.py mlflow.dump                             a file of pg_dump, custom or plain
   adopt.py ~/experiments/mlruns                    a folder mlruns/
-  adopt.py https://mlflow.example.com              a tracking server, if nothing behind it can be read
+  adopt.py https://mlflow.example.com              a tracking server, if its database cannot be read.
 
-Run it where the source can be read, with AWS credentials for the stack's buckets. The stack is chosen as in connect.py.
-The source is never written to, and read in one snapshot, except a tracking server. Passwords come from variables,
-because other users of this machine see the arguments of a process: PGPASSWORD or ~/.pgpass, MYSQL_PWD or ~/.my.cnf, and
-for a server MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN. IDs and dates are kept;
-artifact locations are rewritten. All tables of a database are copied; scripts/README.md names what the API of a server
-does not return. The stack's server stays up.
+Run adopt.py on a machine that can read the source and has AWS credentials for the stack's buckets. The options --stack
+and --rehearsal select the stack, as in connect.py. The script never writes to the source. The script reads the source
+in one snapshot, but a tracking server provides no snapshot. Do not pass passwords as arguments, because other users of
+this machine can see the arguments of a process. Use PGPASSWORD or ~/.pgpass for PostgreSQL, and MYSQL_PWD or ~/.my.cnf
+for MySQL. For a tracking server, set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.
+IDs and dates stay the same, and artifact locations are rewritten. All tables of a database are copied. A tracking
+server's API does not return all data; scripts/README.md lists the missing kinds. The stack's server stays up.
 
-  1. rehearse it:     adopt.py SOURCE --dry-run     on the local cloud with --rehearsal, then on AWS
-  2. do it:           adopt.py SOURCE               read the table that it prints
-  3. on the day:      stop writing to the old server, run adopt.py SOURCE again, point the clients at the new one
+Steps of a move:
+  1. rehearsal:       adopt.py SOURCE --dry-run     on the local cloud with --rehearsal, then on AWS
+  2. first run:       adopt.py SOURCE               read the table that the script prints
+  3. day of the move: stop writes to the old server, run adopt.py SOURCE again, configure clients for the new server.
 
-A second run copies the changes since the first, and no artifact twice. Changes on the new server since then stay. After
-an interrupt at any point, the new server is unchanged or complete; run the script again to finish.
+A second run copies the changes since the first run. Changes that were made on the new server stay. After an interrupt
+at any point, the new server has either no new data or all data. Run the script again to finish the adoption.
 
-Artifacts are copied from the locations in the database: s3://… and local folders. If the old server served them itself
-(mlflow-artifacts:/…) and its URL is not the source, name its store with --artifacts. Another account's bucket:
---source-profile.
+Artifacts are copied from the locations in the database: s3://… and local folders. If the old server serves artifacts
+itself (mlflow-artifacts:/…) and SOURCE is not the server's URL, name the server's artifact store with --artifacts. For
+a bucket of another AWS account, use --source-profile.
 
-Users are not copied, because their passwords are hashed another way: the last lines are the users.py commands that add
-them. Gateway secrets and webhooks are encrypted with the old server's passphrase: they are counted and left out, or
-with --with-secrets encrypted with the stack's. The old passphrase is typed, or in the old server's variable.
+Users are not copied, because the old server hashes passwords in another way. The script prints the users.py commands
+that add the old server's users to the stack. Gateway secrets and webhooks are encrypted with the old server's keys. The
+script counts gateway secrets and webhooks, but does not copy them. With --with-secrets, the script copies them and
+encrypts the secrets with the stack's passphrase. The script reads the old server's keys from environment variables with
+the same names as on the old server, or asks you for the keys.
 
-Exit status 0: everything is there, unchanged; 1: something is missing, changed or does not fit, and is named; 2: an
-error with one sentence; 130: interrupted.
+Exit status 0: all data was copied and is unchanged; 1: some data is missing, is changed or cannot be stored, and the
+output lists this data; 2: an error, printed as one sentence; 130: interrupted.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+    import enter_venv  # noqa: F401 - this import restarts the script with the packages of .venv
 
 # isort: split
 import argparse
@@ -67,7 +72,7 @@ from scripts.adopting.verdict import Kind
 from scripts.interrupts import end_like_ctrl_c
 
 AUTH = "basic_auth.db"
-"""The SQLite file in which MLflow keeps its users. Without --users it is looked for in the folder of SOURCE."""
+"""The SQLite file with MLflow's users. Without --users, adopt.py looks for this file in the folder of SOURCE."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -193,7 +198,7 @@ def read_source(arguments: argparse.Namespace, folder: Path, stack: Target) -> t
 
 
 def old_server(url: str) -> Api:
-    """The old server, with the login and the certificate in the variables that its clients use."""
+    """An API client for the old server. The environment variables of MLflow's clients contain login and certificate."""
     if urlsplit(url).password:
         raise AdoptionError(
             "the URL contains a password, which other users of this machine see: set MLFLOW_TRACKING_USERNAME and "
@@ -210,7 +215,8 @@ def old_login() -> dict[str, str]:
 
 
 def old_secret(variable: str) -> str:
-    """The old server's value: of the same variable here, or typed."""
+    """The value that an environment variable has on the old server. The function reads the value from the same variable
+    on this machine, or asks the user for the value."""
     return os.environ.get(variable) or getpass.getpass(f"{variable} of the old server (Enter if it had none): ")
 
 
@@ -230,13 +236,13 @@ def prepare(arguments: argparse.Namespace, name: str, stack: Target) -> dict[str
 
 
 def forget_rows(stack: Target, name: str, manifest: Manifest) -> None:
-    """Delete the files of rows; the reports stay."""
+    """Delete the row files in the backups bucket. The reports stay."""
     for table in manifest.tables:
         stack.s3.delete_object(Bucket=stack.buckets["backups"], Key=adoption.key(name, f"rows/{table}.gz"))
 
 
 def users_lines(arguments: argparse.Namespace) -> list[str]:
-    """The commands that add the old server's users."""
+    """The users.py commands that add the old server's users to the stack."""
     file = Path(arguments.users) if arguments.users else Path(arguments.source).parent / AUTH
     if not file.is_file():
         return []
@@ -252,13 +258,13 @@ def users_lines(arguments: argparse.Namespace) -> list[str]:
 
 
 def kind_of_artifacts(copied: Outcome) -> Kind:
-    """A location that could not be listed counts as one artifact."""
+    """The verdict about the artifacts. A location whose files cannot be listed counts as one missing artifact."""
     carried = copied.copied + copied.there
     return Kind("artifacts", carried + len(copied.failed), carried, len(copied.failed), 0, copied.failed)
 
 
 def report_dry_run(arguments: argparse.Namespace, manifest: Manifest, prepared: dict[str, Any], copied: Outcome) -> int:
-    """Exit status 0 if nothing prevents the adoption."""
+    """Print the result of a dry run. The exit status is 0 if nothing prevents the adoption."""
     tell_about(prepared, copied)
     counts = {table: entry.rows for table, entry in manifest.tables.items() if entry.rows}
     if arguments.json:
@@ -267,7 +273,7 @@ def report_dry_run(arguments: argparse.Namespace, manifest: Manifest, prepared: 
         for table, count in counts.items():
             print(f"{count:>12,}  {table}")
         print(f"{copied.files:>12,}  artifacts, {artifacts.size(copied.bytes)} to copy")
-        print(f"The machine prepared the rows in {prepared['seconds']:.0f} s; loading them takes about as long again.")
+        print(f"The machine prepared the rows in {prepared['seconds']:.0f} s. Loading the rows takes about as long.")
     for sentence in prepared["refused"]:
         say(sentence)
     say("nothing was changed on the server")

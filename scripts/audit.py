@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
-"""List the packages of a baked image with known vulnerabilities, and the versions that fix them.
+"""List the packages of a baked image that have known vulnerabilities, and the versions that fix them.
 
+Examples:
   audit.py                               the newest image baked on this machine
   audit.py build/bake/…/sbom.cdx.json    another image's bill of materials
-  audit.py --fixed                       only vulnerabilities that a new bake can fix
+  audit.py --fixed                       only vulnerabilities that a new bake can fix.
 
-Queries OSV (https://osv.dev) with package names and versions. OSV contains Debian's and Ubuntu's security trackers and
-PyPI's advisories. Vulnerabilities that Debian classifies as unimportant are left out.
+The script queries OSV (https://osv.dev) with package names and versions. OSV contains Debian's and Ubuntu's security
+trackers and PyPI's advisories. The script omits vulnerabilities that Debian classifies as unimportant.
 
-Exit status: 0 no known vulnerability, 1 known vulnerabilities, 2 the query failed (one sentence on stderr).
+Exit status 0: no known vulnerability; 1: known vulnerabilities; 2: the query failed, with one sentence on stderr.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+    import enter_venv  # noqa: F401 - this import restarts the script with the packages of .venv
 
 # isort: split
 import argparse
@@ -33,21 +34,21 @@ from typing import Any
 BUILDS = Path(__file__).resolve().parent.parent / "build" / "bake"
 DATABASE = "https://api.osv.dev"
 QUERIES = 1000
-"""OSV's limit of queries per request."""
+"""The maximum number of queries that OSV accepts in one request."""
 AT_ONCE = 8
 SECONDS = 30
 OURS = "mlflow-host"
-"""This project's package in the image. It is in no package index; a package of this name in an index would be a
-different one."""
+"""The name of this project's Python package in the image. OSV is not queried for this package, because the package is
+in no package index. If an index has a package with this name, it is a different package."""
 
 
 class NotLookedUp(Exception):
-    """The query failed; one sentence with the reason."""
+    """A query to OSV failed. The exception's text is one sentence with the reason."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package by OSV's name: for a distribution, the source package."""
+    """A package with the name that OSV uses. For a package of a distribution, OSV uses the source package's name."""
 
     name: str
     version: str
@@ -110,7 +111,7 @@ def newest_bill() -> Path:
 
 
 def read_bill(path: Path) -> list[Package]:
-    """The packages in an image's bill of materials. Raises NotLookedUp."""
+    """The packages in the bill of materials of an image. Raises NotLookedUp."""
     try:
         components = json.loads(path.read_text(encoding="utf-8"))["components"]
         packages = {package_of(each["purl"]) for each in components if each["name"] != OURS}
@@ -122,7 +123,7 @@ def read_bill(path: Path) -> list[Package]:
 
 
 def package_of(url: str) -> Package:
-    """The package that a package URL names. Raises ValueError for other types than pypi and deb."""
+    """The package that a package URL names. Raises ValueError if the URL's type is not pypi or deb."""
     found = re.fullmatch(r"pkg:(?:pypi|deb/(debian|ubuntu))/([^@?]+)@([^?]+)(?:\?(.*))?", url)
     if not found:
         raise ValueError(url)
@@ -136,8 +137,8 @@ def package_of(url: str) -> Package:
 
 
 def ecosystem(distribution: str, release: str) -> str:
-    """OSV's name of a distribution, such as Debian:12 or Ubuntu:24.04:LTS."""
-    # The April releases of even years are Ubuntu's LTS releases.
+    """OSV's name for a distribution, such as Debian:12 or Ubuntu:24.04:LTS."""
+    # Ubuntu's LTS releases are the April releases in even years.
     long_term = ":LTS" if distribution == "ubuntu" and re.fullmatch(r"\d[02468]\.04", release) else ""
     return f"{distribution.title()}:{release}{long_term}"
 
@@ -153,7 +154,7 @@ def look_up(packages: list[Package], database: str) -> dict[Package, list[dict[s
         asked, waiting = waiting[:QUERIES], waiting[QUERIES:]
         results = ask(f"{database}/v1/querybatch", {"queries": [wanted for _, wanted in asked]}).get("results", [])
         if len(results) != len(asked):
-            raise NotLookedUp(f"nothing was looked up: the response of {database} is not OSV's format")
+            raise NotLookedUp(f"nothing was looked up: the response of {database} is not in OSV's format")
         for (package, wanted), result in zip(asked, results, strict=True):
             known.setdefault(package, []).extend(each["id"] for each in result.get("vulns", []))
             if page := result.get("next_page_token"):
@@ -181,17 +182,17 @@ def ask(url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         where = urllib.parse.urlsplit(url).netloc
         raise NotLookedUp(f"nothing was looked up: {where} is unreachable ({reason})") from None
     except (ValueError, TypeError):
-        raise NotLookedUp(f"nothing was looked up: the response of {url} is not OSV's format") from None
+        raise NotLookedUp(f"nothing was looked up: the response of {url} is not in OSV's format") from None
 
 
 # Evaluation
 
 
 def findings(package: Package, records: Iterable[dict[str, Any]]) -> list[Vulnerability]:
-    """One finding per vulnerability of a package, even if several advisories describe it."""
+    """One finding per vulnerability of a package, even if several advisories describe the same vulnerability."""
     seen: set[str] = set()
     found = []
-    # Records with fewer CVEs come first, so that an advisory for several CVEs is skipped if each has its own record.
+    # Records with fewer CVEs come first. An advisory for several CVEs is skipped if each CVE has a record of its own.
     for record in sorted(records, key=lambda record: (len(names_of(record)), record["id"])):
         names = names_of(record)
         if record.get("withdrawn") or unimportant(package, record) or names <= seen:
@@ -205,13 +206,13 @@ def findings(package: Package, records: Iterable[dict[str, Any]]) -> list[Vulner
 
 
 def names_of(record: Mapping[str, Any]) -> set[str]:
-    """The CVEs of a record; its own ID if it has none."""
+    """The CVEs of a record, or the record's own ID if it has no CVE."""
     names = [record["id"], *record.get("aliases", []), *record.get("upstream", [])]
     return {name for name in names if name.startswith("CVE-")} or {record["id"]}
 
 
 def affected(package: Package, record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The parts of a record that are about this package."""
+    """The entries of a record's list `affected` that are about this package."""
     wanted = {"name": package.name, "ecosystem": package.ecosystem}
     return [each for each in record.get("affected", []) if wanted.items() <= each.get("package", {}).items()]
 
@@ -222,7 +223,7 @@ def unimportant(package: Package, record: Mapping[str, Any]) -> bool:
 
 
 def fixed_in(package: Package, record: Mapping[str, Any]) -> list[str]:
-    """The first fixed version of each range of affected versions."""
+    """For each range of affected versions, the first version that contains the fix."""
     ranges = [each for part in affected(package, record) for each in part.get("ranges", []) if each["type"] != "GIT"]
     return [event["fixed"] for each in ranges for event in each["events"] if "fixed" in event]
 

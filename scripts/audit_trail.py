@@ -1,27 +1,29 @@
 #!/usr/bin/env python3
-"""Read the server's audit trail back: who changed what, and which changes were refused.
+"""Print the server's audit trail: which user changed which objects, and which changes were refused.
 
+Examples:
   audit_trail.py                                  the last 24 hours
   audit_trail.py --since 7d --user ada            one user's changes
   audit_trail.py --since 2026-11-29T12:00 --until 2026-11-29T13:00 --refused
-  audit_trail.py --since 30d --id 0f3b6c1e4f… --json      all that was done to a run, as JSON lines
   audit_trail.py --bucket mlflow-backups-1a2b3c4 --region eu-central-1 --profile ops
+  audit_trail.py --since 30d --id 0f3b6c1e4f… --json      all changes of a run, as JSON lines.
 
-The machine adds an object to the backups bucket every ten minutes, and when it stops; `journalctl
---namespace=mlflow-audit` on the machine has the lines since then. The stack is chosen as in connect.py; with --bucket
-neither Pulumi nor the stack is needed. It uses your AWS credentials, which need s3:ListBucket and s3:GetObject.
+The machine adds an object to the backups bucket every ten minutes and when the machine stops. For lines that are not in
+the bucket yet, run `journalctl --namespace=mlflow-audit` on the machine. The options --stack and --rehearsal select the
+stack, as in connect.py. With --bucket, the script needs neither Pulumi nor a stack. The script uses your AWS
+credentials, which need the rights s3:ListBucket and s3:GetObject.
 
 A line has the time of the request's end (UTC), the user and role, the address, the method, MLflow's route, the IDs and
-names in the request and in its response, and the status. `login` is "refused" if the password was wrong or was not
-checked: then the user is only what the client claimed. It has no body and no password.
+names in the request and in its response, and the status. A line contains no request body and no password. If `login` is
+"refused", the password was wrong or was not checked, and the user name is only the name that the client sent.
 
-Exit status: 0, also without a matching line; 2: an error that you can correct.
+Exit status 0: success, even without a matching line; 2: an error that you can correct.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+    import enter_venv  # noqa: F401 - this import restarts the script with the packages of .venv
 
 # isort: split
 import argparse
@@ -40,13 +42,14 @@ from scripts import aws_session, connect
 
 AT_ONCE = 8
 LONGEST = timedelta(days=1)
-"""Objects whose first line is older than this before `since` are not read; one has the lines of ten minutes."""
+"""The script does not read an object whose first line is older than `since` by more than this time. An object has the
+lines of about ten minutes."""
 UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 STRANGE = re.compile(r"[^ -~\u00a1-\U0010ffff]")
 
 
 class NotRead(Exception):
-    """The trail cannot be read; the message contains the remedy."""
+    """The audit trail cannot be read. The message contains the remedy."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Wanted:
 
 
 def names(value: str, item: str) -> bool:
-    """Whether one of a line's IDs, a list with commas or a file's path is or contains the item."""
+    """Whether a value in a line names the item. A value is an ID, several IDs with commas, or the path of a file."""
     return item == value or item in re.split("[,/]", value)
 
 
@@ -122,7 +125,8 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def moment(text: str) -> datetime:
-    """A time without an offset is UTC; an age counts from now. Raises argparse.ArgumentTypeError."""
+    """Convert the text of a time or of an age to a datetime. A time without an offset is in UTC. An age is subtracted
+    from the current time. Raises argparse.ArgumentTypeError."""
     if age := re.fullmatch(r"(\d{1,6})([mhd])", text):
         return datetime.now(UTC) - timedelta(**{UNITS[age[2]]: int(age[1])})
     try:
@@ -135,7 +139,7 @@ def moment(text: str) -> datetime:
 
 
 def choose(arguments: argparse.Namespace) -> tuple[Any, str]:
-    """A client of S3, and the backups bucket. Raises connect.NotConnected or an error of AWS."""
+    """An S3 client, and the name of the backups bucket. Raises NotRead, connect.NotConnected or aws_session.ERRORS."""
     if arguments.bucket:
         return aws_session.choose(arguments.region, arguments.profile).client("s3"), arguments.bucket
     if arguments.stack is None and (arguments.rehearsal or connect.rehearsal_exists()):
@@ -158,7 +162,7 @@ def choose(arguments: argparse.Namespace) -> tuple[Any, str]:
 
 
 def read(s3: Any, bucket: str, wanted: Wanted) -> tuple[int, list[dict[str, Any]]]:
-    """How many objects were read, and the matching lines, oldest first."""
+    """The number of objects that were read, and the matching lines in the order of their times."""
     keys = [*keys_of(s3, bucket, wanted)]
     with ThreadPoolExecutor(AT_ONCE) as several:
         found = [line for lines in several.map(lambda key: lines_of(s3, bucket, key, wanted), keys) for line in lines]
@@ -166,7 +170,7 @@ def read(s3: Any, bucket: str, wanted: Wanted) -> tuple[int, list[dict[str, Any]
 
 
 def keys_of(s3: Any, bucket: str, wanted: Wanted) -> Iterator[str]:
-    """The objects that may have lines between the two times."""
+    """The keys of the objects that may contain lines between the two times of `wanted`."""
     pages = s3.get_paginator("list_objects_v2").paginate(
         Bucket=bucket, Prefix=audit_trail.PREFIX, StartAfter=audit_trail.folder(wanted.since - LONGEST)
     )
@@ -182,7 +186,7 @@ def keys_of(s3: Any, bucket: str, wanted: Wanted) -> Iterator[str]:
 
 
 def lines_of(s3: Any, bucket: str, key: str, wanted: Wanted) -> list[dict[str, Any]]:
-    """The matching lines of an object. Raises NotRead."""
+    """The lines of an object that match the filters. Raises NotRead."""
     with s3.get_object(Bucket=bucket, Key=key)["Body"] as body:
         try:
             with gzip.open(body, "rt", encoding="utf-8") as lines:
@@ -192,7 +196,7 @@ def lines_of(s3: Any, bucket: str, key: str, wanted: Wanted) -> list[dict[str, A
 
 
 def shown(line: dict[str, Any]) -> str:
-    """A line for people. Characters that could change the terminal are replaced."""
+    """A line as readable text. Control characters and other characters that could change the terminal are replaced."""
     if "more_refusals" in line:
         return f"{line['time']}  {line['address']}  {line['more_refusals']} more refusals in this minute"
     user = line["user"] or "-"

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Bake the machine image: source image in, AMI out.
+"""Bake the machine image: make an AMI from a source image.
 
-Packer starts a temporary instance (the builder), provisions it over SSH and makes an image of it. The builder and its
-other resources are removed, whether the bake succeeds or fails.
+Packer starts a temporary instance (the builder), provisions the builder over SSH and makes an image of it. After a
+successful bake and after a failed bake, the builder and the other temporary resources are removed.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+    import enter_venv  # noqa: F401 - this import restarts the script with the packages of .venv
 
 # isort: split
 import argparse
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
 
 def bake_image(arguments: argparse.Namespace, clock: StepClock) -> dict[str, Any]:
-    """Bake the image that `arguments` describe, or find the existing one; returns the JSON document of --json.
+    """Bake the image that `arguments` describe, or find an existing image. Returns the document that --json prints.
 
-    Raises BakeRefused or BakeFailed. In every case the temporary resources in the account are removed.
+    Raises BakeRefused or BakeFailed. The temporary resources in the account are removed even if the bake fails.
     """
     require_bakeable(arguments.mlflow_version)
     packer = find_packer()
@@ -114,21 +114,21 @@ def bake_image(arguments: argparse.Namespace, clock: StepClock) -> dict[str, Any
 
 
 def reserve(ssm: SSMClient, bake: Bake) -> None:
-    """Reserve the image version, which is the second in which the bake began. Raises BakeRefused if another bake has
-    reserved it, and ClientError."""
+    """Reserve the image version in Systems Manager. The version is the start time of the bake, to the second. Raises
+    BakeRefused if another bake has reserved this version, and ClientError if AWS refuses for another reason."""
     try:
         record.reserve(ssm, bake.image_version, bake.id)
     except ClientError as error:
         if error.response["Error"]["Code"] != "ParameterAlreadyExists":
             raise
-        # botocore repeats a request whose response was lost, and then finds the parameter of the first one.
+        # If a response was lost, botocore repeats the request, and the parameter of the first request already exists.
         if record.reserved(ssm).get(bake.image_version) == bake.id:
             return
         raise BakeRefused(f"another bake has the image version {bake.image_version}: run the command again") from None
 
 
 def validate(arguments: argparse.Namespace) -> None:
-    """Check the template with Packer, offline. Raises BakeRefused or BakeFailed."""
+    """Run `packer validate` on the template, without calls to AWS. Raises BakeRefused or BakeFailed."""
     require_bakeable(arguments.mlflow_version)
     packer = find_packer()
     now = datetime.now(UTC)
@@ -200,9 +200,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if arguments.local and arguments.region:
         parser.error("--region is for AWS: the embedded cloud has only one region")
     if arguments.local and arguments.architecture == "arm64" and arguments.base not in (None, "debian12"):
-        parser.error(f"--base {arguments.base} is for x86_64: the embedded cloud has arm64 of debian12 only")
+        parser.error(f"--base {arguments.base} is for x86_64: the embedded cloud's only base for arm64 is debian12")
     if arguments.mlflow_version and not re.fullmatch(r"\d+(\.\d+){2}\w*", arguments.mlflow_version):
-        parser.error(f"--mlflow-version {arguments.mlflow_version}: give a release as it is named on PyPI, as 3.12.0")
+        parser.error(f"--mlflow-version {arguments.mlflow_version}: use the release's name on PyPI, such as 3.12.0")
     if arguments.kms_key and arguments.unencrypted:
         parser.error("--kms-key and --unencrypted exclude each other")
     arguments.base = arguments.base or "debian12"

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Print the variables with which an MLflow client connects to the server: `eval "$(scripts/connect.py)"`.
+"""Print the environment variables with which an MLflow client connects to the server.
 
-The server is that of a Pulumi stack (--stack) or of the rehearsal on this machine (--rehearsal). Without either option
-it is the rehearsal if there is one, else the Pulumi stack selected in infra/. The password is read from the stack's
-parameters with your AWS credentials; it is in no stack output.
+Set the variables with `eval "$(scripts/connect.py)"`. The option --stack selects the server of a Pulumi stack. The
+option --rehearsal selects the server of the rehearsal on this machine. Without --stack and --rehearsal, the script uses
+the rehearsal if it exists, else the Pulumi stack that is selected in infra/. The script reads the password from the
+stack's parameters with your AWS credentials. No stack output contains the password.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+    import enter_venv  # noqa: F401 - this import restarts the script with the packages of .venv
 
 # isort: split
 import argparse
@@ -28,19 +29,20 @@ from scripts.rehearsal.status import administrator, authority, client_environmen
 
 
 class NotConnected(Exception):
-    """There is no server, or no usable password; the message contains the remedy."""
+    """There is no server or no usable password. The message contains the remedy."""
 
 
 @dataclass(frozen=True)
 class ConnectedStack:
-    """A launched stack: its name, a client for the Systems Manager with its parameters, and its outputs."""
+    """A launched stack: its name, a Systems Manager client that can read its parameters, and its outputs."""
 
     name: str
     ssm: Any
     facts: dict[str, Any]
-    """url, credentials_parameter, password_parameter, authority_parameter, named as in `rehearse.py status --json`."""
+    """The keys are url, credentials_parameter, password_parameter and authority_parameter, as in the output of
+    `rehearse.py status --json`."""
     certificate: Path
-    """File for the certificate of its private authority, for clients."""
+    """The path of the file with the certificate of the stack's private authority, for clients."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,14 +75,14 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
 
 
 def choose(arguments: argparse.Namespace) -> ConnectedStack:
-    """The stack that the arguments name. Raises NotConnected."""
+    """The stack that the arguments --stack and --rehearsal select. Raises NotConnected."""
     if arguments.stack is None and (arguments.rehearsal or rehearsal_exists()):
         return from_rehearsal()
     return from_pulumi(arguments.stack)
 
 
 def export_lines(environment: dict[str, str]) -> str:
-    """`export` lines for any POSIX shell; values are quoted."""
+    """The variables as `export` lines for a POSIX shell, with quoted values."""
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment.items())
 
 
@@ -119,8 +121,8 @@ def from_rehearsal() -> ConnectedStack:
 
 
 def from_pulumi(name: str | None) -> ConnectedStack:
-    """The parameters are read with the configuration of the stack's provider: aws:profile, aws:assumeRoles and the
-    rest."""
+    """A Pulumi stack. The stack's parameters are read with the configuration of the stack's AWS provider, such as
+    aws:profile and aws:assumeRoles."""
     from scripts import aws_session, pulumi_stack
 
     try:
@@ -134,13 +136,14 @@ def from_pulumi(name: str | None) -> ConnectedStack:
         raise NotConnected(aws_session.explain(error)) from None
     found = {"url": outputs["url"], **parameters(outputs)}
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    # The stack's name may begin with an organization and a project: org/project/stack.
+    # A stack's name may contain an organization and a project, as in org/project/stack.
     file = f"mlflow-ami-{(name or 'selected').replace('/', '.')}.pem"
     return ConnectedStack(name or "selected", client, found, cache / file)
 
 
 def way_in(stack: ConnectedStack) -> dict[str, Any]:
-    """The stack's outputs with user, password and, for a private authority, the file of its certificate.
+    """The stack's outputs, the user and the password. If the stack has a private authority, the result also has the
+    path of the certificate file.
 
     Raises NotConnected if the parameters cannot be read or do not contain the password.
     """
@@ -159,8 +162,8 @@ def way_in(stack: ConnectedStack) -> dict[str, Any]:
     if password is None:
         raise NotConnected(
             f"{parameter} holds {username}'s password as a hash, and no other parameter has the password: set "
-            "MLFLOW_TRACKING_USERNAME and _PASSWORD yourself, or `scripts/users.py rotate "
-            f"{username}` makes a new one"
+            "MLFLOW_TRACKING_USERNAME and _PASSWORD yourself, or run `scripts/users.py rotate "
+            f"{username}`, which makes a new password"
         )
     if found["authority_parameter"] and certificate is None:
         raise NotConnected("the machine has not published its certificate yet: try again when it has booted")

@@ -1,29 +1,30 @@
 #!/usr/bin/env python3
-"""The steps of the workflows in .github/workflows, one command each. They also work on your own machine.
+"""The steps of the workflows in .github/workflows. Each step is one command, which also works on your own machine.
 
 From a commit to a promoted image:
 
-  delivery.py bake                              bake the image, unless one has the same inputs
-  delivery.py diff ami-… staging                the changes from the image that the channel names
-  delivery.py drill ami-… staging               drill the change from that image's MLflow and back (needs root)
-  delivery.py promote ami-… staging --drill build/delivery/drill.json
+  delivery.py bake                              bake the image, or find an image from the same inputs
+  delivery.py diff ami-… staging                print the changes from the channel's image
+  delivery.py drill ami-… staging               rehearse an upgrade from the channel's image and a rollback (needs root)
+  delivery.py promote ami-… staging --drill build/delivery/drill.json    set the channel to the image.
 
 From a merge to production:
 
-  delivery.py preview prod                      preview, and save it as the plan
-  delivery.py deploy prod                       `pulumi up` within that plan
-  delivery.py smoke --stack prod                MLflow's client writes, reads back and deletes
-  delivery.py rollback prod ami-…               pin the image that ran before
-  delivery.py drift prod                        open an issue if the stack was changed by hand
+  delivery.py preview prod                      run `pulumi preview`, and save the plan
+  delivery.py deploy prod                       run `pulumi up` with the saved plan
+  delivery.py smoke --stack prod                write, read and delete data with MLflow's client
+  delivery.py rollback prod ami-…               update the stack to its previous image
+  delivery.py drift prod                        open an issue if the stack was changed by hand.
 
-And from a release of MLflow to a pull request:
+From a release of MLflow to a pull request:
 
-  delivery.py renew production                  test the newest MLflow, also against the channel's (needs root)
-  delivery.py propose 3.19.0                    open a pull request with the proposal of `renew`
+  delivery.py renew production                  test the newest MLflow, and an upgrade to it (needs root)
+  delivery.py propose 3.19.0                    open a pull request with the proposal of `renew`.
 
-In a workflow a step sets outputs (GITHUB_OUTPUT), adds to the job's summary (GITHUB_STEP_SUMMARY) and writes
-annotations for mistakes; on your own machine all of it is printed to standard error. An empty argument counts as left
-out, so that a workflow can pass a variable that is not set. infra/README.md says how to set the workflows up.
+In a workflow, a step sets outputs (GITHUB_OUTPUT), adds text to the job's summary (GITHUB_STEP_SUMMARY) and writes
+annotations for mistakes. On your own machine, a step prints its outputs, summary and mistakes to standard error. An
+empty argument counts as a missing argument, so that a workflow can pass a variable that is not set. infra/README.md
+explains the setup of the workflows.
 
 Exit status 0: done; 1: a step failed or found drift; 2: refused, with one sentence; 130: interrupted.
 """
@@ -31,7 +32,7 @@ Exit status 0: done; 1: a step failed or found drift; 2: refused, with one sente
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+    import enter_venv  # noqa: F401 - this import restarts the script with the packages of .venv
 
 # isort: split
 import argparse
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-# Not `match`, so that a Python that is too old can parse the file and print an error.
+# STEPS is a dict and not a `match` statement, so that an older Python can parse the file and print an error.
 STEPS: dict[str, Callable[[argparse.Namespace], None]] = {
     "bake": lambda given: image_steps.bake(given.source_ami, given.source_owner, given.mlflow_version),
     "diff": lambda given: image_steps.diff(given.image, given.channel),
@@ -96,7 +97,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     plan = str(commands.RESULTS / "plan.json")
     for name, help in (
         ("preview", "preview the stack's next update, and save it as a plan"),
-        ("deploy", "update the stack within the plan"),
+        ("deploy", "update the stack with the saved plan"),
     ):
         step(name, help, "stack").add_argument(
             "--plan", default=plan, metavar="FILE", help=f"the plan (default {plan})"

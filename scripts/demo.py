@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Bake the image, launch it and log the example experiments, all on this machine. `make demo` runs this script.
 
-Work that is already done is skipped: the image is baked again only if packer/ or provisioning/ changed, the server is
-changed only if it differs from the stack, and an example runs only if the server has no finished run of that example.
-The server stays up until `scripts/rehearse.py down`.
+Finished work is skipped. The script bakes a new image only if packer/ or provisioning/ changed, and changes the server
+only if the server differs from the stack. An example runs only if the server has no finished run of this example. The
+server stays up until you run `scripts/rehearse.py down`.
 
-The question-answering example uses the endpoint of OPENAI_API_KEY (and OPENAI_BASE_URL, OPENAI_MODEL). If none of them
-is set, it uses scripts/stand_ins/chat_completions.py, a stand-in on loopback.
+If OPENAI_API_KEY is set, the question-answering example uses the model and the endpoint from OPENAI_MODEL and
+OPENAI_BASE_URL. Without OPENAI_API_KEY, the example uses scripts/stand_ins/chat_completions.py, a stand-in server on
+loopback.
 """
 
 if __name__ == "__main__":
-    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+    import enter_venv  # noqa: F401 - this import restarts the script with the packages of .venv
 
 # isort: split
 import argparse
@@ -55,7 +56,8 @@ def read_arguments() -> argparse.Namespace:
 
 
 def run_script(name: str, *arguments: str) -> Any:
-    """Run one of our scripts and return its JSON; its log goes to the terminal. Exits with its status if it fails."""
+    """Run one of this project's scripts and return its JSON output. The script's log goes to the terminal. If the
+    script fails, this process exits with the same status."""
     say(f"scripts/{name} {shlex.join(arguments)}")
     done = subprocess.run([sys.executable, SCRIPTS / name, *arguments], stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -65,7 +67,7 @@ def run_script(name: str, *arguments: str) -> Any:
 
 
 def client_environment() -> dict[str, str]:
-    """The variables that `scripts/connect.py` prints for the rehearsal."""
+    """The environment variables that `scripts/connect.py` prints for the rehearsal."""
     connect = [sys.executable, str(SCRIPTS / "connect.py")]
     person = invoker.as_person(dict(os.environ))
     exports = subprocess.run(connect, stdout=subprocess.PIPE, text=True, check=True, **person).stdout
@@ -89,7 +91,7 @@ def run_example(example: Path, environment: Mapping[str, str]) -> None:
 
 
 def finished_runs(server: Mapping[str, Any]) -> dict[str, str]:
-    """URL of the newest finished run of each example, by the example's file name."""
+    """A dict from the file name of each example to the URL of its newest finished run."""
     experiments = post(server, "experiments/search", {"max_results": 1000}).get("experiments", [])
     found = post(
         server,
@@ -125,8 +127,8 @@ def post(server: Mapping[str, Any], call: str, document: Mapping[str, Any]) -> d
 
 def summary(server: Mapping[str, Any], pages: Mapping[str, str]) -> str:
     trust = f"""
-The certificate is signed by this server's own authority, so the browser shows a warning. To avoid it, import the
-authority into the browser: {server["server_certificate"]}
+The certificate is signed by this server's own authority, so the browser shows a warning. To avoid the warning, import
+the authority into the browser: {server["server_certificate"]}
 """
     trust = trust if server["server_certificate"] else ""
     runs = "\n".join(f"  {example.stem:<24} {pages[example.name]}" for example in EXAMPLES)

@@ -1,32 +1,36 @@
 #!/usr/bin/env python3
-"""Rehearse an upgrade and a rollback, twice, and count lost data: FROM, TO, FROM, TO.
+"""Rehearse an upgrade and a rollback, twice, and count lost data. The server's images are FROM, TO, FROM, TO.
 
-The drill launches a server of its own on the local cloud from FROM. An ordinary MLflow client writes every kind of
+The drill launches its own server on the local cloud from the image FROM. An ordinary MLflow client writes every kind of
 object that MLflow stores: runs with long metric histories, nested and deleted runs, datasets, logged and registered
 models with aliases and tags, traces with spans and assessments, prompts, webhooks, artifacts, and all other kinds that
-the release supports. Then the image is replaced three times. At each stop, everything written before is read back and
-compared; then more is written, changed and deleted.
+the release supports. After the first write, the drill replaces the server's image three times. At each stop (image),
+the client reads all data of the earlier stops, and compares the data with what was written. After the comparison, the
+client writes, changes and deletes more data.
 
-  drill.py 3.12.0 3.17.2                    bake an image with each release of MLflow, if there is none yet
+Examples:
+  drill.py 3.12.0 3.17.2                    bake an image for each release of MLflow that has no image
   drill.py 3.12.0 ami-0123456789abcdef0     use an existing image
-  drill.py ami-… ami-… --json               print the table as JSON
+  drill.py ami-… ami-… --json               print the table as JSON.
 
-Columns: `written`: new objects at this stop; `compared`: objects of earlier stops that were read back, with their
-number of `values`; `missing` and `changed`: lost objects; `waiting`: objects in the kept database, of kinds that this
-release does not support; `outage`: seconds from the old machine's last response to the new machine's first.
+Columns: `written` counts new objects at this stop. `compared` counts objects of earlier stops that were read back.
+`values` counts the values in the compared objects. `missing` and `changed` count lost objects. `waiting` counts objects
+that are only in the kept database, because this release does not support them. `outage` is the time in seconds between
+the old machine's last response and the new machine's first response.
 
-A passed drill is recorded on the second image (tag mlflow-ami:drill:<version of the first>), where scripts/images.py
-promote looks for it. For images on AWS of the same releases: images.py promote --drill FILE, with the JSON.
+After a passed drill, the image TO has the tag mlflow-ami:drill:<version of the image FROM>. The command
+scripts/images.py promote reads this tag. To promote an image on AWS that has the same MLflow release, save the output
+of --json in a file and run images.py promote --drill FILE.
 
-Exit status 0: nothing missing or changed; 1: something missing or changed, or a stop failed; 2: an error with one
-sentence on stderr; 130: interrupted. The drill's server and its data are always removed, unless --keep is given; images
-are kept.
+Exit status 0: no object is missing or changed; 1: objects are missing or changed, or a stop failed; 2: an error with
+one sentence on stderr; 130: interrupted. The drill's server and its data are removed at the end, except with --keep.
+Images are kept.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+    import enter_venv  # noqa: F401 - this import restarts the script with the packages of .venv
 
 # isort: split
 import argparse
@@ -63,11 +67,11 @@ SCRIPTS = Path(__file__).resolve().parent
 LOCKED = SCRIPTS.parent / "provisioning" / "requirements.lock"
 STACK = "drill"
 SHOWN = 20
-"""Maximum number of losses that are printed one by one."""
+"""The maximum number of lost objects that the drill prints, one line each."""
 
 
 class DrillFailed(Exception):
-    """The drill cannot continue; the text is the reason, and `status` the exit status."""
+    """The drill cannot continue. The exception's text is the reason, and `status` is the exit status of drill.py."""
 
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
@@ -76,12 +80,12 @@ class DrillFailed(Exception):
 
 @dataclass(frozen=True)
 class Stop:
-    """The result of one stop. `outage_seconds` is None at the first stop, which replaces nothing."""
+    """The result of one stop. `outage_seconds` is None at the first stop, which replaces no machine."""
 
     ami_id: str
     mlflow_version: str
     database: str
-    """The message of the boot's database step."""
+    """The message of the boot step `database` on the machine."""
     compared: int
     values: int
     missing: int
@@ -149,12 +153,12 @@ def image_argument(text: str) -> str:
 
 
 def require_images(ec2: Any, ids: list[str]) -> None:
-    """Raises DrillFailed unless all IDs are finished images of the local cloud."""
+    """Raises DrillFailed if an ID is not the ID of a finished image on the local cloud."""
     there = {image.id for image in catalog.find(ec2) if image.finished and image.state == "available"}
     if missing := [each for each in ids if each not in there]:
         raise DrillFailed(
-            f"the local cloud has no finished image {', '.join(missing)}: `scripts/images.py list --local` shows those "
-            "it has; name a release of MLflow to have one baked",
+            f"the local cloud has no finished image {', '.join(missing)}: `scripts/images.py list --local` lists its "
+            "images; for a release of MLflow, drill.py bakes an image",
             2,
         )
 
@@ -165,7 +169,7 @@ def image_of(cloud: LocalCloud, wanted: str) -> catalog.Image:
 
 
 def find_image(wanted: str, base: str) -> str:
-    """The image ID that `wanted` names. For a release of MLflow, bakes an image if there is none yet."""
+    """The ID of the image that `wanted` names. If `wanted` is an MLflow release without an image, bake an image."""
     if wanted.startswith("ami-"):
         return wanted
     release = () if wanted == lock.locked_version(LOCKED, "mlflow") else ("--mlflow-version", wanted)
@@ -188,7 +192,7 @@ def drill(cloud: LocalCloud, ids: list[str]) -> list[Stop]:
 
 
 def launch(ami: str, replaced: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
-    """(the JSON that `rehearse.py up` prints, the outage in seconds)."""
+    """Launch or replace the server. Returns the JSON that `rehearse.py up` prints, and the outage in seconds."""
     if not replaced:
         return run_script("rehearse.py", "up", "--ami", ami, "--json"), None
     with watching(replaced) as outage:
@@ -199,7 +203,7 @@ def launch(ami: str, replaced: dict[str, Any]) -> tuple[dict[str, Any], float | 
 def visit(
     expected: ExpectedWrites, worker: WorkerClient, server: dict[str, Any], number: int, did: str, outage: float | None
 ) -> Stop:
-    """Read everything back, compare, and write more."""
+    """Run one stop: read the data of earlier stops, compare the data with what was written, and write more data."""
     release, url = server["mlflow_version"], server["url"]
     try:
         say("reading back what was written" if number > 1 else "writing")
@@ -231,8 +235,9 @@ def database_step_message(cloud: LocalCloud, instance: str) -> str:
 
 @contextlib.contextmanager
 def watching(server: dict[str, Any]) -> Iterator[Any]:
-    """Send the server ten requests per second while the block runs. Yields a function that returns the outage after
-    the block: the seconds from the old machine's last response with status 200 to the new machine's first."""
+    """Send ten requests per second to the server during the block. Yields a function; after the block, this function
+    returns the outage. The outage is the time in seconds between the old machine's last response with status 200 and
+    the new machine's first response with status 200."""
     over = threading.Event()
     answers: list[tuple[float, bool]] = []
     certificate = Path(server["server_certificate"]).read_text() if server["server_certificate"] else None
@@ -295,21 +300,21 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Hold the lock of the drill: one drill at a time per local cloud."""
+    """Hold the drill's lock during the block. Only one drill at a time can run on a local cloud."""
     path = stack.state_path().with_name("drill.lock")
     invoker.make_private_folder(path.parent)
     with path.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DrillFailed(f"another drill is running on {path.parent}; wait for its end, or end it", 2) from None
+            raise DrillFailed(f"another drill is running on {path.parent}; wait until it ends, or stop it", 2) from None
         yield
 
 
 @contextlib.contextmanager
 def local_cloud(*, keep: bool) -> Iterator[LocalCloud]:
-    """Start the local cloud and remove the stack of an earlier drill. At the end, remove this drill's stack, and stop
-    the cloud if this drill started it and no other stack has a machine."""
+    """Start the local cloud and remove the stack of an earlier drill. At the end, remove this drill's stack. If this
+    drill started the local cloud and no other stack has a machine, also stop the local cloud."""
     cloud = LocalCloud()
     was_up = cloud.is_up()
     try:
@@ -335,7 +340,8 @@ def remove_server(cloud: LocalCloud) -> None:
 
 
 def run_script(name: str, *arguments: str) -> dict[str, Any]:
-    """Run one of the scripts and return its JSON from stdout; its stderr goes to the terminal. Raises DrillFailed."""
+    """Run one of this project's scripts and return the JSON from its stdout. The script's stderr goes to the terminal.
+    Raises DrillFailed."""
     command = [sys.executable, str(SCRIPTS / name), *arguments]
     say(f"scripts/{name} {shlex.join(arguments)}")
     running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)

@@ -1,11 +1,12 @@
-"""Run a script with the project's own packages; every script in this folder imports this module first.
+"""Run a script with the project's own packages. Every script in this folder imports this module first.
 
-After that `scripts`, `tests` and `mlflow_host` can be imported, from any current folder.
+After the import of this module, a script can import `scripts`, `tests` and `mlflow_host` in any current folder.
 
-A script started with another Python starts again with the repository's .venv/bin/python, with the same arguments, from
-any folder and through sudo. If that Python is missing, one sentence states the remedy and the exit status is 2.
+If another Python runs the script, this module restarts the script with the repository's .venv/bin/python and the same
+arguments. The restart works from any folder and with sudo. If .venv/bin/python is missing, this module prints one
+sentence with the remedy, and the exit status is 2.
 
-The module and the scripts that import it must compile with Python 3.8, so that an old Python can print the sentence.
+This module and the scripts that import it must compile with Python 3.8, so that an old Python prints a clear error.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from typing import NoReturn
 SCRIPTS = Path(__file__).resolve().parent
 REPOSITORY = SCRIPTS.parent
 HOST_PACKAGE = REPOSITORY / "provisioning/rootfs/usr/lib/mlflow-host"
-"""The folder of the package `mlflow_host`; scripts use its `contract` only."""
+"""The folder that contains the package `mlflow_host`. Scripts import only `mlflow_host.contract` from this package."""
 VENV = REPOSITORY / ".venv"
 OLDEST = (3, 11)
-"""The oldest Python that pyproject.toml allows."""
+"""The oldest Python version that pyproject.toml allows."""
 RESTARTED = "MLFLOW_AMI_RESTARTED"
-"""Environment variable: id of the process that was started again."""
+"""The name of the environment variable with the ID of the restarted process."""
 ROOT_BYTECODE = "/var/cache/mlflow-ami/bytecode"
-"""The folder for root's bytecode files when the checkout belongs to another user."""
+"""The folder for root's bytecode files, if the checkout belongs to another user."""
 
 
 def enter(name: str) -> None:
-    """Return if this is the right Python; otherwise start it, or end the process. `name` is the script's."""
+    """If .venv/bin/python runs this process, return; otherwise restart the script with .venv/bin/python, or exit.
+    `name` is the script's name."""
     python = VENV / "bin" / "python"
     if Path(sys.prefix).resolve() != VENV.resolve() and os.access(python, os.X_OK):
         if os.environ.get(RESTARTED) == str(os.getpid()):
@@ -57,7 +59,7 @@ def refuse(name: str, text: str) -> NoReturn:
 
 
 def report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Handle an uncaught exception: a sentence if the user can fix it, else Python's traceback."""
+    """Print an uncaught exception. If the user can fix the cause, print one sentence, else print the traceback."""
     name = Path(sys.argv[0]).stem
     if isinstance(error, KeyboardInterrupt):
         sys.exit(130)
@@ -72,9 +74,10 @@ def report_uncaught(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def leave_nothing_of_root() -> None:
-    """For root: keep its programs' files out of the sudo user's home and checkout.
+    """If the script runs as root, leave no files of root in the sudo user's home and checkout.
 
-    Python's compiled files go elsewhere; other files written into the checkout get the checkout's owner at the end.
+    Python writes its bytecode files to ROOT_BYTECODE. At the end of the script, the checkout's owner becomes the owner
+    of all other new files in the checkout.
     """
     if os.geteuid():
         return

@@ -1,26 +1,30 @@
 #!/usr/bin/env python3
-"""Follow MLflow: test its newest release with this checkout, and write one report page.
+"""Test the newest release of MLflow with this checkout, and write one report page.
 
+Examples:
   follow.py                              the newest release in the package index
-  follow.py --mlflow-version 3.19.0rc1   another one, release candidates included
-  follow.py --without-machines     without root: packages, routes, sources, comparison with plain MLflow
+  follow.py --mlflow-version 3.19.0rc1   another release or a release candidate
+  follow.py --without-machines           without root: packages, routes, sources, comparison with plain MLflow.
 
-In a copy of the checkout's last commit, follow.py locks the release with everything that it needs, proposes changes of
-the lists that are kept by hand (sorted routes, sources of the fast path), and then runs with the proposal: the
-comparison with plain MLflow request by request, a bake, the drill from the locked release and back, and the bench.
-Sources are proposed only if the comparison finds no difference. Nothing in the checkout itself is changed.
+The script works in a copy of the checkout's last commit, and does not change the checkout itself. The script locks the
+release and the packages that the release needs. Then the script proposes changes of two lists that people maintain: the
+reading and writing routes, and the hashes of the MLflow sources for which the fast path is tested. After these changes,
+the script compares each response of the server with plain MLflow, bakes an image, rehearses an upgrade from the locked
+release and a rollback, and runs the bench. The script proposes new hashes only if the comparison with plain MLflow
+finds no difference.
 
-In build/follow/X: page.md (new features, fallbacks, the result of each step, the evidence), proposal.patch, and a log
-of each step. Read the page, then: git apply build/follow/X/proposal.patch
+The script writes the folder build/follow/X, where X is the release. The folder contains page.md, proposal.patch and a
+log of each step. page.md describes the new features, the fallbacks, the result of each step and the evidence. Read
+page.md, and then run `git apply build/follow/X/proposal.patch`.
 
-Exit status 0: every step passed; 1: a step failed, and the page says which; 2: an error with one sentence on stderr;
+Exit status 0: every step passed; 1: a step failed, and page.md names the step; 2: an error with one sentence on stderr;
 130: interrupted. The next run for the same commit and release skips the steps that passed, except with --again.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+    import enter_venv  # noqa: F401 - this import restarts the script with the packages of .venv
 
 # isort: split
 import argparse
@@ -48,7 +52,7 @@ COMPARISON = "comparison"
 
 
 class FollowError(Exception):
-    """The release cannot be tried; the text is the reason and the remedy."""
+    """The release cannot be tested. The exception's text contains the reason and the remedy."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,7 +86,7 @@ def follow(arguments: argparse.Namespace) -> int:
     wanted = arguments.mlflow_version or lock.newest_release()
     lock.require_bakeable(wanted)
     if wanted == current:
-        say(f"the image has MLflow {current}, the newest release: nothing to do")
+        say(f"MLflow {current} is already in the lock file: nothing to do")
         return 0
     if not arguments.without_machines and os.geteuid():
         raise FollowError("the bake and the drill need root: use sudo, or --without-machines")
@@ -113,7 +117,7 @@ def follow(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def checkout(path: Path) -> Iterator[Path]:
-    """A copy of the last commit that uses the project's own .venv. It is removed at the end."""
+    """A worktree of the last commit, with a link to the project's own .venv. The worktree is removed at the end."""
     if path.exists():
         remove_checkout(path)
     git(REPOSITORY, "worktree", "add", "--detach", "--force", str(path), "HEAD")
@@ -131,7 +135,8 @@ def remove_checkout(path: Path) -> None:
 
 
 def facts_of(version: str, copy: Path, folder: Path) -> dict[str, Any]:
-    """`bake.release_facts.facts` of the release in the copy's lock file, read in an environment with its packages."""
+    """The result of `bake.release_facts.facts` for the release in the copy's lock file. The program runs in a virtual
+    environment with the packages of this lock file."""
     path, environment = folder / f"facts-{version}.json", folder / f"environment-{version}"
     python, locked = environment / "bin/python", (copy / LOCK).read_text()
     kept = environment / "lock"
@@ -158,7 +163,8 @@ def facts_of(version: str, copy: Path, folder: Path) -> dict[str, Any]:
 def try_release(
     copy: Path, folder: Path, current: str, wanted: str, after: dict[str, Any], arguments: argparse.Namespace
 ) -> tuple[list[Step], list[str]]:
-    """Change the lists in `copy` and run the steps there. Returns the steps and remarks for the page."""
+    """Change the two lists in `copy`, which is a copy of the checkout, and run the steps there. Returns the steps, and
+    remarks for the report page."""
     routes, compared = copy / proposal.ROUTES, copy / proposal.COMPARED
     unsorted = [each["path"] for each in after["unsorted"] if each["method"] == "POST"]
     routes.write_text(proposal.sort_routes(routes.read_text(), unsorted, wanted))
@@ -202,7 +208,8 @@ def try_release(
 
 
 def run_step(name: str, command: tuple[str, ...], copy: Path, folder: Path) -> Step:
-    """Run a command in `copy` with its output in a log. One that passed for the same files is not run again."""
+    """Run a command in the folder `copy`, and write its output to a log. If the command has already passed with files
+    equal to the current files, skip the command."""
     log, passed = folder / f"{name}.log", folder / "passed" / name
     inputs = git(copy, "rev-parse", "HEAD") + git(copy, "diff") + " ".join(command)
     if passed.exists() and passed.read_text() == inputs and log.exists():
@@ -226,7 +233,8 @@ def run_step(name: str, command: tuple[str, ...], copy: Path, folder: Path) -> S
 
 
 def wait(process: subprocess.Popen[bytes], name: str, begun: float) -> int:
-    """The exit status; logs a line every minute. On Ctrl-C the command gets SIGTERM and ends first."""
+    """Wait for the command and return its exit status. Logs a line every minute. On Ctrl-C, the function sends SIGTERM
+    to the command, and waits until the command has ended."""
     try:
         while True:
             try:

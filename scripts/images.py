@@ -1,26 +1,29 @@
 #!/usr/bin/env python3
-"""List and compare machine images, promote one to a channel, deprecate, retire, sweep, copy and share them.
+"""List, compare, promote, deprecate, retire, sweep, copy and share machine images.
 
-An IMAGE is an ID, a name, an image version such as 20261129T123147Z, or a channel, which means the image that it names.
-A channel is an SSM parameter, /mlflow-ami/images/<channel>; a stack with `pulumi config set channel staging` launches
-the image that it names at each `pulumi up`, and at no other time.
+An IMAGE is an ID, a name, an image version such as 20261129T123147Z, or a channel. If IMAGE is a channel, the command
+uses the image that the channel names. A channel is the SSM parameter /mlflow-ami/images/<channel>. If a stack has the
+setting `channel`, each `pulumi up` launches the image that the channel names. A promotion alone does not change a
+running stack.
 
+Examples:
   images.py list                                     the images, where they run, what they cost
   images.py diff production ami-0123456789abcdef0    changes of the data, the packages and the settings
   images.py promote ami-… staging --drill drill.json set a channel to an image that passed a drill
-  images.py retire ami-…                             no stack can launch it; --undo reverses that, --delete deletes it
+  images.py retire ami-…                             disable the image; --undo enables it, --delete deletes it
   images.py sweep --keep 5 --older-than 90           delete old images that are not in use
-  images.py copy ami-… --to us-east-1 eu-west-1      copy the image to other regions
+  images.py copy ami-… --to us-east-1 eu-west-1      copy the image to other regions.
 
-Every verb is idempotent. --dry-run changes nothing and prints what would be done; --json prints a document. With
-several --region the verb runs in each; then name the image by its version, because IDs differ. Exit status 2: refused,
-with the reason and the remedy in one sentence.
+Every command is idempotent. --dry-run changes nothing, and prints the planned changes. --json prints a JSON document.
+If --region is given several times, the command runs in each region. With several regions, name the image by its
+version, because an image has a different ID in each region. Exit status 2 means that the command was refused; one
+sentence on stderr contains the reason and the remedy.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+    import enter_venv  # noqa: F401 - this import restarts the script with the packages of .venv
 
 # isort: split
 import argparse
@@ -38,7 +41,7 @@ from scripts.imaging.catalog import Image, ImageRefused, Place, find, named
 
 
 class CloudDown(Exception):
-    """The embedded cloud does not start; the text is the reason."""
+    """The local cloud does not start. The exception's text is the reason."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +68,7 @@ def refuse(reason: str) -> int:
     return 2
 
 
-# The verbs: each returns the document of --json and the text
+# The commands. Each function returns the JSON document that --json prints, and the text output.
 
 
 def list_(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
@@ -151,7 +154,7 @@ def share(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
 
 
 def resolve(place: Place, wanted: str) -> Image:
-    """The image that a user names, also by a channel. Raises ImageRefused."""
+    """The image that the user has named by ID, name, image version or channel. Raises ImageRefused."""
     known = channels.read(place.ssm) if re.fullmatch(channels.NAME, wanted) else {}
     found = named(find(place.ec2), known.get(wanted, wanted))
     if found:
@@ -162,8 +165,8 @@ def resolve(place: Place, wanted: str) -> Image:
         )
     kind = "no image and no channel" if re.fullmatch(channels.NAME, wanted) else "no image"
     raise ImageRefused(
-        f"{wanted!r} is {kind} of this project in {place.region}: scripts/images.py list shows them; an ID belongs to "
-        f"one region, a name or version to all"
+        f"{wanted!r} is {kind} of this project in {place.region}: scripts/images.py list prints all; an ID is valid in "
+        f"one region only, a name or version in all regions"
     )
 
 
@@ -175,7 +178,7 @@ def say(text: str) -> None:
 
 
 def open_places(arguments: argparse.Namespace) -> list[Place]:
-    """The regions to work in. Raises CloudDown, or one of aws_session.ERRORS."""
+    """The regions in which the command runs. Raises CloudDown, or an exception of the types in aws_session.ERRORS."""
     if arguments.local:
         from scripts.local_cloud import LocalCloud, LocalCloudError
 
@@ -188,12 +191,12 @@ def open_places(arguments: argparse.Namespace) -> list[Place]:
     places = [open_place(arguments, region) for region in arguments.region or [None]]
     if arguments.region is None:
         say(f"in region {places[0].region}")
-        arguments.region = [places[0].region]  # for the sentence of an error
+        arguments.region = [places[0].region]  # error messages name this region
     return places
 
 
 def open_place(arguments: argparse.Namespace, region: str | None) -> Place:
-    """A region of AWS; None for the profile's."""
+    """An AWS region as a Place. If `region` is None, the region comes from the environment or the profile."""
     if arguments.local:
         raise ImageRefused("the local cloud has one region only: copy works on AWS")
     session: Any = aws_session.choose(region)

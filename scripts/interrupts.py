@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: let a script clean up, and finish the steps that must not be interrupted."""
+"""Handling of Ctrl-C, SIGTERM and SIGHUP: an interrupted script cleans up, and some steps cannot be interrupted."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any, NoReturn
 from scripts import invoker
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that end a script besides Ctrl-C: from a service manager, from a closed terminal."""
+"""Signals that have the same effect as Ctrl-C. A service manager sends SIGTERM, a closed terminal sends SIGHUP."""
 
 
 def end_like_ctrl_c() -> None:
-    """Make these signals raise KeyboardInterrupt in this process, like Ctrl-C."""
+    """Make the signals in `ENDING` raise KeyboardInterrupt in this process, like Ctrl-C."""
     for number in ENDING:
         signal.signal(number, _interrupt)
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ignore interrupts during the block, which removes resources that would otherwise be left behind or cost money."""
+    """Ignore interrupts during the block, so that a cleanup is completed and leaves no resources that cost money."""
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *ENDING)}
     try:
         yield
@@ -35,9 +35,10 @@ def uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def passed_on(process: subprocess.Popen[Any], finish: Callable[[], object]) -> Iterator[None]:
-    """If the block is interrupted or fails, send the program SIGINT and call `finish`, which waits for its end.
+    """If the block is interrupted or fails, send SIGINT to the program, and call `finish`, which waits until the
+    program has ended.
 
-    For a program in a session of its own, so that it gets Ctrl-C only once, from this process.
+    The program must run in its own session, so that only this process and not the terminal sends SIGINT to the program.
     """
     try:
         yield
@@ -51,7 +52,8 @@ def passed_on(process: subprocess.Popen[Any], finish: Callable[[], object]) -> I
 def exit_with(
     main: Callable[[], int], say: Callable[[str], None], refusals: tuple[type[BaseException], ...] = ()
 ) -> NoReturn:
-    """End this process with the result of `main`; with 2 and the sentence of a refusal; with 130 when interrupted."""
+    """Call `main`, and exit with the returned status. The exit status is 2 after an exception of a type in `refusals`,
+    and 130 after an interrupt."""
     end_like_ctrl_c()
     try:
         sys.exit(main())

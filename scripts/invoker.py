@@ -1,6 +1,6 @@
-"""The user who runs a script as root through sudo: home folder and file ownership.
+"""Home folder and file ownership of the sudo user: the user who called sudo to run a script as root.
 
-Without sudo every function works for the process's own user.
+Without sudo, every function uses the process's own user.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def person() -> pwd.struct_passwd | None:
-    """The user who called sudo; None without sudo, and for root."""
+    """Return the user who called sudo; None if sudo was not used or root called it."""
     uid = os.environ.get("SUDO_UID", "")
     if os.geteuid() or not uid.isdigit() or uid == "0":
         return None
@@ -25,19 +25,19 @@ def person() -> pwd.struct_passwd | None:
 
 
 def home() -> Path:
-    """The home folder of that user: sudo sets HOME to root's, or to the user's with -E."""
+    """Return the sudo user's home folder. $HOME cannot be used, because sudo may set it to root's home folder."""
     user = person()
     return Path(user.pw_dir) if user else Path.home()
 
 
 def hand_over(path: Path) -> None:
-    """Make that user the owner of a file or folder."""
+    """Make the sudo user the owner of a file or folder."""
     if user := person():
         os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder with its parents, all owned by that user."""
+    """Create a folder and its missing parents. The sudo user owns the new folders."""
     missing = [each for each in (path, *path.parents) if not each.exists()]
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
@@ -45,7 +45,7 @@ def make_folder(path: Path) -> None:
 
 
 def make_private_folder(path: Path) -> None:
-    """Create a folder of root's. The user can enter it to reach files of their own, but not list it."""
+    """Create a folder owned by root. The sudo user can open files in the folder by name, but cannot list the folder."""
     make_folder(path.parent)
     path.mkdir(mode=0o700, exist_ok=True)
     user = person()
@@ -55,7 +55,7 @@ def make_private_folder(path: Path) -> None:
 
 
 def as_person(environment: dict[str, str]) -> dict[str, Any]:
-    """Arguments of `subprocess` that run a program as that user, with this environment."""
+    """Return arguments for `subprocess` that run a program as the sudo user, with this environment."""
     user = person()
     environment = {name: value for name, value in environment.items() if name != "PYTHONPYCACHEPREFIX"}
     if user is None:
@@ -66,8 +66,8 @@ def as_person(environment: dict[str, str]) -> dict[str, Any]:
 
 
 def give_back(checkout: str | Path) -> None:
-    """Make the owner of the checkout the owner of the files that root wrote into it. Scripts do not write .venv and
-    .git."""
+    """Make the checkout's owner the owner of all files that root wrote in the checkout. The folders .venv and .git are
+    skipped, because scripts do not write to .venv and .git."""
     owner = Path(checkout).stat()
     if os.geteuid() or owner.st_uid == 0:
         return
@@ -81,5 +81,5 @@ def give_back(checkout: str | Path) -> None:
 
 
 def not_readable(path: str | Path) -> str:
-    """The error for a file that this process may not read."""
-    return f"{path} belongs to the user who started the local cloud: use their account, or sudo"
+    """Return the error message for a file that this process may not read."""
+    return f"{path} belongs to the user who started the local cloud: use that user's account, or sudo"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Update provisioning/requirements.lock, the pinned and hashed packages of the server's environment in an image."""
+"""Update provisioning/requirements.lock: the versions and hashes of the Python packages that a bake installs."""
 
 if __name__ == "__main__":
     import enter_venv  # noqa: F401 - starts this script again with the project's packages
@@ -18,20 +18,20 @@ from packaging.version import Version
 
 PROVISIONING = Path(__file__).resolve().parent.parent / "provisioning"
 OLDEST_PYTHON = "3.11"
-"""Debian 12's. The lock file also serves Ubuntu 24.04's 3.12 and Debian 13's 3.13."""
+"""Python version of Debian 12. The lock file is also used with Python 3.12 (Ubuntu 24.04) and 3.13 (Debian 13)."""
 
 
 COMPANIONS = ("mlflow-skinny", "mlflow-tracing")
-"""Packages that `mlflow` requires in its own version. They contain parts of its modules, and require the packages that
-these need."""
+"""Packages that `mlflow` requires in the same version as itself. The two packages contain a part of MLflow's modules,
+and require the packages that this part imports."""
 
 
 class LockError(Exception):
-    """The lock file cannot be written; the text is the reason and the remedy."""
+    """The lock file cannot be written. The error's message contains the reason and the remedy."""
 
 
 def oldest_release() -> str:
-    """The oldest MLflow release that can be baked, from requirements.in, which contains the reason."""
+    """Return the oldest MLflow release that can be baked. requirements.in contains this release and the reason."""
     (line,) = [
         each for each in (PROVISIONING / "requirements.in").read_text().splitlines() if each.startswith("mlflow>=")
     ]
@@ -39,14 +39,15 @@ def oldest_release() -> str:
 
 
 def require_bakeable(version: str) -> None:
-    """Raises LockError for a release that is older than `oldest_release`."""
+    """Raise LockError if the release is older than `oldest_release`."""
     oldest = oldest_release()
     if Version(version) < Version(oldest):
-        raise LockError(f"MLflow {version} cannot be baked: {oldest} is the oldest release that can (requirements.in)")
+        raise LockError(f"MLflow {version} cannot be baked: the oldest supported release is {oldest} (requirements.in)")
 
 
 def newest_release() -> str:
-    """The newest MLflow release in the index, even if its companion packages are missing. Raises LockError."""
+    """Return the newest MLflow release in the package index, even if the index lacks its `COMPANIONS`. Raises
+    LockError."""
     command = [find_uv(), "pip", "compile", "-", "--no-config", "--no-deps", "--no-header", "--no-annotate", "--quiet"]
     done = subprocess.run(
         [*command, "--python-version", OLDEST_PYTHON], input="mlflow", check=False, capture_output=True, text=True
@@ -57,7 +58,7 @@ def newest_release() -> str:
 
 
 def find_uv() -> str:
-    """The uv in the folder of this Python, or on PATH. Raises LockError without one."""
+    """Return the path of uv, in the folder of this Python or on PATH. Raises LockError if uv is not installed."""
     beside = Path(sys.executable).with_name("uv")
     found = str(beside) if beside.exists() else shutil.which("uv")
     if found is None:
@@ -66,16 +67,16 @@ def find_uv() -> str:
 
 
 def resolve(source: Path, destination: Path, constraints: tuple[str, ...] = (), upgrade: bool = True) -> None:
-    """Resolve `source` for all Python versions of the images and write the result with hashes to `destination`.
+    """Resolve the requirements in `source` for all Python versions of the images. Write the lock file to `destination`.
 
-    Packages in the .exclude file next to `source` are left out, even if another package requires them. `constraints`
-    limit versions, such as ``mlflow==3.12.0``. With `upgrade`, every package gets its newest possible version; without,
-    the versions in an existing `destination` are kept where possible. The file contains no index URL and no path of
-    this machine, so it is the same on every machine. Raises LockError when the resolution fails.
+    Packages in the .exclude file next to `source` are omitted, even if another package requires them. `constraints`
+    limit versions, such as ``mlflow==3.12.0``. With `upgrade`, every package gets the newest possible version. Without
+    `upgrade`, the versions in an existing `destination` are kept where possible. The lock file contains no index URL
+    and no local path, so the file is the same on every machine. Raises LockError if uv finds no solution.
 
-    Where the index has a release of MLflow but not yet its companions (`COMPANIONS`), the lock file omits them: the
-    `mlflow` wheel contains the same modules. It then contains the packages that their newest release in the index
-    requires.
+    If the package index has a release of MLflow but not its `COMPANIONS`, the lock file omits these packages, because
+    the `mlflow` wheel contains the same modules. In place of the omitted packages, the lock file contains the
+    requirements of the packages' newest release in the index.
     """
     with tempfile.TemporaryDirectory(prefix="mlflow-ami-lock-") as scratch:
         folder = Path(scratch)
@@ -100,7 +101,7 @@ def resolve(source: Path, destination: Path, constraints: tuple[str, ...] = (), 
 
 
 def compile_lock(folder: Path, sources: list[str]) -> str | None:
-    """Write `folder`/lock from the requirements in `sources`. Returns uv's message if there is no solution."""
+    """Resolve the requirements in `sources` and write `folder`/lock. Returns uv's message if there is no solution."""
     done = subprocess.run(
         [
             find_uv(), "pip", "compile", *sources, "--no-config",
@@ -119,9 +120,9 @@ def compile_lock(folder: Path, sources: list[str]) -> str | None:
 
 
 def lacking_companions(said: str, constraints: tuple[str, ...]) -> str | None:
-    """The version of MLflow, if the index lacks that version of a package in `COMPANIONS`; else None.
+    """Return the requested MLflow version if the index lacks a package of `COMPANIONS` in this version, otherwise None.
 
-    `said` is uv's message. Without a constraint on MLflow uv takes the newest release that resolves.
+    `said` is uv's message. If MLflow has no constraint, uv selects the newest release that can be resolved.
     """
     text = " ".join(said.split())
     wanted = dict(constraint.split("==") for constraint in constraints).get("mlflow")
@@ -133,8 +134,8 @@ def lacking_companions(said: str, constraints: tuple[str, ...]) -> str | None:
 
 
 def requirements_of(name: str, folder: Path) -> str:
-    """Write the requirements of the newest release of the package `name` in the index to a file. Returns the file's
-    name, which contains the package's name and version and appears in the lock file. Raises LockError."""
+    """Download the newest release of a package and write its requirements to a file. Returns the file's name, which
+    contains the package's name and version. uv mentions the file name in the lock file. Raises LockError."""
     wheel = folder / name
     command = [find_uv(), "pip", "install", "--no-config", "--quiet", "--no-deps", "--only-binary", ":all:"]
     done = subprocess.run(
@@ -142,7 +143,7 @@ def requirements_of(name: str, folder: Path) -> str:
     )
     if done.returncode:
         raise LockError(
-            f"{name} cannot be downloaded from the index, to read its requirements: {' '.join(done.stderr.split())}"
+            f"the requirements of {name} cannot be read, because its download failed: {' '.join(done.stderr.split())}"
         )
     (found,) = metadata.distributions(path=[str(wheel)])
     file = folder / f"{name}-{found.version}.in"
@@ -155,7 +156,7 @@ def narrowing(constraints: tuple[str, ...]) -> str:
 
 
 def locked_version(lock: Path, package: str) -> str:
-    """The version of `package` in a lock file. Raises LockError without one."""
+    """Return the version of `package` in a lock file. Raises LockError if the file does not contain the package."""
     for line in lock.read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{package}=="):
             return line.removeprefix(f"{package}==").split(" ")[0]

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Installs the packages of a group of commands: missing Debian packages, and Python packages in .venv. Idempotent. On a
-# system without apt only `aws` works, and installs Python packages only.
-#   scripts/prepare.sh aws     bake and launch on AWS, run the examples
-#   scripts/prepare.sh demo    and the local cloud
-#   scripts/prepare.sh check   Python packages for `make check`, nothing from apt
-#   scripts/prepare.sh lint    and what `make lint` runs
-#   scripts/prepare.sh bench   and what `make bench` compares with
-#   scripts/prepare.sh test    and what the tests need
+# Installs the packages that a group of commands needs: Debian packages, and Python packages in .venv. Idempotent. On a
+# system without apt, only the groups `aws` and `check` work, and only Python packages are installed.
+#   `scripts/prepare.sh aws` installs the packages for bakes and launches on AWS, and for the examples.
+#   `scripts/prepare.sh demo` installs the packages of `aws` and of the local cloud.
+#   `scripts/prepare.sh check` installs the Python packages of `make check`, and no Debian packages.
+#   `scripts/prepare.sh lint` installs the packages of `make lint`.
+#   `scripts/prepare.sh bench` installs the packages of `demo` and of `make bench`.
+#   `scripts/prepare.sh test` installs the packages of all groups and of the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,7 +30,7 @@ as_root() {
   elif command -v sudo >/dev/null; then sudo "$@"
   else say "installing packages needs root: install sudo, or run this as root"; exit 2; fi
 }
-# With sudo, the owner of the checkout creates .venv, so all files in it stay theirs.
+# Runs a command as the owner of the checkout. Under sudo, the files in .venv thus belong to this owner, not to root.
 as_owner() {
   local owner group
   owner=$(stat -c %u . 2>/dev/null || stat -f %u .) group=$(stat -c %g . 2>/dev/null || stat -f %g .)
@@ -57,8 +57,8 @@ fi
 if [ ${#missing[@]} -gt 0 ]; then
   say "installing with apt: ${missing[*]}"
   log=$(mktemp -t mlflow-ami-apt.XXXXXX)
-  # Only the programs of some services (PostgreSQL, MariaDB, nginx) are needed: do not start these services now or at the next
-  # boot.
+  # PostgreSQL, MariaDB and nginx are needed as programs only. policy-rc.d prevents the start of their services now, and
+  # `systemctl disable` below prevents their start at the next boot.
   held=
   if [ ! -e /usr/sbin/policy-rc.d ]; then
     held=1
@@ -96,8 +96,8 @@ if ! new_enough .venv/bin/python || { [ ! -e ".venv/prepared-$inputs-$1" ] && [ 
   say "installing Python packages into .venv"
   new_enough .venv/bin/python || as_owner "$python" -m venv --clear .venv
   as_owner .venv/bin/python -m pip install -q --disable-pip-version-check uv
-  # The client in .venv is the release in the server's lock file. If the index lacks that release's companion packages,
-  # which the lock file then omits (scripts/lock.py), it is the newest older release.
+  # .venv gets the MLflow release that the server's lock file names. If the package index lacks mlflow-skinny of this
+  # release, the lock file omits mlflow-skinny (scripts/lock.py), and .venv gets the newest older MLflow release.
   same='=='
   grep -q '^mlflow-skinny==' provisioning/requirements.lock || same='<='
   mlflow=$(sed -n "s/^mlflow==\([^ ;]*\).*/mlflow$same\1/p" provisioning/requirements.lock)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Build Pulumi's CLI, a current Packer with its amazon plug-in, and actionlint below build/tools, if not on PATH.
+"""Build the missing tools in build/tools: Pulumi's CLI, a current Packer with its amazon plug-in, and actionlint.
 
-A tool on PATH is used as it is. The others are built from their Go modules: `scripts/real_tools/<tool>/go.mod` pins the
-version, go.sum the checksum of every module. Tools that are built already are not built again. A first build takes
-about ten minutes of one core.
+A tool that is on PATH is not built. The other tools are built from their Go modules. `scripts/real_tools/<tool>/go.mod`
+pins the version, and go.sum pins the checksum of every module. Existing builds are not repeated. The first build of all
+tools takes about ten minutes on one core.
 
   prepare_tools.py              build the missing tools; prints the folder to put on PATH
   prepare_tools.py --check      build nothing; exit status 1 if a tool is missing
@@ -33,13 +33,14 @@ PACKER_WITH_PLUGINS = (1, 7)
 
 @dataclass(frozen=True)
 class Tool:
-    """A command to build: the folder of its go.mod, its Go package, and the linker's variables for its version."""
+    """A tool to build. `name` is the folder of the tool's go.mod, `package` is the tool's Go package, and `stamp` is
+    the linker variable for the tool's version."""
 
     name: str
     package: str
     stamp: str = ""
     vendor: str = ""
-    """The vendor's installation, for machines without Go."""
+    """The vendor's installation command or page, for machines without Go."""
 
 
 PULUMI = Tool(
@@ -62,7 +63,7 @@ ACTIONLINT = Tool(
 
 
 class ToolsMissing(Exception):
-    """A tool is missing and cannot be built; the message contains the remedy."""
+    """A tool is missing and cannot be built. The message contains the remedy."""
 
 
 def main() -> int:
@@ -86,7 +87,7 @@ def main() -> int:
 
 
 def missing() -> list[Tool]:
-    """The tools that are neither on PATH nor built from the current go.mod."""
+    """Return the tools that are not on PATH and not built from the current go.mod."""
     found = []
     if not elsewhere("pulumi") and not built(PULUMI):
         found.append(PULUMI)
@@ -98,7 +99,7 @@ def missing() -> list[Tool]:
 
 
 def prepare(wanted: list[Tool]) -> None:
-    """Build these tools. Raises ToolsMissing without Go, or if a module cannot be downloaded."""
+    """Build these tools. Raises ToolsMissing if Go is not installed or a build fails."""
     go = shutil.which("go")
     if wanted and go is None:
         remedies = "".join(f"\n  {tool.name}: {tool.vendor}" for tool in wanted)
@@ -115,13 +116,13 @@ def prepare(wanted: list[Tool]) -> None:
 
 
 def elsewhere(name: str) -> str | None:
-    """The command on PATH, unless this script built it."""
+    """Return the path of the command on PATH. The folder of the tools that this script built is ignored."""
     path = os.pathsep.join(each for each in os.get_exec_path() if Path(each) != BIN)
     return shutil.which(name, path=path)
 
 
 def has_current_packer() -> bool:
-    """Whether a Packer with plug-ins is on PATH; Debian's 1.6 has none."""
+    """Return whether a Packer with plug-in support (1.7 or newer) is on PATH. Debian has Packer 1.6."""
     path = elsewhere("packer")
     if path is None:
         return False
@@ -131,24 +132,24 @@ def has_current_packer() -> bool:
 
 
 def built(tool: Tool) -> bool:
-    """Whether build/tools has this tool and its other files, built from the current go.mod and go.sum."""
+    """Return whether build/tools contains this tool, built completely from the current go.mod and go.sum."""
     return (BIN / tool.name).exists() and mark(tool).exists() and mark(tool).read_text() == digest(tool)
 
 
 def mark(tool: Tool) -> Path:
-    """The file with the hash of the modules that the tool was built from; it is written last, so an interrupted build
-    is repeated."""
+    """Return the path of the file that contains the hash of a built tool's modules. The file is written last, so that
+    an interrupted build is repeated."""
     return BIN / f".{tool.name}"
 
 
 def digest(tool: Tool) -> str:
-    """Hash of the pinned modules."""
+    """Return a hash of the tool's pinned modules."""
     folder = MODULES / tool.name
     return hashlib.sha256((folder / "go.mod").read_bytes() + (folder / "go.sum").read_bytes()).hexdigest()
 
 
 def version(tool: Tool) -> str:
-    """The version of the tool's own module that go.mod requires, such as 3.274.1."""
+    """Return the version of the tool's own module in go.mod, such as 3.274.1."""
     module = tool.package.removesuffix(f"/cmd/{tool.name}")
     text = (MODULES / tool.name / "go.mod").read_text()
     found = re.search(rf"^(?:require)?\s*{re.escape(module)} v(\S+)", text, re.MULTILINE)
@@ -173,9 +174,9 @@ def run_go(go: str, tool: Tool, *arguments: str) -> str:
 
 
 def install_language_host(go: str) -> None:
-    """Install the rehearsal's Python language host beside the CLI; Pulumi's is a Go module that proxies may not serve.
+    """Install our Python language host beside Pulumi's CLI, because Go module proxies may lack Pulumi's own host.
 
-    The script that runs the program is Pulumi's own, from the Go module of its SDK.
+    Our host runs Pulumi programs with the script `pulumi-language-python-exec` from the Go module of Pulumi's SDK.
     """
     from scripts.rehearsal.pulumi_cli import write_executable
 
@@ -187,7 +188,7 @@ def install_language_host(go: str) -> None:
 
 
 def install_plugin() -> None:
-    """Register the built plug-in, so that `packer init` finds it and downloads nothing."""
+    """Register the built amazon plug-in in Packer, so that `packer init` finds the plug-in and downloads nothing."""
     PACKER_PLUGINS.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [BIN / "packer", "plugins", "install", "--path", BIN / AMAZON.name, "github.com/hashicorp/amazon"],
@@ -197,7 +198,7 @@ def install_plugin() -> None:
     )
     if done.returncode != 0:
         raise ToolsMissing(
-            f"packer does not accept the plug-in that was built: {done.stderr.strip() or done.stdout.strip()}"
+            f"packer does not accept the amazon plug-in from build/tools: {done.stderr.strip() or done.stdout.strip()}"
         )
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 class NoAnswer(Exception):
-    """No value was entered; the text names another way to give it."""
+    """The user entered no value. The error's message contains the remedy."""
 
 
 def ask_secret(name: str, instead: str) -> str:
-    """Read a value from the terminal without showing it. Without a terminal, raises NoAnswer with the remedy
-    `instead`."""
+    """Read a value from the terminal without showing the input. If there is no terminal, raises NoAnswer with the
+    remedy `instead`."""
     try:
         Path("/dev/tty").open().close()
         return getpass.getpass(f"{name}: ")
@@ -24,7 +24,7 @@ def ask_secret(name: str, instead: str) -> str:
 
 
 def read_line(name: str) -> str:
-    """A line of standard input without its line end. Raises NoAnswer if there is none or it is not text."""
+    """Return one line of standard input without the line end. Raises NoAnswer if the input is empty or is not text."""
     try:
         line = sys.stdin.readline() if sys.stdin else ""
     except (OSError, ValueError):
@@ -35,7 +35,7 @@ def read_line(name: str) -> str:
 
 
 def confirmed(question: str) -> bool:
-    """Whether the user types yes at a terminal."""
+    """Return whether the user answers the question with yes. Without a terminal, return False."""
     if not sys.stdin or not sys.stdin.isatty():
         return False
     print(question, end="", file=sys.stderr, flush=True)

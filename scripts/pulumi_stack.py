@@ -1,4 +1,4 @@
-"""Read a stack of infra/ with the Pulumi CLI, and connect to AWS with that stack's provider configuration."""
+"""Read a stack of infra/ with the Pulumi CLI, and connect to AWS with the provider configuration of this stack."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scripts import aws_session
 
 PROGRAM = Path(__file__).resolve().parent.parent / "infra"
 PASSPHRASE = ("passphrase must be set", "incorrect passphrase")
-"""Part of Pulumi's error, in every command, when it cannot decrypt a state or a configuration."""
+"""Parts of the messages that Pulumi prints if it cannot decrypt a state or a configuration."""
 
 ROLE_ARGUMENTS = {
     "roleArn": "RoleArn",
@@ -28,15 +28,16 @@ ROLE_ARGUMENTS = {
     "sourceIdentity": "SourceIdentity",
     "transitiveTagKeys": "TransitiveTagKeys",
 }
-"""Key in aws:assumeRoles → argument of STS; `assume` converts those whose format differs."""
+"""Mapping: key in aws:assumeRoles → argument of STS. `_arguments` converts the keys with a different format in STS."""
 
 
 class PulumiError(Exception):
-    """The stack cannot be read, or its provider configuration cannot be used; the message contains the remedy."""
+    """The stack cannot be read, or its provider configuration cannot be used. The message contains the remedy."""
 
 
 def run(*arguments: str, stack: str | None = None) -> dict[str, Any]:
-    """The JSON output of a Pulumi command. Raises PulumiError with Pulumi's message when it fails."""
+    """Run a Pulumi command and return its JSON output. If the command fails, raises PulumiError with Pulumi's
+    message."""
     if shutil.which("pulumi") is None:
         raise PulumiError(
             "there is no rehearsal here and no pulumi on PATH: launch a server with `scripts/rehearse.py up`, or "
@@ -49,15 +50,16 @@ def run(*arguments: str, stack: str | None = None) -> dict[str, Any]:
         if any(sign in said for sign in PASSPHRASE):
             raise PulumiError(
                 f"Pulumi cannot decrypt the stack {stack or 'that is selected'} ({said.splitlines()[-1]}): its secrets "
-                "are encrypted with the passphrase that was chosen at `pulumi stack init`. Set it in the environment "
-                "as PULUMI_CONFIG_PASSPHRASE, or the name of a file that holds it as PULUMI_CONFIG_PASSPHRASE_FILE"
+                "are encrypted with the passphrase that was chosen at `pulumi stack init`. Set the variable "
+                "PULUMI_CONFIG_PASSPHRASE to the passphrase, or PULUMI_CONFIG_PASSPHRASE_FILE to a file with it"
             )
         raise PulumiError(f"pulumi {' '.join(arguments)} failed: {said}")
     return dict(json.loads(done.stdout or "{}"))
 
 
 def provider_settings(stack: str | None) -> dict[str, Any]:
-    """The stack's configuration of the AWS provider, without `aws:`. Raises PulumiError."""
+    """Return the stack's configuration of the AWS provider, without the prefix `aws:` in the keys. Raises
+    PulumiError."""
     config = run("config", "--json", stack=stack)
     if any(key.startswith("aws:") and entry.get("secret") for key, entry in config.items()):
         config = run("config", "--json", "--show-secrets", stack=stack)
@@ -65,7 +67,7 @@ def provider_settings(stack: str | None) -> dict[str, Any]:
 
 
 def _value(entry: Mapping[str, Any]) -> Any:
-    """Pulumi parses lists and objects that were set with --path; others are JSON text."""
+    """Return a configuration value. Pulumi stores lists and objects as JSON text if they were not set with --path."""
     if "objectValue" in entry:
         return entry["objectValue"]
     text = entry.get("value", "")
@@ -73,9 +75,9 @@ def _value(entry: Mapping[str, Any]) -> Any:
 
 
 def client(service: str, settings: Mapping[str, Any]) -> Any:
-    """A client of an AWS service with the region, credentials, roles and endpoints of a stack's provider.
+    """Return a client of an AWS service with the region, credentials, roles and endpoints of a stack's provider.
 
-    Raises PulumiError for unusable settings, botocore's errors for unusable credentials.
+    Raises PulumiError if the settings cannot be used, and an error of botocore if the credentials cannot be used.
     """
     session = _session(settings)
     if web := settings.get("assumeRoleWithWebIdentity"):
@@ -91,15 +93,15 @@ def _session(settings: Mapping[str, Any]) -> boto3.Session:
     for variable, name in files.items():
         paths = settings.get(name) or []
         if len(paths) > 1:
-            raise PulumiError(f"aws:{name} names {len(paths)} files, and boto3 reads one: merge them")
+            raise PulumiError(f"aws:{name} lists {len(paths)} files, but boto3 reads only one: merge the files")
         if paths:
             core.set_config_variable(variable, paths[0])
     profile = settings.get("profile")
     if profile and profile not in core.available_profiles:
         known = ", ".join(core.available_profiles) or "none"
         raise PulumiError(
-            f"the stack's aws:profile is {profile!r}, which this machine does not have (it has {known}): add it with "
-            f"`aws configure --profile {profile}`"
+            f"the stack's aws:profile is {profile!r}, but this machine has only these AWS profiles: {known}. Add the "
+            f"profile with `aws configure --profile {profile}`"
         )
     return boto3.Session(
         aws_access_key_id=settings.get("accessKey"),
@@ -161,10 +163,10 @@ def _with(answer: Mapping[str, Any], session: boto3.Session) -> boto3.Session:
 
 
 def _seconds(duration: str) -> int:
-    """Seconds in a duration in the provider's format: 1h, 30m, 1h15m30s."""
+    """Convert a duration in the provider's format, such as 1h, 30m or 1h15m30s, to seconds."""
     units = {"h": 3600, "m": 60, "s": 1}
     if not re.fullmatch(r"(\d+[hms])+", duration):
-        raise PulumiError(f"the duration {duration!r} of an assumed role is not one such as 1h or 30m")
+        raise PulumiError(f"the duration {duration!r} of an assumed role is invalid: use a format such as 1h or 30m")
     return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([hms])", duration))
 
 

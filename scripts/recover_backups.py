@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""Restore a backups bucket to its state at a given time, for example before a break-in.
+"""Restore a backups bucket to its state at a given time, for example to the last minute before a break-in.
 
 The machine's role cannot delete versions of objects, so replaced and deleted backups are kept for
-`backupRetentionDays`. Each object that was replaced or deleted since the moment becomes current again, as a copy of its
-version of then; each object that is new since then is hidden. No version is deleted, so the script can be run again,
-also with another moment. It lists what it will do and asks, or takes --yes. The audit trail (audit/) stays as it is:
-the machine's role could not change it.
+`backupRetentionDays`. If an object was replaced or deleted after the given time, the script copies the version of that
+time, and the copy becomes the current version. An object that was created after the given time gets a delete marker.
+The script deletes no version, so you can run it again, also with a different time. The script prints the changes and
+asks for confirmation; --yes skips the question. The audit trail (audit/) is not changed, because the machine's role
+cannot change it.
 
   recover_backups.py --bucket mlflow-backups-1a2b3c4 --before 2026-11-29T12:00:00Z --dry-run
   recover_backups.py --bucket mlflow-backups-1a2b3c4 --before 2026-11-29T12:00:00Z
 
-`pulumi stack output buckets` prints the bucket's name. Terminate the machine first: it writes to the bucket. It uses
-your AWS credentials, which need s3:ListBucketVersions, s3:GetObjectVersion, s3:PutObject and s3:DeleteObject. JSON on
-standard output. Exit status 2: an error that you can correct.
+`pulumi stack output buckets` prints the bucket's name. Terminate the machine first, because a running machine writes to
+the bucket. Your AWS credentials need s3:ListBucketVersions, s3:GetObjectVersion, s3:PutObject and s3:DeleteObject. The
+script prints JSON on standard output. The exit status is 2 after an error that you can correct.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from scripts import aws_session, prompts
 
 @dataclass(frozen=True)
 class Entry:
-    """A version of an object, or the marker of its deletion (`marker`)."""
+    """A version of an object, or a delete marker of the object (`marker` is True)."""
 
     key: str
     version: str
@@ -47,9 +48,9 @@ class Entry:
 @dataclass(frozen=True)
 class Plan:
     copies: list[Entry]
-    """The versions that become current again, the oldest first."""
+    """The versions that are copied to become the current versions, oldest first."""
     hidden: list[str]
-    """Keys of objects that did not exist then."""
+    """Keys of objects that did not exist at the given time."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,8 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     done = "would be" if arguments.dry_run else "are"
-    say(f"{len(found.copies)} objects {done} as they were at {until} again")
-    say(f"{len(found.hidden)} newer ones {done} hidden")
+    say(f"{len(found.copies)} objects {done} restored to their state at {until}")
+    say(f"{len(found.hidden)} newer objects {done} hidden")
     print(json.dumps({"restored": [each.key for each in found.copies], "hidden": found.hidden}, indent=2))
     return 0
 
@@ -88,19 +89,19 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def list_changes(found: Plan, until: str) -> None:
     for each in found.copies:
-        say(f"as at {until} again: {each.key}")
+        say(f"restored to its state at {until}: {each.key}")
     for key in found.hidden:
         say(f"hidden, because it is newer: {key}")
 
 
 def moment(text: str) -> datetime:
-    """A time without an offset is UTC. Raises ValueError."""
+    """Parse a time. A time without a UTC offset is in UTC. Raises ValueError."""
     found = datetime.fromisoformat(text)
     return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
 
 
 def entries(s3: Any, bucket: str) -> list[Entry]:
-    """All versions and markers in the bucket, except those of the audit trail."""
+    """Return all object versions and delete markers in the bucket, except the objects of the audit trail."""
     return [
         Entry(each["Key"], each["VersionId"], each["LastModified"], each["IsLatest"], kind == "DeleteMarkers")
         for page in s3.get_paginator("list_object_versions").paginate(Bucket=bucket)
@@ -111,7 +112,8 @@ def entries(s3: Any, bucket: str) -> list[Entry]:
 
 
 def plan(found: list[Entry], before: datetime) -> Plan:
-    """What differs between now and `before`. S3 records times in seconds; a version of that second counts as older."""
+    """Compare the bucket's current state with its state at `before`. S3 records times in whole seconds. A version that
+    was created exactly at `before` is part of the old state."""
     by_key: dict[str, list[Entry]] = defaultdict(list)
     for entry in found:
         by_key[entry.key].append(entry)

@@ -1,34 +1,35 @@
 #!/usr/bin/env python3
 """Launch an image on the local cloud exactly as `pulumi up` would on AWS, without an AWS account.
 
-`up` runs the Pulumi program in infra/ in process and applies what it declares to the embedded cloud: creates and
-changes resources, replaces the machine when the image changed, and waits until MLflow answers. It is idempotent; run it
-again with --newest or another --ami to upgrade or roll back. Settings given with --set are stored, as by
-`pulumi config set`; `--set key=` resets one to its default. If Pulumi's CLI is on PATH or was built with
-`make prepare-tools`, Pulumi's engine is used (--engine).
+`up` runs the Pulumi program of infra/ and applies the program's resources to the local cloud. `up` creates and changes
+resources, replaces the machine if the image changed, and waits until MLflow responds. `up` is idempotent. To upgrade or
+roll back, run `up` with --newest or another --ami. The option --set stores a setting, like `pulumi config set`;
+`--set key=` resets a setting to its default. If Pulumi's CLI is on PATH or was built with `make prepare-tools`, the
+script uses Pulumi's engine (see --engine).
 
   rehearse.py up                                launch or update; a new stack gets the newest image
   rehearse.py up --newest                       change to the newest image
-  rehearse.py up --ami ami-0123456789abcdef0    pin an image: newer ones upgrade, older ones roll back
+  rehearse.py up --ami ami-0123456789abcdef0    pin an image: a newer image upgrades, an older image rolls back
   rehearse.py up --set instanceType=t3.large --set backupRetentionDays=7
   rehearse.py preview --ami ami-…               show what `up` would do
-  rehearse.py refresh                           read changes made by hand; outputs: print the stack's outputs
-  eval "$(rehearse.py environment)"             then `cd infra` and any `pulumi` command
+  rehearse.py refresh                           read changes made by hand
+  rehearse.py outputs                           print the stack's outputs
+  eval "$(rehearse.py environment)"             set variables; then `cd infra` and run any `pulumi` command
   rehearse.py status --json                     url, username, password, versions, state
-  rehearse.py ssh                               a shell on the machine
-  rehearse.py logs -f                           its journal, followed
-  rehearse.py down                              stop it; image, data volume, buckets and parameters are kept
-  rehearse.py down --data                       delete the data as well; images are kept
-  rehearse.py down --purge                      delete all of it
+  rehearse.py ssh                               open a shell on the machine
+  rehearse.py logs -f                           follow the machine's journal
+  rehearse.py down                              stop the cloud; keep image, data volume, buckets and parameters
+  rehearse.py down --data                       delete the data as well; keep the images
+  rehearse.py down --purge                      delete the stack, its data and the images
 
-The log goes to standard error, JSON to standard output. Exit status 2: an error that you can correct, in one sentence;
-130: interrupted; the next `up` continues.
+The script prints its log to standard error and JSON to standard output. Exit status 2 means an error that you can
+correct; one sentence describes the error. Exit status 130 means an interrupt; the next `up` continues the operation.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+    import enter_venv  # noqa: F401 - this import restarts the script with the packages of .venv
 
 # isort: split
 import argparse
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt):
         return 130
     except BrokenPipeError:
-        # The reader closed the pipe, like `| head`. Without this, Python prints a second error when it exits.
+        # The reader of standard output closed the pipe (for example `| head`). If standard output is not redirected
+        # here, Python prints a second error when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -90,8 +92,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--engine",
         choices=("auto", "own", "pulumi"),
         default="auto",
-        help="the engine; auto: the one that created the stack, "
-        f"for a new stack ${stack.ENGINE_NAMED_BY}, else Pulumi's if its CLI is there",
+        help="the engine; auto selects the engine that created the stack; for a new stack it selects "
+        f"${stack.ENGINE_NAMED_BY}, else Pulumi's engine if Pulumi's CLI is installed",
     )
 
     wanted = argparse.ArgumentParser(add_help=False, parents=[engine])
@@ -295,8 +297,8 @@ def run_logs(arguments: argparse.Namespace) -> int:
 
 
 def await_server(cloud: LocalCloud, client: Client, engine: Any, seconds: float) -> dict[str, Any]:
-    """Wait for the first authenticated 200. Logs and returns the time since RunInstances and the time of each boot
-    step."""
+    """Wait for the first authenticated response with status 200. Log and return the seconds from RunInstances to this
+    response, and the time of each boot step."""
     from scripts.rehearsal.resources import ec2
 
     outputs = reveal(engine.outputs)
@@ -332,14 +334,15 @@ BOOTING = ("create", "replace")
 
 
 def read_step_statuses(cloud: LocalCloud, instance: str) -> list[dict[str, Any]]:
-    """The machine's record of its boot: one JSON document per step."""
+    """Return the status files that the machine's boot wrote: one JSON document per step."""
     shell = "for each in /run/mlflow-host/status/*.json; do cat $each; echo; done"
     lines = cloud.exec(instance, ["sh", "-c", shell]).stdout.splitlines()
     return [json.loads(line) for line in lines if line.strip()]
 
 
 def read_backups(cloud: LocalCloud, found: dict[str, Any], certificate: str | None) -> dict[str, Any] | None:
-    """The machine's last report on its backups; None before the first. In the machine only root can read it."""
+    """Return the machine's last backup report, or None if there is no report yet. Only root can read the report in the
+    machine's file system, so other users request the report from the server."""
     if os.geteuid():
         path = "/mlflow-host/backups.json"
         answer = boot_wait.ask(found["url"], found["username"], found["password"] or "", certificate, path=path)
@@ -349,7 +352,7 @@ def read_backups(cloud: LocalCloud, found: dict[str, Any], certificate: str | No
 
 
 def inspect(cloud: LocalCloud, client: Client, current: state.State) -> dict[str, Any]:
-    """The status document while the local cloud is up."""
+    """Return the status document. The local cloud must be running."""
     from scripts.rehearsal.resource_types import Aws
     from scripts.rehearsal.resources import ec2
 
@@ -410,7 +413,7 @@ def show_step(step: Step) -> None:
 
 
 def changes(steps: list[Step]) -> list[dict[str, Any]]:
-    """The steps that change something, as JSON."""
+    """Return the steps as JSON objects, without the steps that change nothing."""
     return [
         {"operation": each.operation, "type": each.type, "name": each.name, "because_of": list(each.changed)}
         for each in steps

@@ -1,22 +1,23 @@
 #!/usr/bin/env python3
-"""Delete a stack with its data. `pulumi destroy` alone refuses, because the data is protected.
+"""Delete a stack with its data. `pulumi destroy` alone fails, because Pulumi protects the resources with data.
 
-The script lists the resources to delete and to keep, and asks for the stack's name. Then, in this order: it terminates
-the machine, so that nothing writes any more; with --keep it downloads the newest dump of the database and all
-artifacts; it deletes every version in the buckets; it removes the protection; `pulumi destroy` deletes the rest. After
-an interrupt, run it again: each step is idempotent.
+The script lists the resources to delete and to keep, and asks for the stack's name. Then the script terminates the
+machine, so that no program changes the data. With --keep, the script downloads the newest dump of the database and all
+artifacts. Then the script deletes every object version in the buckets and removes Pulumi's protection. At the end,
+`pulumi destroy` deletes the remaining resources. Each step is idempotent: after an interrupt, run the script again.
 
   retire_stack.py --stack dev --dry-run         show what would be deleted; delete nothing
   retire_stack.py --stack dev --keep ./leaving  download the data first
-  retire_stack.py --stack dev                   delete it
+  retire_stack.py --stack dev                   delete the stack and its data
 
-Images (scripts/images.py), snapshots and CloudWatch's metrics are kept. Exit status 2: an error that you can correct.
+Images (scripts/images.py), snapshots and CloudWatch's metrics are kept. Exit status 2 means an error that you can
+correct.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+    import enter_venv  # noqa: F401 - this import restarts the script with the packages of .venv
 
 # isort: split
 import argparse
@@ -42,7 +43,7 @@ BATCH = 1000
 
 
 class DeletionRefused(Exception):
-    """The stack cannot be deleted; the message contains the reason and the remedy."""
+    """The stack cannot be deleted. The error's message contains the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ class DoomedStack:
 
     @property
     def buckets(self) -> dict[str, str]:
-        """Bucket by purpose: artifacts, models, backups."""
+        """Purpose of a bucket (artifacts, models or backups) → name of the bucket."""
         return {_name(each).removeprefix("mlflow-"): each["id"] for each in self.of_type("aws:s3/bucket:Bucket")}
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Objects and older versions in a bucket."""
+    """The contents of a bucket: number of objects, number of older versions, and bytes of all versions."""
 
     objects: int
     bytes: int
@@ -122,7 +123,8 @@ Pulumi = Callable[..., str]
 
 
 def in_folder(folder: Path, environment: Mapping[str, str]) -> Pulumi:
-    """A function that runs `pulumi` in this folder and returns its standard output. It raises DeletionRefused."""
+    """Return a function that runs `pulumi` in this folder and returns its standard output. The returned function raises
+    DeletionRefused if `pulumi` is missing or fails."""
 
     def pulumi(*arguments: str) -> str:
         program = shutil.which("pulumi", path=environment.get("PATH"))
@@ -146,7 +148,7 @@ def in_folder(folder: Path, environment: Mapping[str, str]) -> Pulumi:
 
 
 def read_stack(pulumi: Pulumi, name: str) -> DoomedStack:
-    """The stack's resources and outputs, without its secrets. Raises DeletionRefused for a stack without resources."""
+    """Return the stack's resources and outputs with encrypted secrets. Raises DeletionRefused for an empty stack."""
     resources = json.loads(pulumi("stack", "export", "--stack", name))["deployment"].get("resources") or []
     roots = [each for each in resources if each["type"] == "pulumi:pulumi:Stack"]
     if not roots:
@@ -157,7 +159,7 @@ def read_stack(pulumi: Pulumi, name: str) -> DoomedStack:
 
 
 def plan(s3: Any, stack: DoomedStack, keep: Path | None) -> Iterator[str]:
-    """The lines that list the resources to delete and to keep."""
+    """Yield the lines that list the resources to delete and to keep."""
     count = len([each for each in stack.resources if each.get("custom")])
     yield f"Deletes the stack {stack.name}: {count} resources, of which these hold data:"
     for purpose, bucket in stack.buckets.items():
@@ -179,8 +181,8 @@ def plan(s3: Any, stack: DoomedStack, keep: Path | None) -> Iterator[str]:
         yield f"Keeps all artifacts in {keep}, but there is no dump: run `mlflow-host-dump` on the machine first."
     else:
         yield (
-            f"Keeps in {keep}: the dump {newest['Key']} of {newest['LastModified']:%Y-%m-%d %H:%M} UTC "
-            "(`mlflow-host-dump` on the machine takes a newer one), and all artifacts."
+            f"Downloads to {keep}: all artifacts, and the dump {newest['Key']} of "
+            f"{newest['LastModified']:%Y-%m-%d %H:%M} UTC (`mlflow-host-dump` on the machine takes a newer dump)."
         )
     yield "Keeps images, snapshots and metrics."
 
@@ -196,7 +198,7 @@ def contents(s3: Any, bucket: str) -> Contents:
 
 
 def pages(s3: Any, bucket: str) -> Iterator[dict[str, Any]]:
-    """Listings of every version; none if the bucket does not exist."""
+    """Yield the pages that list every object version in the bucket. If the bucket does not exist, yield nothing."""
     try:
         yield from s3.get_paginator("list_object_versions").paginate(Bucket=bucket)
     except ClientError as error:
@@ -205,7 +207,7 @@ def pages(s3: Any, bucket: str) -> Iterator[dict[str, Any]]:
 
 
 def newest_dump(s3: Any, bucket: str) -> dict[str, Any] | None:
-    """The object of the newest dump, None without one."""
+    """Return the object of the newest dump, or None if there is no dump."""
     found = [
         each
         for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=DUMPS)
@@ -224,7 +226,7 @@ def confirmed(name: str) -> bool:
 
 
 def remove_machine(pulumi: Pulumi, stack: DoomedStack) -> None:
-    """Terminate the instance and the resources that depend on it, so that nothing writes to volume and buckets."""
+    """Delete the instance and its dependent resources, so that no program writes to the volume and the buckets."""
     for each in stack.of_type(INSTANCE):
         say("terminating the machine")
         pulumi(
@@ -234,8 +236,8 @@ def remove_machine(pulumi: Pulumi, stack: DoomedStack) -> None:
 
 
 def download(s3: Any, buckets: Mapping[str, str], folder: Path) -> None:
-    """Download the newest dump and every current object of the other buckets. Complete files are not downloaded
-    again."""
+    """Download the newest dump and every current object of the artifacts and models buckets. A complete file is not
+    downloaded again."""
     wanted = []
     if "backups" in buckets and (newest := newest_dump(s3, buckets["backups"])):
         wanted.append(("backups", newest))
@@ -258,7 +260,7 @@ def download(s3: Any, buckets: Mapping[str, str], folder: Path) -> None:
 
 
 def empty(s3: Any, bucket: str) -> None:
-    """Delete every version of every object, and unfinished uploads."""
+    """Delete every version of every object, and abort unfinished uploads."""
     for page in pages(s3, bucket):
         found = [*page.get("Versions", []), *page.get("DeleteMarkers", [])]
         entries = [{"Key": each["Key"], "VersionId": each["VersionId"]} for each in found]
@@ -279,7 +281,7 @@ def empty(s3: Any, bucket: str) -> None:
 
 
 def unprotect(pulumi: Pulumi, name: str) -> None:
-    """Remove the protection from all resources of the stack; the next `pulumi up` would add it again."""
+    """Remove Pulumi's protection from all resources of the stack. The next `pulumi up` would restore the protection."""
     pulumi("state", "unprotect", "--all", "--yes", "--stack", name)
 
 

@@ -1,26 +1,27 @@
 #!/usr/bin/env python3
 """Manage the users who can log in: add, remove and list them, set their role or a new password.
 
-  users.py add ada                       a writer, with a generated password that is printed once
+  users.py add ada                       add a writer; print a generated password once
   users.py add bob --role reader --prompt
   users.py role ada admin
-  users.py rotate ada                    a new password; the old one stops working
+  users.py rotate ada                    set a new password; the old password stops working
   users.py remove bob
   users.py list [--json]
 
-Admins and writers have the same rights in MLflow; a reader changes nothing. A stack keeps at least one admin, so the
-last one cannot be removed.
+Admins and writers have the same rights in MLflow. A reader cannot change anything. A stack keeps at least one admin, so
+the script refuses to remove the last admin.
 
-Users are stored in the stack's credentials parameter, which is read and written with your AWS credentials; the stack is
-chosen as in connect.py. Changes take effect on the server within a minute, without a restart. Passwords are generated,
-prompted for (--prompt) or read from standard input (--stdin); they are never arguments. They are stored as hashes.
-That of the stack's first admin is also in a parameter of its own, which connect.py reads and the server cannot.
+Users are stored in the stack's credentials parameter, which the script reads and writes with your AWS credentials.
+Choose the stack with the same options as in connect.py. Changes take effect on the server within a minute, without a
+restart. Passwords are generated, prompted for (--prompt) or read from standard input (--stdin), and are never
+arguments. The parameter stores hashes of the passwords. The password of the stack's first admin is also in a second
+parameter, which connect.py can read but the server cannot read.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import enter_venv  # noqa: F401 - starts this script again with the project's packages
+    import enter_venv  # noqa: F401 - this import restarts the script with the packages of .venv
 
 # isort: split
 import argparse
@@ -38,18 +39,18 @@ from scripts import prompts
 from scripts.connect import ConnectedStack, NotConnected, add_choice, choose
 
 LENGTH = 24
-"""Characters of a generated password: letters and digits (142 bits), which need no quoting in a shell, URL or
-header."""
+"""The number of characters in a generated password: letters and digits (142 bits), which need no quoting in a shell,
+URL or header."""
 OVERTAKEN = 20
-"""Attempts at a change while other clients write the parameter at the same time."""
+"""The maximum number of attempts while other clients write the parameter at the same time."""
 
 Users = dict[str, dict[str, str]]
-"""Name → {"password": clear or hashed, "role": …}, as in the parameter."""
+"""User name → {"password": clear text or hash, "role": …}, in the format of the credentials parameter."""
 Change = Callable[[Users], Users]
 
 
 class ChangeRefused(Exception):
-    """The change is not possible; the message contains the reason and no secret."""
+    """The change is not possible. The message contains the reason and no secret."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,7 +105,7 @@ def run_add(stack: ConnectedStack, arguments: argparse.Namespace) -> None:
 
     def add(users: Users) -> Users:
         if name in users:
-            raise ChangeRefused(f"{name} exists already: `rotate` gives a new password, `role` another role")
+            raise ChangeRefused(f"{name} exists already: `rotate` sets a new password, `role` sets another role")
         return {**users, name: {"password": credentials.hashed(password), "role": arguments.role}}
 
     change(stack, add)
@@ -156,7 +157,7 @@ def run_list(stack: ConnectedStack, arguments: argparse.Namespace) -> None:
 
 
 def new_password(arguments: argparse.Namespace) -> str:
-    """A generated password, or one from the prompt or standard input. Raises ChangeRefused."""
+    """Return a generated password, or read a password from the prompt or standard input. Raises ChangeRefused."""
     try:
         if arguments.prompt:
             instead = "use --stdin, or have one generated"
@@ -177,7 +178,7 @@ def new_password(arguments: argparse.Namespace) -> str:
 
 
 def show(password: str, arguments: argparse.Namespace) -> None:
-    """Print a generated password to standard output, which can be piped. A password that the user entered is not
+    """Print a generated password to standard output, so that it can be piped. A password that the user entered is not
     printed."""
     if not (arguments.prompt or arguments.stdin):
         say("the password (it is not shown again):")
@@ -188,7 +189,7 @@ def show(password: str, arguments: argparse.Namespace) -> None:
 
 
 def own_parameter(stack: ConnectedStack) -> str:
-    """The parameter with the first admin's password; "" for a stack that an earlier release launched."""
+    """Return the name of the parameter with the first admin's password; "" if an earlier release launched the stack."""
     return stack.facts.get("password_parameter") or ""
 
 
@@ -197,16 +198,16 @@ def first_admin(users: Users) -> str:
 
 
 def stored(stack: ConnectedStack, users: Users, name: str, password: str) -> str:
-    """The hash, except where connect.py could read the password nowhere else."""
+    """Return the hash of `password`, or `password` itself if connect.py can read it only from this user's entry."""
     clear = not own_parameter(stack) and not credentials.HASHED.fullmatch(users[name]["password"])
     return password if clear else credentials.hashed(password)
 
 
 def change(stack: ConnectedStack, made: Change) -> None:
-    """Write the parameter with `made` applied to its users. Raises ChangeRefused, with nothing changed.
+    """Apply `made` to the users in the credentials parameter, and write the parameter. Raises ChangeRefused.
 
-    Systems Manager has no conditional write, but it numbers versions. If the new version does not follow the version
-    that was read, it has replaced another client's version; that version is then read from the history and merged.
+    Systems Manager has no conditional write, but it numbers a parameter's versions. If another client wrote a version
+    between the script's read and write, the script reads this version from the history and merges both versions.
     """
     document, version = read(stack)
     before = users_of(document)
@@ -228,7 +229,8 @@ def change(stack: ConnectedStack, made: Change) -> None:
 
 
 def merged(before: Users, ours: Users, theirs: Users) -> Users:
-    """Our users, with all changes that the other client made since `before` to users that we did not change."""
+    """Return `ours` with another client's changes (`before` to `theirs`). If both clients changed the same user, the
+    change in `ours` is kept."""
     names = [*ours, *(name for name in theirs if name not in ours)]
     entries = {
         name: theirs.get(name) if ours.get(name) == before.get(name) != theirs.get(name) else ours.get(name)
@@ -244,7 +246,7 @@ def known(users: Users, name: str) -> dict[str, str]:
 
 
 def check(document: dict[str, Any], users: Users) -> None:
-    """Raises ChangeRefused for users that the server would reject."""
+    """Raise ChangeRefused if the server would reject `users`."""
     if not any(entry["role"] == "admin" for entry in users.values()):
         raise ChangeRefused("this is the last admin: make another user admin first")
     try:
@@ -254,8 +256,8 @@ def check(document: dict[str, Any], users: Users) -> None:
 
 
 def users_of(document: dict[str, Any]) -> Users:
-    """The users of a document, with every role filled in. Raises ChangeRefused for a document that the server could not
-    read."""
+    """Return the users in the credentials document, with a role for each user. Raises ChangeRefused if the server could
+    not read the document."""
     try:
         found = credentials.parse(json.dumps(document))
     except credentials.CredentialsError as error:
@@ -264,7 +266,7 @@ def users_of(document: dict[str, Any]) -> Users:
 
 
 def read(stack: ConnectedStack, version: int | None = None) -> tuple[dict[str, Any], int]:
-    """The document and its version number. Raises ChangeRefused."""
+    """Return the credentials document and the version number of its parameter. Raises ChangeRefused."""
     name = stack.facts["credentials_parameter"]
     with refusals(f"the parameter {name} cannot be read"):
         wanted = name if version is None else f"{name}:{version}"
@@ -276,18 +278,18 @@ def read(stack: ConnectedStack, version: int | None = None) -> tuple[dict[str, A
 
 
 def write(stack: ConnectedStack, document: dict[str, Any], users: Users) -> int:
-    """The number of the new version. Raises ChangeRefused."""
+    """Write the credentials parameter and return its new version number. Raises ChangeRefused."""
     return put(stack, stack.facts["credentials_parameter"], json.dumps({**document, "users": users}))
 
 
 def put(stack: ConnectedStack, name: str, value: str) -> int:
-    """The number of the new version. Raises ChangeRefused."""
+    """Write the parameter `name` and return its new version number. Raises ChangeRefused."""
     with refusals(f"the parameter {name} cannot be written"):
         made = stack.ssm.put_parameter(
             Name=name,
             Value=value,
             Type="SecureString",
-            # A standard parameter holds 4 KiB, some 40 users.
+            # A standard parameter holds 4 KiB, which is about 40 users.
             Tier="Intelligent-Tiering",
             Overwrite=True,
         )

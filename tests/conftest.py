@@ -1,10 +1,11 @@
-"""Shared fixtures: one local cloud, one baked image per base, one launched server, none of them a stand-in.
+"""Shared fixtures, without stand-ins: one local cloud, one baked image per base distribution, one launched server.
 
-The local cloud keeps its images between test runs in a folder of its own (`state_dir`), so a second run bakes nothing
-while packer/ and provisioning/ are unchanged. Machines, daemons, mounts and loop devices are removed when the tests
-end, even if they failed or were interrupted; `cloud` fails if anything is left.
+The local cloud stores its images in a folder of its own (`state_dir`). The images are kept between test sessions, so a
+second session bakes nothing if packer/ and provisioning/ are unchanged. Machines, daemons, mounts and loop devices are
+removed at the end of the tests, even after a failure or an interrupt. The fixture `cloud` fails if a machine, daemon,
+mount or loop device is left.
 
-Imports inside the fixtures keep the unit tests fast: MLflow alone takes seconds to import.
+Imports inside the fixtures keep the unit tests fast, because the import of MLflow alone takes seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from scripts.local_cloud import LocalCloud
     from tests.support.servers import Server
 
-# No test asserts a duration: the machines that run the tests are small and busy.
+# No test asserts a duration, because the machines that run the tests are small and busy.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
@@ -41,24 +42,24 @@ if "TEST_BASES" in os.environ:  # make test-ubuntu
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Make SIGTERM end the tests like Ctrl-C, so that fixtures remove what they started."""
+    """Make SIGTERM end the tests like Ctrl-C, so that fixtures remove the resources that they created."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
-    # Programs that a shell starts in the background ignore Ctrl-C, and so do their children.
+    # A program that a shell starts in the background ignores Ctrl-C. The program's child processes ignore Ctrl-C too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Tests that run as root leave no file owned by root in the checkout of the sudo user."""
+    """After tests that run as root, change the owner of root's files in the checkout to the checkout's owner."""
     invoker.give_back(Path(__file__).parents[1])
 
 
 @pytest.fixture(scope="session", autouse=True)
 def botocore_files_are_parsed_once() -> Iterator[None]:
-    """Each new session of boto3 parses the JSON of its services again, which takes up to half a second."""
+    """Cache botocore's JSON files. Without a cache, each boto3 session parses the files, which takes up to 0.5 s."""
     from botocore.loaders import JSONFileLoader
 
     with pytest.MonkeyPatch.context() as patch:
@@ -68,7 +69,7 @@ def botocore_files_are_parsed_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_session_is_left() -> Iterator[None]:
-    """Reset boto3's default session, which keeps the credentials that it found first."""
+    """Reset boto3's default session after each test, because this session keeps the first credentials that it found."""
     yield
     boto3: Any = sys.modules.get("boto3")
     if boto3:
@@ -77,21 +78,21 @@ def no_session_is_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def state_dir() -> Path:
-    """Folder of the tests' local cloud: $MLFLOW_AMI_LOCAL_CLOUD, or a folder beside the demo's."""
+    """Return the folder of the tests' local cloud: $MLFLOW_AMI_LOCAL_CLOUD, or a folder beside the demo's folder."""
     state_home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     return Path(os.environ.get("MLFLOW_AMI_LOCAL_CLOUD") or state_home / "mlflow-ami" / "tests").resolve()
 
 
 @pytest.fixture(scope="session")
 def cloud(state_dir: Path) -> Iterator[LocalCloud]:
-    """The tests' local cloud, started; stopped at the end, with nothing left on the machine."""
+    """Start the tests' local cloud and stop it at the end. The fixture fails if the cloud left anything on the host."""
     if os.geteuid() != 0:
         pytest.fail("the tests that bake and boot machines need root: run them with `make test` or sudo", pytrace=False)
     from scripts.local_cloud import LocalCloud
     from tests.support.used_alone import used_alone
 
     os.environ["MLFLOW_AMI_LOCAL_CLOUD"] = str(state_dir)
-    # Other tests compare our engine with Pulumi's.
+    # Most tests apply stacks with this project's own engine. Other tests compare this engine with Pulumi's engine.
     os.environ.setdefault("MLFLOW_AMI_ENGINE", "own")
     processes_before = running_processes()
     namespaces_before = orphaned_network_namespaces()
@@ -111,13 +112,13 @@ def cloud(state_dir: Path) -> Iterator[LocalCloud]:
 
 @pytest.fixture(scope="session", params=BASES)
 def base(request: pytest.FixtureRequest) -> str:
-    """The distribution of the image; Debian 13 runs only in `make test-all`."""
+    """The base distribution of the image. Only `make test-all` uses Debian 13."""
     return str(request.param)
 
 
 @pytest.fixture(scope="session")
 def image(cloud: LocalCloud, base: str) -> Mapping[str, Any]:
-    """The image baked on `base` by scripts/bake.py, baked again only if its inputs changed."""
+    """Return an image that bake.py baked on `base`. A new image is baked only if packer/ or provisioning/ changed."""
     from tests.support.servers import script
 
     baked: dict[str, Any] = json.loads(script("bake.py", "--local", "--if-changed", "--base", base, "--json").stdout)
@@ -126,7 +127,7 @@ def image(cloud: LocalCloud, base: str) -> Mapping[str, Any]:
 
 @pytest.fixture(scope="session")
 def older_image(cloud: LocalCloud, base: str) -> str:
-    """The AMI with MLflow OLDER, baked again only if its inputs changed."""
+    """Return the ID of an AMI with MLflow OLDER. A new image is baked only if packer/ or provisioning/ changed."""
     from tests.support.servers import OLDER, script
 
     baked = script("bake.py", "--local", "--if-changed", "--base", base, "--mlflow-version", OLDER, "--json")
@@ -135,7 +136,7 @@ def older_image(cloud: LocalCloud, base: str) -> str:
 
 @pytest.fixture(scope="session")
 def images_by_packer(cloud: LocalCloud) -> Mapping[str, Mapping[str, Any]]:
-    """The output of bake.py for one image by the current Packer and one by Debian's older Packer, which has no
+    """Return bake.py's output for two images: one by the current Packer, one by Debian's older Packer, which has no
     plug-ins."""
     from scripts.rehearsal import tools
     from tests.support.servers import bake_with
@@ -148,7 +149,7 @@ def images_by_packer(cloud: LocalCloud) -> Mapping[str, Mapping[str, Any]]:
 
 @pytest.fixture(scope="session")
 def server(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
-    """A server launched from `image` with the stack's defaults; its data is deleted at the end."""
+    """Launch a server from `image` with the stack's default settings. The server's data is deleted at the end."""
     from tests.support.servers import destroy_server, launch_server
 
     destroy_server(cloud)
@@ -160,7 +161,7 @@ def server(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def example_runs(server: Server) -> Mapping[str, str]:
-    """ID of the run that each example logged to `server`, by the example's file name."""
+    """Run each example on `server`. Returns a dictionary: file name of the example → ID of the example's run."""
     import mlflow
 
     from scripts.stand_ins import chat_completions
@@ -179,7 +180,7 @@ def example_runs(server: Server) -> Mapping[str, str]:
 
 @pytest.fixture
 def client(server: Server) -> Iterator[MlflowClient]:
-    """The real MLflow client of `server`."""
+    """MLflow's own client, connected to `server`."""
     from tests.support.servers import client_of
 
     with client_of(server) as client:

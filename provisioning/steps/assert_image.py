@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Bake step: check the finished image. It is the last step and changes nothing.
+"""Bake step: check the finished image. This is the last bake step, and it changes nothing.
 
-Every check yields one sentence per fault. All faults are reported together, and the bake fails if there is one. Runs as
-root on the builder, whose disk becomes the image, after clean.sh, with the distribution's Python. With names of checks
-as arguments, runs only those checks.
+Every check yields one sentence per fault. The script prints all faults, and the bake fails if there is a fault. The
+script runs after clean.sh on the build machine, as root, with the distribution's Python. The disk of the build machine
+becomes the image. If arguments name checks, the script runs only these checks.
 """
 
 import json
@@ -47,12 +47,12 @@ HISTORIES = (".bash_history", ".python_history", ".psql_history", ".lesshst", ".
 
 
 def output(*command: str) -> str:
-    """The stdout of a command, whatever its exit status."""
+    """The stdout of a command. The exit status is ignored."""
     return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
 
 
 def files_below(*roots: Path) -> Iterator[Path]:
-    """All files and links below the roots. Does not follow links."""
+    """All files and symbolic links in the folders `roots` and below. The search does not follow links."""
     for root in roots:
         for folder, _, names in os.walk(root):
             for name in names:
@@ -60,16 +60,17 @@ def files_below(*roots: Path) -> Iterator[Path]:
 
 
 def homes() -> list[Path]:
-    """The existing home directories of all users, service users included."""
+    """The existing home directories of all users, including service users."""
     found = {Path(user.pw_dir) for user in pwd.getpwall()}
     return sorted(home for home in found - {Path("/"), Path("/bin")} if home.is_dir())
 
 
-# ── The image contains nothing of one machine ───────────────────────────────────────────────────────────────────────
+# ── The image contains nothing that belongs to a single machine ─────────────────────────────────────────────────────
 
 
 def no_cluster() -> Iterator[str]:
-    """The cluster belongs on the data volume. One in the image would start at boot, or block the boot."""
+    """The image contains no PostgreSQL cluster. A cluster in the image would start at boot, or block the boot. The
+    cluster of a machine is on its data volume."""
     for folder in (Path("/var/lib/postgresql"), Path("/etc/postgresql"), Path("/srv/mlflow")):
         for version_file in (p for p in files_below(folder) if p.name in ("PG_VERSION", "postgresql.conf")):
             yield f"a PostgreSQL cluster is baked in: {version_file}"
@@ -93,7 +94,7 @@ def no_identity() -> Iterator[str]:
 
 
 def no_access() -> Iterator[str]:
-    """No SSH key or password of the builder gives access to a machine of the image."""
+    """No SSH key or password of the build machine gives access to a machine that starts from the image."""
     for home in homes():
         for keys in (home / ".ssh").glob("*"):
             yield f"SSH access or keys are baked in: {keys}"
@@ -146,7 +147,8 @@ def no_leftovers() -> Iterator[str]:
 
 
 def units_in_order() -> Iterator[str]:
-    """mlflow-host.target is enabled, automatic updates are off, no unit failed during the bake, all units are valid."""
+    """mlflow-host.target is enabled, automatic updates are off, no unit failed during the bake, and all units are
+    valid."""
     if (state := output("systemctl", "is-enabled", "mlflow-host.target")) != "enabled":
         yield f"mlflow-host.target is {state or 'absent'}, so MLflow would not start"
     for unit in MUST_BE_OFF:
@@ -177,13 +179,14 @@ def canonical(name: str) -> str:
 
 
 def ask_environment(program: str, *arguments: str) -> dict[str, str]:
-    """Run a program with the server's Python; returns the package names and versions that it prints as JSON pairs."""
+    """Run a program with the server's Python. The program prints package names and versions as JSON pairs, and this
+    function returns them as a dict."""
     pairs = json.loads(output(f"{ENVIRONMENT}/bin/python", "-B", "-c", program, *arguments) or "[]")
     return {canonical(name): version for name, version in pairs}
 
 
 def installed_python_packages() -> dict[str, str]:
-    """Versions by name of the packages in the server's environment."""
+    """The name and version of each Python package in the server's environment."""
     return ask_environment(
         "import json; from importlib.metadata import distributions\n"
         "print(json.dumps([(found.name, found.version) for found in distributions()]))"
@@ -191,7 +194,7 @@ def installed_python_packages() -> dict[str, str]:
 
 
 def locked_python_packages() -> dict[str, str]:
-    """Versions by name of the packages in requirements.lock that apply to this Python."""
+    """The name and version of each package in requirements.lock that applies to this version of Python."""
     return ask_environment(
         "import json, sys; from packaging.requirements import Requirement\n"
         "named = [Requirement(line.split(' \\\\')[0]) for line in open(sys.argv[1]) if line[0].isalnum()]\n"
@@ -201,7 +204,7 @@ def locked_python_packages() -> dict[str, str]:
 
 
 def environment_as_locked() -> Iterator[str]:
-    """The server's environment equals the lock file, is byte-compiled, and the server can be imported."""
+    """The server's environment has the packages of the lock file and is byte-compiled. The server can be imported."""
     locked, installed = locked_python_packages(), installed_python_packages()
     if not locked:
         yield f"{SHARE / 'requirements.lock'} names no package"
@@ -224,7 +227,7 @@ def environment_as_locked() -> Iterator[str]:
 
 
 def owned_by_root() -> Iterator[str]:
-    """Only root can change the files that root or the server executes."""
+    """Only root can change the files that root or the server runs."""
     for path in files_below(ENVIRONMENT, BOOT_PACKAGE, SHARE):
         status = path.lstat()
         if status.st_uid or status.st_gid:
@@ -236,7 +239,7 @@ def owned_by_root() -> Iterator[str]:
 
 
 def facts_true() -> Iterator[str]:
-    """image.json is complete and equals the installed versions."""
+    """image.json is complete, and its versions are the installed versions."""
     try:
         facts = json.loads((SHARE / "image.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -255,7 +258,7 @@ def facts_true() -> Iterator[str]:
 
 
 def blank_true() -> Iterator[str]:
-    """blank.dump, which first boots and rollbacks load, has the migration head in image.json."""
+    """blank.dump has the migration head that image.json names. First boots and rollbacks load blank.dump."""
     command = ("pg_restore", "--data-only", "--table=alembic_version", "--file=-", str(SHARE / "blank.dump"))
     dumped, wanted = output(*command), json.loads((SHARE / "image.json").read_text(encoding="utf-8"))["migration_head"]
     if wanted not in dumped.split():

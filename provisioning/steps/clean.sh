@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Bake step: remove identity, keys, credentials, logs and caches of this one machine. assert_image.py checks the result.
+
+# Bake step: remove the builder's identity, keys, credentials, logs and caches. assert_image.py checks the result.
 set -euo pipefail
 
 rm -rf /tmp/mlflow-host-bake /usr/sbin/policy-rc.d
 
-# Caches. Package lists would be outdated when the image is used.
+# Caches. The package lists are removed too, because they would be outdated when the image is used.
 apt-get clean
 rm -rf /var/lib/apt/lists/* /var/cache/debconf/*-old /var/lib/dpkg/*-old /var/cache/apt/*.bin
 rm -rf /root/.cache /home/*/.cache /root/.local/share/uv
 
-# Identity: each machine creates its own at its first boot.
+# Identity. Each machine creates its own host keys, machine ID and certificates at its first boot.
 cloud-init clean --logs --seed
 rm -f /etc/ssh/ssh_host_*
 rm -f /etc/ssl/private/ssl-cert-snakeoil.key /etc/ssl/certs/ssl-cert-snakeoil.pem
@@ -18,7 +19,7 @@ rm -f /var/lib/systemd/random-seed /var/lib/systemd/credential.secret /var/lib/d
 ln -sf /etc/machine-id /var/lib/dbus/machine-id
 : >/etc/machine-id
 
-# Network configuration that cloud-init wrote for this machine's interfaces; it writes a new one on each machine.
+# Remove the network configuration for the builder's interfaces. cloud-init writes a new configuration on each machine.
 rm -f /etc/netplan/50-cloud-init.yaml /etc/network/interfaces.d/50-cloud-init /etc/systemd/network/10-cloud-init-*
 
 # Access and history.
@@ -26,7 +27,7 @@ rm -rf /root/.ssh /home/*/.ssh
 rm -f /root/.*_history /home/*/.*_history /root/.wget-hsts /root/.lesshst /home/*/.lesshst
 rm -f /root/.sudo_as_admin_successful /home/*/.sudo_as_admin_successful
 
-# Logs. The journal moves to memory, so that the builder's shutdown is not logged in the image.
+# Logs. After this command, journald writes to memory, so that the image contains no log of the builder's shutdown.
 journalctl --relinquish-var
 if systemctl cat rsyslog.service >/dev/null 2>&1; then
   systemctl mask --runtime --now --quiet syslog.socket rsyslog.service

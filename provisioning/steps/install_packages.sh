@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Bake step: install distribution packages: PostgreSQL without a cluster, nginx, Python, backup and certificate tools.
+
+# Bake step: install PostgreSQL without a cluster, nginx, Python, and the tools for backups and certificates.
 set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
 
@@ -31,12 +32,13 @@ if [ ${#missing[@]} -gt 0 ]; then
   exit 1
 fi
 
-# The cluster belongs on the data volume. PostgreSQL's package scripts read this setting during installation.
+# Do not create a cluster in the image, because each machine has its cluster on the data volume. PostgreSQL's package
+# scripts read this setting during installation.
 install -D -m 0644 /dev/stdin /etc/postgresql-common/createcluster.d/mlflow-host.conf <<'EOF'
 create_main_cluster = false
 EOF
 
-# Skip the fsync per unpacked file; the sync below is enough.
+# dpkg skips the fsync after each unpacked file, because the `sync` below writes all files to disk.
 apt-get install --yes --quiet=2 --no-install-recommends -o DPkg::Lock::Timeout=300 -o DPkg::Options::=--force-unsafe-io \
   "${packages[@]}" </dev/null
 sync

@@ -1,9 +1,10 @@
 #!/opt/mlflow/bin/python
-"""Bake step: write /usr/share/mlflow-host/image.json, the facts of this image, read from the installed packages. Also
-write the packages as a bill of materials (sbom.cdx.json, CycloneDX 1.5), for vulnerability scanners.
+"""Bake step: write facts about this image, such as the versions of the packages, to /usr/share/mlflow-host/image.json.
+The step also writes a bill of materials for vulnerability scanners (sbom.cdx.json, CycloneDX 1.5).
 
-Facts that cannot be read from the image come from the environment: IMAGE_VERSION, GIT_COMMIT, GIT_DIRTY, SOURCE_AMI and
-SOURCE_AMI_NAME. Older and newer images and stacks read the keys (format 1): only ever add keys, never rename one.
+The environment contains the facts that cannot be read from the image: IMAGE_VERSION, GIT_COMMIT, GIT_DIRTY, SOURCE_AMI
+and SOURCE_AMI_NAME. Images and stacks of other releases read the keys of image.json (format 1). Therefore a new key may
+be added, but a key must never be renamed.
 """
 
 import json
@@ -35,25 +36,25 @@ def output(*command: str) -> str:
 
 
 def installed(*fields: str) -> list[list[str]]:
-    """The values of some dpkg-query fields for every installed distribution package."""
+    """The values of the given dpkg-query fields for each installed distribution package."""
     form = "\t".join(f"${{{field}}}" for field in ("db:Status-Abbrev", *fields)) + "\n"
     rows = [line.split("\t") for line in output("dpkg-query", "--show", "--showformat", form).splitlines()]
     return [values for status, *values in rows if status.strip() in ("ii", "hi")]
 
 
 def deb_packages() -> dict[str, str]:
-    """Versions by name of the installed distribution packages."""
+    """The name and version of each installed distribution package."""
     return {row[0]: row[1] for row in installed("Package", "Version")}
 
 
 def deb_sources() -> dict[str, tuple[str, str]]:
-    """(source package, its version) by installed package. Security trackers list source packages only."""
+    """The source package of each installed package, with its version. Security trackers list only source packages."""
     fields = ("Package", "source:Package", "source:Version")
     return {name: (source, version) for name, source, version in installed(*fields)}
 
 
 def python_packages() -> dict[str, str]:
-    """Versions by name of the Python packages in the server's environment, mlflow-host included."""
+    """The name and version of each Python package in the server's environment, including mlflow-host."""
     found = metadata.distributions()
     return dict(sorted((re.sub(r"[-_.]+", "-", each.name).lower(), each.version) for each in found))
 
@@ -65,13 +66,13 @@ def operating_system() -> str:
 
 
 def architecture() -> str:
-    """The machine's architecture by EC2's name: "x86_64" or "arm64", which the kernel calls aarch64."""
+    """EC2's name for the machine's architecture: "x86_64" or "arm64". The kernel's name for arm64 is aarch64."""
     return {"aarch64": "arm64"}.get(platform.machine(), platform.machine())
 
 
 def companions() -> list[Fallback]:
-    """The packages that MLflow requires in its own version but that are not in the image, because the index did not
-    have them."""
+    """Some packages must have the same version as MLflow. If the package index did not have this version of a package,
+    the package is not installed, and this function returns a fallback."""
     named = [Requirement(line) for line in metadata.requires("mlflow") or () if "extra ==" not in line]
     own = [each for each in named if str(each.specifier) == f"=={metadata.version('mlflow')}"]
     present = python_packages()
@@ -82,10 +83,11 @@ def companions() -> list[Fallback]:
 
 
 def migrations() -> tuple[str, int]:
-    """The head of MLflow's migrations, and their number.
+    """The head of MLflow's migrations, and the number of migrations.
 
-    The number orders images as long as there is one head: a newer release has all migrations of an older one. Branches
-    that were merged again are counted like the others. The bake fails if there are two heads.
+    A newer release has all migrations of an older release, so images can be sorted by the number of migrations.
+    Migrations on merged branches are counted too. If there is more than one head, images cannot be sorted by this
+    number, and the bake fails.
     """
     chain = mlflow_migrations.directory()
     heads = chain.get_heads()
@@ -97,7 +99,7 @@ def migrations() -> tuple[str, int]:
 
 
 def tables(sql: str) -> dict[str, list[str]]:
-    """The columns by table in a schema that pg_dump or pg_restore printed."""
+    """The columns of each table in an SQL schema that pg_dump or pg_restore printed."""
     found = {}
     for name, body in re.findall(r"^CREATE TABLE (?:\w+\.)?(\S+) \(\n(.*?)^\)", sql, re.MULTILINE | re.DOTALL):
         lines = (re.match(r'    ("[^"]+"|\w+) ', line) for line in body.splitlines())
@@ -106,13 +108,13 @@ def tables(sql: str) -> dict[str, list[str]]:
 
 
 def empty_database() -> str:
-    """The SQL of the schema at this image's head, from the dump that install_rootfs.sh made."""
+    """The SQL of this image's database schema, from the file blank.dump, which install_rootfs.sh wrote."""
     (program,) = Path("/usr/lib/postgresql").glob("*/bin/pg_restore")
     return output(str(program), "--schema-only", "--file=-", str(DESTINATION.with_name("blank.dump")))
 
 
 def disk_used_mib() -> int:
-    """MiB in use on the root file system, about the size of the image's snapshot."""
+    """The used space of the root file system in MiB. The image's snapshot has about this size."""
     space = os.statvfs("/")
     return (space.f_blocks - space.f_bfree) * space.f_frsize // 2**20
 
@@ -150,7 +152,8 @@ def facts() -> dict[str, Any]:
         "nginx_version": nginx.strip().partition("/")[2].split(" ")[0],
         "disk_used_mib": disk_used_mib(),
         "packages": {"deb": packages, "python": python_packages()},
-        # Of a package whose source has another name or version, both: vulnerabilities are listed by source.
+        # The source package's name and version, if the package's own name or version is different. Security trackers
+        # list vulnerabilities by source package.
         "sources": {
             name: [source, version]
             for name, (source, version) in deb_sources().items()

@@ -1,5 +1,7 @@
-"""Copy artifacts from the source's locations into the two buckets, several at a time. A second run copies only what
-is missing: an object that exists with the same size, and is not older than the source's, is not copied again."""
+"""Copy artifacts from the source's locations into the artifacts bucket and the models bucket, in parallel.
+
+A second run does not copy an object again if the object in the bucket has the same size and is not older than the
+source's file."""
 
 from __future__ import annotations
 
@@ -22,15 +24,15 @@ from scripts.adopting.target import Api, Target
 from scripts.adopting.verdict import pages
 
 COPIES = 16
-"""Objects copied at the same time."""
+"""Maximum number of objects that are copied at the same time."""
 ROOT = "mlflow-artifacts:/"
 DENIED = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "NoSuchBucket", "NoSuchKey", "InvalidRequest"}
 
 
 @dataclass(frozen=True)
 class File:
-    """One file of the source: its location, and its key in the bucket. `bytes` is -1 if unknown, `modified` in seconds
-    since 1970, 0 if unknown."""
+    """One file of the source: its location, and its key in the bucket. `bytes` is the size, or -1 if unknown.
+    `modified` is a time in seconds since 1970, or 0 if unknown."""
 
     source: str
     key: str
@@ -40,19 +42,22 @@ class File:
 
 @dataclass
 class Reader:
-    """How locations are read. `base`: the old server's artifact store, for locations such as mlflow-artifacts:/1/…; an
-    s3:// address, a folder, or "" for none. `s3`: a client for the source's buckets. `server`: the old server."""
+    """The access to the source's artifacts. `base` replaces mlflow-artifacts:/ in locations: the address of the old
+    server's artifact store (s3://…, a folder or the old server's URL), or "" if the address is unknown. `s3` is a
+    client for the source's buckets. `server` is an API client for the old server."""
 
     folder: Path
     base: str = ""
     s3: Any = None
     same_store: bool = True
-    """The source's buckets and ours are in one store, so it copies objects itself."""
+    """Whether the source's and the stack's buckets are in one object store, so that the store itself can copy the
+    objects."""
     server: Api | None = None
     remote: bool = False
-    """The server is the source, and its folders are on another machine: it returns what they hold."""
+    """Whether the source is a tracking server. In this case, files in folders on the server's machine are read through
+    the server's API."""
     traces: frozenset[str] = frozenset()
-    """Of such a server: IDs of the traces whose spans are in a file."""
+    """The IDs of the traces whose spans are in a file, if the source is a tracking server."""
 
 
 @dataclass
@@ -62,7 +67,7 @@ class Outcome:
     bytes: int = 0
     files: int = 0
     empty: list[str] = field(default_factory=list)
-    """Logged models and model versions whose location holds no file at the source."""
+    """Logged models and model versions without a file at their location in the source."""
     failed: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -132,9 +137,9 @@ def _files_of_server(server: Api, path: str, key: str) -> Iterator[File]:
 
 
 def _files_of_object(server: Api, kind: str, name: str, key: str) -> Iterator[File]:
-    """Of a run, a logged model or a trace, by the API with which MLflow's pages show them."""
+    """The files of a run, a logged model or a trace, through the API that MLflow's own pages use."""
     if kind == "trace":
-        # The API returns no size, so this file is copied at each run.
+        # The API returns no size for this file, so every run of adopt.py copies the file again.
         source = f"{server.url}/ajax-api/2.0/mlflow/get-trace-artifact?request_id={quote(name)}"
         yield File(source, f"{key}/traces.json", -1, 0)
         return
@@ -160,7 +165,7 @@ def _files_of_object(server: Api, kind: str, name: str, key: str) -> Iterator[Fi
 
 
 def present(target: Target, keys: list[str]) -> dict[str, tuple[int, float]]:
-    """Size and time of the objects below the first folders of these keys, in both buckets."""
+    """The size and time of each object that exists in the two buckets. Only the top folders of `keys` are listed."""
     found: dict[str, tuple[int, float]] = {}
     folders = {key.split("/", 1)[0] + "/" for key in keys}
     for kind in ("artifacts", "models"):
@@ -174,7 +179,7 @@ def present(target: Target, keys: list[str]) -> dict[str, tuple[int, float]]:
 
 
 def plan(places: list[dict[str, Any]], reader: Reader, outcome: Outcome) -> list[File]:
-    """All files of all locations, listed in parallel. A location that cannot be listed becomes a line of the report."""
+    """All files of all locations, listed in parallel. For a location that cannot be listed, the report has a line."""
     lock = threading.Lock()
     found: list[File] = []
 
@@ -201,7 +206,7 @@ def copy(
 ) -> Outcome:
     outcome, begun = Outcome(), time.monotonic()
     for place in places:
-        resolve(place["source"], reader)  # a location that needs a missing option raises here
+        resolve(place["source"], reader)  # raises AdoptionError if a location needs an option that was not given
     say(f"listing the artifacts of {len(places):,} locations")
     files = plan(places, reader, outcome)
     there = present(target, [file.key for file in files])
@@ -266,7 +271,7 @@ def _put(file: File, reader: Reader, target: Target) -> None:
             except ClientError as error:
                 if error.response["Error"]["Code"] not in DENIED:
                     raise
-        # Our credentials cannot read the source's bucket: read with the source's, write with ours.
+        # The stack's credentials may not read the source's bucket, so the source's credentials read the object.
         body = reader.s3.get_object(**source)["Body"]
         with body:
             target.s3.upload_fileobj(body, bucket, file.key)

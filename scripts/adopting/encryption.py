@@ -1,7 +1,8 @@
-"""Encrypt the source's gateway secrets and webhook secrets for the stack, in the files of rows.
+"""Encrypt the source's gateway secrets and webhook secrets for the stack, in the row files.
 
-MLflow encrypts a gateway secret with a key of its own, and that key with one that is derived from the server's
-passphrase. Only the latter encryption changes. A webhook's secret is encrypted with the server's webhook key."""
+MLflow encrypts each gateway secret with a data key, and encrypts the data key with a key from the server's passphrase.
+For a gateway secret, this module encrypts only the data key again. MLflow encrypts webhook secrets with the server's
+webhook key."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ Row = dict[str, str | None]
 
 
 def encrypt_again(manifest: Manifest, folder: Path, ask: Callable[[str], str], passphrase: str) -> Manifest:
-    """`ask` returns the old server's value of a variable; "" if it had none. `passphrase`: the stack's. Raises
-    AdoptionError."""
+    """Encrypt the gateway secrets and the webhook secrets. `ask(variable)` returns the value that an environment
+    variable has on the old server, or "". `passphrase` is the stack's passphrase. Raises AdoptionError."""
     for table, prepare in ((SECRETS, for_secrets), (WEBHOOKS, for_webhooks)):
         if table in manifest.tables and manifest.tables[table].rows:
             manifest = rewritten(manifest, folder, table, prepare(ask, passphrase))

@@ -1,4 +1,4 @@
-"""The source's rows as one compressed file per table, and the manifest that names them."""
+"""Write the source's rows into one compressed file per table, and write a manifest of these files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scripts.adopting.sources import Snapshot
 
 
 class Counted:
-    """A sink that counts bytes and lines. A line end inside a value is escaped, so lines are rows."""
+    """A writable object that counts bytes and rows. Line ends inside a value are escaped, so each line is one row."""
 
     def __init__(self, sink: IO[bytes]):
         self._sink, self.bytes, self.rows = sink, 0, 0
@@ -42,7 +42,7 @@ def write(snapshot: Snapshot, folder: Path) -> Manifest:
 
 
 def upload(s3: Any, bucket: str, name: str, manifest: Manifest, folder: Path) -> None:
-    """The manifest is written last, so it never names missing files."""
+    """Upload the row files, and write the manifest last. Therefore the manifest never names a missing file."""
 
     def put(table: str) -> None:
         s3.upload_file(str(folder / f"{table}.gz"), bucket, adoption.key(name, f"rows/{table}.gz"))
@@ -54,8 +54,8 @@ def upload(s3: Any, bucket: str, name: str, manifest: Manifest, folder: Path) ->
 
 
 def read(folder: Path, manifest: Manifest, table: str, columns: tuple[str, ...]) -> Iterator[tuple[str | None, ...]]:
-    """The rows of a table, with the values of `columns`; None for a column that the source lacks. There are no rows if
-    the source lacks the table."""
+    """The rows of a table, with the values of `columns`. A value is None if the source lacks the column. There are no
+    rows if the source lacks the table."""
     if table not in manifest.tables:
         return
     held = manifest.tables[table].columns

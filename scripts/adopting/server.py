@@ -1,8 +1,8 @@
-"""Read another tracking server by its REST API into a SQLite file of the installed MLflow's schema.
+"""Read another tracking server through its REST API into a SQLite file with the installed MLflow's schema.
 
-IDs, dates, users and locations are those of the answers. Rows whose IDs the API does not return (datasets, inputs) get
-IDs that are computed from their content, so that a second run finds them again. The API is not read in one snapshot:
-what changes during a run is carried by the next one.
+IDs, dates, users and locations are copied from the API's responses. The API returns no IDs for datasets and inputs. The
+ID of a dataset or input is computed from its content, so that a second run computes the same ID. The API provides no
+snapshot, so if data changes during a run of adopt.py, the next run copies the change.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from scripts.adopting.target import Api
 from scripts.adopting.verdict import PROMPTS, number, pages
 
 OLDEST = (1, 28)
-"""The first release with the searches."""
+"""The oldest supported MLflow release, which is the first release with the search endpoints."""
 REQUESTS = 8
-"""Requests at the same time."""
+"""Maximum number of concurrent requests."""
 LARGEST = 1.7976931348623157e308
-"""MLflow stores an infinity as the largest number."""
+"""The largest floating-point number. MLflow stores an infinite value as this number."""
 SPANS_IN_DATABASE = ("mlflow.trace.spansLocation", "TRACKING_STORE")
 TRACES = "/api/3.0/mlflow/traces/search"
 PLACE_TAG = "mlflow.artifactLocation"
@@ -41,7 +41,7 @@ MODEL_STATUS = {"LOGGED_MODEL_PENDING": 1, "LOGGED_MODEL_READY": 2, "LOGGED_MODE
 
 @dataclass
 class Reading:
-    """What the functions below share. `in_files`: IDs of the traces whose spans are in a file."""
+    """The state that the functions below share. `in_files` has the IDs of the traces whose spans are in a file."""
 
     api: Api
     database: sqlite3.Connection
@@ -52,7 +52,7 @@ class Reading:
     in_files: set[str] = field(default_factory=set)
 
     def insert(self, table: str, rows: list[dict[str, Any]]) -> None:
-        """All rows have the keys of the first. A row that exists is left as it is."""
+        """Insert `rows`, which all have the same columns. A row that already exists stays unchanged."""
         if rows:
             columns = ", ".join(f'"{column}"' for column in rows[0])
             holes = ", ".join("?" * len(rows[0]))
@@ -61,7 +61,7 @@ class Reading:
 
 
 def read(api: Api, path: Path, say: Callable[[str], None]) -> frozenset[str]:
-    """Write the file `path`. Returns the IDs of the traces whose spans are in a file. Raises AdoptionError."""
+    """Write the SQLite file `path`. Returns the IDs of the traces whose spans are in a file. Raises AdoptionError."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -92,14 +92,14 @@ def read(api: Api, path: Path, say: Callable[[str], None]) -> frozenset[str]:
 
 
 def release_of(api: Api) -> tuple[int, ...]:
-    """Raises AdoptionError if the server is no MLflow, or an older one."""
+    """The server's MLflow release. Raises AdoptionError if the server is not MLflow or is older than `OLDEST`."""
     try:
         with api.download("/version") as answer:
             said = answer.read(100).decode(errors="replace")
     except AdoptionError as error:
         if "404" not in str(error):
             raise
-        return OLDEST  # MLflow 1 has no such route
+        return OLDEST  # MLflow 1 has no route /version
     except (OSError, http.client.HTTPException) as error:
         raise AdoptionError(f"{api.url} cannot be reached: {str(error) or type(error).__name__}") from None
     found = re.match(r"(\d+)\.(\d+)\.(\d+)", said)
@@ -122,7 +122,8 @@ def read_experiments(reading: Reading) -> None:
         experiment = each["experiment_id"]
         reading.experiments.append(experiment)
         if each["lifecycle_stage"] == "deleted":
-            reading.deleted.append(experiment)  # until all rows are there, it is active, so that traces can be added
+            # The experiment is marked as deleted at the end, because only active experiments accept traces.
+            reading.deleted.append(experiment)
         row = {
             "experiment_id": int(experiment),
             "name": each["name"],
@@ -142,7 +143,7 @@ def read_runs(reading: Reading, pool: ThreadPoolExecutor) -> None:
     for few in batches(reading.experiments, 20):
         found = pages(reading.api.post, search, "runs", experiment_ids=few, run_view_type="ALL", max_results=500)
         for runs in batches(found, 500):
-            if reading.release >= (3,):  # a search of some releases leaves out a run's outputs
+            if reading.release >= (3,):  # in some releases, a search does not return a run's outputs
                 runs = list(pool.map(lambda run: whole(reading.api, run), runs))
             histories = pool.map(
                 lambda key: history(reading.api, *key),
@@ -285,7 +286,7 @@ def read_registry(reading: Reading) -> None:
 
 
 def has_registry(api: Api) -> bool:
-    """MLflow 1 has none for a folder mlruns/."""
+    """Whether the server has a model registry. MLflow 1 has no registry if its data is in a folder mlruns/."""
     try:
         api.get("/api/2.0/mlflow/registered-models/search", max_results=1)
     except AdoptionError as error:
@@ -298,7 +299,7 @@ def has_registry(api: Api) -> bool:
 def insert_version(reading: Reading, each: dict[str, Any]) -> None:
     name, version, source = each["name"], each["version"], each.get("source")
     storage = source
-    if (source or "").startswith("models:/"):  # of a version, or of a logged model
+    if (source or "").startswith("models:/"):  # the source is a model version or a logged model
         query = {"name": name, "version": version}
         answer = reading.api.get("/api/2.0/mlflow/model-versions/get-download-uri", **query)
         storage = answer.get("artifact_uri", source)
@@ -466,7 +467,7 @@ def read_traces(reading: Reading, store: Any, pool: ThreadPoolExecutor) -> None:
 
 
 def trace_infos(reading: Reading, experiment: str) -> Iterator[Any]:
-    """As MLflow's TraceInfo."""
+    """The traces of an experiment, as objects of MLflow's class TraceInfo."""
     from google.protobuf.json_format import ParseDict
     from mlflow.entities import TraceInfo
     from mlflow.entities.trace_info_v2 import TraceInfoV2
@@ -487,7 +488,7 @@ def trace_infos(reading: Reading, experiment: str) -> Iterator[Any]:
 
 
 def spans_of(reading: Reading, info: Any) -> list[Any]:
-    """The spans in the server's database. Those of other traces are in an artifact."""
+    """The spans of a trace, or an empty list if the spans are in an artifact and not in the server's database."""
     from mlflow.entities import Span
 
     if info.tags.get(SPANS_IN_DATABASE[0]) != SPANS_IN_DATABASE[1]:
@@ -498,8 +499,8 @@ def spans_of(reading: Reading, info: Any) -> list[Any]:
 
 
 def insert_trace(reading: Reading, store: Any, info: Any, spans: list[Any]) -> None:
-    """By MLflow's store, which computes many columns from the spans. Then tags, metadata, and what the store sets
-    itself, are replaced by those of the answer."""
+    """Insert a trace with MLflow's own store, which computes many columns from the spans. Then replace the tags, the
+    metadata and some columns of the trace with the values in the API's response."""
     from mlflow.exceptions import MlflowException
     from mlflow.store.tracking.utils.trace_analytics import (
         PROMOTED_TRACE_METADATA_KEYS,
@@ -533,11 +534,12 @@ def insert_trace(reading: Reading, store: Any, info: Any, spans: list[Any]) -> N
     for each in info.assessments:
         if each.valid is False:
             database.execute("UPDATE assessments SET valid = 0 WHERE assessment_id = ?", [each.assessment_id])
-    database.commit()  # the store writes by a connection of its own
+    database.commit()  # releases the lock on the file, because MLflow's store writes through its own connection
 
 
 def read_links(reading: Reading, pool: ThreadPoolExecutor) -> None:
-    """Traces that were linked to a run or to a version of a prompt afterwards, which only a search returns."""
+    """Insert the links from traces to runs and to versions of prompts. If a link was added after the creation of a
+    trace, only a search finds the link."""
     found = reading.database.execute("SELECT DISTINCT experiment_id FROM trace_info").fetchall()
     places = [trace_place(str(experiment)) for (experiment,) in found]
     if not places:

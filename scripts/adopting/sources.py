@@ -1,4 +1,4 @@
-"""Sources of an adoption, each read in one snapshot. They are never written to."""
+"""Sources of an adoption. Each source is read in one snapshot. adopt.py never writes to a source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DUMP_MAGIC = b"PGDMP"
 @dataclass(frozen=True)
 class Snapshot:
     """A snapshot of a source. `write_rows(table, sink)` writes a table's rows in the format of `contract.adoption`, and
-    returns the number of values by column from which NUL or broken UTF-8 was removed."""
+    returns, for each column, the number of values from which NUL characters or invalid UTF-8 were removed."""
 
     kind: str
     head: str
@@ -37,11 +37,11 @@ class Snapshot:
     folder: Path
     """The base folder of relative artifact locations."""
     traces: frozenset[str] = frozenset()
-    """Of a tracking server: IDs of the traces whose spans are in a file."""
+    """The IDs of the traces whose spans are in a file. The set is empty if the source is not a tracking server."""
 
 
 def default_name(source: str) -> str:
-    """A name for the source: its database, file, folder or host."""
+    """A name for the source, made from the name of its database, file, folder or host."""
     if server_url(source):
         return _as_name(urlsplit(source).netloc + urlsplit(source).path)
     path = urlsplit(source).path if "://" in source else str(Path(source).resolve())
@@ -60,8 +60,8 @@ def server_url(text: str) -> bool:
 
 @contextlib.contextmanager
 def read(source: str, server: Api | None, say: Callable[[str], None]) -> Iterator[Snapshot]:
-    """The snapshot of a source, as given on the command line. `server`: the old server, which is the source if
-    `source` is a URL of HTTP. Raises AdoptionError."""
+    """The snapshot of `source`, an argument of the command line. If `source` is an HTTP URL, `server` is the API client
+    for this URL. Raises AdoptionError."""
     scheme = urlsplit(source).scheme.partition("+")[0] if "://" in source else ""
     if scheme in ("postgresql", "postgres"):
         opened: Any = from_postgresql(source)
@@ -100,7 +100,7 @@ def _begins_with(path: Path, sign: bytes) -> bool:
 
 @contextlib.contextmanager
 def from_sqlite(path: Path, folder: Path | None = None) -> Iterator[Snapshot]:
-    """A copy of the file by SQLite's backup, which is consistent even while a server writes to the file."""
+    """Copy the file with SQLite's backup function. The copy is consistent even if a server writes to the file."""
     if not path.exists():
         raise AdoptionError(f"{path} does not exist")
     with tempfile.TemporaryDirectory(prefix="mlflow-ami-adopt-") as scratch:
@@ -117,7 +117,7 @@ def from_sqlite(path: Path, folder: Path | None = None) -> Iterator[Snapshot]:
                 for name in tables
                 if not name.startswith("sqlite_")
             }
-            # Text that is not UTF-8 would raise an error; `_as_text` counts it.
+            # The default text_factory raises an error for text that is not UTF-8. `_write` counts and repairs it.
             copy.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
             head = _head_of(columns, lambda query: copy.execute(query).fetchall())
 
@@ -133,7 +133,7 @@ def from_sqlite(path: Path, folder: Path | None = None) -> Iterator[Snapshot]:
 
 
 def _query_of(opened: Any) -> Callable[[str], list[tuple[Any, ...]]]:
-    """A function that returns the rows of a query, for a connection of PostgreSQL or MySQL."""
+    """A function that runs a query on this PostgreSQL or MySQL connection and returns the rows."""
 
     def query(text: str) -> list[tuple[Any, ...]]:
         with opened.cursor() as cursor:
@@ -144,7 +144,7 @@ def _query_of(opened: Any) -> Callable[[str], list[tuple[Any, ...]]]:
 
 
 def _columns_of(schema: str, query: Callable[[str], list[tuple[Any, ...]]]) -> dict[str, list[str]]:
-    """The columns of each table. `schema`: the SQL function that names the current one."""
+    """The columns of each table. `schema` is the SQL function that returns the name of the current schema."""
     columns: dict[str, list[str]] = {}
     for table, column in query(
         "SELECT c.table_name, c.column_name FROM information_schema.columns c JOIN information_schema.tables t "
@@ -230,8 +230,9 @@ def from_postgresql(url: str) -> Iterator[Snapshot]:
 
 @contextlib.contextmanager
 def from_mysql(url: str) -> Iterator[Snapshot]:
-    """Options of the query that pymysql's SQLAlchemy dialect knows are understood: unix_socket, ssl_ca, ssl_cert,
-    ssl_key. The password is that of the URL, else MYSQL_PWD's, else that of ~/.my.cnf."""
+    """Read a MySQL or MariaDB database. The URL's query may contain these options of SQLAlchemy's pymysql dialect:
+    unix_socket, ssl_ca, ssl_cert, ssl_key. The password comes from the URL, else from MYSQL_PWD, else from
+    ~/.my.cnf."""
     import pymysql
     from pymysql.converters import encoders
     from pymysql.cursors import SSCursor
@@ -249,7 +250,7 @@ def from_mysql(url: str) -> Iterator[Snapshot]:
             database=unquote(where.path.strip("/")),
             charset="utf8mb4",
             connect_timeout=15,
-            conv=encoders,  # type: ignore[arg-type]  # no decoders: numbers stay text, so no digit is lost
+            conv=encoders,  # type: ignore[arg-type]  # without decoders, numbers stay text and lose no digits
             **{name: value for name, value in given.items() if value},
         )
     except (pymysql.Error, OSError, RuntimeError) as error:
@@ -275,7 +276,7 @@ def from_mysql(url: str) -> Iterator[Snapshot]:
 
 
 def _reason(error: Exception) -> str:
-    """pymysql's errors hold a number and a sentence."""
+    """The text of an error. An error of pymysql contains a number and a sentence."""
     return " ".join(str(error.args[-1] if error.args else error).split())
 
 
@@ -284,7 +285,7 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def from_dump(path: Path) -> Iterator[Snapshot]:
-    """A file of pg_dump, in the custom or the plain format. Its rows are in COPY's text format already."""
+    """Read a dump by pg_dump, in its custom or plain format. The rows in a dump are already in COPY's text format."""
     with tempfile.TemporaryDirectory(prefix="mlflow-ami-adopt-") as scratch:
         tables = _split_dump(path, Path(scratch))
         if ALEMBIC not in tables:
@@ -303,7 +304,7 @@ _COPY = re.compile(rb'^COPY (?:[\w"]+\.)?"?(\w+)"? \(([^)]*)\) FROM stdin;$')
 
 
 def _split_dump(path: Path, scratch: Path) -> dict[str, list[str]]:
-    """Write the rows of each table to a file of its own. Returns the columns by table."""
+    """Write the rows of each table to a separate file. Returns the columns of each table."""
     with contextlib.ExitStack() as stack:
         if _begins_with(path, DUMP_MAGIC):
             if shutil.which("pg_restore") is None:
@@ -340,7 +341,7 @@ def _split_dump(path: Path, scratch: Path) -> dict[str, list[str]]:
 
 @contextlib.contextmanager
 def from_mlruns(path: Path) -> Iterator[Snapshot]:
-    """A folder mlruns/: `mlflow migrate-filestore` of the installed MLflow writes it into a SQLite file."""
+    """Read a folder mlruns/. The command `mlflow migrate-filestore` first copies the folder into a SQLite file."""
     with tempfile.TemporaryDirectory(prefix="mlflow-ami-adopt-") as scratch:
         made = Path(scratch) / "migrated.db"
         command = [sys.executable, "-W", "ignore", "-m", "mlflow", "migrate-filestore"]

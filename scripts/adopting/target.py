@@ -22,14 +22,14 @@ from mlflow_host.contract import adoption, credentials
 from mlflow_host.contract.adoption import AdoptionError, Request
 
 SILENT_SECONDS = 120
-"""The machine reports every ten seconds; adopt.py gives up after this time without a report."""
+"""adopt.py fails if the machine has not reported for this time. The machine reports every ten seconds."""
 START_AGAIN_SECONDS = 5
-"""Time without a report of the request after which the unit is started again."""
+"""If the machine has not reported the current request for this time, adopt.py starts the machine's unit again."""
 
 
 @dataclass
 class Api:
-    """The REST API of an MLflow server; one connection per thread."""
+    """A client for the REST API of an MLflow server, with one connection per thread."""
 
     url: str
     headers: dict[str, str]
@@ -44,7 +44,7 @@ class Api:
 
     @contextlib.contextmanager
     def download(self, path: str) -> Iterator[http.client.HTTPResponse]:
-        """The body of a GET, by a connection of its own. Raises AdoptionError."""
+        """The response to a GET request, over a separate connection. Raises AdoptionError."""
         where = urlsplit(self.url)
         opened = self._connect(where.scheme, where.netloc)
         try:
@@ -57,7 +57,7 @@ class Api:
             opened.close()
 
     def _ask(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
-        """Raises AdoptionError. Tries again when the connection breaks or the server is busy."""
+        """Send a request, and retry if the connection breaks or the server is busy. Raises AdoptionError."""
         where = urlsplit(self.url)
         reason = ""
         for wait in (0, 1, 2, 4, 8):
@@ -97,8 +97,8 @@ def basic(username: str, password: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Target:
-    """`buckets`: names by "artifacts", "models" and "backups". `start(name)` starts the machine's unit. `passphrase()`
-    reads the one that encrypts the secrets in the database."""
+    """`buckets` has the bucket names for the keys "artifacts", "models" and "backups". `start(name)` starts the
+    machine's unit. `passphrase()` reads the passphrase that encrypts the secrets in the stack's database."""
 
     s3: Any
     buckets: dict[str, str]
@@ -114,10 +114,10 @@ class Target:
         self.s3.put_object(Bucket=self.buckets["backups"], Key=adoption.key(name, file), Body=content)
 
     def run(self, name: str, request: Request, say: Callable[[str], None]) -> None:
-        """Let the machine execute the request, and wait for the result. Raises AdoptionError with the machine's reason.
+        """Run the request on the machine, and wait for the result. Raises AdoptionError with the machine's reason.
 
-        The unit is started again until it reports this request: systemd ignores a start while the unit still stops
-        after the previous request.
+        systemd ignores a start while the unit still runs for the previous request. Therefore this function starts the
+        unit again until the unit reports this request.
         """
         request = replace(request, id=uuid.uuid4().hex)
         self.write(name, "request.json", adoption.dump(request))
@@ -144,9 +144,9 @@ class Target:
                 started = time.monotonic()
             if time.monotonic() - heard > SILENT_SECONDS:
                 raise AdoptionError(
-                    f"the machine has not reported for {SILENT_SECONDS} s: see `journalctl -u "
-                    f"mlflow-host-adopt@{name}` there, and run adopt.py again; an image from before adopt.py lacks "
-                    "that unit"
+                    f"the machine has not reported for {SILENT_SECONDS} s: read `journalctl -u "
+                    f"mlflow-host-adopt@{name}` on the machine, and run adopt.py again; images that are older than "
+                    "adopt.py do not have this unit"
                 )
             time.sleep(0.3 if time.monotonic() - heard < 5 else 1)
 
@@ -160,7 +160,8 @@ def start_command(name: str) -> list[str]:
 
 
 def session_command(shell: str, name: str) -> list[str]:
-    """`shell`: the stack's output, `aws ssm start-session …`. Session Manager's shell does not run as root."""
+    """The command that starts the unit through Session Manager. Session Manager's shell does not run as root, so the
+    command uses sudo. `shell` is the stack's output with the command `aws ssm start-session`."""
     parameters = json.dumps({"command": [" ".join(["sudo", *start_command(name)])]})
     return [*shell.split(), "--document-name", "AWS-StartNonInteractiveCommand", "--parameters", parameters]
 
@@ -181,7 +182,7 @@ def start_by_session(shell: str) -> Callable[[str], None]:
 
 
 def choose(arguments: Any) -> Target:
-    """The stack that the arguments name, as in connect.py. Raises connect.NotConnected or AdoptionError."""
+    """The stack that the arguments select, as in connect.py. Raises connect.NotConnected or AdoptionError."""
     from scripts import connect
 
     stack = connect.choose(arguments)

@@ -1,8 +1,9 @@
-"""The verdict: read everything back through the new server's API and compare it with the source's rows, value by value.
+"""The verdict: compare the data from the new server's API with the source's rows, value by value.
 
-The source's side comes from the rows themselves, at the source's own schema; the server's side is the API's responses.
-IDs, names and locations that the adoption changed on purpose are translated first. Kinds that the clients of most
-releases cannot read (datasets, scorers, labels, …) are compared on the machine, row by row.
+The expected values come from the source's rows in the source's own schema. The found values come from the API's
+responses. IDs, names and locations that the adoption changed on purpose are translated before the comparison. Most
+MLflow clients cannot read some kinds of data, such as datasets, scorers and labels. The machine compares the rows of
+these kinds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from scripts.adopting.target import Api
 SHOWN = 20
 PLACE_TAG = "mlflow.artifactLocation"
 MOVED_TAGS = ("mlflow.traceName", "mlflow.trace.", "mlflow.traceInputs", "mlflow.traceOutputs")
-"""Keys that MLflow's migration 75868b020152 moves to columns of traces and spans."""
+"""Keys, and beginnings of keys, of tags that MLflow's migration 75868b020152 moves to columns of traces and spans."""
 API_TABLES = frozenset(
     {
         "experiments", "experiment_tags", "runs", "params", "tags", "metrics", "latest_metrics", "registered_models",
@@ -31,12 +32,13 @@ API_TABLES = frozenset(
 )  # fmt: skip
 
 Values = dict[tuple[str, ...], Any]
-"""Key of a value → the value."""
+"""A dict from the key of each value to the value."""
 
 
 @dataclass
 class Kind:
-    """Numbers of objects of one kind; `lines` name the missing and the changed objects."""
+    """The result for one kind of data: the number of values in the source (`there`), the numbers of unchanged
+    (`carried`), missing and changed values, and descriptions of the missing and changed values (`lines`)."""
 
     kind: str
     there: int = 0
@@ -64,7 +66,7 @@ def compare(kind: str, source: Values, found: Values) -> Kind:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether the values are equal; two NaN count as equal."""
+    """Whether two values are equal. Two NaN values count as equal."""
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, float) and isinstance(other, float):
@@ -74,7 +76,7 @@ def same(one: Any, other: Any) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """The source's rows, translated to the IDs and names that the target uses."""
+    """The source's rows, with functions that translate old IDs and names to those on the new server."""
 
     folder: Path
     manifest: Manifest
@@ -93,7 +95,7 @@ class Source:
 
 
 def by_api(source: Source, api: Api, say: Callable[[str], None]) -> list[Kind]:
-    """All kinds that the API returns, in a fixed order."""
+    """Compare all kinds that the API returns. The results have a fixed order."""
     say("reading everything back through the server's API")
     with ThreadPoolExecutor(8) as pool:
         experiments, tags = experiments_there(api)
@@ -123,8 +125,8 @@ def pages(ask: Callable[..., dict[str, Any]], path: str, items: str, /, **query:
 
 
 def number(text: Any) -> Any:
-    """`text` as a whole number; None if it is None or empty. SQLite allows other text anywhere, which stays as
-    it is."""
+    """`text` as an integer, or None if `text` is None or empty. SQLite allows any text in a number column, so other
+    text is returned unchanged."""
     if text is None or text == "":
         return None
     try:
@@ -257,7 +259,7 @@ def compare_runs(source: Source, api: Api, experiments: list[str], pool: ThreadP
 
 
 def metric(value: str | None, is_nan: str | None) -> float:
-    """MLflow stores infinities as the largest numbers."""
+    """A metric's value. MLflow stores an infinite value as the largest or smallest number, which is converted back."""
     if is_nan in ("1", "t", "true"):
         return math.nan
     found = float(value or 0)
@@ -423,7 +425,7 @@ def compare_models_and_traces(source: Source, api: Api, experiments: list[str]) 
 
 
 def _milliseconds(text: Any) -> Any:
-    """Milliseconds since 1970, from a time such as 2026-11-29T10:00:00.123Z or a number of milliseconds."""
+    """Milliseconds since 1970. The input is a time such as 2026-11-29T10:00:00.123Z, or a number of milliseconds."""
     from datetime import datetime
 
     if text is None or isinstance(text, int) or str(text).isdigit():
@@ -435,7 +437,7 @@ def _milliseconds(text: Any) -> Any:
 
 
 def by_rows(prepared: dict[str, Any], loaded: dict[str, Any]) -> Kind:
-    """The tables that `by_api` does not read. The machine compared every column of them."""
+    """The result for the tables that `by_api` does not read. The machine compared every column of these tables."""
     result = Kind("rows of other tables")
     for table, count in prepared["counts"].items():
         if table in API_TABLES or not count:

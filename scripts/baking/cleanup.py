@@ -1,4 +1,4 @@
-"""Remove a bake's remaining resources in the account, and old files in build/bake."""
+"""Remove the remaining resources of a bake from the account, and remove old files from build/bake."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ KEPT_BUILDS = 10
 
 
 def builders(ec2: EC2Client, bake_id: str) -> list[InstanceTypeDef]:
-    """The instances of one bake, including terminated ones."""
+    """The builder instances of one bake, including terminated instances."""
     found = ec2.describe_instances(Filters=[{"Name": "tag:mlflow-ami:bake", "Values": [bake_id]}])
     return [instance for reservation in found["Reservations"] for instance in reservation["Instances"]]
 
 
 def sweep(ec2: EC2Client, ssm: SSMClient, bake: Bake, finished_image: str | None) -> None:
-    """Remove the remaining resources of one bake, and log each. Idempotent.
+    """Remove the remaining resources of one bake, and print each removal. Idempotent.
 
-    An unfinished image is deleted with its snapshots, because no stack accepts an image without facts. Failed removals
-    are logged with the remedy, and the other resources are still removed.
+    An unfinished image is deleted with its snapshots, because stacks refuse an image that lacks the tags with facts. If
+    a resource cannot be removed, the function prints the remedy and then removes the remaining resources.
     """
 
     def remove_builders() -> list[str]:
@@ -84,14 +84,15 @@ def sweep(ec2: EC2Client, ssm: SSMClient, bake: Bake, finished_image: str | None
 
 
 def temporary_groups(log: Path) -> list[str]:
-    """Names of the security groups in Packer's log."""
+    """The names of the temporary security groups in Packer's log."""
     if not log.exists():
         return []
     return re.findall(r"\bpacker_[0-9a-f-]{36}\b", log.read_text(encoding="utf-8", errors="replace"))
 
 
 def prune_builds() -> None:
-    """Delete the files of old bakes: all but the newest KEPT_BUILDS, and those of the last day, which may still run."""
+    """Delete the files of old bakes. The files of the newest KEPT_BUILDS bakes stay. Files from the last 24 hours also
+    stay, because their bake may still be running."""
     for old in sorted(path for path in BUILDS.iterdir() if path.is_dir())[:-KEPT_BUILDS]:
         if time.time() - old.stat().st_mtime > 86_400:
             shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Run Packer: follow its log, stop it cleanly on an interrupt, and require IMDSv2 on its builder."""
+"""Run Packer: follow its log, stop Packer cleanly on an interrupt, and require IMDSv2 on the builder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from mypy_boto3_ec2 import EC2Client
 
 CLEANUP_SECONDS = 20
-"""Seconds for Packer to remove the builder after an interrupt, before bake.py removes it."""
+"""Maximum seconds between an interrupt and the end of Packer. After this time, bake.py kills Packer and removes the
+builder."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class Packer:
 
     @property
     def has_plugins(self) -> bool:
-        """From 1.7 amazon-ebs is a plugin to install; older releases include it and refuse required_plugins."""
+        """Whether this is Packer 1.7 or newer, which needs amazon-ebs as a plugin. Older releases of Packer include
+        amazon-ebs and refuse the block `required_plugins`."""
         return self.version >= (1, 7)
 
 
 def find_packer() -> Packer:
-    """The Packer on PATH. Raises BakeRefused if there is none."""
+    """The Packer on PATH. Raises BakeRefused if HashiCorp's Packer is not on PATH."""
     path = shutil.which("packer")
     if path is None:
         raise BakeRefused(
@@ -66,11 +68,11 @@ STORY = (
     (r"Creating AMI|Waiting for AMI|AMI: ", "create the image and its snapshot"),
     (r"Terminating the source|Cleaning up|Deleting temporary|Running post-processor", "remove the builder"),
 )
-"""Step by pattern of Packer's messages: the first pattern that matches a line names the step."""
+"""Pairs of a pattern and a bake step. The first pattern that matches a line of Packer's output gives the step."""
 
 
 def step_of(line: str) -> str | None:
-    """The step that begins with this line of Packer's output, or None."""
+    """The bake step that this line of Packer's output starts, or None if the line starts no step."""
     for pattern, step in STORY:
         if found := re.search(pattern, line):
             return step.format(*(name.replace("_", " ") for name in found.groups()))
@@ -79,10 +81,11 @@ def step_of(line: str) -> str | None:
 
 @contextlib.contextmanager
 def interrupted_if_killed(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Start a process that interrupts Packer if this process is killed during the block, so that Packer cleans up.
+    """Start a helper process. If bake.py is killed during the block, the helper process sends SIGINT to Packer, so that
+    Packer removes the builder.
 
-    prctl(PR_SET_PDEATHSIG) would not work: its signal reaches one process, here Packer's wrapper, which ignores
-    interrupts and expects them to reach its whole process group.
+    prctl(PR_SET_PDEATHSIG) would not work, because the kernel would send the signal only to Packer's wrapper process.
+    Packer's wrapper process ignores interrupts, because a terminal sends an interrupt to the whole process group.
     """
     waits_for_our_end = 'read -r over || kill -INT "-$1"'
     command = ["/bin/sh", "-c", waits_for_our_end, "sh", str(process.pid)]
@@ -96,12 +99,12 @@ def interrupted_if_killed(process: subprocess.Popen[bytes]) -> Iterator[None]:
 def run_packer(
     packer: Packer, arguments: list[str], bake: Bake, environment: dict[str, str], on_line: Callable[[str], None]
 ) -> None:
-    """Run Packer with its output in the log, and call `on_line` for each line. Raises BakeFailed when it fails.
+    """Run Packer with its output in the log, and call `on_line` for each line. Raises BakeFailed if Packer fails.
 
-    Packer gets a session of its own, so that Ctrl-C reaches it only through this process. On an interrupt Packer's
-    group gets SIGINT, like from a terminal, and time to remove the builder; on a second interrupt, or after
-    CLEANUP_SECONDS, it is killed. It writes to the log file itself: with a pipe it would be killed by SIGPIPE if this
-    process ended, and would remove nothing.
+    Packer runs in a separate session, so that Ctrl-C reaches Packer only through this process. On an interrupt, this
+    process sends SIGINT to Packer's process group, as a terminal does. Then Packer has CLEANUP_SECONDS to remove the
+    builder. After CLEANUP_SECONDS, or on a second interrupt, Packer is killed. Packer writes its output to a file. With
+    a pipe, Packer would get SIGPIPE if bake.py was killed, and would end before the builder is removed.
     """
     with bake.log.open("ab") as log, bake.log.open(encoding="utf-8", errors="replace") as reader:
         reader.seek(0, os.SEEK_END)
@@ -132,7 +135,7 @@ def run_packer(
 
 
 def follow(log: TextIO, process: subprocess.Popen[bytes]) -> Iterator[str]:
-    """Each new line of the log, until the process that writes it has ended."""
+    """Yield each new line of the log until the process that writes the log has ended."""
     unfinished = ""
     while True:
         ended = process.poll() is not None
@@ -144,7 +147,7 @@ def follow(log: TextIO, process: subprocess.Popen[bytes]) -> Iterator[str]:
 
 
 def failure(log: Path, command: str) -> str:
-    """The error, from the end of the log: lines of a step or of Packer that contain an error."""
+    """The error message: the last lines in the log in which a step or Packer reports an error."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace"))
     lines = [re.sub(r"^(==>)?\s*amazon-ebs\.mlflow: ?", "", line).rstrip() for line in text.splitlines()]
     telling = [
@@ -156,9 +159,9 @@ def failure(log: Path, command: str) -> str:
 
 @contextlib.contextmanager
 def require_tokens(ec2: EC2Client, bake: Bake) -> Iterator[None]:
-    """During the block: set each new builder's metadata service to IMDSv2 only.
+    """During the block, set the metadata service of each new builder to IMDSv2 only.
 
-    Raises BakeFailed if the block succeeded and no builder was changed.
+    Raises BakeFailed if the block succeeded but no builder was set to IMDSv2.
     """
     over = threading.Event()
     held: set[str] = set()

@@ -1,4 +1,4 @@
-"""The progress of a bake, and its result: tags of the image, text and JSON."""
+"""Print the progress of a bake. Store the result of the bake in the image's tags, and return it as text and JSON."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepClock:
-    """Logs the steps on stderr, one line each, and records their durations."""
+    """Print one line per step to stderr, and record the duration of each step."""
 
     started: float = field(default_factory=time.monotonic)
     steps: list[dict[str, Any]] = field(default_factory=list)
     _since: float = field(default_factory=time.monotonic)
 
     def begin(self, step: str) -> None:
-        """End the previous step and begin this one; does nothing if this step is running."""
+        """End the previous step and begin this step. If this step is already running, nothing happens."""
         if self.steps and self.steps[-1]["step"] == step and "seconds" not in self.steps[-1]:
             return
         self.end()
@@ -36,7 +36,7 @@ class StepClock:
         print(f"  {self._since - self.started:6.1f} s  {step}", file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """End the running step, if there is one."""
+        """End the running step, if a step is running."""
         if self.steps and "seconds" not in self.steps[-1]:
             self.steps[-1]["seconds"] = round(time.monotonic() - self._since, 1)
 
@@ -46,9 +46,10 @@ class StepClock:
 
 
 def finish_image(ec2: EC2Client, ssm: SSMClient, bake: Bake, inputs_digest: str) -> tuple[str, dict[str, Any]]:
-    """Tag the image with its facts, store its record, require IMDSv2 for its instances; returns its ID and the facts.
+    """Tag the image with its facts, store its record, and require IMDSv2 for its instances. Returns the image's ID and
+    its facts.
 
-    Idempotent. The tag mlflow-ami:format is written last: an image that has it is complete.
+    Idempotent. The tag mlflow-ami:format is written last, so every image with this tag is complete.
     """
     built = json.loads((bake.directory / "manifest.json").read_text(encoding="utf-8"))["builds"][-1]
     image_id = built["artifact_id"].partition(":")[2]
@@ -69,7 +70,7 @@ def finish_image(ec2: EC2Client, ssm: SSMClient, bake: Bake, inputs_digest: str)
 
 
 def report(image: catalog.Image, region: str, local: bool, log: Path | None, clock: StepClock) -> str:
-    """The text output: the image, its versions, and the commands that launch it."""
+    """The text output of bake.py: the image, its versions, and the commands that launch the image."""
     tags = {key.removeprefix("mlflow-ami:"): value for key, value in image.tags.items()}
     arm = image.architecture == "arm64"
     if local:
@@ -101,7 +102,7 @@ def report(image: catalog.Image, region: str, local: bool, log: Path | None, clo
 
 
 def reusable(ec2: EC2Client, inputs_digest: str) -> catalog.Image | None:
-    """The newest finished image with the same inputs, or None."""
+    """The newest finished image whose inputs have this digest, or None if there is no such image."""
     found = catalog.find(ec2, {"mlflow-ami:inputs-digest": inputs_digest})
     return next((image for image in found if image.finished and image.state == "available"), None)
 
@@ -109,7 +110,7 @@ def reusable(ec2: EC2Client, inputs_digest: str) -> catalog.Image | None:
 def result(
     image: catalog.Image, arguments: argparse.Namespace, clock: StepClock, log: Path | None = None, reused: bool = False
 ) -> dict[str, Any]:
-    """The JSON document about an image; its key `report` is the text output."""
+    """The JSON document about an image. The key `report` of the document contains the text output of bake.py."""
     facts = {
         key.removeprefix("mlflow-ami:").replace("-", "_"): value for key, value in image.tags.items() if ":" in key
     }

@@ -1,4 +1,4 @@
-"""Inputs of a bake: the checkout, AWS credentials, the region and its network."""
+"""The inputs of a bake: the checkout, the AWS credentials, the region and its network."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ BUILDS = REPOSITORY / "build" / "bake"
 
 
 class BakeRefused(Exception):
-    """The bake cannot start or continue for a reason that the user can change; the text contains the remedy."""
+    """The bake cannot start or continue, for a reason that the user can fix. The text contains the remedy."""
 
 
 class BakeFailed(Exception):
-    """Packer or a step in the builder failed; the text names it and the log with the reason."""
+    """Packer or a bake step failed. The exception's text names the failed command and the log file."""
 
 
 @dataclass(frozen=True)
 class Checkout:
-    """The git commit that the image is built from."""
+    """The git commit from which the image is built, and whether the checkout has uncommitted changes."""
 
     commit: str
     dirty: bool
@@ -40,7 +40,7 @@ class Checkout:
 
 @dataclass(frozen=True)
 class Bake:
-    """One bake: its ID and its files."""
+    """The ID, the image version and the files of one bake."""
 
     id: str
     image_version: str
@@ -49,18 +49,19 @@ class Bake:
 
     @property
     def log(self) -> Path:
-        """The output of Packer and the steps."""
+        """The log file with the output of Packer and of the bake steps."""
         return self.directory / "bake.log"
 
     @property
     def template(self) -> Path:
-        """The copied template, beside the provisioning that it names."""
+        """The folder of the copied template. The copied folders packer/ and provisioning/ have one parent folder."""
         return self.directory / "packer"
 
 
 def read_checkout() -> Checkout:
-    """Commit of this checkout, and whether packer/ or provisioning/ differ from it. Without git: unknown and dirty."""
-    # Allow root to read another user's checkout without writing into it.
+    """The commit of this checkout, and whether packer/ or provisioning/ differ from this commit. If git finds no
+    commit, the commit is "unknown", and the checkout counts as changed."""
+    # With safe.directory, root can use git in another user's checkout. --no-optional-locks prevents writes by git.
     git = ["git", "-C", str(REPOSITORY), "-c", f"safe.directory={REPOSITORY}", "--no-optional-locks"]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], check=False, capture_output=True, text=True)
     if commit.returncode:
@@ -71,7 +72,7 @@ def read_checkout() -> Checkout:
 
 
 def require_bakeable(mlflow_version: str | None) -> None:
-    """Raises BakeRefused for a release that is too old. None means the release in the lock file."""
+    """Raises BakeRefused if the MLflow release is too old. The value None means the release in the lock file."""
     try:
         if mlflow_version:
             lock.require_bakeable(mlflow_version)
@@ -80,9 +81,9 @@ def require_bakeable(mlflow_version: str | None) -> None:
 
 
 def connect(session: boto3.Session, region: str, environment: dict[str, str]) -> tuple[EC2Client, SSMClient]:
-    """Clients of EC2 and of Systems Manager, after a check of the credentials.
+    """Check the credentials, and return clients for EC2 and Systems Manager.
 
-    Raises BakeRefused with the remedy if they do not work.
+    Raises BakeRefused with the remedy if the credentials do not work.
     """
     settings = Config(retries={"mode": "standard", "max_attempts": 5})
     options: dict[str, Any] = {
@@ -104,10 +105,10 @@ def connect(session: boto3.Session, region: str, environment: dict[str, str]) ->
 
 
 def for_packer(session: boto3.Session, environment: dict[str, str]) -> dict[str, str]:
-    """The environment with the session's credentials as keys, because Packer supports fewer kinds of profile than
-    boto3.
+    """The environment for Packer, with the session's access keys instead of a profile. Packer supports fewer kinds of
+    profiles than boto3.
 
-    boto3 renews temporary credentials a quarter of an hour before they expire, which is longer than a bake takes.
+    boto3 renews temporary keys 15 minutes before the keys expire, and a bake takes less than 15 minutes.
     """
     credentials: Any = session.get_credentials()
     keys = credentials.get_frozen_credentials()
@@ -131,12 +132,13 @@ def require_network(ec2: EC2Client, subnet: str | None) -> None:
 
 
 def ec2_endpoint(environment: dict[str, str]) -> str:
-    """URL of the EC2 API from the environment, with the variables of AWS's SDKs; empty for the region's own."""
+    """The URL of the EC2 API from the environment variables of AWS's SDKs, or "" for the region's default endpoint."""
     return environment.get("AWS_ENDPOINT_URL_EC2") or environment.get("AWS_ENDPOINT_URL") or ""
 
 
 def find_ca_bundle(given: str | None, environment: dict[str, str]) -> Path | None:
-    """The certificates for the builder's downloads of Python packages: the given file, or this host's variables."""
+    """The file of CA certificates for the builder's package downloads. The file's name is `given`, else the value of
+    SSL_CERT_FILE or REQUESTS_CA_BUNDLE."""
     named = given or environment.get("SSL_CERT_FILE") or environment.get("REQUESTS_CA_BUNDLE")
     if not named:
         return None
@@ -147,7 +149,7 @@ def find_ca_bundle(given: str | None, environment: dict[str, str]) -> Path | Non
 
 
 def choose_session(arguments: argparse.Namespace) -> boto3.Session:
-    """The session with the profile and region to use; writes the region into `arguments`. Raises BakeRefused."""
+    """The session with the selected profile and region. Stores the region in `arguments`. Raises BakeRefused."""
     try:
         session = aws_session.choose(arguments.region)
     except aws_session.ERRORS as error:
@@ -159,12 +161,12 @@ def choose_session(arguments: argparse.Namespace) -> boto3.Session:
 
 
 def local_base(arguments: argparse.Namespace) -> str:
-    """The name of the embedded cloud's source image for the base and the architecture."""
+    """The name of the local cloud's source image for the arguments --base and --architecture."""
     return str(arguments.base) if arguments.architecture == "x86_64" else f"{arguments.base}-{arguments.architecture}"
 
 
 def local_environment(arguments: argparse.Namespace, environment: dict[str, str]) -> tuple[dict[str, str], str]:
-    """Environment variables for the embedded cloud, and the ID of the source image there."""
+    """The environment variables for the local cloud, and the ID of the source image in that cloud."""
     from scripts.local_cloud import LocalCloud, LocalCloudError
 
     cloud = LocalCloud()

@@ -17,13 +17,13 @@ SOURCE_NAMES = {
     "x86_64": "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-amd64-server-*",
     "arm64": "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-arm64-server-*",
 }
-"""Canonical's image by architecture, in EC2's terms; the template has the same defaults."""
+"""The name pattern of Canonical's image for each architecture of EC2. packer/variables.pkr.hcl repeats the patterns."""
 SOURCE_OWNERS = ("099720109477",)
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """The image to build on, from EC2's description."""
+    """The source image of a bake, from EC2's description of the image."""
 
     id: str
     name: str
@@ -31,8 +31,8 @@ class SourceImage:
 
 
 def find_source_image(ec2: EC2Client, wanted: str | None, owners: tuple[str, ...], architecture: str) -> SourceImage:
-    """The newest image of the architecture with the ID, name or name pattern `wanted`. Raises BakeRefused if there is
-    none."""
+    """The newest image of this architecture that has the ID `wanted`, or whose name matches the pattern `wanted`.
+    Raises BakeRefused if there is no such image."""
     asked: dict[str, Any]
     if wanted and wanted.startswith("ami-"):
         asked = {"ImageIds": [wanted]}

@@ -1,4 +1,5 @@
-"""The Packer template of one bake: copy it with its provisioning, adapt it to the version of Packer, hash it."""
+"""The Packer template of one bake: copy the template and the provisioning, adapt the copy to the Packer version, and
+compute its hash."""
 
 import argparse
 import hashlib
@@ -13,8 +14,8 @@ from scripts.baking.source_images import SourceImage
 
 
 def stage(bake: Bake, packer: Packer, mlflow_version: str | None) -> Bake:
-    """Copy the template and the provisioning, so that edits during the bake have no effect, and lock
-    `mlflow_version`."""
+    """Copy the template and the provisioning, so that edits during the bake have no effect. If `mlflow_version` is set,
+    replace the copied lock file with a lock file for this release."""
     unwanted = shutil.ignore_patterns("__pycache__", "*.pyc", ".*.sw?", "*.md")
     for name in ("packer", "provisioning"):
         shutil.copytree(REPOSITORY / name, bake.directory / name, ignore=unwanted, symlinks=True)
@@ -32,7 +33,7 @@ def stage(bake: Bake, packer: Packer, mlflow_version: str | None) -> Bake:
 
 
 def for_packer_1_6(template: str) -> str:
-    """The template without the marked blocks that Packer below 1.7 refuses."""
+    """The template for Packer releases before 1.7, without the marked blocks that these releases refuse."""
     return re.sub(r" *# From 1\.7:\n.*? *# End of what needs 1\.7\.\n", "", template, flags=re.DOTALL)
 
 
@@ -43,7 +44,7 @@ def digest(bake: Bake, source: SourceImage | None) -> str:
         if path.is_file() and path.name != "plugins.pkr.hcl":
             text = path.read_bytes()
             if path.suffix == ".hcl":
-                # Every Packer version makes the same image, so it has the same digest.
+                # Every Packer version makes the same image, so the digest must not depend on the Packer version.
                 text = for_packer_1_6(text.decode()).encode()
             content = hashlib.sha256(text).hexdigest()
             total.update(f"{path.relative_to(bake.directory)} {content}\n".encode())
@@ -57,7 +58,8 @@ def variables(
     source: SourceImage | None,
     environment: dict[str, str],
 ) -> list[str]:
-    """The template's variables as Packer's arguments. None is secret: credentials are passed in the environment."""
+    """The template's variables as arguments for Packer. The arguments contain no secrets, because Packer gets the
+    credentials from environment variables."""
     bundle = find_ca_bundle(arguments.ca_bundle, environment)
     named: dict[str, str | None] = {
         "region": arguments.region,

@@ -1,2 +1,3 @@
-"""The steps of delivery.py: for images (`image_steps`), for a stack (`stack_steps`), the smoke test (`smoke_test`), the
-renewal of MLflow (`renewal`). They write their output for GitHub with `github` and run programs with `commands`."""
+"""The steps of delivery.py. `image_steps` contains the steps for images. `stack_steps` contains the steps for a stack.
+`smoke_test` tests a server. `renewal` tests a new release of MLflow. The steps write output for GitHub with the module
+`github`, and run programs with the module `commands`."""

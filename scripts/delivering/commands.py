@@ -1,4 +1,4 @@
-"""Run the scripts and tools of the steps."""
+"""Run the scripts and tools that the steps of delivery.py need."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from scripts.interrupts import passed_on
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path("build/delivery")
-"""Folder in the repository for files that one step writes and another reads."""
+"""The folder in the repository for files that one step writes and a later step reads."""
 
 
 class StepFailed(Exception):
-    """The step ends here; the text is the reason, and `status` the exit status."""
+    """The step failed. The exception's text is the reason, and `status` is the exit status of delivery.py."""
 
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
@@ -27,10 +27,10 @@ class StepFailed(Exception):
 
 
 def script(name: str, *arguments: str, accepted: Sequence[int] = (0,)) -> str:
-    """The stdout of one of our scripts. Its stderr is passed on, and the last line of stderr is the reason of a
-    failure.
+    """Run one of this project's scripts and return its stdout. Its stderr is printed.
 
-    Raises StepFailed with the script's exit status unless that is among the accepted ones.
+    If `accepted` does not contain the script's exit status, the function raises StepFailed with this status. The reason
+    in the exception is the last line of stderr.
     """
     print(f"delivery: scripts/{name} {shlex.join(arguments)}", file=sys.stderr, flush=True)
     status, out, errors = run([sys.executable, str(REPOSITORY / "scripts" / name), *arguments], REPOSITORY)
@@ -41,7 +41,8 @@ def script(name: str, *arguments: str, accepted: Sequence[int] = (0,)) -> str:
 
 
 def pulumi(*arguments: str, stack: str) -> tuple[int, str]:
-    """Exit status and output of a Pulumi command on a stack of infra/. Raises StepFailed without the CLI."""
+    """Run a Pulumi command on a stack of infra/. Returns the exit status and the output. Raises StepFailed if the
+    Pulumi CLI is missing."""
     if shutil.which("pulumi") is None:
         raise StepFailed("there is no pulumi on PATH: see https://www.pulumi.com/docs/install/", 2)
     options = ["--non-interactive", "--color", "never", "--stack", stack]
@@ -50,14 +51,14 @@ def pulumi(*arguments: str, stack: str) -> tuple[int, str]:
 
 
 def keep(name: str, content: bytes) -> Path:
-    """Write a file of the results; returns its path below the repository."""
+    """Write a file into the folder RESULTS. Returns the file's path relative to the repository."""
     (REPOSITORY / RESULTS).mkdir(parents=True, exist_ok=True)
     (REPOSITORY / RESULTS / name).write_bytes(content)
     return RESULTS / name
 
 
 def tool(name: str, *arguments: str) -> str:
-    """The stdout of git or gh in the repository. Raises StepFailed."""
+    """Run git or gh in the repository and return its stdout. Raises StepFailed."""
     if shutil.which(name) is None:
         raise StepFailed(f"there is no {name} on PATH: install it, or run this step on a GitHub runner", 2)
     status, out, errors = run([name, *arguments], REPOSITORY)
@@ -67,7 +68,8 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def run(command: Sequence[str], folder: Path, *, show: bool = False) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr. stderr also goes to the terminal line by line; stdout does with `show`."""
+    """Run a command, and return its exit status, stdout and stderr. The function also prints the lines of stderr, and
+    with `show` the lines of stdout."""
     out, errors = list[str](), list[str]()
     process = subprocess.Popen(
         command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -84,7 +86,7 @@ def run(command: Sequence[str], folder: Path, *, show: bool = False) -> tuple[in
     reader.start()
 
     def finish() -> int:
-        read(process.stdout, out, show)  # a program with a full pipe would not end
+        read(process.stdout, out, show)  # the program would block if its output pipe were full
         return process.wait()
 
     with passed_on(process, finish):

@@ -1,6 +1,6 @@
-"""Write outputs, the job's summary and annotations for GitHub Actions, and read its event.
+"""Write outputs, annotations and the job's summary for GitHub Actions, and read the event of the workflow.
 
-Outside GitHub, where GITHUB_OUTPUT and the other variables are not set, all of it goes to standard error.
+Outside GitHub Actions, where GITHUB_OUTPUT and similar variables are not set, all output goes to standard error.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 SUMMARY_LIMIT = 1_000_000
-"""Characters. GitHub accepts a summary of up to 1 MiB per step, and drops a larger one."""
+"""Maximum number of characters. GitHub accepts a summary of up to 1 MiB per step, and drops a larger summary."""
 
 
 def output(**values: object) -> None:
-    """Set outputs of the step; None and False become empty, which is false in an `if:`."""
+    """Set outputs of the step. None and False become an empty text, which counts as false in a condition `if:`."""
     for name, value in values.items():
         text = "" if value is None or value is False else str(value)
         if "\n" in text:
@@ -29,7 +29,7 @@ def summary(markdown: str) -> None:
 
 
 def annotate(level: str, text: str, file: str = "", line: int = 0) -> None:
-    """Print an error, warning or notice, at a line of a file if the line is known."""
+    """Print an error, warning or notice. If `file` and `line` are known, GitHub shows the message at this line."""
     if os.environ.get("GITHUB_ACTIONS") != "true":
         print(f"delivery: {text}" if level == "error" else f"delivery: {level}: {text}", file=sys.stderr, flush=True)
         return
@@ -38,33 +38,33 @@ def annotate(level: str, text: str, file: str = "", line: int = 0) -> None:
 
 
 def escape(text: str, more: str = "") -> str:
-    """Text of a workflow command: one line, and without commas and colons in a property."""
+    """Text for a workflow command. Percent signs, line ends and the characters in `more` are escaped."""
     for character in "%\r\n" + more:
         text = text.replace(character, f"%{ord(character):02X}")
     return text
 
 
 def fenced(text: str, language: str = "text") -> str:
-    """A block of Markdown in which nothing is interpreted."""
+    """A fenced code block in Markdown, so that GitHub shows the text unchanged."""
     return f"````{language}\n{text.strip()}\n````"
 
 
 def shorten(text: str, limit: int) -> str:
-    """The text without its middle where it is too long, so that its end, with the totals, is kept."""
+    """If the text is too long, remove the middle. The end of the text stays, because the totals are at the end."""
     cut = "\n[…]\n"
     half = (limit - len(cut)) // 2
     return text if len(text) <= limit else text[:half] + cut + text[-half:]
 
 
 def pull_request() -> int | None:
-    """The number of the pull request that the workflow runs for; None for other events and outside GitHub."""
+    """The number of the pull request for which the workflow runs, or None if there is no pull request."""
     event = os.environ.get("GITHUB_EVENT_PATH")
     found = json.loads(Path(event).read_text(encoding="utf-8")).get("pull_request") if event else None
     return int(found["number"]) if found else None
 
 
 def run_address() -> str:
-    """The address of this run's page; empty outside GitHub."""
+    """The URL of this workflow run's page, or an empty text outside GitHub Actions."""
     names = ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY", "GITHUB_RUN_ID")
     server, repository, run = (os.environ.get(name, "") for name in names)
     return f"{server}/{repository}/actions/runs/{run}" if server and repository and run else ""

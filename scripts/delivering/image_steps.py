@@ -1,4 +1,4 @@
-"""The steps from a commit to a promoted image: bake, diff, drill, promote."""
+"""The steps from a commit to a promoted image: bake, diff, drill and promote."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TAG = "mlflow-ami:"
 
 
 def bake(source_ami: str, source_owner: str, mlflow_version: str) -> None:
-    """Outputs: image, mlflow_version, sbom (empty if an image with the same inputs existed)."""
+    """Bake the image. The outputs are `image`, `mlflow_version` and `sbom`. `sbom` is empty if no bake was needed."""
     options = {"--source-ami": source_ami, "--source-owner": source_owner, "--mlflow-version": mlflow_version}
     given = [word for name, value in options.items() if value for word in (name, value)]
     baked = json.loads(script("bake.py", "--if-changed", "--json", *given))
@@ -28,24 +28,25 @@ def bake(source_ami: str, source_owner: str, mlflow_version: str) -> None:
 
 
 def diff(image: str, channel: str) -> None:
-    """The summary lists the changes from the image that the channel names."""
+    """Compare this image with the channel's image, and write the changes into the job's summary."""
     _, held = ends(image, channel)
     if held is None:
-        github.annotate("notice", f"the channel {channel} names no image yet: there is nothing to compare {image} with")
+        github.annotate("notice", f"the channel {channel} names no image yet, so there is no image to compare")
         return
     text = script("images.py", "diff", held["id"], image)
     github.summary(f"## {held['id']} ({channel}) → {image}\n\n{github.fenced(text)}\n")
 
 
 def drill(image: str, channel: str) -> None:
-    """Drill the change from the channel's release of MLflow to the image's and back. Needs root.
+    """Rehearse the upgrade from the MLflow release of the channel's image to the release of this image, and the
+    rollback. The step needs root.
 
-    Output: drill, the file for `promote`; empty if the channel names no image, or an image that was drilled with this
-    one.
+    The output `drill` is the path of the drill's report, which the step `promote` reads. No drill runs, and the output
+    is empty, if the channel names no image or this image, or if the two images have already passed a drill.
     """
     new, held = ends(image, channel)
     if held is None or held["id"] == new["id"] or held["version"] in new["drills"] or new["version"] in held["drills"]:
-        github.annotate("notice", f"nothing to drill between {image} and the channel {channel}")
+        github.annotate("notice", f"no drill is needed between {image} and the image of the channel {channel}")
         github.output(drill=None)
         return
     base = fact(new, "os").replace(" ", "")
@@ -55,7 +56,7 @@ def drill(image: str, channel: str) -> None:
 
 
 def promote(image: str, channel: str, drill: str) -> None:
-    """Output: promoted, the image that the channel names now."""
+    """Set the channel to the image. The output `promoted` is the image that the channel names after this step."""
     done = json.loads(script("images.py", "promote", image, channel, *(("--drill", drill) if drill else ()), "--json"))
     github.output(promoted=done["image"])
     before = f", instead of {done['before']}" if done["changed"] and done["before"] else ""
@@ -63,11 +64,11 @@ def promote(image: str, channel: str, drill: str) -> None:
 
 
 def ends(image: str, channel: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The image, and the one that the channel names, as `images.py list` prints them. Raises StepFailed."""
+    """This image and the channel's image, in the form of `images.py list --json`. Raises StepFailed."""
     found = json.loads(script("images.py", "list", "--json"))
     new = next((each for each in found if each["id"] == image), None)
     if new is None:
-        raise StepFailed(f"there is no image {image} of this project in the region: scripts/images.py list", 2)
+        raise StepFailed(f"the region has no image {image} of this project: scripts/images.py list prints all", 2)
     return new, next((each for each in found if channel in each["channels"]), None)
 
 
@@ -76,7 +77,7 @@ def fact(image: dict[str, Any], name: str) -> str:
 
 
 def drilled(found: dict[str, Any]) -> str:
-    """The table of a drill as Markdown."""
+    """The result table of a drill in Markdown."""
     names = ("mlflow_version", "written", "compared", "values", "missing", "changed", "waiting", "outage_seconds")
     rows = [[str(number), *(str(stop[name]) for name in names)] for number, stop in enumerate(found["stops"], start=1)]
     head = ["stop", *(name.replace("_", " ") for name in names)]

@@ -1,4 +1,5 @@
-"""The steps for a new MLflow: test it (follow.py, and a drill with the release in production), and propose it."""
+"""The steps for a new release of MLflow. `renew` tests the release with follow.py, and with a drill that rehearses the
+upgrade from the release in production. `propose` opens a pull request."""
 
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ AUTHOR = ("-c", "user.name=github-actions[bot]", "-c", "user.email=github-action
 
 
 def renew(channel: str, mlflow_version: str) -> None:
-    """Lock, compare, bake and drill the newest MLflow. Needs root.
+    """Test the newest release of MLflow: lock file, comparison with plain MLflow, bake and drill. The step needs root.
 
-    Outputs: version (empty if the newest is locked already), passed (empty if a step failed; the page says which).
+    The output `version` is empty if the lock file already names the newest release. The output `passed` is empty if a
+    part of the test failed; the report page names the failed part.
     """
     try:
         locked = lock.locked_version(commands.REPOSITORY / LOCK, "mlflow")
@@ -25,9 +27,9 @@ def renew(channel: str, mlflow_version: str) -> None:
         raise StepFailed(str(error), 2) from None
     if newest == locked:
         github.output(version=None, passed=None)
-        github.summary(f"MLflow {locked} is the newest release and already locked.\n")
+        github.summary(f"MLflow {locked} is the newest release and is already in the lock file.\n")
         return
-    running = released(channel)  # first, because the following steps take longer than the session of a role lasts
+    running = released(channel)  # read first, because the role's AWS session expires during the next steps
     steps = json.loads(
         script("follow.py", "--mlflow-version", newest, "--without-bench", "--json", accepted=(0, 1)) or "[]"
     )
@@ -44,9 +46,10 @@ def renew(channel: str, mlflow_version: str) -> None:
 
 
 def propose(version: str, passed: bool) -> None:
-    """Commit the proposal of follow.py to a branch, and open a pull request, or renew the open one. Idempotent.
+    """Commit the proposal of follow.py to a branch. Then open a pull request, or update the open pull request.
+    Idempotent.
 
-    It is a draft if a step failed. Output: branch."""
+    If `passed` is false, a new pull request is a draft. The output is `branch`."""
     patch, page, branch = folder(version) / "proposal.patch", folder(version) / "page.md", f"renew/mlflow-{version}"
     if not patch.exists():
         raise StepFailed(f"build/follow/{version} has no proposal: run `scripts/delivery.py renew` first", 2)
@@ -70,7 +73,7 @@ def propose(version: str, passed: bool) -> None:
 
 
 def released(channel: str) -> str:
-    """The MLflow release in the image that the channel names; empty if it names none."""
+    """The MLflow release in the channel's image, or an empty text if the channel names no image."""
     found = json.loads(script("images.py", "list", "--json"))
     return next((image_steps.fact(each, "mlflow-version") for each in found if channel in each["channels"]), "")
 

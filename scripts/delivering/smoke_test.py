@@ -1,4 +1,4 @@
-"""Step `smoke`: Write to the server with MLflow's own client, read the data back, and delete it."""
+"""Step `smoke`: write data to the server with MLflow's own client, read the data back, and delete the data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ STEPS = 100
 
 
 def smoke(arguments: argparse.Namespace) -> None:
-    """Wait until the server of `connect.add_choice`'s arguments answers, and test it. Raises StepFailed."""
+    """Wait until the server answers, and test the server. The arguments select the server, as in connect.py. Raises
+    StepFailed."""
     found = wait(arguments, time.monotonic() + arguments.wait)
     os.environ.update(client_environment(found))
     seconds = exercise()
@@ -30,7 +31,7 @@ def smoke(arguments: argparse.Namespace) -> None:
 
 
 def wait(arguments: argparse.Namespace, until: float) -> dict[str, Any]:
-    """The client's variables for the server, once it answers. Raises StepFailed."""
+    """Wait until the server answers. Returns the values for `client_environment`. Raises StepFailed."""
     while True:
         try:
             found = connect.way_in(connect.choose(arguments))
@@ -50,9 +51,10 @@ def wait(arguments: argparse.Namespace, until: float) -> dict[str, Any]:
 
 
 def exercise() -> float:
-    """Write with MLflow's client, read back, delete; returns the seconds that this took. Raises StepFailed.
+    """Write data with MLflow's client, read the data back, and delete it. Returns the duration in seconds. Raises
+    StepFailed.
 
-    The server is the one of MLFLOW_TRACKING_URI."""
+    The variable MLFLOW_TRACKING_URI names the server."""
     import mlflow
     from mlflow.entities import Metric, Param
     from mlflow.exceptions import MlflowException
@@ -83,4 +85,4 @@ def exercise() -> float:
 
 def require(what: str, read: object, written: object) -> None:
     if read != written:
-        raise StepFailed(f"the {what} read back are not what was written: {str(read)[:300]}, not {str(written)[:300]}")
+        raise StepFailed(f"the {what} read back is {str(read)[:300]}, but {str(written)[:300]} was written")

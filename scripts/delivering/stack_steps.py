@@ -9,14 +9,14 @@ from scripts.delivering import commands, github
 from scripts.delivering.commands import StepFailed, pulumi, tool
 
 COMMENT_LIMIT = 60_000
-"""Characters. GitHub refuses a comment of more than 65,536 characters."""
+"""Maximum number of characters. GitHub refuses a comment of more than 65,536 characters."""
 DRIFTED = "no changes were expected"
-"""Part of Pulumi's error when --expect-no-changes finds changes."""
+"""Part of the error message that Pulumi prints if a preview with --expect-no-changes finds changes."""
 
 
 def preview(stack: str, plan: str) -> None:
-    """Preview and save the plan; write the preview to the summary and, for a pull request, to a comment. Mistakes
-    become annotations."""
+    """Run `pulumi preview` and save the plan. Write the preview to the job's summary and, for a pull request, to a
+    comment. Print mistakes as annotations."""
     file = commands.REPOSITORY / plan
     file.parent.mkdir(parents=True, exist_ok=True)
     status, text = pulumi("preview", "--diff", "--save-plan", str(file), stack=stack)
@@ -31,9 +31,10 @@ def preview(stack: str, plan: str) -> None:
 
 
 def deploy(stack: str, plan: str) -> None:
-    """`pulumi up` within the plan. Output: previous, the previous image (empty for a new stack).
+    """Run `pulumi up` with the saved plan. The output `previous` is the image before the update, or empty for a new
+    stack.
 
-    Raises StepFailed if the update needs a change that is not in the plan: then preview again.
+    Raises StepFailed if the update needs a change that is not in the plan; then run the step `preview` again.
     """
     github.output(previous=running_image(stack))
     status, text = pulumi("up", "--yes", "--skip-preview", "--plan", str(commands.REPOSITORY / plan), stack=stack)
@@ -44,7 +45,8 @@ def deploy(stack: str, plan: str) -> None:
 
 
 def rollback(stack: str, image: str) -> None:
-    """Pin the image and update the stack to it. The settings of the commit stay; the boot carries the data back."""
+    """Set `amiId` to the image, and update the stack. All other settings stay as in the commit. At boot, the data is
+    carried back to the schema of this image."""
     must(stack, "config", "set", "amiId", image)
     must(stack, "config", "rm", "channel")
     status, text = pulumi("up", "--yes", "--skip-preview", stack=stack)
@@ -53,14 +55,15 @@ def rollback(stack: str, image: str) -> None:
         raise StepFailed(f"the rollback of {stack} to {image} failed (exit status {status}): the server may be down")
     github.annotate(
         "warning",
-        f"{stack} runs {image} again, which is not the repository's image: set amiId to it in "
-        f"infra/Pulumi.{stack}.yaml and remove channel, or the next deployment repeats the failed one",
+        f"{stack} runs {image} again, but the repository names another image: set amiId to {image} and remove channel "
+        f"in infra/Pulumi.{stack}.yaml, or the next deployment repeats the failed update",
         f"infra/Pulumi.{stack}.yaml",
     )
 
 
 def drift(stack: str) -> None:
-    """Open an issue, or add to the open one, if the stack differs from the repository. Raises StepFailed then."""
+    """If the stack differs from the repository, open an issue or add a comment to the open issue, and raise
+    StepFailed."""
     status, text = pulumi("preview", "--refresh", "--expect-no-changes", "--diff", stack=stack)
     if not status:
         github.summary(f"`{stack}` is as the repository describes it.\n")
@@ -69,7 +72,7 @@ def drift(stack: str) -> None:
     github.summary(f"## {title}\n\n{github.fenced(text, 'diff')}\n")
     if DRIFTED not in text:
         mark_mistakes(stack, text)
-        raise StepFailed(f"the preview of {stack} failed, so that nothing is known about drift")
+        raise StepFailed(f"the preview of {stack} failed, so nothing is known about drift")
     body = f"{github.run_address()}\n\n{github.fenced(github.shorten(text, COMMENT_LIMIT), 'diff')}\n"
     known = tool("gh", "issue", "list", "--search", f'"{title}" in:title', "--json", "number", "--jq", ".[0].number")
     if known:
@@ -80,7 +83,7 @@ def drift(stack: str) -> None:
 
 
 def running_image(stack: str) -> str:
-    """The image of the stack's last update; empty for a stack that was never launched. Raises StepFailed."""
+    """The image of the stack's last update, or an empty text if the stack was never launched. Raises StepFailed."""
     try:
         return str(pulumi_stack.run("stack", "output", "--json", stack=stack).get("amiId", ""))
     except pulumi_stack.PulumiError as error:
@@ -88,19 +91,20 @@ def running_image(stack: str) -> str:
 
 
 def must(stack: str, *arguments: str) -> None:
-    """Run a Pulumi command that has to succeed. Raises StepFailed."""
+    """Run a Pulumi command. Raises StepFailed if the command fails."""
     status, text = pulumi(*arguments, stack=stack)
     if status:
         raise StepFailed(f"pulumi {' '.join(arguments)} failed: {text}")
 
 
 def comment(number: int, body: str) -> None:
-    """One comment per pull request: the next preview replaces it."""
+    """Write a preview as a comment on a pull request. A new preview replaces the comment of the previous preview."""
     tool("gh", "pr", "comment", str(number), "--edit-last", "--create-if-none", "--body", body)
 
 
 def mark_mistakes(stack: str, text: str) -> None:
-    """Annotate the mistakes, errors and warnings in Pulumi's output, at the line of the setting that they name."""
+    """Print an annotation for each error and warning in Pulumi's output. The annotation is shown at the line of the
+    setting that the error or warning names."""
     settings = commands.REPOSITORY / f"infra/Pulumi.{stack}.yaml"
     lines = settings.read_text(encoding="utf-8").splitlines() if settings.exists() else []
     for level, sentence in dict.fromkeys(mistakes(text)):
@@ -112,7 +116,8 @@ def mark_mistakes(stack: str, text: str) -> None:
 
 
 def mistakes(text: str) -> list[tuple[str, str]]:
-    """(level, sentence) of each diagnostic. Each entry of the program's list of mistakes is one diagnostic."""
+    """The level (error or warning) and the sentence of each diagnostic in Pulumi's output. If the Pulumi program prints
+    a list of mistakes, each entry of the list counts as one diagnostic."""
     found, listing = [], False
     for line in text.splitlines():
         if listing and (item := re.match(r"\s+- (.+)", line)):

@@ -1,6 +1,6 @@
-"""Write data at each stop of a journey through several images, read it back at later stops, and compare.
+"""Write data at each stop of a drill, and check at later stops that the server returns the data unchanged.
 
-mlflow_worker     process that writes and reads every kind of data that MLflow stores
-worker_client     starts that process and sends it requests
-expected_writes   the data of each stop, and the differences to the data that a later stop reads
+`mlflow_worker` is a process that writes and reads every kind of data that MLflow stores.
+`worker_client` starts the worker process and sends requests to it.
+`expected_writes` stores the data that each stop wrote, and compares this data with the data that a later stop reads.
 """

@@ -1,4 +1,4 @@
-"""The data that each stop of a journey wrote, and the differences to the data that a later stop reads."""
+"""Compare the data that each stop of a drill wrote with the data that a later stop reads."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Sections = dict[str, dict[str, Any]]
-"""Kind of object → ID → MLflow's data about it."""
+"""The keys are the kinds of objects. Each value is a dict from an object's ID to MLflow's data about the object."""
 
 Key = tuple[str, str]
-"""(kind of object, ID)."""
+"""The kind and the ID of an object, as a pair."""
 
 LISTS_OF_LATEST = {"latest_version", "latest_versions"}
-"""Fields of a registered model that repeat its versions."""
+"""Fields of a registered model that repeat the data of its versions."""
 
 UNKNOWN_TO_OLDER = {"links"}
-"""Lists that a server returns empty if it does not know them, although it keeps them: the links of a span, which
-servers return since 3.13."""
+"""Lists that an older server stores but returns as empty lists. As of MLflow 3.13, servers return the links of
+spans."""
 
 NARROWEST = 5000
-"""An older release may return a text cut to the width of its column. From this width on, that is not a loss: the kept
-database has the whole text, and the next stop of the release that wrote it must return it."""
+"""If another release returns at least this number of a text's characters, the text is not lost. An older release may
+have a narrower column for the text. The kept database has the whole text, and the next stop with the release that wrote
+the text must return the whole text."""
 
 
 @dataclass(frozen=True)
 class Touched:
-    """Objects that earlier stops of the drill wrote and a later one changed or deleted on purpose."""
+    """Objects of earlier stops that a later stop of the drill changed or deleted on purpose."""
 
     changed: set[Key]
     deleted: set[Key]
@@ -33,7 +34,8 @@ class Touched:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference. `problem`: "missing", "back" (it was deleted) or "changed"; `stop`: the stop that wrote it."""
+    """A difference. `problem` is "missing", "changed", or "back" if a deleted object exists again. `stop` is the number
+    of the stop that wrote the object."""
 
     problem: str
     key: Key
@@ -51,14 +53,15 @@ class Difference:
 
 @dataclass
 class ExpectedWrites:
-    """`written`: for each stop, its release and the data read right after it wrote."""
+    """The data of all stops. `written` has the release of each stop, and all data that was read after the stop's
+    writes."""
 
     written: list[tuple[str, Sections]] = field(default_factory=list)
     changed: list[set[Key]] = field(default_factory=list)
     deleted: set[Key] = field(default_factory=set)
 
     def add(self, release: str, touched: Touched, read: Sections) -> set[Key]:
-        """Add a stop's changes and the data after it. Returns the new keys."""
+        """Add the changes of a stop, and the data that was read after the changes. Returns the new keys."""
         before = self._existing()
         self.changed.append(touched.changed)
         self.deleted |= touched.deleted
@@ -66,7 +69,8 @@ class ExpectedWrites:
         return {(section, key) for section, entries in read.items() for key in entries} - before
 
     def compare(self, release: str, now: Sections) -> list[Difference]:
-        """Compare the data of all earlier stops with what `release` reads now, for the kinds that it supports."""
+        """Compare the data of all earlier stops with `now`, the data that the server of this release returns. Only the
+        kinds of objects that `release` supports are compared."""
         found = []
         for number, (version, then) in enumerate(self.written):
             changed_since = set().union(*self.changed[number + 1 :])
@@ -86,11 +90,12 @@ class ExpectedWrites:
         return found
 
     def supported(self, now: Sections) -> set[Key]:
-        """Objects of earlier stops, not deleted, of the kinds in `now`."""
+        """The existing objects of earlier stops whose kinds the release supports. Supported kinds are keys of `now`."""
         return {key for key in self._existing() if key[0] in now}
 
     def unsupported(self, now: Sections) -> set[Key]:
-        """Objects of earlier stops, not deleted, of kinds that the release that read `now` does not support."""
+        """The existing objects of earlier stops whose kinds the release does not support. Supported kinds are keys of
+        `now`."""
         return {key for key in self._existing() if key[0] not in now}
 
     def _existing(self) -> set[Key]:
@@ -99,8 +104,8 @@ class ExpectedWrites:
 
 
 def differences(was: Any, found: Any, *, exact: bool, path: str = "") -> list[str]:
-    """Sentences about the differences of two values. Unless `exact`, fields that only one release has, lists that
-    one does not know, and shortened texts do not count as differences."""
+    """Describe each difference between two values in a sentence. If `exact` is false, three differences are ignored:
+    fields that only one release has, empty lists named in UNKNOWN_TO_OLDER, and texts that one release has cut."""
     if isinstance(was, dict) and isinstance(found, dict):
         only = sorted((set(was) ^ set(found)) - LISTS_OF_LATEST) if exact else []
         texts = [f"{path}/{key} exists only {'before' if key in was else 'now'}" for key in only]
@@ -123,7 +128,7 @@ def differences(was: Any, found: Any, *, exact: bool, path: str = "") -> list[st
 
 
 def leaves(answer: Any) -> int:
-    """Number of single values in nested data."""
+    """The number of single values in nested lists and dicts."""
     if isinstance(answer, dict):
         return sum(map(leaves, answer.values()))
     return sum(map(leaves, answer)) if isinstance(answer, list) else 1

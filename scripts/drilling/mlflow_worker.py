@@ -1,16 +1,16 @@
-"""Worker process: write and read every kind of data that MLflow stores, with the MLflow of the current interpreter.
+"""Worker process: write and read every kind of data that MLflow stores, with the interpreter's own MLflow release.
 
-Reads one JSON request per line on stdin, writes one JSON reply per line on stdout. Importing MLflow takes seconds, so
-one worker is used for a whole journey:
+The worker reads one JSON request per line from stdin, and writes one JSON reply per line to stdout. The import of
+MLflow takes seconds, so a whole drill uses one worker. The requests are:
 
-    ["write", URI, FOLDER, STOP]   write one object of each kind, for this stop of the journey; from the second stop on,
-                                   also change and delete objects of earlier stops.
-                                   → {"changed": [[section, id], …], "deleted": [[section, id], …]}
-    ["read", URI]                  → {section: {id: MLflow's data about it}}
+    ["write", URI, FOLDER, STOP]   Write one object of each kind for this stop. As of the second stop, also change and
+                                   delete objects of earlier stops.
+                                   Reply: {"changed": [[section, id], …], "deleted": [[section, id], …]}.
+    ["read", URI]                  Read all objects. Reply: {section: {id: MLflow's data about the object}}.
 
-URI is a server's or a database's; the stores of a database are opened here, and its artifacts go to FOLDER. Kinds that
-the release or the server does not support are neither written nor read. This file imports nothing of this project: the
-interpreter may belong to an environment with another release.
+URI is the URI of a server or a database. If URI names a database, the worker opens MLflow's stores without a server,
+and writes artifacts to FOLDER. The worker skips the kinds of data that the release or the server does not support. This
+file imports no other module of this project, because the interpreter may belong to another virtual environment.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def main() -> None:
 
 
 def disconnect() -> None:
-    """Close the connection pools of all stores that this process opened. The database step ends open sessions, and
-    MLflow's next query on such a connection would fail."""
+    """Close the connection pools of all stores that this process opened. The boot step `database` closes open sessions,
+    and MLflow's next query on a closed session would fail."""
     for store in [each for each in gc.get_objects() if type(each).__name__.startswith("SqlAlchemy")]:
         engine = getattr(store, "engine", None)
         if engine is not None:
@@ -108,7 +108,7 @@ def write(client: Any, folder: str, stop: str) -> Touched:
 
 @contextmanager
 def suppress_unknown() -> Iterator[None]:
-    """Ignore the errors of endpoints that an older server does not have."""
+    """Ignore the errors that an older server returns for unknown endpoints."""
     try:
         yield
     except MlflowException as error:
@@ -121,7 +121,7 @@ def is_unknown_endpoint(error: MlflowException) -> bool:
 
 
 def uses_server(client: Any) -> bool:
-    """Whether the client uses a server, not a database."""
+    """Whether the client is connected to a server and not to a database."""
     return str(client.tracking_uri).startswith("http")
 
 
@@ -131,7 +131,7 @@ def write_experiments(client: Any, folder: str, stop: str) -> str:
     client.set_experiment_tag(experiment, "mlflow.note.content", f"notes of {stop} with ünïcode, 'quotes' and\ttabs\\n")
     try:
         client.set_experiment_tag(experiment, "long", (f"wide {stop} " * 2000)[:19000])
-    except MlflowException as error:  # up to 3.16, values are limited to 5,000 characters
+    except MlflowException as error:  # up to MLflow 3.16, a tag's value has at most 5,000 characters
         if error.error_code != "INVALID_PARAMETER_VALUE":
             raise
         client.set_experiment_tag(experiment, "long", "x" * 4900)
@@ -225,7 +225,8 @@ def write_traces(client: Any, experiment: str, run: str, stop: str) -> str:
 
 
 def links_to(span: tuple[str, str] | None) -> dict[str, Any]:
-    """The argument of `start_span` that links to a span of another trace; {} in a release without links."""
+    """The arguments of `start_span` that link the new span to `span`, a span of another trace. The dict is empty if
+    `span` is None, or if the MLflow release has no links."""
     link = getattr(mlflow.entities, "Link", None)
     if span is None or link is None:
         return {}
@@ -240,7 +241,7 @@ def write_prompts(client: Any, experiment: str, run: str, trace: str, stop: str)
 
 
 def write_webhooks(client: Any, experiment: str, run: str, trace: str, stop: str) -> None:
-    # MLflow requires a public address; nothing listens at this one (RFC 7526).
+    # MLflow requires a public address. No server listens on 192.88.99.1 (RFC 7526).
     client.create_webhook(
         f"webhook-{stop}",
         "https://192.88.99.1/never-called",
@@ -388,7 +389,7 @@ def write_workspaces(client: Any, experiment: str, run: str, trace: str, stop: s
 
 
 def workspace_store(client: Any) -> Any:
-    """None where the release has no workspaces."""
+    """MLflow's store of workspaces, or None if the release has no workspaces."""
     try:
         return import_module("mlflow.store.workspace.sqlalchemy_store").SqlAlchemyStore(client.tracking_uri)
     except ImportError:
@@ -400,9 +401,9 @@ def job_store(client: Any) -> Any:
 
 
 def change_earlier_objects(client: Any, stop: str, touched: Touched) -> None:
-    """Change objects of the latest earlier stop: tag a run and delete its note, delete a run and a trace (a server only
-    marks the run), move an alias, change a model version's description, shorten an experiment's long tag at even
-    stops."""
+    """Change objects of the previous stop: set and delete tags of a run, log a metric, delete a run and a trace, move
+    an alias, and change a model version's description. If the number of earlier stops is even, also shorten the tag
+    `long` of an experiment. If the worker uses a server, the run is only marked as deleted."""
     earlier = sorted(
         (e for e in client.search_experiments(ViewType.ACTIVE_ONLY) if "stop" in e.tags), key=lambda e: e.creation_time
     )
@@ -524,7 +525,7 @@ def read(client: Any) -> dict[str, dict[str, Any]]:
 
 
 def of_databases(client: Any, store: Any, active: list[str]) -> dict[str, Callable[[], dict[str, Any]]]:
-    """The kinds that only a worker with a database writes."""
+    """Functions that read the kinds of objects that a worker writes only if it uses a database without a server."""
     sections: dict[str, Callable[[], dict[str, Any]]] = {}
     if has(store, "list_endpoint_bindings"):
         sections["bindings"] = lambda: {
@@ -603,7 +604,7 @@ def _pages(search: Any, *arguments: Any) -> list[Any]:
 
 
 def plain(thing: Any) -> Any:
-    """The value for JSON: attributes without leading underscores, NaN and infinities as text."""
+    """Convert a value for JSON. Attribute names lose leading underscores. NaN and infinite values become text."""
     if isinstance(thing, float):
         return thing if math.isfinite(thing) else str(thing)
     if thing is None or isinstance(thing, bool | int | str):

@@ -1,4 +1,4 @@
-"""Start a worker process with one release of MLflow, and let it write to and read from a server or a database."""
+"""Start a worker process with one release of MLflow. The worker writes and reads the data of a server or a database."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ WORKER = Path(__file__).with_name("mlflow_worker.py")
 
 
 class WorkerError(Exception):
-    """A request failed in the worker; the text is its traceback."""
+    """A request failed in the worker. The exception's text is the worker's traceback."""
 
 
 def without_mlflow(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without MLflow's variables, for a worker: MLflow stores the ID of the current experiment in its
-    own environment, and another database does not have that experiment."""
+    """The environment for a worker, without MLflow's variables. MLflow stores the ID of the current experiment in an
+    environment variable, and another database does not have this experiment."""
     return {name: value for name, value in environment.items() if not name.startswith("MLFLOW_")}
 
 
 class WorkerClient:
-    """Owns the worker process. `folder`: for the artifacts of a database's experiments; "" if a server stores them."""
+    """Owns the worker process. If the worker uses a database, `folder` is the folder for artifacts. If the worker uses
+    a server, `folder` is ""."""
 
     def __init__(self, python: Path, folder: str, environment: Mapping[str, str] | None = None):
         self._folder = folder
-        self._stderr = TemporaryFile()  # noqa: SIM115, as it stays open as long as the process runs
+        self._stderr = TemporaryFile()  # noqa: SIM115, because the file stays open until the process ends
         self._process = subprocess.Popen(
             [python, "-W", "ignore", WORKER],
             stdin=subprocess.PIPE,

@@ -1,11 +1,10 @@
-"""Classify three species of iris with a random forest; log the dataset and the confusion matrix.
+"""Classify three species of iris with a random forest, and log the dataset and the confusion matrix.
 
-Run it with the environment variables that `scripts/connect.py` prints:
+The example downloads no data, because scikit-learn contains the data (150 flowers, four measurements each). Run the
+example with the environment variables that `scripts/connect.py` prints:
 
     eval "$(scripts/connect.py)"
     .venv/bin/python scripts/examples/classification_iris.py
-
-The data (150 flowers, four measurements each) ships with scikit-learn; nothing is downloaded.
 """
 
 import mlflow

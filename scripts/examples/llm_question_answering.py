@@ -1,15 +1,14 @@
-"""Ask a language model questions with known answers, score its answers, and log all of them.
+"""Ask a language model questions with known answers, score the model's answers, and log the answers and the scores.
 
-Run it with the environment variables that `scripts/connect.py` prints, and an endpoint with OpenAI's
-chat-completions API (OpenAI, vLLM, Ollama, LiteLLM, …):
+Two Python functions compare each answer with the expected answer, so that no second model is needed as a judge. The
+example needs the environment variables that `scripts/connect.py` prints, and an endpoint with OpenAI's
+chat-completions API, such as OpenAI, vLLM, Ollama or LiteLLM:
 
     eval "$(scripts/connect.py)"
     export OPENAI_API_KEY=…                             # the endpoint's key
     export OPENAI_BASE_URL=http://localhost:11434/v1    # default: OpenAI's endpoint
     export OPENAI_MODEL=llama3.2                        # default: gpt-4o-mini
     .venv/bin/python scripts/examples/llm_question_answering.py
-
-Both scorers compare an answer with the expected one in Python, so no second model is needed as a judge.
 """
 
 import os
@@ -48,7 +47,7 @@ def main() -> None:
         return completion.choices[0].message.content or ""
 
     mlflow.set_experiment(EXPERIMENT)
-    mlflow.openai.autolog()  # adds the requests and responses of the model, and their tokens, to each trace
+    mlflow.openai.autolog()  # adds the model's requests and responses, and the numbers of tokens, to each trace
     with mlflow.start_run(run_name=MODEL):
         mlflow.log_params({"model": MODEL, "system_prompt": SYSTEM_PROMPT, "questions": len(GROUND_TRUTH)})
         evaluation = mlflow.genai.evaluate(
@@ -67,14 +66,14 @@ def main() -> None:
 
 @scorer
 def contains_ground_truth(outputs: str, expectations: dict[str, str]) -> bool:
-    """Whether the model's answer contains the expected words in order."""
+    """Whether the model's answer contains the words of the expected answer, in the same order and without gaps."""
     given, truth = words(outputs), words(expectations["expected_response"])
     return any(given[start : start + len(truth)] == truth for start in range(len(given)))
 
 
 @scorer
 def word_overlap(outputs: str, expectations: dict[str, str]) -> float:
-    """F1 score of the shared words (0 to 1), as in the SQuAD benchmark."""
+    """The F1 score of the shared words (0 to 1), as in the SQuAD benchmark."""
     given, truth = words(outputs), words(expectations["expected_response"])
     shared = (Counter(given) & Counter(truth)).total()
     return 2 * shared / (len(given) + len(truth)) if shared else 0.0
@@ -85,7 +84,7 @@ def words(text: str) -> list[str]:
 
 
 def results_table(evaluated: pd.DataFrame) -> pd.DataFrame:
-    """One row per question: question, expected answer, the model's answer, scores."""
+    """A table with one row per question: the question, the expected answer, the model's answer and the scores."""
     questions = evaluated["request"].map(lambda request: request["question"])
     return pd.DataFrame(
         {

@@ -1,11 +1,10 @@
 """Predict the progression of diabetes after a year with a random forest, and register the model.
 
-Run it with the environment variables that `scripts/connect.py` prints:
+The example downloads no data, because scikit-learn contains the data (442 patients, ten measurements each). Run the
+example with the environment variables that `scripts/connect.py` prints:
 
     eval "$(scripts/connect.py)"
     .venv/bin/python scripts/examples/regression_diabetes.py
-
-The data (442 patients, ten measurements each) ships with scikit-learn; nothing is downloaded.
 """
 
 import mlflow
@@ -30,7 +29,7 @@ def main() -> None:
     with mlflow.start_run(run_name="random-forest"):
         mlflow.log_params(PARAMS)
 
-        # With warm_start, each step adds twenty trees to the forest, so the metric has a value per step.
+        # With warm_start, each step adds twenty trees to the forest, so that the metric has one value per step.
         forest = RandomForestRegressor(**PARAMS, warm_start=True)
         for trees in range(TREES_PER_STEP, PARAMS["n_estimators"] + 1, TREES_PER_STEP):
             forest.set_params(n_estimators=trees).fit(train_x, train_y)
@@ -51,7 +50,7 @@ def main() -> None:
 
     loaded = mlflow.pyfunc.load_model(f"models:/{REGISTERED_MODEL}/{logged.registered_model_version}")
     np.testing.assert_allclose(loaded.predict(test_x), predicted)
-    print(f"{REGISTERED_MODEL} version {logged.registered_model_version}: loaded again, it makes the same predictions")
+    print(f"{REGISTERED_MODEL} version {logged.registered_model_version}: the loaded model makes the same predictions")
 
 
 if __name__ == "__main__":

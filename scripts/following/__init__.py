@@ -1,1 +1,1 @@
-"""The parts of follow.py: the patch (`proposal`), the page."""
+"""The modules of follow.py: `proposal` makes the patch, and `page` makes the report page."""

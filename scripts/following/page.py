@@ -16,7 +16,8 @@ LAST_LINES = 25
 
 @dataclass(frozen=True)
 class Step:
-    """A command that was run. `status` is its exit status; None if it was left out, and `why` is the reason."""
+    """One command of the test. `status` is the command's exit status, or None if the command was skipped. If the
+    command was skipped, `why` is the reason."""
 
     name: str
     command: str
@@ -35,7 +36,8 @@ class Step:
 def page(
     before: Mapping[str, Any], after: Mapping[str, Any], steps: Sequence[Step], patch: str, notes: list[str]
 ) -> str:
-    """Markdown: new features, fallbacks, the steps, and the proposed patch with the evidence for each part."""
+    """The report page in Markdown: fallbacks, new features, the steps, and the proposed patch with the evidence for
+    each part."""
     new_posts = {path: text for path, text in after["posts"].items() if path not in before["posts"]}
     gone_posts = sorted(before["posts"].keys() - after["posts"].keys())
     migrations = {key: line for key, line in after["migrations"].items() if key not in before["migrations"]}
@@ -69,7 +71,7 @@ def page(
     if after["different"]:
         lines += [
             "",
-            f"## Evidence: sources that differ from every compared release, as a diff from {before['version']}",
+            f"## Evidence: sources that differ from all tested releases, as a diff from {before['version']}",
         ]
         for name in after["different"]:
             old, new = (each["sources"][name]["text"].splitlines() for each in (before, after))
@@ -79,7 +81,7 @@ def page(
 
 
 SHOWN_ALWAYS = ("drill", "bench", "comparison")
-"""Steps whose last lines are on the page even if they pass."""
+"""For these steps, the page always contains the last lines of the log, even if the step passed."""
 
 
 def fenced(lines: list[str], language: str) -> list[str]:

@@ -1,13 +1,13 @@
-"""The parts of scripts/images.py.
+"""The modules of scripts/images.py.
 
-catalog     images of an account and region: descriptions, tags, names
-record      the facts of an image, stored in Systems Manager
-channels    which image a channel names, and its history
-claims      why an image must stay: instances, channels, stacks, PostgreSQL majors
-listing     list, show
-comparing   diff
-promoting   promote, and the drills that it requires
-retiring    deprecate, retire, sweep
-copying     copy to other regions
-sharing     share, unshare
+`catalog` reads the images of one account and region, with the images' descriptions, tags and names.
+`record` stores the facts of an image in Systems Manager.
+`channels` reads and sets the image that a channel names, and reads the channel's history.
+`claims` finds the reasons why an image must stay: instances, channels, stacks and PostgreSQL major versions.
+`listing` contains the commands `list` and `show`.
+`comparing` contains the command `diff`.
+`promoting` contains the command `promote`, and records the drills that this command requires.
+`retiring` contains the commands `deprecate`, `retire` and `sweep`.
+`copying` contains the command `copy`, which copies images to other regions.
+`sharing` contains the commands `share` and `unshare`.
 """

@@ -1,5 +1,4 @@
-"""This project's images in one account and region: EC2's descriptions, tags, and look-up by the name that a user
-gives."""
+"""This project's images in one account and region: read EC2's descriptions and tags, and find an image by a name."""
 
 from __future__ import annotations
 
@@ -19,30 +18,32 @@ if TYPE_CHECKING:
 
 OURS = "mlflow-ami:image-version"
 FINISHED = "mlflow-ami:format"
-"""Written last: an image with this tag is complete."""
+"""The key of the tag that is written after all other tags, so every image with this tag is complete."""
 DRILL = "mlflow-ami:drill:"
-"""Start of a tag that records a passed drill; the rest is the image version of the other image of the drill."""
+"""A tag that records a passed drill has a key with this prefix. The rest of the key is the version of the drill's other
+image."""
 STACK = "mlflow-ami:stack:"
-"""Start of the key of a tag that infra/ writes at `pulumi up`. The rest of the key is the stack's name; the value is
-the ID of the stack's data volume."""
+"""The tag that `pulumi up` writes has a key with this prefix. The rest of the key is the stack's name, and the value of
+the tag is the ID of the stack's data volume."""
 FALLBACK_SEPARATOR = " / "
 TAG_LENGTH = 256
 SOON = timedelta(minutes=5)
-"""EC2 refuses a time in the past and rounds to minutes, so the time of deprecation is slightly in the future."""
+"""An image counts as deprecated if its deprecation time is at most 5 minutes in the future. `deprecate` sets a time
+in the near future, because EC2 refuses times in the past and rounds to minutes."""
 NAMED = (
     "image_version", "git_commit", "git_dirty", "source_ami", "os", "architecture", "mlflow_version", "migration_head",
     "migration_count", "postgresql_major", "python_version", "launch_revision", "disk_used_mib",
 )  # fmt: skip
-"""The facts that are also tags, so that they can be read without starting the image."""
+"""The facts that are also stored as tags, so that scripts can read these facts without starting the image."""
 
 
 class ImageRefused(Exception):
-    """A verb was refused; the text is one sentence with the reason and the remedy."""
+    """A command of images.py was refused. The exception's text is one sentence with the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A region of an account, with a function that returns the client of a service there."""
+    """A region of an account. `client` returns a client for an AWS service in this region."""
 
     region: str
     client: Callable[[str], Any]
@@ -68,56 +69,58 @@ class Image:
     snapshots: tuple[str, ...]
     architecture: str = "x86_64"
     deprecated: str = ""
-    """The time from which it is deprecated; "" if it is not."""
+    """The deprecation time of the image, or "" if the image is not deprecated."""
     gib: int = 0
-    """Size of its volume."""
+    """The size of the image's volumes in GiB."""
 
     @property
     def finished(self) -> bool:
-        """Whether it is complete: the tag mlflow-ami:format is written last."""
+        """Whether the image is complete. A complete image has the tag mlflow-ami:format, which is written last."""
         return FINISHED in self.tags
 
     @property
     def usable(self) -> bool:
-        """Whether a stack can launch it."""
+        """Whether a stack can launch this image."""
         return self.finished and self.state == "available"
 
     @property
     def kept(self) -> bool:
-        """Whether it has the tag mlflow-ami:keep, set by a user."""
+        """Whether a user has set the tag mlflow-ami:keep on the image."""
         return "mlflow-ami:keep" in self.tags
 
     @property
     def version(self) -> str:
-        """Image version: the time of its bake. A copy in another region has the same version."""
+        """The image version, which is the start time of the bake. Copies of an image keep the version of the image."""
         return self.tags.get(OURS, "")
 
     @property
     def fallbacks(self) -> list[str]:
-        """Features that its MLflow release does not support (mlflow_host.bake.fallbacks)."""
+        """The features that the image's MLflow release does not support (mlflow_host.bake.fallbacks)."""
         tag = self.tags.get("mlflow-ami:fallbacks", "")
         return tag.split(FALLBACK_SEPARATOR) if tag else []
 
     @property
     def drills(self) -> dict[str, str]:
-        """The drills that it passed: the other image's version → when and where."""
+        """The passed drills of this image. Each key is the version of the drill's other image. Each value is a text
+        with the drill's time, operating system and architecture."""
         return {key.removeprefix(DRILL): value for key, value in self.tags.items() if key.startswith(DRILL)}
 
     def fact(self, name: str) -> str:
-        """A fact from its tags; "?" if it has no fact of that name."""
+        """The value of a fact from the image's tags, or "?" if no tag has this fact."""
         return self.tags.get(f"mlflow-ami:{name}", "?")
 
 
 def fact_tags(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Tags with the part of image.json that must be readable without starting the image, except the format's tag."""
+    """The tags with the facts that scripts read without starting the image. The tag mlflow-ami:format is not one of
+    these tags."""
     without = {"mlflow-ami:fallbacks": fallbacks_tag(facts["fallbacks"])} if facts.get("fallbacks") else {}
     known = {f"mlflow-ami:{name.replace('_', '-')}": tag_value(facts[name]) for name in NAMED if name in facts}
     return known | without
 
 
 def fallbacks_tag(fallbacks: list[dict[str, str]]) -> str:
-    """The fallbacks, in the characters and the length that AWS allows in a tag's value. The reasons are in image.json
-    only."""
+    """The fallbacks as a tag's value, with the characters and the length that AWS allows. Only image.json contains the
+    reasons."""
     text = FALLBACK_SEPARATOR.join(re.sub(r"[^\w +=.:/@-]", "", entry["what"]) for entry in fallbacks)
     return text if len(text) <= TAG_LENGTH else f"{text[: TAG_LENGTH - 4]} ..."
 
@@ -127,7 +130,7 @@ def tag_value(fact: Any) -> str:
 
 
 def tags_of(resource: Mapping[str, Any]) -> dict[str, str]:
-    """A resource's tags as a dict."""
+    """The tags of an AWS resource as a dict."""
     return {tag["Key"]: tag["Value"] for tag in resource.get("Tags", [])}
 
 
@@ -137,8 +140,8 @@ def as_tags(tags: Mapping[str, str]) -> list[Any]:
 
 
 def find(ec2: EC2Client, tags: Mapping[str, str] | None = None) -> list[Image]:
-    """This account's images made by bake.py that carry `tags`, newest first; unfinished, deprecated and disabled ones
-    too."""
+    """This account's images that bake.py made and that have `tags`, newest first. The list includes unfinished,
+    deprecated and disabled images."""
     filters: list[FilterTypeDef] = [{"Name": f"tag:{key}", "Values": [value]} for key, value in (tags or {}).items()]
     filters.append({"Name": "tag-key", "Values": [OURS]})
     found = ec2.describe_images(Owners=["self"], Filters=filters, IncludeDeprecated=True, IncludeDisabled=True)
@@ -163,12 +166,12 @@ def read(image: ImageTypeDef) -> Image:
 
 
 def created(text: str) -> datetime:
-    """EC2's time of creation; the earliest time if there is none."""
+    """Convert a time from EC2 to a datetime. An empty text gives the earliest possible time."""
     return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else datetime.min.replace(tzinfo=UTC)
 
 
 def accepted(call: Any, gone: str, **arguments: Any) -> bool:
-    """Call EC2; False if AWS returns that the resource does not exist (an error code that starts with `gone`)."""
+    """Call EC2. Returns False if AWS's error code starts with `gone`, because the resource does not exist."""
     try:
         call(**arguments)
     except ClientError as error:
@@ -179,6 +182,6 @@ def accepted(call: Any, gone: str, **arguments: Any) -> bool:
 
 
 def named(found: list[Image], wanted: str) -> Image | None:
-    """The image with this ID, name or image version; of several copies the newest finished one."""
+    """The image with the ID, name or version `wanted`. If several copies match, returns the newest finished copy."""
     same = [image for image in found if wanted and wanted in (image.id, image.name, image.version)]
     return next((image for image in same if image.finished), next(iter(same), None))

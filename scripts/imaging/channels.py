@@ -1,6 +1,7 @@
-"""Channels: parameters in Systems Manager of data type aws:ec2:image, each with the ID of one image.
+"""Channels. A channel is a parameter in Systems Manager with the data type aws:ec2:image and the ID of one image.
 
-A stack with the setting `channel` looks it up at preview. Systems Manager keeps the last hundred values of a parameter.
+If a stack has the setting `channel`, `pulumi preview` reads the channel's parameter. Systems Manager keeps the last
+hundred values of a parameter.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ NAME = r"[a-z][a-z0-9-]{0,39}"
 
 @dataclass(frozen=True)
 class Promotion:
-    """A value that a channel had."""
+    """One value in the history of a channel."""
 
     image: str
     at: str
@@ -29,7 +30,7 @@ class Promotion:
 
 
 def parameter(channel: str) -> str:
-    """The full name of a channel's parameter. Raises ImageRefused."""
+    """The full name of a channel's parameter. Raises ImageRefused if the channel's name is not valid."""
     if not re.fullmatch(NAME, channel) or channel.startswith("ami-"):
         raise ImageRefused(
             f"{channel!r} is not the name of a channel: use up to 40 lower-case letters, digits and hyphens, as in "
@@ -39,13 +40,13 @@ def parameter(channel: str) -> str:
 
 
 def read(ssm: SSMClient) -> dict[str, str]:
-    """The channels of a region: name → image ID."""
+    """The channels of a region, as a dict from the channel's name to its image ID."""
     pages = ssm.get_paginator("get_parameters_by_path").paginate(Path=ROOT)
     return {each["Name"].removeprefix(f"{ROOT}/"): each["Value"] for page in pages for each in page["Parameters"]}
 
 
 def write(ssm: SSMClient, channel: str, image_id: str) -> None:
-    """Set the channel to an image; the previous value stays in the parameter's history."""
+    """Set the channel to an image. The previous value stays in the parameter's history."""
     ssm.put_parameter(
         Name=parameter(channel),
         Description="mlflow-ami: the image of a channel, set by scripts/images.py promote",
@@ -57,7 +58,7 @@ def write(ssm: SSMClient, channel: str, image_id: str) -> None:
 
 
 def history(ssm: SSMClient, channel: str) -> list[Promotion]:
-    """The values that a channel had, newest first."""
+    """The history of a channel's values. The newest value is first."""
     pages = ssm.get_paginator("get_parameter_history").paginate(Name=parameter(channel))
     found = [each for page in pages for each in page["Parameters"]]
     found.sort(key=lambda each: each["Version"], reverse=True)

@@ -1,8 +1,8 @@
-"""Why an image must stay: instances that run it, channels that name it, stacks that can roll back to it.
+"""The reasons why an image must stay: instances run the image, channels name it, or stacks can roll back to it.
 
-`pulumi up` tags the image that it launches with the stack's name and data volume. The tag stays when the stack changes
-to another image, so the tagged images are those that the stack can roll back to. A stack whose data volume is deleted
-does not count.
+`pulumi up` tags the launched image with the stack's name and data volume. The tag stays on the image when the stack
+changes to another image. Therefore a stack can roll back to every image that has the stack's tag. A stack whose data
+volume is deleted needs no image.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from scripts.imaging.catalog import STACK, Image, Place, find, tags_of
 
 @dataclass(frozen=True)
 class Claims:
-    """The users of the images of one region, by which an image must stay."""
+    """The instances, channels and stacks in one region that need images."""
 
     running: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Image ID → the instances that run it, with the names of their stacks."""
+    """A dict from an image ID to the instances that run the image, with the names of their stacks."""
     channels: Mapping[str, str] = field(default_factory=dict)
-    """Channel → image ID."""
+    """A dict from a channel to its image ID."""
     current: Mapping[str, str] = field(default_factory=dict)
-    """Stack → the image of its last `pulumi up`."""
+    """A dict from a stack to the image of its last `pulumi up`."""
     volumes: Mapping[str, str] = field(default_factory=dict)
-    """Stack → its data volume."""
+    """A dict from a stack to its data volume."""
     architectures: Mapping[str, str] = field(default_factory=dict)
-    """Image ID → its architecture, for the existing images."""
+    """A dict from the ID of each existing image to its architecture."""
 
     def channels_of(self, image: Image) -> list[str]:
         return sorted(name for name, held in self.channels.items() if held == image.id)
 
     def stacks_of(self, image: Image) -> list[str]:
-        """The stacks that ran this image and still exist."""
+        """The existing stacks that run or ran this image."""
         tagged = {key.removeprefix(STACK): value for key, value in image.tags.items() if key.startswith(STACK)}
         return sorted(stack for stack, volume in tagged.items() if self.volumes.get(stack) == volume)
 
@@ -42,12 +42,13 @@ class Claims:
         return [stack for stack in self.stacks_of(image) if self.current.get(stack) != image.id]
 
     def architecture_of(self, stack: str) -> str:
-        """The architecture of the image of the stack's last `pulumi up`; "" if that image is deleted."""
+        """The architecture of the stack's current image, or "" if this image is deleted. The current image is the image
+        of the last `pulumi up`."""
         return self.architectures.get(self.current.get(stack, ""), "")
 
 
 def read(place: Place) -> Claims:
-    """Look up the users of the images of a region."""
+    """Find the instances, channels and stacks of a region that need images."""
     running: dict[str, list[str]] = {}
     for page in place.ec2.get_paginator("describe_instances").paginate():
         for instance in (each for reservation in page["Reservations"] for each in reservation["Instances"]):
@@ -69,31 +70,31 @@ def read(place: Place) -> Claims:
 
 
 def objections(image: Image, others: list[Image], claims: Claims) -> list[str]:
-    """Why this image must stay while `others` exist, one sentence per reason. None for an unfinished image without
-    instances."""
+    """The reasons why this image must stay, one sentence per reason. The images `others` could replace this image. The
+    list is empty if the image can be deleted."""
     reasons = []
     if by := claims.running.get(image.id):
         reasons.append(f"it runs on {', '.join(by)}: launch another image there first")
     if names := claims.channels_of(image):
-        reasons.append(f"the channel {' and '.join(names)} names it: promote another image to it first")
+        reasons.append(f"the channel {' and '.join(names)} names it: promote another image to the channel first")
     if image.kept:
         reasons.append("it has the tag mlflow-ami:keep: remove the tag first")
     if not image.finished:
         return reasons
     left = [each for each in others if each.usable and each.id != image.id]
     for stack in claims.rollbacks_of(image):
-        # An image of another architecture also needs another instance type, so it does not take the place of this one.
+        # An image of another architecture needs another instance type, so such an image cannot replace this image.
         fit = {image.architecture, claims.architecture_of(stack)}
         if not any(stack in claims.rollbacks_of(each) and each.architecture in fit for each in left):
             reasons.append(
-                f"it is the last image that the stack {stack} can roll back to on {image.architecture}: launch another "
+                f"it is the last {image.architecture} image to which the stack {stack} can roll back: launch another "
                 f"image there, and keep it for some time"
             )
     major = image.fact("postgresql-major")
     same = [each for each in left if (each.fact("postgresql-major"), each.architecture) == (major, image.architecture)]
     if major != "?" and not same:
         reasons.append(
-            f"it is the only image with PostgreSQL {major} for {image.architecture}, and no other can read such a data "
-            "volume: bake another one first"
+            f"it is the only image with PostgreSQL {major} for {image.architecture}, and no other image can read data "
+            "volumes of this version: bake another image first"
         )
     return reasons

@@ -1,4 +1,4 @@
-"""Verb `diff`: the changes from one image to another: data, packages and settings."""
+"""Command `diff` of scripts/images.py: the changes of data, packages and settings from one image to another image."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from scripts.imaging.listing import used_mib
 SETTINGS = Path(__file__).resolve().parents[2] / "infra" / "Pulumi.yaml"
 COMPARED = ("mlflow-version", "postgresql-major", "os", "architecture", "python-version", "launch-revision")
 SHOWN = 40
-"""Maximum number of packages or vulnerabilities of a kind in the text."""
+"""The maximum number of packages of one kind, and of vulnerabilities, that the text output lists."""
 
 Facts = Mapping[str, Any]
 
 
 def diff(a: Image, b: Image, a_facts: Facts | None, b_facts: Facts | None, database: str | None) -> dict[str, Any]:
-    """The differences as JSON. The facts are the images' records, None without a record; `database` is OSV's address,
-    None for no look-up."""
+    """The differences between two images, as the JSON document of `diff`. `a_facts` and `b_facts` come from the images'
+    records; None means that the image has no record. If `database`, OSV's URL, is None, OSV is not queried."""
     old, new = a_facts or {}, b_facts or {}
     return {
         "from": about(a),
@@ -65,7 +65,7 @@ def about(image: Image) -> dict[str, str]:
 
 
 def schema(a: Image, b: Image, old: Facts, new: Facts) -> dict[str, Any]:
-    """The change of the schema, and the data that a rollback to `a` would leave in the kept database."""
+    """The changes of the database schema, and the data that a rollback to `a` would leave in the kept database."""
     heads = [a.fact("migration-head"), b.fact("migration-head")]
     known = "tables" in old and "tables" in new
     before, after = dict(old.get("tables", {})), dict(new.get("tables", {}))
@@ -94,7 +94,7 @@ def schema(a: Image, b: Image, old: Facts, new: Facts) -> dict[str, Any]:
 
 
 def direction(a: Image, b: Image) -> str:
-    """upgrade, rollback or same: of `b` after `a`."""
+    """The kind of the change from `a` to `b`: "upgrade", "rollback" or "same"."""
     counts = [int(text) if (text := image.fact("migration-count")).isdigit() else 0 for image in (a, b)]
     if a.fact("migration-head") == b.fact("migration-head"):
         return "same"
@@ -102,7 +102,8 @@ def direction(a: Image, b: Image) -> str:
 
 
 def columns(before: Mapping[str, list[str]], after: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """The columns that `after` has and `before` lacks, in tables of both. Or values, by column."""
+    """The columns that are only in `after`, for the tables that are in both schemas. The function can also compare the
+    values of enumerations; then the keys are columns and not tables."""
     more = {table: [each for each in after[table] if each not in before[table]] for table in after if table in before}
     return {table: names for table, names in sorted(more.items()) if names}
 
@@ -120,7 +121,8 @@ def packages(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, A
 
 
 def vulnerabilities(old: Facts, new: Facts, database: str | None) -> dict[str, Any]:
-    """Known vulnerabilities that are removed and added, by OSV; {"unknown": reason} if OSV cannot be queried."""
+    """The known vulnerabilities that only one of the images has, from OSV. The result is {"unknown": reason} if OSV
+    cannot be queried."""
     if database is None:
         return {"unknown": "they were not looked up (--no-vulnerabilities)"}
     if not old.get("packages") or not new.get("packages"):
@@ -147,7 +149,7 @@ def vulnerabilities(old: Facts, new: Facts, database: str | None) -> dict[str, A
 
 
 def installed(facts: Facts) -> set[audit.Package]:
-    """The packages of an image by OSV's names: for a distribution, the source packages."""
+    """The packages of an image with the names that OSV uses: for a distribution, the names of the source packages."""
     distribution, _, release = str(facts["os"]).partition(" ")
     ecosystem = audit.ecosystem(distribution, release)
     found = set()
@@ -159,7 +161,7 @@ def installed(facts: Facts) -> set[audit.Package]:
 
 
 def launch_keys(a: Image, b: Image) -> dict[str, Any]:
-    """The keys of the launch document that one image reads and the other ignores, with the settings behind them."""
+    """The keys of the launch document that only one of the two images reads, and the settings that write these keys."""
     revisions = [int(text) if (text := image.fact("launch-revision")).isdigit() else 1 for image in (a, b)]
     known = keys()
     added = [name for name, since in known.items() if revisions[0] < since <= revisions[1]]
@@ -175,7 +177,7 @@ def launch_keys(a: Image, b: Image) -> dict[str, Any]:
 
 
 def keys() -> dict[str, int]:
-    """The keys of the launch document as table.key → the revision that added them."""
+    """A dict from each key of the launch document, as table.key, to the revision that added the key."""
     types = typing.get_type_hints(launch.LaunchDocument)
     return {
         f"{table.name}.{key.name}": int(key.metadata["since"])
@@ -187,7 +189,8 @@ def keys() -> dict[str, int]:
 
 
 def settings_of(names: Iterable[str]) -> list[str]:
-    """The stack's settings behind these keys: named as the key, or as table and key together."""
+    """The stack's settings that write these keys of the launch document. The name of a setting consists of the key, or
+    of the table and the key."""
     declared = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))["config"]
     tried = [(camel(name.partition(".")[2]), camel(name.replace(".", "_"))) for name in names]
     return [next(each for each in pair if each in declared) for pair in tried if set(pair) & declared.keys()]
@@ -201,7 +204,7 @@ def camel(name: str) -> str:
 
 
 def describe(found: Mapping[str, Any]) -> str:
-    """The document of `diff` as readable text."""
+    """The JSON document of `diff` as readable text."""
     a, b = found["from"], found["to"]
     lines = [
         f"{a['id']} → {b['id']}",
@@ -223,14 +226,14 @@ def describe(found: Mapping[str, Any]) -> str:
     sizes = [f"{each} MiB" if each else "unknown" for each in found["used_mib"]]
     lines.append(f"Size: {sizes[0]} → {sizes[1]}")
     for image in found["unknown"]:
-        lines.append(f"{image} has no record of its packages and tables: it was baked before records were kept.")
+        lines.append(f"{image} has no record of its packages and tables: it was baked before records existed.")
     return "\n".join(lines)
 
 
 def schema_lines(schema: Mapping[str, Any]) -> list[str]:
     heads = schema["heads"]
     if schema["direction"] == "same":
-        return [f"Schema: the same, {heads[0]}; nothing to migrate, and a rollback leaves nothing in the kept database"]
+        return [f"Schema: unchanged, {heads[0]}; no migration, and a rollback leaves no data in the kept database"]
     lines = [f"Schema: {schema['direction']} {heads[0]} → {heads[1]}"]
     if not schema["known"]:
         return [*lines, "  the changes of tables and columns are not recorded"]
@@ -287,7 +290,7 @@ def launch_lines(found: Mapping[str, Any]) -> list[str]:
     if found["settings_ignored"]:
         lines.append(f"  settings that are ignored: {', '.join(found['settings_ignored'])}")
     if found["newer_than_this_checkout"]:
-        lines.append("  one image is newer than this checkout, which cannot name all of its keys")
+        lines.append("  one image is newer than this checkout, so the list of its keys is incomplete")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Verb `copy`: the same image in another region, with its tags, its record and its encryption."""
+"""Command `copy` of scripts/images.py: copy an image to another region, with its tags, record and encryption."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ def copy(
     say: Callable[[str], None],
     pause: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Copy the image to another region and wait for it; returns the copy. Idempotent: an interrupted copy is
-    continued. The tag mlflow-ami:format is written last. Raises ImageRefused."""
+    """Copy the image to another region, wait until the copy is available, and return a summary. Raises ImageRefused.
+
+    A repeated call continues an interrupted copy. The tag mlflow-ami:format marks a finished copy and is written last.
+    """
     require_usable(image)
     if to.region == source.region:
         raise ImageRefused(f"{image.id} is in {to.region} already: name another region with --to")
@@ -53,8 +55,8 @@ def copy(
 
 
 def start(source: Place, image: Image, to: Place, tags: dict[str, str], key: dict[str, Any]) -> str:
-    """Begin the copy; returns its ID. The tag with the image version is set from the start, so that the copy can be
-    found."""
+    """Start the copy and return the copy's image ID. The tag with the image version is set at the start, so that a
+    repeated call finds the unfinished copy."""
     copied = to.ec2.copy_image(
         SourceImageId=image.id,
         SourceRegion=source.region,
@@ -68,7 +70,8 @@ def start(source: Place, image: Image, to: Place, tags: dict[str, str], key: dic
 
 
 def wait(to: Place, made: str, say: Callable[[str], None], pause: Callable[[float], None]) -> list[str]:
-    """Wait until the copy is available; returns its snapshots. Raises ImageRefused when it fails or takes an hour."""
+    """Wait until the copy is available, and return the IDs of its snapshots. Raises ImageRefused if the copy fails, or
+    if the copy takes longer than 1 h."""
     said = ""
     for _ in range(LIMIT // SECONDS):
         description: Any = to.ec2.describe_images(ImageIds=[made])["Images"][0]
@@ -89,7 +92,8 @@ def wait(to: Place, made: str, say: Callable[[str], None], pause: Callable[[floa
 
 
 def key_for(source: Place, image: Image, to: Place, kms_key: str | None) -> dict[str, Any]:
-    """The arguments of CopyImage that keep the encryption. Raises ImageRefused for a customer's key of one region."""
+    """Return CopyImage's arguments for the encryption of the copy. Raises ImageRefused if the image's key exists only
+    in the region of the image."""
     found: list[Any] = source.ec2.describe_snapshots(SnapshotIds=list(image.snapshots))["Snapshots"]
     encrypted = [each for each in found if each.get("Encrypted")]
     if not encrypted:
@@ -108,7 +112,7 @@ def key_for(source: Place, image: Image, to: Place, kms_key: str | None) -> dict
 
 
 def customer_key(place: Place, key: str | None) -> str | None:
-    """The ARN of the key if a customer manages it; None for the key that AWS manages for EBS."""
+    """Return the ARN of a customer-managed key, or None for the key that AWS manages for EBS."""
     if not key:
         return None
     try:

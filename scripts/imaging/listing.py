@@ -1,4 +1,4 @@
-"""Verbs `list` and `show`: the content of an image, why it must stay, and its cost."""
+"""Commands `list` and `show` of scripts/images.py: print an image's content, its cost and the reasons to keep it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scripts.imaging.catalog import STACK, Image, Place, created, find
 from scripts.imaging.claims import Claims
 
 SNAPSHOT_USD = 0.05
-"""Price of a GB-month of EBS snapshots in us-east-1, as in infra/README.md. Regions differ by some 10 %."""
+"""Price of one GB-month of EBS snapshots in us-east-1, as in infra/README.md. Prices vary by about 10 % by region."""
 
 
 def overview(place: Place) -> list[dict[str, Any]]:
@@ -41,13 +41,14 @@ def summary(image: Image, known: Claims, region: str) -> dict[str, Any]:
 
 
 def used_mib(image: Image) -> int | None:
-    """The content of its volume, which is about the size of a full snapshot; None for images that did not record it."""
+    """Return the MiB in use on the image's volume, which is about the size of a full snapshot. Returns None if the
+    image's tag mlflow-ami:disk-used-mib is missing."""
     text = image.tags.get("mlflow-ami:disk-used-mib", "")
     return int(text) if text.isdigit() else None
 
 
 def line(each: dict[str, Any]) -> str:
-    """An image on one line: ID, age, content, size, and every reason to keep it."""
+    """Describe an image on one line: ID, age, content, size, and every reason to keep the image."""
     tags = each["tags"]
     marks = [
         *(f"runs on {instance}" for instance in each["running"]),
@@ -88,7 +89,7 @@ def of_json(each: dict[str, Any]) -> Image:
 
 
 def details(place: Place, image: Image) -> dict[str, Any]:
-    """Everything about one image as JSON: summary, facts, packages, log of the bake, and the channels' history."""
+    """Return everything about one image as JSON: summary, facts, packages, path of the bake log, channel history."""
     known = claims.read(place)
     facts, build = record.read(place.ssm, image.version), record.build(image.version)
     return summary(image, known, place.region) | {
@@ -101,7 +102,7 @@ def details(place: Place, image: Image) -> dict[str, Any]:
 
 
 def describe(each: dict[str, Any]) -> str:
-    """The document of `details` as text."""
+    """Format the JSON of `details` as text."""
     image = of_json(each)
     tags = {
         tag.removeprefix("mlflow-ami:"): value for tag, value in image.tags.items() if tag.startswith("mlflow-ami:")

@@ -1,8 +1,8 @@
-"""The record of an image: its image.json, stored in Systems Manager.
+"""The record of an image: its image.json, stored in parameters of AWS Systems Manager.
 
-Tags hold the facts that a launch needs. The rest (packages, migrations, tables) is packed into a few standard
-parameters of 4 KiB, which cost nothing: /mlflow-ami/facts/<image version>/<part>-of-<parts>. So two images can be
-compared from any machine.
+Tags hold the facts that a launch needs. All facts, with packages, migrations and tables, are compressed into a few
+standard parameters of 4 KiB, which are free of charge: /mlflow-ami/facts/<image version>/<part>-of-<parts>. These
+records make it possible to compare two images from any machine.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 BUILDS = Path(__file__).resolve().parents[2] / "build" / "bake"
 ROOT = "/mlflow-ami/facts"
 PART = 4000
-"""Characters in a parameter; a standard one holds 4096."""
+"""Maximum number of a record's characters in one parameter. A standard parameter holds at most 4096 characters."""
 AT_ONCE = 10
 """Maximum number of parameters that DeleteParameters accepts."""
 
 
 def folder(version: str) -> str:
-    """The path of a record's parameters."""
+    """Return the path of a record's parameters."""
     return f"{ROOT}/{version}"
 
 
@@ -47,10 +47,10 @@ def write(ssm: SSMClient, facts: dict[str, Any]) -> None:
 
 
 def reserve(ssm: SSMClient, version: str, bake_id: str) -> None:
-    """Store a parameter that marks the image as being baked; `release` deletes it.
+    """Store a parameter that marks the image as being baked; `release` deletes the parameter.
 
-    A bake calls this before Packer starts: without ssm:PutParameter it would fail at its end. Raises ClientError, with
-    the code ParameterAlreadyExists if another bake has the version.
+    A bake calls this function before Packer starts. If the permission ssm:PutParameter is missing, the bake thus fails
+    before Packer starts. Raises ClientError; the code is ParameterAlreadyExists if another bake has the version.
     """
     ssm.put_parameter(
         Name=f"{folder(version)}/baking",
@@ -61,25 +61,26 @@ def reserve(ssm: SSMClient, version: str, bake_id: str) -> None:
 
 
 def release(ssm: SSMClient, version: str) -> None:
-    """Delete the parameter of `reserve`. Idempotent."""
+    """Delete the parameter that `reserve` stored. Idempotent."""
     ssm.delete_parameters(Names=[f"{folder(version)}/baking"])
 
 
 def reserved(ssm: SSMClient) -> dict[str, str]:
-    """The image versions that `reserve` stored and `release` did not delete, each with the ID of its bake."""
+    """Return a dict from each reserved image version to the ID of the bake that reserved the version."""
     pages = ssm.get_paginator("get_parameters_by_path").paginate(Path=ROOT, Recursive=True)
     found = {each["Name"]: each["Value"] for page in pages for each in page["Parameters"]}
     return {name.split("/")[-2]: value for name, value in found.items() if name.endswith("/baking")}
 
 
 def parts_of(ssm: SSMClient, version: str) -> dict[str, str]:
-    """The parameters of a record: name → value."""
+    """Return the parameters of a record, as a dict from name to value."""
     pages = ssm.get_paginator("get_parameters_by_path").paginate(Path=folder(version))
     return {each["Name"]: each["Value"] for page in pages for each in page["Parameters"]}
 
 
 def read(ssm: SSMClient, version: str) -> dict[str, Any] | None:
-    """The facts of an image: of its record, else of its bake on this machine; None if neither exists completely."""
+    """Return the facts of an image from its record. If the record is missing or incomplete, return the facts from the
+    bake's folder on this machine. Returns None if the record is damaged, or if record and folder are missing."""
     numbered = {}
     for name, value in parts_of(ssm, version).items():
         if found := re.fullmatch(r".*/(\d+)-of-(\d+)", name):
@@ -96,7 +97,7 @@ def read(ssm: SSMClient, version: str) -> dict[str, Any] | None:
 
 
 def delete(ssm: SSMClient, version: str) -> list[str]:
-    """Delete a record; returns the names of its parameters. Idempotent."""
+    """Delete a record and return the names of its parameters. Idempotent."""
     names = sorted(parts_of(ssm, version))
     for start in range(0, len(names), AT_ONCE):
         ssm.delete_parameters(Names=names[start : start + AT_ONCE])
@@ -104,8 +105,8 @@ def delete(ssm: SSMClient, version: str) -> list[str]:
 
 
 def build(version: str) -> Path | None:
-    """The folder of the image's bake on this machine, with its log; None if it was baked elsewhere or the folder was
-    deleted."""
+    """Return the folder of the image's bake on this machine, which contains the log. Returns None if the image was
+    baked on another machine or the folder was deleted."""
     for path in BUILDS.glob("*/facts.json"):
         try:
             if json.loads(path.read_text(encoding="utf-8")).get("image_version") == version:

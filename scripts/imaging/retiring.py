@@ -1,4 +1,4 @@
-"""Verbs `deprecate`, `retire` and `sweep`: take images out of use, and delete them with their snapshots."""
+"""Commands `deprecate`, `retire` and `sweep` of scripts/images.py: disable or delete images that are not needed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from mypy_boto3_ssm import SSMClient
 
 STALE = timedelta(hours=6)
-"""No bake runs longer than this: older builders and unfinished images are leftovers."""
+"""Builder instances and unfinished images that are older than 6 hours are leftovers, because no bake runs longer."""
 KEY_PAIR = "mlflow-ami-bake-"
-"""Start of the name of a bake's key pair; the bake's ID follows."""
+"""Name prefix of a bake's key pair. The bake's ID follows the prefix."""
 
 
 def require_free(image: Image, others: list[Image], known: Claims, verb: str) -> None:
-    """Raises ImageRefused with every reason why the image must stay."""
+    """If there are reasons to keep the image, raise ImageRefused with all reasons."""
     if reasons := claims.objections(image, others, known):
         raise ImageRefused(f"{image.id} ({image.name}) cannot be {verb}: {'; '.join(reasons)}")
 
 
 def deprecate(place: Place, image: Image, *, undo: bool, dry_run: bool) -> list[str]:
-    """Mark the image as deprecated, or reverse that; returns what was done. Idempotent. Raises ImageRefused."""
+    """Deprecate the image. With `undo`, end the deprecation. Returns the changes. Idempotent. Raises ImageRefused."""
     if bool(image.deprecated) is not undo:
         return []
     if undo:
@@ -42,8 +42,8 @@ def deprecate(place: Place, image: Image, *, undo: bool, dry_run: bool) -> list[
 
 
 def retire(place: Place, image: Image, *, undo: bool, for_good: bool, dry_run: bool) -> list[str]:
-    """Deprecate and disable the image; with `undo` reverse both; with `for_good` delete a disabled one with its
-    snapshots and its record. Returns what was done. Idempotent. Raises ImageRefused."""
+    """Deprecate and disable the image. With `undo`, reverse both changes. With `for_good`, delete a disabled image,
+    its snapshots and its record. Returns the changes as sentences. Idempotent. Raises ImageRefused."""
     if undo:
         done = []
         if image.state == "disabled":
@@ -64,7 +64,7 @@ def retire(place: Place, image: Image, *, undo: bool, for_good: bool, dry_run: b
         if not dry_run:
             place.ec2.disable_image(ImageId=image.id)
         done.append(
-            f"{image.id} is disabled: no stack can launch it, and accounts that it was shared with lose it; "
+            f"{image.id} is disabled: no stack can launch it, and it is not shared with other accounts any more; "
             "retire --undo enables it again, retire --delete deletes it"
         )
     return done
@@ -75,7 +75,7 @@ def planned(image: Image) -> list[str]:
 
 
 def delete(ec2: EC2Client, ssm: SSMClient, image: Image) -> list[str]:
-    """Deregister an image, then delete its snapshots and its record; returns what was deleted. Idempotent."""
+    """Deregister an image, then delete its snapshots and its record. Returns the deleted resources. Idempotent."""
     deleted = []
     if accepted(ec2.deregister_image, "InvalidAMIID", ImageId=image.id):
         deleted.append(f"image {image.id}")
@@ -88,9 +88,9 @@ def delete(ec2: EC2Client, ssm: SSMClient, image: Image) -> list[str]:
 
 
 def superfluous(found: list[Image], known: Claims, keep: int, older_than: timedelta, now: datetime) -> list[Image]:
-    """Images to delete, oldest first: finished ones older than `older_than` that are not among the newest `keep` of
-    their architecture, and unfinished ones of ended bakes; never one for which `claims.objections` gives a reason to
-    stay without the others."""
+    """Return the images to delete, oldest first: finished images older than `older_than`, and unfinished images of
+    ended bakes. The newest `keep` finished images of each architecture stay. An image also stays if `claims.objections`
+    returns a reason to keep the image; `claims.objections` gets only the images that are not chosen for deletion."""
     newest = {
         image.id
         for architecture in {image.architecture for image in found}
@@ -107,7 +107,7 @@ def superfluous(found: list[Image], known: Claims, keep: int, older_than: timede
 
 
 def orphans(ec2: EC2Client, found: list[Image]) -> list[str]:
-    """IDs of snapshots of this project's deleted images."""
+    """Return the IDs of this project's snapshots whose images are deleted."""
     kept = {snapshot for image in found for snapshot in image.snapshots}
     pages = ec2.get_paginator("describe_snapshots").paginate(
         OwnerIds=["self"], Filters=[{"Name": "tag-key", "Values": [OURS]}]
@@ -117,7 +117,8 @@ def orphans(ec2: EC2Client, found: list[Image]) -> list[str]:
 
 
 def stale_builders(ec2: EC2Client, now: datetime) -> list[str]:
-    """IDs of builder instances whose bake has ended, for example because the computer that ran it was switched off."""
+    """Return the IDs of builder instances whose bakes have ended without cleanup. A bake ends without cleanup if, for
+    example, the computer that runs Packer is switched off."""
     pages = ec2.get_paginator("describe_instances").paginate(
         Filters=[{"Name": "tag-key", "Values": ["mlflow-ami:bake"]}]
     )
@@ -132,7 +133,8 @@ def stale_builders(ec2: EC2Client, now: datetime) -> list[str]:
 
 
 def ended(bake_id: str, now: datetime) -> bool:
-    """Whether the bake of this ID can no longer run: an ID begins with the time of its bake."""
+    """Return whether the bake with this ID has ended. The ID begins with the start time of the bake, and no bake runs
+    longer than `STALE`."""
     try:
         return datetime.strptime(bake_id.partition("-")[0], "%Y%m%dt%H%M%Sz").replace(tzinfo=UTC) < now - STALE
     except ValueError:
@@ -140,14 +142,15 @@ def ended(bake_id: str, now: datetime) -> bool:
 
 
 def abandoned(place: Place, now: datetime) -> tuple[list[str], list[str]]:
-    """Leftovers of killed bakes: names of their key pairs, and image versions that they reserved."""
+    """Return the leftovers of killed bakes: the names of their key pairs, and their reserved image versions."""
     pairs = [each["KeyName"] for each in place.ec2.describe_key_pairs()["KeyPairs"]]
     keys = [name for name in pairs if name.startswith(KEY_PAIR) and ended(name.removeprefix(KEY_PAIR), now)]
     return keys, sorted(version for version, bake in record.reserved(place.ssm).items() if ended(bake, now))
 
 
 def sweep(place: Place, keep: int, older_than: timedelta, dry_run: bool) -> list[str]:
-    """Delete the superfluous resources and return them; with `dry_run` only return them. Idempotent."""
+    """Delete superfluous images and leftovers of bakes, and return the names of the deleted resources. If `dry_run` is
+    true, delete nothing. Idempotent."""
     now, ec2 = datetime.now(UTC), place.ec2
     found = find(ec2)
     going = superfluous(found, claims.read(place), keep, older_than, now)
@@ -171,7 +174,7 @@ def sweep(place: Place, keep: int, older_than: timedelta, dry_run: bool) -> list
             try:
                 accepted(ec2.delete_snapshot, "InvalidSnapshot.NotFound", SnapshotId=snapshot)
             except ClientError as error:
-                # An image that is being made or copied has its snapshot before EC2 describes it.
+                # During CreateImage and CopyImage, the snapshot exists before EC2 describes the image.
                 if error.response["Error"]["Code"] != "InvalidSnapshot.InUse":
                     raise
     return swept

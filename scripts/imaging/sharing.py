@@ -1,4 +1,4 @@
-"""Verbs `share` and `unshare`: let other accounts launch an image, or no longer."""
+"""Commands `share` and `unshare` of scripts/images.py: allow or forbid other accounts to launch an image."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from scripts.imaging.copying import customer_key
 from scripts.imaging.promoting import require_usable
 
 KEY_ACTIONS = ["kms:CreateGrant", "kms:Decrypt", "kms:DescribeKey", "kms:ReEncrypt*"]
-"""The rights on the key that an account needs to launch a shared image ("Share an AMI", EC2 User Guide)."""
+"""To launch a shared image, an account needs these permissions on the KMS key ("Share an AMI", EC2 User Guide)."""
 
 
 def share(place: Place, image: Image, accounts: list[str], *, undo: bool, dry_run: bool) -> dict[str, Any]:
-    """Add, or with `undo` remove, the accounts' permissions on the image and its snapshots; returns what changed and
-    what must be granted on a customer's key. Idempotent. Raises ImageRefused."""
+    """Give the accounts permissions on the image and its snapshots; with `undo`, remove these permissions. Returns the
+    accounts whose permissions changed, and the statements that must be added to the policies of customer-managed keys.
+    Idempotent. Raises ImageRefused."""
     for account in accounts:
         if not re.fullmatch(r"\d{12}", account):
             raise ImageRefused(f"{account!r} is not the ID of an AWS account: give its twelve digits")
@@ -26,7 +27,7 @@ def share(place: Place, image: Image, accounts: list[str], *, undo: bool, dry_ru
     if not undo and None in keys:
         raise ImageRefused(
             f"{image.id} is encrypted with AWS's own key for EBS, which other accounts cannot use: bake with "
-            "--kms-key, or copy it to another region with --kms-key, and share that"
+            "--kms-key, or copy it to another region with --kms-key, and share the new image"
         )
     shared = shared_with(place, image)
     changing = [account for account in accounts if (account in shared) is undo]
@@ -56,13 +57,13 @@ def shared_with(place: Place, image: Image) -> list[str]:
 
 
 def keys_of(place: Place, image: Image) -> list[str | None]:
-    """The keys of the image's encrypted snapshots: ARNs of customers' keys, None for AWS's own."""
+    """Return the key of each encrypted snapshot: the ARN of a customer-managed key, or None for AWS's own key."""
     found: list[Any] = place.ec2.describe_snapshots(SnapshotIds=list(image.snapshots))["Snapshots"]
     return [customer_key(place, each.get("KmsKeyId")) for each in found if each.get("Encrypted")]
 
 
 def statement(key: str, accounts: list[str]) -> dict[str, Any]:
-    """The statement that the key's policy needs."""
+    """Return the statement that must be added to the key's policy."""
     partition = key.split(":")[1]
     return {
         "Sid": "LaunchSharedImages",

@@ -1,4 +1,4 @@
-"""Command line of the local cloud."""
+"""Command line of the local cloud: `python -m scripts.local_cloud`."""
 
 from __future__ import annotations
 

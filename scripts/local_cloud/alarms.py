@@ -1,8 +1,8 @@
-"""CloudWatch alarms: evaluate them. moto stores alarms but never changes their state.
+"""Evaluate CloudWatch alarms, because moto stores alarms but never changes their state.
 
-As in CloudWatch, a statistic over each of the last periods is compared with the threshold. A period without data is
-treated as the alarm defines. A change of state is published to the alarm's SNS topics. Alarms on anomalies,
-percentiles, expressions and other alarms are not evaluated.
+Like CloudWatch, this module compares the alarm's statistic in each of the last periods with the threshold. The alarm's
+setting TreatMissingData applies to periods without data. A change of state is published to the alarm's SNS topics.
+Composite alarms and alarms on anomalies, percentiles or expressions are not evaluated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STATISTICS = ("SampleCount", "Average", "Sum", "Minimum", "Maximum")
 
 
 def settle() -> bool:
-    """Update the state of every alarm from its metric; True if one changed. Call with the API lock held."""
+    """Update every alarm's state from its metric. Returns whether a state changed. The caller holds the API lock."""
     regions: Any = cloudwatch_backends[ACCOUNT]
     changed = False
     for backend in list(regions.values()):
@@ -43,12 +43,12 @@ def settle() -> bool:
 
 
 def recent(backend: CloudWatchBackend, alarm: Alarm, now: datetime) -> list[float | None]:
-    """The alarm's statistic over each evaluated period, newest first; None for a period without data."""
+    """Return the alarm's statistic over each evaluated period, newest first; None for a period without data."""
     period = timedelta(seconds=int(alarm.period))
     dimensions: Any = [{"Name": each.name, "Value": each.value} for each in alarm.dimensions]
     found: list[float | None] = []
     for index in range(int(alarm.evaluation_periods)):
-        end = now - index * period + timedelta(seconds=1)  # includes data of the current second
+        end = now - index * period + timedelta(seconds=1)  # include data of the current second
         start = end - period
         points = backend.get_metric_statistics(
             alarm.namespace, alarm.metric_name, start, end, 2 * int(alarm.period), [alarm.statistic], dimensions
@@ -59,7 +59,7 @@ def recent(backend: CloudWatchBackend, alarm: Alarm, now: datetime) -> list[floa
 
 
 def state_of(alarm: Alarm, values: list[float | None]) -> str:
-    """The alarm's state for the values of the last periods."""
+    """Return the alarm's state for the values of the last periods."""
     missing = alarm.treat_missing_data or "missing"
     known = [value for value in values if value is not None]
     if not known and missing in ("missing", "ignore"):
@@ -74,7 +74,7 @@ def state_of(alarm: Alarm, values: list[float | None]) -> str:
 
 
 def turn(alarm: Alarm, state: str, values: list[float | None]) -> None:
-    """Change the alarm's state and notify the topics for that state."""
+    """Change the alarm's state and publish the change to the SNS topics that the alarm has for the new state."""
     before = alarm.state_value
     reason = f"{alarm.metric_name}: {', '.join(map(str, values))}; the threshold is {alarm.threshold}"
     alarm.update_state(reason, "{}", state)

@@ -1,4 +1,5 @@
-"""The HTTP server of the AWS APIs: permissions, then moto, one request at a time; saves moto's records."""
+"""The HTTP server of the AWS APIs. For one request at a time, the server checks the permissions, calls moto, and saves
+moto's records."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ class Api:
         lock: threading.RLock,
         changed: Callable[[], None],
     ) -> None:
-        """`lock` is the API lock; `changed` is called after each request that may have changed a record."""
+        """`lock` is the API lock. `changed` is called after each request that may have changed a record."""
         self.places = places
         self.roles = roles
         self.ports = (allotment.api_port, allotment.s3_port, allotment.s3_tls_port)
@@ -42,13 +43,13 @@ class Api:
         self.bucket_settings = BucketSettings(allotment, self.app, roles.refusal, lock, lambda: moto_state.save(places))
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        """Handle one request; the records are saved before the response is sent."""
+        """Handle one request. Changed records are saved before the response is sent."""
         length = int(environ.get("CONTENT_LENGTH") or 0)
         body = environ["wsgi.input"].read(length) if length else b""
         environ["wsgi.input"] = io.BytesIO(body)
         if reason := signatures.of_a_page(environ, self.ports):
             return _refused(environ, permissions.Denial("AccessDenied", reason), start_response)
-        if s3_bucket_settings.MARK in environ:  # the object store verifies these requests
+        if s3_bucket_settings.MARK in environ:  # the object store verified it
             return self._answer_for_store(environ, body, start_response)
         action, parameters = parse(environ, body)
         asked = permissions.read(environ, body, action, parameters)
@@ -78,7 +79,8 @@ class Api:
         return [answer.body]
 
     def record_call(self, agent: str, action: str) -> None:
-        """Log programs and their calls, for the test that compares them with the policy for operators."""
+        """Log which program sent the request, and the requested action. A test compares the logged actions with the IAM
+        policy for operators."""
         program = re.search(r"Packer|aws-cli|Boto3|terraform-provider-aws|aws-sdk-go", agent)
         call = f"{program[0] if program else 'another'} {action}"
         if call not in self.called:
@@ -88,7 +90,7 @@ class Api:
 
 
 class RequestHandler(MotoRequestHandler):
-    """moto's request handler without a log line per request."""
+    """moto's request handler without the log line for each request."""
 
     protocol_version = "HTTP/1.1"
 
@@ -103,7 +105,7 @@ def _refused(environ: dict[str, Any], refused: permissions.Denial, start_respons
 
 
 def parse(environ: dict[str, Any], body: bytes) -> tuple[str, dict[str, str]]:
-    """The action of a request ("" for REST services) and its parameters."""
+    """Return the action of a request ("" for REST services) and the request's parameters."""
     if target := environ.get("HTTP_X_AMZ_TARGET"):
         return str(target).rpartition(".")[2], {}
     parameters = dict(parse_qsl(environ.get("QUERY_STRING", "")))
@@ -113,7 +115,7 @@ def parse(environ: dict[str, Any], body: bytes) -> tuple[str, dict[str, str]]:
 
 
 def changes(action: str, method: str) -> bool:
-    """Whether a request may change a record."""
+    """Return whether a request may change a record."""
     if action:
         return not action.startswith(READ_ONLY)
     return method not in ("GET", "HEAD", "OPTIONS")

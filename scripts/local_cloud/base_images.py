@@ -1,7 +1,7 @@
-"""Source images: the equivalent of Canonical's Ubuntu server image on AWS, made here with mmdebstrap.
+"""mmdebstrap builds the source images of the local cloud, which replace Canonical's Ubuntu server image on AWS.
 
-A base is a minimal server system with cloud-init, SSH and sudo. Its login user is `ubuntu`, by cloud-init's own
-`default_user`, so that a template written for Ubuntu works.
+A base is a minimal server system with cloud-init, SSH and sudo. cloud-init's `default_user` sets the login user
+`ubuntu`, so that a Packer template for Ubuntu works.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PACKAGES = (
     *("psmisc", "python3", "rsync", "sudo", "systemd", "systemd-sysv", "tzdata", "udev", "unattended-upgrades", "wget"),
     "xz-utils",
 )
-"""Packages of a cloud server image that bake and boot require."""
+"""The bake and the boot require these packages, which are part of a cloud server image."""
 
 
 TELL_SECONDS = 20
@@ -57,7 +57,7 @@ class Base:
     mirror: str
     keyring: str
     series: str
-    """The AMI's name without its end."""
+    """Start of the AMI's name. `ami_name` appends the revision `RECIPE`."""
     description: str
     architecture: str = "x86_64"
 
@@ -113,8 +113,8 @@ UBUNTU_KEYRING = (
     "http://archive.ubuntu.com/ubuntu/pool/main/u/ubuntu-keyring/ubuntu-keyring_2023.11.28.1_all.deb",
     "36de43b15853ccae0028e9a767613770c704833f82586f28eb262f0311adb8a8",
 )
-"""The package with the keys of Ubuntu's archive, which Debian does not have, and its SHA-256. The fingerprint of the
-newest key is F6EC B376 2474 EDA9 D21B  7022 8719 20D1 991B C93C."""
+"""URL and SHA-256 of the package with the signing keys of Ubuntu's archive. Debian does not include these keys. The
+fingerprint of the newest key is F6EC B376 2474 EDA9 D21B  7022 8719 20D1 991B C93C."""
 
 CLOUD_CONFIG = """\
 # Use the EC2 instance metadata service as the only data source.
@@ -141,11 +141,11 @@ system_info:
 
 
 EMULATOR = Path("/proc/sys/fs/binfmt_misc/qemu-aarch64")
-"""Exists if the kernel starts programs for arm64 with qemu-user."""
+"""This file exists if the kernel runs arm64 programs with qemu-user."""
 
 UNDER_QEMU = """\
-# qemu-user cannot start a process in a new mount namespace, in which systemd sets up credentials, and does not know all
-# of netlink, by which systemd sets up the loopback device of a private network.
+# These settings fail under qemu-user: systemd needs a new mount namespace to set up credentials, and parts of netlink
+# to set up the loopback device of a private network.
 [Service]
 PrivateNetwork=no
 LoadCredential=
@@ -157,19 +157,20 @@ SetCredentialEncrypted=
 AUTHORITY = "local-cloud/authority.crt"
 TRUSTED = "/etc/ssl/certs/ca-certificates.crt"
 TRUST = f"""\
-# The local cloud has a certificate authority of its own. The system trusts it; botocore uses its own list without this.
+# The system trusts the local cloud's certificate authority. botocore trusts this authority only with AWS_CA_BUNDLE.
 [Manager]
 DefaultEnvironment=AWS_CA_BUNDLE={TRUSTED}
 """
 
 RECIPE = 2
-"""Revision of the source images, part of their names: increase it when their content changes."""
+"""Revision of the source images. The name of each source image contains the revision. Increase the revision when the
+content of the source images changes."""
 
 
 def build(places: Places, base: Base, tell: Callable[[str], None]) -> Path:
-    """Make the base's file system, ready to become a layer, and return its folder.
+    """Build the base's file system in a folder that can become a layer, and return the folder.
 
-    Raises LocalCloudError with the end of mmdebstrap's output; the folder is then removed.
+    If mmdebstrap fails, the folder is removed and LocalCloudError contains the end of mmdebstrap's output.
     """
     if shutil.which("mmdebstrap") is None:
         raise LocalCloudError("mmdebstrap is not installed: apt-get install mmdebstrap")
@@ -197,7 +198,7 @@ def build(places: Places, base: Base, tell: Callable[[str], None]) -> Path:
 
 
 def _mmdebstrap(command: list[str], log_path: Path, tell: Callable[[str], None]) -> int:
-    """Run mmdebstrap and return its exit status. Logs each stage, and every minute that it still runs."""
+    """Run mmdebstrap and return its exit status. Prints each stage, and a line after 20 seconds without a new stage."""
     started = told = time.monotonic()
     with log_path.open("wb") as log, log_path.open(encoding="utf-8", errors="replace") as reader:
         running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
@@ -221,8 +222,8 @@ def _mmdebstrap(command: list[str], log_path: Path, tell: Callable[[str], None])
 
 
 def keyring_of(base: Base, scratch: Path) -> Path:
-    """The keys of the base's archive. Where Ubuntu's are not installed, downloads them to `scratch`. Raises
-    LocalCloudError."""
+    """Return the file with the signing keys of the base's package archive. If Ubuntu's keys are not installed on this
+    host, the function downloads the keys to `scratch`. Raises LocalCloudError."""
     installed = Path(base.keyring)
     if installed.exists() or "ubuntu" not in base.mirror:
         return installed
@@ -252,7 +253,7 @@ def _command(base: Base, keyring: Path, target: Path) -> list[str]:
 
 
 def _sources(base: Base) -> list[str]:
-    """Lines of sources.list: the release with its updates and security fixes."""
+    """Return the lines of sources.list: the release, its updates and its security fixes."""
     components = base.components.replace(",", " ")
     security = "http://security.ubuntu.com/ubuntu" if "ubuntu" in base.mirror else f"{base.mirror}-security"
     return [
@@ -263,9 +264,9 @@ def _sources(base: Base) -> list[str]:
 
 
 def finish(root: Path) -> None:
-    """Prepare the installed system as an image: remove the identity, configure cloud-init."""
+    """Turn the installed system into an image: remove its machine ID and host keys, and configure cloud-init."""
     (root / "etc/cloud/cloud.cfg.d/90_ec2.cfg").write_text(CLOUD_CONFIG)
-    # Debian 13's unit waits for udev events of network cards; udev does not run here.
+    # On Debian 13, the unit of cloud-init's module install_hotplug waits for udev, which does not run in machines.
     modules = root / "etc/cloud/cloud.cfg"
     modules.write_text(re.sub(r"(?m)^ *- install[-_]hotplug\n", "", modules.read_text()))
     (root / "etc/machine-id").write_text("")
@@ -284,7 +285,7 @@ def finish(root: Path) -> None:
 
 
 def require_emulator(base: Base) -> None:
-    """Raise LocalCloudError if the base is for arm64 and this machine does not run its programs."""
+    """Raise LocalCloudError if the base is for arm64 and this machine cannot run arm64 programs."""
     if base.architecture != "arm64":
         return
     flags = re.search(r"(?m)^flags: (\S*)", EMULATOR.read_text()) if EMULATOR.exists() else None
@@ -297,7 +298,7 @@ def require_emulator(base: Base) -> None:
 
 
 def prepare_for_qemu(root: Path) -> None:
-    """Reset the settings of the distribution's units with which they do not start under qemu-user."""
+    """Reset the settings in the distribution's systemd units that fail under qemu-user."""
     units = root / "usr/lib/systemd/system"
     for unit in units.glob("*.service"):
         if not unit.is_symlink() and re.search(r"(?m)^((Load|Set)Credential|PrivateNetwork=)", unit.read_text()):
@@ -307,7 +308,7 @@ def prepare_for_qemu(root: Path) -> None:
 
 
 def trust(root: Path, certificate: str) -> None:
-    """Add a certificate authority to those of the system and botocore. Raises LocalCloudError."""
+    """Make the image's system and botocore trust a certificate authority. Raises LocalCloudError."""
     shipped = root / "usr/share/ca-certificates" / AUTHORITY
     shipped.parent.mkdir(parents=True, exist_ok=True)
     shipped.write_text(certificate)
@@ -324,7 +325,7 @@ def trust(root: Path, certificate: str) -> None:
 
 
 def choose(name: str) -> Base:
-    """The base of that name. Raises LocalCloudError for an unknown name."""
+    """Return the base with this name. Raises LocalCloudError if the name is unknown."""
     if name not in BASES:
         raise LocalCloudError(f"no base named {name!r}: choose one of {', '.join(BASES)}")
     return BASES[name]

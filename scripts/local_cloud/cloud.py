@@ -1,4 +1,4 @@
-"""LocalCloud: start, stop and use one embedded cloud."""
+"""The class LocalCloud, which starts, stops and uses one embedded cloud."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ TOOLS = {
     "losetup": "mount",
     "nginx": "nginx-light",
 }
-"""Programs the cloud runs, and the Debian package of each."""
+"""Programs that the cloud runs, each with its Debian package."""
 
 
 class LocalCloud:
-    """One embedded cloud, identified by its state folder. Contains paths only: the cloud's processes are separate."""
+    """One embedded cloud, identified by its state folder. This object contains only paths and owns no process."""
 
     def __init__(self, state_dir: Path | str | None = None, tell: Callable[[str], None] | None = None) -> None:
-        """`tell` is called with lines of progress; default: print to stderr."""
+        """`tell` is called with each line of progress. By default, the progress is printed to stderr."""
         self.places = Places(Path(state_dir).absolute() if state_dir else default_state_dir())
         self.tell = tell or base_images.tell_on_stderr
 
@@ -54,7 +54,7 @@ class LocalCloud:
 
     @property
     def allotment(self) -> Allotment:
-        """Raises LocalCloudError if the cloud was never started."""
+        """The cloud's number, ports and keys. Raises LocalCloudError if the cloud was never started."""
         allotment = read_allotment(self.places)
         if allotment is None:
             raise LocalCloudError(f"there is no local cloud in {self.places.root}: start one with `local_cloud up`")
@@ -66,7 +66,7 @@ class LocalCloud:
 
     @property
     def s3_endpoint(self) -> str:
-        """S3's HTTPS endpoint; its certificate is signed by `s3_authority`."""
+        """S3's HTTPS endpoint, whose certificate is signed by `s3_authority`."""
         return self.allotment.s3_endpoint
 
     @property
@@ -76,7 +76,7 @@ class LocalCloud:
 
     @property
     def s3_authority(self) -> str:
-        """Certificate, in PEM, of the authority that signed the object store's."""
+        """PEM certificate of the authority that signed the object store's certificate."""
         return object_store_ca.authority_file(self.places).read_text()
 
     @property
@@ -84,7 +84,7 @@ class LocalCloud:
         return self.allotment.region
 
     def environment(self) -> dict[str, str]:
-        """Variables that make any AWS client use this cloud."""
+        """Return environment variables that make any AWS client use this cloud."""
         allotment = self.allotment
         return {
             "AWS_ENDPOINT_URL": allotment.endpoint,
@@ -98,7 +98,7 @@ class LocalCloud:
         }
 
     def client(self, service: str, **options: Any) -> Any:
-        """A boto3 client of `service` in this cloud."""
+        """Return a boto3 client for `service` in this cloud."""
         allotment = self.allotment
         settings: dict[str, Any] = {
             "endpoint_url": allotment.s3_endpoint if service == "s3" else allotment.endpoint,
@@ -114,7 +114,7 @@ class LocalCloud:
     # Starting and stopping
 
     def up(self) -> None:
-        """Start what is not running: the object store, then the daemon, which starts the machines again.
+        """Start the object store and the daemon if they are not running. The daemon restarts the machines at its start.
 
         Idempotent. Raises LocalCloudError with the remedy.
         """
@@ -141,8 +141,8 @@ class LocalCloud:
         )
 
     def _hand_over(self) -> None:
-        """Make the sudo user the owner of the files that clients read: the keys and the certificate of the
-        authority."""
+        """Make the sudo user the owner of the files that clients read: the access keys and the authority's
+        certificate."""
         for path in (self.places.allotment, object_store_ca.ensure(self.places)):
             invoker.hand_over(path)
 
@@ -150,7 +150,8 @@ class LocalCloud:
         return read_allotment(self.places) is not None and self._answers()
 
     def source_ami(self, base: str = "debian12") -> str:
-        """The AMI ID of a source image, which is made if absent; its owner is Canonical's account, 099720109477."""
+        """Return the AMI ID of a source image of Canonical's account, 099720109477. If the source image does not exist,
+        the function builds it first."""
         chosen = base_images.choose(base)
         for image in self.client("ec2").describe_images(Owners=["099720109477"])["Images"]:
             if image["Name"] == chosen.ami_name:
@@ -160,13 +161,13 @@ class LocalCloud:
             return self.register_source_image(chosen.ami_name, chosen.description, made, chosen.architecture)
 
     def register_source_image(self, name: str, description: str, made: Path, architecture: str = "x86_64") -> str:
-        """Turn a folder in `places.making` into a public image of Canonical's account; returns its AMI ID."""
+        """Turn a folder in `places.making` into a public image of Canonical's account, and return the AMI ID."""
         return str(
             self._order("register", name=name, description=description, made=str(made), architecture=architecture)
         )
 
     def down(self) -> None:
-        """Stop machines, daemon and object store. All data stays, and `up` starts them again. Idempotent."""
+        """Stop the machines, the daemon and the object store. All data stays for the next `up`. Idempotent."""
         allotment = read_allotment(self.places)
         if allotment is None:
             return
@@ -183,7 +184,7 @@ class LocalCloud:
         object_store.stop(self.places)
 
     def purge(self) -> None:
-        """`down`, then delete the state folder. Idempotent."""
+        """End all processes of the cloud, then delete its state folder. Idempotent."""
         allotment = read_allotment(self.places)
         if allotment is not None:
             with self._locked():
@@ -196,7 +197,7 @@ class LocalCloud:
             file_systems.delete_tree(self.places.root)
 
     def status(self) -> dict[str, Any]:
-        """The running processes, and the stored images, volumes and buckets."""
+        """Return the cloud's state and endpoints. If the cloud is up, also return the instances, images and volumes."""
         allotment = read_allotment(self.places)
         if allotment is None:
             return {"state": "absent", "state_dir": str(self.places.root)}
@@ -216,13 +217,13 @@ class LocalCloud:
     # Access to machines
 
     def console_output(self, instance_id: str) -> str:
-        """The machine's console output since its last start."""
+        """Return the machine's console output since its last start."""
         return machines.console_text(self.places.machines / instance_id / "console.log")
 
     def exec(
         self, instance_id: str, argv: Sequence[str], *, input: str | None = None, timeout: float = 120
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program as root in a machine. Raises LocalCloudError if the machine does not run."""
+        """Run a program as root in a machine. Raises LocalCloudError if the machine is not running."""
         return subprocess.run(
             machines.enter_command(self._pid(instance_id), argv),
             input=input,
@@ -233,13 +234,14 @@ class LocalCloud:
         )
 
     def exec_or_none(self, instance_id: str, argv: Sequence[str]) -> int | None:
-        """Exit status of a program in a machine, None while the machine does not run or does not answer."""
+        """Run a program in a machine, and return the program's exit status. Returns None if the machine is off or does
+        not respond."""
         with contextlib.suppress(LocalCloudError, subprocess.TimeoutExpired):
             return self.exec(instance_id, argv, timeout=10).returncode
         return None
 
     def shell_command(self, instance_id: str, argv: Sequence[str] = ("/bin/bash", "-l")) -> list[str]:
-        """The command that opens a terminal in a machine as root. Raises LocalCloudError like `exec`."""
+        """Return the command that opens a root shell in a machine. Raises LocalCloudError if the machine is off."""
         return machines.enter_command(self._pid(instance_id), argv)
 
     def _pid(self, instance_id: str) -> int:
@@ -254,7 +256,7 @@ class LocalCloud:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """One up, down or purge at a time."""
+        """Hold the lock file, so that only one `up`, `down` or `purge` runs at a time."""
         invoker.make_private_folder(self.places.root)
         with (self.places.root / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -286,7 +288,7 @@ class LocalCloud:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
         except (OSError, ValueError):
             return None
-        # A daemon of an earlier checkout has the module name `local_cloud.daemon`.
+        # In earlier checkouts, the daemon's module was named `local_cloud.daemon`.
         words = arguments.split(b"\0")
         ours = os.fsencode(self.places.root) in words and any(word.endswith(b"local_cloud.daemon") for word in words)
         return pid if ours else None
@@ -307,7 +309,7 @@ class LocalCloud:
         try:
             self._order("ping", timeout=5)
         except PermissionError:
-            # The control socket belongs to root, but the file with the keys may be readable for this user.
+            # Only root can open the control socket, but the current user may be allowed to read the access keys.
             return self._listens()
         except (OSError, ValueError, LocalCloudError):
             return False
@@ -331,7 +333,7 @@ class LocalCloud:
         return answer["result"]
 
     def _sweep(self, allotment: Allotment) -> None:
-        """Remove the processes and mounts of a daemon that was killed."""
+        """Remove the containers, mounts and loop devices that a killed daemon left."""
         podman = machines.Podman(self.places, allotment)
         for name in podman.names():
             podman.remove(name)

@@ -14,7 +14,8 @@ from scripts.local_cloud.layout import LocalCloudError
 
 
 def serve(path: Path, obey: Callable[[dict[str, Any]], Any], shut_down: Callable[[], None]) -> None:
-    """Serve forever: one JSON line in, one JSON line out. Calls `shut_down` after a successful command `down`."""
+    """Accept connections forever. Each connection sends one JSON line and gets one JSON line as the answer. After a
+    successful command `down`, the function calls `shut_down`."""
     path.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(path))

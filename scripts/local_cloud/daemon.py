@@ -1,8 +1,8 @@
-"""The daemon: serves the AWS APIs, and brings machines, volumes and published ports to the state in the records.
+"""The local cloud's daemon serves the AWS APIs, and makes machines, volumes and published ports match moto's records.
 
-LocalCloud.up() runs `python -m scripts.local_cloud.daemon <state folder>`. Requests are handled one at a time; threads
-do the slow work (starting and stopping machines, copying) and then update the records. After each change the state in
-the records is compared with the real one, so a daemon that starts after a crash completes unfinished work.
+LocalCloud.up() runs `python -m scripts.local_cloud.daemon <state folder>`. Requests are handled one at a time. Threads
+do the slow work (starting and stopping machines, copying) and then update the records. After each change, the daemon
+compares moto's records with the machines. If the daemon starts after a crash, it thus completes the unfinished work.
 
 api                the HTTP server of the AWS APIs
 running_machines   machines, their volumes and metadata
@@ -52,7 +52,7 @@ KEEP_TERMINATED_SECONDS = 3600
 
 
 class Daemon(RunningMachines):
-    """One cloud: its machines, the server of its APIs, and the volumes and images behind EC2 (see ec2.Bodies)."""
+    """One local cloud: its machines, its API server, and the volumes and images of EC2 (see ec2.Bodies)."""
 
     def __init__(self, places: Places, allotment: Allotment) -> None:
         self.allotment = allotment
@@ -88,7 +88,8 @@ class Daemon(RunningMachines):
         raise LocalCloudError(f"unknown command {order['op']!r}")
 
     def register(self, name: str, description: str, made: Path, architecture: str) -> str:
-        """Register a source image from the folder `made` and return its ID; an existing image of that name is kept."""
+        """Register a source image from the folder `made` and return its AMI ID. If an image with this name exists,
+        register nothing, and return the AMI ID of the existing image."""
         home = inventory.of_region(self.allotment.region)
         with self.api:
             for image in home.amis.values():
@@ -115,7 +116,7 @@ class Daemon(RunningMachines):
                 ],
             }
 
-    # Images and volumes, called by ec2.py with the API lock held
+    # Images and volumes: ec2.py calls these methods while it holds the API lock
 
     def has_image(self, snapshot: str) -> bool:
         return file_systems.image_layers(self.places, snapshot) is not None
@@ -143,7 +144,7 @@ class Daemon(RunningMachines):
     # Start, end and periodic work
 
     def restore(self) -> None:
-        """Read the records and bring every machine to the state in them."""
+        """Read moto's records, and start or stop machines until the machines match the records."""
         moto_state.load(self.places)
         with self.api:
             known = {record.id: record for record in inventory.all_instances()}
@@ -173,8 +174,8 @@ class Daemon(RunningMachines):
             moto_state.save(self.places)
 
     def _tick(self) -> None:
-        """Every second: ports of wide rules, pending detachments, old terminated instances, alarms. Ten times a second:
-        ports that wait until their machine listens."""
+        """Update ports, detachments, terminated instances and alarms every second. A published port on which no machine
+        listens yet is checked ten times a second."""
         due = 0.0
         while not self.stopping.wait(0.1):
             try:
@@ -197,7 +198,7 @@ class Daemon(RunningMachines):
                 moto_state.save(self.places)
 
     def _check_records(self) -> None:
-        """Check that records saved since the last check can be read again."""
+        """If the records were saved after the last check, check that the saved file can be read."""
         saved = self.places.records.stat().st_mtime_ns if self.places.records.exists() else 0
         if saved == self.checked_records:
             return

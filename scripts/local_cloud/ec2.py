@@ -1,8 +1,9 @@
-"""EC2 with real machines: moto's records of instances, images and volumes, and the calls that change machines.
+"""The EC2 API with real machines: this module connects moto's records with real instances, images and volumes.
 
-moto handles every request and keeps every record. This module overrides where a real EC2 behaves differently: states
-pass through pending, stopping and shutting-down, addresses exist on this host, sizes and snapshots of images are real,
-and requests that AWS refuses are refused. The work on machines and volumes is done by `Bodies`.
+moto handles every request and stores every record. This module overrides moto's methods that differ from real EC2. The
+result: instances pass through the states pending, stopping and shutting-down, addresses exist on this host, and images
+have real sizes and snapshots. This module also refuses requests that moto accepts and AWS refuses. `Bodies` changes
+machines and volumes.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ PENDING, RUNNING, SHUTTING_DOWN, TERMINATED, STOPPING, STOPPED = (
 DETACHING = "detaching"
 
 ROOT_GIB = 8
-"""Default size of an image's root volume, as for Ubuntu's images."""
+"""Default size of an image's root volume in GiB, which is also the size of Ubuntu's images on AWS."""
 
 
 class Bodies(Protocol):
-    """The machines, volumes and images behind the records."""
+    """The real machines, volumes and images that EC2's records describe."""
 
     def has_image(self, snapshot: str) -> bool: ...
     def make_root(self, instance: str, snapshot: str) -> None: ...
@@ -65,7 +66,7 @@ class Bodies(Protocol):
 
 
 call = threading.local()
-"""`call.parameters`: parameters of the current request that moto does not pass on, {name: value}."""
+"""`call.parameters` contains all parameters of the current request, {name: value}. moto drops some parameters."""
 
 _bodies: list[Bodies] = []
 
@@ -87,7 +88,7 @@ def set_state(instance: Instance, state: tuple[str, int]) -> None:
 
 
 class EmbodiedEC2(CorrectedEC2):
-    """moto's EC2 of one region. Its state consists of records only, so that it can be pickled."""
+    """moto's EC2 of one region. This object contains records only, so that it can be pickled."""
 
     @property
     def _url_module(self) -> ModuleType:
@@ -96,7 +97,7 @@ class EmbodiedEC2(CorrectedEC2):
     # Instances
 
     def run_instances(self, image_id: str, count: int, *args: Any, **kwargs: Any) -> Any:
-        """Returns the same reservation again for a known ClientToken, so that a retry starts nothing twice."""
+        """For a known ClientToken, return the existing reservation, so that a retry does not start more instances."""
         token = parameter("ClientToken")
         answered: dict[str, str] = self.__dict__.setdefault("answered_tokens", {})
         if token in answered:
@@ -187,18 +188,19 @@ class EmbodiedEC2(CorrectedEC2):
         return instances
 
     def finish_stop(self, instance: Instance) -> None:
-        """Record that the machine is off."""
+        """Record that the machine of this instance is off."""
         instance.stop()
         self._restore_elastic_addresses(instance)
 
     def _restore_elastic_addresses(self, instance: Instance) -> None:
-        """Keep Elastic IPs on a stopped instance; moto drops every address."""
+        """Keep Elastic IPs on a stopped instance, because moto removes every address when an instance stops."""
         for address in self.addresses:
             if address.eni and address.eni.instance is instance:
                 address.eni.public_ip = address.public_ip
 
     def finish_termination(self, instance: Instance) -> None:
-        """Record that the machine is terminated, and delete the volumes and addresses that are deleted with it."""
+        """Record that the instance is terminated. Remove the instance's addresses, and delete those of its volumes that
+        have the setting DeleteOnTermination."""
         for address in list(self.addresses):
             if address.instance is instance or (address.eni and address.eni.instance is instance):
                 self.disassociate_address(address=address.public_ip)
@@ -209,7 +211,7 @@ class EmbodiedEC2(CorrectedEC2):
 
     def modify_instance_security_groups(self, instance_id: str, new_group_id_list: list[str]) -> Instance:
         instance = super().modify_instance_security_groups(instance_id, new_group_id_list)
-        instance.nics[0]._group_set = list(instance.security_groups)  # otherwise moto also counts the previous groups
+        instance.nics[0]._group_set = list(instance.security_groups)  # because moto keeps the previous groups
         return instance
 
     def modify_network_interface_attribute(self, eni_id: str, group_ids: list[str], *args: Any, **kwargs: Any) -> None:
@@ -241,7 +243,7 @@ class EmbodiedEC2(CorrectedEC2):
     def register_source_image(
         self, name: str, description: str, architecture: str = "x86_64", gib: int = ROOT_GIB
     ) -> Ami:
-        """A public image of Canonical's account; the caller records the layers under the image's snapshot."""
+        """Register a public image of Canonical's account. The caller must record the layers of the image's snapshot."""
         image = self.register_image(name, description)
         image.owner_id, image.owner_alias = CANONICAL, "amazon"
         image.architecture, image.virtualization_type, image.hypervisor = architecture, "hvm", "xen"
@@ -313,7 +315,7 @@ class EmbodiedEC2(CorrectedEC2):
             )
 
     def detach_volume(self, volume_id: str, instance_id: str, device_path: str) -> Any:
-        """A mounted volume stays in state detaching until it is unmounted or its machine stops."""
+        """Detach a volume. A mounted volume stays in state detaching until it is unmounted or its machine stops."""
         attachment = self.get_volume(volume_id).attachment
         if attachment is None:
             raise EC2ClientError("IncorrectState", f"Volume '{volume_id}' is in the 'available' state.")
@@ -329,12 +331,12 @@ class EmbodiedEC2(CorrectedEC2):
         volume = self.get_volume(volume_id)
         if self._is_root(volume):
             raise EC2ClientError(
-                "UnsupportedOperation", f"{volume_id} is a root volume: make an image of its instance instead"
+                "UnsupportedOperation", f"{volume_id} is a root volume: create an image of its instance instead"
             )
         snapshot = super().create_snapshot(volume_id, *args, **kwargs)
         if snapshot.from_ami is None:
             bodies().snapshot_volume(volume_id, snapshot.id)
-            snapshot.volume = copy.copy(volume)  # a snapshot keeps the volume's size at its creation
+            snapshot.volume = copy.copy(volume)  # later resizing does not change the snapshot
         return snapshot
 
     def delete_snapshot(self, snapshot_id: str) -> Any:
@@ -348,7 +350,7 @@ class EmbodiedEC2(CorrectedEC2):
 
 
 def image_asks_for_tokens(image: Ami) -> bool:
-    """Whether machines of an image accept IMDSv2 only, unless their launch sets another value."""
+    """Return whether the image's machines require IMDSv2 tokens by default. RunInstances can override this default."""
     return getattr(image, "imds_support", None) == "v2.0"
 
 
@@ -362,13 +364,13 @@ def _require_state(instances: Iterable[Instance], allowed: set[str], participle:
 
 
 def size_of(instance_type: str) -> tuple[int, int]:
-    """Cores and MiB of memory of an instance type. Raises KeyError for an unknown type."""
+    """Return the number of cores and the MiB of memory of an instance type. Raises KeyError for an unknown type."""
     facts = INSTANCE_TYPES[instance_type]
     return int(facts["VCpuInfo"]["DefaultVCpus"]), int(facts["MemoryInfo"]["SizeInMiB"])
 
 
 def install(behind: Bodies, free_address: Callable[[], str]) -> None:
-    """Connect moto's EC2 to the real machines and volumes; call once, before any region is used."""
+    """Connect moto's EC2 to the real machines and volumes. Call this function once, before any region is used."""
     _bodies[:] = [behind]
     ec2_backends.backend = EmbodiedEC2
     eni_module.random_public_ip = free_address  # type: ignore[attr-defined]
@@ -379,7 +381,7 @@ def install(behind: Bodies, free_address: Callable[[], str]) -> None:
 
 
 def _image_block_devices(image: Ami) -> list[dict[str, Any]]:
-    """moto returns 15 GiB of magnetic disk for every image."""
+    """Return the real block devices of an image. moto returns 15 GiB of magnetic disk for every image."""
     snapshot = image.ebs_snapshot
     body = {"SnapshotId": snapshot.id, "VolumeSize": snapshot.volume.size, "VolumeType": "gp3"}
     body |= {"DeleteOnTermination": True, "Encrypted": snapshot.encrypted}
@@ -394,7 +396,7 @@ def _get_console_output(self: General) -> ActionResult:
 
 
 def _modify_image_attribute(original: Callable[[AmisResponse], Any]) -> Callable[[AmisResponse], Any]:
-    """moto supports launch permissions only. This adds the description and IMDS support."""
+    """Make ModifyImageAttribute also change Description and ImdsSupport. moto supports only launch permissions."""
 
     def modify(self: AmisResponse) -> Any:
         image = self.ec2_backend.describe_images(ami_ids=[self._get_param("ImageId")])[0]

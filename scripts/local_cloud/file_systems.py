@@ -1,8 +1,8 @@
-"""Root file systems: an image is a stack of layers, a machine is that stack with a writable folder on top.
+"""Root file systems: an image is a stack of layers, and a machine is such a stack with a writable folder on top.
 
 Layers are plain folders joined by overlayfs. CreateImage is a rename: the machine's writable folder becomes the image's
-newest layer, and the machine gets a new writable folder above it. So it takes no time and no space, for any size of the
-image.
+newest layer, and the machine gets a new writable folder above this layer. Thus CreateImage takes no time and no space,
+even for a large image.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RootFileSystem:
 
 
 def image_layers(places: Places, snapshot: str) -> list[str] | None:
-    """The layers of a root snapshot, newest first; None if there is none."""
+    """Return the layers of a root snapshot, newest first; None if no layers are recorded for this snapshot."""
     record = places.images / f"{snapshot}.json"
     if not record.exists():
         return None
@@ -55,7 +55,7 @@ def record_image(places: Places, snapshot: str, layers: list[str]) -> None:
 
 
 def create(places: Places, instance: str, layers: list[str]) -> RootFileSystem:
-    """A new root file system for an instance, above an image's layers."""
+    """Create a root file system for an instance above an image's layers."""
     root = RootFileSystem(places.machines / instance)
     root.folder.mkdir(mode=0o700, exist_ok=True)
     write_json(root.record, layers)
@@ -63,7 +63,7 @@ def create(places: Places, instance: str, layers: list[str]) -> RootFileSystem:
 
 
 def mount(places: Places, root: RootFileSystem) -> Path:
-    """Mount the machine's root; does nothing if it is mounted."""
+    """Mount the machine's root file system if it is not mounted, and return the mount point."""
     if is_mounted(root.mounted_at):
         return root.mounted_at
     newest = places.layers / root.layers[0]
@@ -71,7 +71,7 @@ def mount(places: Places, root: RootFileSystem) -> Path:
         (root.writable / "upper").rename(newest)
     _make_writable(root)
     root.mounted_at.mkdir(exist_ok=True)
-    # relative paths: overlayfs accepts at most a page of options, and a layer's name is long
+    # The layers' paths are relative, because overlayfs accepts at most one memory page of options.
     lower = ":".join(root.layers)
     options = f"lowerdir={lower},upperdir={root.writable / 'upper'},workdir={root.writable / 'work'}"
     subprocess.run(
@@ -93,12 +93,12 @@ def is_mounted(path: Path) -> bool:
 
 
 def freeze(places: Places, root: RootFileSystem) -> list[str]:
-    """Turn the machine's writable folder into a layer and return the stack; the machine must not be mounted."""
+    """Turn the machine's writable folder into a layer and return all layers. The machine's root must not be mounted."""
     if not (root.writable / "upper").exists():
         return root.layers
     name = uuid.uuid4().hex[:12]
     layers = [name, *root.layers]
-    # The record is written first: after a crash in between, `mount` creates the missing folder.
+    # The record is written before the rename. If the daemon crashes before the rename, `mount` completes the rename.
     write_json(root.record, layers)
     (root.writable / "upper").rename(places.layers / name)
     delete_tree(root.writable)
@@ -106,7 +106,7 @@ def freeze(places: Places, root: RootFileSystem) -> list[str]:
 
 
 def copy_live(places: Places, root: RootFileSystem) -> Path:
-    """A copy of the running machine's writable folder, for CreateImage with NoReboot; `adopt` makes it a layer."""
+    """Copy a running machine's writable folder, for CreateImage with NoReboot. `adopt` turns the copy into a layer."""
     copied = places.making / uuid.uuid4().hex[:12]
     subprocess.run(
         ["cp", "-a", "--reflink=auto", str(root.writable / "upper"), str(copied)], check=True, capture_output=True
@@ -115,7 +115,8 @@ def copy_live(places: Places, root: RootFileSystem) -> Path:
 
 
 def adopt(places: Places, made: Path) -> str:
-    """Turn a folder in `places.making` into a layer and return its name. Record it before layers are swept."""
+    """Turn a folder in `places.making` into a layer and return its name. The caller must record the layer at once,
+    because `discard_unused_layers` removes each layer that no record names."""
     made.rename(places.layers / made.name)
     return made.name
 
@@ -126,12 +127,13 @@ def delete(root: RootFileSystem) -> None:
 
 
 def delete_tree(folder: Path) -> None:
-    """Delete a folder, except file systems mounted below it."""
+    """Delete a folder, but not the content of file systems that are mounted below it."""
     subprocess.run(["rm", "-rf", "--one-file-system", str(folder)], check=False, capture_output=True)
 
 
 def discard_unused_layers(places: Places) -> None:
-    """Move layers that neither an image nor a machine uses to the trash, which takes no time."""
+    """Move unused layers to the trash folder, because a move takes less time than a deletion. A layer is unused if no
+    image and no machine uses the layer."""
     used: set[str] = set()
     for record in [*places.images.glob("*.json"), *places.machines.glob("*/layers.json")]:
         used.update(json.loads(record.read_text()))

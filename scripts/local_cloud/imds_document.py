@@ -1,4 +1,4 @@
-"""Build the metadata document of an instance from EC2's record of it."""
+"""Build the metadata of an instance from the instance's record in EC2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scripts.local_cloud.roles import Roles
 
 
 def describe(instance: Any, roles: Roles) -> Metadata:
-    """`instance` is moto's record; call with the API lock held."""
+    """Build the metadata. `instance` is moto's record of the instance. The caller holds the API lock."""
     options = instance.metadata_options
     key = instance.ec2_backend.key_pairs.get(instance.key_name) if instance.key_name else None
     return Metadata(
@@ -27,7 +27,7 @@ def describe(instance: Any, roles: Roles) -> Metadata:
 
 
 def _user_data(instance: Any) -> bytes | None:
-    """moto stores user-data as received, in Base64."""
+    """Decode the user data, because moto stores the user data in Base64, as in the request."""
     data = instance.user_data
     if not data:
         return None

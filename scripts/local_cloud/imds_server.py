@@ -1,8 +1,8 @@
 """The instance metadata service: http://169.254.169.254 inside a machine.
 
-Paths and responses follow AWS's "Instance metadata categories". Tokens (IMDSv2) are required as the instance's
-MetadataOptions say, with one exception: cloud-init. It detects EC2 by the hardware's DMI tables, which a machine here
-does not have, and then sends requests without a token. Its requests are recognised by their User-Agent and accepted.
+Paths and responses follow AWS's "Instance metadata categories". The instance's MetadataOptions determine whether tokens
+(IMDSv2) are required. cloud-init is an exception: it requests tokens only if DMI tables show EC2 hardware, and machines
+of the local cloud have no DMI tables. Requests with cloud-init's User-Agent are therefore accepted without a token.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Tree = Mapping[str, "Tree | str"]
 
 @dataclass(frozen=True)
 class Metadata:
-    """The content of the service at one moment.
+    """The content of the metadata service at one moment.
 
-    `tree` is meta-data: a mapping is a folder, a string a leaf. `tokens` is "required" or "optional".
+    `tree` is the folder meta-data: a mapping is a folder, and a string is a file. `tokens` is "required" or "optional".
     """
 
     tree: Tree
@@ -43,10 +43,11 @@ class Metadata:
 
 
 class MetadataService:
-    """Serve one machine on a socket in its network namespace. Owns the socket and a thread."""
+    """The metadata service of one machine, on a socket in the machine's network namespace. This object owns the socket
+    and a thread."""
 
     def __init__(self, listening: socket.socket, read: Callable[[], Metadata | None]) -> None:
-        """`read` returns the current metadata, None while the instance has none."""
+        """`read` returns the current metadata, or None if the instance has no metadata."""
         self._tokens: dict[str, float] = {}
         self._read = read
         service = self
@@ -86,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: requests carry credentials."""
+        """Log nothing, because requests contain credentials."""
 
     def do_PUT(self) -> None:
         metadata = self.metadata_service.metadata()
@@ -143,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def look_up(metadata: Metadata, path: str) -> bytes | None:
-    """The response to GET `path`, None for 404."""
+    """Return the body of the response to GET `path`, or None for 404."""
     parts = [part for part in path.split("/") if part]
     if not parts:
         return b"1.0\n2009-04-04\n2016-09-02\n2018-09-24\n2021-03-23\nlatest"

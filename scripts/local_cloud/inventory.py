@@ -1,4 +1,4 @@
-"""Look up moto's EC2 records of all regions. Call with the API lock held."""
+"""Look up moto's EC2 records of all regions. Callers of these functions must hold the API lock."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def all_instances() -> Iterator[Any]:
 
 
 def find(instance_id: str) -> Any:
-    """The record of an instance, None if there is none."""
+    """Return the record of an instance, or None if the instance does not exist."""
     return next((instance for instance in all_instances() if instance.id == instance_id), None)
 
 
 def free_address(addresses: Iterable[str]) -> str:
-    """The first of these addresses that neither an interface nor an Elastic IP holds."""
+    """Return the first address in `addresses` that no network interface and no Elastic IP uses."""
     taken: set[str | None] = {a.public_ip for backend in all_backends() for a in backend.addresses}
     taken |= {n.public_ip for backend in all_backends() for n in backend.enis.values()}
     for address in addresses:
@@ -44,7 +44,7 @@ def free_address(addresses: Iterable[str]) -> str:
 
 
 def disks_of(record: Any) -> list[str]:
-    """IDs of the volumes attached to an instance, without root, in the order of their device names."""
+    """Return the IDs of the volumes attached to an instance, in the order of device names, without the root volume."""
     return [
         block.volume_id
         for device, block in sorted(record.get_block_device_mapping)
@@ -53,7 +53,7 @@ def disks_of(record: Any) -> list[str]:
 
 
 def disks_in_use() -> set[str]:
-    """IDs of the volumes of all instances that are not off."""
+    """Return the IDs of volumes whose instances are in the states pending, running, stopping or shutting-down."""
     return {
         volume
         for record in all_instances()

@@ -1,7 +1,7 @@
-"""The folders and files of a local cloud, and the addresses, ports and keys that it keeps until it is purged.
+"""The folders and files of a local cloud, and the addresses, ports and keys that the cloud keeps until it is purged.
 
-One folder contains everything that survives `down`: the records of the AWS APIs (`api.pickle`), root file systems
-(`layers/`, `images/`), machines (`machines/`), volumes, buckets. Another, under /run, contains files that must not
+The state folder contains everything that survives `down`: the records of the AWS APIs (`api.pickle`), root file systems
+(`layers/`, `images/`), machines (`machines/`), volumes, buckets. A folder under /run contains files that must not
 survive a restart of the host.
 """
 
@@ -18,12 +18,12 @@ from typing import Any
 from scripts import invoker
 
 ACCOUNT = "123456789012"
-"""The account of every caller; moto's default."""
+"""The AWS account of every caller, which is moto's default account."""
 
 REGION = "eu-central-1"
 
 HIGHEST_CLOUD = 254
-"""Clouds are numbered by the third octet of their loopback addresses, 127.10.<number>.N."""
+"""Highest number of a cloud. The number is the third octet of the cloud's loopback addresses, 127.10.<number>.N."""
 
 
 class LocalCloudError(Exception):
@@ -31,14 +31,15 @@ class LocalCloudError(Exception):
 
 
 def default_state_dir() -> Path:
-    """$MLFLOW_AMI_LOCAL_CLOUD, else a folder under $XDG_STATE_HOME (~/.local/state)."""
+    """Return $MLFLOW_AMI_LOCAL_CLOUD if it is set, otherwise a folder under $XDG_STATE_HOME (~/.local/state)."""
     if chosen := os.environ.get("MLFLOW_AMI_LOCAL_CLOUD"):
         return Path(chosen).absolute()
     return state_home() / "local-cloud"
 
 
 def state_home() -> Path:
-    """Through sudo it is in the home of the sudo user, so that this user can connect to their own server."""
+    """Return this project's state folder. Under sudo, the folder is in the sudo user's home folder, so that this user
+    can read the files that are needed to connect to the server."""
     home = os.environ.get("XDG_STATE_HOME") or str(invoker.home() / ".local/state")
     return Path(home) / "mlflow-ami"
 
@@ -59,7 +60,7 @@ class Places:
 
     @property
     def calls(self) -> Path:
-        """Log of program and action, one line each: "Packer ec2:CreateImage"."""
+        """Log of AWS calls. Each line contains a program and an action: "Packer ec2:CreateImage"."""
         return self.root / "calls.txt"
 
     @property
@@ -68,7 +69,8 @@ class Places:
 
     @property
     def making(self) -> Path:
-        """Layers being made. Anything found here at start is an aborted attempt."""
+        """The folder for unfinished layers. When the daemon starts, it deletes the layers that aborted operations left
+        in this folder."""
         return self.root / "making"
 
     @property
@@ -104,7 +106,7 @@ class Places:
         return self.root / "daemon.log"
 
     def make(self) -> None:
-        """Create the folders; readable by root only, because volumes and records hold secrets."""
+        """Create the folders. Only root can read these folders, because volumes and records contain secrets."""
         invoker.make_private_folder(self.root)
         for folder in (
             self.layers,
@@ -122,7 +124,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Allotment:
-    """Number, ports and keys that a cloud gets at its first `up` and keeps until it is purged."""
+    """Number, ports and keys of a cloud. The first `up` of a cloud creates the allotment, and `purge` deletes it."""
 
     number: int
     api_port: int
@@ -150,27 +152,27 @@ class Allotment:
 
     @property
     def inner_s3_ports(self) -> tuple[int, int]:
-        """SeaweedFS's own ports for S3, HTTP and HTTPS, on the inner address; clients use nginx's ports."""
+        """SeaweedFS's HTTP and HTTPS ports for S3 on the inner address. Clients use nginx's ports instead."""
         return self.s3_tls_port + 1, self.s3_tls_port + 2
 
     @property
     def inner_address(self) -> str:
-        """The address of the object store's own processes; machines cannot reach it."""
+        """The address on which the object store's processes listen. Machines cannot reach this address."""
         return f"127.10.{self.number}.1"
 
     @property
     def public_addresses(self) -> list[str]:
-        """The addresses of machines and Elastic IPs, all on this host's loopback."""
+        """The loopback addresses of this host that machines and Elastic IPs use."""
         return [f"127.10.{self.number}.{host}" for host in range(2, 255)]
 
     @property
     def run_dir(self) -> Path:
-        """Sockets and container run state: on tmpfs, so that podman detects a restart of the host."""
+        """Folder for sockets and podman's run state, on tmpfs so that podman detects a restart of the host."""
         return Path(f"/run/mlflow-ami/local-cloud-{self.number}")
 
 
 def read_allotment(places: Places) -> Allotment | None:
-    """The allotment of a cloud that was started before, else None."""
+    """Return the allotment of a cloud, or None if the cloud was never started."""
     try:
         return Allotment(**json.loads(places.allotment.read_text()))
     except FileNotFoundError:
@@ -180,7 +182,7 @@ def read_allotment(places: Places) -> Allotment | None:
 
 
 def allot(places: Places) -> Allotment:
-    """Read the allotment or create one: an unused cloud number, two free ports, an access key.
+    """Read the allotment of a cloud. If the cloud has no allotment, create one: an unused number, two free ports, keys.
 
     Raises LocalCloudError if all numbers are in use.
     """
@@ -204,7 +206,7 @@ def _numbers_dir() -> Path:
 
 
 def _take_number(places: Places) -> int:
-    """Claim the lowest free number by a symlink to the state folder: creating one is atomic."""
+    """Claim the lowest free number with a symlink to the state folder, because creating a symlink is atomic."""
     claims = _numbers_dir()
     claims.mkdir(parents=True, exist_ok=True)
     for number in range(HIGHEST_CLOUD + 1):
@@ -216,7 +218,7 @@ def _take_number(places: Places) -> int:
             if owner != places.root and owner.exists() and any(owner.iterdir()):
                 continue
             claim.unlink(missing_ok=True)
-        # A state folder that was deleted by hand may have left its object store running.
+        # If a user deleted the state folder without `purge`, the object store may still use these ports.
         if not all(_is_free(f"127.10.{number}.1", port) for port in object_store_ports(number)):
             continue
         try:
@@ -234,7 +236,7 @@ def give_number_back(places: Places, number: int) -> None:
 
 
 def _free_port(wanted: int) -> int:
-    """`wanted` if it is free, else the next free port below the ephemeral range."""
+    """Return `wanted` if this port is free, otherwise the first free port from 22000 to 29999."""
     for port in [wanted, *range(22000, 30000)]:
         if _is_free("127.0.0.1", port):
             return int(port)
@@ -252,17 +254,17 @@ def _is_free(address: str, port: int) -> bool:
 
 
 def object_store_ports(number: int) -> tuple[int, int, int]:
-    """Ports of the object store's master, volume and filer on a cloud's inner address.
+    """Return the ports of the object store's master, volume and filer on a cloud's inner address.
 
-    Its processes also use sockets in /tmp named by port alone (and by the port + 10000 for gRPC): two clouds with the
-    same ports would write into each other's buckets.
+    Each cloud needs different ports. The object store also uses sockets in /tmp, whose names contain only the port (or
+    the port + 10000 for gRPC). Two clouds with the same ports would thus write to each other's buckets.
     """
     first = 13000 + 10 * number
     return first, first + 1, first + 2
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves either the old or the new one; only the owner can read it."""
+    """Write a file that only the owner can read. A crash leaves either the old content or the new content."""
     temporary = path.with_name(path.name + ".new")
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(content)

@@ -1,7 +1,7 @@
-"""Machines: a systemd system in a rootful podman container, with the size, disks and network of an EC2 instance.
+"""The machines of the local cloud: rootful podman containers that run systemd and imitate EC2 instances.
 
-A container exists only while its machine is on. The root file system (file_systems.py) and the volumes (volumes.py) are
-permanent.
+A container exists only while its machine is on. A machine's root file system (file_systems.py) and volumes (volumes.py)
+remain while the machine is off.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from scripts.local_cloud.base_images import TRUSTED
 from scripts.local_cloud.layout import Allotment, LocalCloudError, Places
 
 OUTWARD_NETWORK = "198.18.0.0/24"
-"""The machine's side of slirp4netns, from the range for benchmarks (RFC 2544), which no VPC uses."""
+"""slirp4netns's address range in each machine. No VPC uses the range, because RFC 2544 reserves it for benchmarks."""
 
 OUTWARD_DNS = "198.18.0.3"
 INTERFACE = "ens5"
 METADATA_INTERFACE = "imds"
 FIRMWARE_SECONDS = 60
 STOP_SECONDS = 60
-"""Seconds for a machine's shutdown before it is killed. EC2 waits some minutes."""
+"""Maximum seconds for a machine's shutdown. A machine whose shutdown takes longer is killed. EC2 waits some minutes."""
 
 INOTIFY_INSTANCES = Path("/proc/sys/fs/inotify/max_user_instances")
 INOTIFY_INSTANCES_WANTED = 1024
-"""Each machine takes about 15 of root's instances; the kernel's default of 128 is enough for about eight machines."""
+"""Limit that `allow_many` sets on inotify instances per user. Each machine uses about 15. Linux's default is 128."""
 
 POWERED_OFF, REBOOTED = 128 + signal.SIGINT, 128 + signal.SIGHUP
-"""Exit statuses of a PID namespace's init after poweroff and reboot, see reboot(2)."""
+"""Exit statuses of a machine's init process after a power-off and after a reboot. See PID namespaces in reboot(2)."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Size:
 
 @dataclass
 class Machine:
-    """A running machine, and descriptors that this object owns.
+    """A running machine. A `Machine` object owns its file descriptors.
 
-    `namespace` is the machine's network. `beyond` is the network at the other end of its link, with the metadata
-    service. Closing `slirp_exit` ends slirp4netns.
+    `namespace` is the machine's network namespace. `beyond` is a second network namespace, which is linked to the
+    machine and contains the metadata service. Closing `slirp_exit` ends slirp4netns.
     """
 
     instance: str
@@ -70,11 +70,11 @@ class Machine:
     pidfd: int
     slirp_exit: int = -1
     slirp: subprocess.Popen[bytes] | None = None
-    disks: dict[str, str] = field(default_factory=dict)  # volume id → name under /dev in the machine
+    disks: dict[str, str] = field(default_factory=dict)  # volume ID → device name under /dev
 
 
 class Podman:
-    """podman with storage and run state in this cloud's folders, so that all of it can be removed."""
+    """Runs podman. All files of podman are in the folders of this local cloud, so that `purge` can remove the files."""
 
     def __init__(self, places: Places, allotment: Allotment) -> None:
         run_dir = allotment.run_dir
@@ -83,7 +83,7 @@ class Podman:
         self.prefix += ["--storage-driver", "vfs", "--events-backend", "none"]
         self.prefix += ["--cgroup-manager", "cgroupfs"]
         if not has_unified_cgroups():
-            self.prefix += ["--runtime", "runc"]  # crun does not start with cgroups in hybrid mode
+            self.prefix += ["--runtime", "runc"]  # crun fails if cgroups are in hybrid mode
 
     def run(self, *argv: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         done = subprocess.run([*self.prefix, *argv], capture_output=True, text=True, timeout=timeout)
@@ -92,10 +92,10 @@ class Podman:
         return done
 
     def stop(self, name: str, *, seconds: int) -> None:
-        """Ends a machine, by SIGKILL after `seconds`; returns when it has ended. Raises LocalCloudError.
+        """Stop a machine and return when it is off. After `seconds`, podman sends SIGKILL. Raises LocalCloudError.
 
-        podman stops waiting for a killed process after some seconds; a process that waits for a busy disk takes longer
-        to end.
+        The command `podman stop` is repeated, because it fails if a killed process does not end within some seconds. A
+        killed process that waits for a busy disk needs more time to end.
         """
         tries = 10
         for left in reversed(range(tries)):
@@ -113,7 +113,7 @@ class Podman:
         return self.run("ps", "--all", "--format", "{{.Names}}").stdout.split()
 
     def exit_status(self, name: str) -> int:
-        """Exit status of a machine's init; waits until podman has recorded it."""
+        """Return the exit status of a machine's init process. Waits until podman has recorded the exit status."""
         done = self.run("wait", name, check=False)
         return int(done.stdout.strip() or -1) if done.returncode == 0 else -1
 
@@ -122,9 +122,9 @@ class Podman:
 
 
 def allow_many() -> None:
-    """Raise the host's limit on inotify instances, until its next boot, if it is too low for many machines.
+    """If the host's limit on inotify instances is too low for many machines, raise it until the host's next boot.
 
-    Raises LocalCloudError if that is not allowed.
+    Raises LocalCloudError if this process has no permission to change the limit.
     """
     limit = int(INOTIFY_INSTANCES.read_text())
     if limit < INOTIFY_INSTANCES_WANTED:
@@ -132,7 +132,7 @@ def allow_many() -> None:
             INOTIFY_INSTANCES.write_text(str(INOTIFY_INSTANCES_WANTED))
         except OSError:
             raise LocalCloudError(
-                f"this host allows {limit} inotify instances a user, and a systemd machine takes about 15 of root's: "
+                f"this host allows {limit} inotify instances per user, and root needs about 15 per systemd machine: "
                 f"run `sysctl fs.inotify.max_user_instances={INOTIFY_INSTANCES_WANTED}` where the host is configured"
             ) from None
 
@@ -155,8 +155,9 @@ def boot(
 ) -> Machine:
     """Start a machine from the file system mounted at `root`.
 
-    `before` is called with the network namespaces of machine and host side, after their addresses are up and before the
-    machine's init runs: sockets opened there listen from the start. Raises LocalCloudError.
+    `before` is called with the machine's network namespace and the namespace of its metadata service. The call occurs
+    after the addresses are up and before the machine's init starts. Sockets that `before` opens thus listen during the
+    whole boot. Raises LocalCloudError.
     """
     namespace = namespaces.create()
     try:
@@ -184,8 +185,8 @@ def boot(
 
 
 def _await_init(pid: int) -> None:
-    """Wait until the firmware shell has started init: before that it deletes block devices, also newly attached
-    volumes."""
+    """Wait until the machine's init has replaced the shell that runs the commands of `_firmware`. These commands delete
+    all block devices, and would also delete a volume that is attached too early."""
     deadline = time.monotonic() + FIRMWARE_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -197,7 +198,7 @@ def _await_init(pid: int) -> None:
 
 
 def adopt(instance: str, private_address: str, pid_file: Path, before: Callable[[int, int], None]) -> Machine | None:
-    """Take over a machine whose daemon ended; None if it does not run."""
+    """Take over a running machine that an earlier daemon started. Returns None if the machine is not running."""
     pid = running_pid(pid_file)
     if pid is None:
         return None
@@ -210,7 +211,7 @@ def adopt(instance: str, private_address: str, pid_file: Path, before: Callable[
 
 
 def disconnect(machine: Machine) -> None:
-    """Release everything held for the machine; the machine itself keeps running."""
+    """End slirp4netns and close the file descriptors of `machine`. The machine itself is not stopped."""
     if machine.slirp is not None:
         os.close(machine.slirp_exit)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -221,20 +222,20 @@ def disconnect(machine: Machine) -> None:
 
 
 def kill(machine: Machine) -> None:
-    """Kill every process of the machine at once, like a crash: when its init ends, all its processes end."""
+    """Kill the machine at once, like a crash. The kernel ends all processes of a machine when its init process ends."""
     with contextlib.suppress(OSError):
         signal.pidfd_send_signal(machine.pidfd, signal.SIGKILL)
 
 
 def stop(podman: Podman, machine: Machine, *, force: bool = False) -> None:
-    """Shut the machine down and wait; `force` kills it."""
+    """Shut the machine down and wait until it is off. With `force`, kill the machine first."""
     if force:
         kill(machine)
     podman.stop(machine.instance, seconds=STOP_SECONDS)
 
 
 def attach(machine: Machine, disk: Disk) -> str:
-    """Attach a volume to a running machine under the names that EBS would use; returns its name under /dev."""
+    """Attach a volume to a running machine with the device names of EBS. Returns the device's name under /dev."""
     if disk.volume in machine.disks:
         return machine.disks[disk.volume]
     taken = set(machine.disks.values())
@@ -250,7 +251,7 @@ def attach(machine: Machine, disk: Disk) -> str:
 
 
 def is_mounted(machine: Machine, volume: str) -> bool:
-    """Whether the machine has mounted the volume."""
+    """Return whether the volume is mounted in the machine."""
     try:
         device = Path(f"/proc/{machine.pid}/root/dev/{machine.disks[volume]}").stat().st_rdev
     except (KeyError, OSError):
@@ -259,7 +260,7 @@ def is_mounted(machine: Machine, volume: str) -> bool:
 
 
 def detach(machine: Machine, volume: str) -> bool:
-    """Detach a volume from a running machine; False if it is still mounted there."""
+    """Detach a volume from a running machine. If the volume is mounted, only return False."""
     name = machine.disks.get(volume)
     if name is None:
         return True
@@ -274,12 +275,12 @@ def detach(machine: Machine, volume: str) -> bool:
 
 
 def by_id_name(volume: str) -> str:
-    """udev's name of an EBS volume under /dev/disk/by-id."""
+    """Return the name that udev gives to an EBS volume under /dev/disk/by-id."""
     return f"nvme-Amazon_Elastic_Block_Store_{volume.replace('-', '')}"
 
 
 def console_text(console: Path) -> str:
-    """The machine's console output, without the time stamps of conmon's log."""
+    """Return the machine's console output, without the time stamps of conmon's log."""
     if not console.exists():
         return ""
     lines = console.read_text(errors="replace").splitlines()
@@ -287,9 +288,10 @@ def console_text(console: Path) -> str:
 
 
 def running_pid(pid_file: Path) -> int | None:
-    """PID of a machine's init, None if it does not run. Takes a thousandth of the time that podman takes.
+    """Return the PID of a machine's init process, or None if the machine is off.
 
-    A PID that the kernel reused for another process is recognised: its root file system is not the machine's.
+    A podman command for the PID takes 1000 times longer. If the kernel has reused the PID, the function returns None,
+    because the new process has a different root file system.
     """
     try:
         pid = int(pid_file.read_text())
@@ -300,28 +302,28 @@ def running_pid(pid_file: Path) -> int | None:
 
 
 def enter_command(pid: int, argv: Sequence[str]) -> list[str]:
-    """The command that runs `argv` as root inside the machine whose init is `pid`."""
+    """Return the command that runs `argv` as root inside a machine. `pid` is the PID of the machine's init process."""
     inside = ["nsenter", "--target", str(pid), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
     environment = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8"]
     environment += [f"TERM={os.environ.get('TERM', 'dumb')}", "USER=root", "LOGNAME=root"]
-    environment += [f"AWS_CA_BUNDLE={TRUSTED}"]  # a login gets it from /etc/environment
+    environment += [f"AWS_CA_BUNDLE={TRUSTED}"]  # a login shell reads this variable from /etc/environment
     return [*inside, "--root", "--wdns=/root", "--", "env", "-i", *environment, *argv]
 
 
 def wait_for_exit(machine: Machine) -> None:
-    """Return when the machine's init has ended."""
+    """Wait until the machine's init process has ended."""
     poller = select.poll()
     poller.register(machine.pidfd, select.POLLIN)
     poller.poll()
 
 
 def _firmware(names: Mapping[str, str], disks: Iterable[Disk]) -> str:
-    """The shell lines that run before the machine's init and set up its hardware.
+    """Return the shell commands that set up the machine's devices and mounts before its init starts.
 
-    /sys and /proc/sys are read-only, except for the network's part, so that the machine cannot change its host. Each
-    start is a boot with an ID of its own. The host's disks are removed; the machine's volumes are added. The journal
-    and /tmp are on the root file system, as on a server; podman would have them in memory. Mounts are shared, as with
-    systemd outside containers: later mounts appear in the namespaces of running services.
+    /sys and /proc/sys are read-only, except /proc/sys/net, so that the machine cannot change the host's settings. Each
+    start of a machine has a new boot ID. The host's disks are removed from /dev, and the machine's volumes are added.
+    The journal and /tmp are on the root file system, as on a server. podman would put both folders in memory. Mount
+    propagation is shared, as on a server, so that services that are already running see later mounts.
     """
     lines = [
         "mount --make-rshared /",
@@ -345,7 +347,7 @@ def _firmware(names: Mapping[str, str], disks: Iterable[Disk]) -> str:
 
 
 def _disks_present(pid: int) -> dict[str, str]:
-    """Volumes in a running machine: volume ID → name under /dev."""
+    """Return the volumes of a running machine: volume ID → device name under /dev."""
     found = {}
     folder = Path(f"/proc/{pid}/root/dev/disk/by-id")
     for link in folder.glob("nvme-Amazon_Elastic_Block_Store_vol*"):
@@ -365,7 +367,7 @@ def _size_options(size: Size) -> list[str]:
         memory,
         "--memory-swap",
         memory,
-        "--shm-size",  # half of the memory, as systemd sets it; PostgreSQL's workers need more than podman's 64 MiB
+        "--shm-size",  # half of the memory, as in systemd. podman's default, 64 MiB, is too little for PostgreSQL
         f"{size.memory_mib // 2}m",
         "--pids-limit",
         "0",
@@ -373,7 +375,8 @@ def _size_options(size: Size) -> list[str]:
 
 
 def _limits() -> list[str]:
-    """Limits of a server, up to the host's hard limits; podman lowers them to half of nproc's."""
+    """Return podman options for a server's usual resource limits, at most the host's hard limits. By default, podman
+    sets only half of the limit nproc."""
     import resource
 
     options = []
@@ -385,7 +388,7 @@ def _limits() -> list[str]:
 
 
 def _write_resolver(root: Path) -> None:
-    """Set the resolver of the outward network; podman would keep the host's, which may be unreachable."""
+    """Write slirp4netns's DNS server to resolv.conf. podman's choice, the host's DNS server, may be unreachable."""
     target = root / "etc/resolv.conf"
     if target.is_symlink():
         target.unlink()
@@ -393,7 +396,7 @@ def _write_resolver(root: Path) -> None:
 
 
 def _connect_outward(namespace: int) -> tuple[subprocess.Popen[bytes], int]:
-    """Connect the namespace to the internet with slirp4netns. Returns the descriptor whose closing ends it."""
+    """Start slirp4netns to connect the namespace to the internet. Closing the returned descriptor ends slirp4netns."""
     read_end, write_end = os.pipe()
     ready_read, ready_write = os.pipe()
     argv = ["slirp4netns", "--configure", "--mtu=65520", "--disable-host-loopback", f"--cidr={OUTWARD_NETWORK}"]
@@ -424,9 +427,10 @@ def _connect_outward(namespace: int) -> tuple[subprocess.Popen[bytes], int]:
 
 
 def _connect_metadata(namespace: int, private_address: str) -> int:
-    """Link the machine to a second namespace in which the metadata service listens; returns that namespace.
+    """Link the machine to a second network namespace for the metadata service, and return the second namespace.
 
-    If the machine itself had the service's address, no program in it could listen on port 80 of all addresses.
+    If the metadata service listened in the machine's own namespace, no program in the machine could listen on port 80
+    of all addresses.
     """
     beyond = namespaces.create()
     try:

@@ -1,35 +1,39 @@
-"""Corrections of moto where it differs from AWS. Each begins with the API call, whose page in the
-service's API Reference it follows.
+"""Corrections of moto's differences from AWS. Each item names an API call and states the behaviour of AWS. The source
+of each item is the page of the API call in the service's API Reference.
 
-EC2's are methods of CorrectedEC2, the parent of EmbodiedEC2 (ec2.py); `install` replaces the others. S3's are in
-s3_bucket_settings.py.
+The corrections of EC2 are methods of CorrectedEC2, the parent of EmbodiedEC2 (ec2.py). The function `install` replaces
+functions of moto's other services. The corrections of S3 are in s3_bucket_settings.py.
 
-- DeleteSubnet: DependencyViolation while an interface is in it; its route table associations are deleted with it.
-- DeleteVpcEndpoints: a deleted endpoint is InvalidVpcEndpointId.NotFound to DescribeVpcEndpoints; one that does not
-  exist is reported in `unsuccessful`. moto keeps it, "deleted", and fails on the deleted route.
-- RevokeSecurityGroupEgress, -Ingress: InvalidPermission.NotFound for a missing rule, also for IPv6, and
-  InvalidSecurityGroupRuleId.NotFound for an id.
-- DeleteSecurityGroup: DependencyViolation for a group that an interface is in.
-- ModifyInstanceAttribute: IncorrectInstanceState for the type and the user-data of a machine that is not stopped.
-- DescribeInstanceCreditSpecifications: as requested at the launch, else unlimited (standard for T2).
-- ReleaseAddress: InvalidIPAddress.InUse for one that is associated.
-- DetachInternetGateway: DependencyViolation while a machine of the network has a public address.
-- CreateVolume, DescribeVolumes: gp3 has a throughput of 125 MiB/s unless another is requested.
-- DescribeAddresses: an unassociated address has no instance and no interface; the pool and the border group are set.
-- DescribePrefixLists: the CIDR blocks.
-- DescribeVpcs: a DHCP options set has an id that begins with dopt-.
-- RemoveRoleFromInstanceProfile: NoSuchEntity for a role that is not in it. moto returns 500.
-- "IAM identifiers" (IAM User Guide): an instance profile's id begins with AIPA.
-- EnableImageDeprecation, DisableImageDeprecation: moto has neither.
-- DescribeImages: no disabled image unless IncludeDisabled is set. DisableImage: its launch permissions are removed.
-- CopyImage: the copy has the tags and the key that the request names, and the encryption of its source.
-- PutMetricAlarm: a new alarm is in INSUFFICIENT_DATA, an updated one keeps its state.
-- ListTagsForResource of CloudWatch, TagResource: ResourceNotFoundException once the alarm is deleted.
-- DeleteLogGroup: its tags are deleted; ListTagsForResource of CloudWatch Logs is then ResourceNotFoundException.
-- GetParameter without decryption: the ciphertext. moto returns the clear text after a prefix.
-- PutParameter, "Managing parameter tiers" (Systems Manager User Guide): Intelligent-Tiering makes a standard parameter,
-  or an advanced one for more than 4 KiB or with policies.
-- GetCallerIdentity: the account's own keys are its root user's.
+DeleteSubnet returns DependencyViolation if an interface is in the subnet. DeleteSubnet also deletes the subnet's route
+  table associations.
+DescribeVpcEndpoints returns InvalidVpcEndpointId.NotFound for a deleted endpoint (moto keeps deleted endpoints).
+  DeleteVpcEndpoints reports missing endpoints in `unsuccessful`, and (unlike in moto) accepts deleted route tables.
+RevokeSecurityGroupEgress and RevokeSecurityGroupIngress return InvalidPermission.NotFound for a missing rule, also for
+  IPv6. If the request names a missing rule by its ID, the error is InvalidSecurityGroupRuleId.NotFound.
+DeleteSecurityGroup returns DependencyViolation if an interface uses the group.
+ModifyInstanceAttribute (type, user-data) returns IncorrectInstanceState if the instance is not stopped.
+DescribeInstanceCreditSpecifications returns the credit option from the launch request. The default credit option is
+  `standard` for T2 instances and `unlimited` for all other types.
+ReleaseAddress returns InvalidIPAddress.InUse if the address is associated.
+DetachInternetGateway returns DependencyViolation if an instance in the VPC has a public address.
+CreateVolume, DescribeVolumes: the default throughput of a gp3 volume is 125 MiB/s.
+DescribeAddresses returns the pool and the border group of each address, and no instance or interface for an address
+  that is not associated.
+DescribePrefixLists returns the CIDR blocks of each prefix list.
+DescribeVpcs: the ID of a DHCP options set begins with dopt-.
+RemoveRoleFromInstanceProfile returns NoSuchEntity if the instance profile does not contain the role. In
+  moto, RemoveRoleFromInstanceProfile then returns the HTTP status 500.
+CreateInstanceProfile, "IAM identifiers" (IAM User Guide): the ID of an instance profile begins with AIPA.
+EnableImageDeprecation and DisableImageDeprecation do not exist in moto.
+DescribeImages returns disabled images only with IncludeDisabled. DisableImage removes the launch permissions.
+CopyImage sets the requested tags, KMS key and encryption on the copy.
+PutMetricAlarm: a new alarm has the state INSUFFICIENT_DATA. An updated alarm keeps its state.
+ListTagsForResource and TagResource of CloudWatch return ResourceNotFoundException for a deleted alarm.
+DeleteLogGroup deletes tags. For a deleted log group, ListTagsForResource returns ResourceNotFoundException.
+GetParameter without decryption returns the ciphertext. moto's GetParameter returns a prefix and the clear text.
+PutParameter, "Managing parameter tiers" (Systems Manager User Guide): Intelligent-Tiering creates a standard parameter.
+  A parameter with more than 4 KiB or with policies becomes an advanced parameter.
+GetCallerIdentity returns the root user for the account's own access key.
 """
 
 from __future__ import annotations
@@ -69,7 +73,7 @@ WHILE_STOPPED = ("instance_type", "user_data")
 
 
 class CorrectedEC2(EC2Backend):
-    """moto's EC2 of one region, corrected to behave like AWS."""
+    """moto's EC2 backend of one region, with corrections that make it behave like AWS."""
 
     def delete_subnet(self, subnet_id: str) -> Any:
         if any(interface.subnet.id == subnet_id for interface in self.enis.values()):
@@ -141,7 +145,7 @@ class CorrectedEC2(EC2Backend):
 
 
 def install() -> None:
-    """Call once, before any backend is made."""
+    """Install all corrections. Call this function once, before any backend is created."""
     install_images()
     replaced: dict[tuple[Any, str], Any] = {
         (ElasticAddress, "instance_id"): property(lambda self: self.instance.id if self.instance else None),
@@ -305,7 +309,7 @@ def _get_caller_identity(original: Any) -> Any:
 
 
 def install_images() -> None:
-    """The corrections of calls about images. Can be called twice."""
+    """Install the corrections of EC2's API calls for images. A second call does nothing."""
     if hasattr(AmisResponse, "enable_image_deprecation"):
         return
     deprecation: Any = AmisResponse
@@ -340,7 +344,7 @@ def install_images() -> None:
 
 def _deprecate(self: AmisResponse, at: Any) -> ActionResult:
     image: Any = self.ec2_backend.describe_images(ami_ids=[self._get_param("ImageId")])[0]
-    # "If you specify a value for seconds, Amazon EC2 rounds the seconds to the nearest minute." Rounding down is enough
-    # here.
+    # AWS: "If you specify a value for seconds, Amazon EC2 rounds the seconds to the nearest minute." This code rounds
+    # down, which is exact enough for a local cloud.
     image.deprecation_time = at and f"{at:%Y-%m-%dT%H:%M}:00.000Z"
     return ActionResult({"Return": True})

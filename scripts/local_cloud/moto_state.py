@@ -1,8 +1,8 @@
-"""The records of the AWS APIs, kept across restarts: moto's backends in one pickle.
+"""The records of the AWS APIs. moto's backends are saved in one pickle, so that the records survive restarts.
 
-All services go into one pickle, because their objects refer to each other, with cloudpickle, because some contain
-lambdas. The pickle is written after every request that may have changed something and before its response is sent, so a
-client only gets responses that are on disk.
+All services are in one pickle, because their objects refer to each other. cloudpickle writes the pickle, because some
+objects contain lambdas. After every request that may have changed a record, the daemon first writes the pickle and then
+sends the response. A response thus never reports a change that could be lost.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _private_key(pem: bytes) -> Any:
 
 
 def _reduce_private_key(key: Any) -> tuple[Any, ...]:
-    """moto's KMS gives every key a pair, also the default one that encrypts volumes and parameters."""
+    """Pickle a private key as PEM. moto creates a key pair for every KMS key, also for the default KMS key."""
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     return _private_key, (pem,)
 
@@ -42,7 +42,7 @@ for _example in (rsa.generate_private_key(65537, 1024), ec.generate_private_key(
 
 
 def _reduce_parameters(parameters: ParameterDict) -> tuple[Any, ...]:
-    """A defaultdict is restored by calling its class with the default; this subclass has other arguments."""
+    """Pickle a ParameterDict with the arguments of its constructor. By default, pickle uses defaultdict's arguments."""
     made_from = (parameters.account_id, parameters.region_name)
     return ParameterDict, made_from, vars(parameters), None, iter(parameters.items())
 
@@ -54,7 +54,7 @@ _excluded: set[str] = set()
 
 
 def save(places: Places) -> None:
-    """Write the records of every service that can be pickled; call with the API lock held."""
+    """Write the records of every service that can be pickled. The caller must hold the API lock."""
     try:
         content = _dump(_services())
     except Exception:
@@ -67,10 +67,10 @@ FORMER_MODULES = {"local_cloud.records": __name__, "local_cloud.ec2": "scripts.l
 
 
 def check(places: Places) -> bool:
-    """Whether the records on disk can be read; if not, the next `save` leaves out the service that causes it.
+    """Return whether the records on disk can be read. The next `save` omits each service with unreadable records.
 
-    A newly used service may store an object that can be pickled, but not unpickled. Without this check all services
-    would lose their records. Needs no lock as long as it returns True.
+    A newly used service may store an object that can be pickled, but not unpickled. Without this check, such an object
+    would make the records of all services unreadable. This function reads the records without the API lock.
     """
     try:
         pickle.loads(places.records.read_bytes())
@@ -97,7 +97,7 @@ def _leave_out(services: Iterable[str]) -> None:
 
 
 def load(places: Places) -> bool:
-    """Restore the backends; False without records. Raises LocalCloudError."""
+    """Restore the backends. Returns False if there are no saved records. Raises LocalCloudError."""
     if not places.records.exists():
         return False
     try:
@@ -110,20 +110,20 @@ def load(places: Places) -> bool:
     except Exception as error:
         raise LocalCloudError(
             f"the records in {places.records} cannot be read by moto {version('moto')} ({error!r}): install the moto "
-            "that wrote them, or start over with `purge`"
+            "version that wrote the records, or delete this local cloud with `purge`"
         ) from error
     return True
 
 
 class _Unpickler(pickle.Unpickler):
-    """Also reads records from before this module was renamed, because a demo may run across a `git pull`."""
+    """Unpickler that also reads records with former module names. A `git pull` during a demo may rename modules."""
 
     def find_class(self, module: str, name: str) -> Any:
         return super().find_class(FORMER_MODULES.get(module, module), name)
 
 
 Services = dict[str, dict[str, dict[str, Any]]]
-"""service → account → region → moto's backend."""
+"""Nested mapping: service → account → region → moto's backend."""
 
 
 def _services() -> Services:

@@ -1,6 +1,8 @@
-"""Network namespaces by file descriptor, without names under /run/netns that could be left behind.
+"""Network namespaces, identified by file descriptors. Names under /run/netns are not used, because they would remain
+after a crash.
 
-A namespace exists as long as a descriptor or a process holds it, so it ends with the daemon and the machine.
+The kernel deletes a namespace when no descriptor and no process uses it. No namespace thus remains after the daemon and
+the machine have ended.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def _check(result: int, what: str) -> None:
 
 
 def create() -> int:
-    """A new network namespace with its loopback up; the caller owns the descriptor."""
+    """Create a network namespace, start its loopback interface, and return a descriptor that the caller owns."""
     made: list[int] = []
 
     def unshare() -> None:
@@ -42,13 +44,13 @@ def create() -> int:
 
 
 def of_process(pid: int) -> int:
-    """The network namespace of a process; the caller owns the descriptor."""
+    """Open the network namespace of a process. The caller owns the returned descriptor."""
     return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
 @contextmanager
 def inside(namespace: int) -> Iterator[None]:
-    """Run the block in `namespace`; sockets that it creates stay there."""
+    """Run the `with` block in `namespace`. Sockets that the block creates stay in `namespace`."""
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         _check(_libc.setns(namespace, CLONE_NEWNET), "setns")
@@ -61,7 +63,7 @@ def inside(namespace: int) -> Iterator[None]:
 
 
 def listener(address: str, port: int, namespace: int | None = None) -> socket.socket:
-    """A listening TCP socket on the host, or inside `namespace`."""
+    """Return a listening TCP socket, on the host or inside `namespace`."""
     if namespace is not None:
         with inside(namespace):
             return listener(address, port)
@@ -77,7 +79,7 @@ def listener(address: str, port: int, namespace: int | None = None) -> socket.so
 
 
 def run_inside(namespace: int, commands: list[str]) -> None:
-    """Run lines of ip(8) in `namespace`; raises OSError with ip's message if one fails."""
+    """Run `commands` of ip(8) in `namespace`. Raises OSError with ip's message if a command fails."""
     with inside(namespace):
         done = subprocess.run(["ip", "-batch", "-"], input="\n".join(commands), capture_output=True, text=True)
     if done.returncode != 0:

@@ -1,5 +1,5 @@
-"""S3: SeaweedFS behind nginx (store_front.py), with its data in the state folder, on an address machines cannot
-reach."""
+"""S3 of the local cloud: SeaweedFS behind nginx (store_front.py). The objects are stored in the state folder. Machines
+cannot reach SeaweedFS's own address."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from scripts.local_cloud.layout import ACCOUNT, Allotment, LocalCloudError, Plac
 START_SECONDS = 60
 PARTS = ("master", "volume", "filer")
 VOLUMES = 2000
-"""Maximum number of files for objects, each of at most 1 GiB. By default SeaweedFS allows as many as the disk has free
-GiB, and refuses to write to a new bucket when there are that many, even if they are nearly empty."""
+"""Maximum number of SeaweedFS's volume files, each of at most 1 GiB. SeaweedFS's default maximum is one volume file per
+free GiB of the disk. At the maximum, SeaweedFS refuses writes to a new bucket, even if the volume files are nearly
+empty."""
 VOLUMES_PER_BUCKET = 2
-"""Number of such files for a new bucket; SeaweedFS's default is 7."""
+"""Number of volume files that SeaweedFS creates for a new bucket. SeaweedFS's default is 7."""
 
 ISSUER = "mlflow-ami-local-cloud"
 INSTANCE_ROLE = "instance"
 INSTANCE_POLICY = "whatever-the-session-allows"
-"""SeaweedFS's only role. It allows everything; the policy in each session restricts it."""
+"""Policy of SeaweedFS's only role. The policy allows all requests. Each session's token contains a stricter policy."""
 
 
 def identities_file(places: Places) -> Path:
@@ -43,7 +44,7 @@ def sessions_file(places: Places) -> Path:
 
 
 def write_identities(places: Places, allotment: Allotment) -> None:
-    """The identities of S3: the account's own key, and a key, created once, that signs sessions."""
+    """Write the account's access key for S3. If the key that signs session tokens is missing, create that key."""
     account = {
         "name": "account",
         "credentials": [{"accessKey": allotment.access_key, "secretKey": allotment.secret_key}],
@@ -70,7 +71,7 @@ def write_identities(places: Places, allotment: Allotment) -> None:
 
 
 def signing_key(places: Places) -> bytes:
-    """The key that signs sessions."""
+    """Return the key that signs session tokens."""
     return base64.b64decode(json.loads(sessions_file(places).read_text())["sts"]["signingKey"])
 
 
@@ -81,7 +82,7 @@ def _write_secret(path: Path, value: Any) -> None:
 
 
 def program() -> str:
-    """Path of `weed`, beside this Python or on PATH. Raises LocalCloudError."""
+    """Return the path of SeaweedFS's program `weed`, in this Python's folder or on PATH. Raises LocalCloudError."""
     beside = Path(sys.executable).parent / "weed"
     if beside.exists():
         return str(beside)
@@ -91,8 +92,8 @@ def program() -> str:
 
 
 def start(places: Places, allotment: Allotment) -> int:
-    """Start weed detached and return its process ID when S3 responds. Raises LocalCloudError with the end of its
-    log."""
+    """Start weed in its own session, wait until S3 responds, and return the process ID. If the start fails, raises
+    LocalCloudError with the end of weed's log."""
     data = places.object_store / "data"
     data.mkdir(exist_ok=True)
     object_store_ca.ensure(places)
@@ -100,7 +101,7 @@ def start(places: Places, allotment: Allotment) -> int:
     argv = [program(), "-logtostderr=true", "server", f"-dir={data}", f"-ip={inner}", f"-ip.bind={inner}"]
     argv += [f"-volume.max={VOLUMES}", "-volume.preStopSeconds=0", "-master.volumeSizeLimitMB=1024"]
     argv += ["-master.telemetry=false"]
-    # A restarted master waits this long, up to twice, for another leader.
+    # After a restart, SeaweedFS's master server waits one to two election timeouts for another leader.
     argv += ["-master.electionTimeout=1s"]
     port, tls_port = allotment.inner_s3_ports
     argv += ["-filer", "-s3", f"-s3.port={port}", f"-s3.ip.bind={inner}"]
@@ -144,8 +145,9 @@ def start(places: Places, allotment: Allotment) -> int:
 
 
 def _inner_secrets(places: Places) -> dict[str, str]:
-    """Keys with which SeaweedFS's parts authenticate each other. Any user of this host can reach their ports, and could
-    otherwise read and write every object. The keys are created at each start; the parts are one process."""
+    """Return keys with which SeaweedFS's servers authenticate each other. Without keys, every user of this host could
+    connect to the ports of these servers, and read and write all objects. All servers run in one process, so each start
+    can create new keys."""
     keys = ("JWT_SIGNING", "JWT_FILER_SIGNING", "JWT_FILER_SIGNING_READ")
     certificate, key = object_store_ca.certificate_file(places), object_store_ca.key_file(places)
     found = {"WEED_S3_SSE_KEY": _encryption_key(places), "WEED_GRPC_CA": str(object_store_ca.authority_file(places))}
@@ -156,7 +158,7 @@ def _inner_secrets(places: Places) -> dict[str, str]:
 
 
 def _encryption_key(places: Places) -> str:
-    """The secret that encrypts buckets with default encryption, created once."""
+    """Return the secret with which SeaweedFS encrypts objects by default. The first call creates this secret."""
     path = places.root / "object-store.key"
     if not path.exists():
         path.touch(mode=0o600)
@@ -173,7 +175,7 @@ def answers(allotment: Allotment) -> bool:
 
 
 def running_pid(places: Places) -> int | None:
-    """Process ID of this cloud's weed, None if it is not running."""
+    """Return the process ID of this cloud's weed, or None if weed is not running."""
     try:
         pid = int(json.loads((places.root / "object-store.pid").read_text()))
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -183,7 +185,7 @@ def running_pid(places: Places) -> int | None:
 
 
 def stop(places: Places) -> None:
-    """Stop weed and nginx and wait for them; kills weed after 20 s."""
+    """Stop nginx and weed and wait until both have ended. Kills weed after 20 s."""
     store_front.stop(places)
     pid = running_pid(places)
     if pid is None:

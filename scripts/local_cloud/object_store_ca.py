@@ -1,4 +1,4 @@
-"""The certificate authority of a local cloud, and the certificate of its object store's HTTPS port."""
+"""The certificate authority of a local cloud, and the certificate for the HTTPS port of the object store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VALID_DAYS = 3650
 
 
 def authority_file(places: Places) -> Path:
-    """The authority's certificate, with which clients verify the object store. Its key is not kept."""
+    """The CA's certificate, with which clients verify the object store. The private key of the CA is not stored."""
     return places.root / "authority.pem"
 
 
@@ -31,13 +31,13 @@ def key_file(places: Places) -> Path:
 
 
 def ensure(places: Places) -> Path:
-    """Create authority and certificate unless they exist, and return the authority's file. The certificate is written
-    last."""
+    """Return the path of the CA's certificate. If the object store has no certificate, first create both certificates.
+    The object store's certificate is written last, as the sign that all files exist."""
     if certificate_file(places).exists():
         return authority_file(places)
     authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     authority = _signed("mlflow-ami local cloud", authority_key, "mlflow-ami local cloud", authority_key, None)
-    # Some clients compare addresses with the DNS names.
+    # Some clients compare an IP address only with the certificate's DNS names, so ADDRESS is also a DNS name.
     names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(ADDRESS)), x509.DNSName(ADDRESS)])
     certificate = _signed("mlflow-ami local cloud", authority_key, ADDRESS, key, names)
     private = key.private_bytes(
@@ -56,7 +56,7 @@ def _signed(
     subject_key: ec.EllipticCurvePrivateKey,
     names: x509.SubjectAlternativeName | None,
 ) -> x509.Certificate:
-    """A certificate for `names`; without names, that of an authority."""
+    """Return a signed certificate for `names`. If `names` is None, return a CA's certificate."""
     now = datetime.now(UTC)
     builder = (
         x509.CertificateBuilder()
@@ -77,7 +77,7 @@ def _signed(
 
 
 def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    """Clients since Python 3.13 require it in an authority's certificate."""
+    """Return the extension KeyUsage. Python 3.13 and later require this extension in an authority's certificate."""
     return x509.KeyUsage(
         digital_signature=not signs_certificates,
         content_commitment=False,

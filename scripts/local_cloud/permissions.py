@@ -1,9 +1,10 @@
-"""Policies of roles: decide whether a request with a role's credentials is allowed, before moto handles it.
+"""Check whether a role's IAM policies allow a request with the role's credentials, before moto handles the request.
 
-moto checks neither resources nor conditions. This module follows "Policy evaluation logic" in the IAM user guide: a
-statement that denies overrides all that allow, and anything else is denied. It supports the request's action, its
-resource where this project's stack names resources for the action, and a few condition keys. Unknown parts deny: an
-unknown resource matches "*" only, an unknown condition allows nothing.
+moto does not check resources and conditions. This module follows "Policy evaluation logic" in the IAM user guide: a
+Deny statement overrides all Allow statements, and a request without an Allow statement is denied. This module checks
+the request's action and a few condition keys. The module determines the request's resource only for some actions of
+SSM, CloudWatch Logs, STS and IAM. For other actions, the resource is unknown, and only a statement for "*" applies. An
+Allow statement with an unknown condition operator does not apply.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from xml.sax.saxutils import escape
 from scripts.local_cloud.layout import ACCOUNT
 
 PREFIXES = {"monitoring": "cloudwatch", "email": "ses"}
-"""Services whose name in signatures differs from the name in policies."""
+"""Services with two names: name in signatures → name in policies."""
 
 PARAMETERS = {"Name": str, "Names": list, "ResourceId": str, "Path": str}
-"""Arguments of Systems Manager's calls that contain parameter names."""
+"""Mapping: argument of Systems Manager's API calls that contains parameter names → type of the argument."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request for the policies: "ssm:GetParameter", its ARNs ("*" if unknown), and the context."""
+    """A request in the terms of IAM: an action such as "ssm:GetParameter", ARNs ("*" if unknown), and the context."""
 
     service: str
-    """As it signs."""
+    """The service's name in the signature."""
     action: str
     resources: tuple[str, ...]
     context: Mapping[str, str]
@@ -37,14 +38,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Denial:
-    """The reason why a request is refused, in AWS's wording."""
+    """The error code and message of a refused request, in AWS's wording."""
 
     code: str
     message: str
 
 
 def read(environ: Mapping[str, Any], body: bytes, action: str, parameters: Mapping[str, str]) -> Request:
-    """A signed request in the form that policies use; `action` and `parameters` from the daemon, "" for REST."""
+    """Convert a signed request to the terms of IAM policies. The daemon parses `action` and `parameters` from the
+    request; `action` is "" for REST services."""
     _, _, region, service = credential_scope(environ)
     asked: Mapping[str, Any] = parameters
     if environ.get("HTTP_X_AMZ_TARGET"):
@@ -61,7 +63,7 @@ def read(environ: Mapping[str, Any], body: bytes, action: str, parameters: Mappi
 
 
 def credential_scope(environ: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    """Access key, day, region and service of the signature; empty strings for a request without one."""
+    """Return the signature's access key, day, region and service, or empty strings if the request has no signature."""
     found = re.search(
         r"Credential=([^/,\s]+)/(\d+)/([^/,\s]+)/([^/,\s]+)/aws4_request", environ.get("HTTP_AUTHORIZATION", "")
     )
@@ -85,14 +87,15 @@ def resources(prefix: str, region: str, asked: Mapping[str, Any]) -> tuple[str, 
 
 
 def parameter_arn(region: str, name: str) -> str:
-    """A parameter's ARN, without version or label. `name` may be an ARN already."""
+    """Return a parameter's ARN, without version or label. `name` is the parameter's name or ARN."""
     if name.startswith("arn:"):
         return ":".join(name.split(":")[:6])
     return f"arn:aws:ssm:{region}:{ACCOUNT}:parameter/{name.partition(':')[0].lstrip('/')}"
 
 
 def denial(request: Request, caller: str, documents: Iterable[Mapping[str, Any]]) -> Denial | None:
-    """None when the documents of the caller's role allow the request for every resource."""
+    """Return None if the policy documents of the caller's role allow the request for all its resources. Otherwise,
+    return the denial."""
     if request.action == "sts:GetCallerIdentity":
         return None
     statements = [statement for document in documents for statement in _listed(document.get("Statement", []))]
@@ -114,7 +117,7 @@ def _denial(request: Request, caller: str, resource: str, reason: str) -> Denial
 
 
 def unknown_caller(service: str) -> Denial:
-    """The denial for credentials that do not exist or have expired."""
+    """Return the denial for credentials that do not exist or have expired."""
     if service == "ec2":
         return Denial("AuthFailure", "AWS was not able to validate the provided access credentials")
     code = "InvalidClientTokenId" if service in ("sts", "iam") else "UnrecognizedClient"
@@ -122,7 +125,7 @@ def unknown_caller(service: str) -> Denial:
 
 
 def applies(statement: Mapping[str, Any], request: Request, resource: str) -> bool:
-    """Whether a statement applies to this request."""
+    """Return whether a policy statement applies to this request."""
     for key, value, ignore_case in (("Action", request.action, True), ("Resource", resource, False)):
         if key in statement and not any(matches(each, value, ignore_case) for each in _listed(statement[key])):
             return False
@@ -159,7 +162,7 @@ def _holds(operator: str, value: str | None, wanted: list[str], unknown: bool) -
 
 
 def matches(pattern: str, value: str, ignore_case: bool = False) -> bool:
-    """IAM's wildcards: * for any text, ? for one character, and nothing else."""
+    """Return whether `value` matches IAM's pattern. IAM's only wildcards are * for any text and ? for one character."""
     expression = "".join({"*": ".*", "?": "."}.get(letter, re.escape(letter)) for letter in pattern)
     return re.fullmatch(expression, value, re.DOTALL | (re.IGNORECASE if ignore_case else 0)) is not None
 
@@ -169,7 +172,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def answer(environ: Mapping[str, Any], refused: Denial) -> tuple[str, list[tuple[str, str]], bytes]:
-    """Status, headers and body of a refusal, in the protocol of the request."""
+    """Return the status, headers and body of a refusal, in the protocol of the request."""
     service, identifier = credential_scope(environ)[3], "00000000-0000-0000-0000-000000000000"
     code, message = escape(refused.code), escape(refused.message)
     if environ.get("HTTP_X_AMZ_TARGET"):

@@ -1,22 +1,24 @@
 """Forward TCP connections between the host and machines: one process per cloud, one thread, one buffer per direction.
 
-The daemon starts it as `python -m scripts.local_cloud.port_forwarder <fd>` and sends listening sockets over the Unix
-socket <fd>. It ends with the daemon. It is a process of its own so that transfers do not wait for the API.
+The daemon starts the forwarder as `python -m scripts.local_cloud.port_forwarder <fd>` and sends listening sockets over
+the Unix socket <fd>. The forwarder ends when the daemon ends. The forwarder has its own process, so that the API does
+not delay transfers.
 
-Messages are JSON objects, one a datagram:
+Messages are JSON objects, one per datagram:
 
     {"op": "open", "id": …, "cidrs": [… or null], "target": [address, port], "keep_source": bool}
-        with the listening socket and, when the target is inside a machine, its network namespace as descriptors
+        the descriptors are the listening socket and, if the target is in a machine, the machine's network namespace
     {"op": "cut", "id": …}
-        open connections stay open but transfer nothing, as when a machine gets another public address
+        open connections stay open but transfer nothing, as on EC2 after a machine loses its public address
     {"op": "unlisten", "id": …}
-        closes the listening socket; open connections go on
+        closes the listening socket; open connections continue
     {"op": "close", "id": …}
 
-The forwarder sends {"refused": id} when a machine refuses a connection. It has accepted the client's connection by
-then, so it cannot refuse that one as EC2 does. It could only reset it, and MLflow's client does not repeat a POST that
-creates something after a reset; it does after a refusal. So the client waits for the next `open` of the same published
-address. To the client that is a slow connect.
+The forwarder sends {"refused": id} when a machine refuses a connection. On EC2, the client's connection would be
+refused. The forwarder has already accepted the client's connection and could only reset it. MLflow's client repeats a
+POST after a refused connection, but after a reset it does not repeat a POST that creates an object. The forwarder
+therefore keeps the client's connection until the next `open` message for the same published address. For the client,
+the response is only slow.
 """
 
 from __future__ import annotations
@@ -38,9 +40,10 @@ from scripts.local_cloud import namespaces
 
 CHUNK = 256 * 1024
 BACKLOG_LIMIT = 64
-"""Connections accepted per wake-up before other sockets are served."""
+"""Maximum number of connections that are accepted in one loop before other sockets are served."""
 WAIT_SECONDS = 120
-"""How long a client waits for a machine that listens. MLflow's client waits as long for a response by default."""
+"""Maximum seconds that a connection waits for a machine to listen. MLflow's client also has a default timeout of 120
+s."""
 
 
 @dataclass
@@ -57,7 +60,7 @@ class ForwardedPort:
 
 @dataclass
 class WaitingClient:
-    """An accepted connection whose machine refused it."""
+    """An accepted connection that the machine refused."""
 
     sock: socket.socket
     source: str
@@ -72,16 +75,16 @@ class Side:
     sock: socket.socket
     route: str
     other: Side | None = None
-    waiting: bytearray = field(default_factory=bytearray)  # read from the other side, not yet accepted by this one
+    waiting: bytearray = field(default_factory=bytearray)  # bytes that `other` has received and this side has not sent
     mask: int = 0
     read_closed: bool = False
     write_closing: bool = False
-    connecting: WaitingClient | None = None  # until connected: the client that waits for it
-    silent: bool = False  # transfers nothing any more
+    connecting: WaitingClient | None = None  # until the socket is connected: the client that waits for it
+    silent: bool = False  # whether this side transfers nothing any more
 
 
 class Forwarder:
-    """Owns the poller, the routes and the connections."""
+    """Forwards connections. This object owns the poller, the routes and the connections."""
 
     def __init__(self, control: socket.socket) -> None:
         self.control = control
@@ -110,7 +113,7 @@ class Forwarder:
                         self.abort(side)
 
     def obey(self) -> bool:
-        """Handle one message; False if the daemon has ended."""
+        """Handle one message. Returns False if the daemon has ended."""
         try:
             message, descriptors, _, _ = socket.recv_fds(self.control, 65536, 2)
         except ConnectionError:
@@ -168,7 +171,7 @@ class Forwarder:
             self.forward(identifier, WaitingClient(client, address, route.published, time.monotonic() + WAIT_SECONDS))
 
     def forward(self, identifier: str, client: WaitingClient) -> None:
-        """Connect an accepted client to the target."""
+        """Connect an accepted client to the target of the route."""
         route = self.routes[identifier]
         allowed = route.networks is None or any(ipaddress.IPv4Address(client.source) in each for each in route.networks)
         if not allowed:
@@ -192,13 +195,13 @@ class Forwarder:
             self.watch(side)
 
     def let_wait(self, identifier: str, client: WaitingClient) -> None:
-        """Let a client wait if the target is a port of a machine that does not listen; reset it for another target."""
+        """If the target is in a machine, let the client wait. For other targets, reset the client's connection."""
         if not self.routes[identifier].keep_source:
             reset(client.sock)
             return
         self.waiting_clients.append(client)
-        # The message is left out while the queue is full, because the daemon may be waiting for this process. The next
-        # refusal sends it again.
+        # If the queue is full, the message is dropped, because the daemon may be waiting for this process. The message
+        # is sent again after the next refused connection.
         with contextlib.suppress(OSError):
             self.control.send(json.dumps({"refused": identifier}).encode(), socket.MSG_DONTWAIT)
 
@@ -216,8 +219,8 @@ class Forwarder:
             route.listening.close()
 
     def connect(self, route: ForwardedPort, source: str) -> tuple[socket.socket, bool]:
-        """A socket that is connecting to the target, from the client's own address if required; True while
-        connecting."""
+        """Return a socket to the target, and whether the socket is still connecting. If the route has `keep_source`,
+        the socket's source address is the client's address."""
         if route.namespace is None:
             server = socket.socket()
         else:
@@ -238,7 +241,7 @@ class Forwarder:
             raise
 
     def watch(self, side: Side) -> None:
-        """Register with the poller for exactly the events that allow progress."""
+        """Register the side's socket with the poller, only for events that the side can handle now."""
         other = side.other
         mask = 0
         if side.connecting or side.waiting:
@@ -300,20 +303,20 @@ class Forwarder:
         self.watch(other)
 
     def abort(self, side: Side) -> None:
-        """End a connection with a reset on both sides, so that neither side treats a partial transfer as complete."""
+        """Reset a connection on both sides, so that no side treats a partial transfer as complete."""
         for end in (side, side.other):
             if end is not None and end.sock.fileno() >= 0:
                 end.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         self.drop(side)
 
     def drop(self, side: Side) -> None:
-        """End a connection on both sides."""
+        """Close a connection on both sides."""
         for end in (side, side.other):
             if end is not None and self.forget(end):
                 end.sock.close()
 
     def forget(self, side: Side) -> bool:
-        """Remove the socket from the poller and the connections; False if it was closed before."""
+        """Remove the side's socket from the poller and from `sides`. Returns False for a removed socket."""
         number = side.sock.fileno()
         if number < 0 or self.sides.pop(number, None) is None:
             return False
@@ -324,21 +327,21 @@ class Forwarder:
 
 
 IP_BIND_ADDRESS_NO_PORT = 24
-"""linux/in.h: pick the source port at connect, so that ports are shared between targets."""
+"""Socket option of linux/in.h. The kernel chooses the source port in connect(2), so that targets can share a port."""
 
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
-"""struct linger: on, zero seconds."""
+"""Value of struct linger: on, with a timeout of zero seconds."""
 
 
 def reset(client: socket.socket) -> None:
-    """Close with a reset, because nothing was ever connected."""
+    """Close a client's connection with a TCP reset, because the connection is not forwarded."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     client.close()
 
 
 def raise_file_limit() -> None:
-    """Allow as many open files as the host permits: each connection needs two."""
+    """Raise the limit on open files to the hard limit, because each forwarded connection needs two descriptors."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

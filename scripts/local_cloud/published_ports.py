@@ -1,4 +1,4 @@
-"""Publish the ports of machines on this host, as their security groups allow, through the forwarder process."""
+"""Publish ports of machines on this host through the forwarder process. Security groups determine the open ports."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from scripts.local_cloud.layout import Allotment
 from scripts.local_cloud.machines import Machine
 
 WIDEST_RANGE = 32
-"""A rule for more ports is published only for listening ports, which are looked up every second."""
+"""For a security group rule with at most 32 ports, all ports can be published. For a rule with more ports, the
+machine's listening ports are looked up every second, and only these ports are published."""
 REFUSED: tuple[Any, ...] = ("refused",)
-"""In place of a route whose machine no longer listens. Its earlier connections may still be open."""
+"""Value in `routes` if the machine refuses new connections. Older connections of the route may still be open."""
 
 
 class PublishedPorts:
-    """Owns the forwarder. `lock` guards the routes; take it after the API lock."""
+    """Owner of the forwarder process. `lock` guards the routes. Code that needs both locks takes the API lock first."""
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class PublishedPorts:
         stopping: threading.Event,
         settle_network: Callable[[], None],
     ) -> None:
-        """`settle_network` is called after a restart of the forwarder, without any lock."""
+        """`settle_network` is called without locks after a restart of the forwarder process."""
         self.allotment = allotment
         self.machines = machines
         self.api = api
@@ -42,15 +43,16 @@ class PublishedPorts:
         self.lock = threading.Lock()
         self.routes: dict[str, tuple[Any, ...]] = {}
         self.addresses: dict[str, set[str]] = {}
-        self.awaited = False  # whether a port waits until its machine listens
+        self.awaited = False  # whether an allowed port has no listening program
         self.forwarder: socket.socket
         threading.Thread(target=self._mind_forwarder, args=(self._start_forwarder(),), daemon=True).start()
 
     def settle(self) -> None:
-        """Publish the ports that security groups allow and close the others; call with the API lock held.
+        """Publish the ports that security groups allow, and close all other ports. The caller holds the API lock.
 
-        A port is published while its machine listens on it. Otherwise a connection is refused, as on EC2. The forwarder
-        could only accept and reset it, and MLflow's client does not repeat every POST after a reset.
+        A port is published only while its machine listens on the port. This host refuses connections to an unpublished
+        port, as EC2 does. If the port were published, the forwarder could only reset its connections, and MLflow's
+        client does not repeat every POST after a reset.
         """
         wanted = self._wanted_routes()
         with self.lock:
@@ -64,13 +66,13 @@ class PublishedPorts:
             self.awaited = bool(due)
 
     def _listening(self, routes: dict[str, tuple[Any, ...]]) -> list[str]:
-        """The routes to a port on which the machine listens."""
+        """Return the name of each route whose machine listens on the route's port."""
         asked = {route[0] for route in routes.values()}
         ports = {each: listening_ports(machine.pid) for each, machine in list(self.machines.items()) if each in asked}
         return [name for name, route in routes.items() if route[2] in ports.get(route[0], ())]
 
     def open_inside(self, instance_id: str, namespace: int) -> None:
-        """Forward S3 and the APIs from a machine's loopback to this host's."""
+        """Forward the ports of S3 and the APIs from a machine's loopback address to this host's loopback address."""
         with self.lock:
             self._open_inside(instance_id, namespace)
 
@@ -87,7 +89,7 @@ class PublishedPorts:
             self.routes[name] = ()
 
     def _cut_lost_addresses(self) -> None:
-        """Stop transfers on a machine's connections to AWS after it lost its public address, as EC2 does."""
+        """If a machine lost its public address, stop transfers on its open connections to the AWS APIs, like EC2."""
         before, self.addresses = self.addresses, {}
         for instance_id in list(self.machines):
             record = inventory.find(instance_id)
@@ -111,7 +113,7 @@ class PublishedPorts:
         self.routes[name] = route
 
     def _wanted_routes(self) -> dict[str, tuple[Any, ...]]:
-        """Ports to publish: name → (instance, public address, port, source CIDRs, private address)."""
+        """Return the ports to publish: name → (instance, public address, port, source CIDRs, private address)."""
         routes: dict[str, tuple[Any, ...]] = {}
         for instance_id, machine in list(self.machines.items()):
             record = inventory.find(instance_id)
@@ -154,7 +156,7 @@ class PublishedPorts:
     ) -> None:
         order = {"op": "open", "id": name, "cidrs": cidrs, "target": target, "keep_source": namespace is not None}
         descriptors = [listening.fileno()] + ([] if namespace is None else [namespace])
-        with listening, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # _mind_forwarder opens it again
+        with listening, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # _mind_forwarder repeats it
             socket.send_fds(self.forwarder, [json.dumps(order).encode()], descriptors)
 
     def _close(self, name: str) -> None:
@@ -178,7 +180,7 @@ class PublishedPorts:
             )
 
     def _unlisten_refused(self, forwarder: socket.socket) -> None:
-        """Close the listening sockets of ports on which machines refuse connections, until the forwarder ends."""
+        """Until the forwarder ends, close the listening socket of each port whose machine refuses connections."""
         with contextlib.suppress(OSError):
             while message := forwarder.recv(65536):
                 name = json.loads(message)["refused"]
@@ -189,7 +191,7 @@ class PublishedPorts:
                         self.awaited = True
 
     def _mind_forwarder(self, process: subprocess.Popen[bytes]) -> None:
-        """Start the forwarder again if it ends, with the same routes; its open connections are lost."""
+        """If the forwarder ends, start a new one with the same routes. Open connections are lost."""
         while True:
             status = process.wait()
             if self.stopping.is_set():
@@ -205,7 +207,7 @@ class PublishedPorts:
 
 
 def listening_ports(pid: int) -> set[int]:
-    """Listening TCP ports in a process's network namespace, without those on loopback addresses."""
+    """Return the listening TCP ports in a process's network namespace. Ports on loopback addresses are excluded."""
     ports = set()
     for table in ("tcp", "tcp6"):
         try:

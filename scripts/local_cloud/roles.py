@@ -1,9 +1,9 @@
 """Temporary credentials of instance roles, valid for the AWS APIs and the object store.
 
-A session's token has the form of SeaweedFS's own STS (a signed JWT; the keys follow from the session's ID and the
-signing key), so the object store accepts it without any registration and enforces the role's policies, which the token
-contains. The same session is recorded in moto's STS, so that the APIs identify the caller; permissions.py enforces the
-role's policies before moto handles a request.
+A session's token is a signed JWT in the form of SeaweedFS's own STS. The access key and the secret key are derived from
+the session's ID and the signing key. The token contains the role's policies, so the object store enforces the policies
+and needs no registration of the session. moto's STS also records the session, so that the APIs identify the caller.
+permissions.py enforces the role's policies before moto handles a request.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from scripts.local_cloud.layout import ACCOUNT, Allotment, Places
 
 VALID_SECONDS = 6 * 3600
 RENEW_SECONDS = 3600
-"""As on EC2: credentials are valid for six hours and renewed every hour."""
+"""Credentials are valid for six hours and renewed every hour, as on EC2."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Session:
 
 
 class Roles:
-    """Sessions issued since the daemon started, by instance and role. Call with the API lock held."""
+    """The sessions of instance roles that this daemon created. Callers of these methods must hold the API lock."""
 
     def __init__(self, places: Places, allotment: Allotment) -> None:
         self.region = allotment.region
@@ -51,13 +51,13 @@ class Roles:
         self.signing_key = object_store.signing_key(places)
         self.sessions: dict[tuple[str, str], Session] = {}
         answer_assume_role(self.signing_key)
-        # SeaweedFS's access keys also have lower-case letters, which moto does not accept
+        # The access keys of sessions contain lower-case letters, which moto's own pattern does not accept.
         BaseResponse.access_key_regex = re.compile(
             r"AWS.*(?P<access_key>(?<![A-Za-z0-9])[A-Za-z0-9]{20}(?![A-Za-z0-9]))[:/]"
         )
 
     def credentials(self, instance: str, role: Any) -> dict[str, Any]:
-        """The document at iam/security-credentials/<role>; `role` is moto's record."""
+        """Return the metadata document iam/security-credentials/<role>. `role` is moto's record of the role."""
         policies = json.dumps(s3_policy(policy_documents(role)))
         session = self.sessions.get((instance, role.name))
         if session is None or session.issued < time.time() - RENEW_SECONDS or session.policies != policies:
@@ -74,8 +74,8 @@ class Roles:
         }
 
     def refusal(self, environ: Mapping[str, Any], request: permissions.Request) -> permissions.Denial | None:
-        """Why a request with a role's credentials is denied; None if the role's current policies allow it. Also None
-        for a request with permanent keys, which belong to the account owner."""
+        """Return the denial of a request with a role's credentials, or None if the role's current policies allow the
+        request. Requests with permanent keys are allowed, because these keys belong to the account owner."""
         access_key, token = permissions.credential_scope(environ)[0], str(environ.get("HTTP_X_AMZ_SECURITY_TOKEN", ""))
         if not token and not access_key.startswith("ASIA"):
             return None
@@ -86,8 +86,8 @@ class Roles:
         return permissions.denial(request, caller, policy_documents(role)) or untrusted(request, role.arn, caller)
 
     def secret(self, access_key: str, token: str) -> str | None:
-        """The secret key of the account's own access key or of a session; None for any other access key, and for a
-        session's key without its token."""
+        """Return the secret key of the account's own access key or of a session. Returns None for an unknown access
+        key, and for a session's access key without the session's token."""
         if not token:
             return self.account[1] if hmac.compare_digest(access_key.encode(), self.account[0].encode()) else None
         with contextlib.suppress(ValueError, KeyError):
@@ -98,7 +98,7 @@ class Roles:
         return str(record.secret_access_key) if record is not None and record.session_token == token else None
 
     def _caller(self, access_key: str, token: str) -> str | None:
-        """The assumed role of valid credentials: a session of an instance, or one by AssumeRole."""
+        """Return the ARN of the assumed role for valid credentials of an instance or of AssumeRole, otherwise None."""
         with contextlib.suppress(ValueError, KeyError):
             claims = _verified(token, self.signing_key)
             good = claims["nbf"] <= time.time() < claims["exp"] and access_key == _access_key(claims["sid"])
@@ -118,14 +118,14 @@ class Roles:
 
 
 def give(record: Any, session: Session) -> None:
-    """Set the session's keys in moto's record of an assumed role."""
+    """Write the session's keys and token to moto's record of an assumed role."""
     record.access_key_id = record.access_key.access_key_id = session.access_key
     record.secret_access_key = record.access_key.secret_access_key = session.secret_key
     record.session_token = session.token
 
 
 def answer_assume_role(signing_key: bytes) -> None:
-    """Make moto's AssumeRole issue sessions that the object store also accepts, with the role's policies."""
+    """Change moto's AssumeRole to return sessions of `mint`. The object store also accepts these sessions."""
     assume_role = getattr(STSBackend.assume_role, "__wrapped__", STSBackend.assume_role)
 
     @functools.wraps(assume_role)
@@ -142,8 +142,8 @@ def answer_assume_role(signing_key: bytes) -> None:
 
 
 def untrusted(request: permissions.Request, caller_role: str, caller: str) -> permissions.Denial | None:
-    """Why the role in an AssumeRole request does not trust the caller's role; None if it does, and for other
-    requests."""
+    """Return a denial if the role in an AssumeRole request does not trust the caller's role, otherwise None. For other
+    actions, return None."""
     if request.action != "sts:AssumeRole":
         return None
     (wanted,) = request.resources
@@ -161,7 +161,7 @@ def untrusted(request: permissions.Request, caller_role: str, caller: str) -> pe
 
 
 def mint(signing_key: bytes, name: str, role_arn: str, policy: str, seconds: int = VALID_SECONDS) -> Session:
-    """A session as SeaweedFS 4 issues it: an HS256 JWT, and keys derived from the session's id."""
+    """Create a session in the form of SeaweedFS 4: an HS256 JWT, and keys that are derived from the session's ID."""
     identifier, now = uuid.uuid4().hex, time.time()
     role_name = role_arn.rpartition("/")[2]
     assumed = f"arn:aws:sts::{ACCOUNT}:assumed-role/{role_name}/{name}"
@@ -194,7 +194,7 @@ def mint(signing_key: bytes, name: str, role_arn: str, policy: str, seconds: int
 
 
 def policy_documents(role: Any) -> list[Mapping[str, Any]]:
-    """A role's inline and attached policies."""
+    """Return a role's inline policies and attached policies."""
     iam: Any = iam_backends[ACCOUNT]["aws"]
     documents = [json.loads(iam.get_role_policy(role.name, name)[1]) for name in iam.list_role_policies(role.name)]
     attached, _ = iam.list_attached_role_policies(role.name)
@@ -206,7 +206,8 @@ def policy_documents(role: Any) -> list[Mapping[str, Any]]:
 
 
 def s3_policy(documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """One policy with the statements about S3; denies everything if there are none."""
+    """Return one policy with all statements about S3. If `documents` has no such statement, the policy denies all
+    requests."""
     statements = []
     for document in documents:
         found = document.get("Statement", [])
@@ -221,7 +222,8 @@ def s3_policy(documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _renamed(condition: Mapping[str, Any]) -> dict[str, Any]:
-    """The condition, with the key of If-None-Match named as the header in which store_front.py forwards it."""
+    """Return the condition with the key s3:if-none-match renamed to `referer`. store_front.py copies the header
+    If-None-Match to the header Referer."""
     tests = {
         operator: {"referer" if key == "s3:if-none-match" else key: wanted for key, wanted in keys.items()}
         for operator, keys in condition.items()
@@ -243,7 +245,7 @@ def _role_named(name: str) -> Any:
 
 
 def _verified(token: str, signing_key: bytes) -> dict[str, Any]:
-    """The claims in a token of this cloud. Raises ValueError for any other token."""
+    """Return the claims in a session's token. Raises ValueError if this cloud did not sign the token."""
     signed, _, signature = token.encode().rpartition(b".")
     if not hmac.compare_digest(_unpadded(_signature(signed, signing_key)), signature):
         raise ValueError("not signed here")

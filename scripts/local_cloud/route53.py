@@ -1,4 +1,5 @@
-"""Hosted zones: make their IDs begin with Z, as in Route 53. moto's begin with any letter."""
+"""Correction of moto: the ID of a hosted zone begins with Z, as in Route 53. In moto, the ID of a hosted zone begins
+with any letter."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from moto.route53 import models
 
 
 def install() -> None:
-    """Call once, before any zone is made."""
+    """Install the correction. Call this function once, before any hosted zone is created."""
     original = models.create_route53_zone_id
 
     def identify(*arguments: Any, **options: Any) -> str:

@@ -1,4 +1,4 @@
-"""Bring machines to the state of their EC2 records: start, stop, reboot, make images of them."""
+"""Start, stop and reboot machines to match the EC2 records, and create images of machines."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from scripts.local_cloud.roles import Roles
 
 
 class RunningMachines:
-    """Owns the machines of one cloud and their metadata services. Works on one instance at a time, in threads that
-    do not hold the API lock."""
+    """This object owns one cloud's machines and the machines' metadata services. Threads do the slow work without the
+    API lock. Each instance has a lock, so that one thread at a time changes the instance."""
 
     def __init__(
         self, places: Places, allotment: Allotment, api: threading.RLock, roles: Roles, stopping: threading.Event
@@ -64,7 +64,7 @@ class RunningMachines:
         return self.places.machines / instance / "pid"
 
     def stop_all(self) -> None:
-        """Stop every machine; the records still say `running`, so that the next `up` starts them again."""
+        """Stop every machine. The EC2 records keep the state `running`, so that the next `up` starts the machines."""
         threads = [threading.Thread(target=self._stop_one, args=(each,)) for each in self.podman.names()]
         for thread in threads:
             thread.start()
@@ -76,7 +76,7 @@ class RunningMachines:
             self._stop(instance_id, force=False)
 
     def settle_network(self) -> None:
-        """Publish the ports that security groups allow, and update volumes and metadata of every machine."""
+        """Publish the ports that security groups allow, and update the volumes and metadata of every machine."""
         with self.api:
             for instance_id in list(self.services):
                 self._renew_facts(instance_id)
@@ -86,7 +86,7 @@ class RunningMachines:
             self.ports.settle()
 
     def sweep_layers(self) -> None:
-        """Delete layers that no image and no machine uses."""
+        """Delete all layers that no image and no machine uses."""
         with self.api:
             file_systems.discard_unused_layers(self.places)
         file_systems.empty(self.places.trash)
@@ -106,7 +106,7 @@ class RunningMachines:
             yield
 
     def _settle(self, instance_id: str) -> None:
-        """Bring the machine to the state in its record."""
+        """Start, stop or delete the machine as its instance's record requires."""
         with self._only_one(instance_id):
             with self.api:
                 record = inventory.find(instance_id)
@@ -118,7 +118,7 @@ class RunningMachines:
             elif state == "stopping":
                 self._stop(instance_id, force=False)
                 with self.api:
-                    if record.state == "stopping":  # it may have been terminated in the meantime
+                    if record.state == "stopping":  # another request may have terminated the instance
                         record.ec2_backend.finish_stop(record)
                     self._sync_disks(instance_id)
                     moto_state.save(self.places)
@@ -195,18 +195,19 @@ class RunningMachines:
         )
 
     def _open_inside(self, instance_id: str, namespace: int, beyond: int) -> None:
-        """Open the machine's metadata service, and S3 and the APIs on its loopback."""
+        """Start the machine's metadata service, and forward S3 and the APIs to the machine's loopback address."""
         self.services[instance_id] = MetadataService(
             namespaces.listener(ADDRESS, 80, beyond), lambda: self.metadata(instance_id)
         )
         self.ports.open_inside(instance_id, namespace)
 
     def metadata(self, instance_id: str) -> Metadata | None:
-        """The last recorded metadata, without the API lock, so that a booting machine does not wait for it."""
+        """Return the last recorded metadata. This method needs no API lock, so that a booting machine does not wait."""
         return self.facts.get(instance_id)
 
     def _renew_facts(self, instance_id: str) -> None:
-        """Record the current metadata of an instance for its service; call with the API lock held."""
+        """Record an instance's current metadata for the instance's metadata service. The caller must hold the API
+        lock."""
         record = inventory.find(instance_id)
         if record is None:
             self.facts.pop(instance_id, None)
@@ -214,7 +215,7 @@ class RunningMachines:
             self.facts[instance_id] = describe(record, self.roles)
 
     def _stop(self, instance_id: str, *, force: bool) -> None:
-        """Stop the machine, even if another daemon started it, and unmount its root file system."""
+        """Stop the machine and unmount its root file system. The machine may have been started by an earlier daemon."""
         machine = self.machines.get(instance_id)
         if machine is not None:
             machines.stop(self.podman, machine, force=force)
@@ -261,7 +262,7 @@ class RunningMachines:
         self.settle_network()
 
     def _watch(self, machine: Machine) -> None:
-        """Wait until the machine ends, and handle an end from inside: power-off, reboot or crash."""
+        """Wait until the machine ends. If it ended without an API call, handle the power-off, reboot or crash."""
         machines.wait_for_exit(machine)
         with self._only_one(machine.instance):
             if self.machines.get(machine.instance) is not machine or self.stopping.is_set():
@@ -281,13 +282,13 @@ class RunningMachines:
                         record.ec2_backend.finish_stop(record)
                         record.state_reason.code = "Client.InstanceInitiatedShutdown"
                         record.state_reason.message = (
-                            f"Client.InstanceInitiatedShutdown: the machine ended by itself (status {status})"
+                            f"Client.InstanceInitiatedShutdown: the machine ended without an API call (status {status})"
                         )
                     moto_state.save(self.places)
         self.settle(machine.instance)
 
     def _sync_disks(self, instance_id: str) -> None:
-        """Attach and detach volumes so that the machine has those in its record; call with the API lock held."""
+        """Attach and detach volumes as the instance's EC2 record requires. The caller must hold the API lock."""
         record = inventory.find(instance_id)
         wanted = inventory.disks_of(record) if record is not None else []
         machine = self.machines.get(instance_id)
@@ -304,7 +305,7 @@ class RunningMachines:
                 volumes.detach(path)
 
     def _finish_detachments(self) -> None:
-        """Detach volumes that were mounted at the detach call and no longer are; call with the API lock held."""
+        """Finish the detachment of each volume that its machine has unmounted. The caller must hold the API lock."""
         for backend in inventory.all_backends():
             attachments = [volume.attachment for volume in backend.volumes.values() if volume.attachment]
             for attachment in attachments:
@@ -315,5 +316,5 @@ class RunningMachines:
 
 
 def printable(error: Exception) -> str:
-    """An error's text without characters that XML cannot contain."""
+    """Return an error's text with spaces in place of unprintable characters, which XML cannot contain."""
     return "".join(character if character.isprintable() else " " for character in str(error))

@@ -1,22 +1,23 @@
 """Bucket settings that SeaweedFS lacks or implements differently from AWS.
 
-nginx (store_front.py) sends these requests here. The same request first goes to SeaweedFS, which verifies the
-signature, the role's policies and the bucket's policy; a refusal is returned. Then moto responds. Its record of the
-bucket is created with AWS's defaults on first use and deleted with the bucket. Differences, by AWS's "Amazon S3 API
-Reference" and "Amazon S3 User Guide":
+nginx (store_front.py) sends requests about these settings to this module. This module first sends each request to
+SeaweedFS, which verifies the signature, the role's policies and the bucket's policy. If SeaweedFS refuses the request,
+the refusal is returned. If SeaweedFS accepts the request, moto handles most settings. A bucket's record in moto is
+created with AWS's defaults at the first use, and deleted with the bucket. The sources are "Amazon S3 API Reference" and
+"Amazon S3 User Guide".
 
-- CreateBucket, "Default encryption FAQ": a new bucket is encrypted with AES256. SeaweedFS encrypts nothing by itself.
-- GetBucketEncryption, DeleteBucketEncryption: every bucket has a configuration, deleting it brings the default back.
-- GetPublicAccessBlock, "Blocking public access": all four are on in a new bucket. SeaweedFS answers 501.
-- GetBucketOwnershipControls, "Controlling ownership of objects": BucketOwnerEnforced in a new bucket, absent once
-  deleted. SeaweedFS still returns BucketOwnerEnforced.
-- GetBucketLocation: the region. SeaweedFS leaves it empty, which is us-east-1.
-- GetBucketAccelerateConfiguration: empty for a bucket that never had one. SeaweedFS answers Suspended.
-- GetBucketAcl: the owner's canonical user id. SeaweedFS returns the name of an identity.
-- PutBucketAcl with BucketOwnerEnforced: AccessControlListNotSupported. SeaweedFS and moto accept it.
-- GetBucketRequestPayment: NoSuchBucket for an absent bucket. SeaweedFS answers BucketOwner.
-- DeleteBucketPolicy: 204 where there is none. SeaweedFS answers 404.
-- DeleteBucket: BucketNotEmpty as long as a version or a delete marker is left. SeaweedFS deletes them all.
+CreateBucket, "Default encryption FAQ": a new bucket is encrypted with AES256. SeaweedFS does not encrypt by default.
+GetBucketEncryption: every bucket has an encryption configuration. DeleteBucketEncryption restores AES256.
+GetPublicAccessBlock, "Blocking public access": all four settings of a new bucket are on. SeaweedFS returns 501.
+GetBucketOwnershipControls, "Controlling ownership of objects": the response is BucketOwnerEnforced for a new bucket,
+  and an error after DeleteBucketOwnershipControls. SeaweedFS always returns BucketOwnerEnforced.
+GetBucketLocation returns the region. SeaweedFS returns an empty text, which clients read as us-east-1.
+GetBucketAccelerateConfiguration returns an empty setting if the bucket never had one. SeaweedFS returns Suspended.
+GetBucketAcl returns the owner's canonical user ID. SeaweedFS returns the name of the identity from its configuration.
+PutBucketAcl with BucketOwnerEnforced returns AccessControlListNotSupported. SeaweedFS and moto accept PutBucketAcl.
+GetBucketRequestPayment returns NoSuchBucket for a missing bucket. SeaweedFS returns BucketOwner.
+DeleteBucketPolicy returns 204 if the bucket has no policy. SeaweedFS returns 404.
+DeleteBucket returns BucketNotEmpty if the bucket has a version or a delete marker. SeaweedFS deletes all of them.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ OWN_HEADERS = ("connection", "transfer-encoding", "content-length", "date", "ser
 
 UNVERIFIED = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 UNVERIFIED.check_hostname, UNVERIFIED.verify_mode = False, ssl.CERT_NONE
-"""For SeaweedFS on this host's loopback."""
+"""TLS settings that do not verify the certificate, only for SeaweedFS on this host's loopback address."""
 
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
@@ -69,7 +70,7 @@ class StoreResponse:
 
 
 class BucketSettings:
-    """Handles the requests from store_front.py. Owns a SeaweedFS client with the account's key."""
+    """Handles the requests from store_front.py. This object owns SeaweedFS clients with the account's access key."""
 
     def __init__(
         self,
@@ -79,7 +80,8 @@ class BucketSettings:
         lock: threading.RLock,
         save: Callable[[], None],
     ) -> None:
-        """`moto` handles a WSGI request, `refusal` returns the reason why a role is denied; both need `lock`."""
+        """`moto` handles a WSGI request. `refusal` returns the denial of a role's request, or None. Callers of `moto`
+        and `refusal` must hold `lock`."""
         self.allotment, self.moto, self.refusal, self.lock, self.save = allotment, moto, refusal, lock, save
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # SeaweedFS is on this host's loopback
         connect: Any = boto3.client
@@ -154,7 +156,7 @@ class BucketSettings:
         return _status(self.store.head_bucket, Bucket=bucket) != 404
 
     def _may_delete(self, environ: Mapping[str, Any], bucket: str) -> bool:
-        """Whether SeaweedFS allows the request by the role's policies and the bucket's policy."""
+        """Return whether the role's policies and the bucket's policy allow the request."""
         if environ[MARK] == "http" and _status(self.plain_store.head_bucket, Bucket=bucket) == 403:
             return False
         with self.lock:
@@ -168,7 +170,7 @@ class BucketSettings:
         return bool(found.get("Versions") or found.get("DeleteMarkers"))
 
     def _record(self, bucket: str) -> Any:
-        """moto's record of a bucket, created with AWS's settings for a new bucket if there is none."""
+        """Return moto's record of a bucket. A missing record is created with AWS's settings for a new bucket."""
         backend: Any = s3_backends[ACCOUNT]["aws"]
         if bucket not in backend.buckets:
             record = backend.create_bucket(bucket, self.allotment.region)
@@ -182,7 +184,7 @@ class BucketSettings:
         s3_backends.bucket_accounts.pop(bucket, None)
 
     def _ask_store(self, environ: Mapping[str, Any], body: bytes) -> StoreResponse:
-        """SeaweedFS's response to the unchanged request, sent by TLS if it arrived by TLS."""
+        """Send the unchanged request to SeaweedFS, with TLS if the client used TLS. Return SeaweedFS's response."""
         port, tls_port = self.allotment.inner_s3_ports
         connection: http.client.HTTPConnection
         if environ[MARK] == "https":
@@ -215,13 +217,13 @@ def _status(call: Callable[..., Any], **arguments: Any) -> int:
 
 
 def error(status: int, code: str, message: str, bucket: str) -> StoreResponse:
-    """An error in the form of S3's REST errors."""
+    """Return an error in the XML format of S3's REST errors."""
     text = f"{XML}<Error><Code>{code}</Code><Message>{message}</Message><BucketName>{bucket}</BucketName></Error>"
     return StoreResponse(status, {"Content-Type": "application/xml"}, text.encode())
 
 
 def _headers(environ: Mapping[str, Any]) -> dict[str, str]:
-    """The request's headers, as they were signed."""
+    """Return the request's headers with unchanged values, because the client signed the values."""
     headers = {name[5:].replace("_", "-"): value for name, value in environ.items() if name.startswith("HTTP_")}
     headers |= {"CONTENT-TYPE": environ["CONTENT_TYPE"]} if environ.get("CONTENT_TYPE") else {}
     return {name: value for name, value in headers.items() if name.lower() not in OWN_HEADERS}

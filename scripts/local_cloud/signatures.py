@@ -1,8 +1,9 @@
-"""Verify requests to the local cloud's APIs: one of its keys, a loopback host name, and no web page as the origin.
+"""Verify requests to the local cloud's APIs: check the signature and the host name, and refuse requests of web pages.
 
-moto accepts any key, so signatures are verified first, by "Create a signed AWS API request" (AWS Signature Version 4,
-IAM user guide). A page of any site can make a browser send requests to a port of this host. Such a request has an
-Origin header or, if a DNS name points to 127.0.0.1, that name as Host.
+moto accepts any access key. Signatures are therefore verified before moto handles a request, as described in "Create a
+signed AWS API request" (AWS Signature Version 4, IAM user guide). A page of any web site can make a browser send
+requests to a port of this host. A web page's request has an Origin header, or its Host header is a DNS name that
+resolves to 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ from scripts.local_cloud.permissions import Denial
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 ALGORITHM = "AWS4-HMAC-SHA256"
 SKEW_SECONDS = 900
-"""A signature is valid this long before and after its time, as in AWS."""
+"""A signature is valid for this number of seconds before and after its time stamp, as in AWS."""
 
 SecretOf = Callable[[str, str], "str | None"]
-"""(access key, session token) → secret key; None for an unknown key."""
+"""Function (access key, session token) → secret key. Returns None for an unknown access key."""
 
 
 def of_a_page(environ: Mapping[str, Any], ports: Iterable[int]) -> str | None:
-    """Why a request may come from a web page: it has an Origin, or a Host that is not a loopback name. A port in Host
-    must be one of `ports`. None for a request of a program."""
+    """Return the reason why a request may come from a web page, or None for a program's request. A request with an
+    Origin header is refused. The Host header must be a loopback name, without a port or with one of `ports`."""
     if origin := environ.get("HTTP_ORIGIN"):
-        return f"the local cloud refuses requests of web pages, such as of {origin!r}: send no Origin header"
+        return f"the local cloud refuses requests of web pages (Origin: {origin!r}): send no Origin header"
     host = environ.get("HTTP_HOST", "")
-    # pgBackRest sends the name without the port.
+    # pgBackRest sends a Host header without the port.
     if host not in {*LOOPBACK, *(f"{name}:{port}" for name in LOOPBACK for port in ports)}:
         return f"the local cloud does not serve the host {host!r}: use 127.0.0.1 with its port"
     return None
 
 
 def problem(environ: Mapping[str, Any], body: bytes, secret_of: SecretOf, now: float | None = None) -> Denial | None:
-    """Why a request's signature is invalid, in AWS's wording; None if it is valid."""
+    """Return None if a request's signature is valid. Otherwise, return the reason in AWS's wording."""
     access_key, day, region, service = permissions.credential_scope(environ)
     header = str(environ.get("HTTP_AUTHORIZATION", ""))
     if not access_key or not header.startswith(f"{ALGORITHM} "):
@@ -80,7 +81,8 @@ def problem(environ: Mapping[str, Any], body: bytes, secret_of: SecretOf, now: f
 
 
 def canonical_request(environ: Mapping[str, Any], names: Iterable[str], digest: str, service: str) -> str:
-    """The signed text. S3's path is used as it was sent; those of other services are encoded once more."""
+    """Return the text that the client signed. In this text, the path of an S3 request is unchanged, and the path of any
+    other request is URL-encoded a second time."""
     path, _, query = str(environ["RAW_URI"]).partition("?")
     pairs = [part.partition("=")[::2] for part in query.split("&") if part]
     encoded = sorted((_encoded(unquote(name)), _encoded(unquote(value))) for name, value in pairs)
@@ -98,7 +100,7 @@ def canonical_request(environ: Mapping[str, Any], names: Iterable[str], digest: 
 
 
 def without_cors(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Remove CORS headers: moto's would open the APIs to the pages of every site."""
+    """Remove CORS headers, because moto's CORS headers would allow pages of every web site to use the APIs."""
     return [(name, value) for name, value in headers if not name.lower().startswith("access-control-")]
 
 

@@ -1,10 +1,10 @@
-"""S3's endpoint: nginx in front of SeaweedFS, so that both ports serve one S3.
+"""The S3 endpoint: nginx with an HTTP port and an HTTPS port. nginx forwards requests to SeaweedFS or to the daemon.
 
-Objects, versions, policies and lifecycle rules are SeaweedFS's. Bucket settings that SeaweedFS lacks or implements
-differently from AWS go to the daemon (s3_bucket_settings.py). A request that arrived by TLS is forwarded by TLS,
-because SeaweedFS enforces `aws:SecureTransport` by the connection. Its conditions do not have the key
-`s3:if-none-match`, but the referer, so the value of If-None-Match is forwarded as the referer, too (roles.py renames
-the key).
+SeaweedFS handles objects, versions, policies and lifecycle rules. The daemon (s3_bucket_settings.py) handles bucket
+settings that SeaweedFS lacks or implements differently from AWS. nginx forwards a TLS request with TLS, because
+SeaweedFS evaluates `aws:SecureTransport` from the connection. SeaweedFS has a condition key for the header Referer, but
+no condition key for the header If-None-Match. nginx therefore copies If-None-Match to the Referer header, and roles.py
+renames `s3:if-none-match`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from scripts.local_cloud import object_store_ca
 from scripts.local_cloud.layout import Allotment, LocalCloudError, Places, write_atomically
 
 TRANSPORT = "X-Local-Cloud-Transport"
-"""Header with the scheme of the request to S3, "http" or "https", for the daemon."""
+"""Header that nginx sends to the daemon. The header's value is the scheme of the client's request, http or https."""
 
 SETTINGS = ("accelerate", "acl", "location", "ownershipControls", "publicAccessBlock", "requestPayment")
-"""Sub-resources of a bucket that the daemon handles, besides GET and DELETE of `encryption` and DELETE of `policy`."""
+"""Sub-resources of a bucket that the daemon handles. The daemon also handles GET and DELETE of `encryption`, and DELETE
+of `policy`."""
 
 CONFIGURATION = """\
 daemon off;
@@ -62,7 +63,7 @@ http {{
     "https objects" https://store_tls;
     default http://settings;
   }}
-  # pgBackRest sends the name without the port.
+  # pgBackRest sends a Host header without the port.
   map $http_host $foreign_host {{
     default 1;
     "~^(127\\.0\\.0\\.1|localhost|\\[::1\\])(:({port}|{tls_port}))?$" 0;
@@ -86,7 +87,7 @@ http {{
     ssl_certificate {certificate};
     ssl_certificate_key {key};
     ssl_protocols TLSv1.2 TLSv1.3;
-    # It is for programs: a page of any site can have a browser send requests here.
+    # Only programs may use this endpoint. Any web site can make a browser send requests to it.
     if ($http_origin) {{ return 403; }}
     if ($foreign_host) {{ return 403; }}
     if ($request_method = OPTIONS) {{ return 403; }}
@@ -126,7 +127,7 @@ def folder(places: Places) -> Path:
 
 
 def start(places: Places, allotment: Allotment) -> None:
-    """Start nginx detached. Raises LocalCloudError if it ends at once."""
+    """Start nginx in its own session. Raises LocalCloudError if nginx ends within 0.1 s."""
     where = folder(places)
     where.mkdir(exist_ok=True, mode=0o700)
     path = where / "nginx.conf"
@@ -165,7 +166,7 @@ def configuration(places: Places, allotment: Allotment) -> str:
 
 
 def running_pid(places: Places) -> int | None:
-    """Process ID of this cloud's nginx, None if it is not running."""
+    """Return the process ID of this cloud's nginx, or None if nginx is not running."""
     try:
         pid = int((folder(places) / "started.pid").read_text())
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -175,7 +176,7 @@ def running_pid(places: Places) -> int | None:
 
 
 def stop(places: Places) -> None:
-    """Stop nginx and wait for it; kills it after 10 s."""
+    """Stop nginx and wait until it has ended. Kills nginx after 10 s."""
     pid = running_pid(places)
     if pid is None:
         return

@@ -1,4 +1,4 @@
-"""EBS volumes: sparse files, attached as loop devices under EBS's names."""
+"""EBS volumes. A volume is a sparse file, and a loop device attaches the file to a machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def file_of(places: Places, volume: str) -> Path:
 
 
 def create(places: Places, volume: str, gib: int, snapshot: str | None = None) -> Path:
-    """Create the volume's file, empty or from the snapshot, enlarged to `gib`. Does nothing if it exists."""
+    """If the volume's file is missing, copy the snapshot or create an empty file. Enlarge a smaller file to `gib`
+    GiB."""
     path = file_of(places, volume)
     if not path.exists():
         source = places.snapshots / f"{snapshot}.img"
@@ -41,7 +42,7 @@ def copy_sparse(source: Path, target: Path) -> None:
 
 
 def snapshot(places: Places, volume: str, name: str) -> None:
-    """Copy the volume in the state that a crash would leave; flushes the kernel's buffers first."""
+    """Flush the kernel's buffers for the volume, and then copy the volume. The copy is crash-consistent."""
     source = file_of(places, volume)
     if not source.exists():
         return
@@ -52,7 +53,7 @@ def snapshot(places: Places, volume: str, name: str) -> None:
 
 
 def attach(path: Path) -> str:
-    """The loop device of `path`, created if there is none: "/dev/loop7"."""
+    """Return the loop device of the file `path`, such as "/dev/loop7". A missing loop device is created."""
     if existing := loop_devices(path):
         return existing[0]
     done = subprocess.run(["losetup", "--find", "--show", str(path)], check=True, capture_output=True, text=True)
@@ -74,7 +75,7 @@ def loop_devices(path: Path) -> list[str]:
 
 
 def loop_devices_under(folder: Path) -> dict[str, Path]:
-    """Loop devices on files in `folder`, deleted files included: {"/dev/loop7": path}."""
+    """Return the loop devices of files in `folder`: {"/dev/loop7": path}. Deleted files are included."""
     found: dict[str, Path] = {}
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
@@ -87,7 +88,7 @@ def loop_devices_under(folder: Path) -> dict[str, Path]:
 
 
 def is_mounted_in(pid: int, device_number: int) -> bool:
-    """Whether a process's mount namespace has mounted that device."""
+    """Return whether the device is mounted in the mount namespace of the process."""
     wanted = f"{os.major(device_number)}:{os.minor(device_number)}"
     try:
         lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()

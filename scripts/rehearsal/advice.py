@@ -1,4 +1,4 @@
-"""Translate remedies in the Pulumi program's sentences into commands of rehearse.py."""
+"""Replace Pulumi commands in the messages of the Pulumi program with commands of rehearse.py."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ COMMANDS = (
     (r"pulumi (?:up|refresh)", "rehearse.py up"),
     (r"pulumi stack output shell", "rehearse.py ssh"),
 )
-"""Pulumi's commands, in backquotes, and their equivalents here."""
+"""Regular expression for a Pulumi command → equivalent option or command of rehearse.py."""
 
 
 def for_rehearsal(text: str) -> str:
-    """`text` with Pulumi's commands replaced by those of rehearse.py."""
+    """Return `text` with Pulumi's commands replaced by the equivalents in rehearse.py."""
     for pattern, ours in COMMANDS:
         text = re.sub(f"`{pattern}`", f"`{ours}`", text)
     return text

@@ -18,16 +18,16 @@ from typing import Any
 
 from scripts.rehearsal.errors import BootFailed
 
-# This route needs MLflow and PostgreSQL; /health returns 200 even with the database down.
+# This route returns 200 only if MLflow and PostgreSQL are running. /health returns 200 even if the database is down.
 QUESTION = "/api/2.0/mlflow/experiments/get?experiment_id=0"
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 20
-"""Seconds during which the machine that is being replaced may still refuse the password."""
+"""Seconds for which a refused password is not an error, because the old machine may respond until it is replaced."""
 
 
 @dataclass(frozen=True)
 class ServerReply:
-    """A response of the server: HTTP status, 0 without a response, and the JSON document in it."""
+    """A response of the server: its HTTP status and its JSON document. The status is 0 if no response arrived."""
 
     status: int
     document: dict[str, Any]
@@ -36,10 +36,11 @@ class ServerReply:
 def ask(
     url: str, username: str, password: str, certificate: str | None = None, timeout: float = 10, path: str = QUESTION
 ) -> ServerReply:
-    """GET `path` from the server; the default path needs MLflow and its database.
+    """Send GET `path` to the server. The server needs MLflow and its database to answer the default path.
 
-    Over HTTPS the server is verified by `certificate` (PEM; empty for the authorities that this machine trusts). While
-    there is none, the request is sent without the password and the response is not verified.
+    With HTTPS, the certificate authority `certificate` (PEM) verifies the server. If `certificate` is an empty text,
+    the authorities that this computer trusts verify the server. If `certificate` is None, the server is not verified,
+    and the request is sent without the password.
     """
     context = ssl.create_default_context(cadata=certificate)
     if url.startswith("https:") and certificate is None:
@@ -50,7 +51,7 @@ def ask(
 
 
 def unresolved(url: str) -> str:
-    """The host name in `url` if this machine cannot resolve it, else empty."""
+    """Return the host name in `url` if this machine cannot resolve the name, otherwise an empty text."""
     name = urllib.parse.urlsplit(url).hostname or ""
     try:
         socket.getaddrinfo(name, None)
@@ -60,7 +61,7 @@ def unresolved(url: str) -> str:
 
 
 def ask_port_80(url: str, timeout: float = 10) -> ServerReply:
-    """The boot status on port 80: the machine serves no HTTPS before it has a certificate."""
+    """Return the boot status from port 80. A machine without a certificate cannot serve HTTPS."""
     return _get(url.replace("https:", "http:", 1) + QUESTION, {}, ssl.create_default_context(), timeout)
 
 
@@ -94,11 +95,11 @@ def wait(
     alive: Callable[[], str],
     certificate: Callable[[], str | None] = lambda: "",
 ) -> float:
-    """Wait for the first authenticated 200 and return its time (seconds since 1970).
+    """Wait for the first response 200 to a request with the password. Returns the response's Unix time.
 
-    Logs each step that the machine reports. `alive` returns the instance's state. `certificate` returns the
-    server's certificate, or None until the machine has published it. Raises BootFailed if a step failed, the machine
-    ended, the password stays refused, or `seconds` have passed.
+    Logs each step that the machine reports. `alive` returns the instance's state. `certificate` returns the server's
+    certificate, or None if the machine has not published it. Raises BootFailed if a boot step failed, the machine
+    ended, the server refuses the password for more than 20 s, or `seconds` have passed.
     """
     began = time.monotonic()
     looked = began
@@ -118,7 +119,7 @@ def wait(
             raise BootFailed(str(answer.document.get("message")))
         refused = answer.status == 401 and (trusted is not None or not url.startswith("https:"))
         if refused and now - began > GRACE_SECONDS:
-            raise BootFailed(f"{url} refuses the password of {username} that is in the credentials parameter")
+            raise BootFailed(f"{url} refuses the password that the credentials parameter contains for {username}")
         message = str(answer.document.get("message", ""))
         if answer.status == 503 and message and message != told:
             told = message
@@ -126,7 +127,7 @@ def wait(
         if now - looked > 2:
             looked = now
             if unverified:
-                # With a new data volume the machine creates a new authority.
+                # If the data volume is new, the machine creates a new certificate authority.
                 trusted = certificate()
             if answer.status == 0 and not told and (name := unresolved(url)):
                 told = (
@@ -147,7 +148,7 @@ def wait(
 
 @dataclass(frozen=True)
 class StepTime:
-    """When a boot step began and how long it took, in seconds; `after` counts from RunInstances."""
+    """Start and duration of a boot step. `after` is the time in seconds from RunInstances to the step's start."""
 
     step: str
     after: float
@@ -155,7 +156,7 @@ class StepTime:
 
 
 def step_times(statuses: list[dict[str, Any]], run_instances: float) -> list[StepTime]:
-    """The times in the machine's step status documents, in the order of the steps."""
+    """Return start and duration of each boot step from the machine's status documents, ordered by start."""
     found = []
     for each in statuses:
         began = datetime.fromisoformat(each["started"]).timestamp()

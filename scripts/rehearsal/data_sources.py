@@ -1,6 +1,6 @@
-"""Pulumi's data sources (`aws.ec2.get_ami` and the like), answered from the same AWS endpoint.
+"""Pulumi's data sources, such as `aws.ec2.get_ami`. Data sources and resources use the same AWS endpoint.
 
-Error messages and result shapes follow the AWS provider.
+The error messages and the result fields follow the AWS provider.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _get_ami(aws: Aws, args: Props) -> Props:
 
 
 def _snake(name: str) -> str:
-    """VolumeSize → volume_size: the provider passes this map on with Terraform's names."""
+    """Convert VolumeSize to volume_size, because the provider returns this map with Terraform's names."""
     return re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower()
 
 

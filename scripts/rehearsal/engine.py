@@ -1,16 +1,16 @@
 """Our engine: create, update, replace or delete each registered resource, in the order of Pulumi's engine.
 
-The rules are those of Pulumi's deployment engine (pkg/resource/deploy/step_generator.go):
+This engine follows the rules of Pulumi's deployment engine (pkg/resource/deploy/step_generator.go):
 
-- a resource is created, updated, replaced or left unchanged when the program registers it;
-- a replacement creates the new one at once and deletes the old one at the end of the run, unless it is to be deleted
-  first (`delete_before_replace`, or a physical name the program chose, which two cannot share);
-- deleting a resource first also deletes, in reverse dependency order, the resources that would be replaced if their
-  inputs from it changed; they are created again when the program registers them;
-- resources that the program no longer registers are deleted at the end, dependents first, if the program succeeded;
-- a protected resource is never deleted or replaced; a retained one is removed from the state and stays in the cloud.
+When the program registers a resource, the engine creates, updates or replaces the resource, or leaves it unchanged.
+A replacement creates the new resource at once and deletes the old resource at the end of the run. The old resource is
+  deleted first with the option `delete_before_replace`, or if the program chose its physical name, which is unique.
+If a resource is deleted before its replacement, the engine first deletes the dependents whose changed inputs also
+  require a replacement, in reverse order. The engine creates the dependents again when the program registers them.
+If the program succeeds, the engine at the end deletes the resources that were not registered, dependents first.
+A protected resource is never deleted or replaced. A resource with `retain_on_delete` is only removed from the state.
 
-Operations run one at a time. The state is saved around each of them, so an interrupted run continues.
+Operations run one at a time. The state is saved before and after each operation, so that the next run can continue.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ READERS = 8
 
 @dataclass(frozen=True)
 class Step:
-    """One operation: its kind, its resource, the changed inputs, its start (seconds since 1970) and its duration in
-    seconds."""
+    """One operation on a resource. `changed` lists the changed inputs, `began` is the start in seconds since 1970, and
+    `seconds` is the duration."""
 
     operation: Operation
     urn: str
@@ -55,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Diff:
-    """Inputs that differ, and those of them that require a replacement."""
+    """The changed inputs (`changed`), and the changed inputs that require a replacement (`replace`)."""
 
     changed: frozenset[str] = frozenset()
     replace: frozenset[str] = frozenset()
@@ -63,10 +63,10 @@ class Diff:
 
 @dataclass
 class Engine:
-    """Apply one run of a program. Owns the state during the run.
+    """Applies the resources that one run of a Pulumi program registers. This object owns the state during the run.
 
-    `save` is called with the state around each operation, `done` after each step. With `dry_run` nothing is
-    applied or saved: the steps are the plan.
+    The engine calls `save` with the state before and after each operation. The engine calls `done` after each step.
+    With `dry_run`, the engine changes and saves nothing, and `steps` is the plan.
     """
 
     kinds: Mapping[str, Kind]
@@ -91,18 +91,18 @@ class Engine:
             self.state = copy.deepcopy(self.state)
 
     def cancel(self) -> None:
-        """Finish the current operation and refuse every later one."""
+        """Finish the current operation and refuse all later operations."""
         self._cancelled.set()
 
     @property
     def idle(self) -> bool:
-        """Whether no operation was needed."""
+        """Whether all resources were unchanged."""
         return all(each.operation == "same" for each in self.steps)
 
     # Called by the program
 
     def register(self, request: Any, urn: str) -> Any:
-        """Create or update the resource of a RegisterResourceRequest; returns its ID and outputs."""
+        """Create, update or replace the resource of a RegisterResourceRequest. Returns its ID and outputs."""
         with self._lock:
             if self._cancelled.is_set():
                 raise Interrupted("interrupted")
@@ -119,7 +119,7 @@ class Engine:
         )
 
     def finish(self) -> None:
-        """Delete replaced resources and those that the program did not register. Call it when the program succeeded."""
+        """Delete replaced resources and unregistered resources. Call this method only after the program succeeded."""
         with self._lock:
             registered = set(self._registered)
             doomed = [each for each in self.state.resources if each.pending_delete or each.urn not in registered]
@@ -130,12 +130,12 @@ class Engine:
             self._save()
 
     def delete(self, doomed: list[Resource]) -> None:
-        """Deletes these resources and no others, dependents first."""
+        """Delete the resources in `doomed`, dependents first. All other resources remain."""
         with self._lock:
             self._delete_all(doomed)
 
     def refresh(self) -> list[Resource]:
-        """Remove resources that no longer exist from the state and return them; update the outputs of the others."""
+        """Update the outputs of all resources. Remove missing resources from the state, and return these resources."""
         gone: list[Resource] = []
         applied = [each for each in self.state.resources if each.custom and each.type in self.kinds]
 
@@ -155,9 +155,10 @@ class Engine:
         return gone
 
     def recover(self) -> list[str]:
-        """Complete the state of a run that was killed; returns sentences about its unfinished operations.
+        """If the last run was killed, complete the state. Returns sentences about the run's unfinished creations.
 
-        An interrupted creation is adopted if its physical name, chosen beforehand, exists in the cloud.
+        If the cloud contains a resource with the physical name or token of an unfinished creation, the resource is
+        adopted.
         """
         leftovers = []
         for pending in self.state.pending_operations:
@@ -191,7 +192,7 @@ class Engine:
     def _settle(self, request: Any, urn: str) -> Resource:
         if urn in self._registered:
             raise ApplyError(
-                f"two resources of type {request.type} are named {request.name!r}; Pulumi needs one name each"
+                f"two resources of type {request.type} are named {request.name!r}; Pulumi requires unique names"
             )
         self._registered.append(urn)
         old = self.state.live(urn) or self._by_alias(request, urn)
@@ -214,7 +215,7 @@ class Engine:
         kind = self._kind(wanted)
         if request.importId:
             raise ApplyError(
-                f"{wanted.name} is to be imported ({request.importId}), but a rehearsal does not support imports"
+                f"the program imports {wanted.name} ({request.importId}), but a rehearsal does not support imports"
             )
         self._complete_inputs(kind, wanted, old, list(request.ignoreChanges))
         if old is None:
@@ -233,7 +234,7 @@ class Engine:
         return wanted
 
     def _record_unapplied(self, wanted: Resource, old: Resource | None) -> Resource:
-        """Record a component or provider, which exists in the state only."""
+        """Record a component or a provider in the state. No AWS call is needed."""
         if wanted.custom:
             wanted.id = UNCHANGING_ID
             wanted.outputs = wanted.inputs
@@ -299,15 +300,16 @@ class Engine:
         for each in followers:
             if each.protect:
                 raise ApplyError(
-                    f"{old.type} {old.name} must be deleted before its replacement, and {each.type} {each.name} with "
-                    f"it, but the latter is protected; nothing was changed"
+                    f"the replacement of {old.type} {old.name} requires the deletion of {each.type} {each.name}, but "
+                    f"{each.name} is protected; nothing was changed"
                 )
         self._delete_all([*followers, old], reason=tuple(sorted(diff.replace)))
         self._deleted_first.update(each.urn for each in followers)
         return self._create(wanted, "replace", diff)
 
     def followers(self, root: Resource) -> list[Resource]:
-        """Resources to replace because an input from `root`, or from another of these resources, changed."""
+        """Return the resources that must be replaced if `root` is replaced: their inputs come from `root`, or from a
+        resource that must be replaced for the same reason."""
         replaced = {root.urn}
         followers = []
         for each in self.state.resources:
@@ -419,7 +421,8 @@ class Engine:
         resource.outputs = self._outputs(resource, found)
 
     def _outputs(self, resource: Resource, computed: Props) -> Props:
-        """Inputs and computed outputs together; secret if the input or the type is."""
+        """Merge inputs and computed outputs. A value is secret if the input is secret, or if `secret_outputs` contains
+        the value's name."""
         secret = {key for key, value in resource.inputs.items() if holds_secret(value)}
         secret |= self.kinds[resource.type].secret_outputs
         merged = {**reveal(resource.inputs), **computed}
@@ -433,7 +436,7 @@ class Engine:
             self.state.resources[place] = new
 
     def _by_alias(self, request: Any, urn: str) -> Resource | None:
-        """The resource with a former name or parent listed in `aliases`."""
+        """Return the resource that an alias of the request identifies in the state, or None."""
         stack, project, _, _ = urn.removeprefix("urn:pulumi:").split("::", 3)
         for alias in request.aliases:
             former = alias.urn

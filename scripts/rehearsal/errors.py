@@ -2,11 +2,11 @@
 
 
 class RehearsalError(Exception):
-    """Base of errors that the user can correct or wait for; never a bug."""
+    """Base class of errors that the user can correct or wait for. Bugs raise other exceptions."""
 
 
 class Refused(RehearsalError):
-    """The command cannot be executed, or the program rejects its settings."""
+    """The command cannot be executed, or the program rejects the stack's settings."""
 
 
 class StateError(RehearsalError):
@@ -18,8 +18,8 @@ class ApplyError(RehearsalError):
 
 
 class BootFailed(RehearsalError):
-    """The machine does not become a server."""
+    """The launched machine does not begin to serve MLflow."""
 
 
 class Interrupted(Exception):
-    """The run was cancelled; the current operation was finished and recorded."""
+    """The run was cancelled. The state contains the result of the last operation."""

@@ -1,4 +1,4 @@
-"""Call the resource hooks that a program registered, over gRPC, as Pulumi's engine does."""
+"""Call a program's resource hooks over gRPC, as Pulumi's engine does."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from scripts.rehearsal.wire import to_wire
 
 
 class HookFailed(Exception):
-    """A hook refused the operation; the text is its reason."""
+    """A resource hook refused the operation. The error's message is the reason that the hook returned."""
 
 
 @dataclass
 class Hooks:
     registered: dict[str, Any] = field(default_factory=dict)
-    """resource_pb2.RegisterResourceHookRequest by the hook's name."""
+    """Hook's name → resource_pb2.RegisterResourceHookRequest."""
 
     def register(self, request: Any) -> None:
         self.registered[request.name] = request
 
     def call(self, names: Iterable[str], *, dry_run: bool, **about: Any) -> None:
-        """Call these hooks; in a preview, only those for previews. Raises HookFailed.
+        """Call the named hooks. With `dry_run`, call only hooks with `on_dry_run`. Raises HookFailed.
 
-        `about` contains the other fields of a ResourceHookRequest, with inputs and outputs as properties.
+        `about` contains the other fields of a ResourceHookRequest. Inputs and outputs are dictionaries.
         """
         for hook in [self.registered[name] for name in names]:
             if dry_run and not hook.on_dry_run:

@@ -1,8 +1,9 @@
-"""Python language host for Pulumi's engine, for a CLI that was built here without the vendor's.
+"""Python language host for Pulumi's engine, used only with a CLI that was built by scripts/prepare_tools.py.
 
-The vendor's `pulumi` includes `pulumi-language-python`; then this is not used. A CLI built from its Go module has none,
-so this implements the part of pulumirpc.LanguageRuntime that preview, up, refresh and destroy call. Pulumi's own
-`pulumi-language-python-exec`, from the Go module of its SDK, runs the program.
+Pulumi's own distribution includes the language host `pulumi-language-python`. A build of the CLI from its Go module
+does not include `pulumi-language-python`. This module implements the part of pulumirpc.LanguageRuntime that preview,
+up, refresh and destroy call. Pulumi's own `pulumi-language-python-exec`, from the Go module of Pulumi's SDK, runs the
+program.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from scripts.rehearsal.plugin_server import serve
 from scripts.rehearsal.plugin_versions import provider_versions
 
 TOLD = 32
-"""Exit status of pulumi-language-python-exec after it printed the error itself."""
+"""Exit status of pulumi-language-python-exec if it has already printed the error."""
 
 
 def end(program: subprocess.Popen[bytes]) -> None:
-    """End a program that is still running."""
+    """Terminate the program if it is running."""
     if program.poll() is None:
         program.terminate()
 
 
 class Host(language_pb2_grpc.LanguageRuntimeServicer):
-    """Runs Python programs. Owns the processes that it started."""
+    """Runs Python programs. This object owns the processes that it started."""
 
     def __init__(self, engine: str, executor: Path) -> None:
-        """`engine` is the engine's address, `executor` Pulumi's pulumi-language-python-exec."""
+        """`engine` is the engine's address, and `executor` is the path of pulumi-language-python-exec."""
         self.engine = engine
         self.executor = executor
         self.running: list[subprocess.Popen[bytes]] = []
@@ -82,7 +83,7 @@ class Host(language_pb2_grpc.LanguageRuntimeServicer):
             "organization": request.organization,
         }
         options = [part for name, value in arguments.items() if value for part in (f"--{name}", value)]
-        # It contains the values of secret settings, so it is not on the command line.
+        # The configuration contains secret values, so it is passed in the environment, not on the command line.
         config = {
             "PULUMI_CONFIG": json.dumps(dict(request.config)),
             "PULUMI_CONFIG_SECRET_KEYS": json.dumps(list(request.configSecretKeys)),
@@ -108,7 +109,7 @@ class Host(language_pb2_grpc.LanguageRuntimeServicer):
 
 
 def main() -> None:
-    """language_host.py EXECUTOR [OPTIONS] ENGINE_ADDRESS; other options of the engine are ignored."""
+    """Usage: language_host.py EXECUTOR [OPTIONS] ENGINE_ADDRESS. The engine's options are ignored."""
     host = Host(sys.argv[-1], Path(sys.argv[1]))
     serve(host, language_pb2_grpc.add_LanguageRuntimeServicer_to_server)
 

@@ -1,4 +1,4 @@
-"""Serve a plug-in of Pulumi's engine over gRPC."""
+"""The gRPC server of a plug-in for Pulumi's engine."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ THREADS = 32
 
 
 def serve(servicer: Any, add: Callable[[Any, Any], None]) -> None:
-    """Serve until the engine ends this process. Prints the port as the first line of standard output, as the engine
-    expects."""
+    """Serve until the engine ends this process. The engine reads the port from the first line of standard output."""
     options = [("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.max_send_message_length", MESSAGE_BYTES)]
     server = grpc.server(futures.ThreadPoolExecutor(THREADS), options=options)
     add(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    # The engine ends its plug-ins with SIGINT; the user's Ctrl-C reaches only the engine.
+    # The engine ends its plug-ins with SIGINT. If the user presses Ctrl-C, only the engine receives this SIGINT.
     signal.signal(signal.SIGINT, lambda number, frame: server.stop(None))
     print(port, flush=True)
     server.wait_for_termination()

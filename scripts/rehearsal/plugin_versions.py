@@ -1,4 +1,4 @@
-"""Versions of the provider plug-ins that the installed Pulumi packages need."""
+"""Versions of the provider plug-ins that the installed Pulumi packages require."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def provider_versions() -> dict[str, str]:
-    """Plug-in → version, from the pulumi-plugin.json of each package."""
+    """Return plug-in → version, from the file pulumi-plugin.json of each installed Pulumi package."""
     found = {}
     for path in Path(sysconfig.get_path("purelib")).glob("pulumi_*/pulumi-plugin.json"):
         document = json.loads(path.read_text())

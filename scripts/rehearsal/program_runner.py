@@ -1,7 +1,7 @@
-"""Run a Pulumi program in this process against an Engine, as Pulumi's language host would.
+"""Run a Pulumi program in this process with our own engine, in place of Pulumi's language host.
 
 A subclass of pulumi.runtime's MockMonitor receives the raw requests (options, dependencies, secret marks) and passes
-them to the engine.
+the requests to the engine.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Lookup = Callable[[Any, Props], Props]
 
 
 class LookupFailed(ValueError):
-    """A data source found nothing, or too much; the message is the AWS provider's."""
+    """A data source found no result or too many results. The error has the same message as in the AWS provider."""
 
 
 class ProgramError(RehearsalError):
-    """The program rejected its settings or failed; the message is the program's."""
+    """The Pulumi program rejected its settings or failed. The error's message comes from the program."""
 
 
 class Monitor(mocks.MockMonitor):
@@ -68,10 +68,10 @@ class Monitor(mocks.MockMonitor):
         return resource_pb2.ReadResourceResponse(urn=urn, properties=to_wire(found))
 
     def Invoke(self, request: Any) -> Any:
-        # Failures must be returned, not raised: an exception ends the run even if the program would catch it.
+        # An error must be returned, not raised. A raised exception would end the run even if the program catches it.
         try:
             if request.tok not in self.lookups:
-                raise LookupFailed("the rehearsal cannot look this up yet: add it to scripts/rehearsal/data_sources.py")
+                raise LookupFailed("the rehearsal lacks this data source: add it to scripts/rehearsal/data_sources.py")
             found = self.lookups[request.tok](self.engine.aws, reveal(from_wire(request.args)))
         except Exception as error:
             failure = provider_pb2.CheckFailure(property="", reason=str(error))
@@ -80,7 +80,7 @@ class Monitor(mocks.MockMonitor):
 
 
 class _NoMocks(mocks.Mocks):
-    """Required by MockMonitor; Monitor handles everything itself."""
+    """An object that MockMonitor's constructor requires. Monitor handles all requests without this object."""
 
     def call(self, args: mocks.MockCallArgs) -> Any:
         raise NotImplementedError(args.token)
@@ -100,11 +100,11 @@ def run(
     secret_keys: list[str],
     on_log: Callable[[str], None],
 ) -> None:
-    """Run the program; `engine.outputs` then contains its outputs.
+    """Run the program and store its outputs in `engine.outputs`.
 
     `program` is a folder with a __main__.py or, for tests, a function. `config` maps full keys (`project:name`) to
-    text. Raises ProgramError with the program's message when it refused, ApplyError when a resource failed, Interrupted
-    when the engine was cancelled.
+    text. Raises ProgramError with the program's message if the program refused its settings, ApplyError if a resource
+    failed, and Interrupted if the engine was cancelled.
     """
     logger = logging.Logger("program")
     logger.addHandler(_Forward(on_log))
@@ -131,7 +131,7 @@ def run(
             legacy_apply_enabled=False,
         )
         settings.configure(configured)
-        settings.set_root_resource(None)  # type: ignore[arg-type]  # a second run in one process starts without a stack
+        settings.set_root_resource(None)  # type: ignore[arg-type]  # remove the stack of an earlier run
         pulumi.runtime.set_all_config(dict(config), secret_keys)
         if isinstance(program, Path):
             with _as_program(program):
@@ -153,13 +153,14 @@ def run(
 
 
 async def _in_stack(body: Callable[[], None]) -> None:
-    """Drops asyncio's messages about tasks that wait for a failed resource; the failure itself is raised."""
+    """Run `body` in a stack. If a resource fails, raise its error. asyncio logs no messages about the tasks that depend
+    on the failed resource."""
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
     await stack.run_in_stack(body)
 
 
 def sentence(error: BaseException) -> str:
-    """A program's error for the user: only its text if it is meant for the user."""
+    """Return the text of a program's error. The text of an unexpected error begins with the exception's name."""
     if isinstance(error, pulumi.RunError) or type(error) is Exception:
         return str(error)
     return f"{type(error).__name__}: {error}"
@@ -171,7 +172,8 @@ def _run_file(program: Path) -> None:
 
 @contextmanager
 def _as_program(folder: Path) -> Any:
-    """Set sys.path and working directory like Pulumi's language host; unload the folder's modules afterwards."""
+    """Set sys.path and the working directory like Pulumi's language host. After the block, unload the folder's
+    modules."""
     before, path = Path.cwd(), list(sys.path)
     os.chdir(folder)
     sys.path.insert(0, str(folder))
@@ -187,7 +189,7 @@ def _as_program(folder: Path) -> Any:
 
 
 class _Forward(logging.Handler):
-    """Passes the program's log messages to the caller."""
+    """Log handler that passes the program's log messages to `on_log`."""
 
     def __init__(self, on_log: Callable[[str], None]) -> None:
         super().__init__(logging.INFO)

@@ -1,8 +1,8 @@
-"""Pulumi resource provider that applies the types of `resources` and answers the look-ups of `data_sources`.
+"""Pulumi provider for rehearsals, with the resource types of `resources` and the data sources of `data_sources`.
 
-Pulumi's engine starts one process per package ("aws", "random") and command, as the plug-in
-`pulumi-resource-<package>`, and calls its gRPC service pulumirpc.ResourceProvider. It replaces pulumi-aws and
-pulumi-random, for the endpoint in AWS_ENDPOINT_URL; checks and differences follow pulumi-terraform-bridge.
+The provider replaces pulumi-aws and pulumi-random, and uses the endpoint in AWS_ENDPOINT_URL. For each command and
+package ("aws", "random"), Pulumi's engine starts one process, the plug-in `pulumi-resource-<package>`. The engine calls
+the plug-in's gRPC service pulumirpc.ResourceProvider. The methods Check and Diff follow pulumi-terraform-bridge.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from scripts.rehearsal.resources import KINDS
 from scripts.rehearsal.wire import Props, Secret, default_tags, from_wire, holds_secret, reveal, to_wire
 
 GENERATED = "__defaults"
-"""Input that lists the generated names, as pulumi-terraform-bridge calls it."""
+"""Name of the input that lists the inputs with generated values, as in pulumi-terraform-bridge."""
 
 
 class Provider(provider_pb2_grpc.ResourceProviderServicer):
-    """One package's resources. Owns the AWS clients and the values from Configure."""
+    """Provider of one package's resources. This object owns the AWS clients and the values from Configure."""
 
     def __init__(self, package: str, version: str, log: Callable[[str, str], None]) -> None:
-        """`log` is called with a text and the URN that it is about."""
+        """`log` is called with a text and the URN of the resource that the text concerns."""
         self.package = package
         self.version = version
         self.log = log
@@ -108,7 +108,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
             found = kind.read(aws, request.id, reveal({**known, **inputs}))
         if found is None:
             return provider_pb2.ReadResponse()
-        # An import. The region comes from the provider and is not an input of the resource.
+        # Inputs for `pulumi import`. The input `region` is omitted if it is the provider's region.
         imported = {name: value for name, value in found.items() if (name, value) != ("region", aws.region)}
         inputs = {name: _as(value, found.get(name, reveal(value))) for name, value in inputs.items()}
         return provider_pb2.ReadResponse(
@@ -142,7 +142,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
         if request.tok not in LOOKUPS:
             context.abort(
                 grpc.StatusCode.UNIMPLEMENTED,
-                f"the rehearsal cannot look up {request.tok} yet: add it to scripts/rehearsal/data_sources.py",
+                f"the rehearsal lacks the data source {request.tok}: add it to scripts/rehearsal/data_sources.py",
             )
         with _refusing(context):
             found = LOOKUPS[request.tok](self._aws(""), reveal(from_wire(request.args)))
@@ -152,7 +152,8 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
         return Aws(self._client, self.region, lambda text: self.log(text, urn))
 
     def _client(self, service: str) -> Any:
-        """The boto3 client of a service in the region of Configure. Refuses to use AWS's own endpoint."""
+        """Return a service's boto3 client in the region of the provider. Raises RehearsalError if AWS_ENDPOINT_URL is
+        not set."""
         with self._lock:
             key = (service, self.region)
             if key not in self._clients:
@@ -168,8 +169,8 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
 
 
 def checked(kind: Kind, name: str, inputs: Props, olds: Props, tags: Mapping[str, str]) -> Props:
-    """`inputs` with generated names and the provider's default tags. A generated name stays the same as long as the
-    resource exists."""
+    """Return `inputs` with generated names and the provider's default tags. A generated name stays the same until the
+    resource is deleted."""
     inputs = {key: value for key, value in inputs.items() if key != GENERATED}
     generated = []
     for key, generate in kind.generate.items():
@@ -183,9 +184,9 @@ def checked(kind: Kind, name: str, inputs: Props, olds: Props, tags: Mapping[str
 
 
 def difference(kind: Kind, old: Props, new: Props) -> Any:
-    """The changed inputs, and whether one of them requires a replacement, as a DiffResponse.
+    """Compare inputs. The returned DiffResponse contains the changed inputs and the inputs that require a replacement.
 
-    An input that is not known yet counts as changed. A resource whose name the program chose is deleted before its
+    An unknown input counts as changed. If the program chose the resource's name, the resource is deleted before its
     replacement is created, because two resources cannot have the same name.
     """
     before, after = reveal(old), reveal(new)
@@ -210,14 +211,14 @@ def difference(kind: Kind, old: Props, new: Props) -> Any:
 
 
 def replacing(kind: Kind, changed: set[str], before: Props, after: Props) -> set[str]:
-    """The changed inputs that require a replacement."""
+    """Return the changed inputs that require a replacement."""
     replaced = changed & kind.replace_on if kind.update else set(changed)
     return replaced | (kind.replaces(changed, before, after) if kind.replaces else set())
 
 
 def outputs(kind: Kind, inputs: Props, found: Props) -> Props:
-    """Inputs and computed outputs together. A value is secret if its input is, or if the type has it in
-    `secret_outputs`."""
+    """Merge inputs and computed outputs. A value is secret if the input is secret, or if `secret_outputs` of the
+    resource type contains the value's name."""
     secret = {key for key, value in inputs.items() if holds_secret(value)} | kind.secret_outputs
     merged = {**reveal(inputs), **reveal(found)}
     merged.pop(GENERATED, None)
@@ -225,7 +226,7 @@ def outputs(kind: Kind, inputs: Props, found: Props) -> Props:
 
 
 def _kept(kind: Kind, known: Props) -> Props:
-    """Outputs that only the creation returns, and no later read."""
+    """Return the outputs that only `Create` sets. `Read` does not return these outputs."""
     return {name: known[name] for name in kind.tokens if name in known}
 
 
@@ -234,7 +235,7 @@ def _as(old: Any, value: Any) -> Any:
 
 
 def _paths(path: str, old: Any, new: Any) -> Iterator[tuple[str, str]]:
-    """Each difference inside a property as (path, "ADD", "DELETE" or "UPDATE"); maps are entered, lists are not."""
+    """Yield each difference in a property as (path, "ADD", "DELETE" or "UPDATE"). Lists are compared as a whole."""
     if old == new:
         return
     if isinstance(old, dict) and isinstance(new, dict):
@@ -246,7 +247,7 @@ def _paths(path: str, old: Any, new: Any) -> Iterator[tuple[str, str]]:
 
 
 def _none(*arguments: Any) -> Any:
-    """The engine's context for a type of which only differences are computed."""
+    """Placeholder for the functions of a Kind that is used only to compute differences."""
 
 
 def _kind(type_: str, context: Any) -> Kind:
@@ -260,7 +261,7 @@ def _kind(type_: str, context: Any) -> Kind:
 
 @contextmanager
 def _refusing(context: Any) -> Iterator[None]:
-    """Turn AWS's errors into one sentence for the engine to show."""
+    """Convert an AWS error to one sentence, which the engine shows to the user."""
     try:
         yield
     except ClientError as error:
@@ -275,7 +276,7 @@ def _refusing(context: Any) -> Iterator[None]:
 
 @dataclass
 class EngineLog:
-    """Send messages to Pulumi's engine, each text once."""
+    """Sends messages to Pulumi's engine. Sends a repeated message only once."""
 
     address: str
     said: set[str] = field(default_factory=set)
@@ -290,7 +291,7 @@ class EngineLog:
 
 
 def main() -> None:
-    """provider.py PACKAGE VERSION ENGINE_ADDRESS"""
+    """Usage: provider.py PACKAGE VERSION ENGINE_ADDRESS"""
     package, version, engine = sys.argv[1:4]
     serve(Provider(package, version, EngineLog(engine)), provider_pb2_grpc.add_ResourceProviderServicer_to_server)
 

@@ -1,8 +1,8 @@
-"""The rehearsal's stack with Pulumi's own CLI and engine, and the providers of `provider` on the local cloud.
+"""Run Pulumi's own CLI and engine for the rehearsal's stack, with the provider plug-ins of the module `provider`.
 
-All files of the CLI are in a folder beside the local cloud's state: its home with the plug-ins, the stacks, the
-passphrase that encrypts their secrets, and a project that names infra/ as its program. The user's own Pulumi account is
-neither read nor written.
+All files of the CLI are in a folder beside the local cloud's state: $PULUMI_HOME with the plug-ins, the stacks, the
+passphrase that encrypts the stacks' secrets, and a project whose program is infra/. The user's own Pulumi account is
+not read or changed.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ OPERATIONS: Mapping[str, Operation] = {
     "delete-replaced": "delete",
     "import": "create",
 }
-"""The engine's operations that change something, and the rehearsal's names; `replace` is omitted, because the engine
-only announces with it the two operations of a replacement."""
+"""Operation of Pulumi's engine → name of the operation in a rehearsal. The engine's operation `replace` is omitted,
+because it changes nothing. `create-replacement` and `delete-replaced` make the changes of a replacement."""
 
 NOISE = "program exited with non-zero exit code"
-"""The line that the CLI adds after the program's own error."""
+"""Text of the line that the CLI adds after the program's own error message."""
 
 
 @dataclass
 class Run:
-    """The result of a run of the CLI, with the fields of `engine.Engine` that rehearse.py reads."""
+    """The result of a run of Pulumi's CLI. rehearse.py reads the same fields from `engine.Engine`."""
 
     aws: Aws
     state: State
     steps: list[Step] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     passes: int = 0
-    """Number of passes over the program so far: `up` begins with a preview."""
+    """Number of times that the program has run. `up` runs the program twice, because it begins with a preview."""
 
     @property
     def outputs(self) -> Props:
@@ -69,19 +69,20 @@ class Run:
 
 
 def described() -> str:
-    """The CLI's path and version, which are printed as the first line of a run."""
+    """Return the first line of a run's output: the path and version of Pulumi's CLI."""
     cli = _require()
     version = subprocess.run([cli, "version"], capture_output=True, text=True, env=_plain_environment()).stdout.strip()
     return f"{cli} {version}"
 
 
 def folder() -> Path:
-    """The CLI's folder for the stacks on this local cloud."""
+    """Return the folder of Pulumi's CLI for the stacks on this local cloud."""
     return stack.state_path().parent / "pulumi"
 
 
 def environment(cloud: LocalCloud) -> dict[str, str]:
-    """Variables with which any `pulumi` command works on the local cloud; the folders in them are created first."""
+    """Return the environment variables for `pulumi` commands on the local cloud. Creates the folders that the variables
+    name."""
     home = folder()
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     (home / "stacks").mkdir(exist_ok=True)
@@ -106,14 +107,14 @@ def _require() -> Path:
     cli = tools.find_pulumi()
     if cli is None:
         raise Refused(
-            "there is no `pulumi` on PATH and none was built: run `make prepare-tools`, or install it as "
-            "https://www.pulumi.com/docs/install/ says, or rehearse with --engine own"
+            "Pulumi's CLI is not on PATH and was not built: run `make prepare-tools`, or install the CLI "
+            "(https://www.pulumi.com/docs/install/), or rehearse with --engine own"
         )
     return cli
 
 
 def _install_plugins(home: Path) -> None:
-    """Install the rehearsal's provider as the plug-ins of the installed Pulumi packages."""
+    """Install the module `provider` as the provider plug-in of every installed Pulumi package."""
     for package, version in plugin_versions.provider_versions().items():
         plugin = home / f"home/plugins/resource-{package}-v{version}/pulumi-resource-{package}"
         plugin.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ def _install_plugins(home: Path) -> None:
 
 
 def write_executable(path: Path, arguments: list[str]) -> None:
-    """Write a script to `path` that runs this project's Python with `arguments` and then those of its caller."""
+    """Write a script to `path`. The script runs Python with `arguments`, followed by the script's own arguments."""
     command = shlex.join([sys.executable, *arguments])
     path.write_text(f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(tools.CHECKOUT))} exec {command} "$@"\n')
     path.chmod(0o755)
@@ -136,8 +137,7 @@ def _settings_file() -> Path:
 
 
 def _write_project(home: Path) -> None:
-    """A Pulumi project for infra/ in another folder, so that a rehearsal's settings are not written into the
-    checkout."""
+    """Write a Pulumi project for infra/ to another folder, so that a rehearsal writes no settings to the checkout."""
     document = yaml.safe_load((stack.PROGRAM / "Pulumi.yaml").read_text())
     document["main"] = str(stack.PROGRAM)
     document["runtime"]["options"]["virtualenv"] = sys.prefix
@@ -146,7 +146,8 @@ def _write_project(home: Path) -> None:
 
 
 def link_settings() -> None:
-    """Make `pulumi` in infra/ find the stack's settings, unless the user has a file there."""
+    """Create a link in infra/ to the stack's settings file, so that `pulumi` finds it. Does not replace a regular
+    file."""
     stack.unlink_settings()
     if not stack.settings_link().exists():
         stack.settings_link().symlink_to(_settings_file())
@@ -156,7 +157,7 @@ def link_settings() -> None:
 
 
 def settings(current: State) -> Props:
-    """`current.settings` with later changes by `pulumi config set` and `pulumi config rm`."""
+    """Return `current.settings` with the later changes of `pulumi config set` and `pulumi config rm`."""
     prefix = f"{stack.project()}:"
     written = {
         name.removeprefix(prefix): value
@@ -181,12 +182,12 @@ GIVEN = (
     "monitoringEndpoint",
     "logsEndpoint",
 )
-"""Settings that the rehearsal sets at every run, unless the user set them with --set."""
+"""Settings that the rehearsal sets at every run. Values that the user gave with --set are kept."""
 
 
 @dataclass(frozen=True)
 class Unread:
-    """A secret that `pulumi config set --secret` stored; it stays as it is."""
+    """A secret that `pulumi config set --secret` stored. The rehearsal does not decrypt or change this secret."""
 
     ciphertext: str
 
@@ -197,7 +198,7 @@ def _document() -> dict[str, Any]:
 
 
 def write_settings(cloud: LocalCloud, ami: str, wanted: Props, environment: Mapping[str, str]) -> None:
-    """Write the stack's settings like `pulumi config set`; secrets are passed to the CLI, which encrypts them."""
+    """Write the stack's settings like `pulumi config set`. Pulumi's CLI encrypts the secrets."""
     prefix = f"{stack.project()}:"
     plain = {name: value for name, value in wanted.items() if not isinstance(value, (Secret, Unread))}
     config, _ = stack.configuration(cloud, ami, plain)
@@ -213,7 +214,7 @@ def write_settings(cloud: LocalCloud, ami: str, wanted: Props, environment: Mapp
 
 
 def _typed(kind: str, text: str) -> Any:
-    """A value in YAML's type; text that is not of its type stays text, and the stack refuses it."""
+    """Convert a text to the setting's YAML type. An invalid text stays unchanged; the program refuses it later."""
     if kind == "array":
         with contextlib.suppress(ValueError):
             return json.loads(text)
@@ -233,7 +234,8 @@ def bring_about(
     say: stack.Say,
     done: stack.Done,
 ) -> Run:
-    """`pulumi up --refresh` of the stack with these settings. Raises like `stack.bring_about`."""
+    """Run `pulumi up --refresh` with these settings. Raises Refused for rejected settings, ApplyError for a failed
+    operation, and Interrupted after Ctrl-C."""
     known = _prepared(cloud, ami, wanted, current)
     _recover(known, say)
     run = _operate(["up", "--yes", "--refresh"], known, cloud, client, current, say, done)
@@ -252,12 +254,12 @@ def preview(
     say: stack.Say,
     done: stack.Done,
 ) -> Run:
-    """`pulumi preview --refresh` of the stack with these settings, which are stored as by `pulumi config set`."""
+    """Run `pulumi preview --refresh` with these settings, and store the settings like `pulumi config set`."""
     return _operate(["preview", "--refresh"], _prepared(cloud, ami, wanted, current), cloud, client, current, say, done)
 
 
 def refresh(cloud: LocalCloud, client: stack.Client, current: State, *, say: stack.Say, done: stack.Done) -> Run:
-    """`pulumi refresh`: update the state from the local cloud."""
+    """Run `pulumi refresh`, which updates the state from the local cloud."""
     known = environment(cloud)
     _recover(known, say)
     return _operate(["refresh", "--yes", "--skip-preview"], known, cloud, client, current, say, done)
@@ -266,7 +268,7 @@ def refresh(cloud: LocalCloud, client: stack.Client, current: State, *, say: sta
 def remove_machine(
     cloud: LocalCloud, client: stack.Client, current: State, *, say: stack.Say, done: stack.Done
 ) -> None:
-    """Detach the data volume and the address and terminate the instance, as a replacement begins."""
+    """Detach the data volume and the address, and terminate the instance, like the first half of a replacement."""
     machines = [each.urn for each in current.resources if each.type == stack.INSTANCE]
     if not machines:
         return
@@ -278,8 +280,8 @@ def remove_machine(
 
 
 def destroy(cloud: LocalCloud, client: stack.Client, current: State, *, say: stack.Say, done: stack.Done) -> None:
-    """Delete all resources of the stack, protected or not empty included, and log where AWS would refuse; images
-    stay."""
+    """Delete all resources of the stack, including protected resources and buckets with objects. Logs the deletions
+    that Pulumi or S3 would refuse. Images are not deleted."""
     from scripts import retire_stack
 
     known = environment(cloud)
@@ -303,7 +305,7 @@ def _prepared(cloud: LocalCloud, ami: str, wanted: Props, current: State) -> dic
 
 
 def _recover(known: Mapping[str, str], say: stack.Say) -> None:
-    """Remove the lock of a run that was killed."""
+    """If a run of this stack was killed, remove the lock of that run."""
     for lock in (folder() / "stacks/.pulumi/locks").rglob("*.json"):
         if stack.project() not in lock.parts or stack.name() not in lock.parts:
             continue
@@ -322,7 +324,7 @@ def _operate(
     say: stack.Say,
     done: stack.Done,
 ) -> Run:
-    """One operation of the engine: the CLI's output goes to standard error, its steps to `done`."""
+    """Run one command of Pulumi's CLI and call `done` with each step. The CLI prints to standard error."""
     events = folder() / f"events-{stack.name()}.jsonl"
     events.unlink(missing_ok=True)
     command = [
@@ -352,8 +354,8 @@ def _operate(
 
 
 def _watched(command: list[Any], known: Mapping[str, str]) -> tuple[int, bool]:
-    """Run the CLI; returns its exit status and whether it was interrupted. After Ctrl-C it finishes the current
-    operation."""
+    """Run Pulumi's CLI. Return the CLI's exit status, and whether the user interrupted the run. After Ctrl-C, the CLI
+    completes the current operation."""
     process = subprocess.Popen(
         command,
         cwd=_project_folder(),
@@ -395,7 +397,7 @@ def _plain_environment() -> dict[str, str]:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The engine's events, in order."""
+    """Yield the engine's events in their order."""
     if not path.exists():
         return
     for line in path.read_text().splitlines():
@@ -410,7 +412,7 @@ def _take_in(event: dict[str, Any], run: Run) -> None:
             run.errors.append(text)
         return
     if "preludeEvent" in event:
-        # `up` begins with a preview, whose steps were not executed.
+        # `up` begins with a preview. Remove the steps of this preview, because these steps were not executed.
         run.steps.clear()
         run.passes += 1
         return
@@ -426,5 +428,5 @@ def _take_in(event: dict[str, Any], run: Run) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text without the CLI's colour marks."""
+    """Return the text without the colour codes of Pulumi's CLI."""
     return re.sub(r"<\{%.*?%\}>", "", text).strip()

@@ -1,4 +1,4 @@
-"""The description of a resource type for the engine, and the context of its AWS calls."""
+"""The class Kind describes a resource type for the engine. The class Aws is the endpoint of the AWS calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scripts.rehearsal.wire import Props
 
 @dataclass(frozen=True)
 class Aws:
-    """An AWS endpoint: boto3 clients by service name, and a function for log lines."""
+    """An AWS endpoint. `client` returns the boto3 client of a service, and `note` prints a log line."""
 
     client: Callable[[str], Any]
     region: str
@@ -24,15 +24,16 @@ class Aws:
 
 @dataclass(frozen=True)
 class Kind:
-    """One resource type of a provider, with its AWS calls. Property names are the provider's (camelCase).
+    """One resource type of a provider, with its AWS calls. Property names are the provider's names (camelCase).
 
-    create(aws, inputs) returns the new ID; read(aws, id, inputs) the computed outputs, or None if it no longer exists;
-    update(aws, id, old, new) changes it in place; without it every change is a replacement. `replace_on`: the inputs
-    that the AWS provider's documentation marks "forces new resource"; `replaces` returns those that depend on values.
-    `generate` creates physical names that the program left out, from the logical name and the other inputs; they stay
-    the same as long as the resource exists. `tokens` are created for each resource and are not inputs of the program:
-    an identifier of the creation, or a random result. `secret_outputs` are always secret. recover(aws, inputs) finds
-    the ID of a resource whose creation was interrupted, by its name or token.
+    create(aws, inputs) returns the new ID. read(aws, id, inputs) returns the computed outputs, or None if the resource
+    does not exist any more. update(aws, id, old, new) changes the resource in place. If a type has no `update`, every
+    change replaces the resource. `replace_on` lists the inputs that the AWS provider's documentation marks with "forces
+    new resource". `replaces` returns further changed inputs that require a replacement because of their values.
+    `generate` creates the physical names that the program does not set. A generated name stays the same until the
+    resource is deleted. `tokens` creates values that are not inputs of the program, such as a client token or a random
+    password. `secret_outputs` lists outputs that are always secret. recover(aws, inputs) uses the name or the token to
+    find a resource whose creation was interrupted.
     """
 
     create: Callable[[Aws, Props], str]
@@ -50,8 +51,8 @@ class Kind:
 
 
 def physical_name(logical: str, inputs: Props) -> str:
-    """A name in Pulumi's format: the logical name and seven random hex digits, which follow from the seed if there is
-    one."""
+    """Return a name in Pulumi's format: the logical name and seven hex digits. The digits are derived from `SEED`, or
+    random if `SEED` is empty."""
     seed = SEED.get()
     digits = hashlib.sha256(seed + logical.encode()).hexdigest() if seed else secrets.token_hex(4)
     return f"{logical}-{digits[:7]}"
@@ -62,8 +63,8 @@ SEED: contextvars.ContextVar[bytes] = contextvars.ContextVar("seed", default=b""
 
 @contextlib.contextmanager
 def seeded(seed: bytes) -> Iterator[None]:
-    """Names made in the block follow from the seed. Pulumi keeps a resource's seed in its plan, so that `up --plan`
-    creates the previewed names."""
+    """Use `seed` for all names that are generated in the `with` block. Pulumi stores each resource's seed in the plan,
+    so that `up --plan` creates the same names as the preview."""
     token = SEED.set(seed)
     try:
         yield

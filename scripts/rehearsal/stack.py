@@ -1,4 +1,4 @@
-"""The rehearsal's stack: its settings, its image, and creating it on the local cloud."""
+"""The rehearsal's stack: its settings, its image, and its creation and deletion on the local cloud."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 PROGRAM = Path(__file__).resolve().parents[2] / "infra"
 STACK = "rehearsal"
 NAMED_BY = "MLFLOW_AMI_REHEARSAL"
-"""Environment variable with the name of the stack on the local cloud."""
+"""The environment variable that contains the name of the stack on the local cloud."""
 ENGINE_NAMED_BY = "MLFLOW_AMI_ENGINE"
-"""Environment variable with the engine of new stacks, if --engine is not given."""
+"""The environment variable that contains the engine for new stacks. The option --engine overrides the variable."""
 INSTANCE = "aws:ec2/instance:Instance"
 LOOPBACK = "127.0.0.0/8"
 MAKE_AN_IMAGE = "scripts/bake.py --local"
@@ -44,8 +44,8 @@ MAKE_AN_IMAGE = "scripts/bake.py --local"
 SOURCE = "mlflow-ami:source-ami"
 BUCKET = "aws:s3/bucket:Bucket"
 NOT_REHEARSED = (
-    "declared but without effect in the local cloud: encryption of volumes, egress rules and routes, expiry of old "
-    "object versions, the recovery that an alarm starts, quotas, and the permissions of the deploying user"
+    "these features have no effect in the local cloud: encryption of volumes, egress rules, routes, expiry of old "
+    "object versions, recovery actions of alarms, quotas, and the permissions of the deploying user"
 )
 
 Say = Callable[[str], None]
@@ -54,7 +54,7 @@ Done = Callable[["Step"], None]
 
 
 class ImageArguments(Protocol):
-    """The options that choose an image."""
+    """The command-line options that choose an image."""
 
     ami: str | None
     newest: bool
@@ -62,7 +62,7 @@ class ImageArguments(Protocol):
 
 
 def name() -> str:
-    """The stack of this process. Raises Refused for a name that Pulumi would reject."""
+    """Return the stack's name. Raises Refused for a name that Pulumi would reject."""
     given = os.environ.get(NAMED_BY) or STACK
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,49}", given):
         raise Refused(f"the stack's name {given!r} must be 1 to 50 letters, digits, dots, hyphens or underscores")
@@ -70,39 +70,39 @@ def name() -> str:
 
 
 def state_path() -> Path:
-    """File of the stack's state, in the local cloud's folder, so that both are purged together."""
+    """Return the path of the stack's state file. A purge of the local cloud also deletes this file."""
     return default_state_dir() / ("rehearsal.json" if name() == STACK else f"rehearsal-{name()}.json")
 
 
 def state_paths() -> dict[str, Path]:
-    """Name and state file of every stack on the local cloud."""
+    """Return name → state file for every stack on the local cloud."""
     paths = sorted(default_state_dir().glob("rehearsal*.json"))
     return {path.stem.removeprefix("rehearsal").removeprefix("-") or STACK: path for path in paths}
 
 
 def certificate_path() -> Path:
-    """File with the certificate of the stack's server, outside the cloud's private folder, so that clients can read
-    it."""
+    """Return the path of the certificate file of the stack's server. The file is outside the local cloud's private
+    folder, so that clients can read it."""
     folder = default_state_dir()
     return folder.with_name(f"{folder.name}-{name()}.pem")
 
 
 def certificates() -> list[Path]:
-    """The certificates of all stacks on the local cloud."""
+    """Return the certificate files of all stacks on the local cloud."""
     folder = default_state_dir()
     return sorted(folder.parent.glob(f"{folder.name}-*.pem"))
 
 
 def keep_trust(cloud: LocalCloud) -> Path:
-    """Write a bundle of the authorities that `requests` trusts and the local S3's authority, for direct transfers. On
-    AWS, clients already trust Amazon's authority."""
+    """Write a certificate file for direct transfers to S3. The file contains the authorities that the package
+    `requests` trusts, and the authority of the local S3. On AWS, clients already trust the authority of S3."""
     path = certificate_path().with_name(f"{certificate_path().stem}-s3.pem")
     known = Path(os.environ.get("REQUESTS_CA_BUNDLE") or certifi.where()).read_text()
     return status.keep_certificate(path, known if cloud.s3_authority in known else known + cloud.s3_authority)
 
 
 def others_with_a_machine() -> list[str]:
-    """Names of the other stacks on the same local cloud that have an instance."""
+    """Return the names of other stacks on this local cloud that have an instance."""
     others = {other: path for other, path in state_paths().items() if other != name()}
     return [
         other for other, path in others.items() if any(each.type == INSTANCE for each in state.load(path).resources)
@@ -111,7 +111,7 @@ def others_with_a_machine() -> list[str]:
 
 @contextlib.contextmanager
 def exclusive() -> Iterator[None]:
-    """Lock the stack for one command at a time. Raises Refused if another command has the lock."""
+    """Lock the stack, so that only one command at a time uses it. Raises Refused if another command has the lock."""
     path = state_path().with_suffix(".lock")
     try:
         invoker.make_private_folder(path.parent)
@@ -122,13 +122,13 @@ def exclusive() -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise Refused(f"another rehearse.py is running on {path.parent}; wait for it to end, or end it") from None
+        raise Refused(f"another rehearse.py is running on {path.parent}; wait until it ends, or stop it") from None
     finally:
         os.close(handle)
 
 
 def clients(cloud: LocalCloud) -> Client:
-    """The cloud's boto3 clients, created once each: creating one takes longer than using it."""
+    """Return a function service → boto3 client. Each client is created only once, because the creation is slow."""
     made: dict[str, Any] = {}
     lock = threading.Lock()
 
@@ -145,7 +145,7 @@ def clients(cloud: LocalCloud) -> Client:
 
 
 def declared() -> dict[str, dict[str, Any]]:
-    """The stack's settings as infra/Pulumi.yaml declares them: name → type, default, description."""
+    """Return the settings that infra/Pulumi.yaml declares: name → type, default, description."""
     return dict(yaml.safe_load((PROGRAM / "Pulumi.yaml").read_text())["config"])
 
 
@@ -154,11 +154,11 @@ def project() -> str:
 
 
 def with_changes(settings: Props, assignments: list[str], secret_names: list[str]) -> tuple[Props, list[str]]:
-    """`settings` with each `key=value` applied, `key=` reset to its default, and secrets read from standard input; and
-    a sentence for each argument that is not an assignment, or a secret on the command line.
+    """Return the changed settings, and a sentence for each invalid argument, such as a secret on the command line.
 
-    Lists may be written a,b,c. Names and values are checked later, by the stack's program, whose error messages are
-    better. Raises Refused for a missing secret.
+    `key=value` changes a setting, and `key=` resets it to its default. Secrets are read from the terminal or standard
+    input. Lists may be written a,b,c. The stack's Pulumi program checks names and values later, because the program's
+    error messages are better. Raises Refused for a missing secret.
     """
     types = {name: entry["type"] for name, entry in declared().items()}
     changed, mistakes = dict(settings), []
@@ -197,7 +197,7 @@ def _read_secret(name: str) -> str:
 def refuse(
     cloud: LocalCloud, client: Client, ami: str, settings: Props, current: State, mistakes: list[str]
 ) -> NoReturn:
-    """Raises Refused with these mistakes and those that the program finds in the other settings."""
+    """Raise Refused with `mistakes` and with the mistakes that the Pulumi program finds in `settings`."""
     try:
         preview(cloud, client, ami, settings, current, say=lambda text: None, done=lambda step: None)
     except RehearsalError as error:
@@ -209,8 +209,8 @@ def refuse(
 
 
 def configuration(cloud: LocalCloud, ami: str, settings: Props) -> tuple[dict[str, str], list[str]]:
-    """Pulumi's configuration of the stack: the local cloud's values and the user's settings; and the names of
-    secrets."""
+    """Return Pulumi's configuration of the stack, and the names of secret settings. The configuration consists of the
+    local cloud's values and the user's settings."""
     prefix = project()
     config = {
         "aws:region": cloud.region,
@@ -237,8 +237,9 @@ def configuration(cloud: LocalCloud, ami: str, settings: Props) -> tuple[dict[st
 
 
 def image_to_run(client: Client, arguments: ImageArguments, current: State, settings: Props) -> str:
-    """The image of --ami, which ends the setting `channel`; with a channel the image that it names; the newest with
-    --newest or --base; else the current one; for a new stack the newest."""
+    """Return the ID of the image to run. The option --ami chooses the image and removes the setting `channel`. Without
+    --ami, a stack with a channel gets the channel's image. A stack without a channel gets the newest image if the stack
+    is new or if --newest or --base is given. Every other stack keeps its current image."""
     if arguments.ami:
         settings.pop("channel", None)
         return str(arguments.ami)
@@ -246,7 +247,7 @@ def image_to_run(client: Client, arguments: ImageArguments, current: State, sett
         named = channels.read(client("ssm")).get(str(channel))
         if named is None:
             raise Refused(
-                f"the local cloud has no channel {channel}: make it with scripts/images.py promote IMAGE {channel} "
+                f"the local cloud has no channel {channel}: create it with scripts/images.py promote IMAGE {channel} "
                 "--local, or reset it with --set channel="
             )
         return named
@@ -259,8 +260,8 @@ def image_to_run(client: Client, arguments: ImageArguments, current: State, sett
 
 
 def newest_image(client: Client, base: str | None) -> str:
-    """The newest finished x86_64 image in the local cloud, of those baked on `base` if given; one for arm64 is chosen
-    by its ID. Raises Refused without one."""
+    """Return the ID of the newest finished x86_64 image in the local cloud. If `base` is given, only images that were
+    baked on this base count. Images for arm64 must be chosen by their ID. Raises Refused if no image is found."""
     system = re.sub(r"(?<=[a-z])(?=\d)", " ", base or "")
     found = [
         image
@@ -277,14 +278,14 @@ def newest_image(client: Client, base: str | None) -> str:
 
 
 def require_trust(client: Client, ami: str) -> None:
-    """Refuse an image whose source image does not trust the local S3's certificate."""
+    """Raise Refused if the base image from which `ami` was baked does not trust the local S3's certificate."""
     source = {tag["Value"] for each in _images(client, ami) for tag in each.get("Tags", []) if tag["Key"] == SOURCE}
     for each in _images(client, *source):
         base = next((base for base in BASES.values() if each["Name"].startswith(base.series)), None)
         if base and each["Name"] != base.ami_name:
             raise Refused(
-                f"{ami} was baked on {each['Name']}, which does not trust the local S3's certificate, so its server "
-                f"would not reach its buckets: bake it again with `{MAKE_AN_IMAGE}`"
+                f"{ami} was baked on {each['Name']}, which does not trust the local S3's certificate, so a server from "
+                f"this image could not use S3: bake it again with `{MAKE_AN_IMAGE}`"
             )
 
 
@@ -298,12 +299,12 @@ def _images(client: Client, *ids: str) -> list[dict[str, Any]]:
 
 
 def settings_link() -> Path:
-    """The file in infra/ from which `pulumi` reads the stack's settings."""
+    """Return the file in infra/ from which `pulumi` reads the stack's settings."""
     return PROGRAM / f"Pulumi.{name()}.yaml"
 
 
 def unlink_settings() -> None:
-    """Remove the link to a rehearsal's settings from infra/; a file of the user's stays."""
+    """Remove the link to a rehearsal's settings from infra/. A regular file stays, because it belongs to the user."""
     if settings_link().is_symlink():
         settings_link().unlink()
 
@@ -312,10 +313,10 @@ def unlink_settings() -> None:
 
 
 def engine_for(asked: str, current: State) -> Any:
-    """The module that applies the stack: this one, or `pulumi_cli` for Pulumi's own engine.
+    """Return the module that applies the stack: this module for our own engine, `pulumi_cli` for Pulumi's engine.
 
-    A stack keeps the engine that created it; for a new one `auto` is Pulumi's if its CLI is there. Raises Refused for
-    another engine.
+    A stack keeps the engine that created it. For a new stack, `auto` selects Pulumi's engine if Pulumi's CLI is
+    installed. Raises Refused if the stack was created with a different engine.
     """
     from scripts.rehearsal import tools
 
@@ -323,7 +324,7 @@ def engine_for(asked: str, current: State) -> Any:
     asked = os.environ.get(ENGINE_NAMED_BY, "auto") if asked == "auto" and not made else asked
     if made and asked not in ("auto", made):
         raise Refused(
-            f"the stack {name()} was created with --engine {made}: use that one, or delete it first with "
+            f"the stack {name()} was created with --engine {made}: use --engine {made}, or delete the stack first with "
             "`rehearse.py down --data`"
         )
     if (made or asked) == "own" or ((made or asked) == "auto" and tools.find_pulumi() is None):
@@ -335,17 +336,18 @@ def engine_for(asked: str, current: State) -> Any:
 
 
 def described() -> str:
-    """The engine's name, which is printed as the first line of a run."""
+    """Return the first line of a run's output: the engine's name."""
     return "the rehearsal's own engine; `make prepare-tools` builds Pulumi's"
 
 
 def bring_about(
     cloud: LocalCloud, client: Client, ami: str, settings: Props, current: State, *, say: Say, done: Done
 ) -> Engine:
-    """`pulumi up`: a preview, which finds all refusals, and then, if anything differs, the changes.
+    """Apply the stack, like `pulumi up`. A preview before the changes detects settings and images that are refused.
 
-    Returns the engine with its steps. Raises Refused with the program's message for rejected settings, ApplyError for a
-    failed operation, Interrupted after Ctrl-C, once the current operation is recorded.
+    Returns the engine, whose `steps` are the executed steps. Raises ProgramError with the program's message for
+    rejected settings, Refused for an unusable image, and ApplyError for a failed operation. After Ctrl-C, raises
+    Interrupted when the current operation is recorded.
     """
     plan = preview(cloud, client, ami, settings, current, say=say, done=lambda step: None)
     if plan.idle and plan.outputs == current.outputs:
@@ -360,11 +362,11 @@ def bring_about(
         say(leftover)
     for gone in engine.refresh():
         say(
-            f"{gone.type} {gone.name} ({gone.id}) is no longer in the local cloud: it is created again, empty. "
-            "Pulumi detects this only with `pulumi up --refresh`"
+            f"{gone.type} {gone.name} ({gone.id}) is no longer in the local cloud: a new, empty one is created. "
+            "Pulumi detects missing resources only with `pulumi up --refresh`"
         )
     with cancelled_by_interrupt(engine.cancel, say):
-        # The preview has already logged the program's messages.
+        # The program's messages are not logged here, because the preview has already logged them.
         _run(engine, cloud, ami, settings, say=lambda text: None)
     return engine
 
@@ -372,7 +374,7 @@ def bring_about(
 def preview(
     cloud: LocalCloud, client: Client, ami: str, settings: Props, current: State, *, say: Say, done: Done
 ) -> Engine:
-    """The program's dry run: nothing is changed, and the returned engine's steps are the plan."""
+    """Run the Pulumi program and change no resource. The `steps` of the returned engine are the plan."""
     require_trust(client, ami)
     engine = _engine(cloud, client, current, say, done, dry_run=True)
     engine.recover()
@@ -382,7 +384,7 @@ def preview(
 
 
 def refresh(cloud: LocalCloud, client: Client, current: State, *, say: Say, done: Done) -> Engine:
-    """`pulumi refresh`: update the state from the local cloud."""
+    """Update the state from the local cloud, like `pulumi refresh`."""
     engine = _engine(cloud, client, current, say, done, dry_run=False)
     engine.recover()
     for gone in engine.refresh():
@@ -392,7 +394,7 @@ def refresh(cloud: LocalCloud, client: Client, current: State, *, say: Say, done
 
 
 def remove_machine(cloud: LocalCloud, client: Client, current: State, *, say: Say, done: Done) -> None:
-    """Detach the data volume and the address and terminate the instance, as a replacement begins."""
+    """Detach the data volume and the address, and terminate the instance, like the first half of a replacement."""
     engine = _engine(cloud, client, current, say, done, dry_run=False)
     engine.recover()
     engine.refresh()
@@ -405,8 +407,8 @@ def _remove_machine(engine: Engine, current: State) -> None:
 
 
 def destroy(cloud: LocalCloud, client: Client, current: State, *, say: Say, done: Done) -> None:
-    """Delete all resources of the stack, protected or not empty included, and log where AWS would refuse; images
-    stay."""
+    """Delete all resources of the stack, including protected resources and buckets with objects. Logs the deletions
+    that Pulumi or S3 would refuse. Images are not deleted."""
     engine = _engine(cloud, client, current, say, done, dry_run=False)
     engine.recover()
     engine.refresh()
@@ -422,22 +424,22 @@ def destroy(cloud: LocalCloud, client: Client, current: State, *, say: Say, done
 
 
 def say_refusals(client: Client, current: State, say: Say) -> None:
-    """Log which deletions `pulumi destroy` and S3 would refuse, and the actions of this command instead."""
+    """Log the deletions that `pulumi destroy` and S3 would refuse, and the actions that make them possible."""
     if protected := _protected(current):
         say(
-            f"Pulumi refuses to delete {protected}: its protection is removed first, as scripts/retire_stack.py does "
+            f"Pulumi refuses to delete {protected}: the protection is removed first, as scripts/retire_stack.py does "
             f"on AWS"
         )
     for each in current.resources:
         if each.type == BUCKET:
             found = client("s3").list_object_versions(Bucket=each.id, MaxKeys=1)
             if found.get("Versions") or found.get("DeleteMarkers"):
-                say(f"S3 refuses to delete {each.id}, which holds objects or old versions: emptied first")
+                say(f"S3 refuses to delete {each.id}, which contains objects or old versions: it is emptied first")
 
 
 def empty_buckets(client: Client, current: State) -> None:
-    """Delete every object of the stack's buckets. Call it when the machine is deleted: until it has stopped, it
-    archives segments. Raises RehearsalError for an object that is not deleted."""
+    """Delete all objects in the stack's buckets. Delete the machine first, because a running machine archives WAL
+    segments. Raises RehearsalError if an object is not deleted."""
     from scripts import retire_stack
 
     for each in current.resources:
@@ -449,7 +451,8 @@ def empty_buckets(client: Client, current: State) -> None:
 
 
 def refused_elsewhere() -> list[str]:
-    """The deletions that AWS or Pulumi would refuse, for a purge, which deletes the local cloud itself."""
+    """Return sentences about the deletions in a purge that AWS or Pulumi would refuse. A purge deletes the whole local
+    cloud."""
     try:
         current = state.load(state_path())
     except StateError:
@@ -457,14 +460,14 @@ def refused_elsewhere() -> list[str]:
     if not (protected := _protected(current)):
         return []
     return [
-        f"on AWS Pulumi refuses to delete {protected}, and S3 to delete buckets that hold anything: "
-        "scripts/retire_stack.py unprotects and empties them first; here the whole local cloud is deleted"
+        f"on AWS, Pulumi refuses to delete {protected}, and S3 refuses to delete buckets with objects: "
+        "scripts/retire_stack.py removes protection and objects first; here the whole local cloud is deleted"
     ]
 
 
 def _protected(current: State) -> str:
     kinds = sorted(f"{each.type.split(':')[-1]} {each.name}" for each in current.resources if each.protect)
-    return f"what is protected ({', '.join(kinds)})" if kinds else ""
+    return f"protected resources ({', '.join(kinds)})" if kinds else ""
 
 
 def _engine(cloud: LocalCloud, client: Client, current: State, say: Say, done: Done, *, dry_run: bool) -> Engine:
@@ -508,7 +511,7 @@ def _run(engine: Engine, cloud: LocalCloud, ami: str, settings: Props, *, say: S
 
 @contextlib.contextmanager
 def cancelled_by_interrupt(cancel: Callable[[], None], say: Say) -> Iterator[None]:
-    """Make Ctrl-C end a run between two operations, so that every created resource is in the state."""
+    """After Ctrl-C, complete the current operation before the run ends. The state thus has all created resources."""
 
     def on_interrupt(number: int, frame: Any) -> None:
         cancel()

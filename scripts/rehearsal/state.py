@@ -1,7 +1,7 @@
-"""The rehearsal's resources: one JSON file, replaced atomically after every operation.
+"""The state of a rehearsal's stack: a JSON file that is replaced atomically after every operation.
 
-Secret values are encrypted (Fernet) with a key in a file beside the state, readable by its owner only, so the state can
-be copied into a report without a password in it.
+Secret values in the state are encrypted (Fernet). The encryption key is in a second file, and only the file's owner can
+read the key. A report with a copy of the state therefore shows no password.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ CIPHER_KEY = "rehearsal:ciphertext"
 
 @dataclass
 class Resource:
-    """One resource as it was last applied.
+    """One resource, with the values that the last apply set.
 
-    `inputs` are complete, with generated names and default tags; `outputs` are those that the program receives.
-    `pending_delete` marks the old half of a replacement that is not deleted yet; `generated` names the inputs that the
-    program left out.
+    `inputs` is complete: it includes generated names and default tags. `outputs` contains the values that the program
+    receives. `pending_delete` marks the old resource of a replacement until that resource is deleted. `generated` lists
+    the inputs that the program did not set.
     """
 
     urn: str
@@ -53,7 +53,7 @@ class Resource:
         return self.urn.rsplit("::", 1)[-1]
 
     def needs(self) -> set[str]:
-        """URNs that must exist while this resource does."""
+        """Return the URNs of the resources that must exist while this resource exists."""
         urns = {self.parent, self.provider.rsplit("::", 1)[0], self.deleted_with, *self.dependencies}
         for each in self.property_dependencies.values():
             urns.update(each)
@@ -62,27 +62,27 @@ class Resource:
 
 @dataclass
 class State:
-    """The resources in order of creation, the unfinished operations, the settings and the stack's outputs."""
+    """The resources in creation order, the unfinished operations, the settings and the stack's outputs."""
 
     resources: list[Resource] = field(default_factory=list)
     pending_operations: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     outputs: Props = field(default_factory=dict)
     engine: str = "own"
-    """The engine of the stack: the rehearsal's "own", or "pulumi", whose CLI stores the resources elsewhere."""
+    """The stack's engine: "own" (the rehearsal's) or "pulumi", whose CLI stores the resources in its own files."""
 
     def live(self, urn: str) -> Resource | None:
-        """The resource at `urn`, unless it is waiting for its deletion."""
+        """Return the resource with this URN, or None. Resources with `pending_delete` are ignored."""
         return next((each for each in self.resources if each.urn == urn and not each.pending_delete), None)
 
 
 def deletion_order(doomed: Iterable[Resource]) -> Iterator[Resource]:
-    """The resources in an order for deletion: dependents first, otherwise the newest first."""
+    """Yield the resources in deletion order: dependents before the resources that they need, newer resources first."""
     left = list(doomed)
     while left:
         needed = {urn for each in left for urn in each.needs() if urn != each.urn}
-        # A replaced resource and its successor share a URN: delete the older one once no resource to delete depends on
-        # it.
+        # A replaced resource and its successor have the same URN. The older resource is deleted when no resource in
+        # `left` needs this URN.
         free = [each for each in left if each.urn not in needed] or left
         chosen = free[-1]
         left.remove(chosen)
@@ -90,7 +90,8 @@ def deletion_order(doomed: Iterable[Resource]) -> Iterator[Resource]:
 
 
 def load(path: Path) -> State:
-    """The state at `path`, empty without a file. Raises StateError if it cannot be read."""
+    """Return the state in the file `path`, or an empty state without a file. Raises StateError if the file cannot be
+    read."""
     return with_pulumis(_load(path), path)
 
 
@@ -103,12 +104,12 @@ def _load(path: Path) -> State:
         raise StateError(invoker.not_readable(path)) from None
     except ValueError as error:
         raise StateError(
-            f"{path} is not a rehearsal's state ({error}); `rehearse.py down --purge` starts over"
+            f"{path} is not a rehearsal's state ({error}): delete it with `rehearse.py down --purge`"
         ) from None
     if document.get("format") != FORMAT:
         raise StateError(
             f"{path} has format {document.get('format')!r}, this checkout reads format {FORMAT}; "
-            "use the checkout that wrote it, or `rehearse.py down --purge`"
+            "use the checkout that wrote the file, or delete the file with `rehearse.py down --purge`"
         )
     cipher = _cipher(path)
     clear = _decrypt(document, cipher, path)
@@ -121,9 +122,10 @@ def _load(path: Path) -> State:
 
 
 def with_pulumis(state: State, path: Path) -> State:
-    """`state` with the resources and outputs that Pulumi's CLI stores for the same stack, if any.
+    """If Pulumi's CLI has stored resources for this stack, copy the resources and outputs to `state`. Return `state`.
 
-    Their secrets are encrypted with a passphrase that is not read here; they are Secret(None).
+    This function does not read the passphrase of Pulumi's secrets, so each secret in Pulumi's files becomes
+    Secret(None).
     """
     name = path.stem.removeprefix("rehearsal-")
     checkpoints = (path.parent / "pulumi/stacks/.pulumi/stacks").glob(f"*/{name}.json")
@@ -168,7 +170,7 @@ def _sealed(value: Any) -> Any:
 
 
 def save(path: Path, state: State) -> None:
-    """Replace the file at `path` in one step, mode 0600."""
+    """Replace the file at `path` atomically. Its mode is 0600."""
     invoker.make_private_folder(path.parent)
     cipher = _cipher(path)
     document = {
@@ -186,15 +188,15 @@ def save(path: Path, state: State) -> None:
 
 
 def forget(path: Path) -> None:
-    """Remove the state and its key."""
+    """Delete the state file and its key file."""
     path.unlink(missing_ok=True)
     _key_of(path).unlink(missing_ok=True)
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write `text` to `path`, mode 0600, so that a reader sees the old or the new file, never a part.
+    """Write `text` to `path` with mode 0600. A concurrent reader gets the complete old file or the complete new file.
 
-    Through sudo the sudo user owns the file and can read it.
+    If the program runs through sudo, the user who called sudo owns the file and can read it.
     """
     fresh = path.with_name(path.name + ".new")
     handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -227,7 +229,7 @@ def _decrypt(value: Any, cipher: Fernet, path: Path) -> Any:
             return Secret(json.loads(cipher.decrypt(value[CIPHER_KEY].encode())))
         except InvalidToken:
             raise StateError(
-                f"the secrets in {path} cannot be decrypted with the key beside it; `rehearse.py down --purge` starts "
-                "over"
+                f"the secrets in {path} cannot be decrypted with the key beside it: delete the state with "
+                "`rehearse.py down --purge`"
             ) from None
     return {key: _decrypt(each, cipher, path) for key, each in value.items()}

@@ -1,4 +1,4 @@
-"""The status document: the stack's outputs, user and password, and whether the server responds. Quick to import."""
+"""The status document: the stack's outputs, user and password, and whether the server responds. Imports quickly."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def first_user(credentials: str) -> tuple[str, str]:
-    """Name and password of the first administrator in a credentials parameter, format 1. The password may be a hash.
+    """Return the name and password of the first administrator in a credentials parameter of format 1.
 
-    Raises ValueError when the text is not such a document or names nobody.
+    The returned password may be a hash. Raises ValueError if the text is not a credentials document or names no user.
     """
     users = json.loads(credentials).get("users", {})
     if not users:
@@ -30,11 +30,12 @@ def first_user(credentials: str) -> tuple[str, str]:
 
 
 def administrator(ssm: Any, parameters: dict[str, Any]) -> tuple[str, str | None]:
-    """Name and password of the first administrator. `parameters` has "credentials_parameter" and "password_parameter".
+    """Return the name and password of the first administrator.
 
-    The password is None if the second parameter holds another one than the first, for example because the user was
-    removed. A stack of an earlier release has no second parameter, and the password in clear text in the first.
-    Raises ClientError and ValueError.
+    `parameters` contains the names "credentials_parameter" and "password_parameter". The password is None if the
+    password parameter does not match the hash in the credentials parameter, for example because the user was removed. A
+    stack of an earlier release has no password parameter, and its credentials parameter contains the password in clear
+    text. Raises ClientError and ValueError.
     """
 
     from mlflow_host.contract.credentials import HASHED, fits
@@ -50,13 +51,13 @@ def administrator(ssm: Any, parameters: dict[str, Any]) -> tuple[str, str | None
 
 
 def parameters(outputs: dict[str, Any]) -> dict[str, Any]:
-    """The names of the stack's parameters, from its outputs; None for one that it does not have."""
+    """Return the names of the stack's parameters from the stack's outputs. The name of a missing parameter is None."""
     kinds = ("credentials", "password", "authority")
     return {f"{kind}_parameter": outputs.get(f"{kind}Parameter") or None for kind in kinds}
 
 
 def outline(current: State) -> dict[str, Any]:
-    """The part of `status` that the state alone contains."""
+    """Return the part of the status document that can be read from the state alone."""
     from scripts.rehearsal.wire import Secret, reveal
 
     outputs = reveal(current.outputs)
@@ -83,8 +84,8 @@ def outline(current: State) -> dict[str, Any]:
 
 
 def authority(client: Any, parameter: str | None) -> str | None:
-    """The certificate (PEM) that verifies the server: "" without an authority of the stack, None if it is not published
-    yet."""
+    """Return the certificate (PEM) with which clients verify the server. The result is "" if the stack has no private
+    authority, and None if the certificate is not published yet."""
     if not parameter:
         return ""
     text = str(client.get_parameter(Name=parameter)["Parameter"]["Value"])
@@ -92,7 +93,7 @@ def authority(client: Any, parameter: str | None) -> str | None:
 
 
 def keep_certificate(path: Path, certificate: str) -> Path:
-    """Write the certificate to the file that the stack's clients use."""
+    """Write the certificate to `path`, the file that the stack's clients read. Returns `path`."""
     if not path.exists() or path.read_text() != certificate:
         invoker.make_folder(path.parent)
         fresh = path.with_suffix(".new")
@@ -104,12 +105,13 @@ def keep_certificate(path: Path, certificate: str) -> Path:
 
 
 PIECES = {"MLFLOW_MULTIPART_DOWNLOAD_CHUNK_SIZE": str(16 * 2**20)}
-"""Bytes in one S3 range request. MLflow's client holds each part in memory before it writes it, two parts per core; its
-default is 100 MiB."""
+"""The size in bytes of one S3 range request. MLflow's default is 100 MiB. MLflow's client downloads two parts per core
+at a time, and holds each part in memory before it writes the part to disk."""
 
 
 def client_environment(found: dict[str, Any]) -> dict[str, str]:
-    """The variables for an MLflow client, from a status document (or the like-named outputs of a Pulumi stack)."""
+    """Return the environment variables of an MLflow client. `found` is a status document, or a mapping with the same
+    keys from the outputs of a Pulumi stack."""
     environment = {
         "MLFLOW_TRACKING_URI": found["url"],
         "MLFLOW_TRACKING_USERNAME": found["username"],

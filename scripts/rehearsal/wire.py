@@ -1,8 +1,8 @@
-"""Convert property values between Pulumi's wire format and the engine's.
+"""Convert property values between Pulumi's wire format and the engine's format.
 
-The wire format is a protobuf Struct in which a secret is a dictionary with a signature and an unknown value is a fixed
-string (pulumi.runtime.rpc). In the engine a secret is a `Secret`, an unknown the string `UNKNOWN`, everything else
-plain JSON.
+The wire format is a protobuf Struct (pulumi.runtime.rpc): a secret is a dictionary with a signature, and an unknown
+value is a fixed string. In the engine, a secret is a `Secret` and an unknown value is the string `UNKNOWN`. Every
+other value is plain JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from google.protobuf import json_format, struct_pb2
 
-# Pulumi's constants (pulumi.runtime.rpc), copied because importing that module takes seconds.
+# These constants are copied from pulumi.runtime.rpc, because an import of that module takes seconds.
 UNKNOWN = "04da6b54-80e4-46f7-96ec-b56ff0331ba9"
 SIGNATURE = "4dabf18193072939515e22adb298388d"
 SECRET_SIGNATURE = "1b47061264138c4ac30d75fd1eb44270"
@@ -25,17 +25,17 @@ Props = dict[str, Any]
 
 @dataclass(frozen=True)
 class Secret:
-    """A value that must not be shown; `repr` hides it."""
+    """A secret value; `repr` does not show the value."""
 
     value: Any = field(repr=False)
 
 
 class UnsupportedValue(ValueError):
-    """A property of a kind (an asset, an archive) that the rehearsal cannot apply."""
+    """A property value is an asset or an archive, which the rehearsal cannot apply."""
 
 
 def from_wire(struct: struct_pb2.Struct) -> Props:
-    """The Struct as Python values: whole floats as int, nulls dropped from dictionaries as Pulumi's engine does.
+    """Convert the Struct to Python values. As in Pulumi's engine, whole floats become int and null entries are omitted.
 
     Raises UnsupportedValue for assets and archives.
     """
@@ -72,13 +72,13 @@ def _to_json(value: Any) -> Any:
 
 
 def default_tags(setting: Any) -> Mapping[str, str]:
-    """The tags of a provider's `defaultTags`, which arrives as JSON text or as {"tags": {…}}."""
+    """Return the tags of a provider's `defaultTags`, which is JSON text or {"tags": {…}}."""
     document = json.loads(setting) if isinstance(setting, str) else setting or {}
     return dict(document.get("tags", {}))
 
 
 def transform(value: Any, on_secret: Callable[[Secret], Any]) -> Any:
-    """`value` with each outermost Secret replaced by the result of `on_secret`."""
+    """Return `value` with each outermost Secret replaced by the result of `on_secret`."""
     if isinstance(value, Secret):
         return on_secret(value)
     if isinstance(value, list):
@@ -89,12 +89,12 @@ def transform(value: Any, on_secret: Callable[[Secret], Any]) -> Any:
 
 
 def reveal(value: Any) -> Any:
-    """`value` with its secrets in clear, for an AWS call."""
+    """Return `value` with its secrets in clear text, for an AWS call."""
     return transform(value, lambda secret: reveal(secret.value))
 
 
 def holds_secret(value: Any) -> bool:
-    """Whether `value` is or contains a Secret."""
+    """Return whether `value` is or contains a Secret."""
     if isinstance(value, dict):
         return any(holds_secret(each) for each in value.values())
     if isinstance(value, list):
@@ -103,7 +103,7 @@ def holds_secret(value: Any) -> bool:
 
 
 def holds_unknown(value: Any) -> bool:
-    """Whether `value` is or contains a value that is known only after an apply."""
+    """Return whether `value` is or contains a value that Pulumi computes only during an apply."""
     if isinstance(value, Secret):
         return holds_unknown(value.value)
     if isinstance(value, dict):

@@ -1,8 +1,8 @@
 """A stand-in for an OpenAI-compatible chat-completions endpoint, on the loopback interface. `make demo` and the tests
-use it to run the question-answering example without a model and without a network.
+use the stand-in to run the question-answering example without a model and without a network.
 
-It is not a language model: it returns one of seven fixed answers (one is wrong, so that the scores show an error), and
-"I do not know." to any other question.
+The stand-in is not a language model. The stand-in has a fixed answer to each of seven questions. To any other question,
+the stand-in answers "I do not know." One of the seven answers is wrong, so that the scores show an error.
 
     with serve() as base_url:   # "http://127.0.0.1:41234/v1"
         subprocess.run([sys.executable, "scripts/examples/llm_question_answering.py"],
@@ -32,7 +32,8 @@ KNOWS = {
 
 @contextmanager
 def serve() -> Iterator[str]:
-    """Serve on a free loopback port while the block runs. Yields the base URL for clients."""
+    """Run the stand-in on a free port of the loopback interface until the `with` block ends. Yields the base URL for
+    clients."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), ChatCompletions)
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -45,12 +46,12 @@ def serve() -> Iterator[str]:
 
 
 def client_environment(base_url: str) -> dict[str, str]:
-    """Environment variables with which an OpenAI client and the example use the stand-in."""
+    """Return the environment variables with which an OpenAI client and the example use the stand-in."""
     return {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": "the-stand-in-takes-any", "OPENAI_MODEL": MODEL}
 
 
 class ChatCompletions(BaseHTTPRequestHandler):
-    """POST /v1/chat/completions; responses and errors have the real endpoint's format."""
+    """Answer POST /v1/chat/completions. Responses and errors have the real endpoint's format."""
 
     protocol_version = "HTTP/1.1"
 
@@ -82,7 +83,7 @@ class ChatCompletions(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Print nothing: stdout and stderr are used by the program that runs this."""
+        """Print nothing, because the calling program uses stdout and stderr."""
 
 
 def answer(question: str) -> str:
@@ -90,7 +91,7 @@ def answer(question: str) -> str:
 
 
 def completion(model: str, messages: list[dict[str, Any]], text: str) -> dict[str, Any]:
-    """The `chat.completion` object; tokens are counted as words."""
+    """Return the `chat.completion` object. Each word counts as one token."""
     prompt_tokens = sum(len(str(message.get("content", "")).split()) for message in messages)
     completion_tokens = len(text.split())
     return {

@@ -1,4 +1,4 @@
-"""An empty server without a machine, and scripts/adopt.py with it as its target."""
+"""Fixtures: an empty server without a machine, and scripts/adopt.py with this server as its target."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ INTERRUPTED = 130
 def adopt(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Adopt:
     """Run scripts/adopt.py with the stack as its target. Returns the exit status.
 
-    An interrupt ends the tests. Without that, SIGTERM to pytest was a failed test with a wrong exit status."""
+    If a signal interrupts adopt.py, the test session ends. Without this rule, SIGTERM to pytest would only make the
+    current test fail."""
     from scripts import adopt as script
 
     monkeypatch.setattr(target, "choose", lambda arguments: stack.target)

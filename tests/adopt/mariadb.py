@@ -17,7 +17,7 @@ from typing import Any
 import pymysql
 
 ACCOUNT = "mysql"
-"""MariaDB refuses to run as root."""
+"""The account that runs MariaDB if the tests run as root, because MariaDB refuses to run as root."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MariaDB:
             return list(cursor.fetchall())
 
     def database(self, name: str) -> str:
-        """Create an empty database; returns its URI for MLflow."""
+        """Create an empty database and return its URI for MLflow."""
         self.run(f"CREATE DATABASE {name} CHARACTER SET utf8mb4")
         return f"mysql+pymysql://mlflow:{PASSWORD}@localhost/{name}?unix_socket={self.socket}"
 

@@ -1,9 +1,11 @@
-"""Fill a server or database with the client of one release; runs with the interpreter of that release.
+"""Fill a server or a database with the client of one MLflow release. The script runs in a Python environment of this
+MLflow release.
 
     python old_client.py URI PLACE
 
-URI is a database's, a server's or a FileStore's. Experiments have their artifacts below PLACE ("" for the server's
-choice). Kinds that the release does not have are left out. Prints JSON: {"run": ID of a run with artifacts, …}."""
+URI is the address of a database, a server or a FileStore. Experiments store their artifacts below PLACE. If PLACE is
+"", the server chooses the artifact location. The script skips the kinds of objects that the MLflow release does not
+have. The script prints JSON: {"run": ID of a run with artifacts, …}."""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_ENABLE_ASYNC_TRACE_LOGGING="false")
+os.environ.update(
+    MLFLOW_DISABLE_TELEMETRY="true",
+    MLFLOW_ENABLE_ASYNC_TRACE_LOGGING="false",
+    MLFLOW_ALLOW_FILE_STORE="true",  # without this variable, MLflow 3.13 and newer refuse a FileStore
+)
 
 import mlflow
 from mlflow.entities import Metric, Param, RunTag
@@ -49,7 +55,7 @@ def runs(client: Any, place: str) -> dict[str, str]:
     in_default = client.create_run("0").info.run_id
     client.log_param(in_default, "p", "of the default experiment")
     parent = client.create_run(experiment, start_time=1_600_000_000_123, tags={"mlflow.user": "ada"}).info.run_id
-    client.set_tag(parent, "mlflow.runName", "parent")  # 1.30 fails with this tag in create_run
+    client.set_tag(parent, "mlflow.runName", "parent")  # create_run of MLflow 1.30 fails with this tag
     history = [Metric("loss", 1 / (step + 1), 1_600_000_000_000 + step, step) for step in range(120)]
     odd = [
         Metric("odd", value, 1_600_000_000_000, i) for i, value in enumerate((math.inf, -math.inf, 1e-300, math.nan))
@@ -76,7 +82,7 @@ def runs(client: Any, place: str) -> dict[str, str]:
 
 
 def has_registry(client: Any) -> bool:
-    """A FileStore of 1.30 has none."""
+    """Return whether the store has a model registry. A FileStore of MLflow 1.30 has no model registry."""
     try:
         client.search_registered_models()
     except mlflow.exceptions.MlflowException:

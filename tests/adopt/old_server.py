@@ -1,9 +1,10 @@
-"""A tracking server of one release, run with the interpreter of that release: its own application, without gunicorn.
+"""Run the tracking server of one MLflow release: MLflow's own application, without gunicorn. The script runs in a
+Python environment of this MLflow release.
 
     python old_server.py URI PLACE PORT LOGIN
 
-PLACE is the folder of the artifacts, which the server itself serves, or the URI of one that the clients write to.
-LOGIN, if not empty, is the only value of the header Authorization that is accepted."""
+PLACE is a folder of artifacts, which the server serves, or a URI to which the clients write artifacts directly. If
+LOGIN is not empty, the server accepts only requests whose header Authorization has the value LOGIN."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ os.environ.update(
 
 
 def flask() -> None:
-    """Releases before 3.5, which have no routes outside Flask."""
+    """Run the server of an MLflow release before 3.5. Before 3.5, MLflow has no routes outside Flask."""
     from mlflow.server import app
 
     def guarded(environ: dict[str, Any], respond: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The unit mlflow-host-adopt@NAME as a process on the tests' cluster and object store.
+"""Run the unit mlflow-host-adopt@NAME as a process that uses the tests' cluster and object store.
 
 python run_unit.py NAME HOST USER BUCKET ENDPOINT REPORTS BLANK"""
 

@@ -1,4 +1,4 @@
-"""A stack without a machine: PostgreSQL, the object store, the server's processes, and the unit as a process."""
+"""A stack without a machine: PostgreSQL, the object store, the server's processes, and the adoption unit's process."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ ROOT = Path(__file__).parents[2]
 EMPTY = "empty_server"
 PASSPHRASE = "a passphrase for tests only"
 BLANK = Path(tempfile.gettempdir()) / f"mlflow-ami-blank-{os.getpid()}.dump"
-"""The dump that the bake writes to schema.empty_database.FILE."""
+"""The dump of an empty database. In an image, schema.empty_database.FILE is such a dump, which the bake writes."""
 
 
 @dataclass
 class Stack:
-    """An empty server, and the `Target` with which adopt.py uses it. `running`: the unit's processes."""
+    """An empty server, and the `Target` through which adopt.py accesses the server. `running`: the processes of the
+    adoption unit."""
 
     cluster: Cluster
     target: Target
@@ -57,7 +58,7 @@ class Stack:
 
 @contextmanager
 def cluster_of_a_machine() -> Iterator[PrivateCluster]:
-    """With the database EMPTY, and its dump in BLANK."""
+    """Start a cluster with the database EMPTY, and write a dump of EMPTY to BLANK."""
     with private_cluster() as owned:
         create_empty(owned.cluster, EMPTY)
         image = this_image()
@@ -74,7 +75,7 @@ def cluster_of_a_machine() -> Iterator[PrivateCluster]:
 
 @contextmanager
 def empty_stack(owned: PrivateCluster, objects: ObjectStore, folder: Path) -> Iterator[Stack]:
-    """Deletes the databases of the stack before it. `folder` does not exist."""
+    """Start an empty stack in `folder`, which must not exist. The databases of the previous stack are deleted."""
     cluster = owned.cluster
     for name in databases(cluster):
         if name.startswith(("mlflow", "mlflow_host_work")):
@@ -102,11 +103,11 @@ def empty_stack(owned: PrivateCluster, objects: ObjectStore, folder: Path) -> It
             for each in made.running:
                 each.poll()
             if running.exists() and alive(int(running.read_text())):
-                return  # systemd ignores a start of a unit that is running
+                return  # systemd ignores a start request for a unit that is running
             arguments = [cluster.host, cluster.user, buckets["backups"], objects.endpoint, folder / "reports", BLANK]
             command = [sys.executable, "-m", "tests.adopt.run_unit", name, *map(str, arguments)]
             path = ":".join(map(str, (ROOT, HOST_PACKAGE)))
-            # The unit's own shell writes its process ID, so that a kill of adopt.py leaves no unit without one.
+            # The unit's shell writes its own process ID, so the ID is on disk even if adopt.py is killed.
             shell = ["sh", "-c", 'echo $$ >"$0.new" && mv "$0.new" "$0" && exec "$@"', str(running)]
             with log.open("ab") as output:
                 made.running.append(
@@ -128,6 +129,6 @@ def empty_stack(owned: PrivateCluster, objects: ObjectStore, folder: Path) -> It
             with contextlib.suppress(ProcessLookupError):
                 each.kill()
             each.wait()
-        if running.exists():  # of an adopt.py that was killed
+        if running.exists():  # the adoption unit continues if adopt.py was killed
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(running.read_text()), signal.SIGKILL)

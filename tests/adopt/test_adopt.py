@@ -1,4 +1,4 @@
-"""Databases of other servers are adopted with every object, value and artifact."""
+"""adopt.py copies databases of other servers with every object, value and artifact."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEWEST = Path(sys.executable)
 
 @dataclass(frozen=True)
 class Filled:
-    """A source; `run` is a run with artifacts."""
+    """A database filled by old_client.py. `run` is the ID of a run with artifacts."""
 
     source: str
     run: str
@@ -44,7 +44,7 @@ def fill(python: Path, uri: str, place: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite file with every kind of object that the newest release writes, and its artifacts in a folder."""
+    """A SQLite file with every kind of object that the newest release writes, and a folder with the artifacts."""
     folder = tmp_path_factory.mktemp("everything")
     worker = WorkerClient(NEWEST, str(folder / "artifacts"))
     try:
@@ -64,7 +64,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Filled:
 
 @pytest.fixture
 def reported(adopt: Adopt, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str, Any]]]:
-    """Run adopt.py; returns the exit status and the report."""
+    """Run adopt.py and return its exit status and its report."""
 
     def run(*arguments: Any) -> tuple[int, dict[str, Any]]:
         status = adopt(*arguments, "--json")
@@ -110,8 +110,8 @@ def test_sqlite_file_with_everything_is_adopted(stack: Stack, reported: Reported
 
 
 def without_places(thing: Any) -> Any:
-    """Without artifact locations, and without differences between a database and the responses of any server: numbers
-    as text, and empty text for NULL."""
+    """Return `thing` without artifact locations. Numbers become text and NULL becomes empty text, because a server
+    returns these values in another form than a database."""
     if isinstance(thing, dict):
         return {key: without_places(value) for key, value in thing.items() if key != "artifacts"}
     if isinstance(thing, list):
@@ -164,7 +164,7 @@ def test_second_run_carries_later_changes_and_copies_nothing_twice(
     assert stack.sql("SELECT count(*) FROM tags WHERE key = 'ours'") == 1
     assert stack.sql(f"SELECT name FROM experiments WHERE experiment_id = {made['experiment']}") == "renamed since"
     assert stack.sql("SELECT current_stage FROM model_versions WHERE version = 1") == "Deleted_Internal"
-    # Rows that the source deleted stay, and are counted.
+    # Rows that were deleted at the source stay in the target, and the report contains their number.
     assert report["gone"] == {"registered_model_aliases": 1}
     assert stack.sql("SELECT count(*) FROM registered_model_aliases") == 1
     kept = sorted((stack.folder / "reports").glob("*-adoption-*.json"))
@@ -295,7 +295,7 @@ def test_left_artifacts_keep_their_locations_and_the_needed_rights_are_named(
 
 
 def damaged(small: Filled, folder: Path) -> Path:
-    """A copy of the source with values that SQLite allows and PostgreSQL does not."""
+    """Return a copy of the source with values that SQLite accepts but PostgreSQL rejects."""
     path = folder / "damaged.db"
     path.write_bytes(Path(small.source).read_bytes())
     opened = sqlite3.connect(path)

@@ -1,4 +1,5 @@
-"""If the unit or adopt.py is killed at any moment, the server is unchanged or complete, and a second run finishes."""
+"""If the adoption unit or adopt.py is killed at any moment, the server has either none or all of the adopted rows. A
+second run of adopt.py finishes the adoption."""
 
 from __future__ import annotations
 
@@ -33,14 +34,15 @@ MOMENTS = (
     ("adopt.py", "sending"), ("adopt.py", "listing the artifacts"), ("adopt.py", "the machine: merging the rows"),
     ("adopt.py", "reading everything back"),
 )  # fmt: skip
-"""(the process to kill, its last message)."""
+"""For each test: the process to kill, and the last message before the kill."""
 SOON_OVER = {"finding the artifacts": 0.2, "merging the rows": 0.6}
-"""Seconds after the unit's message within which it does not end."""
+"""Message → number of seconds after this message in which the adoption unit certainly still runs. The test kills the
+unit or adopt.py during these seconds."""
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Filled:
-    """A source with so many rows that loading takes some time."""
+    """A source with 60,000 additional metric rows, so that loading takes some time."""
     folder = tmp_path_factory.mktemp("large")
     made = fill(Path(sys.executable), f"sqlite:///{folder}/mlflow.db", f"file://{folder}/artifacts")
     opened = sqlite3.connect(folder / "mlflow.db")
@@ -68,7 +70,7 @@ def counts(stack: Stack) -> Counts:
 def kill_when(
     moment: str, after: float, said: Callable[[], str], kill: Callable[[], None], over: Callable[[], bool]
 ) -> None:
-    """Kill `after` seconds after the message `moment`."""
+    """Wait for the message `moment`, wait another `after` seconds, and then call `kill`."""
     while not over():
         time.sleep(0.02)
         if moment in said():
@@ -78,7 +80,7 @@ def kill_when(
 
 
 def adopt_with_the_unit_killed(stack: Stack, adopt: Adopt, source: str, moment: str, after: float) -> int | None:
-    """Returns the unit's exit status, and None if it was not killed."""
+    """Run adopt.py and kill the adoption unit. Returns the unit's exit status, or None if the unit was not killed."""
     status: list[int] = []
 
     def kill() -> None:
@@ -102,10 +104,10 @@ def adopt_with_the_unit_killed(stack: Stack, adopt: Adopt, source: str, moment: 
 
 
 def adopt_with_the_script_killed(stack: Stack, source: str, moment: str, after: float, log: Path) -> int | None:
-    """Kill adopt.py; the unit continues, as it does on a machine. Returns adopt.py's exit status."""
+    """Run adopt.py and kill it. The adoption unit continues, like on a machine. Returns adopt.py's exit status."""
 
     def child() -> None:
-        """With connections of its own, which a kill does not break off for the parent."""
+        """Run adopt.py with new connections, so that the kill does not break the connections of the parent process."""
         stack.target = dataclasses.replace(
             stack.target, s3=stack.store.client(), api=target.Api(stack.target.api.url, {})
         )
@@ -135,7 +137,7 @@ def test_killed_adoption_leaves_the_server_whole_and_a_second_run_finishes(
     before, untouched = counts(stack), stack.sql(ours)
     with closing(sqlite3.connect(large.source)) as opened:
         there = opened.execute(ROWS).fetchone()
-    added = {"experiments": -1}  # Default joins the server's
+    added = {"experiments": -1}  # the source's experiment Default is merged into the server's
     whole = tuple(b + t + added.get(table, 0) for table, b, t in zip(COUNTED, before, there, strict=True))
     victim, moment = MOMENTS[seed % len(MOMENTS)]
     after = random.Random(seed).uniform(0, SOON_OVER.get(moment, 1.2))

@@ -1,4 +1,4 @@
-"""Databases and folders of older releases, and other kinds of sources, are adopted with every value."""
+"""adopt.py copies every value from databases and folders of older releases, and from other kinds of sources."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ OLD = {
     "3.1.0": ("sqlalchemy<2.1", "opentelemetry-sdk<1.30"),
     "3.9.0": ("flask-cors",),
 }
-"""The packages that the release needs besides `environments.STORES_NEED`. With a newer OpenTelemetry, the clients of
-2.22 and 3.1 log a warning and end no trace."""
+"""The packages that each release needs in addition to `environments.STORES_NEED`. With a newer OpenTelemetry, the
+clients of 2.22 and 3.1 log a warning and do not end their traces."""
 
 
 def client_of(release: str) -> Path:
-    """An interpreter with that release's client. Made on first use, and when its packages change here."""
+    """Return the Python interpreter of an environment with the client of `release`. The client is installed on first
+    use, and again if `OLD` has changed."""
     folder = environments.folder() / f"mlflow-client-{release}"
     python = folder / "bin" / "python"
     named = {each.split("<")[0] for each in OLD[release]}
@@ -79,7 +80,7 @@ def test_postgresql_of_an_older_release_is_adopted_by_url_and_by_dump(
     rows = stack.sql("SELECT count(*) FROM metrics")
     status, report = reported(uri.replace("+psycopg2", ""), "--name", "old")
     assert (report["lost"], status) == (0, 0)
-    assert stack.sql("SELECT count(*) FROM metrics") == rows  # the same source, recognized by its name
+    assert stack.sql("SELECT count(*) FROM metrics") == rows  # adopt.py recognizes the source by its name
 
 
 @pytest.mark.slow
@@ -101,18 +102,18 @@ def test_mariadb_of_each_release_is_adopted_by_url(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("release", OLD)
+@pytest.mark.parametrize("release", [*OLD, "newest"])
 def test_folder_mlruns_is_adopted(
     stack: Stack,
     reported: Reported,  # noqa: F811
     tmp_path: Path,
     release: str,
 ) -> None:
-    made = fill(client_of(release), f"file://{tmp_path}/mlruns", "")
+    made = fill(NEWEST if release == "newest" else client_of(release), f"file://{tmp_path}/mlruns", "")
     status, report = reported(tmp_path / "mlruns")
     assert (report["lost"], status) == (0, 0)
     assert counted(report)["metric points"] == 128
-    assert counted(report)["model versions"] == (0 if release == "1.30.0" else 12)  # without a registry in FileStore
+    assert counted(report)["model versions"] == (0 if release == "1.30.0" else 12)  # 1.30's FileStore has no registry
     number = report["experiments"][made["experiment"]]
     assert number < 2**31, "a FileStore's experiment IDs are longer than PostgreSQL's"
     assert f"{number}/{made['run']}/artifacts/notes.txt" in stack.keys("artifacts")

@@ -1,4 +1,4 @@
-"""Gateway secrets and webhooks are adopted with the old server's passphrase, and readable with the stack's."""
+"""Adoption decrypts gateway secrets and webhooks with the old server's passphrase and encrypts them for the stack."""
 
 from __future__ import annotations
 

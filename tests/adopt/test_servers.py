@@ -1,5 +1,5 @@
-"""Adopting a tracking server needs only its URL, and a login if it has one, and copies every value that its API
-returns."""
+"""To adopt a tracking server, adopt.py needs only the server's URL, and a login if the server has one. The script
+copies every value that the server's API returns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ pytestmark = pytest.mark.service
 
 @contextmanager
 def tracking_server(python: Path, folder: Path, uri: str, login: str = "", place: str = "") -> Iterator[str]:
-    """The URL of a server of that interpreter's release. `place`: where its clients write artifacts."""
+    """Run a server with the MLflow release of the interpreter `python`, and yield the server's URL. The clients write
+    artifacts to `place`."""
     port = free_port()
     log = folder / "old-server.log"
     command = [
@@ -84,15 +85,16 @@ COMPARED = {
     "created_time, input_hash",
     "entity_associations": "source_type, source_id, destination_type, destination_id",
 }
-"""Columns that are the same at the source and here. Experiments keep their IDs, because the server is empty."""
+"""The columns that must be equal at the source and in the target. Experiments keep their IDs, because the target is
+empty."""
 
 LIVE = "SELECT name, version FROM model_versions WHERE current_stage <> 'Deleted_Internal'"
 NOT_DELETED = dict.fromkeys(("model_versions", "model_version_tags"), f" WHERE (name, version) IN ({LIVE})")
-"""No API returns deleted model versions."""
+"""A condition that excludes deleted model versions, because no API returns them."""
 
 
 def compare_tables(file: Path, stack: Stack) -> dict[str, int]:
-    """Every row of the source's file is here, with every value. Returns the number of rows by table."""
+    """Assert that the target has every row of the source's file, with every value. Returns row counts by table."""
     counts = {}
     with closing(sqlite3.connect(file)) as source, connection(stack.cluster, stack.cluster.database) as here:
         known = {name for (name,) in source.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -110,8 +112,8 @@ def compare_tables(file: Path, stack: Stack) -> dict[str, int]:
 
 
 def plain(row: Any) -> tuple[str, ...]:
-    """SQLite stores booleans as numbers, the API returns an empty text for NULL, and the newest release adds an empty
-    list to the spans of older ones."""
+    """Return the row's values as text, in the same form for every source. SQLite stores booleans as numbers. The API
+    returns "" for NULL. The newest MLflow adds an empty list of links to spans of older releases."""
     texts = ("" if value is None else str(int(value) if isinstance(value, bool) else value) for value in row)
     return tuple(text.replace(', "links": []', "") for text in texts)
 
@@ -138,7 +140,7 @@ def test_server_of_each_release_is_adopted_by_its_url(
         assert f"1/{made['run']}/artifacts/model/data.bin" in stack.keys("artifacts")
         again, report = reported(url)
         assert (again, report["lost"]) == (0, 0)
-        compare_tables(tmp_path / "old.db", stack)  # nothing twice
+        compare_tables(tmp_path / "old.db", stack)  # the second adoption added no row
 
 
 @pytest.mark.slow
@@ -149,7 +151,8 @@ def test_server_with_a_folder_mlruns_is_adopted_by_its_url(
     tmp_path: Path,
     release: str,
 ) -> None:
-    """`mlflow ui` without options was such a server. In 1.30 it has no model registry."""
+    """`mlflow ui` without options starts a server with a folder mlruns. In MLflow 1.30, a folder mlruns has no model
+    registry."""
     python = client_of(release)
     with tracking_server(python, tmp_path, f"file://{tmp_path}/mlruns") as url:
         made = fill(python, url, "")

@@ -1,4 +1,5 @@
-"""Measurements, started with `python -m tests.bench…`, which has no pytest to find the package `mlflow_host`."""
+"""Benchmarks, started with `python -m tests.bench…`. pytest does not run these modules, so this file adds the folder of
+the package `mlflow_host` to sys.path."""
 
 import sys
 from pathlib import Path

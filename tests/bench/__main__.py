@@ -4,9 +4,10 @@
     .venv/bin/python -m tests.bench --quick                 each operation briefly, three minutes
     .venv/bin/python -m tests.bench --only log-metric --clients 1 8 64
 
-All contenders run, each with its own PostgreSQL and nginx, but they are measured in turns, with the others suspended.
-Every operation is measured in several rounds, and the contenders alternate within each round, so that other load on the
-machine affects all of them. The medians of the rounds are compared. Trust the ratios, not the absolute figures.
+Each contender has its own PostgreSQL and nginx. All contenders are started first. One contender is measured at a time,
+while the other contenders are suspended. Each operation has several rounds. The contenders alternate within each round,
+so that other load on the machine affects all of them. The report compares the medians of the rounds. Trust the ratios,
+not the absolute figures.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from tests.support import services
 
 BASELINE, OURS, FLOOR = "tutorial", "ours", "floor"
 OURS_ONE_ARENA = "ours, MALLOC_ARENA_MAX=1"
-"""File transfers with the glibc setting that the README recommends for large downloads."""
+"""The label of transfers by a client with MALLOC_ARENA_MAX=1, which the README recommends for large downloads."""
 
 MOST_FOR_BASIC_AUTH = 8
-"""Maximum number of concurrent clients of basic-auth, in one round: with more, a turn takes minutes and gives no new
-result."""
+"""The maximum number of concurrent clients of the contender basic-auth, which has one round only. With more clients, a
+turn takes minutes and gives no new result."""
 
 MOST_ROUNDS_OF_FILES = 5
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Medians of the rounds of one contender and one operation. Latencies in milliseconds."""
+    """The medians over the rounds of one contender and one operation. Latencies are in milliseconds."""
 
     operation: str
     clients: int
@@ -143,7 +144,8 @@ def turn(operation: str, clients: int, contender: str, rounds: list[load.Measure
 
 
 def login_cost(contenders: list[Contender], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """p50 of reading a run with and without a login at the same server, measured in turns."""
+    """Measure the median latency (p50) of a request for a run, alternately with a login and without a login, on one
+    server."""
     rows = []
     for contender in contenders:
         if contender.unguarded is None:
@@ -162,7 +164,7 @@ def login_cost(contenders: list[Contender], options: argparse.Namespace) -> list
 
 
 def launches(folder: Path) -> dict[str, Any]:
-    """The last results of `python -m tests.bench.launches`; {} without any."""
+    """Return the last results of `python -m tests.bench.launches`, or {} if there are none."""
     measured = folder / "launches.json"
     return {"launches": json.loads(measured.read_text())} if measured.exists() else {}
 
@@ -182,7 +184,7 @@ def move_files(
         rounds: dict[str, list[transfers.Moved]] = {name: [] for name in (*named, FLOOR)}
         for number in range(min(options.rounds, MOST_ROUNDS_OF_FILES)):
             for name in list(rounds)[:: 1 if number % 2 else -1]:
-                os.sync()  # so that one contender's pending writes do not slow the next one
+                os.sync()  # so that pending writes of one contender do not slow the next contender
                 contender, settings = named.get(name, (contenders[-1], {}))
                 with alone(contender, contenders):
                     if name == FLOOR:
@@ -198,7 +200,7 @@ def move_files(
 
 
 def grow(contenders: list[Contender], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure some operations with a growing number of rows in `metrics`."""
+    """Measure some operations while the number of rows in `metrics` grows."""
     rows, contenders = [], [each for each in contenders if each.name != "basic-auth"]
     for target in (10_000, 100_000, 1_000_000):
         for contender in contenders:
@@ -259,7 +261,7 @@ def summary(
 
 
 def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each promise (issue 5) that was measured: the measured value, and whether the promise is met."""
+    """Return each promise of issue 5 that was measured, with the measured value and whether the promise is met."""
     by_case: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for one in results["turns"]:
         by_case.setdefault((one["operation"], one["clients"]), {})[one["contender"]] = one
@@ -293,7 +295,7 @@ def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
         goal("memory at rest: ≤ 0.3×", share, share <= 0.3)
     for row in results["login"]:
         cost = row["with"] / row["without"]
-        goal(f"login at {row['clients']} client(s), p50 against a request without: ≤ 1.05×", cost, cost <= 1.05)
+        goal(f"login at {row['clients']} client(s), p50 divided by p50 without a login: ≤ 1.05×", cost, cost <= 1.05)
     large = {row["contender"]: row for row in results["artifacts"] if row["load"] == "1 GB"}
     if {OURS, FLOOR} <= large.keys():
         for name, client in ((OURS, ""), (OURS_ONE_ARENA, ", by a client with MALLOC_ARENA_MAX=1")):

@@ -1,13 +1,13 @@
-"""Benchmark: the duration of an adoption by adopt.py, compared with `pg_dump | pg_restore` of the same rows and with
-copies of the same objects from bucket to bucket, ten at a time as `aws s3 cp` makes them.
+"""Benchmark: the duration of an adoption by adopt.py. The first baseline is `pg_dump | pg_restore` of the same rows.
+The second baseline copies the same objects from bucket to bucket, ten objects at a time, like `aws s3 cp`.
 
     .venv/bin/python -m tests.bench.adopt_rate      1,000,000 metric rows and 5,000 artifacts, into an empty server
     .venv/bin/python -m tests.bench.adopt_rate --runs 1000 --metrics 100000 --artifacts 500
 
-PostgreSQL, the object store, the server and the unit run on this machine, all without Session Manager. `rows` are the
-seconds of the unit: two loads, the image's migrations, a dump of the database in service and the merge. `all` contains
-the reading of the source and the comparison of every value through the API. The machine may be busy, so trust the
-ratios. Prints JSON on stdout and progress on stderr.
+PostgreSQL, the object store, the server and the adoption unit run on this machine, without Session Manager. `rows` is
+the time of the adoption unit in seconds: two loads, the image's migrations, a dump of the database in service and the
+merge. `all` is `rows` plus the time to read the source and to compare every value through the API. The machine may be
+busy, so trust the ratios. Prints JSON on stdout and progress on stderr.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from tests.bench.carry_rate import dump_and_restore, fill, timed
 from tests.support.services import object_store
 
 SOURCE, COPY = "filled", "plain"
-"""The source's database and bucket, and the bucket of the plain copies."""
+"""SOURCE is the name of the source's database and bucket. COPY is the name of the bucket for the baseline's copies."""
 COPIES = 10
-"""Requests of `aws s3 cp` at the same time."""
+"""The number of requests that `aws s3 cp` sends at the same time."""
 
 
 def main() -> int:

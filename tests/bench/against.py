@@ -1,13 +1,14 @@
-"""Compare the server of this checkout with that of an earlier commit, as ratios.
+"""Compare this checkout's server with the server of an earlier commit, as ratios.
 
     .venv/bin/python -m tests.bench.against ab5bbc7
     .venv/bin/python -m tests.bench.against HEAD~20 --only log-metric "get run" --clients 1 8 --rounds 20
 
-Each has its own PostgreSQL and nginx, and the packages of the earlier commit's lock file, so that both run the same
-MLflow. They are measured alternately; meanwhile the other one is suspended. Each round gives a ratio of the requests
-per second; their median and quartiles are printed. `cpu` is the same ratio per second of processor time that MLflow's
-server processes used, which other load on the machine affects less. Each client is a user of its own, because some
-limits are per user; with --one-user all clients are one user.
+Each server has its own PostgreSQL and nginx. Both servers use the packages of the earlier commit's lock file, so that
+both run the same MLflow release. The servers are measured alternately; one is suspended while the other is measured. In
+each round, the script divides the requests per second of this checkout by those of the earlier commit, and prints the
+median and the quartiles of these ratios. `cpu` is the same ratio for requests per second of processor time of MLflow's
+server processes; other load on the machine affects `cpu` less. Each client logs in as a separate user, because some
+limits are per user. With --one-user, all clients log in as one user.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ with services.object_store(folder / "object-store", https=True) as store:
         print(json.dumps({"target": target, "data": data, "servers": started.servers}), flush=True)
         sys.stdin.read()
 """
-"""Runs in each commit's own checkout, because it imports that commit's code."""
+"""A program that runs in the checkout of one commit, because it imports the code of that commit."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def main() -> int:
 
 
 def check_out(commit: str, folder: Path) -> None:
-    """The files of a commit, without a work tree that git would keep a record of."""
+    """Extract the files of a commit into `folder`. A git work tree is not used, because git would register it."""
     done = subprocess.run(["git", "-C", str(ROOT), "archive", commit], capture_output=True)
     if done.returncode:
         raise RuntimeError(f"git has no commit {commit!r}: {done.stderr.decode().strip()}")

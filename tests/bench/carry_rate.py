@@ -1,13 +1,15 @@
 """Benchmark: rows per second of a carry back, compared with `pg_dump | pg_restore` of the same data.
 
-    .venv/bin/python -m tests.bench.carry_rate                 10,000 runs and 1,000,000 metric rows, from the newest
-                                                               release but one to the previous, on a temporary cluster
+    .venv/bin/python -m tests.bench.carry_rate                 10,000 runs and 1,000,000 metric rows, from the
+                                                               second-newest release to the third-newest, on a
+                                                               temporary cluster
     .venv/bin/python -m tests.bench.carry_rate --runs 1000 --metrics 100000 --rounds 1
 
-Both are timed alternately, round by round. The machine may be busy, so trust the ratio. `pg_dump | pg_restore` uses the
-custom format without compression through a pipe into an empty database. The database step is timed completely, with
-MLflow's start, the older schema, verification and the flip; `copy_seconds` is the part that `pg_dump | pg_restore` does
-too: rows, indexes, constraints, foreign keys. Prints JSON on stdout and progress on stderr.
+The carry back and `pg_dump | pg_restore` are timed alternately in each round. The machine may be busy, so trust the
+ratio. `pg_dump | pg_restore` uses the custom format without compression, through a pipe into an empty database.
+`step_seconds`, the time of the database step, includes MLflow's start, the older schema, verification and the flip.
+`copy_seconds` is the time of the steps that `pg_dump | pg_restore` also performs: rows, indexes, constraints, foreign
+keys. Prints JSON on stdout and progress on stderr.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Environments of the contenders, on this system's Python: the packages that tutorials install, and those of the image.
+"""Python environments of the contenders: one with the packages that tutorials install, one with the image's packages.
 
-uv creates them on first use, outside the repository, and again when the lock file changes. Each contender has its own,
-because the image's packages include some that `pip install mlflow` does not install (uvloop, httptools) and that would
-make the others faster. This project's own environment has even more packages.
+Both environments use this system's Python and are outside the repository. uv creates the environments on first use, and
+again if the lock file has changed. The contenders do not share an environment, because the image's packages include
+uvloop and httptools. `pip install mlflow` does not install uvloop and httptools, which would make the other contenders
+faster. This project's .venv has even more packages than the image.
 """
 
 from __future__ import annotations
@@ -24,36 +25,37 @@ SYSTEM_PYTHON = Path("/usr/bin/python3")
 
 
 def mlflow_version() -> str:
-    """The release that the image installs."""
+    """Return the MLflow release that the image installs."""
     found = re.search(r"^mlflow==(\S+)", LOCK.read_text(), re.MULTILINE)
     assert found
     return found[1]
 
 
 def python_version() -> str:
-    """Version of the Python that all contenders use."""
+    """Return the version of the Python that all contenders use."""
     return subprocess.run([SYSTEM_PYTHON, "-V"], check=True, capture_output=True, text=True).stdout.split()[1]
 
 
 def image() -> Path:
-    """The interpreter of an environment installed like the image's."""
+    """Return the interpreter of an environment with the image's packages."""
     wanted = ["sync", "--require-hashes", "--only-binary", ":all:", str(LOCK)]
     return made("bench-image", wanted, LOCK.read_text())
 
 
 def tutorial() -> Path:
-    """The interpreter of an environment with the packages that tutorials install."""
+    """Return the interpreter of an environment with the packages that tutorials install."""
     wanted = home() / "bench-tutorial.in"
     wanted.write_text("mlflow\npsycopg2-binary\nboto3\n")
     resolved = wanted.with_suffix(f".{mlflow_version()}.lock")
     if not resolved.exists():
-        # Resolved like the image's packages, because the index may lack companions of the newest MLflow.
+        # `lock.resolve` works even if the index lacks companions (mlflow-skinny, mlflow-tracing) of the newest MLflow.
         lock.resolve(wanted, resolved, (f"mlflow=={mlflow_version()}",))
     return made("bench-tutorial", ["sync", "--require-hashes", str(resolved)], resolved.read_text())
 
 
 def auth_packages() -> Path:
-    """A separate folder with the packages of the extra mlflow[auth], because their presence slows MLflow's searches."""
+    """Return a folder with the packages of the extra mlflow[auth]. These packages slow down MLflow's searches, so the
+    other contenders do not have them."""
     folder = home() / "bench-auth"
     if not (folder / "flask_wtf").is_dir():
         uv("pip", "install", "--target", str(folder), "--no-deps", "Flask-WTF<2", "WTForms")

@@ -1,4 +1,4 @@
-"""The floor: the same work without MLflow. psycopg2 writes the rows, boto3 moves the files."""
+"""The floor: psycopg2 writes the same rows and boto3 transfers the same files, both without MLflow."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ OPERATIONS: dict[str, Callable[[Any, Dataset, int, int], None]] = {
 
 
 def run(cluster: PostgreSQL, operation: str, data: Dataset, clients: int, seconds: float) -> Measured:
-    """One transaction per request, one connection per client."""
+    """Run one transaction per request, with one connection per client."""
     import psycopg2
 
     measured, deadline = Measured(seconds), time.monotonic() + seconds
@@ -89,7 +89,7 @@ def run(cluster: PostgreSQL, operation: str, data: Dataset, clients: int, second
 
 
 def transfer(store: ObjectStore, files: list[Path], folder: Path) -> tuple[float, float]:
-    """(seconds to upload `files` to a new bucket, seconds to download them to `folder`)."""
+    """Return the seconds to upload `files` to a new bucket, and the seconds to download them to `folder`."""
     bucket, client = f"floor-{random.getrandbits(32):08x}", store.client()
     client.create_bucket(Bucket=bucket)
     started = time.monotonic()

@@ -1,9 +1,9 @@
-"""Benchmark: the handover of a request from the event loop to a thread and back, in processor time per call.
+"""Benchmark: processor time to pass a call from the event loop to a thread and to pass the result back.
 
     .venv/bin/python -m tests.bench.handover
 
-Measured in turns with the baseline, asyncio's run_in_executor with a ThreadPoolExecutor, both on uvloop. The function
-that they call returns at once. Prints JSON.
+The baseline is asyncio's run_in_executor with a ThreadPoolExecutor. The server's own threads (RequestThreads) and the
+baseline are measured alternately, both on uvloop. The called function returns at once. Prints JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=15, help="rounds of both (15)")
     parser.add_argument("--calls", type=int, default=3000, help="calls per round (3000)")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # uvloop is in the image's environment
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # only the image's packages have uvloop
     options = parser.parse_args()
     if not options.here:
         say("with the packages of the image")
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 async def measure(rounds: int, calls: int) -> dict[str, float]:
-    """Medians in microseconds per call, and their ratio."""
+    """Return the two medians in microseconds per call, and their ratio."""
     executor, threads = ThreadPoolExecutor(THREADS), RequestThreads(THREADS, "request")
     loop = asyncio.get_running_loop()
 

@@ -1,11 +1,11 @@
-"""Benchmark: duration of a bake, a launch, and a change to another image of the same schema, on the local cloud.
+"""Benchmark: duration of a bake, of a launch, and of a swap to another image with the same schema, on the local cloud.
 
     .venv/bin/python -m tests.bench.launches             medians of two bakes, three launches and four swaps
     .venv/bin/python -m tests.bench.launches --rounds 1
 
-A launch lasts from RunInstances to the first authenticated response with status 200. An outage lasts from the old
-machine's last such response to the new machine's first, as in the drill. Prints JSON on stdout, and writes it to
-build/bench/launches.json, where the report of `python -m tests.bench` reads it.
+A launch lasts from RunInstances to the first authenticated response with status 200. The outage of a swap lasts from
+the old machine's last authenticated 200 to the new machine's first authenticated 200, like in the drill. The script
+prints JSON on stdout and writes it to build/bench/launches.json. The report of `python -m tests.bench` reads this file.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def main() -> int:
 
 
 def two_images(cloud: Any, bakes: int) -> tuple[list[float], list[str]]:
-    """(seconds of each bake, two images of this working copy). With fewer than two bakes: existing images."""
+    """Return the duration of each bake in seconds, and the two newest images. If `bakes` is less than two, existing
+    images are used too."""
     from scripts.imaging.catalog import find
     from tests.support.servers import script
 
@@ -84,12 +85,12 @@ def two_images(cloud: Any, bakes: int) -> tuple[list[float], list[str]]:
     finished = [each for each in find(stack.clients(cloud)("ec2")) if each.finished]
     newest = [each.id for each in sorted(finished, key=lambda each: each.created)][-2:]
     if len(newest) < 2:
-        raise SystemExit(f"launches: there are {len(newest)} images, and a swap needs two: bake with --bakes 2")
+        raise SystemExit(f"launches: a swap needs two images, but there are {len(newest)}: bake with --bakes 2")
     return seconds, newest
 
 
 def boot_steps(cloud: Any, server: Server) -> dict[str, float]:
-    """Seconds that each step of the boot took."""
+    """Return the seconds that each boot step took."""
     told = cloud.exec(
         server.instance_id, ["sh", "-c", "for each in /run/mlflow-host/status/*.json; do cat $each; done"]
     )

@@ -1,4 +1,4 @@
-"""Clients that send the next request as soon as they have the response, and the operations that they request."""
+"""Clients that send each request directly after the previous response, and the operations that the clients request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMEOUT_SECONDS = 120
 
 @dataclass(frozen=True)
 class Target:
-    """Address of a contender, (host, port) or a Unix socket's path, and the headers of its requests."""
+    """A contender's address, as (host, port) or as the path of a Unix socket, and the headers of each request."""
 
     address: tuple[str, int] | str
     host: str = "localhost"
@@ -30,7 +30,8 @@ class Target:
     authority: str = ""
     """File of the CA certificate for HTTPS; "" for plain HTTP."""
     logins: tuple[str, ...] = ()
-    """Authorization headers of further users: client n is user n. Without them all clients are the one in `headers`."""
+    """The Authorization headers of additional users: client n logs in as user n. If `logins` is empty, all clients use
+    the login in `headers`."""
 
     def of_client(self, number: int) -> Target:
         if not self.logins:
@@ -41,7 +42,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Dataset:
-    """IDs of the data in every contender's database at the start (`seed.py`)."""
+    """The IDs of the initial data in every contender's database (see `seed.py`)."""
 
     empty_experiment: str
     small_experiment: str
@@ -64,7 +65,7 @@ Operation = Callable[[Dataset, int], Requests]
 
 @dataclass
 class Measured:
-    """The results of one operation in one turn: latencies of correct responses in seconds, and errors."""
+    """The results of one operation in one turn: errors, and the latencies of correct responses in seconds."""
 
     seconds: float
     latencies: list[float] = field(default_factory=list)
@@ -75,7 +76,7 @@ class Measured:
         return len(self.latencies) / self.seconds
 
     def percentile(self, share: float) -> float:
-        """Latency in milliseconds; infinite without any response."""
+        """Return the latency in milliseconds, or infinity if there was no correct response."""
         ordered = sorted(self.latencies)
         return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("inf")
 
@@ -87,7 +88,7 @@ def api(path: str, body: Any = None) -> Request:
 
 
 def log_batch(count: int) -> Operation:
-    """`count` metrics with new steps per request, to this client's own runs."""
+    """Return an operation that logs `count` metrics per request, with new steps. Each client logs to its own run."""
 
     def requests(data: Dataset, client: int) -> Requests:
         run = data.runs[client % len(data.runs)]
@@ -123,7 +124,7 @@ def get_run(data: Dataset, client: int) -> Requests:
 
 
 def search(experiment: str) -> Operation:
-    """The search of an experiment's page: a hundred runs, best first."""
+    """The search request of an experiment's page: a hundred runs, best metric first."""
 
     def requests(data: Dataset, client: int) -> Requests:
         where = {"experiment_ids": [getattr(data, experiment)], "max_results": 100}
@@ -154,14 +155,15 @@ IN_TURN = "every operation in turn"
 
 
 def in_turn(data: Dataset, client: int) -> Requests:
-    """All operations in turn; each client begins with a different one."""
+    """Yield requests of all operations in turn. Each client begins with a different operation."""
     kinds = [operation(data, client) for operation in OPERATIONS.values()]
     for number in itertools.count(client):
         yield next(kinds[number % len(kinds)])
 
 
 class Connection:
-    """One client's keep-alive connection, as in MLflow's client; opened again when the server closes it."""
+    """A keep-alive connection of one client. MLflow's client also uses such a connection. A closed connection is opened
+    again."""
 
     def __init__(self, target: Target):
         self.target = target
@@ -246,7 +248,7 @@ class Connection:
 
 
 def run(target: Target, operation: str, data: Dataset, clients: int, seconds: float) -> Measured:
-    """Run `clients` for `seconds` in a separate process."""
+    """Run `clients` clients for `seconds` seconds in a separate process."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     worker = multiprocessing.Process(target=_clients, args=(sender, target, operation, data, clients, seconds))
     worker.start()
@@ -258,7 +260,7 @@ def run(target: Target, operation: str, data: Dataset, clients: int, seconds: fl
     return measured
 
 
-@uninterrupted()  # by an interrupt of the bench, which waits for the end of a turn
+@uninterrupted()  # an interrupt of the benchmark takes effect after the turn
 def _clients(sender: Any, target: Target, operation: str, data: Dataset, clients: int, seconds: float) -> None:
     measured = Measured(seconds)
     begin = threading.Barrier(clients + 1)
@@ -294,7 +296,7 @@ def _clients(sender: Any, target: Target, operation: str, data: Dataset, clients
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    """Processor time that the processes have used, in seconds."""
+    """Return the processor time that the processes have used, in seconds."""
     total = 0.0
     for pid in pids:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,11 +1,11 @@
-"""Load test of a machine on the local cloud: mixed load, or many connections.
+"""Load test of a machine on the local cloud, with a mix of requests or with many connections.
 
     .venv/bin/python -m tests.bench.machine --minutes 10                    8 clients log, a browser opens pages
     .venv/bin/python -m tests.bench.machine --connections 200 --seconds 60   every operation in turn from 200 clients
 
-Launches the newest image as a t3.small (2 cores, 2 GiB) in its own stack, and deletes the stack at the end. Exit status
-1 if a response was wrong, or a process was killed, restarted or swapped out. Prints JSON on stdout and progress on
-stderr.
+The script launches the newest image as a t3.small (2 cores, 2 GiB) in its own stack, and deletes the stack at the end.
+The script prints JSON on stdout and progress on stderr. Exit status 1 means that a response was wrong, or that a
+process was killed, restarted or swapped out.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ print(took)
 WRONG = re.compile(
     r"too many clients|remaining connection slots|out of memory|could not fork|server process .* was term"
 )
-"""PostgreSQL's log messages about refused connections and killed processes."""
+"""This pattern matches PostgreSQL's log messages about refused connections and killed processes."""
 
 
 def main() -> int:
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def everything_at_once(server: Server, seconds: float) -> dict[str, Any]:
-    """Eight clients log metrics, one client uploads files of 1 GB one after the other, a browser opens pages."""
+    """Eight clients log metrics, one client uploads files of 1 GB in sequence, and a browser opens pages."""
     data, until = prepare(server), time.monotonic() + seconds
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlflow-load-")))
@@ -111,7 +111,7 @@ def many_connections(server: Server, connections: int, seconds: float) -> dict[s
 
 
 def prepare(server: Server) -> Dataset:
-    """Create runs for the clients, and one with a metric history, with MLflow's client."""
+    """Create runs for the clients with MLflow's client. One of the runs has a metric history."""
     from mlflow.entities import Metric
 
     from tests.support.servers import client_of
@@ -165,11 +165,11 @@ def upload_files(server: Server, folder: Path, until: float) -> dict[str, Any]:
 
 
 MOST_UPLOADS = 3
-"""The object store stores them on this machine's disk."""
+"""The number of uploads is limited, because the object store keeps the files on this machine's disk."""
 
 
 def browse(server: Server, data: Dataset, until: float) -> dict[str, Any]:
-    """Open pages in a browser: experiments, runs, a run's metrics. A page with errors in its console is an error."""
+    """Open pages in a browser: experiments, runs, a run's metrics. An error in the console counts as a wrong page."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
     from selenium.webdriver.common.by import By
@@ -218,7 +218,7 @@ def browse(server: Server, data: Dataset, until: float) -> dict[str, Any]:
 
 
 class BackgroundTask:
-    """A function in a separate thread; `result` waits for it."""
+    """Run a function in a separate thread. `result` waits until the function returns."""
 
     def __init__(self, act: Callable[[], dict[str, Any]]):
         self._found: dict[str, Any] = {}
@@ -253,11 +253,11 @@ for unit in $units; do
     journalctl --unit=$unit --output=cat | grep -B 3 'Scheduled restart job'
 done
 """
-"""Print the journal lines before each restart of a unit."""
+"""A script that prints the journal lines before each restart of a unit."""
 
 
 def machine_facts(cloud: Any, server: Server) -> dict[str, Any]:
-    """The machine's memory in MB, killed processes, failed units, restarts and PostgreSQL's error messages."""
+    """Return the machine's memory in MB, and its killed processes, failed units, restarts and PostgreSQL errors."""
     output = cloud.exec(server.instance_id, ["bash", "-c", FACTS]).stdout
     facts: dict[str, Any] = {name: int(value) for name, value in (line.split() for line in output.splitlines())}
     journal = cloud.exec(server.instance_id, ["journalctl", "--unit=mlflow-host-postgresql", "--output=cat"]).stdout

@@ -5,11 +5,12 @@
     .venv/bin/python -m tests.bench.outage --newer ami-… --older ami-… --runs 1000 --metrics 100000
     .venv/bin/python -m tests.bench.outage --traces 200000     with traces of five spans, for MLflow 3.17 and newer
 
-The outage lasts from the old machine's last response with status 200 to the new machine's first; ten HTTPS requests per
-second with a password are sent. The baseline is timed on the newer machine before: `pg_dump | pg_restore` of the same
-database, in custom format without compression, through a pipe into an empty database. Both rates count the rows of
-the tables in `COUNTED`. Prints JSON on stdout and progress on stderr. Removes the server and its data at the end; keeps
-baked images.
+The outage lasts from the old machine's last response with status 200 to the new machine's first response with status
+200. The script sends ten authenticated HTTPS requests per second. The baseline is `pg_dump | pg_restore` of the same
+database, in custom format without compression, through a pipe into an empty database. The baseline is timed on the
+newer machine before the rollback. Rates are in rows per second, and count the rows of the tables in `COUNTED`. The
+script prints JSON on stdout and progress on stderr. At the end, it removes the server and its data, and keeps the baked
+images.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ SELECT 'tr-' || md5(n::text), 0, lpad(to_hex(s), 16, '0'), 'span ' || s, 'LLM', 
     CASE s WHEN 1 THEN 0.03 END
 FROM generate_series(1, %(traces)s) n, generate_series(1, 5) s;
 """
-"""One span of five has a model and costs."""
+"""SQL that writes traces with five spans each. One of the five spans has a model and costs."""
 DUMP_AND_RESTORE = (
     "set -eo pipefail; cd /; as='runuser -u postgres --'; at=--host=/run/postgresql; "
     "$as createdb $at restored; "
@@ -120,7 +121,8 @@ def counts(cloud: LocalCloud, instance: str) -> dict[str, int]:
 
 
 def step_seconds(cloud: LocalCloud, instance: str) -> float:
-    """Duration of the complete database step: MLflow's start, the schema, the copy, verification and the flip."""
+    """Return the duration of the database step in seconds. The step includes the start of MLflow, the schema, the copy,
+    the verification and the flip."""
     shown = ["systemctl", "show", "mlflow-host-database", "--property=ExecMainStartTimestampMonotonic"]
     began = int(run(cloud, instance, shown).strip().split("=")[1])
     shown[-1] = "--property=ExecMainExitTimestampMonotonic"

@@ -1,9 +1,10 @@
-"""Benchmark: memory of PostgreSQL's planner for MLflow's search for runs, by conditions and join_collapse_limit.
+"""Benchmark: memory of PostgreSQL's planner for MLflow's run search, by number of conditions and join_collapse_limit.
 
     .venv/bin/python -m tests.bench.planner_memory [--conditions 10 30 50] [--limits 4 8]
 
-The memory is the peak of the backend's own (RssAnon, MB), the table that of MLflow's query on 1,000 runs; PostgreSQL's
-default of join_collapse_limit is 8, ours is 4 (postgresql.conf.j2). Prints a table as JSON on stdout.
+The measured value is the peak of the backend's private memory (RssAnon, MB) during MLflow's query on 1,000 runs.
+PostgreSQL's default of join_collapse_limit is 8, and the image sets 4 (postgresql.conf.j2). Prints a table as JSON on
+stdout.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def main() -> int:
 
 
 def searched(cluster: Any, conditions: int) -> int:
-    """Peak memory of the backend in MB, during a search on a new connection."""
+    """Return the peak memory of the PostgreSQL backend in MB during a search on a new connection."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     store: Any = SqlAlchemyStore(cluster.uri("mlflow"), "x")  # type: ignore[no-untyped-call]

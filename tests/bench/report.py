@@ -1,4 +1,4 @@
-"""The results as tables in Markdown and as a plot."""
+"""Format the results of the benchmark as tables in Markdown and as a plot."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def brief(results: dict[str, Any]) -> str:
-    """The README's table: requests per second of `tutorial` and `ours` with their ratio, and the promises."""
+    """Return the README's tables: requests per second of `tutorial` and `ours` with their ratio, and the promises."""
     found = {(one["operation"], one["clients"], one["contender"]): one["per_second"] for one in results["turns"]}
     operations = list(dict.fromkeys(operation for operation, _, _ in found))
     counts = sorted({clients for _, clients, _ in found})

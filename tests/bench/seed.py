@@ -1,4 +1,4 @@
-"""The initial data of every contender's database, inserted by SQL in seconds; with MLflow it would take an hour."""
+"""The initial data of every contender's database. SQL inserts this data in seconds; MLflow would need an hour."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ HISTORY_STEPS = 10_000
 
 
 def seed(cluster: PostgreSQL, database: str) -> Dataset:
-    """Fill a database with MLflow's tables: three experiments, runs with metrics, params and tags like those of a
-    training script, and one metric with a long history."""
+    """Fill a database that has MLflow's tables. The data consists of three experiments, their runs, and one metric with
+    a long history. The runs have metrics, params and tags like the runs of a training script."""
 
     def execute(statement: str) -> None:
         cluster.execute(statement, database)

@@ -1,4 +1,4 @@
-"""Uploads and downloads of small, medium and large artifacts with MLflow's client."""
+"""Upload and download small, medium and large artifacts with MLflow's client."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Load:
     name: str
     count: int
     size: int
-    """Size of each file in bytes."""
+    """The size of each file in bytes."""
 
 
 LOADS = (Load("1 KB × 1,000", 1000, 1000), Load("10 MB", 1, 10 * 10**6), Load("1 GB", 1, 10**9))
@@ -45,7 +45,8 @@ QUICK_LOADS = (Load("1 KB × 100", 100, 1000), Load("10 MB", 1, 10 * 10**6))
 
 @dataclass(frozen=True)
 class Moved:
-    """Upload and download in MB/s, and the largest growth of the server's memory during them, in MB."""
+    """The speeds of upload and download in MB/s, and the largest growth of the server's memory during the transfer, in
+    MB."""
 
     up: float
     down: float
@@ -67,9 +68,10 @@ def make_files(load: Load, folder: Path) -> list[Path]:
 def move(
     contender: Contender, store: ObjectStore, load: Load, files: list[Path], folder: Path, settings: Mapping[str, str]
 ) -> Moved:
-    """Run a client with these environment variables that uploads the files and downloads them to `folder`.
+    """Run a client with the environment variables in `settings`. The client uploads the files and downloads them to
+    `folder`.
 
-    Raises CalledProcessError when it fails.
+    Raises CalledProcessError if the client fails.
     """
     before = memory_mb(contender.processes())
     environment = {**os.environ, **contender.client_environment, "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
@@ -84,7 +86,7 @@ def move(
 
 
 def move_directly(store: ObjectStore, load: Load, files: list[Path], folder: Path) -> Moved:
-    """The same with boto3 only."""
+    """Upload and download the files with boto3 only."""
     with tempfile.TemporaryDirectory(dir=folder) as target:
         up, down = floor.transfer(store, files, Path(target))
     megabytes = load.count * load.size / 10**6

@@ -1,4 +1,4 @@
-"""A headless Chromium that is logged in to the server."""
+"""Fixtures: a headless Chromium, and a Chromium that is logged in to the server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tests.support.servers import Server
 
-# Without the switches about networking, Chromium sends requests to Google's hosts.
+# Without the switches for networking, Chromium would send requests to Google's hosts.
 SWITCHES = [
     "--headless=new",
     "--no-sandbox",
@@ -40,7 +40,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
         options.add_argument(switch)
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    # Like a user who accepts the warning; other tests verify the certificate.
+    # The tests accept any certificate, like a user who accepts the warning. Other tests verify the certificate.
     options.accept_insecure_certs = True
     driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
     try:
@@ -51,11 +51,12 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 @pytest.fixture
 def browser(chromium: Chrome, server: Server, request: pytest.FixtureRequest) -> Iterator[Chrome]:
-    """The logged-in browser; a screenshot of its last page is written to build/browser/, also after a failure."""
+    """Yield the logged-in browser. A screenshot of the browser's last page is written to build/browser/, even if the
+    test fails."""
     from tests.support.servers import BUILD
 
     log_in(chromium, server)
-    chromium.get_log("browser")  # type: ignore[no-untyped-call]  # what earlier pages complained about
+    chromium.get_log("browser")  # type: ignore[no-untyped-call]  # discard messages of earlier pages
     yield chromium
     folder = BUILD / "browser"
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ def browser(chromium: Chrome, server: Server, request: pytest.FixtureRequest) ->
 
 
 def log_in(chromium: Chrome, server: Server) -> None:
-    """Log in with a URL that contains the password; the browser does not ask for it again."""
+    """Log in with a URL that contains the password. The browser then keeps the login for later pages."""
     secret = f"{server.username}:{urllib.parse.quote(server.password, safe='')}@"
     chromium.get(f"{server.url}/version".replace("://", f"://{secret}", 1))
 

@@ -1,4 +1,4 @@
-"""MLflow's pages in a browser after the examples have run: each page works, behind the login."""
+"""After the examples have run, each of MLflow's pages works in a browser that is logged in."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -17,17 +17,16 @@ pytestmark = pytest.mark.machine
 PATIENCE_SECONDS = 30
 
 EXPECTED_ERRORS = (
-    # The page requests the current user from MLflow's basic-auth app; the server runs without that app.
+    # The page requests the current user from MLflow's basic-auth app, but the server runs without that app.
     "/mlflow/users/current - Failed to load resource: the server responded with a status of 404",
-    # MLflow's pages name their icon; the URL that logs the browser in is not a page, so the browser tries a default
-    # name.
+    # The URL of the login returns no HTML page with a link to an icon, so the browser requests /favicon.ico.
     "/favicon.ico - Failed to load resource: the server responded with a status of 404",
 )
 
 
 def open_page(browser: Chrome, server: Server, place: str, *wanted: str) -> str:
-    """Open the page at `place` of MLflow's UI and wait until it shows all `wanted` texts; returns the page's text."""
-    browser.get("about:blank")  # otherwise a change only after the # would not reload the page
+    """Open the page at `place` of MLflow's UI, wait until the page shows all `wanted` texts, and return its text."""
+    browser.get("about:blank")  # the browser does not reload a page if only the part after # changes
     browser.get(f"{server.url}/{place}")
     shown = ""
 
@@ -44,7 +43,7 @@ def open_page(browser: Chrome, server: Server, place: str, *wanted: str) -> str:
 
 
 def assert_no_complaints(browser: Chrome) -> None:
-    """No request of the page failed and no script threw."""
+    """Assert that no request of the page failed and that no script threw an error."""
     entries: list[dict[str, str]] = browser.get_log("browser")  # type: ignore[no-untyped-call]
     errors = [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
     errors = [error for error in errors if not any(expected in error for expected in EXPECTED_ERRORS)]
@@ -110,7 +109,7 @@ def test_traces_of_the_questions(browser: Chrome, server: Server, example_runs: 
 
 @pytest.fixture
 def elsewhere() -> Iterator[tuple[str, list[str]]]:
-    """The address of another web server, and the paths that were requested from it."""
+    """Run a second web server, and yield its address and the list of the requested paths."""
     asked: list[str] = []
 
     class Recorded(BaseHTTPRequestHandler):
@@ -131,7 +130,7 @@ def elsewhere() -> Iterator[tuple[str, list[str]]]:
 def test_a_note_loads_no_picture_of_another_host(
     browser: Chrome, server: Server, example_runs: Mapping[str, str], elsewhere: tuple[str, list[str]]
 ) -> None:
-    """Otherwise that host would see who reads the note."""
+    """If the page loaded a picture from another host, that host could see who reads the note."""
     address, asked = elsewhere
     run_id = example_runs["classification_iris.py"]
     with client_of(server) as client:
@@ -150,7 +149,7 @@ def test_a_note_loads_no_picture_of_another_host(
 def test_a_page_that_a_run_logged_is_shown_and_its_script_runs(
     browser: Chrome, server: Server, example_runs: Mapping[str, str]
 ) -> None:
-    """Like Plotly's figures, in a frame that cannot access the server."""
+    """MLflow shows an HTML artifact in a frame that cannot access the server, like a figure of Plotly."""
     run_id = example_runs["classification_iris.py"]
     page = "<p id=said>nothing</p><script>document.getElementById('said').textContent = 'the script ran'</script>"
     with client_of(server) as client:

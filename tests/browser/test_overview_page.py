@@ -1,4 +1,4 @@
-"""The page /mlflow-host/ in Chromium, behind the shipped nginx with its content security policy."""
+"""The page /mlflow-host/ in Chromium, served by the shipped nginx configuration with its content security policy."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_page_shows_its_plots_on_any_screen_and_breaks_no_policy(
     target.mkdir(mode=0o755)
     page.target = target / "index.html"
     page.write(History(tmp_path / "history.json", minutes, {"ada": now.isoformat()}), now)
-    chromium.get_log("browser")  # type: ignore[no-untyped-call]  # of earlier pages
+    chromium.get_log("browser")  # type: ignore[no-untyped-call]  # discard messages of earlier pages
     chromium.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},

@@ -1,4 +1,4 @@
-"""The page that nginx serves until MLflow is up, in Chromium: the running step, or the reason of a failure."""
+"""The page that nginx serves before MLflow runs, in Chromium: it shows the running step, or the reason of a failure."""
 
 import re
 import shutil
@@ -28,7 +28,8 @@ REASON = (
 
 @pytest.fixture(autouse=True)
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Publish statuses into `tmp_path` with the page that ships in the image."""
+    """Make status.publish write the statuses of boot steps to `tmp_path`, with the status page that the image
+    contains."""
     (tmp_path / "status").mkdir()
     (tmp_path / "web").mkdir()
     monkeypatch.setattr(status, "publish", lambda run: publish(run, PAGE))
@@ -77,7 +78,8 @@ def test_page_shows_the_reason_of_a_failure_unchanged(chromium: Chrome, tmp_path
 
 
 class Answering(BaseHTTPRequestHandler):
-    """A substitute for a configured machine's site: redirects port 80, and requires a login."""
+    """A web server in place of MLflow's site on a configured machine. If `location` is set, the server redirects to
+    `location`. The server records the Authorization headers."""
 
     location = ""
     asked: list[str | None]
@@ -104,7 +106,7 @@ def answering(port: int, location: str = "") -> ThreadingHTTPServer:
 
 @pytest.fixture
 def machine() -> Iterator[Path]:
-    """A folder that nginx's workers, another user, can read."""
+    """Create a folder that the user of nginx's workers can read."""
     with tempfile.TemporaryDirectory(prefix="mlflow-status-") as name:
         Path(name).chmod(0o755)
         yield Path(name)
@@ -131,7 +133,7 @@ def test_open_tab_recovers_after_an_outage(
         publish(run, page)
 
     if scheme == "https":
-        # The stack's certificate: a page with a temporary one would reload.
+        # This machine serves the stack's certificate, because the page reloads itself if the certificate is temporary.
         made = private_ca.ensure((HOST,), machine / "srv/mlflow/certificates")
         monkeypatch.setattr(nginx, "reload", lambda: None)
         nginx.put_starting_certificate(nginx.Certificate(made.certificate, made.key, trusted=False), run=run)
@@ -162,5 +164,5 @@ def test_open_tab_recovers_after_an_outage(
 
 
 def test_page_loads_no_external_resource() -> None:
-    """The page must work when nothing else does, and must not reveal its viewers to another site."""
+    """The status page must work when no other service works, and must not reveal its viewers to another site."""
     assert not re.search(r"(?:src|href|@import|url\()\s*=?\s*[\"'(]?(?:https?:)?//", PAGE.read_text())

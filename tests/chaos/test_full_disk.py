@@ -1,7 +1,8 @@
-"""The data volume becomes full at several moments of an upgrade, a carry back and a merge, for instance because of
-another program: the step fails with a sentence, the database in service stays, and the next run finishes.
+"""The data volume becomes full at several moments of an upgrade, a carry back and a merge, as if another program filled
+it. The database step fails with an error message and without a loss of data. The next run of the step succeeds.
 
-The step's check of the space, which refuses to begin, is switched off."""
+Normally, the database step refuses to begin if the free space is too small. The tests switch off the check of the free
+space."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
 
 @pytest.fixture(scope="module")
 def needed(prepared: Prepared) -> dict[str, int]:
-    """Operation → bytes that its step takes at most."""
+    """Operation → the maximum number of bytes of disk space that the database step uses for this operation."""
     found = {}
     for operation in OPERATIONS:
         prepared.reset(operation)
@@ -75,6 +76,6 @@ def test_full_disk_loses_nothing_and_the_next_run_finishes(
         assert (process.returncode, "Traceback" in stderr) == (2, False), stderr
         print(f"{operation} with {share:.0%} of {needed[operation] >> 20} MiB: {stderr.strip()}")
     server = prepared.server.process
-    if server and server.poll() is not None:  # PostgreSQL ends when it cannot write its log
+    if server and server.poll() is not None:  # PostgreSQL ends if it cannot write its WAL
         prepared.server.start()
     check_and_finish(prepared, operation, before, f"{operation} with {share:.0%} of the space: {stderr}")

@@ -1,7 +1,9 @@
-"""SIGKILL the database step or PostgreSQL at random moments of an upgrade, a carry back and a merge. Afterwards the
-database in service is the complete old or new one, and the next run of the step gives the undisturbed result.
+"""Send SIGKILL to the database step or to PostgreSQL at random moments of an upgrade, a carry back and a merge.
 
-MLFLOW_AMI_KILLS sets the number of kills (default 50; `make test` runs the few that are not marked slow);
+After the kill, the database in service is the complete old database or the complete new database. The next run of the
+database step gives the same result as a run without a kill.
+
+MLFLOW_AMI_KILLS sets the number of kills (default 50). `make test` runs only the tests that are not marked slow.
 MLFLOW_AMI_SEED sets the random seed.
 """
 
@@ -43,13 +45,13 @@ from tests.schema.journey import Journey, journey
 from tests.schema.private_cluster import PrivateCluster, private_cluster
 
 OLDER, NEWER = releases()[-3], releases()[-2]
-"""3.16 and 3.17 in November 2026; the migrations between them move the most data."""
+"""MLflow 3.16 and 3.17 in November 2026. The migrations between these releases move the most data."""
 
 SEED = int(os.environ.get("MLFLOW_AMI_SEED") or random.randrange(1 << 32))
 KILLS = int(os.environ.get("MLFLOW_AMI_KILLS") or 50)
 OPERATIONS = {"upgrade": NEWER, "carry back": OLDER, "merge": NEWER}
 FEW = len(OPERATIONS)
-"""Kills in `make test`: one per operation; the killed process alternates between the step and PostgreSQL."""
+"""The number of kills in `make test`: one per operation. The step and PostgreSQL are killed alternately."""
 ROOT = Path(__file__).parents[2]
 
 Sums = dict[str, tuple[int, int]]
@@ -57,15 +59,16 @@ Sums = dict[str, tuple[int, int]]
 
 @dataclass
 class Prepared:
-    """A cluster with copies of the databases that each operation starts from, and the result of an undisturbed step."""
+    """A cluster with copies of the databases from which each operation starts, and the result of each operation without
+    a kill."""
 
     server: PrivateCluster
     folder: Path
     aside: dict[str, dict[str, str]]
-    """By operation: name of a database before the step → name of its copy."""
+    """Operation → name of a database before the step → name of the copy of that database."""
     outcome: dict[str, Sums]
     lines: dict[str, list[float]]
-    """By operation: seconds between the lines that an undisturbed step prints."""
+    """Operation → seconds between the lines that a step without a kill prints."""
 
     @property
     def cluster(self) -> Cluster:
@@ -116,7 +119,7 @@ def prepare(server: PrivateCluster, folder: Path) -> Iterator[Prepared]:
 
 
 def _put_aside(way: Journey, operation: str) -> dict[str, str]:
-    """Copy the database in service and those with pending merges, each with its ownership record."""
+    """Copy the database in service and the databases with pending merges, each with its ownership record."""
     cluster = way.cluster
     with connection(cluster) as opened:
         found = ownership.read(opened, cluster.database)
@@ -141,7 +144,7 @@ def _undisturbed(way: Journey, version: str) -> tuple[list[float], Sums]:
 
 
 def _sums(cluster: Cluster, database: str) -> Sums:
-    """Row count and checksum of every table of MLflow."""
+    """Return the row count and a checksum of every MLflow table."""
     with connection(cluster, database) as opened:
         catalog = read_catalog(opened)
         found = {}
@@ -176,7 +179,7 @@ def _kill_and_recover(ready: Prepared, seed: int, operation: str, victim: str) -
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     else:
-        ready.server.kill()  # the step must detect it and end
+        ready.server.kill()  # the step must detect the kill and end
         process.communicate(timeout=120)
         ready.server.start()
 
@@ -186,7 +189,7 @@ def _kill_and_recover(ready: Prepared, seed: int, operation: str, victim: str) -
 
 
 def check_and_finish(ready: Prepared, operation: str, before: dict[str, Sums], where: str) -> None:
-    """The database in service is the complete old or new one, and the next run of the step finishes."""
+    """Assert that the database in service is the complete old or new database, and that the next run finishes."""
     cluster, live = ready.cluster, ready.cluster.database
     assert live in databases(cluster), where
     with connection(cluster, live) as opened:

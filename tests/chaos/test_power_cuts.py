@@ -1,8 +1,8 @@
-"""Cut a machine's power at random moments of the boot that changes the schema, and start it again. Afterwards the
-server is ready and has every acknowledged write.
+"""Cut a machine's power at random moments of the boot that changes the schema, and start the machine again. After the
+restart, the server is ready and has every acknowledged write.
 
-A forced stop on the local cloud kills all processes of the machine at once. It does not lose the host kernel's page
-cache, so this tests the loss of a machine, not of its disk. MLFLOW_AMI_CUTS sets the number of cuts (default 6);
+A forced stop on the local cloud kills all processes of the machine at once. The host kernel keeps its page cache, so
+these tests simulate the loss of a machine, not of its disk. MLFLOW_AMI_CUTS sets the number of cuts (default 6).
 MLFLOW_AMI_SEED sets the random seed.
 """
 
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.machine, pytest.mark.slow]
 SEED = int(os.environ.get("MLFLOW_AMI_SEED") or random.randrange(1 << 32))
 CUTS = int(os.environ.get("MLFLOW_AMI_CUTS") or 6)
 STEP_SECONDS = 20
-"""Latest moment of a cut after the database step began; about the duration of the step."""
+"""The latest moment of a cut, in seconds after the start of the database step: about the duration of the step."""
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ def test_power_cuts_while_the_schema_changes_lose_nothing(
 
 
 def cut_power(cloud: LocalCloud, replaced: str, ami: str, seconds: float) -> str:
-    """Replace the machine and cut the new one's power `seconds` after its database step began. Returns a description
-    of the moment."""
+    """Replace the machine, and cut the new machine's power `seconds` after the start of its database step. Returns a
+    description of the moment at which the power was cut."""
     up = subprocess.Popen(
         [sys.executable, SCRIPTS / "rehearse.py", "up", "--ami", ami],
         stdin=subprocess.DEVNULL,
@@ -99,7 +99,8 @@ def machine_in_its_database_step(cloud: LocalCloud, replaced: str, up: subproces
 
 
 def database_status(cloud: LocalCloud, instance: str) -> str:
-    """ "running: copying 64 tables"; "" before the step began."""
+    """Return the database step's state and message, for example "running: copying 64 tables". Return "" if the step has
+    not begun."""
     try:
         done = cloud.exec(instance, ["cat", "/run/mlflow-host/status/database.json"])
         found = json.loads(done.stdout)

@@ -1,5 +1,5 @@
-"""`python -m mlflow_host.server.process` that also logs, for every request to an endpoint of the fast path, whether the
-fast path answered it or passed it to MLflow.
+"""Run `mlflow_host.server.process` and log each request to an endpoint of the fast path. The log shows whether the fast
+path answered the request or passed it to MLflow.
 
     python counted_server.py FILE --socket PATH
 """

@@ -1,12 +1,12 @@
-"""A grammar of requests to the six endpoints of the fast path, and to those that change their results.
+"""Generate requests to the six endpoints of the fast path, and requests that change the results of these endpoints.
 
-Every request is made by one `random.Random`: the same seed makes the same requests. Most requests begin in a client's
-form; then a field, the body, the headers or the path is changed. IDs of runs differ between two servers, so a request
-contains `RUN0003RUN` in place of the ID of the fourth run.
+One `random.Random` makes all choices, so the same seed gives the same requests. Most requests are generated in the form
+that clients send, and then one field, the body, the headers or the path is changed. Two servers give a run different
+IDs, so a request contains `RUN0003RUN` in place of the ID of the fourth run.
 
-Requests whose responses cannot be compared are not generated. A server chooses IDs and names at random, so no search
-sorts by IDs, and every run that searches may find has its own name and start time; all others are in the experiment
-`ODD`.
+Only requests whose responses can be compared are generated. A server chooses IDs and names at random, so no search
+sorts by IDs. Each run that a search may find has its own name and start time. Runs that no search may find are in the
+experiment `ODD`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run(number: int) -> str:
 
 
 def with_run_ids(text: bytes, runs: list[str]) -> bytes:
-    """`text` with the IDs of one server's runs; a run that was not created has an unused ID."""
+    """Replace each placeholder (RUN0003RUN) in `text` by the run's ID on one server, or by an unused ID."""
 
     def run_id(found: re.Match[bytes]) -> bytes:
         number = int(found[1])
@@ -71,7 +71,7 @@ NUMBERS_AS_TEXT = ("0", "1", "-1", "+1", "01", " 1", "1 ", "1.0", "1.5", "1e3", 
 HUGE = 10**400
 DIGITS = "9" * 5000
 NUMBER_OF_DIGITS = "<a number of 5,000 digits>"
-"""Replaced by JSON that Python's own module cannot write."""
+"""`written` replaces this text with 5,000 digits, because Python's json module cannot write such a number."""
 OTHER_TYPES: tuple[Any, ...] = (None, True, False, 0, 7, 1.5, [], {}, [1], ["x"], {"a": 1}, [None], [[]])
 WHOLE: tuple[Any, ...] = (
     *(0, 1, -1, 2, 3, 1000, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53, 2**53 + 1, 2**63 - 1, 2**63, -(2**63)),
@@ -94,8 +94,8 @@ def odd_text(chance: random.Random) -> Any:
 
 
 def metric(chance: random.Random, words: float = 0.15) -> Fields:
-    """A metric in the clients' form; `words`: probability of a value that is a word. NaN gets a step of its own,
-    because MLflow orders it at random among values of 0 at the same step and time."""
+    """Return a metric in the form that clients send. `words` is the probability that the value is a word. A NaN gets a
+    step of its own, because MLflow sorts NaN and 0 in random order if their step and time are equal."""
     step: Any = chance.choice([-2, 0, 1, 2, 3])
     value: Any = chance.choice(VALUES)
     if chance.random() < words:
@@ -180,7 +180,7 @@ VALID = (
     ),
     (("params.p1", "tags.team", "metrics.loss"), ("IS NULL", "IS NOT NULL"), ("",)),
 )
-"""Conditions of clients: identifiers, comparisons and values that fit together."""
+"""Conditions that clients send: each entry's comparisons and values are valid for its identifiers."""
 
 
 def comparison(chance: random.Random) -> str:
@@ -217,7 +217,7 @@ def order(chance: random.Random) -> Any:
 
 
 def mutated(chance: random.Random, text: str) -> str:
-    """`text` with one character removed, changed or added, except those of random IDs."""
+    """Return `text` with one character removed, changed or added."""
     at = chance.randrange(len(text) + 1)
     more = chance.choice(("'", '"', "`", "(", ")", "%", ",", "=", "<", ">", " ", ".", "-", ";", "*", "x", "é", "\x00"))
     return text[:at] + (more if chance.random() < 0.6 else "") + text[at + chance.randrange(2) :]
@@ -256,7 +256,7 @@ def page_token(chance: random.Random) -> Any:
 
 
 class Clients:
-    """Makes requests; owns the counter of the runs' start times, which begins at `started`."""
+    """Generate requests. Runs get increasing start times; the counter begins at `started`."""
 
     def __init__(self, chance: random.Random, started: int) -> None:
         self.chance = chance
@@ -320,7 +320,7 @@ class Clients:
         return fields
 
     def change(self) -> Request:
-        """Requests that change the results of others, through MLflow."""
+        """Return a request that MLflow answers and that changes the results of other requests."""
         run_id, one_that_may_go = self.some_run(), run(self.chance.randrange(3, FOUNDATION_RUNS))
         text = self.chance.choice(("red", "blue", "one", "", "é'\\"))
         digest = self.chance.choice(("d1", "d2"))
@@ -409,7 +409,8 @@ UNKNOWN_FIELDS: tuple[tuple[str, Any], ...] = (
 
 
 def changed_fields(chance: random.Random, fields: Fields) -> Fields:
-    """With one field removed, added, renamed or changed; in a list, one element."""
+    """Return `fields` with one field removed, added, renamed or changed. In a list, one element may be changed
+    instead."""
     fields = dict(fields)
     name = chance.choice(list(fields))
     inner = fields[name]
@@ -430,7 +431,7 @@ def changed_fields(chance: random.Random, fields: Fields) -> Fields:
         fields[name] = page_token(chance)
     else:
         fields[name] = odd_text(chance)
-    if str(fields.get("value")).lower() == "nan":  # as in `metric`
+    if str(fields.get("value")).lower() == "nan":  # `metric` explains the step
         fields["step"] = chance.choice(UNSEEN_STEPS)
     return fields
 
@@ -440,8 +441,8 @@ def written(fields: Any) -> bytes:
 
 
 def other_body(chance: random.Random, fields: Fields, body: bytes) -> bytes:
-    """The same fields in another form, or text that is almost JSON."""
-    names = [name for name in fields if name != "step"]  # because of NaN, as in `metric`
+    """Return a body that contains the same fields in another form, or a body that is almost JSON."""
+    names = [name for name in fields if name != "step"]  # `metric` sets the step of NaN
     name = chance.choice(names or ["run_id"])
     twice = written({name: chance.choice(("x", 1, None, fields.get(name)))})[1:-1]
     ways: tuple[Callable[[], bytes], ...] = (
@@ -564,7 +565,7 @@ def other_path(chance: random.Random, request: Request) -> Request:
 
 
 def other_query(chance: random.Random, fields: Fields) -> str:
-    """The query of a GET with changed fields, or in another form."""
+    """Return the query string of a GET request with one field changed, or in another form."""
     fields = {name: str(value) for name, value in fields.items()}
     name = chance.choice(list(fields))
     query = query_of(fields)
@@ -581,7 +582,7 @@ def other_query(chance: random.Random, fields: Fields) -> str:
         "%ed%a0%80",
         "%F0%9F%A6%8A",
     )
-    run_or_key = run(1) if name.startswith("run") else "loss"  # in a token, the ID of a run would be random bytes
+    run_or_key = run(1) if name.startswith("run") else "loss"  # a run ID in a page token decodes to random bytes
     value = chance.choice(
         (*odd, run_or_key, quote("nul\x00"), quote('quo"te'), "a%s", "k" * 300, "a+b", "%zz", "%", "é", "true")
     )
@@ -617,7 +618,7 @@ def other_query(chance: random.Random, fields: Fields) -> str:
 
 
 def foundation() -> Iterator[Request]:
-    """Initial experiments and runs: some with datasets, one deleted experiment."""
+    """Yield requests that create the initial experiments and runs: some runs with datasets, one experiment deleted."""
     yield post("experiments/create", {"name": "one", "artifact_location": "mlflow-artifacts:/x/1"})
     yield post("experiments/create", {"name": "gone"})
     yield post("experiments/create", {"name": "three", "artifact_location": f"s3://{BUCKET}/a?b=c"})
@@ -642,8 +643,8 @@ def foundation() -> Iterator[Request]:
 
 
 def generated(seed: int, count: int, started: int = 0) -> Iterator[Request]:
-    """`count` requests. Runs are created to start after `started`: MLflow lists two runs with the same start in any
-    order."""
+    """Yield `count` requests. New runs start after `started`, because MLflow lists two runs with the same start time in
+    any order."""
     chance = random.Random(seed)
     clients = Clients(chance, started)
     for _ in range(count):
@@ -669,7 +670,7 @@ def one_request(chance: random.Random, clients: Clients) -> Request:
     if path in ("runs/get", "metrics/get-history"):
         fields = clients.get_run() if path == "runs/get" else clients.history()
         request = get(path, other_query(chance, fields) if changes < 0.5 else query_of(fields))
-        if chance.random() < 0.04:  # MLflow reads the body of a GET without a query
+        if chance.random() < 0.04:  # MLflow reads the body of a GET request that has no query
             request = Request("GET", f"/api/2.0/mlflow/{path}".encode(), json_headers(), written(fields))
     else:
         fields = {
@@ -692,7 +693,8 @@ def one_request(chance: random.Random, clients: Clients) -> Request:
 
 
 def in_one_piece(fields: Fields) -> Fields:
-    """The batch, or only its part with a NUL character: MLflow would refuse that part and write the rest."""
+    """Return the batch. If a part (params or tags) contains a NUL character, return only this part, because MLflow
+    would refuse the part but write the other parts."""
     for name in ("params", "tags"):
         if "\\u0000" in json.dumps(fields.get(name)):
             return {key: value for key, value in fields.items() if key in ("run_id", name)}
@@ -700,7 +702,7 @@ def in_one_piece(fields: Fields) -> Fields:
 
 
 def dressed(chance: random.Random, request: Request) -> Request:
-    """The request with another prefix, and sometimes with other headers, path or method."""
+    """Return the request with another path prefix, and sometimes with other headers, path or method."""
     if chance.random() < 0.3:
         request = replace(request, target=request.target.replace(b"/api/", b"/ajax-api/", 1))
     how = chance.random()

@@ -1,5 +1,6 @@
-"""Two servers of one release, each with a database of its own: MLflow's, run by uvicorn like `mlflow server`, and ours,
-started like on a machine. Compares their responses to the same requests."""
+"""Run two servers of one release, each with its own database, and compare their responses to the same requests.
+
+MLflow's server runs in uvicorn, like with `mlflow server`. Our server is started like on a launched machine."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ from tests.support.services import HOST_PACKAGE, PostgreSQL, create_schema, proc
 
 HERE = Path(__file__).parent
 COMPARED_HEADERS = re.compile("content-type|location|allow|www-authenticate|set-cookie|x-(?!mlflow-host-).*")
-"""JSON is written with and without line breaks, so lengths differ. CORS headers are compared only if the request has an
-Origin: Flask always sends them, FastAPI only for such requests. nginx removes the headers for its log."""
+"""Lengths are not compared, because the servers format JSON with different line breaks. CORS headers are compared only
+if the request has an Origin, because Flask always sends them and FastAPI sends them only for an Origin. The headers
+x-mlflow-host-… are for nginx's log, and nginx removes them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Answer:
 
 @dataclass
 class Side:
-    """One server from the client's view; owns the connection."""
+    """A client's connection to one of the two servers, and the IDs of the runs that this server created."""
 
     uds: Path
     cluster: PostgreSQL
@@ -47,7 +49,7 @@ class Side:
     connection: socket.socket | None = None
 
     def ask(self, request: Request) -> Answer:
-        """Send it with this server's IDs of runs, and record the ID of the created run."""
+        """Send the request with this server's run IDs. If the request creates a run, record its ID."""
         body = with_run_ids(request.body, self.runs)
         lines = [f"{request.method} ".encode() + with_run_ids(request.target, self.runs) + b" HTTP/1.1"]
         lines += [f"{name}: {value}".encode() for name, value in request.headers]
@@ -88,8 +90,8 @@ class Side:
         self.connection = None
 
     def without_ids(self, text: str) -> str:
-        """`text` with the number of each run instead of its ID, with placeholders for other IDs and run names, and cut
-        off before an SQL statement."""
+        """Return `text` with run numbers instead of run IDs, and with placeholders for other IDs and run names. An SQL
+        statement at the end of `text` is removed."""
         for number, run_id in enumerate(self.runs):
             if run_id in text:
                 text = text.replace(run_id, f"<run {number}>")
@@ -98,7 +100,7 @@ class Side:
         return re.sub(r"\b[a-z]+-[a-z]+-[0-9]+\b", "<a name>", text)
 
     def tables(self) -> dict[str, list[str]]:
-        """All rows that the requests write, without generated times and IDs."""
+        """Return all rows that the requests write, without generated times and IDs."""
         made_up = ("last_update_time", "creation_time", "deleted_time", "input_uuid", "dataset_uuid", "source_id")
         found = {}
         for table in ("experiments", "runs", "metrics", "latest_metrics", "params", "tags", "inputs", "input_tags"):
@@ -110,7 +112,7 @@ class Side:
                 )
                 if name not in made_up
             ]
-            # As text, because JSON has no -0.
+            # Values are compared as text, so that 0 and -0 differ.
             row = ", ".join(f"'{name}', {name}::text" for name in columns)
             rows = self.cluster.execute(f"select json_build_object({row})::text from {table}", self.database)
             numbers = {run_id: f"<run {number}>" for number, run_id in enumerate(self.runs)}
@@ -131,7 +133,8 @@ def run_made(body: bytes) -> str | None:
 
 
 def said(body: bytes) -> str:
-    """JSON in one form, sorted where MLflow has no order; other text unchanged."""
+    """Return JSON with sorted keys, and with lists sorted if MLflow returns them in any order. Return other text
+    unchanged."""
     try:
         return json.dumps(in_order(json.loads(body)), sort_keys=True)
     except ValueError:
@@ -149,7 +152,7 @@ def in_order(found: Any) -> Any:
 
 
 def is_latest(members: list[Any]) -> bool:
-    """Whether these are a run's latest metrics, one per key, and not a history."""
+    """Return whether `members` are a run's latest metrics (one per key), and not a metric history."""
     keys = [one.get("key") for one in members if isinstance(one, dict) and "step" in one]
     return len(keys) == len(members) == len(set(map(str, keys)))
 
@@ -162,19 +165,20 @@ class Pair:
     pool: ThreadPoolExecutor
 
     def ask(self, request: Request) -> tuple[Answer, Answer]:
-        """The responses of MLflow and of our server, requested at the same time."""
+        """Send the request to MLflow and to our server at the same time. Returns MLflow's answer and our answer."""
         own = self.pool.submit(self.own.ask, request)
         ours = self.ours.ask(request)
         return own.result(), ours
 
     def counts(self) -> Counter[str]:
-        """Number of our server's responses so far by kind: `runs/get answered`, `runs/get passed on`."""
+        """Count our server's responses so far by kind, for example `runs/get answered` or `runs/get passed on`."""
         return Counter(self.counted.read_text().split("\n")) if self.counted.exists() else Counter()
 
 
 @contextlib.contextmanager
 def pair(folder: Path, cluster: PostgreSQL, python: Path, name: str) -> Iterator[Pair]:
-    """Both servers of the release in the environment of `python`, with empty databases named after `name`."""
+    """Start both servers with the interpreter `python`. The servers' databases are empty, and their names end with
+    `name`."""
     folder.mkdir(parents=True)
     sides, counted = [], folder / "counted"
     with contextlib.ExitStack() as stack:
@@ -194,7 +198,7 @@ def pair(folder: Path, cluster: PostgreSQL, python: Path, name: str) -> Iterator
 
 
 def started(which: str, uri: str, uds: Path, counted: Path) -> tuple[dict[str, str], list[str]]:
-    """Environment and command (without the interpreter) of a server."""
+    """Return the environment of a server, and its command without the interpreter."""
     public = {
         "MLFLOW_BACKEND_STORE_URI": uri,
         "MLFLOW_ARTIFACTS_DESTINATION": artifacts_destination(BUCKET, "a-models-bucket", "direct"),
@@ -204,7 +208,7 @@ def started(which: str, uri: str, uds: Path, counted: Path) -> tuple[dict[str, s
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "AWS_EC2_METADATA_DISABLED": "true",
         "AWS_DEFAULT_REGION": "eu-central-1",
-        "PYTHONHASHSEED": "0",  # MLflow prints sets in its messages
+        "PYTHONHASHSEED": "0",  # MLflow's messages contain sets, whose order depends on the hash seed
     }
     private = ("MLFLOW_", "_MLFLOW", "PYTEST")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(private)}

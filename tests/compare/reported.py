@@ -1,5 +1,5 @@
-"""Requests from bug reports, with the status of plain MLflow, and requests that are refused because MLflow would
-fail."""
+"""Requests from bug reports, each with the status that plain MLflow returns, and requests that our server refuses
+because they make MLflow fail."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ NAMED: dict[str, tuple[Request, int]] = {
 }
 
 DEAR = {
-    "a deep body": replace(search(), body=b"[" * 100_000),  # Python 3.12 reads 3,000 without RecursionError
+    "a deep body": replace(search(), body=b"[" * 100_000),  # Python 3.12 parses 3,000 levels without RecursionError
     "21 columns to order by": search(order_by=["start_time"] * 21),
     "51 conditions": search(filter=" and ".join(["metrics.loss > 0"] * 51)),
 }
 
-# Requests that MLflow answers with 500
+# MLflow answers these requests with status 500
 
 NUL = "nul\x00"
 REFUSED = {

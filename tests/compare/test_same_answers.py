@@ -1,5 +1,5 @@
-"""Requests from a grammar and from bug reports get the same responses as from plain MLflow, and write the same rows.
-The intended differences, in `STATED`:
+"""Our server and plain MLflow give the same responses to generated requests and to requests from bug reports, and write
+the same rows. `STATED` contains the intended differences:
 
 | request | MLflow | here |
 |---|---|---|
@@ -12,11 +12,12 @@ The intended differences, in `STATED`:
 | more than 100,000 points of several runs in one history | 200, or a process's memory | 400 with a sentence |
 | more than 1,000 runs or 3 fields at the root in a GraphQL request | 200 up to 10 fields | an error in the response |
 
-The reasons: PostgreSQL cannot store such text and such tokens never work, but clients repeat a request
-for minutes after a 500. MLflow stores a part of a batch with such text; here nothing of it is written. The last four
-limit the cost of a request (server/request_limits.py).
+The reasons: PostgreSQL cannot store NUL characters or half surrogate pairs, and the refused page tokens never work.
+After a response with status 500, a client repeats the request for minutes, so our server returns 400 instead. If a
+batch contains refused text, MLflow stores the other parts of the batch, and our server stores nothing. The limits on
+nesting, conditions, points and runs bound the cost of a request (server/request_limits.py).
 
-The indentation of JSON is not compared, nor are CORS headers in responses to requests without an Origin.
+The indentation of JSON is not compared. CORS headers are not compared if the request has no Origin.
 """
 
 from __future__ import annotations
@@ -47,17 +48,18 @@ STATED: tuple[tuple[str, set[int]], ...] = (
     ("send the next_page_token of the previous answer, or none.", {500}),
     ("the JSON of the request nests too deeply", {400, 500}),
     ("columns to order by; the limit is 10", {200, 400, 500}),
-    ("conditions; the limit is 30: narrow it on the client", {200, 400, 500}),
+    ("conditions; the limit is 30: use fewer conditions", {200, 400, 500}),
 )
-"""Text in our response where it may differ, and the allowed statuses of MLflow's response."""
+"""Texts of our server's responses that may differ from MLflow's response, each with the statuses that MLflow may
+return."""
 PART = 500
-"""Requests after which the tables are compared."""
+"""The number of requests after which the tables of both databases are compared."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[PostgreSQL]:
-    """Outside pytest's folder, because another session of pytest removes the access of PostgreSQL's user to it when it
-    begins."""
+    """Start PostgreSQL outside pytest's folder. When another pytest session begins, it removes the access of
+    PostgreSQL's user to pytest's folder."""
     with (
         tempfile.TemporaryDirectory(prefix="mlflow-ami-compare-") as folder,
         postgresql(Path(folder) / "postgresql") as running,
@@ -67,7 +69,8 @@ def cluster() -> Iterator[PostgreSQL]:
 
 @pytest.fixture(scope="module", params=["default", "newest"])
 def both(request: pytest.FixtureRequest, cluster: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Servers of the image's default release, with the image's packages, and of the newest release."""
+    """Run a pair of servers (plain MLflow and ours), first with the image's default MLflow release, then with the
+    newest release."""
     python = installed.image() if request.param == "default" else server_environment(releases()[-1])
     with pair(tmp_path_factory.mktemp("servers") / request.param, cluster, python, request.param) as started:
         for one in foundation():

@@ -1,8 +1,8 @@
-"""The steps `bake`, `diff`, `drill` and `promote`, as in the lines of bake.yml, with the real images.py on moto's EC2
-and Systems Manager.
+"""Tests of the steps `bake`, `diff`, `drill` and `promote` with the command lines of bake.yml. The real images.py runs
+with moto's EC2 and Systems Manager.
 
-bake.py and drill.py, which need a machine, are stand-ins: they accept the arguments of the real ones, and print
-documents that the functions of the real ones created.
+Both bake.py and drill.py need a machine, so stand-ins replace these scripts. The stand-ins accept the arguments of the
+real scripts, and print documents that functions of the real scripts created.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FACTS: dict[str, Any] = {
 
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[MotoCloud]:
-    """An empty account; OSV is unreachable."""
+    """Start an empty AWS account in moto. OSV is unreachable."""
     with moto_cloud() as made:
         for name, value in made.environment().items():
             monkeypatch.setenv(name, value)
@@ -62,7 +62,7 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[MotoCloud]:
 
 @pytest.fixture
 def hosted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    """A runner whose checkout has the real scripts, and the stand-ins for bake.py and drill.py."""
+    """Create a runner whose checkout has the real images.py, and stand-ins for bake.py and drill.py."""
     scripts = tmp_path / "checkout/scripts"
     scripts.mkdir(parents=True)
     for name, text in (("bake.py", BAKE), ("drill.py", DRILL)):
@@ -78,7 +78,7 @@ def place(cloud: MotoCloud) -> Place:
 
 
 def make(cloud: MotoCloud, version: str, mlflow: str) -> catalog.Image:
-    """A finished image on Ubuntu with a record."""
+    """Register a finished image on Ubuntu with its record."""
     facts = {"mlflow_version": mlflow, "os": "ubuntu 24.04", "postgresql_major": "16", "migration_head": f"h{mlflow}"}
     facts["git_dirty"] = "false"
     ami = register_image(cloud, version, **facts)
@@ -87,7 +87,7 @@ def make(cloud: MotoCloud, version: str, mlflow: str) -> catalog.Image:
 
 
 def baked(hosted: Runner, image: catalog.Image, *, log: Path | None) -> None:
-    """The output of the stand-in for bake.py: the document of the real one."""
+    """Set the output of the stand-in for bake.py: a document in the format of the real bake.py."""
     arguments = argparse.Namespace(region="eu-central-1", local=False)
     document = report.result(image, arguments, StepClock(), log=log, reused=log is None)
     document.pop("report")
@@ -95,7 +95,7 @@ def baked(hosted: Runner, image: catalog.Image, *, log: Path | None) -> None:
 
 
 def drilled(hosted: Runner, older: catalog.Image, newer: catalog.Image, *, lost: int = 0) -> None:
-    """The output of the stand-in for drill.py: the document of the real one."""
+    """Set the output of the stand-in for drill.py: a document in the format of the real drill.py."""
     stop = Stop(newer.id, newer.fact("mlflow-version"), "migrated", 27, 1650, lost, 0, 0, 33, 43.0, ())
     ends = {"older": comparing.about(older), "newer": comparing.about(newer)}
     document = {"lost": lost, "at": "2026-11-29T20:00:00Z", **ends, "stops": [dataclasses.asdict(stop)]}

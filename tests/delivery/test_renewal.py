@@ -1,5 +1,5 @@
-"""The steps `renew` and `propose`, as in the lines of renew.yml, with the real git; stand-ins for our scripts and
-gh."""
+"""Tests of the steps `renew` and `propose` with the command lines of renew.yml. The real git runs. Stand-ins replace gh
+and this project's scripts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ print(sys.argv[1:], file=open("drilled", "w"))
 
 @pytest.fixture
 def hosted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    """A runner with a clone of a repository that locks MLflow 3.17.2; production has that release; 3.19.0 is out."""
+    """Create a runner whose repository locks MLflow 3.17.2. Production runs MLflow 3.17.2, and 3.19.0 is released."""
     checkout = tmp_path / "checkout"
     git(tmp_path, "init", "--quiet", "--bare", "--initial-branch=main", "origin.git")
     git(tmp_path, "clone", "--quiet", "origin.git", "checkout")

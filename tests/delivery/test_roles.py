@@ -1,5 +1,5 @@
-"""infra/delivery-roles.yaml, created by moto's CloudFormation: which jobs can assume which role, and the rights of each
-role."""
+"""Tests of the roles in infra/delivery-roles.yaml: which jobs can assume each role, and what each role may do. moto's
+CloudFormation creates the roles."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Role:
         self.trust, self.policy = trust, policy
 
     def trusts(self, subject: str, audience: str = "sts.amazonaws.com") -> bool:
-        """Whether AWS exchanges GitHub's token with this subject for the role's session."""
+        """Return whether a job can assume this role with a GitHub token that has this subject and this audience."""
         context = {f"{ISSUER}:aud": audience, f"{ISSUER}:sub": subject}
         request = permissions.Request("sts", "sts:AssumeRoleWithWebIdentity", ("*",), context)
         return any(permissions.applies(each, request, "*") for each in self.trust["Statement"])
@@ -44,8 +44,8 @@ class Role:
 
 @pytest.fixture(scope="module")
 def roles() -> Iterator[dict[str, Role]]:
-    """The roles of a stack for `example/mlflow-ami`. moto has no identity providers, so the ARN of an existing one is
-    passed."""
+    """Return the roles that delivery-roles.yaml creates for the repository `example/mlflow-ami`. The stack gets the ARN
+    of an existing identity provider, because moto cannot create identity providers."""
     with mock_aws(), pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "testing")
@@ -69,7 +69,7 @@ def roles() -> Iterator[dict[str, Role]]:
 
 
 def policy_of(iam: Any, role: str) -> dict[str, Any]:
-    """moto stores the policies of CloudFormation in Python's notation."""
+    """Return the policy document of a role. moto stores the document as a Python literal, not as JSON."""
     return dict(ast.literal_eval(iam.get_role_policy(RoleName=role, PolicyName="delivery")["PolicyDocument"]))
 
 
@@ -144,5 +144,5 @@ def test_state_is_the_only_bucket_whose_objects_are_read_by_name(roles: dict[str
 
 
 def test_policies_fit_into_a_role(roles: dict[str, Role]) -> None:
-    """IAM allows 10,240 characters of inline policies per role."""
+    """IAM allows at most 10,240 characters of inline policies per role."""
     assert all(len(json.dumps(role.policy, separators=(",", ":"))) < 10_000 for role in roles.values())

@@ -1,5 +1,5 @@
-"""The step `smoke`, as in the line of deploy.yml: a real MLflow server and client, moto's Systems Manager, a stand-in
-for Pulumi."""
+"""Tests of the step `smoke` with the command line of deploy.yml. MLflow's server and client are real. moto provides
+Systems Manager, and a stand-in replaces Pulumi."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PARAMETER = "/mlflow-ami/prod/credentials"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An MLflow server without a login, on SQLite."""
+    """Run an MLflow server on SQLite, without a login."""
     folder = tmp_path_factory.mktemp("server")
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
@@ -55,14 +55,14 @@ def answers(address: str) -> bool:
 
 @pytest.fixture
 def hosted(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
-    """A runner with a stack `prod` whose server is MLflow's."""
+    """Create a runner with a stack `prod`. The stack's server is `server`."""
     import mlflow
 
     with moto_cloud() as cloud:
         for name, value in cloud.environment().items():
             monkeypatch.setenv(name, value)
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-            monkeypatch.setenv(name, "")  # smoke sets them; they are removed at the end
+            monkeypatch.setenv(name, "")  # the step smoke sets these variables; monkeypatch restores them
         monkeypatch.delenv("MLFLOW_TRACKING_SERVER_CERT_PATH", raising=False)
         users = {"users": {"admin": {"password": "a password", "role": "admin"}}}
         cloud.client("ssm").put_parameter(Name=PARAMETER, Value=json.dumps(users), Type="SecureString")
@@ -94,7 +94,7 @@ def test_lost_metric_fails_the_step(
     whole = MlflowClient.get_metric_history
     monkeypatch.setattr(MlflowClient, "get_metric_history", lambda *given: whole(*given)[1:])
     hosted.take("deploy", "smoke", status=1, STACK="prod")
-    assert "::error::the metric history read back are not what was written" in capsys.readouterr().out
+    assert "::error::the metric history read back is [" in capsys.readouterr().out
 
 
 def test_server_that_does_not_answer_is_named(hosted: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

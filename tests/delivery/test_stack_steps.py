@@ -1,6 +1,6 @@
-"""The steps `preview`, `deploy`, `rollback` and `drift`, as in the workflows, with stand-ins for pulumi and gh.
+"""Tests of the steps `preview`, `deploy`, `rollback` and `drift` with stand-ins for pulumi and gh.
 
-tests/delivery/test_with_pulumi.py runs the same with the real Pulumi.
+tests/delivery/test_with_pulumi.py tests these steps with the real Pulumi.
 """
 
 from __future__ import annotations

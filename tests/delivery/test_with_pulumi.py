@@ -1,5 +1,5 @@
-"""The steps `preview`, `deploy`, `rollback` and `drift` with the real Pulumi on moto; test_stack_steps.py uses a
-stand-in for Pulumi."""
+"""Tests of the steps `preview`, `deploy`, `rollback` and `drift` with the real Pulumi on moto. test_stack_steps.py uses
+a stand-in for Pulumi."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SETTINGS = {"allowedCidrs": '["203.0.113.0/24"]'}
 
 @pytest.fixture
 def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MotoCloud]:
-    """An empty account; the stack's folder is beside it."""
+    """Start an empty AWS account in moto, with an empty folder for the local cloud."""
     monkeypatch.setenv("MLFLOW_AMI_LOCAL_CLOUD", str(tmp_path / "cloud"))
     monkeypatch.setenv(stack.NAMED_BY, STACK)
     (tmp_path / "cloud").mkdir()
@@ -38,7 +38,8 @@ def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MotoCloud
 
 @pytest.fixture
 def hosted(cloud: MotoCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    """A runner whose infra/ is a Pulumi project of this program; the stack exists and was never launched."""
+    """Create a runner whose folder infra/ is a Pulumi project with this repository's program. The stack exists, but was
+    never launched."""
     made = runner(tmp_path, monkeypatch)
     first = register_image(cloud, "20261101T000000Z")
     current = state.load(stack.state_path())

@@ -1,4 +1,4 @@
-"""The workflows: their permissions, pinned actions, and lines that are this project's commands with valid arguments."""
+"""Tests of the workflows: permissions, pinned actions, and the commands and arguments of each `run:` line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_actionlint_finds_nothing_and_would_find_a_mistake(tmp_path: Path) -> No
 
 
 def test_bake_begins_with_an_image_on_canonicals_ubuntu() -> None:
-    """Unless the repository's variables name another source image, which are empty at first."""
+    """The repository's variables for the source image are empty at first, so bake.py uses Canonical's image."""
     [(name, job)] = WORKFLOWS["bake"]["jobs"].items()
     assert (name, "needs" in job) == ("bake", False)
     lines = [step["run"] for step in job["steps"] if step.get("run", "").startswith("scripts/")]
@@ -76,7 +76,7 @@ def test_token_has_only_the_write_permissions_that_the_workflow_uses(workflow: s
 
 
 def test_no_static_key_is_used() -> None:
-    """The passphrase of Pulumi's state is the only secret, and only jobs of an environment have it."""
+    """The passphrase of Pulumi's state is the only secret. Only jobs with a GitHub environment use the passphrase."""
     for path in FILES:
         secrets = re.findall(r"secrets\.(\w+)", path.read_text())
         assert set(secrets) <= {"PULUMI_CONFIG_PASSPHRASE"}
@@ -87,7 +87,7 @@ def test_no_static_key_is_used() -> None:
 
 
 def test_each_role_is_taken_where_it_is_trusted() -> None:
-    """tests/delivery/test_roles.py tests which jobs the roles trust."""
+    """tests/delivery/test_roles.py checks which jobs the roles trust."""
     roles = {
         (workflow, name, step["with"]["role-to-assume"], job.get("environment"))
         for workflow, name, job in jobs()
@@ -140,7 +140,7 @@ def test_outputs_that_are_read_are_written_by_an_earlier_step() -> None:
 
 
 def outputs(step: str) -> set[str]:
-    """The outputs that the function of a step of delivery.py sets."""
+    """Return the names of the outputs that the function of this delivery.py step sets."""
     for path in (ROOT / "scripts/delivering").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name == step:

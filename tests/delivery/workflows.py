@@ -1,4 +1,4 @@
-"""The workflows as data, and a GitHub runner's environment for their steps."""
+"""Load the workflows as data, and simulate a GitHub runner's environment for their steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2 as GitHub reads it: `on` is a word."""
+    """Parse YAML 1.2 like GitHub: `on` is a word, not a boolean."""
 
 
 Loader.yaml_implicit_resolvers = {
@@ -37,33 +37,33 @@ WORKFLOWS = {path.stem: load(path) for path in FILES}
 
 
 def jobs() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(workflow, name of the job, job)."""
+    """Yield (workflow, name of the job, job) for each job."""
     for workflow, document in WORKFLOWS.items():
         for name, job in document["jobs"].items():
             yield workflow, name, job
 
 
 def steps() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(workflow, step, the variables that it sees)."""
+    """Yield (workflow, step, environment variables of the step) for each step."""
     for workflow, _, job in jobs():
         for step in job["steps"]:
             yield workflow, step, WORKFLOWS[workflow].get("env", {}) | job.get("env", {}) | step.get("env", {})
 
 
 def words(line: str, variables: Mapping[str, str]) -> list[str]:
-    """The words of a `run:` as the shell passes them; only whole, quoted variables are replaced."""
+    """Split a `run:` line into words like the shell. A variable is replaced only if the variable is a whole word."""
     return [variables[word[1:]] if re.fullmatch(r"\$\w+", word) else word for word in shlex.split(line)]
 
 
 def line_of(workflow: str, step: str) -> str:
-    """The first `run:` of a workflow with this step of delivery.py."""
+    """Return the first `run:` of a workflow that calls this step of delivery.py."""
     lines = [each["run"] for name, each, _ in steps() if name == workflow and "run" in each]
     return str(next(line for line in lines if f"delivery.py {step} " in line))
 
 
 @dataclass
 class Runner:
-    """Runs steps like a workflow: its line, GitHub's files, the variables that the workflow would set."""
+    """Run steps like GitHub, with the workflow's command lines and variables, and with GitHub's files."""
 
     folder: Path
 
@@ -79,13 +79,13 @@ class Runner:
         return (self.folder / "summary").read_text()
 
     def calls(self, tool: str) -> list[str]:
-        """The calls of a stand-in, oldest first."""
+        """Return the calls of a stand-in, oldest first."""
         path = self.folder / f"{tool}.calls"
         return path.read_text().splitlines() if path.exists() else []
 
     def stand_in(self, tool: str, *answers: tuple[str, int, str]) -> None:
-        """A program on PATH that records its arguments (newlines as |), and responds by the first matching start:
-        (start, exit status, text)."""
+        """Put a program on PATH that records its arguments (newlines as |). `answers` contains tuples (start, exit
+        status, text). The response is the first tuple with whose start the arguments begin."""
         cases = "".join(
             f"{shlex.quote(start)}*) cat {shlex.quote(str(self._text(tool, number, text)))}; exit {status};;\n"
             for number, (start, status, text) in enumerate(answers)
@@ -105,7 +105,7 @@ class Runner:
 
 
 def runner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    """A runner with these files; programs of `stand_in` come first on PATH."""
+    """Create a runner with files in `folder`. Stand-ins come first on PATH."""
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_OUTPUT", str(folder / "output"))
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(folder / "summary"))

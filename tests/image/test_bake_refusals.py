@@ -1,4 +1,4 @@
-"""bake.py: its refusals before anything is started, the image's digest, and the removal of temporary resources."""
+"""Tests of bake.py: refusals before anything is started, the image's digest, and the removal of temporary resources."""
 
 import json
 import os
@@ -23,7 +23,7 @@ REGION = "eu-central-1"
 
 @pytest.fixture
 def ec2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An EC2 API with moto's own images only."""
+    """Start an EC2 API that contains only moto's own images."""
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_EC2", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
@@ -33,7 +33,7 @@ def ec2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def run_bake(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """bake.py as a user runs it, with only the given credentials."""
+    """Run bake.py like a user, with only the given credentials."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
     nowhere = {"AWS_CONFIG_FILE": "/nonexistent", "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent"}
     return subprocess.run(
@@ -87,7 +87,7 @@ def test_without_a_default_vpc_the_remedies_are_named(ec2: Any) -> None:
 
 
 def test_packer_gets_the_credentials_of_any_kind_of_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The profile gets its credentials from a program, which old Packer releases do not support."""
+    """This profile gets its credentials from a program. Old Packer releases do not support such profiles."""
     printed = {"Version": 1, "AccessKeyId": "AKIAX", "SecretAccessKey": "hush", "SessionToken": "token"}
     (tmp_path / "keys").write_text(json.dumps(printed))
     (tmp_path / "config").write_text(f"[profile odd]\ncredential_process = cat {tmp_path / 'keys'}\n")
@@ -109,12 +109,12 @@ def test_packer_gets_the_credentials_of_any_kind_of_profile(tmp_path: Path, monk
     [
         (["--base", "debian13"], "--local"),
         (["--local", "--region", "eu-west-1"], "--region"),
-        (["--local", "--base", "debian13", "--architecture", "arm64"], "arm64 of debian12 only"),
+        (["--local", "--base", "debian13", "--architecture", "arm64"], "only base for arm64 is debian12"),
         (["--mlflow-version", "2.*"], "3.12.0"),
         (["--mlflow-version", "latest"], "3.12.0"),
         (["--kms-key", "x", "--unencrypted"], "exclude"),
-        (["--mlflow-version", "3.8.1"], "3.9.0 is the oldest"),
-        (["--validate", "--mlflow-version", "2.22.1"], "3.9.0 is the oldest"),
+        (["--mlflow-version", "3.8.1"], "the oldest supported release is 3.9.0"),
+        (["--validate", "--mlflow-version", "2.22.1"], "the oldest supported release is 3.9.0"),
     ],
 )
 def test_contradicting_options_are_refused(arguments: list[str], word: str) -> None:
@@ -235,7 +235,7 @@ def test_credentials_that_cannot_store_the_record_are_refused_before_packer_star
         monkeypatch.setattr(module, "BUILDS", tmp_path / "enough")
     assert bake.main(["--source-ami", source]) == 1
     assert len(started) == 1
-    assert ssm.describe_parameters()["Parameters"] == []  # and no part of it is left
+    assert ssm.describe_parameters()["Parameters"] == []  # no part of the record is left
 
 
 def test_only_one_bake_has_the_image_version_of_a_second(ec2: Any, tmp_path: Path) -> None:
@@ -244,16 +244,16 @@ def test_only_one_bake_has_the_image_version_of_a_second(ec2: Any, tmp_path: Pat
     bake.reserve(ssm, first)
     with pytest.raises(request.BakeRefused, match="another bake has the image version 20261101T000000Z"):
         bake.reserve(ssm, second)
-    bake.reserve(ssm, first)  # as botocore repeats a request whose response was lost
+    bake.reserve(ssm, first)  # botocore repeats a request if the response was lost
     assert record.reserved(ssm) == {"20261101T000000Z": first.id}
 
 
-# ── Staging and the digest ──────────────────────────────────────────────────────────────────────────────────────────
+# ── The staged folder and the digest ────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small checkout of this project."""
+    """Create a small checkout that has some of this project's files."""
     for name, text in {
         "packer/build.pkr.hcl": "build {}\n",
         "packer/plugins.pkr.hcl": "packer {}\n",
@@ -369,7 +369,7 @@ def test_sweep_removes_all_of_one_bake_and_nothing_of_another(ec2: Any, tmp_path
     )
     snapshot = catalog.find(ec2)[0].snapshots[0]
 
-    for _ in range(2):  # a second removal finds nothing, which is not an error
+    for _ in range(2):  # the second removal finds nothing and does not fail
         cleanup.sweep(ec2, boto3.client("ssm", "eu-central-1"), ours, finished_image=None)
         states = {
             instance["InstanceId"]: instance["State"]["Name"]

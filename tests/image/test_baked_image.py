@@ -1,6 +1,7 @@
-"""The image made by bake.py: EC2's description, its content, and a planted defect for each check of the last step.
+"""Tests of a baked image: its description in EC2, its content, and the checks of the last bake step. For each check,
+the tests plant a defect.
 
-The machine is launched without user-data, because the image must contain nothing of a stack.
+The machine is launched without user-data, because the image must contain no data of a stack.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BOOT_SECONDS = 120
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine of the image, entered as root."""
+    """A machine that runs the image. The shell commands of the tests run as root on the machine."""
 
     cloud: LocalCloud
     instance_id: str
@@ -41,7 +42,7 @@ class Machine:
         return done
 
     def run_step(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a bake step like Packer: from a file in /tmp that is deleted afterwards."""
+        """Run a bake step like Packer: from a file in /tmp that is deleted after the run."""
         text = (STEPS / name).read_text(encoding="utf-8")
         put = f"cat >/tmp/{name} <<'END_OF_STEP'\n{text}END_OF_STEP\nchmod +x /tmp/{name}\n"
         return self.shell(
@@ -49,7 +50,7 @@ class Machine:
         )
 
     def assert_image(self, check: str) -> list[str]:
-        """The faults that one check of the last step reports for this machine."""
+        """Run one check of the last bake step on this machine, and return the faults that the check reports."""
         done = self.run_step("assert_image.py", check)
         found = [line.partition(": ")[2] for line in done.stderr.splitlines() if line.startswith("assert_image: ")]
         assert done.returncode == (1 if found else 0), done.stdout + done.stderr
@@ -58,7 +59,7 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def machine(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Machine]:
-    """A machine of the image in the state at the end of the bake: target stopped, cleaned."""
+    """Launch a machine of the image without user-data, and yield the machine after its boot."""
     ec2 = cloud.client("ec2")
     started = ec2.run_instances(ImageId=image["ami_id"], InstanceType="t3.small", MinCount=1, MaxCount=1)
     instance_id = str(started["Instances"][0]["InstanceId"])
@@ -66,7 +67,7 @@ def machine(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Machine]:
     try:
         ec2.get_waiter("instance_running").wait(InstanceIds=[instance_id], WaiterConfig={"Delay": 1})
         deadline = time.monotonic() + BOOT_SECONDS
-        # Polled, because `--wait` fails if systemd does not respond yet.
+        # The state is polled, because `--wait` fails if systemd does not respond yet.
         while not is_booted(cloud, instance_id):
             assert time.monotonic() < deadline, f"{instance_id} did not boot within {BOOT_SECONDS} s"
             time.sleep(1)
@@ -87,14 +88,14 @@ def is_booted(cloud: LocalCloud, instance_id: str) -> bool:
 
 @pytest.fixture(scope="module")
 def cleaned(machine: Machine) -> Machine:
-    """The machine with our units stopped and its traces removed, like at the end of the bake."""
+    """The machine in the state at the end of the bake: our units are stopped and their files are removed."""
     machine.shell("systemctl stop mlflow-host.target 'mlflow-*' nginx; systemctl reset-failed; rm -rf /srv/mlflow/*")
     done = machine.run_step("clean.sh")
     assert done.returncode == 0, done.stdout + done.stderr
     return machine
 
 
-# ── What EC2 says ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The description in EC2 ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_image_and_snapshot_carry_the_facts_as_tags(cloud: LocalCloud, image: Mapping[str, Any]) -> None:
@@ -107,7 +108,7 @@ def test_image_and_snapshot_carry_the_facts_as_tags(cloud: LocalCloud, image: Ma
     assert described["Name"] == f"mlflow-ami-{version}-{tags['mlflow-ami:image-version']}"
     assert int(tags["mlflow-ami:migration-count"]) > 60
     assert len(tags["mlflow-ami:inputs-digest"]) == 64
-    # Stacks and drills tag the image later.
+    # Stacks and drills add tags to the image later. These tags are not compared.
     baked = {
         key: value for key, value in tags.items() if not key.startswith(("mlflow-ami:stack:", "mlflow-ami:drill:"))
     }
@@ -131,7 +132,7 @@ def test_nothing_temporary_of_the_bake_is_left(cloud: LocalCloud, image: Mapping
     assert not [pair for pair in ec2.describe_key_pairs()["KeyPairs"] if pair["KeyName"].startswith("mlflow-ami-bake-")]
 
 
-# ── Its content ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The content of the image ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_facts_are_those_of_the_installed_system(machine: Machine, image: Mapping[str, Any]) -> None:
@@ -199,7 +200,8 @@ def test_cleaned_machine_passes_every_check(cleaned: Machine) -> None:
 
 @dataclass(frozen=True)
 class Defect:
-    """A planted defect: the check that finds it, commands to add and remove it, the expected sentence."""
+    """A defect that a test plants: the check that finds the defect, the commands to add and remove the defect, and the
+    expected message."""
 
     name: str
     check: str
@@ -486,7 +488,7 @@ def test_last_step_detects_the_defect(defect: Defect, cleaned: Machine) -> None:
 
 
 def test_every_defect_was_undone(cleaned: Machine) -> None:
-    """Otherwise the tests above may have reported another test's defect."""
+    """If a planted defect was not removed, later tests may have detected this defect instead of their own defects."""
     done = cleaned.run_step("assert_image.py")
     assert done.returncode == 0, done.stderr
 

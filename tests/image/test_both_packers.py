@@ -1,5 +1,5 @@
-"""The unchanged template works with the current Packer's own commands, and every way to bake it makes the same
-image."""
+"""The commands of the current Packer accept the unchanged template. `packer build`, bake.py with the current Packer,
+and bake.py with Packer 1.6 make the same image."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ pytestmark = [
 ]
 
 BY_THE_RUN = ("bake", "image_version", "git_commit", "git_dirty", "disk_used_mib")
-"""Facts that differ between two bakes. The disk is the host's, on the local cloud."""
+"""The names of facts that differ between two bakes of the same inputs. On the local cloud, disk_used_mib is the usage
+of the host's disk."""
 
 
 def packer(*arguments: str, **environment: str) -> str:
-    """The output of the current Packer for the unchanged folder packer/."""
+    """Run the current Packer in the unchanged folder packer/, and return its output."""
     known = {**os.environ, "PACKER_PLUGIN_PATH": str(tools.PACKER_PLUGINS), "CHECKPOINT_DISABLE": "1", **environment}
     command = [str(PACKER), *arguments, "."]
     done = subprocess.run(command, cwd=REPOSITORY / "packer", env=known, capture_output=True, text=True)
@@ -82,12 +83,13 @@ def test_every_way_to_bake_makes_the_same_image(
 
 
 def bake_facts(image: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that bake.py read back from the image, stored with its log."""
+    """Return the facts that bake.py read from the image and stored beside its log."""
     return dict(json.loads((Path(image["log"]).parent / "image.json").read_text()))
 
 
 def comparable(ec2: Any, image: dict[str, Any]) -> dict[str, Any]:
-    """The properties that two images of one checkout share: facts, disks, and the settings of the metadata service."""
+    """Return the properties that two images of the same checkout must share: facts, disks, settings of the metadata
+    service."""
     described = ec2.describe_images(ImageIds=[image["ami_id"]])["Images"][0]
     disks = [each["Ebs"] for each in described["BlockDeviceMappings"] if "Ebs" in each]
     return {

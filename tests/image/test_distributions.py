@@ -1,7 +1,8 @@
-"""What the steps take from a distribution: Debian 12, Ubuntu 24.04 and Debian 13 have it, and Ubuntu is between the
-other two, so an image that bakes and boots on both Debians shows what to expect of Ubuntu.
+"""Debian 12, Ubuntu 24.04 and Debian 13 contain the packages and paths that the bake steps need. The package versions
+of Ubuntu are between the versions of Debian 12 and Debian 13, so tests on both Debian releases are evidence for Ubuntu.
 
-The tests marked slow read the archives' own indices: package names and versions, and the paths of all files.
+The tests marked slow read the indices of the distributions' archives. An index lists package names and versions, or the
+paths of all files.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ VERSIONS = {
     "ubuntu24.04": {"postgresql": "16", "python3": "3.12", "nginx": "1.24", "systemd": "255"},
     "debian13": {"postgresql": "17", "python3": "3.13", "nginx": "1.26", "systemd": "257"},
 }
-"""The versions that matter: of the cluster, the lock file's markers, nginx's directives, the units' directives."""
+"""The versions on which the cluster, the lock file's markers, nginx's directives and the units' directives depend."""
 ARCHITECTURES = [(base, "amd64") for base in VERSIONS] + [("debian12", "arm64"), ("debian13", "arm64")]
-"""Ubuntu's archive has packages for arm64 on another host than those for amd64, which base_images.py does not use."""
+"""Ubuntu's packages for arm64 are on a separate host. base_images.py uses only the host of the packages for amd64."""
 PATHS = (
     r"etc/nginx/mime\.types", "usr/sbin/nginx", r"usr/lib/postgresql/{postgresql}/bin/(postgres|initdb|pg_restore)",
     "usr/bin/(pg_lsclusters|psql)", "usr/bin/pgbackrest", "usr/bin/certbot", "(usr/)?sbin/nft", "usr/bin/zstd",
     "usr/sbin/logrotate", "usr/bin/openssl", r"(usr/)?lib/systemd/system/(nginx|postgresql|apt-daily)\.service",
     r"(usr/)?lib/systemd/system/(certbot|apt-daily|apt-daily-upgrade)\.timer", r"usr/bin/python{python3}",
 )  # fmt: skip
-"""Paths that the steps and the shipped files name, as patterns of whole paths."""
+"""Regular expressions for paths that the bake steps and the shipped files contain. Each matches a whole path."""
 
 
 def named_packages() -> list[str]:
-    """The packages that install_packages.sh installs."""
+    """Return the names of the packages that install_packages.sh installs."""
     found = re.search(r"^packages=\(\n(.*?)^\)", STEP.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert found
     return found[1].split()
@@ -52,7 +53,7 @@ def test_lock_file_serves_the_python_of_each_distribution() -> None:
 
 @functools.cache
 def index(base: str, architecture: str) -> dict[str, str]:
-    """Versions by name of the packages in the archive of a distribution."""
+    """Return the package versions in the archive of a distribution, by package name."""
     found: dict[str, str] = {}
     for component in BASES[base].components.split(","):
         address = f"{BASES[base].mirror}/dists/{BASES[base].suite}/{component}/binary-{architecture}/Packages.xz"
@@ -79,7 +80,8 @@ def test_distributions_have_the_expected_versions(base: str, architecture: str) 
 
 @pytest.mark.slow
 def test_ubuntus_versions_are_between_those_of_the_two_debians() -> None:
-    """Of each package the first two numbers: later ones are fixes, which each distribution takes when it likes."""
+    """The test compares only the first two numbers of a version. The other numbers count fixes, and the distributions
+    add fixes at different times."""
     indices = [index(base, "amd64") for base in VERSIONS]
     for name in {*named_packages(), *VERSIONS["debian12"], "cloud-init", "openssh-server", "sudo"}:
         found = [
@@ -109,7 +111,8 @@ def matching(pattern: str, paths: set[str]) -> set[str]:
 
 
 def choices(pattern: str) -> list[str]:
-    """The alternatives in a pattern, each of which must be found."""
+    """Return the alternatives in a regular expression, for example postgres|initdb. The archive must contain a path for
+    each alternative."""
     found = re.search(r"\((\w[^)]*\|[^)]*)\)", pattern)
     return found[1].split("|") if found else [pattern]
 
@@ -117,7 +120,7 @@ def choices(pattern: str) -> list[str]:
 @pytest.mark.skipif(not shutil.which("apt-cache"), reason="apt-cache looks up the packages")
 @pytest.mark.parametrize("absent", ["mlflow-ami-has-no-such-package", "mail-transport-agent"])
 def test_missing_package_ends_the_bake_before_anything_is_installed(tmp_path: Path, absent: str) -> None:
-    """apt knows the second only as a name that others provide. apt-get and install are stand-ins that record."""
+    """`mail-transport-agent` is only a virtual package. Stand-ins replace apt-get and install, and record each call."""
     done, called = run_step(tmp_path, STEP.read_text(encoding="utf-8").replace("  certbot\n", f"  {absent}\n"))
     assert done.returncode == 1
     [sentence] = done.stderr.splitlines()
@@ -132,7 +135,8 @@ def test_complete_archive_is_no_reason_to_stop(tmp_path: Path) -> None:
 
 
 def run_step(tmp_path: Path, text: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """Run the step with stand-ins for apt-get and install; returns its result and their calls."""
+    """Run the bake step with stand-ins for apt-get and install. Returns the result of the step and the calls of the
+    stand-ins."""
     step, called = tmp_path / "install_packages.sh", tmp_path / "called"
     step.write_text(text)
     (tmp_path / "apt-get").write_text(f'#!/bin/sh\necho "$1" >>{called}\n')

@@ -1,4 +1,5 @@
-"""images.py: every verb on moto's EC2 and SSM, its refusals, and that a second run changes nothing."""
+"""Tests of images.py with moto's EC2 and SSM: every command, its refusals, and a second run of the command, which
+changes nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ FACTS: dict[str, Any] = {
 
 @pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place]:
-    """An empty account; no image of it was baked on this machine."""
+    """Start an empty AWS account. The images that the tests register have no bake log on this machine."""
     for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -62,7 +63,7 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place]:
 
 
 CALLS: set[str] = set()
-"""The actions that images.py needed so far in the tests of this module."""
+"""The AWS actions that images.py has used so far in the tests of this module."""
 
 
 def note_call(params: Any, model: Any, **_: Any) -> None:
@@ -71,7 +72,7 @@ def note_call(params: Any, model: Any, **_: Any) -> None:
 
 
 INSIDE: list[bool] = []
-"""Not empty while images.py runs; the tests' own calls are not recorded."""
+"""This list is not empty while images.py runs. Calls that the tests themselves make are not recorded."""
 
 
 def place(region: str) -> Place:
@@ -80,8 +81,8 @@ def place(region: str) -> Place:
 
 
 def make(aws: Place, version: str, *, finished: bool = True, **facts: Any) -> str:
-    """An image of this project with its snapshot and record; returns its ID. The older the version, the older the
-    image."""
+    """Register an image of this project with its snapshot and record, and return its ID. An image with an older version
+    also has an older creation date."""
     ami = aws.ec2.register_image(
         Name=f"mlflow-ami-{version}",
         Architecture="x86_64",
@@ -98,7 +99,7 @@ def make(aws: Place, version: str, *, finished: bool = True, **facts: Any) -> st
 
 
 def run(*arguments: str, status: int = 0) -> Any:
-    """Run images.py with these arguments, like a user; returns the document of --json."""
+    """Run images.py like a user. Returns the JSON document, or the error text if `status` is not 0."""
     said = run_text(*arguments, "--json", status=status)
     return json.loads(said) if status == 0 else said
 
@@ -119,7 +120,7 @@ def run_text(*arguments: str, status: int = 0) -> str:
 
 
 def refused(*arguments: str) -> str:
-    """The sentence of the refusal, with and without --dry-run."""
+    """Return the message of a refusal, and assert that the command with --dry-run prints the same message."""
     [rehearsed, said] = [run(*arguments, *more, status=2) for more in (["--dry-run"], [])]
     assert rehearsed == said
     sentence = [line for line in said.splitlines() if not line.startswith("images: in region")]
@@ -128,7 +129,7 @@ def refused(*arguments: str) -> str:
 
 
 def stack(aws: Place, name: str, *ran: str) -> None:
-    """The traces of a stack: a tagged data volume, and a tag on each image that it ran; the last one is current."""
+    """Create the tags of a stack: on a data volume and on each image that the stack ran. The last image is current."""
     zone = f"{aws.region}a"
     tags = {"mlflow-ami:role": "data", "mlflow-ami:stack": name, "mlflow-ami:last-image": ran[-1]}
     volume = aws.ec2.create_volume(
@@ -147,7 +148,7 @@ def launch(aws: Place, ami: str, name: str) -> str:
 
 
 def state(aws: Place) -> Any:
-    """Everything that a verb could change in a region."""
+    """Return everything in a region that a command of images.py could change."""
     return (
         [(each.id, each.state, each.deprecated, each.tags) for each in catalog.find(aws.ec2)],
         sorted(each["SnapshotId"] for each in aws.ec2.describe_snapshots(OwnerIds=["self"])["Snapshots"]),
@@ -157,7 +158,7 @@ def state(aws: Place) -> Any:
 
 
 def drill_file(path: Path, older: str, newer: str, aws: Place, lost: int = 0) -> str:
-    """The output of drill.py --json for a drill between the releases of two images."""
+    """Write the output of drill.py --json for a drill between the releases of two images, and return its path."""
     about = {each.id: comparing.about(each) for each in catalog.find(aws.ec2)}
     ends = {"older": about[older], "newer": about[newer]}
     path.write_text(json.dumps({"lost": lost, "at": "2026-11-29T10:00:00Z", **ends, "stops": []}))
@@ -210,7 +211,7 @@ def test_record_survives_however_long_it_is(aws: Place) -> None:
     assert len(names) > 3 and max(map(len, names.values())) <= 4096
     assert record.read(aws.ssm, "20261103T000000Z") == facts
     aws.ssm.delete_parameter(Name=sorted(names)[0])
-    assert record.read(aws.ssm, "20261103T000000Z") is None  # a part is missing, so there is no record
+    assert record.read(aws.ssm, "20261103T000000Z") is None  # a part of the record is missing
     assert record.delete(aws.ssm, "20261103T000000Z") and record.parts_of(aws.ssm, "20261103T000000Z") == {}
 
 
@@ -393,9 +394,7 @@ def test_promote_refuses_images_that_no_stack_can_or_should_launch(aws: Place) -
     run("deprecate", gone)
     assert "is deprecated since" in refused("promote", gone, "staging")
     run("retire", gone)
-    assert "is disabled, so no stack can launch it: reverse that with retire --undo" in refused(
-        "promote", gone, "staging"
-    )
+    assert "is disabled, so no stack can launch it: enable it with retire --undo" in refused("promote", gone, "staging")
     for channel in ("Prod", "ami-1", "a/b", ""):
         assert "is not the name of a channel" in refused("promote", "20261101T000000Z", channel)
 
@@ -410,7 +409,7 @@ def test_promote_refuses_another_architecture_and_a_channel_with_a_deleted_image
     assert "use a channel per architecture, for example staging-arm64" in refused("promote", two, "staging")
     backend[two].architecture = "x86_64"
     aws.ec2.deregister_image(ImageId=one)
-    assert f"names {one}, which is not in eu-central-1 any more" in refused("promote", two, "staging")
+    assert f"contains {one}, which does not exist in eu-central-1 any more" in refused("promote", two, "staging")
     assert run("promote", two, "staging", "--without-drill")["changed"] is True
 
 
@@ -439,8 +438,8 @@ def test_images_of_another_architecture_are_no_rollback_without_saying_so(aws: P
     lines = {line.split()[0]: line for line in run_text("list").splitlines()}
     assert lines[arm].endswith("prod can roll back to it with an arm64 instance type")
     assert lines[intel].endswith("prod can roll back to it")
-    assert "it is the last image that the stack prod can roll back to on x86_64" in refused("retire", intel)
-    run("retire", arm)  # the stack, which runs on x86_64, still has an image to roll back to
+    assert "it is the last x86_64 image to which the stack prod can roll back" in refused("retire", intel)
+    run("retire", arm)  # the stack runs on x86_64 and has another image for a rollback
 
 
 def test_diff_and_show_name_the_architecture(aws: Place) -> None:
@@ -500,16 +499,16 @@ def test_image_in_use_is_refused(aws: Place, verb: str) -> None:
     aws.ec2.delete_tags(Resources=[one], Tags=[{"Key": "mlflow-ami:keep"}])
     stack(aws, "prod", one, two)
     assert "it is the last image that the stack prod can roll back to" in refused(verb, one)
-    run(verb, two, "--dry-run", status=2)  # the stack's current image, which a channel names
+    run(verb, two, "--dry-run", status=2)  # a channel names the stack's current image
     zero = make(aws, "20261031T000000Z")
     kept = catalog.named(catalog.find(aws.ec2), one)
     assert kept
     volume = kept.tags[f"{catalog.STACK}prod"]
     aws.ec2.create_tags(Resources=[zero], Tags=catalog.as_tags({f"{catalog.STACK}prod": volume}))
-    run(verb, one)  # the stack can still roll back to another
+    run(verb, one)  # the stack can roll back to the image `zero`
     assert "the last image that the stack prod" in refused(verb, zero) if verb == "retire" else True
     aws.ec2.delete_volume(VolumeId=volume)
-    run(verb, zero)  # the stack is deleted, so its tags do not count
+    run(verb, zero)  # tags of a deleted stack do not count
 
 
 @pytest.mark.parametrize("verb", ["deprecate", "retire"])
@@ -654,7 +653,7 @@ def test_copy_takes_tags_record_and_encryption_along(aws: Place, monkeypatch: py
     before = state(there)
     assert run("copy", "20261101T000000Z", "--to", OTHER)[0] == {**done, "changed": False}
     assert state(there) == before
-    # With the version instead of the ID a verb runs in both regions.
+    # If the argument is a version instead of an ID, `show` runs in both regions.
     assert [each["region"] for each in run("show", "20261101T000000Z", "--region", REGION, "--region", OTHER)] == [
         REGION,
         OTHER,
@@ -711,7 +710,8 @@ def test_share_refuses_a_wrong_account_and_awss_own_key(aws: Place) -> None:
 
 
 def test_rights_in_the_readme_are_those_that_the_verbs_use(aws: Place, tmp_path: Path) -> None:
-    """Every verb once, and calls that are made only for leftovers or other accounts."""
+    """The test runs every command of images.py. Leftovers of a killed bake and another account make images.py send
+    additional calls."""
     CALLS.clear()
     one, two, three = (make(aws, f"2026110{number}T000000Z") for number in (1, 2, 3))
     builder = aws.ec2.run_instances(ImageId=one, MinCount=1, MaxCount=1)["Instances"][0]["InstanceId"]
@@ -764,7 +764,7 @@ def test_tags_of_an_image_name_its_fallbacks(aws: Place) -> None:
     assert f"\n  without           {ROUTES['what']}\n  without           background jobs" in run_text(
         "show", shown["id"]
     )
-    for complete in (FACTS, {key: value for key, value in FACTS.items() if key != "fallbacks"}):  # of an older image
+    for complete in (FACTS, {key: value for key, value in FACTS.items() if key != "fallbacks"}):  # an older image
         assert "mlflow-ami:fallbacks" not in catalog.fact_tags(complete)
 
 

@@ -1,4 +1,4 @@
-"""A bake that is interrupted or killed leaves no builder, no key pair, no security group and no image behind."""
+"""An interrupted or killed bake leaves no builder, no key pair, no security group and no image in the account."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.machine
 
 PACKER_SECONDS = 300
-"""Packer finishes its current command before it cleans up."""
+"""The timeout is long, because Packer finishes its current command before it cleans up."""
 
 BAKE = Path(__file__).resolve().parents[2] / "scripts" / "bake.py"
 
 
 def traces(ec2: Any) -> dict[str, list[str]]:
-    """The resources that a bake creates in an account, by kind."""
+    """Return the resources in the account that a bake creates, by kind."""
     filters = [{"Name": "tag-key", "Values": ["mlflow-ami:bake"]}]
     instances = [i for r in ec2.describe_instances(Filters=filters)["Reservations"] for i in r["Instances"]]
     groups = ec2.describe_security_groups()["SecurityGroups"]
@@ -39,7 +39,7 @@ def traces(ec2: Any) -> dict[str, list[str]]:
 
 
 def bake_until(line: str) -> subprocess.Popen[str]:
-    """A bake on the embedded cloud that has just logged `line`."""
+    """Start a bake on the local cloud, and return when the bake logs `line`."""
     process = subprocess.Popen(
         [sys.executable, str(BAKE), "--local"], stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     )
@@ -76,7 +76,8 @@ def test_interrupted_bake_leaves_nothing(cloud: LocalCloud, line: str, number: s
 
 @pytest.mark.slow
 def test_killed_bake_leaves_nothing(cloud: LocalCloud) -> None:
-    """Then only Packer can clean up: a watcher process interrupts it, and it continues to write its log."""
+    """After a kill of bake.py, only Packer can clean up. A watcher process interrupts Packer, and Packer continues
+    to write its log."""
     cloud.source_ami("debian12")
     ec2 = cloud.client("ec2")
     before = traces(ec2)

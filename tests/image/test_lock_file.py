@@ -1,4 +1,4 @@
-"""The lock file: hashed, for every Python version of an image, and the same on every machine."""
+"""The lock file has hashes, supports every Python version of an image, and is the same on every machine."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ PYTHONS = {"debian 12": "3.11", "ubuntu 24.04": "3.12", "debian 13": "3.13"}
 
 
 def entries(path: Path) -> dict[Requirement, list[str]]:
-    """The entries of a lock file, each with its hashes."""
+    """Return the entries of a lock file, each with its hashes."""
     found: dict[Requirement, list[str]] = {}
     hashes: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -31,7 +31,8 @@ def entries(path: Path) -> dict[Requirement, list[str]]:
 
 
 def for_python(path: Path, version: str) -> dict[str, str]:
-    """Package names and versions that an image with this Python installs; fails when a package is named twice."""
+    """Return the package names and versions that an image with this Python installs. Fails if a package is listed
+    twice."""
     image = {"python_version": version, "python_full_version": f"{version}.0", "sys_platform": "linux"}
     environment = {**image, "implementation_name": "cpython"}  # `evaluate` adds the other variables
     chosen: dict[str, str] = {}
@@ -53,8 +54,8 @@ def test_every_package_is_pinned_by_version_and_hash(path: Path) -> None:
 
 
 def wheels(path: Path, python: str, machine: str) -> dict[NormalizedName, tuple[str, set[str]]]:
-    """uv's choice for the packages of a lock file on a machine with the C library of Debian 12: the version and the
-    hashes of the wheels by name. Fails if a package has no wheel for it."""
+    """Return the wheels that uv chooses from a lock file on a machine with the C library of Debian 12: name → version
+    and hashes. Fails if a package has no wheel for this machine."""
     command = [
         lock.find_uv(), "pip", "compile", "--no-config", "--quiet", "--no-deps", "--only-binary", ":all:",
         "--format", "pylock.toml", "--python-version", python, "--python-platform", f"{machine}-manylinux_2_36",
@@ -69,7 +70,7 @@ def wheels(path: Path, python: str, machine: str) -> dict[NormalizedName, tuple[
 
 
 def without_locked_wheel(path: Path, python: str, machine: str) -> list[str]:
-    """The packages of which the lock file has no hash of the wheel that uv chooses."""
+    """Return the packages whose wheel, as chosen by uv, has no hash in the lock file."""
     locked = {(canonicalize_name(each.name), str(each.specifier)[2:]): set(hs) for each, hs in entries(path).items()}
     return [name for name, (its, found) in wheels(path, python, machine).items() if not found & locked[name, its]]
 
@@ -118,7 +119,7 @@ def test_every_image_gets_all_required_packages(python: str) -> None:
 
 
 def test_excluded_packages_are_in_no_image() -> None:
-    """The bake starts the server without them, so they are not needed."""
+    """During a bake, the server starts without the excluded packages, so the server does not need these packages."""
     text = (PROVISIONING / "requirements.exclude").read_text(encoding="utf-8")
     left_out = {canonicalize_name(line) for line in text.splitlines() if line and not line.startswith("#")}
     assert left_out
@@ -181,7 +182,8 @@ def test_other_failures_of_the_resolution_are_not_taken_for_them(said: str) -> N
 def test_release_is_locked_without_companions_that_the_index_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The index is the real one; its first answer is replaced by uv's message about a release without companions."""
+    """The package index is real, but the test replaces uv's first result with uv's message about a release without
+    companions (mlflow-skinny, mlflow-tracing)."""
     compile_lock, answers = lock.compile_lock, iter([LACKING["skinny"].replace("3.18.0", "3.17.2")])
     monkeypatch.setattr(lock, "compile_lock", lambda *given: next(answers, None) or compile_lock(*given))
     locked = tmp_path / "requirements.lock"

@@ -1,4 +1,4 @@
-"""The Packer template and the provisioning: typed, described, formatted, complete, independent of the cloud."""
+"""Tests of the Packer template and the provisioning: types, descriptions, format, completeness, no local cloud."""
 
 import re
 import shutil
@@ -17,12 +17,12 @@ VARIABLE = re.compile(r'^variable "(\w+)" \{\n(.*?)^\}', re.MULTILINE | re.DOTAL
 
 
 def hcl() -> dict[str, str]:
-    """Text of every file of the template, by name."""
+    """Return the text of every file of the template, by file name."""
     return {path.name: path.read_text(encoding="utf-8") for path in sorted(TEMPLATE.glob("*.pkr.hcl"))}
 
 
 def variables() -> dict[str, str]:
-    """Body of every variable block, by the variable's name."""
+    """Return the body of every variable block, by the variable's name."""
     return dict(VARIABLE.findall("".join(hcl().values())))
 
 
@@ -64,7 +64,7 @@ EXPECTED = {
 @pytest.mark.skipif(not shutil.which("packer"), reason="packer is not installed")
 @pytest.mark.parametrize("architecture", EXPECTED)
 def test_source_image_builder_and_names_follow_the_architecture(architecture: str, tmp_path: Path) -> None:
-    """The values are the ones that Packer computes, of the folder as bake.py stages it."""
+    """Packer evaluates the locals of the template in the folder that bake.py stages."""
     staged = template.stage(request.Bake("id", "v", tmp_path), packer_run.find_packer(), None)
     given = ["-var=region=eu-central-1", "-var=image_version=2026v", f"-var=architecture={architecture}"]
 

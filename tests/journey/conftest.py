@@ -1,4 +1,4 @@
-"""Run the drill in parallel with a test that mostly waits."""
+"""Fixtures: a user of each role, and a drill that runs in parallel with a test that mostly waits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drill:
-    """A started drill; `story` is its output, complete when it has ended."""
+    """A started drill. `story` is the file of the drill's log, which is complete after the drill has ended."""
 
     process: subprocess.Popen[bytes]
     result: Path
@@ -31,7 +31,8 @@ class Drill:
 def drill(
     cloud: LocalCloud, image: Mapping[str, Any], older_image: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Drill]:
-    """Between the older image and ours, on a stack of its own; interrupted if it still runs at the end of the tests."""
+    """Start a drill between the older and the current image, in its own stack. If the drill still runs at the end of
+    the tests, the fixture interrupts the drill."""
     from tests.support.servers import SCRIPTS
 
     folder = tmp_path_factory.mktemp("drill")
@@ -48,14 +49,14 @@ def drill(
 
 @pytest.fixture(scope="session")
 def drill_meanwhile(request: pytest.FixtureRequest, image: Mapping[str, Any]) -> None:
-    """Start the drill now if its own test is selected too: the test that uses this fixture mostly waits."""
+    """Start the drill early if a selected test needs the drill, because the test with this fixture mostly waits."""
     if any("drill" in getattr(item, "fixturenames", ()) for item in request.session.items):
         request.getfixturevalue("drill")
 
 
 @pytest.fixture(scope="session")
 def logins(server: Server) -> Iterator[dict[str, tuple[str, str]]]:
-    """A user of `server` for each role: its name and password."""
+    """Create a user of `server` for each role. Yields a dictionary: role → (name, password)."""
     from tests.support.servers import script
 
     made: dict[str, tuple[str, str]] = {}
@@ -64,7 +65,8 @@ def logins(server: Server) -> Iterator[dict[str, tuple[str, str]]]:
             name = f"any-{role}"
             made[role] = (name, script("users.py", "add", name, "--role", role).stdout.strip())
         deadline = time.monotonic() + 90
-        # The roles come after the passwords: then nginx refuses a reader's request, and MLflow an empty one.
+        # The server loads new passwords first and new roles later. After the server has loaded both, nginx refuses a
+        # reader's request with 403, and MLflow refuses an empty request with 400.
         create, due = "/api/2.0/mlflow/experiments/create", [403, 400, 400]
         while [server.ask(create, "POST", json={}, auth=login).status_code for login in made.values()] != due:
             assert time.monotonic() < deadline, "the server does not know the new users within 90 s"

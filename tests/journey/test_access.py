@@ -1,4 +1,4 @@
-"""Logins, and information that must not be visible without one."""
+"""Logins, and information that must not be visible without a login."""
 
 import json
 import re
@@ -60,8 +60,8 @@ def test_host_that_is_not_ours_is_refused(server: Server, host: str) -> None:
 
 
 def test_page_of_another_site_cannot_write(server: Server, client: MlflowClient) -> None:
-    """A logged-in browser sends the password also with requests of another site; their Origin header names that
-    site."""
+    """A logged-in browser also sends the password with requests that a page of another site makes. The Origin header of
+    such a request names the other site."""
     answer = server.ask(
         "/api/2.0/mlflow/experiments/create",
         "POST",
@@ -80,7 +80,7 @@ def test_own_page_can_write(server: Server, client: MlflowClient) -> None:
 
 def test_healthz_reports_whether_the_database_answers(server: Server, cloud: LocalCloud) -> None:
     assert_healthz_becomes(server, 200)
-    machine(cloud, server, "systemctl", "stop", "mlflow-host-watchdog")  # it would replace PostgreSQL
+    machine(cloud, server, "systemctl", "stop", "mlflow-host-watchdog")  # the watchdog would restart PostgreSQL
     machine(cloud, server, "systemctl", "kill", "--signal=SIGSTOP", "mlflow-host-postgresql")
     try:
         assert_healthz_becomes(server, 503)
@@ -98,7 +98,7 @@ def assert_healthz_becomes(server: Server, status: int) -> None:
 
 
 def test_mlflow_cannot_reach_the_instance_role_s_secret(server: Server, cloud: LocalCloud) -> None:
-    """MLflow opens paths and URIs of users, so it must not be able to read the password file."""
+    """MLflow opens paths and URIs that users send, so MLflow must not be able to read the password file."""
     found = cloud.exec(
         server.instance_id,
         ["runuser", "-u", "mlflow", "--", "sh", "-c", "cat /run/mlflow-host/mlflow.env /run/mlflow-host/nginx/*"],

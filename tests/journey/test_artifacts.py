@@ -1,4 +1,4 @@
-"""Large files are uploaded and downloaded unchanged, and each kind is in its own bucket."""
+"""Large files are uploaded and downloaded unchanged. Each kind of file has its own bucket."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -25,7 +25,7 @@ MEBIBYTE = 1024 * 1024
 
 
 def write_noise(path: Path, mebibytes: int) -> str:
-    """Fill `path` with bytes that do not compress; returns their SHA-256."""
+    """Fill `path` with bytes that cannot be compressed, and return their SHA-256."""
     block = hashlib.shake_256(b"mlflow-ami").digest(MEBIBYTE)
     digest = hashlib.sha256()
     with path.open("wb") as file:
@@ -40,7 +40,7 @@ def write_noise(path: Path, mebibytes: int) -> str:
     "mebibytes",
     [
         pytest.param(300, id="through-the-server"),
-        pytest.param(520, id="multipart"),  # from 500 MiB on in parts, with presigned URLs if allowed
+        pytest.param(520, id="multipart"),  # clients with direct access to S3 upload 500 MiB or more in parts
     ],
 )
 def test_big_file_is_returned_unchanged(server: Server, client: MlflowClient, tmp_path: Path, mebibytes: int) -> None:
@@ -77,7 +77,7 @@ FILES = "/api/2.0/mlflow-artifacts/artifacts"
 
 
 def stored_as(path: str) -> str | None:
-    """The name that MLflow gives a file uploaded to this path; None if MLflow refuses the path."""
+    """Return the name under which MLflow stores a file uploaded to this path; None if MLflow refuses the path."""
     try:
         return None if "\n" in path else str(validate_path_is_safe(path))
     except MlflowException:
@@ -85,7 +85,8 @@ def stored_as(path: str) -> str | None:
 
 
 def test_names_that_are_hard_to_write_pass_the_proxy(server: Server, client: MlflowClient) -> None:
-    """Every fourth of those that tests/unit/test_artifact_names.py compares with plain MLflow, and the longest."""
+    """The test uses the longest paths and every fourth path of tests/unit/test_artifact_names.py. The unit test
+    compares all paths with plain MLflow."""
     run_id = client.create_run("0").info.run_id
     root = f"0/{run_id}/artifacts"
 
@@ -96,7 +97,7 @@ def test_names_that_are_hard_to_write_pass_the_proxy(server: Server, client: Mlf
     wrong: list[tuple[str, str, object, object]] = []
     for number, path in enumerate([*PATHS[::4], *PATHS[-12:]]):
         if any(len(name.encode()) > 240 for name in path.split("/")):
-            continue  # SeaweedFS does not delete a version of it, so the stack could not be destroyed
+            continue  # SeaweedFS cannot delete the versions of a longer name, so `destroy` would fail
         folder, content = f"{number}/{path}".rpartition("/")[0], content_of(path)
         file = f"{FILES}/{root}/{number}/{urllib.parse.quote(path)}"
         status, _, said = ask("PUT", file, data=content)
@@ -107,7 +108,8 @@ def test_names_that_are_hard_to_write_pass_the_proxy(server: Server, client: Mlf
             continue
         got, head = ask("GET", file, headers={"Accept-Encoding": "gzip"}), ask("HEAD", file)
         page = "/get-artifact?" + urllib.parse.urlencode({"run_uuid": run_id, "path": f"{number}/{path}"})
-        # On any server, the client strips names, and confuses a file in a folder of the same name with that folder.
+        # MLflow's client changes some names, and returns an empty list for a folder that contains only a file of the
+        # same name. Therefore the test lists folders without MLflow's client.
         inside = "?" + urllib.parse.urlencode({"path": f"{root}/{folder}"})
         listed = [each["path"] for each in json.loads(ask("GET", f"{FILES}{inside}")[2]).get("files", [])]
         for what, seen, expected in (
@@ -129,7 +131,7 @@ def test_names_that_are_hard_to_write_pass_the_proxy(server: Server, client: Mlf
 def test_compressed_files_are_returned_unchanged(
     server: Server, client: MlflowClient, cloud: LocalCloud, tmp_path: Path
 ) -> None:
-    """Including files that an earlier image stored with an encoding, which stays."""
+    """Earlier images stored files with a Content-Encoding. Such files keep the header and are returned unchanged."""
     table = gzip.compress(b"a,b\n" * 200_000, mtime=0)
     contents = {"table.csv.gz": table, "no.tar.gz": b"this is no gzip", "big.nii.gz": table * 24_000, "empty.tgz": b""}
     run_id = client.create_run("0").info.run_id

@@ -1,4 +1,4 @@
-"""The audit trail of a launched server: who changed what is in the journal and in the bucket, and is read back."""
+"""The audit trail of a launched server names the user of each change, and is stored in the journal and the bucket."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ def lines_since(began: datetime, *arguments: str) -> list[dict[str, Any]]:
 def test_every_change_and_refusal_is_read_back(
     server: Server, cloud: LocalCloud, client: MlflowClient, logins: dict[str, tuple[str, str]]
 ) -> None:
-    # The users' first logins were refused until the server knew them, and refusals of a minute are counted.
+    # nginx refused the users' first logins before it had their passwords. The audit trail limits the number of refusals
+    # per minute, so the test waits for the next minute.
     time.sleep(60 - time.time() % 60)
     began = datetime.now(UTC).replace(microsecond=0)
     experiment = client.create_experiment(f"audited-{time.time_ns()}")
     run = client.create_run(experiment).info.run_id
-    client.log_metric(run, "loss", 0.5)  # answered beside MLflow
-    client.set_tag(run, "note", "hunter2 is no part of the trail")  # answered by MLflow
+    client.log_metric(run, "loss", 0.5)  # The fast path answers this request.
+    client.set_tag(run, "note", "hunter2 is no part of the trail")  # MLflow answers this request.
     client.log_text(run, "hello", "notes/hello.txt")
     client.delete_run(run)
     delete = "/api/2.0/mlflow/runs/delete"
@@ -53,7 +54,7 @@ def test_every_change_and_refusal_is_read_back(
     assert by_route["runs/create"]["ids"]["run_id"] == run
     (uploaded,) = [line for line in ours if line["ids"].get("artifact_path", "").endswith("notes/hello.txt")]
     assert (uploaded["method"], uploaded["status"]) == ("PUT", 200)
-    # Each of nginx's processes writes its own lines every second, so lines of the same second are in any order.
+    # Each nginx process writes its log lines once per second, so lines of the same second are in any order.
     deletions = [(line["user"], line["login"], line["status"]) for line in found if line.get("route") == delete]
     assert sorted(deletions) == [
         (server.username, "accepted", 200),

@@ -1,6 +1,6 @@
-"""Backups are restored: after the loss of the data volume, to any moment, and from a dump.
+"""The server can be restored from its backups: after the loss of the data volume, to any moment, and from a dump.
 
-On a stack of its own, because the volume is lost.
+The tests have their own stack, because they delete its data volume.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOST_AT_MOST_SECONDS = 60
 
 @pytest.fixture(scope="module")
 def backed_up(cloud: LocalCloud, image: Mapping[str, Any], drill_meanwhile: None) -> Iterator[Server]:
-    """A machine that has taken its first base backup, half a minute after its boot."""
+    """Launch a machine and wait for its first base backup, which starts half a minute after the boot."""
     with own_stack(cloud, "backups"):
         server = launch_server("--ami", image["ami_id"])
         wait_until(lambda: history(cloud, server, "base"), "first base backup")
@@ -38,13 +38,13 @@ def backed_up(cloud: LocalCloud, image: Mapping[str, Any], drill_meanwhile: None
 
 
 def shell(cloud: LocalCloud, server: Server, line: str) -> str:
-    """The output of a shell command on the machine, whatever its exit status."""
+    """Run a shell command on the machine. Returns its output, even if the command fails."""
     done = cloud.exec(server.instance_id, ["sh", "-c", line], timeout=PATIENCE_SECONDS)
     return done.stdout + done.stderr
 
 
 def history(cloud: LocalCloud, server: Server, what: str) -> dict[str, Any]:
-    """The machine's records of its backups on the data volume."""
+    """Return one of the JSON files about backups on the data volume, or {} if the file does not exist."""
     found = cloud.exec(server.instance_id, ["cat", f"/srv/mlflow/backups/{what}.json"])
     return dict(json.loads(found.stdout)) if found.returncode == 0 else {}
 
@@ -57,7 +57,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENC
 
 
 def log(client: MlflowClient, name: str) -> None:
-    """A run with metrics and a registered model, all named `name`."""
+    """Create a run with metrics and a registered model, both named `name`."""
     run = client.create_run("0", run_name=name)
     for number in range(20):
         client.log_metric(run.info.run_id, "loss", 1 / (number + 1), step=number)
@@ -67,7 +67,7 @@ def log(client: MlflowClient, name: str) -> None:
 
 
 def logged(client: MlflowClient) -> dict[str, Any]:
-    """Everything that `log` wrote, as the client reads it."""
+    """Read everything that `log` wrote with MLflow's client, and return this data."""
     runs = {run.info.run_name: run for run in client.search_runs(["0"])}
     return {
         "losses": {
@@ -79,7 +79,7 @@ def logged(client: MlflowClient) -> dict[str, Any]:
 
 
 def archived_since(cloud: LocalCloud, server: Server, moment: datetime) -> bool:
-    """Whether a segment that was finished after `moment` has been archived."""
+    """Return whether the archive has a WAL segment that was finished after `moment`."""
     at = history(cloud, server, "archive").get("at")
     return at is not None and datetime.fromisoformat(at) > moment
 
@@ -108,7 +108,7 @@ def test_a_lost_volume_loses_at_most_a_minute(backed_up: Server, cloud: LocalClo
         log(client, "after-the-restore")
         after = logged(client)
         assert after["losses"]["after-the-restore"]
-        # The setting is unchanged, and the same backup is not restored again.
+        # The setting restoreFrom is unchanged, but the machine does not restore this backup a second time.
         again = shell(cloud, restored, f"{AS_POSTGRES} -m mlflow_host.backups.restore --step")
         assert "no restore is requested, or it is done already" in again
         assert logged(client) == after
@@ -116,7 +116,7 @@ def test_a_lost_volume_loses_at_most_a_minute(backed_up: Server, cloud: LocalClo
 
 
 def lose_power(cloud: LocalCloud, server: Server) -> None:
-    """Stop the machine at once, without a shutdown."""
+    """Stop the machine immediately, without a shutdown."""
     ec2 = cloud.client("ec2")
     ec2.stop_instances(InstanceIds=[server.instance_id], Force=True)
     ec2.get_waiter("instance_stopped").wait(InstanceIds=[server.instance_id], WaiterConfig={"Delay": 1})
@@ -129,7 +129,7 @@ CHECK = (
 
 
 def restore(cloud: LocalCloud, server: Server, what: str) -> dict[str, Any]:
-    """`mlflow-host-restore` by hand, and its record."""
+    """Run `mlflow-host-restore` by hand, and return its record."""
     said = shell(cloud, server, f"mlflow-host-restore {shlex.quote(what)} --yes")
     noted = history(cloud, server, "restored")
     assert noted.get("asked") == what, said
@@ -139,7 +139,7 @@ def restore(cloud: LocalCloud, server: Server, what: str) -> dict[str, Any]:
 
 @pytest.fixture
 def running(backed_up: Server) -> Server:
-    """The current machine: an earlier test has lost its volume and launched another machine."""
+    """The current machine. An earlier test has deleted the first machine's volume and launched another machine."""
     return describe_server()
 
 
@@ -187,7 +187,7 @@ def test_unknown_backup_is_refused_with_the_available_ones(running: Server, clou
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0.5, 2.0, 4.0, 6.0, 8.0])
 def test_a_restore_that_is_killed_loses_nothing(running: Server, cloud: LocalCloud, after: float) -> None:
-    """The machine loses power during the restore; the next boot finishes it, or starts it again."""
+    """The machine loses power during the restore. The next boot finishes the restore or restarts it."""
     with client_of(running) as client:
         log(client, f"before-the-kill-{after}")
         before = logged(client)
@@ -219,7 +219,7 @@ def test_a_name_that_is_not_there_fails_the_boot_and_touches_nothing(running: Se
 
 @pytest.mark.slow
 def test_spoiled_backups_are_restored_from_before(running: Server, cloud: LocalCloud) -> None:
-    """By an intruder with the machine's own credentials, who deletes and overwrites all there is."""
+    """An intruder uses the machine's own credentials to delete and overwrite all backups."""
     bucket, once = running.buckets["backups"], Config(s3={"addressing_style": "path"}, retries={"max_attempts": 1})
     told = json.loads(on_machine(cloud, running, "python3", "-c", ASK))
     keys = {

@@ -1,8 +1,8 @@
-"""No request costs another user more than a second, and none ends a process: the dearest request of each kind, sent by
-32 clients of one user, while another user logs.
+"""32 clients of one user send the most expensive request of each kind while a second user logs metrics. No request may
+delay the second user by more than a second, and no request may end a process.
 
-On a stack of its own, a t3.small, whose database holds a metric with two million points, a thousand runs with a hundred
-metrics each, traces and registered models.
+The tests have their own stack, a t3.small. The stack's database has a metric with two million points, a thousand runs
+with a hundred metrics each, traces and registered models.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def searching(**fields: Any) -> Request:
 
 
 def by_graphql(count: int = 3, **fields: Any) -> Request:
-    """`count` searches in one request."""
+    """Return one GraphQL request with `count` searches."""
     fragment = "runs { info { runId } data { metrics { key value } params { key value } } modelVersions { name } }"
     searches = " ".join(f"s{number}: mlflowSearchRuns(input: $input) {{ {fragment} }}" for number in range(count))
     query = f"query q($input: MlflowSearchRunsInput) {{ {searches} }}"
@@ -92,7 +92,7 @@ def of_traces(route: str, **body: Any) -> Request:
 
 
 def spans(count: int, text: str = "") -> bytes:
-    """An export of OpenTelemetry with traces of one span each."""
+    """Return an OpenTelemetry export of `count` traces with one span each."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     sent = ExportTraceServiceRequest()
@@ -114,7 +114,7 @@ def export(content: bytes) -> Request:
 
 
 def widest_json() -> bytes:
-    """15 MiB that take the most memory once they are parsed."""
+    """Return 15 MiB of JSON in the form that needs the most memory after parsing."""
     return b'{"records": [' + b'{"a":1},' * (15 * 2**20 // 8) + b"{}]}"
 
 
@@ -193,7 +193,7 @@ API = "/api/2.0/mlflow/"
 
 @pytest.fixture(scope="module")
 def sender(own: Server) -> tuple[str, str]:
-    """The user who sends the dear requests."""
+    """Create the user who sends the expensive requests."""
     login = "sender", script("users.py", "add", "sender").stdout.strip()
     deadline = time.monotonic() + 90
     while own.ask("/version", auth=login).status_code != 200:
@@ -203,7 +203,7 @@ def sender(own: Server) -> tuple[str, str]:
 
 
 def log_until(server: Server, run_id: str, ended: Any, latencies: Queue[list[float]]) -> None:
-    """A training: a batch of ten metrics again and again, in a process of its own."""
+    """Log batches of ten metrics in a separate process, like a training script, until `ended` is set."""
     taken = []
     session = requests.Session()
     for step in itertools.count():
@@ -223,7 +223,8 @@ def log_until(server: Server, run_id: str, ended: Any, latencies: Queue[list[flo
 
 
 def send(server: Server, login: tuple[str, str], dear: list[Request], until: float) -> list[tuple[int, str]]:
-    """The answers of a client that sends these requests in turn: status, and the first of the text."""
+    """Send the requests in `dear` one after the other until `until`. Returns each response's status and first 500
+    bytes."""
     found = []
     for request in itertools.cycle(dear):
         if time.monotonic() > until:
@@ -273,7 +274,7 @@ def test_another_user_logs_on_and_nothing_ends(
         other.join()
     slow = taken[int(0.99 * len(taken))] if taken else float("inf")
     statuses = Counter(status for status, _ in answers)
-    print(f"{kind}: {dict(statuses)}; the other: {len(taken)} batches, p99 {slow:.2f} s, slowest {taken[-1]:.2f} s")
+    print(f"{kind}: {dict(statuses)}; second user: {len(taken)} batches, p99 {slow:.2f} s, slowest {taken[-1]:.2f} s")
     wrong = {said for status, said in answers if not (status == 200 or (400 <= status < 500 and len(said) > 20))}
     assert (wrong, processes(cloud, own)) == (set(), before)
     assert slow < SLOWEST_SECONDS, f"the other's p99 is {slow:.2f} s"

@@ -1,4 +1,4 @@
-"""With postgresCidrs, one read-only role can connect to PostgreSQL over TLS."""
+"""With the setting postgresCidrs, one read-only role can connect to PostgreSQL over TLS."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def test_without_networks_nothing_but_nginx_listens(server: Server, cloud: Local
 
 @pytest.fixture(scope="module")
 def readers(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
-    """A server in its own stack that allows readers from loopback, the source of the forwarded connections."""
+    """Launch a server in its own stack. The setting postgresCidrs allows loopback, because forwarded connections come
+    from loopback."""
     os.environ["MLFLOW_AMI_REHEARSAL"] = STACK
     try:
         yield launch_server("--ami", image["ami_id"], "--set", "postgresCidrs=127.0.0.0/8")

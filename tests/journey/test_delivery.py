@@ -1,8 +1,8 @@
-"""From two bakes to production, and the removal of the stack: the lines of the workflows, with the real Pulumi on the
-local cloud.
+"""The test runs the command lines of the workflows with the real Pulumi on the local cloud: two bakes, the deployment
+to production, and the removal of the stack.
 
-`make test-delivery` runs it, after tests/delivery. Each step is a `run:` of .github/workflows, run by bash with
-GitHub's files and variables; AWS is the local cloud. The output is written to build/delivery-walk.txt.
+`make test-delivery` runs this test after tests/delivery. Each step is a `run:` of .github/workflows, which bash runs
+with GitHub's files and variables. The local cloud replaces AWS. The output is written to build/delivery-walk.txt.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ STACK, CHANNEL, BEFORE = "production", "staging", "3.17.2"
 
 @dataclass
 class Job:
-    """A job of a workflow on this machine: a terminal, and the files that its steps write."""
+    """A workflow job on this machine: a terminal, and the files that the job's steps write."""
 
     terminal: Terminal
     files: Path
 
     def take(self, workflow: str, step: str, *more: str, status: int | None = 0, **variables: str) -> dict[str, str]:
-        """Run the step's line like the workflow; returns the step's outputs."""
+        """Run the command line of a step like the workflow does, and return the step's outputs."""
         (self.files / "output").write_text("")
         line = " ".join([line_of(workflow, step).removeprefix("sudo -E "), *more])
         given = " ".join(f"{name}='{value}'" for name, value in variables.items())
@@ -58,7 +58,7 @@ class Job:
 
 @pytest.fixture
 def job(cloud: LocalCloud, tmp_path: Path) -> Job:
-    """A runner with its own checkout, whose account has no image of this project and no stack."""
+    """Create a runner with its own checkout. The runner's account has no image of this project and no stack."""
     terminal = open_terminal(cloud, tmp_path, REPOSITORY / "build/delivery-walk.txt")
     github = {"GITHUB_ACTIONS": "true"}
     github |= {

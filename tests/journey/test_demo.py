@@ -1,4 +1,4 @@
-"""A second `make demo`: the server is up within a minute, and nothing is baked, launched or logged twice."""
+"""After a second `make demo`, the server is up within a minute, and nothing is baked, launched or logged twice."""
 
 import time
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.machine
 def test_second_demo_is_up_within_a_minute(
     server: Server, base: str, example_runs: Mapping[str, str], client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The tests' cloud is root's, also if a user ran them with sudo, as whom the demo would connect.
+    # The tests' cloud belongs to root. If a user runs the tests with sudo, the demo would connect as that user.
     for name in ("SUDO_UID", "SUDO_GID", "SUDO_USER"):
         monkeypatch.delenv(name, raising=False)
 

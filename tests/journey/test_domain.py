@@ -1,8 +1,10 @@
-"""A stack with a domain and tls acme gets a certificate automatically, and the next machine requests none.
+"""A stack with a domain and tls acme gets a certificate automatically. The next machine of the stack requests no
+certificate.
 
-The authority is Pebble, on this host: it resolves the machine's name by the record that the stack wrote to its hosted
-zone, and connects through the security group. The clients do the same, with a name server that serves the zone. The
-only change on the machine is that its list of authorities contains Pebble.
+The certificate authority is Pebble, which runs on this host. Pebble resolves the machine's name with the record that
+the stack wrote to its hosted zone, and connects through the security group. The clients resolve the machine's name with
+a name server that serves this hosted zone. The test changes only one thing on the machine: the test adds Pebble to the
+list of trusted authorities.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ pytestmark = [
 STACK = "domain"
 DIRECTORY = 14001
 NAMES = ("127.10.255.53", 53)
-"""Address and port of the clients' name server: resolvers use only port 53."""
+"""Address and port of the clients' name server. The port is 53, because resolvers use no other port."""
 
 CLIENT = """
 import mlflow
@@ -50,7 +52,7 @@ print(mlflow.artifacts.load_text(f"{run.artifact_uri}/note.txt"))
 """
 
 Person = Callable[..., str]
-"""Runs a command as a user whose resolver knows the zone; returns its output."""
+"""A function that runs a command as a user whose resolver serves the hosted zone, and returns the command's output."""
 
 
 def test_stack_with_a_domain_gets_a_certificate_and_its_next_machine_requests_none(
@@ -75,13 +77,13 @@ def test_stack_with_a_domain_gets_a_certificate_and_its_next_machine_requests_no
 
         exports = json.loads(person(sys.executable, str(SCRIPTS / "connect.py"), "--json"))
         login = {"MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"}
-        assert set(exports) == {*login, *PIECES, "REQUESTS_CA_BUNDLE"}  # the last one for the local S3
+        assert set(exports) == {*login, *PIECES, "REQUESTS_CA_BUNDLE"}  # REQUESTS_CA_BUNDLE is needed for the local S3
         assert person(sys.executable, "-W", "ignore", "-c", CLIENT, **exports).split("\n")[-2] == "found by its name"
         user = f"{exports['MLFLOW_TRACKING_USERNAME']}:{exports['MLFLOW_TRACKING_PASSWORD']}"
         page = person("curl", "-sSf", "--noproxy", "*", "--config", "-", f"https://{DOMAIN}/", given=f"user = {user}")
         assert "<title>MLflow</title>" in page
 
-        # Pebble no longer runs: its certificate is on the data volume.
+        # Pebble is stopped. The second machine uses the certificate on the data volume.
         second = launched(person, image["ami_id"], jobExecution="true")
         assert second["instance_id"] != first["instance_id"]
         assert ask(second["public_ip"], trusted)[2] == certificate
@@ -89,7 +91,7 @@ def test_stack_with_a_domain_gets_a_certificate_and_its_next_machine_requests_no
 
 
 def launched(person: Person, ami: str, **settings: str) -> dict[str, Any]:
-    """The output of `rehearse.py up`, after the server's first response to a login by its name."""
+    """Run `rehearse.py up` and return its output. The command waits until a login at the server's name succeeds."""
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     found: dict[str, Any] = json.loads(
         person(sys.executable, str(SCRIPTS / "rehearse.py"), "up", "--ami", ami, *words, "--json")
@@ -99,7 +101,7 @@ def launched(person: Person, ami: str, **settings: str) -> dict[str, Any]:
 
 @contextmanager
 def hosted_zone(cloud: LocalCloud) -> Iterator[str]:
-    """The ID of a zone that the domain is in."""
+    """Create a hosted zone that contains the domain, and yield the zone's ID."""
     route53 = cloud.client("route53")
     made = route53.create_hosted_zone(Name=DOMAIN.partition(".")[2], CallerReference=str(time.time_ns()))
     zone = made["HostedZone"]["Id"].rpartition("/")[2]
@@ -110,7 +112,7 @@ def hosted_zone(cloud: LocalCloud) -> Iterator[str]:
 
 
 def addresses(cloud: LocalCloud, zone: str) -> Callable[[str], str | None]:
-    """The zone's records of a name."""
+    """Return a function that returns the address of a name in the hosted zone, or None."""
     route53 = cloud.client("route53")
 
     def address_of(name: str) -> str | None:
@@ -122,7 +124,8 @@ def addresses(cloud: LocalCloud, zone: str) -> Callable[[str], str | None]:
 
 
 def user_with_the_zones_resolver(folder: Path, root: str) -> Person:
-    """It also trusts Pebble's root, as clients trust Let's Encrypt's."""
+    """Return a function that runs commands as a user whose name server serves the hosted zone. The user trusts Pebble's
+    root, like clients trust Let's Encrypt's root."""
     resolver, trusted = folder / "resolv.conf", folder / "root.pem"
     resolver.write_text(f"nameserver {NAMES[0]}\n")
     trusted.write_text(root)
@@ -138,8 +141,8 @@ def user_with_the_zones_resolver(folder: Path, root: str) -> Person:
 
 @contextmanager
 def trusting(cloud: LocalCloud, authority: str) -> Iterator[None]:
-    """During the block, the stack's machine can reach Pebble's directory at the same address as this host, and trusts
-    it."""
+    """During the `with` block, the stack's machine trusts Pebble, and reaches Pebble's ACME directory at the address
+    that this host uses."""
     done = threading.Event()
     preparing = threading.Thread(target=prepare_machine, args=(cloud, authority, done))
     preparing.start()
@@ -171,8 +174,8 @@ def running_machine(cloud: LocalCloud) -> str | None:
 
 @contextmanager
 def forwarded(namespace: int) -> Iterator[None]:
-    """Make Pebble's directory available in a network at the same address as on this host; closes the given
-    descriptor."""
+    """Make Pebble's ACME directory available in a network namespace, at the address that this host uses. Closes the
+    descriptor `namespace`."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         command = [sys.executable, "-m", "scripts.local_cloud.port_forwarder", str(theirs.fileno())]

@@ -1,5 +1,5 @@
-"""The main promise, with two baked images: upgrade and roll back, twice, with writes at every stop, and nothing is
-lost."""
+"""The main promise of this project: after two upgrades and two rollbacks between two baked images, with writes at every
+stop, no data is lost."""
 
 import json
 from collections.abc import Mapping
@@ -29,7 +29,8 @@ def test_a_drill_from_3_12_and_back_twice_loses_nothing(
         assert stop["written"] > 20
     compared = [stop["compared"] for stop in stops]
     assert compared[0] == 0 and compared == sorted(compared) and compared[3] > 60
-    # Data of the newer release only waits while the older one is in service, and is compared again at the end.
+    # While the older release is in service, data that only the newer release can store is in a pending merge. At the
+    # last stop, the drill compares this data again.
     assert [stop["waiting"] > 0 for stop in stops] == [False, False, True, False]
     assert [stop["database"].split(" from ")[0] for stop in stops[1:]] == ["upgrade", "carry back", "upgrade"]
     assert "merged back from kept databases" in stops[3]["database"]
@@ -39,7 +40,7 @@ def test_a_drill_from_3_12_and_back_twice_loses_nothing(
 
 
 def tags_of_machines(cloud: LocalCloud) -> list[dict[str, str]]:
-    """The tags of all machines that are not terminated."""
+    """Return the tags of all machines that are not terminated."""
     described = cloud.client("ec2").describe_instances()["Reservations"]
     machines = [each for reservation in described for each in reservation["Instances"]]
     return [tag for each in machines if each["State"]["Name"] != "terminated" for tag in each.get("Tags", [])]

@@ -1,5 +1,5 @@
-"""No route of the installed MLflow answers a request without a login, however it is written. The requests are written
-byte by byte, because a client library would correct their mistakes.
+"""No route of the installed MLflow answers a request without a login, in any spelling of the request. The tests write
+the bytes of the requests themselves, because a client library would correct malformed requests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from tests.support.servers import Server
 pytestmark = pytest.mark.machine
 
 REFUSALS = {400, 401, 403, 404, 405, 408, 411, 413, 414, 421, 429, 431, 501, 505}
-"""Allowed statuses without a login. Never a result (2xx), a redirect (3xx), or a failure behind the login (5xx)."""
+"""The statuses that a request without a login may get. A result (2xx), a redirect (3xx) or an error behind the login
+(5xx) is a fault."""
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND", "get")
 UNUSUAL = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -34,15 +35,15 @@ UNUSUAL = {"Content-Type": "application/json", "Accept": "application/json"}
 
 @dataclass
 class Wire:
-    """A connection to the server, opened again when the server has closed it."""
+    """A connection to the server. A request opens a new connection if the server has closed the previous connection."""
 
     server: Server
     connection: socket.socket | None = None
     source: str = ""
-    """The source address, if it is not this machine's usual one."""
+    """The source address; "" for this machine's usual address."""
 
     def ask(self, request: bytes) -> int:
-        """Status of the response to these bytes; 0 if the server closed the connection without one."""
+        """Return the status of the response to these bytes; 0 if the server closed the connection with no response."""
         for fresh in (False, True):
             if self.connection is None:
                 self.connection, fresh = connect(self.server, self.source), True
@@ -71,7 +72,7 @@ def connect(server: Server, source: str = "") -> socket.socket:
 
 
 def read_answer(connection: socket.socket, *, head: bool) -> tuple[int, bool]:
-    """Status of the next response, and whether the connection can be used again. No expected response is long."""
+    """Return the status of the next response, and whether the connection can be used again. Responses must be short."""
     received = b""
     while b"\r\n\r\n" not in received:
         if not (more := connection.recv(65536)):
@@ -98,7 +99,7 @@ def wire(server: Server) -> Iterator[Wire]:
 
 @pytest.fixture(scope="module")
 def paths() -> list[str]:
-    """Every path that the installed MLflow serves, with a value in place of each variable part."""
+    """Return every path that the installed MLflow serves, with a value in place of each variable part."""
     found = {re.sub(r"<(\w+:)?[^>]+>", "1", route.path) for route in reader_routes.installed_routes()}
     assert len(found) > 150
     assert {"/version", "/health", "/graphql", "/api/2.0/mlflow/runs/search", "/v1/traces"} <= found
@@ -124,7 +125,8 @@ def login(name: str, password: str) -> dict[str, str]:
 
 
 def spellings(path: str) -> Iterator[str]:
-    """Other spellings of a path, which a careless check would treat as that path or as an open one."""
+    """Yield other spellings of a path. A careless server would treat such a spelling like the path itself, or like a
+    path that needs no login."""
     yield "/" + path
     yield path.replace("/", "//")
     yield path + "/"
@@ -151,7 +153,8 @@ def spellings(path: str) -> Iterator[str]:
 
 
 def first(found: Iterable[Any], count: int = 10) -> list[Any]:
-    """A few of them, enough to find the mistake; all would take long, because each response is a page of MLflow."""
+    """Return the first entries of `found`, which are enough to find a mistake. A test of all entries would take long,
+    because each response is a page of MLflow."""
     return list(islice(found, count))
 
 
@@ -166,8 +169,8 @@ def test_no_route_answers_without_a_login(server: Server, wire: Wire, paths: lis
 
 
 def test_no_route_answers_to_a_wrong_login(server: Server, paths: list[str]) -> None:
-    """Each path from another address: an address with many failed logins gets 429, which would hide the result of this
-    test."""
+    """Each path is requested from a different source address. An address with many failed logins gets 429, which would
+    hide the result of this test."""
     wrong: list[Callable[[int], dict[str, str]]] = [
         lambda n: login(f"nobody-{n}", "wrong"),
         lambda n: login(f"nobody-{n}", ""),
@@ -191,7 +194,7 @@ def test_no_spelling_of_a_path_bypasses_the_login(server: Server, wire: Wire, pa
         (target, status)
         for path in paths
         for target in spellings(path)
-        # A path that resolves to the health check is open, like the health check.
+        # The health check needs no login. A path that resolves to the health check needs no login either.
         if (status := wire.ask(request(server, "GET", target, UNUSUAL))) not in REFUSALS
     )
     assert answered == []
@@ -241,7 +244,7 @@ def test_no_header_bypasses_the_login(server: Server, wire: Wire, paths: list[st
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "evil.example", "169.254.169.254", "", "[::1]", "a b", "_"])
 def test_other_hosts_are_refused_with_any_login(server: Server, wire: Wire, host: str) -> None:
-    """MLflow itself accepts the host localhost."""
+    """MLflow without nginx accepts the host localhost."""
     for target in ("/version", f"http://{host or 'x'}/version", "/api/2.0/mlflow/experiments/search?max_results=1"):
         for extra in ({}, {"X-Forwarded-Host": host_of(server)}, {"Origin": server.url}):
             right = login(*server.login)
@@ -289,7 +292,8 @@ SMUGGLED = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
     ],
 )
 def test_no_second_request_is_smuggled_behind_the_first(framing: bytes, server: Server) -> None:
-    """However the server interprets a body of unclear length, it answers no request after it without a login."""
+    """A body of unclear length can hide a second request without a login. The server must not answer such a second
+    request."""
     first = f"POST /healthz HTTP/1.1\r\nHost: {host_of(server)}\r\n".encode() + framing
     with connect(server) as connection:
         connection.settimeout(3)
@@ -320,13 +324,13 @@ def test_too_large_requests_are_refused(server: Server, wire: Wire) -> None:
 
 
 def test_the_health_check_is_all_that_is_open(server: Server, wire: Wire) -> None:
-    """This shows that the refusals above come from the login, and not from a server that answers nothing."""
+    """With a login the server answers, so the refusals in the other tests are caused by the missing login."""
     assert wire.ask(request(server, "GET", "/healthz")) == 200
     assert wire.ask(request(server, "GET", "/version", login(*server.login))) == 200
 
 
 def test_right_logins_are_never_too_many(server: Server, wire: Wire) -> None:
-    """nginx must be able to write the files of logins: it allows a hundred first logins at once."""
+    """nginx must be able to write its files for logins. nginx allows a hundred first logins at the same time."""
     right = request(server, "GET", "/static-files/favicon.ico", login(*server.login))
     assert {wire.ask(right) for _ in range(150)} == {200}
 
@@ -343,8 +347,8 @@ def test_port_80_only_redirects(server: Server) -> None:
 
 @pytest.mark.slow
 def test_thousand_idle_and_slow_clients_do_not_block_others(server: Server, wire: Wire) -> None:
-    """Some clients send nothing; others stop within TLS, within the header, within the body. The server closes all but
-    the last."""
+    """Some clients send nothing. Other clients stop in the middle of the TLS handshake, of the header or of the body.
+    The server closes all connections except those of clients that stop in the middle of the body."""
     host, right = host_of(server), login(*server.login)
     held: list[socket.socket] = []
     silent = 1025

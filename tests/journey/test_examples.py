@@ -1,5 +1,5 @@
-"""The results that the three examples log to a launched server can be read back: figures, pictures, tables, data sets,
-models."""
+"""The client can read the results that the three examples log to a launched server: figures, pictures, tables, data
+sets, models."""
 
 import ast
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.machine
 
 
 def constant(example: str, name: str) -> Any:
-    """The value of a module-level literal of an example, read without running it."""
+    """Return the value of a module-level literal of an example, without running the example."""
     for statement in ast.parse((SCRIPTS / "examples" / example).read_text()).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
             return ast.literal_eval(statement.value)

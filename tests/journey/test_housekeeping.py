@@ -1,5 +1,5 @@
-"""Objects that users deleted long ago are removed, except those of registered versions; a filling volume is
-reported."""
+"""The server removes objects that users deleted long ago, except objects of registered model versions. The server
+reports if the data volume becomes full."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ pytestmark = pytest.mark.machine
 
 @pytest.fixture
 def keys(cloud: LocalCloud, server: Server) -> Callable[[str, str], set[str]]:
-    """Keys in both buckets that contain a text: of current objects, or of versions."""
+    """Return a function that lists all keys that contain a text in the buckets artifacts and models. The function lists
+    the keys of current objects or of object versions."""
 
     def keys(holding: str, kind: str = "Contents") -> set[str]:
         client, operation = cloud.client("s3"), "list_objects_v2" if kind == "Contents" else "list_object_versions"
@@ -89,7 +90,7 @@ def test_weekly_unit_removes_old_deleted_items_and_none_that_is_registered(
 
 @pytest.mark.slow
 def test_the_weekly_timer_starts_the_removal_by_itself(cloud: LocalCloud, server: Server) -> None:
-    """The timer's own time is Sunday night; the test sets it to a time in a few seconds, and starts nothing by hand."""
+    """The timer normally starts the removal on Sunday night. The test sets the timer to a time a few seconds later."""
     (timer,) = json.loads(on_machine(cloud, server, "systemctl", "list-timers", "--output=json", GC_TIMER))
     planned = datetime.fromtimestamp(timer["next"] / 1e6, UTC)
     assert planned.strftime("%A") == "Sunday" and (2, 40) <= (planned.hour, planned.minute) <= (3, 10)
@@ -118,7 +119,7 @@ GC_TIMER = "mlflow-host-gc.timer"
 
 
 def last_removal(server: Server) -> datetime:
-    """The time of the last report, or a time long ago if there is none."""
+    """Return the time of the last report, or a time long ago if there is no report."""
     answer = server.ask("/mlflow-host/garbage.json", auth=server.login)
     return datetime.fromisoformat(answer.json()["at"] or "2000-01-01T00:00:00Z")
 
@@ -126,10 +127,10 @@ def last_removal(server: Server) -> datetime:
 def test_artifacts_under_another_layout_stay_readable(
     cloud: LocalCloud, server: Server, client: MlflowClient, request: pytest.FixtureRequest
 ) -> None:
-    """Artifacts of a server that stored them elsewhere in the bucket, without the plug-in."""
+    """A server without our plug-in stored these artifacts elsewhere in the bucket."""
     bucket = server.buckets["artifacts"]
     experiment = client.create_experiment("another layout", artifact_location=f"s3://{bucket}/old/layout")
-    request.addfinalizer(lambda: client.delete_experiment(experiment))  # a client here cannot list its artifacts
+    request.addfinalizer(lambda: client.delete_experiment(experiment))  # clients cannot list artifacts in this layout
     run = client.create_run(experiment).info
     assert run.artifact_uri == f"s3://{bucket}/old/layout/{run.run_id}/artifacts"
     key = f"old/layout/{run.run_id}/artifacts/plots/curve.txt"
@@ -151,7 +152,7 @@ def test_cloudwatch_gets_the_metrics_of_the_alarms(cloud: LocalCloud, server: Se
     values = {}
     for name, alarm in ours.items():
         watched = {"Namespace": alarm["Namespace"], "MetricName": name, "Dimensions": alarm["Dimensions"]}
-        # moto lists a metric without dimensions once for each of its values.
+        # moto lists a metric without dimensions several times: once for each of its values.
         assert watched in client.list_metrics(**watched)["Metrics"], "the machine sends the alarm's metric"
         (point, *_) = client.get_metric_statistics(
             **watched,
@@ -167,7 +168,7 @@ def test_cloudwatch_gets_the_metrics_of_the_alarms(cloud: LocalCloud, server: Se
 
 
 def is_of(alarm: Mapping[str, Any], name: str) -> bool:
-    """Whether an alarm is about the stack of that name."""
+    """Return whether an alarm belongs to the stack of that name."""
     return bool(re.search(rf"mlflow-{re.escape(name)}(?![\w-])", alarm["AlarmDescription"]))
 
 
@@ -175,7 +176,7 @@ def is_of(alarm: Mapping[str, Any], name: str) -> bool:
 def test_operators_are_notified_within_five_minutes_of_a_dead_server_and_of_a_broken_archive(
     cloud: LocalCloud, image: Mapping[str, Any]
 ) -> None:
-    """With the machine's own timers: MLflow, the archive and then the machine are stopped."""
+    """MLflow, the archive and the machine are stopped one after the other. The machine's own timers run the checks."""
     topic, queue = pager(cloud)
     with own_stack(cloud, "dead"):
         own = launch_server("--ami", image["ami_id"], "--set", f"alarmTopicArn={topic}")
@@ -195,7 +196,7 @@ def test_operators_are_notified_within_five_minutes_of_a_dead_server_and_of_a_br
 
 
 def pager(cloud: LocalCloud) -> tuple[str, str]:
-    """An SNS topic, and the URL of a queue that is subscribed to it."""
+    """Create an SNS topic and a queue that is subscribed to it. Returns the topic's ARN and the queue's URL."""
     sns, sqs = cloud.client("sns"), cloud.client("sqs")
     topic = sns.create_topic(Name="operators")["TopicArn"]
     queue = sqs.create_queue(QueueName="pager")["QueueUrl"]
@@ -205,7 +206,7 @@ def pager(cloud: LocalCloud) -> tuple[str, str]:
 
 
 def received(cloud: LocalCloud, queue: str) -> list[dict[str, Any]]:
-    """The messages about alarms in a queue; they are removed from it."""
+    """Remove the messages about alarms from a queue and return them."""
     sqs, found = cloud.client("sqs"), []
     while got := sqs.receive_message(QueueUrl=queue, MaxNumberOfMessages=10).get("Messages"):
         found += [dict(json.loads(json.loads(each["Body"])["Message"])) for each in got]
@@ -215,7 +216,7 @@ def received(cloud: LocalCloud, queue: str) -> list[dict[str, Any]]:
 
 
 def states(cloud: LocalCloud, name: str) -> dict[str, str]:
-    """The state of each alarm of a stack, by the alarm's name in the setting."""
+    """Return the state of each alarm of a stack. The keys are the alarm names without the stack's name."""
     found = cloud.client("cloudwatch").describe_alarms()["MetricAlarms"]
     return {each["AlarmName"].rsplit("-", 1)[0]: str(each["StateValue"]) for each in found if is_of(each, name)}
 
@@ -224,7 +225,7 @@ def states(cloud: LocalCloud, name: str) -> dict[str, str]:
 def test_a_volume_that_fills_up_sets_off_the_alarm_then_takes_no_writes_until_there_is_room(
     cloud: LocalCloud, image: Mapping[str, Any]
 ) -> None:
-    """With the machine's own timers; the local cloud evaluates the alarm like CloudWatch."""
+    """The machine's own timers send the metric. The local cloud evaluates the alarm in the same way as CloudWatch."""
     topic, queue = pager(cloud)
     with own_stack(cloud, "full"):
         own = launch_server("--ami", image["ami_id"], "--set", f"alarmTopicArn={topic}", "--set", "dataVolumeGib=8")
@@ -233,7 +234,7 @@ def test_a_volume_that_fills_up_sets_off_the_alarm_then_takes_no_writes_until_th
             return states(cloud, "full")["data-volume-full"]
 
         def leave(percent: int) -> None:
-            """Fill the data volume with a file, so that this percentage of it is free."""
+            """Fill the data volume with a file so that `percent` percent of the volume is free."""
             on_machine(cloud, own, "rm", "-f", "/srv/mlflow/ballast")
             line = "df --output=size,avail -B1M /srv/mlflow | tail -1"
             size, available = map(int, on_machine(cloud, own, "sh", "-c", line).split())
@@ -247,7 +248,7 @@ def test_a_volume_that_fills_up_sets_off_the_alarm_then_takes_no_writes_until_th
             named = {"name": f"written {time.time_ns()}"}
             return own.ask("/api/2.0/mlflow/experiments/create", "POST", json=named, auth=own.login)
 
-        until(lambda: alarm() == "OK", 120)  # the machine first reports it a minute after its boot
+        until(lambda: alarm() == "OK", 120)  # the machine sends the metric for the first time a minute after its boot
         leave(8)
         until(lambda: alarm() == "ALARM", 120)
         assert 90 <= room()["used_percent"] < 97 and "the data volume is 9" in room()["problem"]
@@ -261,8 +262,8 @@ def test_a_volume_that_fills_up_sets_off_the_alarm_then_takes_no_writes_until_th
         assert own.answers(), "reads still work"
         script("rehearse.py", "up", "--ami", image["ami_id"], "--set", "dataVolumeGib=16")
         if not own_kernel.has_capability(own_kernel.CAP_SYS_RESOURCE):
-            # The machine has at most the capabilities of this process, so resize2fs fails on it.
-            until(lambda: "and its file system 8.0 GiB, because resize2fs failed" in room()["problem"], 60)
+            # The machine has at most the capabilities of this process, so resize2fs fails on the machine.
+            until(lambda: "its file system has 8.0 GiB, because resize2fs failed" in room()["problem"], 60)
             page = on_machine(cloud, own, "cat", "/run/mlflow-host/web/status.html")
             assert "because resize2fs failed" in page and own.answers()
             leave(50)

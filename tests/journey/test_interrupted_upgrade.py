@@ -1,4 +1,4 @@
-"""After an interrupted or failed upgrade the preview names the schema in service, not the requested one."""
+"""After an interrupted or failed upgrade, the preview names the schema in service, not the requested schema."""
 
 import json
 import signal

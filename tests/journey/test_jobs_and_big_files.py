@@ -1,4 +1,4 @@
-"""With jobExecution a job is done; with artifactTransfer either way a file of 1 GiB goes up and comes down."""
+"""With jobExecution, jobs are completed. With both values of artifactTransfer, 1 GiB is uploaded and downloaded."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 GIBIBYTE = 1024 * MEBIBYTE
 MEMORY_BYTES = 64 * MEBIBYTE
-"""What a transfer may add to the server processes."""
+"""The maximum growth of the server processes' memory during a transfer."""
 
 
 @pytest.fixture(scope="module", params=["direct", "proxied"])
 def own(request: pytest.FixtureRequest, cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
-    """A machine that runs jobs, of a stack of its own."""
+    """Launch a machine that runs jobs, in its own stack."""
     settings = ["jobExecution=true", f"artifactTransfer={request.param}", "instanceType=t3.medium"]
     with own_stack(cloud, "transfers"):
         yield launch_server("--ami", image["ami_id"], *(word for each in settings for word in ("--set", each)))
@@ -80,7 +80,7 @@ def test_background_job_is_completed(cloud: LocalCloud, own: Server) -> None:
 
 
 def test_a_job_runs_no_code_of_a_user_and_reaches_no_backup(cloud: LocalCloud, own: Server) -> None:
-    """It has the rights of MLflow's processes: their user, their environment, their sandbox."""
+    """A job has the rights of MLflow's processes: their user, their environment and their sandbox."""
     serialized = {
         "name": "mine",
         "call_source": "open('/srv/mlflow/tmp/proof', 'w').write('run')\nreturn 1",
@@ -122,7 +122,7 @@ def test_a_file_of_a_gibibyte_goes_up_and_comes_down(cloud: LocalCloud, own: Ser
     assert max(each.memory for each in peak) - before.memory < MEMORY_BYTES
     assert max(each.spooled for each in peak) < MEBIBYTE, "either way nothing is put on the server's disk"
 
-    # What the user interface shows a file by is put on the server's disk first.
+    # The user interface downloads a file through the server, which writes the file to its disk first.
     asked = f"/get-artifact?path=checkpoint/weights.bin&run_uuid={run}"
     free = int(shell(cloud, own, "df --output=avail -B1 /srv/mlflow | tail -1"))
     shell(cloud, own, f"fallocate -l {free - 2 * GIBIBYTE - 512 * MEBIBYTE} /srv/mlflow/ballast")
@@ -144,12 +144,13 @@ def test_a_file_of_a_gibibyte_goes_up_and_comes_down(cloud: LocalCloud, own: Ser
 def test_what_cannot_be_streamed_is_refused_when_it_would_not_fit_and_the_rest_arrives(
     cloud: LocalCloud, own: Server
 ) -> None:
-    """A process streams six uploads at once, and puts further ones on the disk, where there is room."""
+    """A server process streams six uploads at the same time. The process writes any further upload to the disk if the
+    disk has room for the upload."""
     with client_of(own) as client:
         run = client.create_run(client.create_experiment("many at once")).info
     folder = f"/api/2.0/mlflow-artifacts/artifacts/{run.experiment_id}/{run.run_id}/artifacts"
     body = os.urandom(2 * MEBIBYTE)
-    # 6 % is left, so it takes writes, but no temporary file.
+    # 6 % of the volume is free: the server accepts writes to the database, but no temporary file.
     size, available = map(int, shell(cloud, own, "df --output=size,avail -B1M /srv/mlflow | tail -1").split())
     shell(cloud, own, f"fallocate -l {available - size * 6 // 100}M /srv/mlflow/ballast")
     try:
@@ -167,7 +168,7 @@ def test_what_cannot_be_streamed_is_refused_when_it_would_not_fit_and_the_rest_a
 
 @contextmanager
 def upload_begun(server: Server, path: str, body: bytes) -> Iterator[ssl.SSLSocket]:
-    """A connection over which half of an upload has been sent."""
+    """Yield a connection that has sent half of an upload."""
     host = server.url.removeprefix("https://")
     trusted = ssl.create_default_context(cafile=server.server_certificate)
     login = base64.b64encode(":".join(server.login).encode()).decode()
@@ -181,8 +182,8 @@ def upload_begun(server: Server, path: str, body: bytes) -> Iterator[ssl.SSLSock
 
 
 def finished(upload: ssl.SSLSocket, body: bytes) -> tuple[int, str]:
-    """Send the other half; returns the status and body of the response. A server that has refused the upload may have
-    closed the connection, so an error while sending is ignored."""
+    """Send the second half of the upload, and return the status and body of the response. If the server has refused the
+    upload, it may have closed the connection, so an error while sending is ignored."""
     with contextlib.suppress(OSError):
         upload.sendall(body[len(body) // 2 :])
     answer = http.client.HTTPResponse(upload)
@@ -192,7 +193,7 @@ def finished(upload: ssl.SSLSocket, body: bytes) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Look:
-    """Bytes of memory of the server processes, with shared pages counted in proportion, and bytes of spooled files."""
+    """Bytes of memory of the server processes (shared pages are counted in proportion), and bytes of spooled files."""
 
     memory: int
     spooled: int
@@ -200,14 +201,14 @@ class Look:
 
 def look(cloud: LocalCloud, server: Server) -> Look:
     line = "for p in $(pgrep -f 'mlflow_host[.]server'); do grep ^Pss: /proc/$p/smaps_rollup; done; "
-    line += "{ du -sb /srv/mlflow/tmp || true; } 2>/dev/null"  # what it finds may be gone when it looks again
+    line += "{ du -sb /srv/mlflow/tmp || true; } 2>/dev/null"  # du fails if a file disappears while it runs
     found = [line.split() for line in shell(cloud, server, line).splitlines()]
     return Look(sum(int(words[1]) * 1024 for words in found if words[0] == "Pss:"), int(found[-1][0]))
 
 
 @contextmanager
 def watched(cloud: LocalCloud, server: Server) -> Iterator[list[Look]]:
-    """Looks while the block runs; the list is complete when it has ended."""
+    """Record memory and spooled files during the `with` block. The yielded list is complete after the block."""
     seen: list[Look] = []
     done = threading.Event()
 

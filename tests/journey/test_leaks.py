@@ -1,6 +1,6 @@
-"""Every secret of a stack is searched by value in every place that must not contain it.
+"""The tests search for the value of every secret of a stack in every place that must not contain it.
 
-The values are those of the launched server: each is random and long, so a match is the secret.
+The secrets are those of the launched server. The value of each secret is random and long, so every match is a leak.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ print(json.dumps({"found": found, "journal": len(journal), "swap": open("/proc/s
 
 
 def search(server: Server, cloud: LocalCloud, secrets: Mapping[str, str]) -> set[tuple[str, ...]]:
-    """(secret's name, file or process or "journal", owner and mode or unit) for each place that contains one."""
+    """Return a tuple for each place with a secret: (secret's name, path of a file, owner and mode), (secret's name,
+    "cmdline" or "environ", unit of a process) or (secret's name, "journal", "")."""
     done = cloud.exec(server.instance_id, ["python3", "-c", SEARCH], input=json.dumps(dict(secrets)), timeout=300)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -98,7 +99,7 @@ systemd-run --quiet --unit={name} --setenv=SECRET={canary} sh -c 'sleep 300; : {
 
 
 def test_a_secret_that_is_anywhere_on_the_machine_is_found(server: Server, cloud: LocalCloud) -> None:
-    """Otherwise an empty result of the next test would prove nothing."""
+    """If the search could not find a planted secret, an empty result of the next test would prove nothing."""
     name, canary = "leak-canary", uuid.uuid4().hex
     try:
         planted = cloud.exec(server.instance_id, ["sh", "-ec", PLANT.format(name=name, canary=canary)])
@@ -113,7 +114,8 @@ def test_a_secret_that_is_anywhere_on_the_machine_is_found(server: Server, cloud
 def test_only_the_necessary_places_on_the_machine_contain_a_secret(
     server: Server, cloud: LocalCloud, secrets: Mapping[str, str]
 ) -> None:
-    """MLflow reads the passphrase from its environment: only a file of root, and its own processes, may contain it."""
+    """MLflow reads the passphrase from its environment. Only MLflow's processes and a file of root may contain the
+    passphrase."""
     found = search(server, cloud, secrets)
     assert ("passphrase", "/run/mlflow-host/mlflow.env", "0 600") in found, "the search finds nothing at all"
     allowed = {("passphrase", "/run/mlflow-host/mlflow.env", "0 600")} | {

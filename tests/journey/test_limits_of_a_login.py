@@ -1,8 +1,8 @@
-"""What a login of a reader or writer once did to a server and to others: each request gets the right answer, from a
-launched machine, and none costs a process.
+"""Requests with which a reader or writer could harm the server or other users in earlier images. On a launched machine,
+each request gets the right answer, and no request ends a process.
 
-What is not asked here: the machine's own roles (test_role.py), the sandbox and the socket of the login
-(test_sandbox.py), the cloud's APIs (tests/local_cloud/test_signatures.py), pages in the browser (tests/browser).
+Other tests cover the machine's own roles (test_role.py), the sandbox and the socket of the login (test_sandbox.py), the
+cloud's APIs (tests/local_cloud/test_signatures.py) and pages in the browser (tests/browser).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ UNITS = (
 
 @pytest.fixture(scope="module", autouse=True)
 def no_process_ends(server: Server, cloud: LocalCloud) -> Iterator[None]:
-    """Nothing was killed or started again by what is asked here."""
+    """Assert that no test of this module killed or restarted a process."""
     before = on_machine(cloud, server, "sh", "-c", UNITS)
     assert before.count("MainPID=") >= 3
     yield
@@ -60,7 +60,7 @@ def writer(server: Server, logins: dict[str, Login]) -> Ask:
     )
 
 
-# Places of artifacts: the backups, and files of the machine
+# Artifact locations in the backups bucket or in the machine's file system
 
 
 def places(server: Server) -> list[str]:
@@ -92,7 +92,7 @@ def test_a_writer_stores_no_place_outside_of_the_stack_however_it_is_spelled(ser
 
 @pytest.fixture
 def secret(server: Server, cloud: LocalCloud) -> Iterator[bytes]:
-    """What a dump in the backups bucket holds."""
+    """Put a dump into the backups bucket, and yield the dump's content."""
     s3, there = cloud.client("s3"), {"Bucket": server.buckets["backups"], "Key": "dumps/everybody.dump"}
     content = uuid.uuid4().hex.encode()
     s3.put_object(**there, Body=content)
@@ -103,7 +103,7 @@ def secret(server: Server, cloud: LocalCloud) -> Iterator[bytes]:
 def test_rows_with_another_place_are_opened_on_no_route(
     server: Server, cloud: LocalCloud, reader: Ask, writer: Ask, secret: bytes
 ) -> None:
-    """As a release without the check, or a restore, may have left them."""
+    """An image without the check of artifact locations, or a restore, may have left rows with a forbidden location."""
     name = f"rows-{uuid.uuid4().hex[:8]}"
     experiment = writer(API + "experiments/create", "POST", json={"name": name}).json()["experiment_id"]
     made = writer(API + "runs/create", "POST", json={"experiment_id": experiment, "start_time": 1}).json()
@@ -131,7 +131,7 @@ def test_rows_with_another_place_are_opened_on_no_route(
     }
     found = {what: (answer.status_code, answer.text) for what, answer in asked.items()}
     assert [what for what, (_, text) in found.items() if secret.decode() in text or "X-Amz" in text] == []
-    del found["version of a version"]  # created before, it has the models bucket, where MLflow finds no such file
+    del found["version of a version"]  # this version's location is in the models bucket, where no such file exists
     assert {what: said for what, said in found.items() if not 400 <= said[0] < 500} == {}
     back = f"UPDATE runs SET artifact_uri = 'mlflow-artifacts:/x' WHERE run_uuid = '{run}'"
     on_machine(cloud, server, "runuser", "-u", "postgres", "--", "psql", "-qd", "mlflow", "-c", back)
@@ -156,7 +156,7 @@ def test_a_planted_dump_is_not_among_the_backups(server: Server, cloud: LocalClo
             s3.delete_object(Bucket=backups, Key=key)
 
 
-# Searches and bodies that cost others
+# Searches and bodies that slow down other users
 
 
 GRAPHQL = "query q($input: MlflowSearchRunsInput) { mlflowSearchRuns(input: $input) { runs { info { runId } } } }"
@@ -190,7 +190,7 @@ def test_megabytes_of_comments_in_a_query_are_refused(reader: Ask) -> None:
 
 
 def test_a_statement_that_needs_too_much_memory_fails_alone(server: Server, cloud: LocalCloud) -> None:
-    """The session beside it goes on, and the kernel would kill a backend before the postmaster."""
+    """Another session continues. The kernel would kill a backend before it kills the postmaster."""
     dear = "SELECT length(string_agg(repeat('x', 1000000), '')) FROM generate_series(1, 1000)"
     line = f"""
         cd /; psql() {{ runuser -u postgres -- psql -XAtd mlflow "$@"; }}
@@ -206,7 +206,7 @@ def test_a_statement_that_needs_too_much_memory_fails_alone(server: Server, clou
 
 
 def test_the_list_of_models_waits_for_nobody(server: Server, reader: Ask, writer: Ask) -> None:
-    """It once fetched 97 catalogues from the internet, in all threads there are."""
+    """In the past, this request fetched 97 catalogues from the internet and occupied all threads."""
     with ThreadPoolExecutor(24) as many:
         asked = [many.submit(reader, "/ajax-api/3.0/mlflow/gateway/supported-models") for _ in range(24)]
         begun = time.monotonic()
@@ -234,9 +234,9 @@ def test_60_mebibytes_of_json_are_refused(reader: Ask, route: str) -> None:
     ],
 )
 def test_a_body_that_nginx_does_not_buffer_is_bounded(writer: Ask, method: str, path: str) -> None:
-    """Of known length, and in chunks: each would be read into memory whole."""
+    """One body has a known length, and the other body is sent in chunks. MLflow would read each body into memory."""
     for body in (bytes(100 << 20), (bytes(1 << 20) for _ in range(100))):
-        # The answer comes before the whole request, and then the connection may end.
+        # nginx responds before it has read the whole request, and may then close the connection.
         with contextlib.suppress(requests.ConnectionError):
             assert writer(path, method, data=body).status_code == 413
 
@@ -257,7 +257,7 @@ def test_traces_that_decompress_to_too_much_are_refused(writer: Ask) -> None:
     assert writer("/v1/traces", "POST", data=bomb, headers=headers).status_code == 413
 
 
-# The login, and answers that a page or client cannot use
+# The login, and responses that a page or client cannot use
 
 
 def test_a_name_with_a_line_feed_is_a_wrong_login_and_no_line_of_the_journal(

@@ -1,4 +1,4 @@
-"""The journal of a launched server is in CloudWatch Logs: nginx's lines, MLflow's and the host's, and no secret."""
+"""CloudWatch Logs has the journal of a launched server: the lines of nginx, MLflow and the host, and no secret."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ GROUP = f"/mlflow-ami/{STACK}"
 
 @pytest.fixture(scope="module")
 def own(cloud: LocalCloud, image: Mapping[str, Any]) -> Iterator[Server]:
-    """A server whose stack has a log group and a dashboard."""
+    """Launch a server in a stack with a log group and a dashboard."""
     with own_stack(cloud, STACK):
         yield launch_server("--ami", image["ami_id"], "--set", "logRetentionDays=3", "--set", "dashboard=true")
 
 
 def lines(cloud: LocalCloud, stream: str) -> list[dict[str, Any]]:
-    """The lines of a stream of all machines: unit, priority, message."""
+    """Return the lines of all machines' log streams with the name `stream`. Each line has a unit, a priority and a
+    message."""
     found = [each for each in logged(cloud, GROUP) if each["logStreamName"].endswith(f"/{stream}")]
     return [json.loads(each["message"]) for each in found]
 

@@ -1,4 +1,5 @@
-"""From one PostgreSQL major to the next: refused at preview without a change, then moved by dump and restore."""
+"""The preview refuses an update to another PostgreSQL major, and nothing is changed. A dump and a restore move the
+data."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def newer(cloud: LocalCloud) -> Mapping[str, Any]:
-    """An image of Debian 13, which has another PostgreSQL major than Debian 12."""
+    """Return an image of Debian 13, whose PostgreSQL major differs from that of Debian 12."""
     baked = script("bake.py", "--local", "--if-changed", "--base", "debian13", "--json")
     return dict(json.loads(baked.stdout))
 
@@ -44,7 +45,7 @@ def test_a_move_to_another_major(
         before = logged(client)
 
     refused = script("rehearse.py", "up", "--ami", newer["ami_id"], expect=2)
-    assert f"holds a cluster of PostgreSQL {was}, which it cannot read" in refused.stderr
+    assert f"holds a cluster of PostgreSQL {was}, which the image cannot read" in refused.stderr
     with client_of(server) as client:
         assert logged(client) == before
     dump = shell(cloud, server, "mlflow-host-dump").split()[-1]
@@ -58,8 +59,8 @@ def test_a_move_to_another_major(
     assert str(becomes) in clusters and str(was) not in clusters
     assert [name for name in clusters if name.startswith(f"{was}.kept-")]
 
-    # The older image does not serve the kept cluster, which lacks the later writes.
+    # The older image refuses to serve the old cluster on the volume, because the old cluster lacks the later writes.
     refused = script("rehearse.py", "up", "--ami", older["ami_id"], "--set", "restoreFrom=", expect=2)
-    assert f"holds a cluster of PostgreSQL {becomes}, which it cannot read" in refused.stderr
+    assert f"holds a cluster of PostgreSQL {becomes}, which the image cannot read" in refused.stderr
     with client_of(launch_server("--ami", newer["ami_id"])) as client:
         assert logged(client) == after

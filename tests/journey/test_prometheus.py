@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a launched server, and promtool accepts what it gets."""
+"""A real Prometheus scrapes a launched server, and promtool accepts the server's metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METRICS = "/mlflow-host/metrics"
 
 @pytest.fixture
 def prometheus(server: Server, logins: dict[str, tuple[str, str]], tmp_path: Path) -> Iterator[str]:
-    """The address of a Prometheus that scrapes the server every second as a reader."""
+    """Run a Prometheus that scrapes the server every second as a reader, and yield its address."""
     name, password = logins["reader"]
     scheme, _, target = server.url.partition("://")
     job = {
@@ -85,7 +85,7 @@ def test_promtool_accepts_a_scrape(server: Server, logins: dict[str, tuple[str, 
 
 
 def test_page_of_the_server_is_drawn_from_its_requests(server: Server, logins: dict[str, tuple[str, str]]) -> None:
-    """It is written each minute."""
+    """The monitor writes the page /mlflow-host/ once per minute."""
     deadline = time.monotonic() + 150
     while (
         (told := server.ask("/mlflow-host/", auth=logins["reader"])).status_code != 200

@@ -1,8 +1,9 @@
-"""A machine with a domain requests a public certificate automatically, renews it, and keeps serving if it cannot get
-one.
+"""A machine with a domain requests a public certificate automatically and renews it. If the certificate authority
+issues no certificate, the machine continues to serve.
 
-The authority is Pebble, Let's Encrypt's own for tests. Pebble and its name server run on this host, in the network of
-the machine, where every name resolves to the machine. The machine's certbot is configured to trust Pebble.
+The certificate authority is Pebble, Let's Encrypt's test server. Pebble and its name server run on this host, in the
+network namespace of the machine, where every name resolves to the machine. The machine's certbot is configured to trust
+Pebble.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def test_public_certificate_is_issued_renewed_and_not_missed_while_there_is_none
     private = ssl.create_default_context(cafile=server.server_certificate)
     host = urllib.parse.urlsplit(server.url).netloc
     with domain_set(server, cloud, own.ca.read_text()):
-        until(lambda: "no public one was issued" in message(server, cloud), 60, lambda: message(server, cloud))
+        until(lambda: "no public certificate was issued" in message(server, cloud), 60, lambda: message(server, cloud))
         assert "127.0.0.1" in message(server, cloud), "it does not name the authority that did not answer"
         status, headers, _ = ask(host, private)
         assert status == 200 and "strict-transport-security" not in headers
@@ -59,27 +60,27 @@ def test_public_certificate_is_issued_renewed_and_not_missed_while_there_is_none
                 lambda: message(server, cloud).endswith("with a public certificate"), 90, lambda: journal(server, cloud)
             )
             public = ssl.create_default_context(cadata=root())
-            # nginx reloads after a signal, so it serves the new one with a delay.
+            # nginx reloads after a signal, so it serves the public certificate with a delay.
             until(lambda: verifies(host, public), 15, lambda: "the private certificate is still served")
             status, headers, first = ask(host, public)
             assert status == 200 and headers["strict-transport-security"].startswith("max-age=")
             assert names_of(first) == [DOMAIN]
 
-            # It is valid for ten days, so it is due for renewal at once.
+            # The certificate is valid for ten days, so it is due for renewal at once.
             machine(cloud, server, "systemctl restart mlflow-host-certificates")
             until(lambda: ask(host, public)[2].serial_number != first.serial_number, 90, lambda: journal(server, cloud))
             assert "mlflow-host-certificates.timer" in machine(cloud, server, "systemctl list-timers --no-legend")
 
-        # The authority no longer runs; its certificate is on the data volume and stays in use.
+        # Pebble is stopped. The public certificate is on the data volume and stays in use.
         machine(cloud, server, "systemctl restart mlflow-host-certificates")
-        until(lambda: "no public one was issued" in message(server, cloud), 60, lambda: message(server, cloud))
+        until(lambda: "no public certificate was issued" in message(server, cloud), 60, lambda: message(server, cloud))
         assert ask(host, public)[0] == 200
     until(lambda: verifies(host, private, host), 60, lambda: "the private certificate is not back")
 
 
 @contextmanager
 def domain_set(server: Server, cloud: LocalCloud, authority: str) -> Iterator[None]:
-    """During the block, the machine has the launch document of a stack with domainName and tls acme."""
+    """During the `with` block, the machine has the launch document of a stack with domainName and tls acme."""
     before = machine(cloud, server, "cat /etc/mlflow-host/launch.toml")
     host = urllib.parse.urlsplit(server.url).netloc
     wanted = before.replace(f'hostnames = ["{host}"]', f'hostnames = ["{DOMAIN}", "{host}"]')
@@ -105,7 +106,7 @@ def configure(server: Server, cloud: LocalCloud, document: str) -> None:
 
 @contextmanager
 def pebble_beside(server: Server, cloud: LocalCloud, own: Certificates, folder: Path) -> Iterator[Callable[[], str]]:
-    """Pebble in the machine's network; yields a function that returns its root certificate."""
+    """Run Pebble in the machine's network. Yields a function that returns Pebble's root certificate."""
     inside = cloud.shell_command(server.instance_id)
     network = ["nsenter", f"--net=/proc/{inside[inside.index('--target') + 1]}/ns/net", "--"]
     names = subprocess.Popen([*network, sys.executable, str(REPOSITORY / "tests/support/authority.py"), str(NAMES)])
@@ -118,7 +119,7 @@ def pebble_beside(server: Server, cloud: LocalCloud, own: Certificates, folder: 
 
 
 def ask(address: str, trusted: ssl.SSLContext, name: str = DOMAIN) -> tuple[int, dict[str, str], x509.Certificate]:
-    """/healthz under a name, with verification: status, headers, and the server's certificate."""
+    """Request /healthz under a name and verify the certificate. Returns status, headers and certificate."""
     with (
         socket.create_connection((address, 443), timeout=10) as plain,
         trusted.wrap_socket(plain, server_hostname=name) as connection,
@@ -145,7 +146,7 @@ def names_of(certificate: x509.Certificate) -> list[str]:
 
 
 def message(server: Server, cloud: LocalCloud) -> str:
-    """The status page's message about the certificate."""
+    """Return the status page's message about the certificate."""
     page = json.loads(machine(cloud, server, "cat /run/mlflow-host/web/status.json"))
     return str(next(step["message"] for step in page["steps"] if step["step"] == "certificates"))
 

@@ -1,4 +1,4 @@
-"""The commands in README that need a server, exactly as printed, in the shell of a new user in another folder."""
+"""Run the README commands that need a server, exactly as printed, in a new user's shell in another folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def where(state_dir: Path) -> Iterator[dict[str, str]]:
-    """The only difference to a new user's shell: the variable that selects the local cloud."""
+    """Yield the environment variable that selects the local cloud. Apart from this variable, the shell is that of a new
+    user."""
     yield {"MLFLOW_AMI_LOCAL_CLOUD": str(state_dir)}
 
 
@@ -44,7 +45,7 @@ def test_examples_log_to_the_server_that_connect_names(
 
 
 def test_users_are_added_and_removed(server: Server, checkout: Path, where: dict[str, str]) -> None:
-    before = people(checkout, where)  # other tests share the server and may have users of their own
+    before = people(checkout, where)  # other tests share the server and may have created users
     added = run("scripts/users.py add ada", checkout, **where)
     assert added.returncode == 0, added.stderr
     assert len(added.stdout.strip()) == 24
@@ -66,7 +67,7 @@ def test_commands_on_the_machine(command: str, server: Server, cloud: LocalCloud
 def test_demo_starts_and_stops(
     server: Server, cloud: LocalCloud, base: str, checkout: Path, where: dict[str, str], request: pytest.FixtureRequest
 ) -> None:
-    """In its own stack, so that `make demo-down` keeps the other tests' server and the cloud running."""
+    """The demo has its own stack, so that `make demo-down` keeps the other tests' server and the cloud running."""
     if base != "debian12":
         pytest.skip("`make demo` takes debian12")
     if not prepared(checkout):
@@ -82,13 +83,14 @@ def test_demo_starts_and_stops(
 
 
 def prepared(checkout: Path) -> bool:
-    """Whether scripts/prepare.sh has nothing to install for the tests, and therefore for the demo."""
+    """Return whether scripts/prepare.sh has already installed everything for the tests, which includes everything for
+    the demo."""
     inputs = "$(cat pyproject.toml provisioning/requirements.lock | cksum | tr ' ' -)"
     return run(f'test -e ".venv/prepared-{inputs}-test"', checkout).returncode == 0
 
 
 def certificates() -> dict[str, str]:
-    """The settings for a network that re-signs TLS."""
+    """Return the environment variables with the CA certificates of a network whose proxy re-signs TLS."""
     names = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
     return {name: os.environ[name] for name in names if name in os.environ}
 
@@ -100,7 +102,7 @@ def people(checkout: Path, where: dict[str, str]) -> dict[str, str]:
 
 
 def typed(command: str, checkout: Path, where: dict[str, str], password: str) -> int:
-    """Exit status of a command that asks twice for a password on a terminal; the password is typed there."""
+    """Run a command on a terminal, type the password at both prompts, and return the exit status."""
     terminal, inside = pty.openpty()
     process = subprocess.Popen(
         ["setsid", "--ctty", "--wait", "bash", "-c", command],

@@ -1,8 +1,8 @@
-"""README's commands for AWS, from `stack init` to the deletion of the stack, with the real
-`pulumi`, and with images baked by the current Packer and by Packer 1.6.
+"""Run README's commands for AWS with the real `pulumi`, from `stack init` to the deletion of the stack.
 
-The commands are those of README, run by bash in a copy of infra/. AWS is the local cloud, so settings with its
-endpoints are added. The output is written to build/readme-walk.txt.
+The images are baked by the current Packer and by Packer 1.6. bash runs the commands in a copy of infra/. The local
+cloud replaces AWS, so the test adds settings with the endpoints of the local cloud. The output is written to
+build/readme-walk.txt.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STACK = "prod"
 
 
 def commands(section: str, page: str = "README.md") -> list[str]:
-    """The commands of the first console block below a heading of this page, without their comments."""
+    """Return the commands of the first console block below a heading of `page`, without comments."""
     text = (REPOSITORY / page).read_text().split(f"\n## {section}\n")[1]
     block = re.findall(r"```console\n(.*?)```", text, re.DOTALL)[0]
     return [line[2:].split(" #")[0].strip() for line in block.splitlines() if line.startswith("$ ")]
@@ -91,7 +91,7 @@ ON_AWS = "On AWS, from nothing to the first run"
 
 
 def wait_for_server(cloud: LocalCloud, terminal: Terminal) -> None:
-    """Wait until /healthz answers, like a user at a terminal."""
+    """Run a shell loop in the user's terminal until /healthz answers."""
     terminal.run(
         'url=$(pulumi stack output url); for try in $(seq 150); do curl -ksf "$url/healthz" && exit 0; sleep 2; done; '
         "exit 1"

@@ -1,7 +1,7 @@
-"""A part of the server that ends or hangs is back without a person, and a metric counts it.
+"""A part of the server that ends or hangs is restarted without a person, and a metric counts the restart.
 
-On a free machine each is back within 30 seconds; `-rP` shows the times. The tests wait longer, because the machines
-that run them are busy: a server process alone may take 20 seconds to start.
+On an idle machine, each part is active again within 30 seconds; pytest's option `-rP` prints the times. The tests allow
+more time, because test machines are busy: one server process may take 20 seconds to start.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ def restarts(server: Server, login: tuple[str, str], unit: str) -> int:
 
 
 def is_back(cloud: LocalCloud, server: Server, unit: str, ended: str) -> bool:
-    """The unit's process is another one that is ready, and the server answers ten times in turn."""
+    """Return whether the unit is active with a new process, and the server answers ten times in a row."""
     ready = show(cloud, server, unit, "ActiveState") == "active" and show(cloud, server, unit, "MainPID") != ended
     return ready and all(server.answers() for _ in range(10))
 
 
 @contextmanager
 def counted_restart(cloud: LocalCloud, server: Server, logins: dict[str, Any], unit: str) -> Iterator[str]:
-    """Gives the process of a unit, which the block ends, and waits until the unit is back."""
+    """Yield a unit's process ID. The `with` block must end this process. After the block, wait until the unit is active
+    again, and assert that the metric counted one restart."""
     before, ended = restarts(server, logins["reader"], unit), show(cloud, server, unit, "MainPID")
     yield ended
     began = time.monotonic()
@@ -58,7 +59,7 @@ def counted_restart(cloud: LocalCloud, server: Server, logins: dict[str, Any], u
         assert time.monotonic() < began + PATIENCE_SECONDS, f"{unit} is not back after {PATIENCE_SECONDS} s"
         time.sleep(0.2)
     print(f"{unit}: back after {time.monotonic() - began:.1f} s")
-    time.sleep(1.5)  # a scrape's answer is kept for a second
+    time.sleep(1.5)  # the server caches its metrics for one second
     assert restarts(server, logins["reader"], unit) == before + 1
 
 
@@ -78,7 +79,7 @@ def test_process_that_ends_or_hangs_is_replaced(
         signal(cloud, server, name, process)
     client.log_metric(run, "loss", 2.0, step=2)
     assert [point.value for point in client.get_metric_history(run, "loss")] == [1.0, 2.0]
-    if name == "STOP":  # the stacks show where a process hung
+    if name == "STOP":  # the stack traces in the journal show where the process hung
         lines = cloud.exec(server.instance_id, ["journalctl", "-u", unit, "-o", "cat", "--no-pager"]).stdout
         assert "Fatal Python error: Aborted" in lines and "most recent call first" in lines
 
@@ -102,7 +103,8 @@ def test_postgresql_or_nginx_that_hangs_is_replaced(
 def test_server_survives_a_full_run_folder(
     server: Server, cloud: LocalCloud, client: MlflowClient, logins: dict[str, Any], run: str
 ) -> None:
-    """/run is in memory. What has to be written there is written as soon as there is space."""
+    """/run is a file system in memory. If /run is full, killed units cannot start. After space in /run is freed, the
+    units start automatically."""
     try:
         assert " 100% " in cloud.exec(server.instance_id, ["sh", "-c", FILL]).stdout
         client.log_metric(run, "loss", 1.0, step=1)

@@ -1,5 +1,5 @@
-"""Requests from bug reports get the right response from a launched machine. tests/compare/test_same_answers.py compares
-the responses with plain MLflow's."""
+"""A launched machine responds correctly to requests from bug reports. tests/compare/test_same_answers.py compares the
+responses with those of plain MLflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A machine that restarts shows its progress, and has all its data afterwards."""
+"""A restarting machine shows the progress of its boot, and has all its data after the boot."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 300
 
 
 def everything(client: MlflowClient) -> dict[str, Any]:
-    """Everything that the API returns about experiments, runs, metric histories, traces and models."""
+    """Return the experiments, runs, metric histories, traces and models that the API returns."""
     experiments = client.search_experiments()
     ids = [each.experiment_id for each in experiments]
     runs = [run for each in ids for run in client.search_runs([each], max_results=1000)]
@@ -62,11 +62,11 @@ def test_reboot_loses_nothing_and_shows_its_progress(
     client.set_tag(example_runs["regression_diabetes.py"], "after-the-reboot", "writable")
 
     waiting = [each for each in answers if each.status_code == 429]
-    assert waiting, f"no 429 between reboot and ready, only {sorted({each.status_code for each in answers})}"
+    assert waiting, f"no status 429 between reboot and ready, only {sorted({each.status_code for each in answers})}"
     assert {each.status_code for each in answers} == {200, 429}
     for scheme in ("http", "https"):
         shown = [each for each in pages if each.url.startswith(f"{scheme}:") and "MLflow is starting" in each.text]
-        assert shown, f"no request by {scheme} without a login got the boot's status"
+        assert shown, f"no {scheme} request without a login returned the boot's status page"
         for each in shown:
             assert each.status_code == 503 and each.headers["Content-Type"].startswith("text/html")
             assert server.password not in each.text
@@ -80,8 +80,8 @@ def test_reboot_loses_nothing_and_shows_its_progress(
 def test_boot_survives_a_public_address_that_changes_again_and_again(
     server: Server, cloud: LocalCloud, client: MlflowClient
 ) -> None:
-    """Each change cuts the machine's connections to AWS without a reset, as on AWS, where the Elastic IP is attached
-    during the boot."""
+    """In this test, each change of address drops the machine's connections to AWS without a TCP reset. On AWS, the
+    attachment of the Elastic IP during the boot has the same effect."""
     before, booted_at = everything(client), first_process_start(cloud, server)
     assert booted_at
     ec2 = cloud.client("ec2")
@@ -102,8 +102,8 @@ def test_boot_survives_a_public_address_that_changes_again_and_again(
 def test_postgresql_killed_while_a_query_runs_is_back_in_seconds(
     server: Server, cloud: LocalCloud, client: MlflowClient, example_runs: Mapping[str, str]
 ) -> None:
-    """A kill as by the kernel when memory runs out: a busy child survives the server and keeps its shared memory, so
-    that no new server can start."""
+    """Kill only the main process, as the kernel does when memory runs out. A surviving child process would hold
+    PostgreSQL's shared memory and prevent the start of a new server."""
     before = everything(client)
     unit = "mlflow-host-postgresql.service"
 
@@ -134,7 +134,7 @@ def test_postgresql_killed_while_a_query_runs_is_back_in_seconds(
 
 @contextmanager
 def pages_meanwhile(server: Server) -> Iterator[list[requests.Response]]:
-    """The pages that a browser without a login gets during the block, by http and https."""
+    """Yield the list of pages that a browser without a login receives over http and https during the `with` block."""
     seen: list[requests.Response] = []
     ended = threading.Event()
 
@@ -144,7 +144,7 @@ def pages_meanwhile(server: Server) -> Iterator[list[requests.Response]]:
                 with suppress(requests.RequestException), warnings.catch_warnings():
                     warnings.simplefilter("ignore", urllib3.exceptions.InsecureRequestWarning)
                     address = server.url.replace("https:", f"{scheme}:", 1)
-                    # Until the data volume is mounted, the certificate is a temporary one.
+                    # Until the data volume is mounted, the server has a temporary certificate.
                     page = {"Accept": "text/html"}
                     seen.append(
                         requests.get(f"{address}/", timeout=2, verify=False, allow_redirects=False, headers=page)
@@ -160,7 +160,7 @@ def pages_meanwhile(server: Server) -> Iterator[list[requests.Response]]:
 
 
 def first_process_start(cloud: LocalCloud, server: Server) -> str | None:
-    """The start of the machine's first process, in clock ticks; None between two boots."""
+    """Return the start time of the machine's first process in clock ticks, or None between two boots."""
     try:
         done = cloud.exec(server.instance_id, ["cut", "-d ", "-f22", "/proc/1/stat"])
     except LocalCloudError:
@@ -169,7 +169,7 @@ def first_process_start(cloud: LocalCloud, server: Server) -> str | None:
 
 
 def answers_until_ready(server: Server, booted_at: str, cloud: LocalCloud) -> list[requests.Response]:
-    """The responses that an API client gets until the restarted server answers 200."""
+    """Return the responses that an API client receives until the restarted server answers 200."""
     answers: list[requests.Response] = []
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:

@@ -1,7 +1,7 @@
-"""The rights of the machine's role, tested with the machine's own credentials.
+"""Test the rights of the machine's IAM role with the machine's own credentials.
 
-The object store and the local cloud's APIs enforce the current policy of the stack for each session;
-tests/stack/test_permissions.py tests the policy itself.
+The object store and the local cloud's APIs check each request against the current policy of the machine's role.
+tests/stack/test_permissions.py tests the policy document.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ print(ask("meta-data/iam/security-credentials/" + role, **known))
 
 @pytest.fixture(scope="module")
 def given(server: Server, cloud: LocalCloud) -> dict[str, str]:
-    """The credentials that the metadata service returns to the machine."""
+    """Return the credentials that the machine gets from the instance metadata service."""
     done = cloud.exec(server.instance_id, ["python3", "-c", ASK])
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -44,7 +44,7 @@ def given(server: Server, cloud: LocalCloud) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def role(cloud: LocalCloud, given: dict[str, str]) -> Any:
-    """An S3 client that signs with the machine's role."""
+    """Return an S3 client that signs its requests with the credentials of the machine's role."""
     once = Config(s3={"addressing_style": "path"}, retries={"max_attempts": 1})
     return cloud.client("s3", config=once, **given)
 
@@ -132,7 +132,7 @@ def test_mlflow_reads_no_parameter_and_becomes_no_other_role(
 
 @pytest.fixture
 def elsewhere(cloud: LocalCloud) -> Any:
-    """A bucket of the same account, outside the stack, with an object in it."""
+    """Yield a bucket of the same account that does not belong to the stack and contains one object."""
     owner = cloud.client("s3")
     owner.create_bucket(Bucket="of-somebody-else", CreateBucketConfiguration={"LocationConstraint": cloud.region})
     owner.put_object(Bucket="of-somebody-else", Key="secret", Body=b"secret")
@@ -175,7 +175,7 @@ def test_role_does_nothing_else(server: Server, cloud: LocalCloud, role: Any, el
 
 @pytest.fixture
 def secret_of_another_stack(cloud: LocalCloud) -> Any:
-    """A parameter next to the stack's own."""
+    """Yield the name of a parameter that belongs to another stack."""
     ssm, name = cloud.client("ssm"), "/mlflow-ami/of-another/credentials"
     ssm.put_parameter(Name=name, Value="secret", Type="SecureString")
     yield name
@@ -283,7 +283,7 @@ def test_tampered_credentials_are_refused(cloud: LocalCloud, given: dict[str, st
 
 
 def parameter_of(cloud: LocalCloud, kind: str) -> str:
-    """The name of one of the stack's parameters."""
+    """Return the full name of the stack's parameter whose name ends with `kind`."""
     pages = cloud.client("ssm").get_paginator("describe_parameters").paginate()
     found = [each for page in pages for each in page["Parameters"]]
     [name] = [str(each["Name"]) for each in found if str(each["Name"]).endswith(f"/rehearsal/{kind}")]
@@ -298,7 +298,7 @@ DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
 
 
 def allowed_of(calls: dict[str, Any]) -> dict[str, str]:
-    """The calls that are not refused for a missing permission, with their results."""
+    """Return the name and the result of each call that is not refused because of a missing permission."""
     answers = {what: refusal(call) for what, call in calls.items()}
     return {what: answer for what, answer in answers.items() if answer not in DENIED}
 

@@ -1,6 +1,6 @@
-"""What each role may do in MLflow: every route of the installed release, and the things of others.
+"""Test the rights of each role in MLflow: on every route of the installed release, and on other users' objects.
 
-The expected answers are the two tables in infra/README.md.
+The two tables in infra/README.md contain the expected answers.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ OF_THE_ASSISTANT = re.compile(
     r"\w+ .*/mlflow/assistant/(message|sessions/.+|skills/.+|providers/.+)|PUT .*/mlflow/assistant/config"
 )
 WITHOUT_WORKSPACES = re.compile(r"/mlflow/workspaces(/|$)")
-"""MLflow answers 503 there unless the server was started with workspaces."""
+"""MLflow answers 503 on workspace routes if the server was started without workspaces."""
 MAKES_DATA = re.compile(r"/demo/")
-"""Routes that act whatever they are sent."""
+"""Demo routes create data for any request, even without fields, so the tests do not call demo routes."""
 
 
 def table(heading: str) -> dict[str, tuple[str, ...]]:
-    """The rows of the README's table with this first heading: what each role does, by the row's name."""
+    """Return the table in infra/README.md with the first heading `heading`: name of a row → cells of the three
+    roles."""
     text = (REPOSITORY / "infra" / "README.md").read_text()
     [rows] = re.findall(
         rf"^\| {heading} \| reader \| writer \| admin \|\n\|[-|]+\|\n((?:\|.*\|\n)+)", text, re.MULTILINE
@@ -61,8 +62,8 @@ def routes() -> list[Route]:
 
 @pytest.fixture(scope="module")
 def answers(server: Server, logins: dict[str, Login], routes: list[Route]) -> dict[str, dict[Route, tuple[int, str]]]:
-    """Status and text by role and route, with 1 for what varies in a path and a body without fields, which makes
-    nothing."""
+    """Return status and text of the response to each role on each route. Variables in the path are replaced by 1 and
+    the body has no fields, so no request creates an object."""
     found: dict[str, dict[Route, tuple[int, str]]] = {}
     for role in ROLES:
         found[role] = {}
@@ -100,7 +101,7 @@ def test_every_route_is_open_to_the_roles_of_the_readme_and_to_no_other(
 
 
 def test_no_route_fails_on_what_it_cannot_read(answers: dict[str, dict[Route, tuple[int, str]]]) -> None:
-    """Clients repeat a request after 500 for minutes, and each time a traceback is written."""
+    """After status 500 clients repeat a request for minutes, and the server logs a traceback each time."""
     failed = [
         f"{role}: {route.method} {route.path}: {status} {text}"
         for role, found in answers.items()
@@ -124,7 +125,8 @@ def unused(what: str) -> str:
 
 @dataclass(frozen=True)
 class Thing:
-    """Something that a user made: the request that shows it, with a text that it then has, and one that changes it."""
+    """An object that a user created, with a request that shows the object, a text that the response contains, and a
+    request that changes the object."""
 
     shown_by: tuple[str, str, dict[str, Any]]
     has: str

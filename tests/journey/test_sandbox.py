@@ -1,5 +1,4 @@
-"""The units run in their sandboxes: systemd's report of them on a booted machine, and the rights of a program in
-one."""
+"""Test the sandboxes of the units on a booted machine: systemd's report, and the rights of a program in a sandbox."""
 
 from __future__ import annotations
 
@@ -59,7 +58,7 @@ PLACES = ("/etc", "/usr/lib/mlflow-host", "/opt/mlflow", "/srv/mlflow", "/srv/ml
 
 
 def in_the_sandbox_of(unit: str, cloud: LocalCloud, server: Server) -> dict[str, Any]:
-    """The results of the probe, run in place of a unit's program, with all other settings of the unit."""
+    """Run the probe in place of a unit's program, in the sandbox of the unit, and return the probe's results."""
     template = re.sub(r"@\d+", "@", unit)
     text = cloud.exec(server.instance_id, ["systemctl", "cat", "--no-pager", f"{template}.service"]).stdout
     dropped = (
@@ -79,7 +78,7 @@ def in_the_sandbox_of(unit: str, cloud: LocalCloud, server: Server) -> dict[str,
     program = "/run/probe.py"
     command = f"/opt/mlflow/bin/python -I {program} {' '.join(PLACES)}"
     added = f"[Service]\nType=oneshot\nExecStart={command}\nStandardOutput=truncate:/run/probe.out\n"
-    # Its own journal entries and cgroup, under a name of its own.
+    # The probe's unit has its own name, and therefore its own journal entries and cgroup.
     name = "probe@1.service" if "@" in unit else "probe.service"
     place = f"/run/systemd/system/{name.replace('@1', '@')}"
     for path, content in ((program, PROBE), (place, "\n".join([*kept, added]))):
@@ -114,8 +113,8 @@ def test_server_cannot_access_data_of_others(server: Server, cloud: LocalCloud) 
     assert found["processes"] == [found["uid"]], "it sees the processes of other users"
     writable = [path for path in PLACES if found[f"write {path}"] is True]
     assert writable == ["/srv/mlflow/tmp"]
-    # In /run it can write to the folder of its socket; everywhere else the sandbox forbids writing, not only file
-    # modes.
+    # Of the folders in PLACES, the sandbox mounts only /run and /srv/mlflow/tmp for writing. /run contains the folder
+    # of the process's socket.
     assert set(found["mounted to be written"]) == {*writable, "/run"}
     assert found["privileges"][:2] == ["0" * 16] * 2 and found["privileges"][2:] == ["1", "2"]
 
@@ -131,8 +130,8 @@ def test_units_without_need_of_the_role_cannot_reach_the_metadata_service(server
 
 
 def test_crash_leaves_no_memory_on_disk(server: Server, cloud: LocalCloud) -> None:
-    """A core dump would hold passwords and keys."""
-    cloud.exec(server.instance_id, ["systemctl", "start", "ssh"])  # on Ubuntu its socket starts it
+    """A core dump would contain passwords and keys."""
+    cloud.exec(server.instance_id, ["systemctl", "start", "ssh"])  # Ubuntu starts sshd only at the first connection
     for unit in ("mlflow-server@1", "mlflow-host-postgresql", "nginx", "ssh"):
         read = f"cat /proc/$(systemctl show --value --property MainPID {unit})/limits"
         limits = cloud.exec(server.instance_id, ["sh", "-c", read]).stdout
@@ -140,7 +139,7 @@ def test_crash_leaves_no_memory_on_disk(server: Server, cloud: LocalCloud) -> No
 
 
 def test_ssh_takes_keys_only_and_forwards_nothing(server: Server, cloud: LocalCloud) -> None:
-    cloud.exec(server.instance_id, ["systemctl", "start", "ssh"])  # makes /run/sshd; on Ubuntu its socket starts it
+    cloud.exec(server.instance_id, ["systemctl", "start", "ssh"])  # creates /run/sshd
     effective = cloud.exec(server.instance_id, ["/usr/sbin/sshd", "-T"]).stdout.splitlines()
     off = ("passwordauthentication", "kbdinteractiveauthentication", "permitrootlogin", "permitemptypasswords")
     forwarding = ("allowtcpforwarding", "allowagentforwarding", "x11forwarding", "permittunnel")

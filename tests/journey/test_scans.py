@@ -1,4 +1,4 @@
-"""The findings of two well-known scanners on a default server: testssl for its HTTPS, Lynis for the machine."""
+"""Check the findings of two well-known scanners on a default server: testssl for HTTPS, Lynis for the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from tests.support.servers import BUILD, Server
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 OF_A_PRIVATE_AUTHORITY = {"cert_chain_of_trust", "cert_revocation"}
-"""No client's list of authorities contains the stack's own authority, which publishes no revocation list."""
+"""testssl reports that no client trusts the stack's own authority by default, and that the authority publishes no
+revocation list."""
 
 LEAST_INDEX = 75
 LYNIS = ("usr/share/lynis", "usr/sbin/lynis", "etc/lynis")
@@ -34,7 +35,7 @@ def test_testssl_finds_nothing_but_the_private_authority(server: Server, tmp_pat
     )
     said.write_text(done.stdout)
     findings = json.loads(found.read_text())
-    # These findings, about the protocols and the header, prove that the scan has run.
+    # These findings about protocols and a header prove that testssl completed its scan.
     assert {"TLS1_2", "TLS1_3", "cipher_order", "heartbleed", "X-Frame-Options"} <= {each["id"] for each in findings}
     bad = {each["id"]: each["finding"] for each in findings if each["severity"] in ("MEDIUM", "HIGH", "CRITICAL")}
     assert {name: finding for name, finding in bad.items() if name not in OF_A_PRIVATE_AUTHORITY} == {}
@@ -42,7 +43,7 @@ def test_testssl_finds_nothing_but_the_private_authority(server: Server, tmp_pat
 
 
 def test_lynis_finds_the_machine_hardened(server: Server, cloud: LocalCloud) -> None:
-    """It runs from a folder that is deleted afterwards, because the image has no scanner."""
+    """The image contains no scanner, so Lynis runs from a folder that the test deletes."""
     if not Path("/usr/share/lynis").exists():
         pytest.fail("lynis is not installed: run make prepare-test", pytrace=False)
     packed = f"tar -C / -cz {' '.join(LYNIS)} | base64 --wrap=0"

@@ -35,7 +35,7 @@ def test_up_again_changes_nothing(server: Server, cloud: LocalCloud) -> None:
     ("ami", "settings"),
     [
         ("ami-nonsense", {"allowedCidrs": "everyone", "dataVolumeGib": "0"}),
-        # Whether the instance type fits the image can only be checked for an existing image.
+        # Preview can compare the instance type with the image only if the image exists.
         (None, {"allowedCidrs": "203.0.113.0/33", "instanceType": "m7g.large"}),
     ],
 )

@@ -1,4 +1,4 @@
-"""A training that runs while the machine is replaced gets no exception, loses no data and creates nothing twice."""
+"""A training that runs while the machine is replaced gets no exception, loses no data and creates no object twice."""
 
 import json
 import os
@@ -29,9 +29,10 @@ PATIENCE_SECONDS = 300
 
 @contextmanager
 def trainings(server: Server, clients: tuple[str, ...], folder: Path) -> Iterator[dict[str, Path]]:
-    """One training per client release, with connect.py's variables except the retries, during the block.
+    """During the block, run one training per client release, with connect.py's variables except the retry variables.
 
-    Yields by release the files with the acknowledged data. Fails with the traceback of a training that ended early.
+    Yields for each release the file with the data that the server acknowledged. If a training ends early, the test
+    fails with the traceback of the training.
     """
     stop, running = folder / "stop", {}
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
@@ -53,12 +54,12 @@ def trainings(server: Server, clients: tuple[str, ...], folder: Path) -> Iterato
 
 
 def acknowledged(file: Path) -> list[dict[str, Any]]:
-    """The rounds of a training. MLflow's client prints other lines between them."""
+    """Return the rounds that a training completed. The file also contains lines that MLflow's client printed."""
     return [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{")]
 
 
 def differences(server: Server, release: str, file: Path) -> list[str]:
-    """The differences between the server's data and the acknowledged data."""
+    """Return the differences between the server's data and the acknowledged data."""
     rounds = acknowledged(file)
     found = []
     with client_of(server) as client:
@@ -91,9 +92,10 @@ def differences(server: Server, release: str, file: Path) -> list[str]:
 
 
 def swap(files: Mapping[str, Path], *arguments: str) -> Server:
-    """Replace the machine while the trainings run; returns when each has finished a round on the new machine.
+    """Replace the machine while the trainings run, and return when each training has finished a round on the new
+    machine.
 
-    A client waits up to two minutes between its last tries, so two swaps within that time are one outage to it.
+    Between its last retries, a client waits up to two minutes: two swaps in that time are one outage for the client.
     """
     wait_for_rounds(files)
     launch_server(*arguments)
@@ -102,7 +104,7 @@ def swap(files: Mapping[str, Path], *arguments: str) -> Server:
 
 
 def wait_for_rounds(files: Mapping[str, Path]) -> None:
-    """Wait until each training has begun and finished a round."""
+    """Wait until each training has begun a new round and finished that round."""
     due = {release: len(acknowledged(file)) + 2 for release, file in files.items()}
     deadline = time.monotonic() + PATIENCE_SECONDS
     while late := [release for release, file in files.items() if len(acknowledged(file)) < due[release]]:
@@ -113,11 +115,11 @@ def wait_for_rounds(files: Mapping[str, Path]) -> None:
 
 @contextmanager
 def asking(server: Server) -> Iterator[list[str]]:
-    """Send POST requests every 20 ms during the block, on a kept connection and on new ones.
+    """Send POST requests every 20 ms during the block, on one connection that stays open and on new connections.
 
-    Yields the failures after which MLflow's client does not repeat a POST that creates something: connections that end
-    before the response. Failures to connect and SSL errors are left out, because the client repeats those. A starting
-    machine causes SSL errors with its temporary certificate.
+    Yields the list of connections that ended before the response. If a POST that creates an object fails in this way,
+    MLflow's client does not repeat the POST. The list excludes failed connects and SSL errors, after which MLflow's
+    client repeats a request. The temporary certificate of a starting machine causes SSL errors.
     """
     failures: list[str] = []
     stop = threading.Event()
@@ -161,7 +163,7 @@ def test_training_goes_on_while_the_machine_is_replaced(
 def test_trainings_of_old_and_new_clients_go_on_over_ten_swaps(
     cloud: LocalCloud, image: Mapping[str, Any], older_image: str, tmp_path: Path
 ) -> None:
-    """Swaps to the same schema, forward and back, with clients of four releases."""
+    """Swap five times to a newer MLflow release and back, while clients of four releases train."""
     newer = image["ami_id"]
     with own_stack(cloud, "swaps"):
         server = launch_server("--ami", older_image)

@@ -1,4 +1,4 @@
-"""Machines for the local cloud's own tests, from the plain source image."""
+"""Fixtures for the tests of the local cloud itself. The fixtures start machines from the plain source image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ANYONE = "0.0.0.0/0"
 
 @dataclass
 class Account:
-    """An account's resources, and the tests' calls to create and use them; `close` deletes them."""
+    """The AWS resources of a test, with methods to create and use resources. `close` deletes the test's resources."""
 
     cloud: LocalCloud
     key_name: str
@@ -34,7 +34,7 @@ class Account:
         self.ec2 = self.cloud.client("ec2")
 
     def group(self, *ports: int, cidr: str = ANYONE) -> str:
-        """A security group that allows `cidr` to `ports`."""
+        """Create a security group that allows connections from `cidr` to `ports`, and return its ID."""
         group: str = self.ec2.create_security_group(GroupName=uuid.uuid4().hex, Description="test")["GroupId"]
         self.groups.append(group)
         for port in ports:
@@ -48,7 +48,7 @@ class Account:
         self.ec2.revoke_security_group_ingress(GroupId=group, IpPermissions=[permission(port, cidr)])
 
     def launch(self, *groups: str, wait: bool = True, image: str | None = None, **options: Any) -> str:
-        """Starts a machine; waits until its system is up."""
+        """Start a machine and return its instance ID. If `wait` is true, return after the machine has booted."""
         parameters: dict[str, Any] = {
             "ImageId": image or self.cloud.source_ami(),
             "InstanceType": "t3.micro",
@@ -94,7 +94,7 @@ class Account:
         wait_until(booted, 300, f"{instance} did not boot")
 
     def run(self, instance: str, script: str) -> str:
-        """Runs shell lines in the machine as root and returns their output."""
+        """Run a shell script on the machine as root, and return the output of the script."""
         done = self.cloud.exec(instance, ["sh", "-ec", script])
         assert done.returncode == 0, f"{script!r} failed: {done.stderr or done.stdout}"
         return done.stdout.strip()
@@ -147,7 +147,7 @@ def wait_until(true: Callable[[], bool], seconds: float, otherwise: str) -> None
 
 
 def create_key_pair(cloud: LocalCloud, folder: Path) -> tuple[str, Path]:
-    """The name of a key pair, and the file of its private key."""
+    """Create a key pair, and return its name and the file with its private key."""
     name = f"test-{uuid.uuid4().hex[:8]}"
     pair = cloud.client("ec2").create_key_pair(KeyName=name, KeyType="ed25519")
     path = folder / f"{name}.pem"
@@ -165,7 +165,7 @@ def key_pair(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def shared(cloud: LocalCloud, key_pair: tuple[str, Path]) -> Iterator[Account]:
-    """An account that the tests of a module share."""
+    """Yield one account that all tests of a module share."""
     shared = Account(cloud, *key_pair)
     yield shared
     shared.close()
@@ -181,5 +181,5 @@ def account(cloud: LocalCloud, key_pair: tuple[str, Path]) -> Iterator[Account]:
 
 @pytest.fixture(scope="module")
 def machine(shared: Account) -> str:
-    """One machine for the tests of a module that do not change it."""
+    """Start one machine that the tests of a module share and do not change."""
     return shared.launch()

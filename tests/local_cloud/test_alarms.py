@@ -1,4 +1,4 @@
-"""CloudWatch's alarms follow their metrics and notify their topics; tested with boto3 on the daemon's moto."""
+"""CloudWatch alarms follow their metrics and notify their topics. boto3 calls moto in the local cloud's daemon."""
 
 from __future__ import annotations
 

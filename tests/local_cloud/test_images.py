@@ -1,4 +1,4 @@
-"""Images: a machine starts with the file system of the machine that the image was made from."""
+"""A machine that starts from an image has the same file system as the machine from which the image was created."""
 
 from __future__ import annotations
 

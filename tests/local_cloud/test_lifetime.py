@@ -1,6 +1,6 @@
-"""Which data survives `down`, a killed daemon and `purge`, and which must not.
+"""Test which data of a local cloud is kept and which is deleted by `down`, by a killed daemon, and by `purge`.
 
-These tests use their own cloud while the other tests' cloud runs, so two clouds run at the same time.
+These tests use a second cloud while the cloud of the other tests runs, so two clouds run at the same time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ TOKEN = "curl -sf -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' http://16
 
 @pytest.fixture(scope="module")
 def other(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
-    """A second cloud, with links to the layers of the first one's source image, which are never written to."""
+    """Yield a second cloud whose source image links to image layers of the first cloud. No cloud writes to an image
+    layer."""
     other = LocalCloud(tmp_path_factory.mktemp("other"))
     try:
         yield with_source_image(other, cloud)
@@ -46,7 +47,7 @@ def with_source_image(other: LocalCloud, cloud: LocalCloud) -> LocalCloud:
 
 @pytest.fixture(scope="module")
 def own(other: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Account:
-    """The account in the second cloud; the purge of the cloud deletes its resources."""
+    """Return an account in the second cloud. When the second cloud is purged, the account's resources are deleted."""
     return Account(other, *create_key_pair(other, tmp_path_factory.mktemp("keys")))
 
 

@@ -1,4 +1,4 @@
-"""EC2's documented behaviour of instances, tested on machines of the local cloud."""
+"""Instances of the local cloud behave as the documentation of EC2 states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The instance metadata service: its content, and the requests that it requires."""
+"""Test the content of the instance metadata service, and the form of request that the service requires."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ USER_DATA = "#cloud-config\nwrite_files:\n- path: /etc/told\n  content: by user-
 
 @pytest.fixture(scope="module")
 def role(shared: Account) -> Any:
-    """An instance profile whose role may use one bucket and read one parameter."""
+    """Create an instance profile whose role may use one bucket and read one parameter."""
     iam, name = shared.cloud.client("iam"), f"test-{uuid.uuid4().hex[:8]}"
     trust = {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}
     iam.create_role(RoleName=name, AssumeRolePolicyDocument=json.dumps(policy(trust)))
@@ -127,7 +127,7 @@ def test_a_unit_can_be_shut_off_from_the_metadata_service(account: Account, inst
 
 
 def session(account: Account, instance: str, role: str, service: str) -> Any:
-    """A client with the machine's credentials."""
+    """Return a boto3 client with the credentials of the machine's role."""
     keys = json.loads(ask(account, instance, f"meta-data/iam/security-credentials/{role}"))
     return account.cloud.client(
         service,

@@ -1,4 +1,4 @@
-"""The metadata service answers a booting machine even while the API lock is held."""
+"""The metadata service answers a booting machine while another thread holds the API lock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def described(instance: Any, roles: Any) -> Metadata:
 
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The machines of a cloud with one instance in its records and no process."""
+    """Return a `RunningMachines` object whose cloud has one instance in its records but starts no process."""
     made: Any = object.__new__(running_machines.RunningMachines)
     made.api, made.facts, made.roles = threading.RLock(), {}, None
     made.record = SimpleNamespace(address="127.10.0.2")

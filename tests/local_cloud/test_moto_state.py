@@ -1,4 +1,4 @@
-"""Records survive a restart; a service whose records cannot be saved does not affect the others."""
+"""moto's records survive a restart. If the records of one service cannot be saved, all other records are saved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def backend(service, region="eu-central-1"):
 
 
 def run(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script in a Python process of its own, like a daemon, because moto's backends are global."""
+    """Run a script in a new Python process, like a restarted daemon, because moto's backends are global variables."""
     argv = [sys.executable, "-c", PRELUDE + script, str(folder)]
     return subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
 
@@ -91,7 +91,7 @@ assert moto_state.check(places)
 
 
 def test_records_from_before_the_package_moved_are_read(tmp_path: Path) -> None:
-    """They contain the name `local_cloud.records.save`, which is now `scripts.local_cloud.moto_state.save`."""
+    """In old record files, `scripts.local_cloud.moto_state.save` has its former name `local_cloud.records.save`."""
     (tmp_path / "api.pickle").write_bytes(
         b"(dS'services'\n(dS'ec2'\n(dS'1'\n(dS'eu'\nclocal_cloud.records\nsave\nssss."
     )

@@ -1,4 +1,4 @@
-"""Ports, addresses, and the networks that security groups allow."""
+"""Test ports and addresses of machines, and the client networks that security groups allow."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def group(shared: Account) -> str:
 
 @pytest.fixture(scope="module")
 def web(shared: Account, group: str) -> str:
-    """A machine that answers on port 80 with the client's address."""
+    """Start a machine that answers requests on port 80 with the address of the client."""
     instance = shared.launch(group)
     shared.run(instance, f"cat > /server.py <<'EOF'\n{SERVER}\nEOF\nsystemd-run -q --unit web python3 /server.py")
     wait_until(lambda: reachable(shared.address(instance), 80), 20, "the server does not answer")
@@ -48,7 +48,7 @@ def web(shared: Account, group: str) -> str:
 
 
 def reachable(address: str, port: int, source: str = "127.0.0.1") -> bool:
-    """Whether a program behind the port answers a client at the address `source`."""
+    """Return whether a program behind the port answers a client that connects from the address `source`."""
     try:
         connection = http.client.HTTPConnection(address, port, timeout=5, source_address=(source, 0))
         connection.request("GET", "/")
@@ -166,7 +166,7 @@ def test_large_transfers_arrive_whole_both_ways(account: Account, web: str, grou
             received.update(data)
         sender.join()
     assert sent.digest() == received.digest()
-    print(f"256 MiB there and back in {time.monotonic() - started:.1f} s")
+    print(f"256 MiB sent and echoed in {time.monotonic() - started:.1f} s")
     account.forbid(group, 9000)
 
 

@@ -1,4 +1,4 @@
-"""Many buckets on the object store, with little free disk space."""
+"""The object store holds many buckets on a disk with little free space."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.machine
 
 
 def test_twenty_four_buckets_hold_an_object_each(cloud: LocalCloud) -> None:
-    """By default SeaweedFS counts 7 GiB of the free disk space for each bucket."""
+    """By default, SeaweedFS counts 7 GiB of free disk space as used by each bucket."""
     s3 = cloud.client("s3")
     names = [f"bucket-{number}" for number in range(24)]
     try:

@@ -1,4 +1,4 @@
-"""Decisions of a role's policies about requests, by the rules of IAM's "Policy evaluation logic"."""
+"""A role's policies allow or deny each request by the rules in IAM's "Policy evaluation logic"."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def deny(action: Any, resource: Any = "*", **more: Any) -> dict[str, Any]:
 
 
 class Sent(Exception):
-    """Raised instead of sending the request, which it contains."""
+    """The boto3 client raises `Sent` instead of sending a request. The exception `Sent` contains the request."""
 
 
 @cache
@@ -44,7 +44,7 @@ def client_of(service: str) -> Any:
 
 
 def sent(service: str, operation: str, **arguments: Any) -> permissions.Request:
-    """The daemon's view of a request of boto3."""
+    """Return a boto3 request in the form in which the daemon reads it."""
     with pytest.raises(Sent) as caught:
         getattr(client_of(service), operation)(**arguments)
     return as_daemon_reads(caught.value.args[0])
@@ -170,7 +170,7 @@ def test_only_the_session_that_was_minted_is_known() -> None:
 
 
 def test_condition_on_if_none_match_is_enforced_as_one_on_the_header_that_the_store_knows() -> None:
-    """store_front.py forwards If-None-Match as the referer."""
+    """store_front.py forwards the value of the If-None-Match header in the Referer header."""
     statement = deny("s3:PutObject", "arn:aws:s3:::b/*", Condition={"StringNotEquals": {"s3:if-none-match": "*"}})
     (found,) = roles.s3_policy([{"Statement": [statement]}])["Statement"]
     assert found["Condition"] == {"StringNotEquals": {"referer": "*"}}

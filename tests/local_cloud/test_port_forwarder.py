@@ -1,4 +1,4 @@
-"""The forwarder alone: a process that forwards connections between the sockets that it receives."""
+"""Test the port forwarder alone. The forwarder is a process that forwards connections between sockets."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def open_route(
     published: tuple[str, int] = ("127.0.0.1", 0),
     machine: str = "",
 ) -> tuple[str, int]:
-    """Publish a port whose connections are forwarded to `target`, and return its address. With the name of a machine,
-    `target` is treated as a port of it."""
+    """Publish a port that forwards connections to `target`, and return the address of the published port. If `machine`
+    is not empty, `target` is a port of the machine with the ID `machine`."""
     with socket.create_server(published) as listening:
         identifier = machine or "route"
         order = {"op": "open", "id": identifier, "cidrs": cidrs, "target": target, "keep_source": bool(machine)}
@@ -91,7 +91,8 @@ def test_refused_target_resets_the_client(control: socket.socket) -> None:
 
 
 def test_client_that_a_machine_refuses_waits_for_the_next_machine(control: socket.socket) -> None:
-    """A stopping machine closes its ports before the forwarder does. Then its address moves to another machine."""
+    """A stopping machine closes its ports before the forwarder closes the published port. The next machine gets the
+    same published port."""
     control.settimeout(5)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         nowhere = closed.getsockname()
@@ -123,7 +124,8 @@ def test_open_connections_go_on_when_the_machine_no_longer_listens(control: sock
 
 
 def test_refusals_that_the_daemon_does_not_read_block_nothing(control: socket.socket) -> None:
-    """The daemon may be waiting for the forwarder to read an order while it reads no refusals."""
+    """While the daemon waits until the forwarder reads an order, the daemon does not read the forwarder's messages
+    about refused connections."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         nowhere = closed.getsockname()
     refusing = open_route(control, nowhere, machine="old")
@@ -143,7 +145,7 @@ def wait_until_refused(published: tuple[str, int]) -> bool:
             socket.create_connection(published, timeout=5).close()
         except ConnectionRefusedError:
             return True
-        except ConnectionResetError:  # the port was closed during the handshake
+        except ConnectionResetError:  # the forwarder closed the port during the handshake
             continue
         time.sleep(0.02)
     return False

@@ -1,7 +1,9 @@
-"""The calls that the real AWS provider makes for this stack, replayed: status, error code and shape are AWS's.
+"""Replay the real AWS provider's calls for this stack. Each response must have the status, the error code and the form
+of AWS's response.
 
-`provider_calls.tsv` lists them as they were recorded. Each test makes every call of a service at least once, with the
-provider's arguments, before, while and after the resource exists, and fails if a call of the list was not made.
+`provider_calls.tsv` lists the recorded calls. Each test makes all calls of one service in this file at least once, with
+the provider's arguments: before the resource exists, while it exists, and after its deletion. If a test omits a call
+that the file lists for its service, the test fails.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ ANYWHERE = {"IpProtocol": "-1", "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}
 
 
 class Replay:
-    """Clients of every service that record which calls of the list were made."""
+    """Clients of all AWS services. The clients record each call that a test makes."""
 
     def __init__(self, cloud: LocalCloud) -> None:
         self.cloud = cloud
@@ -85,7 +87,7 @@ def refused(code: str, call: Callable[..., Any], /, status: int = 400, **argumen
 
 
 def content(call: Callable[..., Any], /, **arguments: Any) -> dict[str, Any]:
-    """A call's response without the metadata of the response."""
+    """Make a call, and return the response without `ResponseMetadata`."""
     answer: dict[str, Any] = call(**arguments)
     assert answer.pop("ResponseMetadata")["HTTPStatusCode"] in (200, 204)
     return answer
@@ -132,7 +134,7 @@ NEW_BUCKET: dict[str, tuple[int, Any]] = {
     "get_bucket_website": (404, "NoSuchWebsiteConfiguration"),
     "get_bucket_location": (200, {"LocationConstraint": "eu-central-1"}),
 }
-"""AWS's responses about a new bucket, since April 2023."""
+"""Call of S3 → AWS's response to the call about a new bucket, since April 2023."""
 
 
 def tls_only(bucket: str) -> str:
@@ -199,7 +201,7 @@ def test_buckets_have_aws_defaults_and_keep_settings_until_deleted(replay: Repla
         },
     )
 
-    # A bucket that holds a version or a delete marker stays.
+    # S3 refuses to delete a bucket that contains a version or a delete marker.
     s3.put_object(Bucket=name, Key="folder/kept", Body=b"x")
     refused("BucketNotEmpty", s3.delete_bucket, 409, Bucket=name)
     marker = s3.delete_object(Bucket=name, Key="folder/kept")["VersionId"]
@@ -208,7 +210,7 @@ def test_buckets_have_aws_defaults_and_keep_settings_until_deleted(replay: Repla
     for each in (version["VersionId"], marker):
         s3.delete_object(Bucket=name, Key="folder/kept", VersionId=each)
 
-    for _ in range(2):  # deleting a missing object gives the same response
+    for _ in range(2):  # AWS returns status 204 even if the setting is already deleted
         for delete in (
             s3.delete_bucket_policy,
             s3.delete_bucket_lifecycle,
@@ -239,7 +241,7 @@ def test_buckets_have_aws_defaults_and_keep_settings_until_deleted(replay: Repla
         refused("NoSuchBucket", getattr(s3, call), 404, Bucket=name)
     refused("NoSuchBucket", s3.put_object, 404, Bucket=name, Key="k", Body=b"x")
 
-    # A new bucket of the same name has none of the old settings.
+    # A new bucket does not get the settings of a deleted bucket with the same name.
     s3.create_bucket(Bucket=name, CreateBucketConfiguration=where)
     require_settings(s3, name, NEW_BUCKET)
     s3.delete_bucket(Bucket=name)
@@ -404,7 +406,8 @@ def test_alarms_begin_without_data_and_are_deleted_with_their_tags(replay: Repla
 
 
 def test_log_groups_and_dashboards(replay: Replay, name: str) -> None:
-    """Not in the list, which was recorded without them: the calls of group.go and dashboard.go in the provider."""
+    """Make the calls in the provider's group.go and dashboard.go, because `provider_calls.tsv` does not list these
+    calls."""
     logs, watch, group = replay.clients["logs"], replay.clients["cloudwatch"], f"/mlflow-ami/{name}"
     assert content(logs.describe_log_groups, logGroupNamePrefix=group) == {"logGroups": []}
     logs.create_log_group(logGroupName=group, tags={"Project": "mlflow-ami"})
@@ -453,7 +456,7 @@ def test_networks_volumes_addresses_and_machines(replay: Replay, name: str) -> N
     zone = f"{region}a"
     in_zone = {"AvailabilityZone": zone}
 
-    # Look-ups before any resource is created
+    # The provider makes the following look-ups before it creates a resource.
     usable = [{"Name": "state", "Values": ["available"]}, {"Name": "opt-in-status", "Values": ["opt-in-not-required"]}]
     zones = ec2.describe_availability_zones(Filters=usable)["AvailabilityZones"]
     assert zone in {each["ZoneName"] for each in zones} and len(zones) >= 2
@@ -523,7 +526,7 @@ def test_networks_volumes_addresses_and_machines(replay: Replay, name: str) -> N
     assert {each.get("GatewayId") for each in described["Routes"]} == {"local", gateway, endpoint}
     assert [each["RouteTableAssociationId"] for each in described["Associations"]] == [link]
 
-    # Security group, as the provider creates it: default rules removed, then one call per rule
+    # The provider creates a security group, removes the default rules, and adds each rule in its own call.
     made = ec2.create_security_group(
         GroupName=name, Description="d", VpcId=vpc, TagSpecifications=tags("security-group", name)
     )
@@ -666,7 +669,7 @@ def test_networks_volumes_addresses_and_machines(replay: Replay, name: str) -> N
     ec2.disassociate_route_table(AssociationId=link)
     refused("InvalidAssociationID.NotFound", ec2.disassociate_route_table, AssociationId=link)
     link = ec2.associate_route_table(RouteTableId=table, SubnetId=subnet)["AssociationId"]
-    ec2.delete_subnet(SubnetId=subnet)  # its association is deleted with it
+    ec2.delete_subnet(SubnetId=subnet)  # EC2 also deletes the route table association of the subnet
     refused("InvalidSubnetID.NotFound", ec2.describe_subnets, SubnetIds=[subnet])
     refused("InvalidAssociationID.NotFound", ec2.disassociate_route_table, AssociationId=link)
     ec2.delete_route_table(RouteTableId=table)

@@ -1,4 +1,4 @@
-"""The APIs accept only requests signed with one of the cloud's keys, with SDKs' signatures, and none from web pages."""
+"""The APIs accept only requests that an SDK can sign with a key of the cloud, and no requests from web pages."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def secret_of(access_key: str, token: str) -> str | None:
 
 
 class Sent(Exception):
-    """Raised instead of sending the request, which it contains."""
+    """The boto3 client raises `Sent` instead of sending a request. The exception `Sent` contains the request."""
 
 
 def sent(service: str, operation: str, **arguments: Any) -> dict[str, Any]:
-    """A request of boto3 as the WSGI environment for the daemon; its body under "body"."""
+    """Return a boto3 request as a WSGI environment for the daemon, with the request's body under "body"."""
     connect: Any = boto3.client
     client = connect(
         service, region_name=REGION, endpoint_url=HERE, aws_access_key_id=KEY, aws_secret_access_key=SECRET
@@ -104,7 +104,7 @@ def test_only_requests_signed_like_an_sdk_are_accepted(service: str, operation: 
 
 
 def test_requests_signed_by_a_machine_are_accepted() -> None:
-    """The image has its own code to sign its few calls."""
+    """The image contains its own code that signs the machine's few AWS calls."""
     keys, body = aws.Keys(KEY, SECRET, "token", ""), b'{"Name": "/own/secret"}'
     headers = {"Content-Type": "application/x-amz-json-1.1", "X-Amz-Target": "AmazonSSM.GetParameter"}
     headers |= aws.signature(HERE, headers, body, REGION, "ssm", keys, datetime.now(UTC))
@@ -173,7 +173,8 @@ def test_the_running_apis_and_the_store_refuse_pages_and_made_up_keys(cloud: Any
     import requests
 
     assert cloud.client("sts").get_caller_identity()["Account"]
-    # pgBackRest sends the host's name without the port: the store requires a signature, and does not refuse the name.
+    # pgBackRest sends a Host header without a port. The store must accept a Host header without a port, and must refuse
+    # the request only because the signature is missing.
     unsigned = requests.get(f"{cloud.s3_plain_endpoint}/", headers={"Host": "127.0.0.1"}, timeout=10)
     assert unsigned.status_code == 403 and "AccessDenied" in unsigned.text
     for address in (cloud.endpoint, cloud.s3_plain_endpoint):
@@ -191,7 +192,7 @@ def test_the_running_apis_and_the_store_refuse_pages_and_made_up_keys(cloud: Any
 
 @pytest.mark.machine
 def test_another_user_of_this_host_reads_and_writes_no_object(cloud: Any) -> None:
-    """The object store's parts have ports of their own, besides S3's."""
+    """Each part of the object store listens on its own port, in addition to the S3 port."""
     s3 = cloud.client("s3")
     s3.create_bucket(Bucket="of-the-account", CreateBucketConfiguration={"LocationConstraint": cloud.region})
     s3.put_object(Bucket="of-the-account", Key="secret", Body=b"secret")

@@ -1,4 +1,4 @@
-"""Volumes: the device appears when attached and disappears when detached, and the data stays."""
+"""A volume's device appears at the attachment and disappears at the detachment, and the volume keeps its data."""
 
 from __future__ import annotations
 

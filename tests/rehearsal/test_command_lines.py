@@ -1,4 +1,4 @@
-"""Messages of rehearse.py and connect.py: sentences and exit statuses, JSON on stdout and the log on stderr."""
+"""Test the output of rehearse.py and connect.py: error sentences, exit statuses, JSON on stdout, log on stderr."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_channel_chooses_the_image_and_a_pinned_one_ends_it(monkeypatch: pytest.
         config, _ = stack.configuration(cloud, wanted, settings)  # type: ignore[arg-type]
         assert config.get("mlflow-ami:amiId") == known
         assert config.get("mlflow-ami:channel") == (None if ami else "staging")
-    with pytest.raises(Refused, match=r"no channel nightly: make it with scripts/images\.py promote"):
+    with pytest.raises(Refused, match=r"no channel nightly: create it with scripts/images\.py promote"):
         stack.image_to_run(lambda service: None, argparse.Namespace(ami=None), State(), {"channel": "nightly"})
 
 
@@ -226,7 +226,7 @@ NOT_HERE = {
     "pulumi login": "the rehearsal's state has one place",
     "pulumi stack rename name": "the rehearsal's state is not renamed",
 }
-"""Remedies without a counterpart in rehearse.py, and why."""
+"""Pulumi command without a counterpart in rehearse.py → the reason."""
 
 
 def test_every_remedy_of_the_program_is_translated() -> None:
@@ -260,7 +260,7 @@ def test_values_agree_with_pulumis_constants() -> None:
     ],
 )
 def test_status_uses_the_first_administrator(users: dict[str, object], found: tuple[str, str | None]) -> None:
-    """The password is that of the second parameter, where the first one has its hash."""
+    """If the credentials parameter contains only the password's hash, the password parameter contains the password."""
     values = {"c": json.dumps({"format": 1, "kek_passphrase": "x", "users": users}), "p": "secret"}
 
     class Parameters:
@@ -296,7 +296,7 @@ def parameter_store() -> Iterator[str]:
 
 @pytest.fixture
 def pulumi(tmp_path: Path, parameter_store: str) -> dict[str, str]:
-    """An environment with a stand-in for the Pulumi CLI, whose stack `prod` has a password that needs quoting."""
+    """Return an environment with a stand-in for the Pulumi CLI. The password of the stack `prod` needs quoting."""
     client = boto3.client(
         "ssm", endpoint_url=parameter_store, region_name="eu-west-1", aws_access_key_id="x", aws_secret_access_key="x"
     )
@@ -376,7 +376,7 @@ def test_connect_explains_errors_of_aws(pulumi: dict[str, str], given: dict[str,
 
 
 def test_connect_needs_no_package_of_the_local_cloud(pulumi: dict[str, str], tmp_path: Path) -> None:
-    """As after `make prepare`, which installs only the packages for AWS."""
+    """`make prepare` installs only the packages for AWS, so the test makes the local cloud's packages unavailable."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nfor name in ('moto', 'cryptography', 'cloudpickle'):\n    sys.modules[name] = None\n"
     )

@@ -1,7 +1,7 @@
-"""The rehearsal's own engine gives the same results as Pulumi's, for the same program and changes.
+"""The rehearsal's own engine gives the same results as Pulumi's engine for the same program and the same changes.
 
-Each runs infra/ on its own moto, with the same cases in the same order. The test compares the operations, their order
-where one resource depends on the other, the stack's outputs, and the resources left in the cloud.
+Each engine runs infra/ on its own moto server, with the same cases in the same order. The test compares operations, the
+order of operations on dependent resources, the stack's outputs, and the resources that remain in the cloud.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ VM = stack.INSTANCE
 
 @dataclass
 class Outcome:
-    """The result of one case, with IDs that differ between runs replaced by names."""
+    """The result of one case. In the result, names replace AWS's IDs, because IDs differ between runs."""
 
     steps: list[tuple[str, str, str]] = field(default_factory=list)
     outputs: Props = field(default_factory=dict)
     refusal: str = ""
     needs: dict[str, set[str]] = field(default_factory=dict)
-    """Resource → those that it depends on, as "type name"."""
+    """Resource → the resources on which it depends, each written as "type name"."""
     left: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Walk:
-    """Runs the cases with one engine. Owns the settings and the results."""
+    """Run the cases with one engine, and keep the settings and the results."""
 
     name: str
     cloud: MotoCloud
@@ -60,7 +60,7 @@ class Walk:
     images: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     gone: dict[str, str] = field(default_factory=dict)
-    """IDs that the outputs still have though the state has them no more → a name."""
+    """ID in the stack's outputs whose resource is deleted → name that replaces the ID."""
 
     @property
     def module(self) -> Any:
@@ -115,7 +115,7 @@ def quiet(text: str) -> None:
 
 
 def names_of(current: State, images: dict[str, str]) -> dict[str, str]:
-    """Values in IDs and outputs that differ between runs → a name for each."""
+    """Return a name for each ID and each address that differs between runs."""
     known = {ami: f"<image {name}>" for name, ami in images.items()}
     for each in current.resources:
         if each.custom and len(each.id) > 6 and not each.type.startswith("pulumi:"):
@@ -139,7 +139,7 @@ def renamed(value: Any, known: dict[str, str]) -> Any:
 
 
 def inventory(cloud: MotoCloud) -> dict[str, Any]:
-    """The content of the cloud, in an order that does not depend on IDs."""
+    """Return the content of the cloud, sorted so that the order does not depend on IDs."""
     ec2, ssm, iam = cloud.client("ec2"), cloud.client("ssm"), cloud.client("iam")
     machines = [each for r in ec2.describe_instances()["Reservations"] for each in r["Instances"]]
     running = [each for each in machines if each["State"]["Name"] != "terminated"]
@@ -181,10 +181,10 @@ def inventory(cloud: MotoCloud) -> dict[str, Any]:
 
 @contextmanager
 def backed_up(walk: Walk) -> Iterator[None]:
-    """A dump in the backups bucket, for the stack's check of restoreFrom; it is deleted at the end."""
+    """During the block, the backups bucket contains a dump, so that the stack's check of restoreFrom succeeds."""
     s3, bucket = walk.cloud.client("s3"), reveal(walk.current().outputs)["buckets"]["backups"]
     policy = s3.get_bucket_policy(Bucket=bucket)["Policy"]
-    s3.delete_bucket_policy(Bucket=bucket)  # moto ignores conditions, so this policy would deny every request
+    s3.delete_bucket_policy(Bucket=bucket)  # moto ignores conditions, so a bucket policy would deny all requests
     key = "dumps/20261122T013300Z-nightly-dc11669786a5.dump"
     version = s3.put_object(Bucket=bucket, Key=key, Body=b"")["VersionId"]
     s3.put_bucket_policy(Bucket=bucket, Policy=policy)
@@ -195,7 +195,7 @@ def backed_up(walk: Walk) -> Iterator[None]:
 
 
 def interrupted_up(walk: Walk) -> None:
-    """An `up` that Ctrl-C ends once the first resource of the machine is created, and the result of the next one."""
+    """Run `up`, and interrupt the run with SIGINT after the VPC is created."""
     current = walk.current()
     by = stack.engine_for(walk.name, current)
     ec2 = walk.cloud.client("ec2")
@@ -300,7 +300,7 @@ def test_order_is_the_same_where_one_depends_on_the_other(walks: dict[str, Walk]
 
 
 def related(one: tuple[str, str, str], other: tuple[str, str, str], needs: dict[str, set[str]]) -> bool:
-    """Whether one resource depends on the other, also indirectly."""
+    """Return whether one of the two resources depends on the other, directly or indirectly."""
 
     def reach(start: str) -> set[str]:
         found: set[str] = set()
@@ -341,7 +341,7 @@ def test_both_engines_delete_all_resources(walks: dict[str, Walk]) -> None:
 
 
 def test_pulumis_files_contain_no_secret(walks: dict[str, Walk]) -> None:
-    """Passwords are encrypted in the state, and no other file of the folder contains them in clear."""
+    """The state contains only encrypted passwords, and no other file contains a password as clear text."""
     folder = walks["pulumi"].folder
     texts = [each.read_text(errors="replace") for each in folder.rglob("*") if each.is_file()]
     assert any("ciphertext" in text for text in texts)

@@ -1,6 +1,6 @@
-"""The messages that a first-time user of `pulumi` sees with this program: the real CLI and engine, on moto.
+"""Test the messages that a first-time user of `pulumi` gets for this program, with the real CLI and engine on moto.
 
-The tests run in this order, as one user's session, which is written to build/first-time-user.txt.
+The tests run in the order of this file as one user's session. The session is written to build/first-time-user.txt.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def terminal(cloud: MotoCloud, tmp_path_factory: pytest.TempPathFactory) -> Term
 
 
 def quiet(said: str) -> None:
-    """The output contains no traceback and no internals of Pulumi's protocol."""
+    """Require that the output contains no traceback and no internals of Pulumi's protocol."""
     for noise in NOISE:
         assert noise not in said, said
 
@@ -81,7 +81,7 @@ def test_all_mistakes_are_reported_at_once(terminal: Terminal) -> None:
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_name(terminal: Terminal, command: str) -> None:
-    """The CLI refuses it at preview, by the schema in Pulumi.yaml."""
+    """At preview, the Pulumi CLI refuses a value that does not fit the schema in Pulumi.yaml."""
     [name] = re.findall(r"allowedCidrs|dataVolumeGib|jobExecution", command)
     terminal.run(command)
     said = terminal.run("pulumi preview", status=None)
@@ -146,7 +146,7 @@ def test_retire_stack_leaves_with_the_data_and_deletes_the_rest(cloud: MotoCloud
     buckets = json.loads(terminal.run("pulumi stack output --json"))["buckets"]
     s3 = cloud.client("s3")
     for bucket in buckets.values():
-        s3.delete_bucket_policy(Bucket=bucket)  # moto ignores conditions, so this policy would deny every request
+        s3.delete_bucket_policy(Bucket=bucket)  # moto ignores conditions, so a bucket policy would deny all requests
     s3.put_object(Bucket=buckets["backups"], Key="dumps/20261122T013300Z-nightly-dc11669786a5.dump", Body=b"dump")
     for text in (b"old", b"new"):
         s3.put_object(Bucket=buckets["artifacts"], Key="1/run/artifacts/model.txt", Body=text)

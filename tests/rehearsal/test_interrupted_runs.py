@@ -91,7 +91,7 @@ def test_interrupt_waits_for_the_current_operation() -> None:
 
 
 class Killed(BaseException):
-    """Stands in for SIGKILL: no later code runs."""
+    """An exception that stands in for SIGKILL. The engine runs no code after `Killed` is raised."""
 
 
 def test_creation_killed_after_its_call_is_adopted(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""With Pulumi's engine: a lost state is refused, and the printed commands import the stack again."""
+"""If the state is lost, the program refuses to run under Pulumi's engine and prints commands that import the stack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A separate stack on the tests' local cloud: launched, unchanged, replaced, interrupted; its data stays."""
+"""Test `rehearse.py up` with a separate stack on the tests' local cloud: launch, a second `up`, replacement and
+interruption of the machine. The stack keeps its data."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ NAME = "rehearsal-tests"
 
 @pytest.fixture(scope="module")
 def stack_of_our_own(cloud: Any, image: Mapping[str, Any]) -> Iterator[str]:
-    """The AMI to launch; its stack is deleted with its data at the end."""
+    """Let the tests use a separate stack, and yield the ID of the AMI to launch. At the end, the stack and its data are
+    deleted."""
     from scripts.rehearsal import stack
     from tests.support.servers import own_stack
 
@@ -44,7 +46,7 @@ def up(ami: str, *settings: str) -> dict[str, Any]:
 
 
 def described(changes: list[dict[str, Any]]) -> list[str]:
-    """The operations; their order is not compared, because the program registers independent resources in any order."""
+    """Return the operations in sorted order, because the program registers independent resources in any order."""
     return sorted(json.dumps(each, sort_keys=True) for each in changes)
 
 
@@ -73,7 +75,7 @@ def test_launch_leave_alone_replace_interrupt_and_go_on(stack_of_our_own: str) -
     assert again["changes"] == []
     assert again["instance_id"] == first["instance_id"]
 
-    # A setting that reaches user-data replaces the machine, and only the machine.
+    # After a change of a setting in user-data, `up` replaces the machine, but no resource that holds data.
     planned = json.loads(rehearse("preview", "--json", "--ami", ami, "--set", "backupRetentionDays=7").stdout)
     replaced = up(ami, "--set", "backupRetentionDays=7")
     assert described(replaced["changes"]) == described(planned["changes"])
@@ -83,7 +85,7 @@ def test_launch_leave_alone_replace_interrupt_and_go_on(stack_of_our_own: str) -
         assert replaced[kept] == first[kept]
     assert call(replaced, f"experiments/get?experiment_id={experiment}")["experiment"]["name"] == "kept"
 
-    # Ctrl-C between the deletion of the old machine and the creation of the new one: the next `up` continues.
+    # Ctrl-C interrupts the replacement of the machine. The next `up` completes the replacement.
     running = subprocess.Popen(
         [sys.executable, str(SCRIPTS / "rehearse.py"), "up", "--ami", ami, "--set", "backupRetentionDays=8"],
         stderr=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The engine performs the same operations as Pulumi's, in the same order."""
+"""The rehearsal's engine performs the same operations as Pulumi's engine, in the same order."""
 
 import pulumi
 import pytest
@@ -11,7 +11,7 @@ from tests.support.recording_cloud import RecordingCloud, Thing, engine_of, opts
 
 
 def chain(fixed: str, *, first: bool = False) -> None:
-    """base ← user (replaced with base) ← reader (replaced with user); bystander only depends_on base."""
+    """Replacing `base` replaces `user`, and replacing `user` replaces `reader`. `bystander` has only a depends_on."""
     base = Thing("base", fixed=fixed, opts=opts(delete_before_replace=True) if first else None)
     user = Thing("user", on=base.address)
     Thing("reader", on=user.address)

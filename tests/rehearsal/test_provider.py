@@ -1,4 +1,4 @@
-"""The provider answers Pulumi's engine as pulumi-terraform-bridge does."""
+"""The rehearsal's provider returns the same responses to Pulumi's engine as pulumi-terraform-bridge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scripts.rehearsal.wire import UNKNOWN, Secret
 
 
 def nothing(*arguments: Any) -> Any:
-    """No call to AWS is made here."""
+    """Do nothing in place of a call to AWS, because the tests in this file make no calls to AWS."""
 
 
 NAMED = Kind(
@@ -32,7 +32,7 @@ def test_a_generated_name_lives_as_long_as_the_resource() -> None:
     kept = checked(NAMED, "renamed", {"size": 2}, first, {})
     assert kept["name"] == "server-0a1b2c3"
     assert difference(NAMED, first, kept).diffs == ["size"]
-    # A name that the program chose before does not count as a generated one.
+    # If the program chose the old name and now sets no name, the provider generates a name.
     assert checked(NAMED, "server", {}, {"name": "chosen"}, {})["name"] == "server-0a1b2c3"
 
 

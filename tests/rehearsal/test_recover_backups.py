@@ -1,4 +1,4 @@
-"""recover_backups.py brings a bucket back to what it held at a moment, and deletes no version."""
+"""recover_backups.py restores the content that a bucket had at a given time, and deletes no object version."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_spoiled_bucket_is_as_it_was(
     assert len(recover_backups.entries(s3, "backups")) == versions + 3
     told = capsys.readouterr()
     assert "hidden, because it is newer: dumps/planted.dump" in told.err
-    assert "2 objects would be as they were" in told.err and "2 objects are as they were" in told.err
+    assert "2 objects would be restored" in told.err and "2 objects are restored" in told.err
     assert json.loads(told.out.split("}\n")[-2] + "}")["hidden"] == ["dumps/planted.dump"]
     assert recover_backups.main(arguments) == 0, "it can be run again"
     assert held(s3) == before

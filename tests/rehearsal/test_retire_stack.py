@@ -1,4 +1,5 @@
-"""retire_stack.py lists what it deletes, downloads the data and empties buckets, with a stand-in for the CLI."""
+"""retire_stack.py prints what it will delete, downloads the data and empties the buckets. In the tests, a stand-in
+replaces the Pulumi CLI."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def cloud() -> Iterator[MotoCloud]:
 
 @pytest.fixture
 def s3(cloud: MotoCloud) -> Any:
-    """Three buckets with versions, a delete marker and an unfinished upload."""
+    """Create three buckets with object versions, a delete marker and an unfinished upload, and return the client."""
     client = cloud.client("s3")
     for purpose in PURPOSES:
         client.create_bucket(Bucket=purpose, CreateBucketConfiguration={"LocationConstraint": cloud.region})
@@ -71,7 +72,7 @@ def exported() -> dict[str, Any]:
 
 
 def stand_in(done: list[str]) -> retire_stack.Pulumi:
-    """Answers `stack export` and records the rest."""
+    """Return a stand-in for the Pulumi CLI, which answers `stack export` and records all other commands in `done`."""
 
     def pulumi(*arguments: str) -> str:
         if arguments[:2] == ("stack", "export"):

@@ -1,4 +1,4 @@
-"""The rehearsal describes the resource types and look-ups that infra/ uses, and no others."""
+"""The rehearsal describes exactly the resource types and look-ups that infra/ uses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = {"aws": aws, "random": random}
 
 
 def called() -> Iterator[Any]:
-    """Everything of a provider's package that infra/ calls: `aws.ec2.Vpc`, `aws.ec2.get_ami`."""
+    """Yield each class and function of a provider's package that infra/ calls, such as `aws.ec2.get_ami`."""
     for path in sorted(stack.PROGRAM.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):

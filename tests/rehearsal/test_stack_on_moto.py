@@ -1,5 +1,5 @@
-"""The real program of infra/, applied to moto's EC2, S3, IAM and SSM: every call of every resource type that it
-uses."""
+"""Apply the real program of infra/ to moto's EC2, S3, IAM and SSM, with every API call of the resource types that the
+program uses."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
     # A second `up` changes nothing.
     assert done(up(aws, state, first)) == []
 
-    # With another state, the machine and its data resources are not created a second time.
+    # With an empty state, `up` creates no second machine and no second resources with data.
     with pytest.raises(ApplyError) as refused:
         up(aws, State(), first, dry_run=True)
     said = str(refused.value)
@@ -117,14 +117,14 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
         assert sum(line.endswith(f" {id_}") for line in said.splitlines()) == 1
     assert f"aws ec2 stop-instances --region {REGION} --instance-ids {outputs['instanceId']}" in said
 
-    # The backup is looked up in the bucket before the machine is replaced.
+    # The program looks up the backup in the bucket before it replaces the machine.
     with pytest.raises(program_runner.ProgramError, match="the backups bucket holds no backup"):
         up(aws, state, first, dry_run=True, restoreFrom="latest")
     bucket, key = outputs["buckets"]["backups"], "dumps/20261122T013300Z-nightly-f4a9b2c7d1e6.dump"
     stanza = "pgbackrest/backup/pg15-7-20261101T000000Z"
     s3 = aws.client("s3")
     policy = s3.get_bucket_policy(Bucket=bucket)["Policy"]
-    s3.delete_bucket_policy(Bucket=bucket)  # moto ignores conditions, so it would refuse every request
+    s3.delete_bucket_policy(Bucket=bucket)  # moto ignores conditions, so a bucket policy would deny all requests
     for name in (key, f"{stanza}/backup.info", f"{stanza}/20261122-010000F/backup.manifest"):
         s3.put_object(Bucket=bucket, Key=name, Body=b"")
     for value in ("latest", key, "20261122-010000F", "2026-11-22T02:00:00Z"):
@@ -138,9 +138,9 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
         s3.delete_object(Bucket=bucket, Key=name, VersionId=version["VersionId"])
     s3.put_bucket_policy(Bucket=bucket, Policy=policy)
 
-    # Another image replaces the machine and no resource with data.
+    # A new image replaces the machine, but no resource with data.
     upgrade = done(up(aws, state, second))
-    # The attachment stops the machine, which keeps its address until then.
+    # The deletion of the volume attachment stops the machine. Until the machine stops, it keeps its address.
     assert upgrade.index("delete VolumeAttachment") < upgrade.index("delete EipAssociation")
     assert upgrade.index("delete EipAssociation") < upgrade.index("delete Instance")
     assert upgrade.index("delete Instance") < upgrade.index("replace Instance")
@@ -149,7 +149,7 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
         f"{verb} {kind}"
         for verb in ("delete", "replace")
         for kind in ("Instance", "VolumeAttachment", "EipAssociation")
-    } | {"replace Tag"}  # of the launched image; the replaced one keeps its own
+    } | {"replace Tag"}  # `up` tags the launched image, and the previous image keeps its tag
     after = reveal(state.outputs)
     assert after["instanceId"] != outputs["instanceId"]
     for output in ("dataVolumeId", "buckets", "publicIp", "url", "credentialsParameter"):
@@ -157,25 +157,25 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
     [volume] = ec2.describe_volumes(VolumeIds=[after["dataVolumeId"]])["Volumes"]
     assert [each["InstanceId"] for each in volume["Attachments"]] == [after["instanceId"]]
 
-    # Another size changes the machine in place; the volume grows in place.
+    # A new instance type and a larger volume are changed in place.
     resized = done(up(aws, state, second, instanceType="t3.large", dataVolumeGib="30"))
     assert sorted(resized) == ["update Instance", "update Volume"]
     [machine] = ec2.describe_instances(InstanceIds=[after["instanceId"]])["Reservations"][0]["Instances"]
     assert (machine["InstanceType"], machine["State"]["Name"]) == ("t3.large", "running")
 
-    # A machine that was terminated by hand is launched again.
+    # If the machine was terminated by hand, `up` launches a new machine.
     ec2.terminate_instances(InstanceIds=[after["instanceId"]])
     again = done(up(aws, state, second, instanceType="t3.large", dataVolumeGib="30"))
-    launched = [each for each in again if "Alarm" not in each]  # one alarm watches the machine by its ID
+    launched = [each for each in again if "Alarm" not in each]  # one alarm is changed too, because it names the machine
     assert launched[:3] == ["create Instance", "replace EipAssociation", "create VolumeAttachment"]
     [address] = ec2.describe_addresses(PublicIps=[outputs["publicIp"]])["Addresses"]
     assert address["InstanceId"] == reveal(state.outputs)["instanceId"]
 
-    # Deletions that Pulumi and S3 would refuse are printed first.
+    # `destroy` first prints the deletions that Pulumi and S3 would refuse.
     with pytest.raises(ApplyError, match="is protected"):
         Engine(KINDS, aws, state, save=lambda now: None).delete(list(state.resources))
     filled = outputs["buckets"]["models"]
-    aws.client("s3").delete_bucket_policy(Bucket=filled)  # moto ignores conditions, so it would refuse every request
+    aws.client("s3").delete_bucket_policy(Bucket=filled)  # because of the bucket policy, moto would deny all requests
     aws.client("s3").put_object(Bucket=filled, Key="kept", Body=b"x")
     buckets = [each for each in state.resources if each.type == stack.BUCKET and each.id == filled]
     with pytest.raises(ApplyError, match="BucketNotEmpty"):
@@ -195,10 +195,10 @@ def test_launch_again_upgrade_resize_and_destroy(aws: Aws, tmp_path: Path, monke
     ec2.meta.events.register("before-call.ec2.TerminateInstances", archive)
     try:
         stack.destroy(cloud, aws.client, state, say=lines.append, done=lambda step: None)
-    finally:  # the later tests of this module use the same client
+    finally:  # later tests in this module use the same client and must not call `archive`
         ec2.meta.events.unregister("before-call.ec2.TerminateInstances", archive)
-    assert "Pulumi refuses to delete what is protected" in lines[0] and "Volume data" in lines[0]
-    assert lines[1].startswith(f"S3 refuses to delete {filled}, which holds objects")
+    assert "Pulumi refuses to delete protected resources" in lines[0] and "Volume data" in lines[0]
+    assert lines[1].startswith(f"S3 refuses to delete {filled}, which contains objects")
     assert len(lines) == 2
     assert state.resources == []
     assert not stack.state_path().exists() and stack.refused_elsewhere() == []
@@ -213,7 +213,7 @@ def test_an_image_that_does_not_trust_the_local_s3_is_refused(aws: Aws) -> None:
     for name, refused in ((base.series, True), (base.ami_name, False), ("somebody-elses", False)):
         source = ec2.register_image(Name=name)["ImageId"]
         ami = image(aws, f"of-{name}")
-        stack.require_trust(aws.client, ami)  # its source image does not exist here
+        stack.require_trust(aws.client, ami)  # no tag names the source image yet, so the AMI is accepted
         ec2.create_tags(Resources=[ami], Tags=[{"Key": stack.SOURCE, "Value": source}])
         if refused:
             with pytest.raises(Refused, match=r"bake it again with `scripts/bake\.py --local`"):
@@ -268,7 +268,8 @@ def test_log_group_and_dashboard_follow_their_settings(aws: Aws) -> None:
 
 
 def test_domain_record_is_created_and_deleted_with_the_stack(aws: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "create_route53_zone_id", models.create_route53_zone_id)  # so that it can be recovered
+    # monkeypatch restores `create_route53_zone_id` at the end, because route53.install() replaces this function.
+    monkeypatch.setattr(models, "create_route53_zone_id", models.create_route53_zone_id)
     route53.install()
     state, client = State(), aws.client("route53")
     ami = image(aws, "20261124T101500Z")

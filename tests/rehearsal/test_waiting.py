@@ -1,4 +1,4 @@
-"""While a script waits for the server, it reports why there is no response."""
+"""A script that waits for the server prints why the server does not respond."""
 
 from __future__ import annotations
 

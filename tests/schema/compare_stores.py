@@ -1,6 +1,8 @@
-"""Send the same calls to MLflow's own tracking store and to `DirectStore`, each with a database of its own, and print
-what both answered and wrote, as JSON. HTTP requests go to MLflow's Flask application, with the fast path's middleware
-in front of it if the store is `DirectStore`. Runs under an interpreter that has one release of MLflow.
+"""Send the same calls to MLflow's own tracking store and to `DirectStore`, and print both results as JSON.
+
+Each store has its own database. The results contain the responses and the stored rows. HTTP requests go to MLflow's
+Flask application; for `DirectStore`, the fast path's middleware handles them first. The script uses the MLflow release
+that is installed for its interpreter.
 
     python compare_stores.py URI_FOR_MLFLOWS URI_FOR_OURS SEED
 """
@@ -43,7 +45,7 @@ from mlflow_host.server.fast_path.app import ANSWERS, PREFIXES, answer_or_none  
 from mlflow_host.server.fast_path.store import DirectStore  # noqa: E402
 
 Call = tuple[str, Callable[[SqlAlchemyStore, list[str]], Any]]
-"""(description, function that makes the call, given the IDs of the runs created so far)."""
+"""A description, and a function that makes the call with a store and the IDs of the runs created earlier."""
 
 TIME = 1_700_000_000_000
 VALUES = (0.25, 1, -3.5, 0.0, -0.0, 1e-300, 1e300, math.nan, math.inf, -math.inf, 5e-324, 0.1 + 0.2)
@@ -86,11 +88,12 @@ ORDERS: tuple[list[str] | None, ...] = (
 
 
 REFUSES_SECOND_NAN = Version(mlflow.__version__) < Version("3.16")
-"""Older releases reject a batch with 400 if one of its NaN values is stored already; the fast path never does."""
+"""Releases before 3.16 answer a batch that repeats a stored NaN value with status 400. The fast path accepts such a
+batch."""
 
 
 def metric(chance: random.Random) -> dict[str, Any]:
-    """A metric as clients send it."""
+    """Return a random metric in the form in which clients send metrics."""
     value, step = chance.choice(VALUES), chance.choice([-2, 0, 1, 2, 3])
     if math.isnan(value) and REFUSES_SECOND_NAN:
         step = chance.randrange(10, 10**9)
@@ -139,7 +142,8 @@ def runs_as_they_are_made(chance: random.Random) -> Iterator[Call]:
         *(good | {"start_time": TIME + 103 + n, "experiment_id": one} for n, one in enumerate(("2", "77", "abc", ""))),
         good | {"start_time": TIME + 107, "experiment_id": "01"},
         *(good | {"start_time": time} for time in (0, -1, "1700000000120", 1700000000121.0)),
-        # These start at 0 too, and a search may return two such runs in either order, so no search includes them.
+        # The following runs also start at 0. Runs with equal start times have no order, so no search includes these
+        # runs.
         *(good | {"start_time": time, "experiment_id": "4"} for time in (None, 2**70, 0.5, True)),
         good | {"start_time": TIME + 130, "run_name": "n" * 251},
         good | {"start_time": TIME + 131, "user_id": "u" * 300},
@@ -259,7 +263,7 @@ def logging_of(path: str, fields: Any) -> Call:
 
 
 def post_of(what: str, path: str, body: bytes, kind: str) -> Call:
-    """Post a body, JSON or not; in it <0> stands for the first run's ID."""
+    """Return a call that posts `body`, which may be invalid JSON. <0> in `body` stands for the ID of the first run."""
     return what, lambda s, runs: ask(s, "POST", path, body=body.replace(b"<0>", runs[0].encode()), kind=kind)
 
 
@@ -388,7 +392,7 @@ def histories() -> Iterator[Call]:
 
 
 def filled(fields: Any, runs: list[str]) -> Any:
-    """Replace run numbers such as <5> by the runs' IDs."""
+    """Return `fields` with run numbers such as <5> replaced by the IDs of the runs."""
     return json.loads(re.sub("<([0-9]+)>", lambda place: runs[int(place[1])], json.dumps(fields)))
 
 
@@ -401,7 +405,7 @@ def post(store: SqlAlchemyStore, path: str, fields: Any) -> tuple[int, Any]:
 
 
 def pages(store: SqlAlchemyStore, path: str, fields: Any) -> list[Any]:
-    """The response, and those of the next pages."""
+    """Return the response to a request, and the responses to the requests for the next pages."""
     found: list[Any] = []
     while len(found) < 12:
         by_get = path.startswith("metrics/")
@@ -414,7 +418,7 @@ def pages(store: SqlAlchemyStore, path: str, fields: Any) -> list[Any]:
 
 
 class CountingStore(DirectStore):
-    """`statements`: number of cursors that the fast path opened."""
+    """A `DirectStore` that counts in `statements` how many cursors the fast path opened."""
 
     statements = 0
 
@@ -426,13 +430,13 @@ class CountingStore(DirectStore):
 
 
 answered: Counter[str] = Counter()
-"""Number of requests by path that the fast path handled itself, and that it passed to MLflow."""
+"""For each path, the number of requests that the fast path handled, and the number that it passed to MLflow."""
 
 
 def ask(
     store: SqlAlchemyStore, method: str, path: str, query: str = "", body: bytes = b"", kind: str = "application/json"
 ) -> tuple[int, Any]:
-    """Status and JSON of a response."""
+    """Send a request to the store, and return the status and the JSON of the response."""
     if isinstance(store, DirectStore) and (answer := ANSWERS.get((method, f"/{path}"))):
         headers = [(b"host", b"localhost"), (b"content-type", kind.encode())]
         scope = {"method": method, "query_string": query.encode(), "headers": headers}
@@ -440,7 +444,7 @@ def ask(
         answered[f"{path} {'itself' if found else 'not'}"] += 1
         if found:
             return found[0], json.loads(found[1].decode("ascii"))
-    handlers._tracking_store = store  # type: ignore[assignment]  # MLflow annotates it nowhere and begins with None
+    handlers._tracking_store = store  # type: ignore[assignment]  # MLflow assigns None without a type annotation
     address = f"{PREFIXES[0]}/{path}" + (f"?{query}" if query else "")
     told = app.test_client().open(address, method=method, data=body, content_type=kind)
     return told.status_code, told.json if told.is_json else told.get_data(as_text=True)
@@ -460,7 +464,7 @@ def transcript(store: SqlAlchemyStore, seed: int) -> list[str]:
             said = f"{error.error_code}: {error.message}"
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
-        # MLflow's message about an error of PostgreSQL contains the statement, with IDs and times.
+        # After an error of PostgreSQL, MLflow's message contains the SQL statement with IDs and times.
         said = said.split("[SQL:")[0]
         for place, run in enumerate(runs):
             said = said.replace(run, f"<run {place}>")
@@ -470,7 +474,7 @@ def transcript(store: SqlAlchemyStore, seed: int) -> list[str]:
 
 
 def shown(answer: Any) -> str:
-    """A response as text with everything that clients can see. Lists without a defined order are sorted."""
+    """Return as text everything that clients can read from a response. Lists without a defined order are sorted."""
     if isinstance(answer, dict):
         return "{" + ", ".join(f"{key}: {shown(answer[key])}" for key in sorted(answer)) + "}"
     if isinstance(answer, (list, tuple)):
@@ -486,7 +490,7 @@ def shown(answer: Any) -> str:
 
 
 def tables(store: SqlAlchemyStore) -> dict[str, list[str]]:
-    """The rows of each table, with run IDs replaced by the runs' names and times."""
+    """Return the rows of each table. In each row, the name and the start time of a run replace the run's ID."""
     named = "(select coalesce(name, '') || start_time from runs where run_uuid = t.run_uuid)"
     found = {}
     with store.engine.connect() as connection:

@@ -17,7 +17,8 @@ def server() -> Iterator[PrivateCluster]:
 
 @pytest.fixture
 def on_the_way(server: PrivateCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Journey]:
-    """A journey in a process whose environment names an experiment of another server, as MLflow's client leaves it."""
+    """Yield a journey. MLFLOW_EXPERIMENT_ID names an experiment of another server, as after a use of MLflow's
+    client."""
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "999999")
     with journey(server.cluster, tmp_path) as started:
         yield started

@@ -1,8 +1,9 @@
-"""Python environments with one release of MLflow each: stand-ins for images of those releases.
+"""Python environments, each with one release of MLflow. In the tests, an environment stands in for a machine image with
+the same MLflow release.
 
-They hold the newest patch of each of the last eight minor releases in the package index. uv creates them on first use,
-outside the repository. `mlflow-skinny` is the smallest package with MLflow's stores; for a release without it in the
-index, the `mlflow` wheel is installed, which has the same modules.
+The releases are the newest patch of each of the last eight minor releases in the package index. uv creates an
+environment on first use, outside the repository. `mlflow-skinny` is the smallest package with MLflow's stores. If the
+index has no `mlflow-skinny` for a release, uv installs the wheel of `mlflow`, which contains the same modules.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mlflow_host.schema.revisions import known_revisions
 
 STORES_NEED = ("sqlalchemy", "alembic", "psycopg2-binary", "pandas", "graphene", "flask", "cryptography", "huey")
 SERVERS_NEED = ("flask-cors", "boto3", "httptools", "uvloop", "jinja2", "aiohttp", "docker")
-"""Additional packages of a server that is installed like the image's."""
+"""Packages that a server process needs in addition to STORES_NEED."""
 RELEASES = 8
 
 
@@ -35,7 +36,7 @@ def folder() -> Path:
 
 @cache
 def releases() -> tuple[str, ...]:
-    """The newest patch of each of the last eight minor releases, oldest first. Queries the index once a day."""
+    """Return the newest patch of each of the last eight minor releases, oldest first. Query the index once a day."""
     remembered = folder() / "releases.json"
     day = 24 * 3600
     if not remembered.exists() or remembered.stat().st_mtime < _now() - day:
@@ -54,14 +55,15 @@ def releases() -> tuple[str, ...]:
 
 
 def image(version: str) -> ImageSchema:
-    """The facts of an image with that release."""
+    """Return the schema facts that an image with this MLflow release would have."""
     python = environment(version)
     chain = known_revisions(python)
     return ImageSchema(python, chain[-1], len(chain), version, f"stand-in-{version}")
 
 
 def environment(version: str) -> Path:
-    """The interpreter of an environment with that release. Idempotent; a lock makes parallel calls safe."""
+    """Return the interpreter of an environment with this release. The call is idempotent, and a lock makes parallel
+    calls safe."""
     return _environment(f"mlflow-{version}", version, STORES_NEED)
 
 

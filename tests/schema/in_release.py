@@ -1,4 +1,5 @@
-"""Run statements with one release of MLflow on the database in service: `tracking` and `registry` are its stores."""
+"""Run Python statements with one release of MLflow. The statements can use MLflow's stores as `tracking` and
+`registry`, which read and write the database in service."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ END = "\nprint(json.dumps(result))\n"
 
 
 def in_release(image: ImageSchema, cluster: Cluster, statements: str) -> Any:
-    """The value that the statements assign to `result`, through JSON."""
+    """Return the value that the statements assign to `result`, converted to JSON and back."""
     command = [str(image.python), "-W", "ignore", "-c", BEGIN + statements + END, cluster.uri(cluster.database)]
     ended = subprocess.run(command, capture_output=True, text=True, env=without_mlflow(os.environ))
     assert ended.returncode == 0, ended.stderr[-3000:]

@@ -1,5 +1,8 @@
-"""Change one database to several MLflow releases, one after the other. At each stop the database step changes the
-schema, the release reads everything that earlier stops wrote, the result is compared, and the release writes more."""
+"""Change one database to the schemas of several MLflow releases, one after the other.
+
+At each stop the database step changes the schema, and the MLflow release of the stop reads all data of earlier stops.
+The journey compares the data that this release reads with the data that earlier stops wrote. Then the release writes
+more data."""
 
 from __future__ import annotations
 
@@ -38,7 +41,8 @@ class Journey:
         return state.ChangeSettings(self.cluster, image, self.folder / "reports", dump=None)
 
     def stop(self, image: ImageSchema, *, write: bool = True) -> list[str]:
-        """Bring the database to the image's release, compare, write. Returns the differences."""
+        """Change the database to the schema of `image`, and return the differences between its data and the expected
+        data. If `write` is true, write more data after the comparison."""
         worker = self.worker(image)
         self.said.append(database.bring(self.settings(image), self.said.append))
         found = self.expected.compare(image.mlflow_version, worker.read(self.uri))

@@ -1,7 +1,7 @@
-"""Invented releases of MLflow: copies of the environment of the newest one, with changes to the package.
+"""Invented MLflow releases: copies of the newest release's environment with changes to the package.
 
-Files of the copy are hard links, so a copy takes a second and no space. A change replaces a file and does not affect
-the original.
+The files of a copy are hard links, so copying takes a second and no disk space. A change replaces a file in the copy
+and leaves the original file unchanged.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from tests.schema.environments import releases
 
 
 class MadeRelease:
-    """A copy of an environment. `python` is its interpreter, `package` its folder mlflow."""
+    """A copy of an environment. `python` is the interpreter of the copy, and `package` is its folder mlflow."""
 
     def __init__(self, original: Path, folder: Path) -> None:
-        """`original`: the interpreter of the environment to copy to `folder`, which must not exist."""
+        """Copy the environment of the interpreter `original` to `folder`, which must not exist."""
         subprocess.run(["cp", "--archive", "--link", original.parent.parent, folder], check=True)
         self.python = folder / "bin/python"
         (self.package,) = folder.glob("lib/python*/site-packages/mlflow")
 
     def replace(self, file: str, pattern: str, text: str) -> None:
-        """Replace all matches of the regular expression in a file of the package; at least one must exist."""
+        """Replace all matches of a regular expression in a file of the package. At least one match must exist."""
         path = self.package / file
         changed, found = re.subn(pattern, text, path.read_text(), flags=re.MULTILINE)
         assert found, f"{file} of MLflow {releases()[-1]} has no {pattern}: adapt the test"
@@ -36,7 +36,7 @@ class MadeRelease:
         self.write(file, f"{(self.package / file).read_text()}\n\n{text}")
 
     def rename(self, old: str, new: str, *files: str) -> None:
-        """Rename something, in the file that defines it and in those that use it."""
+        """Replace the name `old` by `new` in `files`: the file that defines it, and the files that use it."""
         for file in files:
             self.replace(file, rf"\b{old}\b", new)
 

@@ -1,4 +1,4 @@
-"""A temporary PostgreSQL cluster for tests: a data folder in a temporary directory, a Unix socket, no TCP."""
+"""A temporary PostgreSQL cluster for tests, in a temporary directory. The server listens only on a Unix socket."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def programs() -> Path:
 
 
 class Identity(TypedDict, total=False):
-    """Options of `subprocess` that choose the account of a child; none where this process is not root."""
+    """Options of `subprocess` that set the account of a child process, or no options if this process is not root."""
 
     user: int
     group: int
@@ -39,7 +39,7 @@ class Identity(TypedDict, total=False):
 
 @dataclass
 class PrivateCluster:
-    """Owns its folder and its server process."""
+    """A temporary cluster that owns its folder and its server process."""
 
     folder: Path
     process: subprocess.Popen[bytes] | None = None
@@ -53,8 +53,8 @@ class PrivateCluster:
         return self.folder / "data"
 
     def start(self) -> None:
-        """Start the server as a child of this process, so that this process can reap it: PostgreSQL does not start
-        while a zombie of the previous server exists."""
+        """Start the server as a child of this process, so that this process can reap it. PostgreSQL does not start
+        while the process of the previous server is a zombie."""
         options = {"unix_socket_directories": self.folder, "port": PORT, "listen_addresses": "", "max_connections": 60}
         arguments = [f"-c{name}={chosen}" for name, chosen in {**options, "wal_level": "replica"}.items()]
         with self.log.open("ab") as log:
@@ -85,13 +85,13 @@ class PrivateCluster:
         return self.folder / "log"
 
     def stop(self) -> None:
-        """Immediate shutdown; the next start recovers."""
+        """Stop the server with an immediate shutdown. The next start performs crash recovery."""
         if self.process:
             self.process.send_signal(signal.SIGQUIT)
             self.process.wait(60)
 
     def kill(self) -> None:
-        """Send SIGKILL to the server and then to its children, as systemd does after an out-of-memory kill."""
+        """Send SIGKILL to the server and then to its children. systemd does this after an out-of-memory kill."""
         assert self.process
         server = self.process.pid
         children = [int(child) for child in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
@@ -104,7 +104,7 @@ class PrivateCluster:
 
 
 def alive(process: int) -> bool:
-    """Whether the process exists and is not a zombie."""
+    """Return whether the process exists and is not a zombie."""
     try:
         return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -113,7 +113,7 @@ def alive(process: int) -> bool:
 
 @contextmanager
 def private_cluster(mebibytes: int | None = None) -> Iterator[PrivateCluster]:
-    """With `mebibytes`, on a file system of that size in memory, which needs root."""
+    """Yield a new cluster. If `mebibytes` is given, the cluster is on a tmpfs of `mebibytes` MiB, which needs root."""
     account = _account()
     folder = Path(tempfile.mkdtemp(prefix="mlflow-ami-pg-", dir="/tmp"))
     if mebibytes:
@@ -135,7 +135,7 @@ def private_cluster(mebibytes: int | None = None) -> Iterator[PrivateCluster]:
 
 
 def _account() -> pwd.struct_passwd:
-    """PostgreSQL refuses to run as root."""
+    """Return the account that runs PostgreSQL, because PostgreSQL refuses to run as root."""
     return pwd.getpwnam("postgres") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
 
 

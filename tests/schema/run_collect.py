@@ -1,7 +1,8 @@
-"""Run the garbage collection on a test database, with the MLflow release of the interpreter that runs this.
+"""Run the garbage collection on a test database, with the MLflow release of the current interpreter.
 
-`run_collect.py <JSON>`: socket, port, user, artifacts, reports, grace_days, delete, and `meanwhile`: statements that
-run between the plan and the removal. Prints the report as JSON.
+The argument of run_collect.py is a JSON object with the keys socket, port, user, artifacts, reports, grace_days, delete
+and meanwhile. `meanwhile` is a list of SQL statements that run between the plan and the removal. The script prints the
+report as JSON.
 """
 
 from __future__ import annotations

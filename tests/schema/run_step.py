@@ -1,8 +1,9 @@
-"""The database step as a separate process on the tests' cluster, for tests that kill it.
+"""Run the database step as a separate process on the tests' cluster, so that a test can kill the process.
 
     python run_step.py HOST USER REPORTS VERSION [--without-space-check]
 
-Prints one line of progress per action on stdout. If the step fails: exit status 2 and one sentence on stderr."""
+The script prints one line of progress per action on stdout. If the step fails, the exit status is 2 and one sentence
+is printed on stderr."""
 
 from __future__ import annotations
 

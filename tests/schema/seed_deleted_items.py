@@ -1,6 +1,7 @@
-"""Fill a database and an artifacts folder with deleted runs, models and experiments; model versions use some of them.
+"""Fill a database and an artifacts folder with deleted runs, models and experiments.
 
-Run with the interpreter of a release: `seed_deleted_items.py <database URI> <folder>`; prints the IDs by name.
+Model versions use some of the deleted items. `seed_deleted_items.py <database URI> <folder>` runs with the Python of an
+MLflow release, and prints the name and the ID of each item.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -26,7 +27,7 @@ SOURCES: dict[str, Callable[[str, str], dict[str, str]]] = {
     "by-address": lambda run, at: {"source": f"https://example.com/api/2.0/mlflow-artifacts/artifacts/{at}/model"},
     "by-link": lambda run, at: {"source": "/somewhere", "run_link": f"https://example.com/#/runs/{run}"},
 }
-"""The ways a model version can name its run: keyword arguments of `create_model_version`."""
+"""All ways in which a model version can name its run, as keyword arguments of `create_model_version`."""
 
 
 def main(uri: str, folder: Path) -> None:
@@ -60,7 +61,7 @@ def main(uri: str, folder: Path) -> None:
     live = tracking.create_experiment("live")
     for name in ("active", "young", "plain", "late", "back", "broken", "unregistered", "of-model", *SOURCES):
         run(name, live)
-    # Artifacts that cannot be removed: the artifact repository rejects symbolic links.
+    # The artifacts of the run "broken" cannot be removed, because the artifact repository rejects symbolic links.
     place = folder / live / ids["broken"] / "artifacts"
     place.rename(folder / "behind-a-link")
     place.symlink_to(folder / "behind-a-link")

@@ -1,4 +1,4 @@
-"""Upgrades and rollbacks between any two releases, in any order, lose nothing that was logged."""
+"""Upgrades and rollbacks between any two releases, in any order, lose no logged data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.schema.environments import image, releases
 from tests.schema.journey import Journey
 
 NOT_WRITTEN = DERIVED | TRANSIENT | {BOOKKEEPING, "trace_metrics", "span_metrics"}
-"""Tables that MLflow computes or empties; releases since 3.17 keep the metrics of traces and spans in other tables."""
+"""Tables that may stay empty, because MLflow computes their rows, deletes their rows or no longer uses them. Since
+3.17, MLflow stores the metrics of traces and spans in other tables."""
 
 NEIGHBOURS = list(pairwise(releases()))
 ENDS = (releases()[0], releases()[-1])
@@ -33,7 +34,7 @@ def test_two_round_trips_with_writes_at_every_stop_lose_nothing(on_the_way: Jour
 
 
 def test_every_table_of_the_newest_schema_is_filled_by_a_kind_of_object(on_the_way: Journey) -> None:
-    """No journey tests a table that stays empty: for a new one, add a kind of object to
+    """The other tests prove nothing about an empty table. If a new release has a new table, add a kind of object to
     scripts/drilling/mlflow_worker.py."""
     assert on_the_way.stop(image(releases()[-1])) == []
     with connection(on_the_way.cluster, on_the_way.cluster.database) as opened:

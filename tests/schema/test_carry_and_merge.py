@@ -1,5 +1,6 @@
-"""Carry and merge between two made-up schemas with more differences than any two MLflow releases: nothing fails, every
-misfit is reported, and the merge restores what did not fit."""
+"""Carry rows between two invented schemas that differ more than any two MLflow releases, and merge the rows back. No
+carry or merge fails, every misfit is reported, and the merge restores the values that the older schema could not
+store."""
 
 from __future__ import annotations
 
@@ -81,7 +82,7 @@ def test_fitting_rows_are_carried_and_misfits_counted_by_table_and_column(filled
         ("only_newer", None, 3, "left behind"),
         ("parents", "kind", 6, "filled"),
         ("parents", "name", 1, "left behind"),
-        # one row breaks the check, and one of the two that share a name is removed
+        # one row violates the check constraint, and one of two rows with an equal name is removed
         ("parents", None, 1, "left behind"),
         ("children", "value", 1, "shortened"),
         ("children", "value", 1, "filled"),
@@ -110,7 +111,7 @@ def test_carry_restores_all_constraints_and_indexes(filled: Cluster) -> None:
 
 
 def test_carry_reads_one_snapshot_while_others_write(filled: Cluster) -> None:
-    """Row counts are compared with the same snapshot."""
+    """The carry counts and copies rows in one snapshot, so a concurrent write affects no count and no copy."""
     with connection(filled, "newer") as writer:
         run(writer, "INSERT INTO parents (name) VALUES ('late')")
         outcome = carry(filled, "newer", "older")
@@ -167,7 +168,8 @@ def test_merge_restores_misfits_and_keeps_later_changes(filled: Cluster) -> None
 
 
 def assert_the_newer_comes_back(filled: Cluster) -> None:
-    """An upgrade of "older" merges what only "newer" holds."""
+    """Copy the rows of "older" to a database with the newer schema, and require that the merge restores the rows that
+    only "newer" contains."""
     for name in ("base", "work"):
         make(filled, name, NEWER)
         bring_forward(filled, "older", name)
@@ -210,7 +212,7 @@ CREATE TABLE models (name text PRIMARY KEY, note text);
 
 @pytest.fixture
 def spaces(cluster: Cluster) -> Cluster:
-    """A schema whose spaces, as MLflow's workspaces, are part of keys, and an older one without them."""
+    """Create databases with a column `space` in their keys, like MLflow's workspace, and "older" without `space`."""
     for name in ("newer", "base", "work"):
         make(cluster, name, WITH_SPACES)
     make(cluster, "older", WITHOUT_SPACES)
@@ -241,7 +243,7 @@ def test_rows_that_the_older_schema_cannot_tell_apart_are_left_behind_and_return
 
 
 def test_row_whose_key_is_free_again_once_values_are_restored_is_inserted(spaces: Cluster) -> None:
-    """Without spaces, both projects named "twin" are of the default space, and one of them is left behind."""
+    """Without the column `space`, two projects would have the same name, so the carry copies only one of the two."""
     carry(spaces, "newer", "older")
     carried = look(spaces, "older", "SELECT id, name FROM projects ORDER BY 1")
     assert carried == [(1, "twin"), (3, "single")]
@@ -347,11 +349,11 @@ def test_full_volume_names_only_kept_databases_that_may_be_dropped(cluster: Clus
     with connection(cluster) as opened:
         ownership.write(opened, cluster.database, record)
     said = str(database.volume_is_full(cluster, OSError("No space left on device")))
-    assert "dataVolumeGib" in said and f"drop a kept database: {kept[0]} hold nothing" in said
+    assert "dataVolumeGib" in said and f"drop a kept database: {kept[0]} hold no data" in said
 
 
 def bring_forward(cluster: Cluster, older: str, newer: str) -> None:
-    """The effect of a migration from OLDER to NEWER on the rows."""
+    """Copy the rows of a database with OLDER to a database with NEWER, as a migration would do."""
     for table, columns in (("parents", "id, name, status, boss"), ("children", "parent_id, key, value, number")):
         for row in look(cluster, older, f"SELECT {columns} FROM {table} ORDER BY 1"):
             with connection(cluster, newer) as opened:

@@ -1,4 +1,5 @@
-"""The database step: fast without a change, clear refusals, a dump before any change."""
+"""The database step is fast if the schema is unchanged, explains each refusal with a clear error, and writes a dump
+before any change."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ At = Callable[[str, str], state.ChangeSettings]
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """moto's S3 server, a stand-in for the bucket; it keeps uploads in memory."""
+    """Yield the address of moto's S3 server, which stands in for S3 and keeps uploads in memory."""
     with moto_server() as address:
         yield address
 
@@ -68,7 +69,7 @@ def bucket(s3: str) -> Iterator[dump_file.Bucket]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateCluster]:
-    """A cluster with an empty database of each of the two releases, named after the release."""
+    """Yield a cluster with one empty database per MLflow release. The release number is the name of the database."""
     with private_cluster() as owned:
         for version in (OLDER, NEWER):
             settings = state.ChangeSettings(owned.cluster, image(version), tmp_path_factory.mktemp("made"), dump=None)
@@ -79,7 +80,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateCluster]:
 
 @pytest.fixture
 def at(made: PrivateCluster, tmp_path: Path) -> Iterator[At]:
-    """at(version, by): put a database of release `version` in service; settings of a step of an image of `by`."""
+    """Yield a function at(version, by). It puts a database of the MLflow release `version` in service, and returns the
+    settings for the database step of an image with the release `by`."""
     cluster = made.cluster
 
     def put_in_service(version: str, by: str) -> state.ChangeSettings:
@@ -105,7 +107,7 @@ def test_step_without_a_change_takes_less_than_a_second_and_does_not_run_mlflow(
 
 
 def test_step_without_a_change_takes_less_than_a_second_of_processor_time(at: At) -> None:
-    """Measures processor time, because other tests run in parallel."""
+    """The test measures processor time instead of elapsed time, because other tests run in parallel."""
     import resource
 
     settings = at(NEWER, NEWER)
@@ -138,7 +140,7 @@ def test_unknown_migration_without_ownership_record_is_refused_with_a_remedy(at:
             opened,
             "CREATE TABLE alembic_version (version_num text); INSERT INTO alembic_version VALUES ('beefbeefbeef')",
         )
-    with pytest.raises(StepFailed, match=r"migration beefbeefbeef, which MLflow .* does not know.*pin an image"):
+    with pytest.raises(StepFailed, match=r"migration beefbeefbeef, which MLflow .* does not have.*pin an image"):
         database.bring(settings, print)
 
 
@@ -167,7 +169,7 @@ def test_upgrade_takes_a_dump_first_and_the_dump_restores(at: At, bucket: dump_f
 
 
 def test_a_dump_is_restored_with_the_rights_of_its_owner() -> None:
-    """The statements of a dump run unchanged: a statement that resets the role must not get a superuser's rights."""
+    """The statements of a dump run unchanged, so a RESET ROLE in a dump must not get the rights of a superuser."""
     with private_cluster() as made:
         cluster = made.cluster
         create_empty(cluster, "mlflow_planted")
@@ -236,7 +238,7 @@ def test_step_waits_for_a_killed_postgresql_and_runs_again(at: At, made: Private
 
 
 def test_idle_in_transaction_timeout_of_the_cluster_does_not_end_the_step(at: At) -> None:
-    """Sessions that hold the locks and the snapshot are idle while others copy, longer than the timeout."""
+    """While other sessions copy rows, the sessions with the locks and the snapshot are idle longer than the timeout."""
     settings = at(NEWER, OLDER)
     cluster = settings.cluster
     command(cluster, "ALTER SYSTEM SET idle_in_transaction_session_timeout = '2s'")
@@ -271,7 +273,7 @@ def test_leftover_databases_and_pending_reports_are_removed(at: At) -> None:
 
 @pytest.fixture(scope="module")
 def empty(made: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The dump of an empty database that the bake of an image with the older release writes."""
+    """Yield the dump of an empty database, as the bake of an image with the older release writes it."""
     file = tmp_path_factory.mktemp("bake") / "blank.dump"
     cluster = replace(made.cluster, database="blank")
     assert empty_database.make(cluster, image(OLDER), file) == image(OLDER).head
@@ -317,8 +319,8 @@ def test_baked_dump_with_another_migration_head_is_refused(at: At, empty: Path) 
 def test_chained_rollbacks_are_merged_back_one_by_one(
     on_the_way: Journey, beside: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two rollbacks from the newest release, an upgrade to the middle, a rollback, an upgrade to the newest; every stop
-    writes. A large kept database is prepared beside the migration."""
+    """The stops are newest, middle, oldest, middle, oldest and newest release, and each release writes data. A large
+    kept database is prepared for the merge in parallel with the migration."""
     monkeypatch.setattr(change, "BESIDE", beside)
     oldest, middle, newest = releases()[1], releases()[4], releases()[-2]
     for version in (newest, middle, oldest, middle, oldest, newest):
@@ -329,11 +331,11 @@ def test_chained_rollbacks_are_merged_back_one_by_one(
 
 
 def _schema(cluster: Cluster, name: str) -> list[str]:
-    """pg_dump's text of the schema with owners, without casts: PostgreSQL rewrites casts of lists when it restores."""
+    """Return pg_dump's schema with owners, without casts, because PostgreSQL rewrites casts of lists at a restore."""
     command = [cluster.program("pg_dump"), "--schema-only", *cluster.client_arguments, name]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     lines = [re.sub(r"::(text|character varying)|\[\]|[()]", "", line) for line in text.splitlines()]
-    # These lines contain a random key per dump.
+    # The lines `\restrict` and `\unrestrict` contain a key that pg_dump generates for each dump.
     return [line for line in lines if not line.startswith(("\\restrict", "\\unrestrict"))]
 
 

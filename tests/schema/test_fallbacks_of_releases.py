@@ -1,4 +1,5 @@
-"""The bake's check of a release: the oldest and the newest one that can be baked start, and report their fallbacks."""
+"""Run the bake's check with the oldest and the newest release that can be baked. The server starts with each of the two
+releases, and the check reports the fallbacks."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ print(json.dumps([result, [vars(entry) for entry in [*found, *reader_routes.fall
 
 
 def check(python: Path, *path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The bake's record of the MLflow of `python`: its facts, and the reason by fallback. `path`: folders from
-    which modules are imported first."""
+    """Return the bake's record of the MLflow release that is installed for the interpreter `python`: the facts, and the
+    reason for each fallback. Python searches the folders `path` first for modules."""
     environment = {**os.environ, "PYTHONPATH": ":".join(map(str, [*path, HOST_PACKAGE]))}
     ended = subprocess.run([python, "-W", "ignore", "-c", CHECK], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]

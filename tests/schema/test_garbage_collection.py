@@ -1,4 +1,5 @@
-"""In any release, garbage collection removes items that were deleted long ago, and none that a model version uses."""
+"""In each release, garbage collection removes items that were deleted long ago, but no item that a model version
+uses."""
 
 from __future__ import annotations
 
@@ -77,7 +78,7 @@ def test_nothing_that_a_model_version_uses_is_removed(server: PrivateCluster, tm
 
 
 def make_old(opened: Any, ids: dict[str, str], days: int) -> None:
-    """Move the deletion times back by `days`, except for the run and the model named young."""
+    """Make all deletion times `days` earlier, except those of the run and the model named "young"."""
     young = [ids["young"], ids["model-young"]]
     earlier = days * 24 * 3600 * 1000
     run(opened, "UPDATE runs SET deleted_time = deleted_time - %s WHERE NOT run_uuid = ANY(%s)", (earlier, young))
@@ -87,7 +88,7 @@ def make_old(opened: Any, ids: dict[str, str], days: int) -> None:
 
 
 def everything(server: PrivateCluster, artifacts: Path) -> tuple[set[str], set[str]]:
-    """IDs in the database, and files."""
+    """Return the IDs of all items in the database, and the paths of all artifact files."""
     with connection(server.cluster, "mlflow") as opened:
         tables = (("runs", "run_uuid"), ("logged_models", "model_id"), ("experiments", "experiment_id::text"))
         found = {id for table, key in tables for (id,) in rows(opened, f"SELECT {key} FROM {table}")}
@@ -100,7 +101,7 @@ def names(ids: dict[str, str], items: list[dict[str, Any]]) -> set[str]:
 
 
 def ask(python: Path, script: str, *arguments: str) -> Any:
-    """The JSON in the last line that a script in this folder prints."""
+    """Run a script of this folder, and return the JSON in the last line of its output."""
     done = subprocess.run(
         [str(python), "-W", "ignore", str(HERE / script), *arguments],
         capture_output=True,

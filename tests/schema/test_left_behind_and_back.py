@@ -1,5 +1,6 @@
-"""What an older release cannot read or hold is left behind by name, breaks nothing there, and is back with the newer
-release."""
+"""If an older release cannot read or store a row, the carry leaves the row behind and names the row in a report. The
+older release works with the carried rows, and an upgrade to the newer release restores the rows that were left
+behind."""
 
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ OLDER, MIDDLE, LAST, NEWEST = releases()[1], *releases()[-3:]
 
 
 class Server:
-    """A database that images of several releases bring to their schema."""
+    """A database whose schema is changed by images of several releases, one after the other."""
 
     def __init__(self, cluster: Cluster, reports: Path) -> None:
         self.cluster, self._reports = cluster, reports
 
     def pin(self, version: str) -> dict[str, Any]:
-        """The report of the step of an image of that release."""
+        """Run the database step of an image of this release, and return the step's report."""
         settings = state.ChangeSettings(self.cluster, image(version), self._reports, dump=None)
         before = set(self._reports.glob("*.json"))
         database.bring(settings, print)
@@ -43,7 +44,7 @@ class Server:
         return in_release(image(version), self.cluster, statements)
 
     def sql(self, statements: str, name: str = "") -> list[tuple[Any, ...]]:
-        """The rows of the last statement, in the database in service or in another one."""
+        """Run SQL in the database `name`, or in the database in service, and return the rows of the last statement."""
         with connection(self.cluster, name or self.cluster.database) as opened:
             return rows(opened, statements)
 
@@ -55,7 +56,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def left(report: dict[str, Any]) -> dict[str, tuple[int, str]]:
-    """(rows, reason) by table and column of what a carry left behind."""
+    """Return the number of rows and the reason for each table and column that a carry left behind."""
     return {f"{each['table']}.{each['column']}": (each["count"], each["reason"]) for each in report["left"]}
 
 
@@ -163,7 +164,7 @@ def test_review_queue_gets_no_item_back_whose_trace_was_deleted(server: Server) 
 
 
 def test_row_whose_name_was_taken_meanwhile_stays_in_its_kept_database_and_is_named(server: Server) -> None:
-    """An endpoint that the older release cannot read, and another with its name that was made there."""
+    """The older release cannot read an endpoint, and a user of that release creates an endpoint with the same name."""
     server.pin(NEWEST)
     server.run(NEWEST, BUDGETS)
     server.sql("UPDATE endpoints SET routing_strategy = 'TO_COME'")
@@ -215,7 +216,8 @@ OLD_SCHEMAS = {
 
 @pytest.mark.parametrize("revision", OLD_SCHEMAS)
 def test_values_go_to_the_place_that_an_old_schema_has_for_them(server: Server, revision: str) -> None:
-    """The newest MLflow makes the old schema, so no old release is needed. Older releases read these places."""
+    """The newest MLflow creates the old schema, so the test needs no old release. Older releases read the values from
+    trace_tags and trace_request_metadata."""
     server.pin(NEWEST)
     trace = server.run(NEWEST, TRACED)
     server.sql("UPDATE trace_info SET session_id = 'the session'")
@@ -260,7 +262,7 @@ result = [experiment, trace("stays"), trace("goes")]
 def test_what_the_migrations_of_an_upgrade_changed_is_back_with_the_release_before(
     server: Server, through: tuple[str, ...]
 ) -> None:
-    """75868b020152 cuts sessions after 250 characters, and drops unknown keys of token usage and cost."""
+    """Migration 75868b020152 shortens session IDs to 250 characters, and drops unknown keys of token usage and cost."""
     server.pin(MIDDLE)
     experiment, stays, goes = server.run(MIDDLE, BEFORE_ANALYTICS)
     usage = '{"input_tokens": 3, "reasoning_tokens": 4}'
@@ -298,7 +300,7 @@ Workspaces(uri).create_workspace(Workspace(name="team"))
 
 @pytest.mark.parametrize("older", [OLDER, lock.oldest_release()])
 def test_workspaces_are_not_mixed_by_a_release_without_them_and_are_back(server: Server, older: str) -> None:
-    """The default workspace and another have experiments and models of the same names."""
+    """The default workspace and a second workspace contain experiments and models with equal names."""
     server.pin(NEWEST)
     server.run(NEWEST, WORKSPACES)
     for workspace in ("default", "team"):

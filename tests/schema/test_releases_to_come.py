@@ -1,5 +1,5 @@
-"""Invented future releases pass the bake's check: the server starts, no route opens to readers, fallbacks are
-reported."""
+"""Invented future releases pass the bake's check: the server starts, the role reader gets no access to a new route, and
+the check reports the fallbacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STORE = "store/tracking/sqlalchemy_store.py"
 
 @pytest.fixture
 def release(tmp_path: Path) -> Iterator[MadeRelease]:
-    """A copy of the newest release with the packages of a server."""
+    """Yield a copy of the newest MLflow release, with the packages of a server."""
     made = MadeRelease(server_environment(releases()[-1]), tmp_path / "release")
     yield made
     made.remove()
@@ -35,7 +35,7 @@ def test_new_and_renamed_routes_are_closed_to_readers(release: MadeRelease) -> N
         "server/fastapi_app.py",
         "app.add_api_route('/ajax-api/4.0/mlflow/sleep', lambda: {}, methods=['GET', 'POST', 'DELETE'])\n",
     )
-    release.replace("protos/service_pb2.py", "runs/search", "runs/seekit")  # of the same length: a serialized message
+    release.replace("protos/service_pb2.py", "runs/search", "runs/seekit")  # the message is serialized: keep the length
     _, found = check(release.python)
     (reason,) = found.values()
     for route in (
@@ -67,7 +67,7 @@ def test_changed_model_of_the_database_switches_off_the_whole_fast_path(release:
     release.replace("store/tracking/dbmodels/models.py", r"^class SqlRun\(Base\):", "class SqlRun(Base):  # altered")
     _, found = check(release.python)
     assert found == {
-        "the fast path of all endpoints": "fast_path/compatibility.py has not compared models.SqlRun of this release"
+        "the fast path of all endpoints": "fast_path/compatibility.py has no hash of models.SqlRun in this release"
     }
 
 

@@ -1,4 +1,4 @@
-"""The fast path returns and stores the same as MLflow's own store and handlers, in each compared release."""
+"""With each tested release, the fast path returns the same responses and stores the same rows as MLflow's own code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LEAST_ANSWERED = {
     "runs/search": 150,
     "metrics/get-history": 50,
 }
-"""By endpoint: the least number of requests that the fast path must have handled itself."""
+"""Minimum number of requests per endpoint that the fast path must handle itself."""
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,9 @@ def compared(cluster: PostgreSQL, version: str, seed: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("version", RELEASES)
 def test_each_release_matches_the_compared_digests(version: str) -> None:
-    """If a new release fails: read the change in its sources, adapt fast_path/store.py where the behaviour differs,
-    make the test above pass with it, then add its digest to fast_path/compatibility.py."""
+    """If a new release fails, read the changes in its sources, and adapt fast_path/store.py to the changed behaviour.
+    When `test_responses_and_tables_equal_those_of_mlflow` passes with the release, add the digest of its sources to
+    fast_path/compatibility.py."""
     code = "import mlflow, pathlib; print(pathlib.Path(mlflow.__file__).parent)"
     python = str(environment(version))
     package = Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())

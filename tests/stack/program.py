@@ -1,4 +1,5 @@
-"""Run infra/ with substitutes for Pulumi's engine and AWS's data sources, and keep the program's raw requests.
+"""Run the program of infra/ with stand-ins for Pulumi's engine and AWS's data sources, and record the program's
+requests.
 
 A subclass of pulumi.runtime's MockMonitor receives the requests.
 """
@@ -25,13 +26,13 @@ from mlflow_host.contract import in_service, launch
 from scripts.rehearsal.hooks import HookFailed, Hooks
 
 with warnings.catch_warnings():
-    # The package warns of its own deprecated types at the first use of a module, even of another type.
+    # At the first use of a module, pulumi-aws warns about deprecated types in it, even if the used type is current.
     warnings.simplefilter("ignore", DeprecationWarning)
     LOADED = (aws.ec2.Instance, aws.s3.Bucket)
 
 INFRA = Path(__file__).parents[2] / "infra"
 SIGNATURE, SECRET = "4dabf18193072939515e22adb298388d", "1b47061264138c4ac30d75fd1eb44270"
-"""Mark of a secret value in Pulumi's protocol: an object with this key and this signature."""
+"""In Pulumi's protocol, an object is a secret value if its key SIGNATURE has the value SECRET."""
 NO_RESULTS = "Your query returned no results. Please change your search criteria and try again."
 
 OLD, NEW, OTHER = "ami-0000000000000001a", "ami-0000000000000002b", "ami-0000000000000003c"
@@ -41,7 +42,7 @@ CONFIG = {"aws:region": "eu-central-1", "mlflow-ami:amiId": NEW, "mlflow-ami:all
 
 
 def image_tags(**changes: str) -> dict[str, str]:
-    """The tags of an image of this project; underscores in names become hyphens, an empty value leaves the tag out."""
+    """Return the tags of an image of this project. Underscores in names become hyphens. Empty values omit the tag."""
     tags = {
         "format": "1",
         "image-version": "20261122T101500Z",
@@ -72,7 +73,7 @@ class Volume:
 
 @dataclass(frozen=True)
 class Account:
-    """The content of AWS, as far as the program looks it up."""
+    """An AWS account with all resources that the program can look up in the account."""
 
     images: Mapping[str, Image] = field(default_factory=lambda: {NEW: Image()})
     volumes: Mapping[str, Volume] = field(default_factory=dict)
@@ -91,17 +92,17 @@ class Account:
     channels: Mapping[str, str] = field(default_factory=dict)
     """Channel → image ID."""
     parameters: Mapping[str, str] = field(default_factory=dict)
-    """The stack's parameters by the last part of their names → value."""
+    """Last part of the name of a stack's parameter → value of the parameter."""
     objects: tuple[str, ...] = ()
     """Keys in the backups bucket."""
     addresses: tuple[str, ...] = ()
     instances: tuple[str, ...] = ()
     broken: Mapping[str, str] = field(default_factory=dict)
-    """Look-ups that fail → the reason."""
+    """Name of a look-up that fails → reason of the failure."""
 
 
 def report(volume: str = "", **changes: str) -> dict[str, str]:
-    """The parameter `in-service` as written by a machine whose image has these `image_tags`."""
+    """Return the parameter `in-service`, as a machine writes it if its image has the tags `image_tags(**changes)`."""
     told = {name.split(":")[1].replace("-", "_"): value for name, value in image_tags(**changes).items()}
     known = {each: told[each] for each in ("image_version", "mlflow_version", "migration_head")}
     numbers = {each: int(told[each]) for each in ("migration_count", "postgresql_major")}
@@ -110,7 +111,7 @@ def report(volume: str = "", **changes: str) -> dict[str, str]:
 
 
 def data_volume(last: str = OLD, zone: str = "eu-central-1a", gib: int = 20, **changes: str) -> dict[str, Volume]:
-    """The stack's data volume after an earlier run, which used the image `last`."""
+    """Return the stack's data volume, as an earlier run with the image `last` leaves it."""
     tags = image_tags(**changes)
     del tags["mlflow-ami:format"]
     stack_tags = {"mlflow-ami:project": "mlflow-ami", "mlflow-ami:stack": "dev", "mlflow-ami:role": "data"}
@@ -119,21 +120,21 @@ def data_volume(last: str = OLD, zone: str = "eu-central-1a", gib: int = 20, **c
 
 @dataclass(frozen=True)
 class Registration:
-    """A resource as the program registered it."""
+    """One resource that the program registered."""
 
     urn: str
     type: str
     name: str
     inputs: dict[str, Any]
-    """Inputs in clear, by their names in Pulumi's protocol."""
+    """Values of the inputs, with secrets in clear, by the names of the inputs in Pulumi's protocol."""
     secret: frozenset[str]
-    """Inputs that are, or hold, a marked secret."""
+    """Names of the inputs that are marked as secret or contain a value that is marked as secret."""
     request: Any
     """resource_pb2.RegisterResourceRequest"""
 
     @property
     def dependencies(self) -> set[str]:
-        """URNs of all resources that it depends on."""
+        """Return the URNs of all resources on which this resource depends."""
         return set(self.request.dependencies)
 
 
@@ -146,10 +147,10 @@ class Run:
     lookups: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     log: list[tuple[str, str]] = field(default_factory=list)
     refusal: str = ""
-    """The error message of the program, if it refused."""
+    """Error message of the program, or an empty string if the program succeeded."""
 
     def of_type(self, kind: str) -> list[Registration]:
-        """The resources of a type, named as in Python: "ec2.Instance"."""
+        """Return the registered resources of the type with the Python name `kind`, such as "ec2.Instance"."""
         module, _, name = kind.rpartition(".")
         token = f"{module}/{name[0].lower()}{name[1:]}:{name}"
         return [each for each in self.registered if each.type.split(":", 1)[1] == token]
@@ -173,10 +174,10 @@ def run(
     secrets: Mapping[str, str] | None = None,
     **config: str | None,
 ) -> Run:
-    """Runs the program once. `config` overrides CONFIG by setting name, `aws_` for `aws:`; None removes one.
+    """Run the program once. `config` overrides settings in CONFIG: `aws_` stands for `aws:`, None removes a setting.
 
-    `state` is the stack in Pulumi's state: "empty", or "complete" and the name of the stack ("complete prod"). Default:
-    complete if there is a data volume.
+    `state` is the stack in Pulumi's state: "empty", or "complete" with an optional former name ("complete prod"). The
+    default is "complete" if the account has a data volume, and "empty" otherwise.
     """
     named = {("aws:" + key[4:] if key[:4] == "aws_" else f"mlflow-ami:{key}"): value for key, value in config.items()}
     hidden = {f"mlflow-ami:{key}": value for key, value in (secrets or {}).items()}
@@ -194,12 +195,12 @@ def _run(
     logger.addHandler(_Log(found.log))
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    # Resources that depend on a refused one are not of interest.
+    # Ignore errors of the resources that depend on a refused resource.
     loop.set_exception_handler(lambda loop, context: None)
     try:
         monitor = Monitor(account, found, preview, state)
         mocks.set_mocks(_NoMocks(), "mlflow-ami", stack_name, preview, logger, monitor=monitor)
-        settings.set_root_resource(None)  # type: ignore[arg-type]  # the program makes its own stack, as under Pulumi
+        settings.set_root_resource(None)  # type: ignore[arg-type]  # the program creates its own stack, as under Pulumi
         pulumi.runtime.set_all_config(config, secret_keys)
         loop.run_until_complete(stack.run_in_stack(lambda: _program()))
     except pulumi.RunError as refusal:
@@ -218,7 +219,7 @@ def _program() -> None:
 
 
 class Monitor(mocks.MockMonitor):
-    """Stands in for Pulumi's engine: it creates everything at once and records the requests."""
+    """A stand-in for Pulumi's engine that creates each resource immediately and records the requests."""
 
     def __init__(self, account: Account, found: Run, preview: bool, state: str) -> None:
         super().__init__(_NoMocks())
@@ -230,7 +231,7 @@ class Monitor(mocks.MockMonitor):
         return empty_pb2.Empty()
 
     def call_hooks(self, request: Any, urn: str, inputs: Mapping[str, Any]) -> None:
-        """Call the hooks like the engine, before it creates or updates the resource."""
+        """Call the hooks of a resource, as Pulumi's engine does before it creates or updates the resource."""
         known, _, former = self.state.partition(" ")
         about = {"urn": urn, "name": request.name, "type": request.type, "new_inputs": dict(inputs)}
         names = request.hooks.before_create
@@ -243,7 +244,7 @@ class Monitor(mocks.MockMonitor):
             raise pulumi.RunError(str(refused)) from None
 
     def RegisterResource(self, request: Any) -> Any:
-        # Like the engine: every resource is in the stack, so the stack is not part of a type.
+        # Pulumi's engine omits the stack from the type in a URN, because every resource is in the stack.
         urn = f"urn:pulumi:{pulumi.get_stack()}::{pulumi.get_project()}::{request.type}::{request.name}"
         if request.type == "pulumi:pulumi:Stack":
             return resource_pb2.RegisterResourceResponse(urn=urn)
@@ -254,7 +255,7 @@ class Monitor(mocks.MockMonitor):
         copy = resource_pb2.RegisterResourceRequest()
         copy.CopyFrom(request)
         self.found.registered.append(Registration(urn, request.type, request.name, inputs, secret, copy))
-        # For resources in the state, a preview has the outputs that AWS returned to the last run.
+        # For a resource in the state, a preview returns the outputs of the last run.
         settled = not self.preview or self.state.startswith("complete")
         known = {**wire, **(computed(request.type, request.name, inputs) if settled else {})}
         made = struct_pb2.Struct()
@@ -272,7 +273,7 @@ class Monitor(mocks.MockMonitor):
         try:
             answer = look_up(self.account, request.tok.split(":")[-1], arguments)
         except LookupError as error:
-            # Failures must be returned, not raised: an exception ends the run even if the program would catch it.
+            # Return the failure, because an exception would end the run even if the program handles failures.
             failure = provider_pb2.CheckFailure(property="", reason=str(error.args[0]))
             return resource_pb2.ResourceInvokeResponse(failures=[failure])
         made = struct_pb2.Struct()
@@ -281,7 +282,7 @@ class Monitor(mocks.MockMonitor):
 
 
 def identifier(kind: str, name: str, inputs: Mapping[str, Any]) -> str:
-    """An ID as AWS would assign it, of the right form where the program or the machine checks it."""
+    """Return an ID for a resource. The ID has AWS's form if the program or the machine checks the form."""
     return {
         "aws:ebs/volume:Volume": VOLUME,
         "aws:s3/bucket:Bucket": f"{name}-1a2b3c4",
@@ -291,7 +292,7 @@ def identifier(kind: str, name: str, inputs: Mapping[str, Any]) -> str:
 
 
 def computed(kind: str, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The outputs that AWS would add to the inputs."""
+    """Return the outputs that AWS adds to the inputs of a resource."""
     outputs: dict[str, dict[str, Any]] = {
         "aws:s3/bucket:Bucket": {"bucket": f"{name}-1a2b3c4", "arn": f"arn:aws:s3:::{name}-1a2b3c4"},
         "aws:ec2/eip:Eip": {"publicIp": ADDRESS},
@@ -309,7 +310,7 @@ def computed(kind: str, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def look_up(account: Account, function: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The response of a data source in the AWS provider's form. Raises LookupError with the provider's message."""
+    """Return a data source's response in the AWS provider's form. Raises LookupError with the provider's message."""
     if function in account.broken:
         raise LookupError(account.broken[function])
     wanted = {each["name"]: each["values"] for each in asked.get("filters", [])}
@@ -326,7 +327,7 @@ def _get_ami(account: Account, asked: Mapping[str, Any], wanted: Mapping[str, li
         "state": image.state,
         "architecture": image.architecture,
         "rootDeviceName": "/dev/sda1",
-        # The provider passes this map on unchanged, so its keys keep their underscores.
+        # The provider does not convert the map `ebs`, so the keys of this map contain underscores.
         "blockDeviceMappings": [
             {"deviceName": "/dev/sdb", "ebs": {}, "virtualName": "ephemeral0", "noDevice": ""},
             {
@@ -419,7 +420,7 @@ def _clear(value: Any) -> Any:
 
 
 class _NoMocks(mocks.Mocks):
-    """MockMonitor wants one; Monitor answers all requests itself."""
+    """MockMonitor requires a Mocks object, but its subclass Monitor answers all requests without this object."""
 
     def call(self, args: mocks.MockCallArgs) -> Any:
         raise NotImplementedError(args.token)

@@ -1,4 +1,4 @@
-"""The setting `channel`: the image that it selects, the refusals, and the tag that a launch writes to the image."""
+"""Test the setting `channel`: the selected image, the refused values, and the tag that a launch writes to the image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preview refuses a state without the existing AWS resources of this stack, and prints the commands to import them."""
+"""If the state lacks existing AWS resources of the stack, preview fails and prints commands that import them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_a_second_data_volume_is_refused(preview: bool) -> None:
 
 
 def test_printed_commands_import_the_existing_resources() -> None:
-    """Each command names a resource of this program and the ID of the existing one; other resources are created
-    again."""
+    """Each import command contains a resource of the program and the ID of the existing AWS resource. `up` creates all
+    resources that are not imported."""
     stated = commands(run(LAUNCHED, state="empty").refusal)
     assert stated[0] == ["pulumi", "up", "--target", PROVIDER]
     assert [each[2] for each in stated if each[0] == "aws"] == ["stop-instances", "wait", "terminate-instances"]
@@ -50,7 +50,8 @@ def test_printed_commands_import_the_existing_resources() -> None:
         "eipalloc-0123456789abcdef0",
         *(f"/mlflow-ami/dev/{name}" for name in LAUNCHED.parameters),
     }
-    # All protected resources hold data or identity. The passphrase is in the credentials, which are written once.
+    # The commands import all protected resources, because these resources hold the stack's data and identity. The
+    # passphrase needs no import, because the credentials parameter contains the passphrase and is written only once.
     protected = {(each.type, each.name) for each in complete.registered if each.request.protect}
     passphrase = ("random:index/randomPassword:RandomPassword", "kek-passphrase")
     assert {(kind, name) for kind, name, _ in imported} >= protected - {passphrase}
@@ -60,7 +61,8 @@ def test_printed_commands_import_the_existing_resources() -> None:
 
 
 def test_a_bucket_that_was_imported_keeps_its_name() -> None:
-    """Pulumi chose its name at first; without the name in the state Pulumi would choose another."""
+    """Pulumi generated the bucket's name. Without `ignoreChanges`, Pulumi would replace an imported bucket by a bucket
+    with another name."""
     ignored = {each.name: set(each.request.ignoreChanges) for each in run().of_type("s3.Bucket")}
     assert len(ignored) == 3 and all("bucket" in names for names in ignored.values())
 
@@ -94,7 +96,7 @@ def test_failed_look_up_does_not_hide_the_refusal() -> None:
 
 
 def test_a_renamed_stack_is_refused_with_its_former_name() -> None:
-    """Tags and parameters contain the stack's name, so after `pulumi stack rename` a look-up by them finds nothing."""
+    """Tags and parameters contain the stack's name, so a look-up with a new name after `pulumi stack rename` fails."""
     refused = run(Account(), state="complete prod", preview=True).refusal
     assert refused == (
         f"This stack was renamed: {VOLUME} and the parameters belong to the stack prod, and they cannot be renamed. "

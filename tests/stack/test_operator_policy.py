@@ -1,4 +1,4 @@
-"""README's policy for the person who bakes and launches allows all recorded calls, and no other action."""
+"""README's IAM policy for an operator who bakes and launches allows all recorded calls, and no unused action."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROVIDER_CALLS = ROOT / "tests/local_cloud/provider_calls.tsv"
-"""Calls of the Terraform AWS provider, on which pulumi-aws is based, for this stack: launch, changes, destroy."""
+"""Calls that the Terraform AWS provider inside pulumi-aws makes to launch, change and destroy this stack."""
 
 BAKE = {
     "ec2:AuthorizeSecurityGroupIngress", "ec2:CreateImage", "ec2:CreateKeyPair", "ec2:CreateSecurityGroup",
@@ -23,7 +23,7 @@ BAKE = {
     "ec2:ModifyInstanceMetadataOptions", "ec2:RunInstances", "ec2:StopInstances", "ec2:TerminateInstances",
     "ssm:DeleteParameters", "ssm:GetParametersByPath", "ssm:PutParameter",
 }  # fmt: skip
-"""Calls of Packer (1.6 and 1.16), bake.py and images.py; tests/image/test_aws_calls_of_a_bake.py compares them."""
+"""Calls of Packer (1.6 and 1.16), bake.py and images.py. tests/image/test_aws_calls_of_a_bake.py checks this list."""
 
 LATER = {
     "ec2:DeleteTags": "a tag that was removed from aws:defaultTags",
@@ -57,7 +57,7 @@ LATER = {
     "s3:DeleteObjectVersion": "the same",
     "s3:ListBucketVersions": "the same",
 }  # fmt: skip
-"""Actions in the policy that were not recorded, and their purpose."""
+"""Actions in the policy that do not occur in the recorded calls, and the purpose of each action."""
 
 S3 = {
     "GET bucket?accelerate": "s3:GetAccelerateConfiguration",
@@ -91,7 +91,7 @@ S3 = {
     "DELETE bucket?policy": "s3:DeleteBucketPolicy",
     "DELETE bucket?publicAccessBlock": "s3:PutBucketPublicAccessBlock",
 }
-"""Calls of S3 → the actions they need, by the Service Authorization Reference."""
+"""Call of S3 → the action that this call needs, as listed in AWS's Service Authorization Reference."""
 NO_RIGHT_NEEDED = {"sts:GetCallerIdentity"}
 
 STATEMENTS = {
@@ -101,12 +101,12 @@ STATEMENTS = {
     "LaunchLogs": ("logs",),
     "LaunchRoleAndSecret": ("iam", "ssm"),
 }
-"""Statement → the only services that it may allow."""
+"""Statement of the policy → the only services whose actions the statement may allow."""
 
 
 @pytest.fixture(scope="module")
 def policy() -> dict[str, list[str]]:
-    """The actions of each statement in README."""
+    """Return the actions of each statement of the IAM policy in infra/README.md."""
     text = (ROOT / "infra" / "README.md").read_text().split("<summary>IAM policy</summary>")[1]
     found: Any = json.loads(re.findall(r"```json\n(.*?)```", text, re.S)[0])
     assert all(each["Effect"] == "Allow" for each in found["Statement"])
@@ -114,7 +114,7 @@ def policy() -> dict[str, list[str]]:
 
 
 def launch() -> set[str]:
-    """The actions that the provider's calls need."""
+    """Return the actions that the recorded calls of the provider need."""
     lines = [line.split("\t") for line in PROVIDER_CALLS.read_text().splitlines() if not line.startswith("#")]
     calls = {(service, action) for service, action, *_ in lines[1:]}
     prefixes = {"monitoring": "cloudwatch"}
@@ -144,9 +144,9 @@ def test_bake_statement_allows_the_calls_of_a_bake(policy: dict[str, list[str]])
 def test_policy_allows_no_unused_call(policy: dict[str, list[str]]) -> None:
     assert set(policy) == {"Bake", "Images", "RecoverBackups", "RetireStack", *STATEMENTS}
     for sid, actions in policy.items():
-        if sid == "Images":  # tests/image/test_images_script.py compares it with the calls of every verb
+        if sid == "Images":  # tests/image/test_images_script.py checks the statement "Images"
             continue
-        if sid in ("RetireStack", "RecoverBackups"):  # calls of their scripts that the provider does not make
+        if sid in ("RetireStack", "RecoverBackups"):  # statements for scripts, whose calls are not recorded
             assert {each.split(":")[0] for each in actions} == {"s3"}
             continue
         used = BAKE if sid == "Bake" else launch() | LATER.keys()

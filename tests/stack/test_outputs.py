@@ -1,4 +1,4 @@
-"""The outputs contain the server's address and versions, and the client lines work in a shell unchanged."""
+"""The stack's outputs contain the server's address, the versions, and lines that a client's shell can run unchanged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ AUTHORITY = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 
 @pytest.fixture
 def aws(tmp_path: Path) -> Path:
-    """A folder with an `aws` that answers the calls in the lines like the real one, and refuses all others."""
+    """Return a folder with a stand-in for the program `aws`, which returns the password and the authority and refuses
+    all other calls."""
     (tmp_path / "password").write_text(PASSWORD + "\n")
     (tmp_path / "authority").write_text(AUTHORITY)
     call = "ssm get-parameter --region eu-central-1 --query Parameter.Value --output text --name /mlflow-ami/dev"
@@ -64,7 +65,7 @@ def aws(tmp_path: Path) -> Path:
 
 
 def exported(lines: str, aws: Path) -> dict[str, str]:
-    """The MLflow variables after a shell has run the unchanged lines."""
+    """Run `lines` unchanged in a shell, and return the shell's variables whose names begin with MLFLOW_."""
     environment = {"PATH": f"{aws}:{os.environ['PATH']}", "HOME": str(aws / "home of a user")}
     shell = ["sh", "-e", "-c", f"{lines}\nenv -0\n"]
     printed = subprocess.run(shell, env=environment, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""The rights of the machine's role, and requests that the buckets deny to everybody, by an IAM evaluator."""
+"""Test with an IAM evaluator: the rights of the machine's role, and requests that the buckets deny to everybody."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_the_machine_may_read_the_readers_password_only_where_there_are_readers(
 
 
 def test_machine_writes_metrics_in_its_own_namespace_only(policy: dict[str, Any]) -> None:
-    """moto evaluates no conditions, so the test asserts the statement itself."""
+    """moto does not evaluate conditions, so the test compares the text of the policy's statement."""
     (metrics,) = [each for each in policy["Statement"] if "cloudwatch" in str(each["Action"])]
     assert (metrics["Action"], metrics["Resource"]) == ("cloudwatch:PutMetricData", "*")
     assert metrics["Condition"] == {"StringEquals": {"cloudwatch:namespace": "mlflow-ami/dev"}}
@@ -139,7 +139,8 @@ def test_machine_adds_to_its_own_log_group_only_and_only_if_there_is_one(policy:
 
 
 def test_machine_adds_to_the_audit_trail_and_never_replaces_or_deletes(policy: dict[str, Any]) -> None:
-    """moto evaluates no conditions, so the test asserts the statement itself; tests/journey/test_role.py tries it."""
+    """moto does not evaluate conditions, so the test compares the text of the policy's statement.
+    tests/journey/test_role.py sends real requests."""
     trail = f"{BACKUPS}/audit/2026/11/30/x.jsonl.gz"
     assert not allowed(policy, "s3:DeleteObject", trail)
     assert allowed(policy, "s3:DeleteObject", f"{BACKUPS}/dumps/x.dump")
@@ -212,7 +213,8 @@ def test_buckets_are_spoken_to_over_tls_only(
 
 
 def _is_denied(policy: dict[str, Any], resource: str, context: dict[str, Any]) -> bool:
-    """The two condition operators in use, as in IAM's reference: a missing key does not match."""
+    """Return whether the policy denies a request. As IAM's reference states, a condition does not match if the request
+    lacks its key."""
     operators: dict[str, Callable[[Any, Any], bool]] = {
         "Bool": lambda value, wanted: value == wanted,
         "NumericLessThan": lambda value, wanted: float(value) < float(wanted),

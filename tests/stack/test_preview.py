@@ -1,4 +1,4 @@
-"""Preview refuses settings that cannot work or would lose data, and prints what the boot will do to the data."""
+"""Preview refuses settings that cannot work or would lose data, and prints the effect of the boot on the data."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def account(**changes: Any) -> Account:
         pytest.param(
             account(volumes=data_volume()),
             {"instanceType": "p5.huge"},
-            "instanceType: EC2 offers no p5.huge in eu-central-1a, the server's zone; it does in "
+            "instanceType: EC2 offers no p5.huge in eu-central-1a, the server's zone, but in "
             "eu-central-1b, eu-central-1c.",
             id="instance type not offered where the data is",
         ),
@@ -149,16 +149,16 @@ def account(**changes: Any) -> Account:
         pytest.param(
             account(volumes=data_volume(postgresql_major="17")),
             {},
-            f"amiId: {NEW} has PostgreSQL 15, but the data volume {VOLUME} holds a cluster of PostgreSQL 17, which it "
-            "cannot read: pin an image with PostgreSQL 17, or move by dump and restore: take a dump with "
-            "`mlflow-host-dump` on the machine, and set restoreFrom to the name it prints together with this image.",
+            f"amiId: {NEW} has PostgreSQL 15, but the data volume {VOLUME} holds a cluster of PostgreSQL 17, which the "
+            "image cannot read. Pin an image with PostgreSQL 17, or move by dump and restore: run `mlflow-host-dump` "
+            "on the machine, and set restoreFrom to the name that it prints, together with this image.",
             id="another PostgreSQL major",
         ),
         pytest.param(
             account(volumes={**data_volume(), "vol-2": data_volume()[VOLUME]}),
             {},
-            f"The volumes {VOLUME}, vol-2 all carry the tags of this stack's data volume: remove the tag "
-            f"mlflow-ami:role from all but the data volume.",
+            f"The volumes {VOLUME}, vol-2 all have the tags of this stack's data volume: remove the tag "
+            f"mlflow-ami:role from each volume that is not the data volume.",
             id="two data volumes",
         ),
         pytest.param(
@@ -232,8 +232,8 @@ def test_look_ups_go_through_the_same_provider_as_the_resources() -> None:
 
 
 def on(schema: str, last: str | None, last_image: str = OLD, reported: str = "") -> str:
-    """The message of preview for an image with `schema`, if the last `up` had `last` and the machine
-    reported `reported`."""
+    """Return the line that preview prints for an image with `schema`. The last `up` used the schema `last`, and the
+    machine reported the schema `reported`."""
     volumes = data_volume(last_image, **SCHEMAS[last]) if last else {}
     parameters = report(**SCHEMAS[reported]) if reported else {"in-service": "not reported yet"}
     there = account(
@@ -317,7 +317,7 @@ UNREPORTED = "no machine reported that its boot finished"
     ],
 )
 def test_preview_states_only_reported_schemas(schema: str, meant_for: str, reported: str, line: str) -> None:
-    """Pulumi writes the volume's tags before the boot, which may be interrupted or fail."""
+    """Pulumi writes the volume's tags before the boot. If the boot fails, the data can still have the old schema."""
     assert on(schema, meant_for, reported=reported) == line
 
 
@@ -347,7 +347,7 @@ def test_a_volume_without_a_record_is_said_to_have_none() -> None:
 
 
 def test_recorded_tags_are_read_by_the_next_run() -> None:
-    """The tag is written with the volume, before the boot that restores."""
+    """Pulumi writes the volume's tags when it updates the volume, before it creates the instance."""
     images = {
         OLD: Image(tags=image_tags(**SCHEMAS["3.16.0"])),
         NEW: Image(tags=image_tags(**SCHEMAS["3.18.0"])),

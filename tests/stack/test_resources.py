@@ -1,4 +1,4 @@
-"""All resources of the stack, their options, and the names that resources with data must keep."""
+"""Test all resources of the stack, their options, and the unchanged names of the resources with data."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ PINNED = {
     "urn:pulumi:dev::mlflow-ami::aws:ssm/parameter:Parameter::credentials",
     "urn:pulumi:dev::mlflow-ami::random:index/randomPassword:RandomPassword::kek-passphrase",
 }
-"""Resources with data or identity. Pulumi treats a changed URN as a deletion: add an alias when you move one of
-these."""
+"""Resources with data or identity. Pulumi treats a changed URN as a deletion, so if you move a resource that has data
+or identity, add an alias for its old URN."""
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,14 @@ def test_resources_with_data_keep_their_urn_and_are_protected(stack: Run) -> Non
 
 
 def test_only_the_instance_is_deleted_before_its_replacement(stack: Run) -> None:
-    """The data volume can be attached to one instance only, so the old one is deleted before the new one is created."""
+    """The data volume can be attached to only one instance, so Pulumi deletes the old instance first."""
     first = {each.urn.split("::")[-2:][0] for each in stack.registered if each.request.deleteBeforeReplace}
     assert first == {"aws:ec2/instance:Instance", "aws:ec2/volumeAttachment:VolumeAttachment"}
 
 
 def test_no_resource_hides_changes_but_the_parameters(stack: Run) -> None:
-    """Users are managed in the parameter itself; an `up` must not restore a removed user. The machine writes the
-    authority's certificate."""
+    """Users are changed in the credentials parameter itself, so `up` must not restore a removed user. The machine
+    writes the authority's certificate to a parameter."""
     ignoring = {each.name: list(each.request.ignoreChanges) for each in stack.registered if each.request.ignoreChanges}
     written_once = ["value", "description", "tier", "keyId"]
     assert {name: names for name, names in ignoring.items() if not name.startswith("mlflow-")} == {
@@ -68,15 +68,15 @@ PROPERTIES = {
         "serverSideEncryptionConfiguration"
     ),
     "aws:s3/bucketVersioning:BucketVersioning": "versioning",
-    # These are not properties of a bucket.
+    # The resource type of a bucket has no properties for ownership controls and for public access blocks.
     "aws:s3/bucketOwnershipControls:BucketOwnershipControls": "",
     "aws:s3/bucketPublicAccessBlock:BucketPublicAccessBlock": "",
 }
 
 
 def test_refresh_does_not_undo_separate_bucket_settings(stack: Run) -> None:
-    """pulumi/pulumi-aws#6244: a refresh reads them into the bucket's state, and the next `up` would remove them from
-    the bucket."""
+    """pulumi/pulumi-aws#6244: if a bucket's settings are separate resources, a refresh reads the settings into the
+    bucket's state, and the next `up` would remove the settings from the bucket."""
     arguments = inspect.signature(aws.s3.Bucket._internal_init).parameters
     for bucket in stack.of_type("s3.Bucket"):
         beside = {
@@ -308,7 +308,9 @@ def test_older_image_gets_the_alarm_whose_metric_it_sends_and_the_preview_names_
     older = run(Account(images={NEW: Image(tags=image_tags(launch_revision="4"))}))
     assert set(alarms_of(older)) == {"data-volume-full", "status-check"}
     (told,) = [line for _, line in older.log if "metrics of these alarms" in line]
-    assert "server-down, backups-late, memory-full, server-errors, certificate-ends, unit-failed. They are" in told
+    assert (
+        "server-down, backups-late, memory-full, server-errors, certificate-ends, unit-failed. The alarms are" in told
+    )
 
 
 def test_data_volume_is_encrypted_and_protected(stack: Run) -> None:
@@ -329,7 +331,7 @@ def test_data_volume_is_encrypted_and_protected(stack: Run) -> None:
 
 
 def where(found: Run) -> tuple[str, str]:
-    """Zone of the data volume, subnet of the instance."""
+    """Return the zone of the data volume and the subnet of the instance."""
     return found.one("ebs.Volume").inputs["availabilityZone"], found.one("ec2.Instance").inputs["subnetId"]
 
 
@@ -393,7 +395,7 @@ def test_root_volume_has_the_size_of_the_image_unless_set_larger() -> None:
 
 
 def needed_for(found: Run, resource: Registration) -> set[tuple[str, str]]:
-    """Type and name of all resources that a resource depends on, also indirectly."""
+    """Return type and name of all resources on which a resource depends directly or indirectly."""
     by_urn = {each.urn: each for each in found.registered}
     seen: set[str] = set()
     waiting = [resource.urn]
@@ -406,7 +408,7 @@ def needed_for(found: Run, resource: Registration) -> set[tuple[str, str]]:
 
 
 def test_instance_is_created_after_all_that_its_boot_needs(stack: Run) -> None:
-    """A boot fails if one of these resources is missing."""
+    """A boot fails if one of the resources in the test's set is missing."""
     there = needed_for(stack, stack.one("ec2.Instance"))
     assert there >= {
         ("Route", "internet"),
@@ -465,7 +467,7 @@ def test_a_name_is_written_only_into_a_hosted_zone() -> None:
 
 
 def test_nothing_of_the_stack_is_deprecated_in_the_provider(stack: Run) -> None:
-    """Compares types and arguments with the deprecations in the installed pulumi-aws."""
+    """The test compares the stack's types and arguments with the deprecations in the installed pulumi-aws."""
     for each in stack.registered:
         if not each.type.startswith("aws:"):
             continue
@@ -481,7 +483,8 @@ def test_nothing_of_the_stack_is_deprecated_in_the_provider(stack: Run) -> None:
 
 
 def test_preview_of_a_new_stack_registers_the_same_resources_as_up(stack: Run) -> None:
-    """At a first preview IDs, addresses and names are unknown, and the program must still run to its end."""
+    """In a first preview, IDs, addresses and names are unknown, and the program must complete without the unknown
+    values."""
     previewed = run(preview=True)
     assert previewed.refusal == ""
     assert {each.urn for each in previewed.registered} == {each.urn for each in stack.registered}

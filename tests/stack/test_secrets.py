@@ -1,4 +1,5 @@
-"""Passwords and passphrases are marked secret on their way to AWS and are nowhere else."""
+"""The program sends passwords and passphrases to AWS only in values that are marked as secret, and writes passwords and
+passphrases nowhere else."""
 
 from __future__ import annotations
 
@@ -67,8 +68,8 @@ def test_a_given_password_is_used_and_none_is_generated(given: Run) -> None:
 
 @pytest.mark.parametrize(("name", "length"), [("kek-passphrase", 48), ("admin-password", 24)])
 def test_generated_secrets_are_long_and_need_no_quoting(generated: Run, name: str, length: int) -> None:
-    """Letters and digits have 5.95 bits each, so 24 of them have 142; and they need no quoting in a shell, URL or
-    header."""
+    """A random letter or digit has 5.95 bits of entropy, so 24 characters have 142 bits. Letters and digits need no
+    quoting in a shell, URL or header."""
     inputs = generated.one("index.RandomPassword", name).inputs
     assert inputs == {"length": length, "special": False}
 
@@ -87,7 +88,7 @@ def test_the_value_is_marked_secret_and_nothing_else_holds_it(generated: Run, gi
             wire = json.dumps(json_format.MessageToDict(each.request))
             holds = [canary for canary in canaries if canary in wire]
             assert not holds or each in (parameter, password), f"{each.urn} holds {holds}"
-            # The provider marks the value of any parameter as secret; the other parameters contain no secret.
+            # The provider marks the value of every parameter as secret, even if the value contains no secret.
             assert not each.secret or each.name in (
                 "credentials",
                 "admin-password",

@@ -1,4 +1,4 @@
-"""Settings are declared once, and preview reports all mistakes in them together."""
+"""Each setting is declared once, and preview reports all mistakes in the settings together."""
 
 from __future__ import annotations
 
@@ -91,8 +91,14 @@ BACKED_UP = Account(
         ({"rootVolumeGib": "3"}, "rootVolumeGib: '3' must be from 4 to 16384 GiB."),
         ({"deletedRetentionDays": "3651"}, "deletedRetentionDays: '3651' must be from 0 to 3650 days."),
         ({"deletedRetentionDays": "0"}, None),
-        ({"logRetentionDays": "10"}, "logRetentionDays: '10' is not a retention of CloudWatch Logs: the nearest is 7."),
-        ({"logRetentionDays": "-5"}, "logRetentionDays: '-5' is not a retention of CloudWatch Logs: the nearest is 0."),
+        (
+            {"logRetentionDays": "10"},
+            "logRetentionDays: '10' is not a retention period of CloudWatch Logs: the nearest period is 7.",
+        ),
+        (
+            {"logRetentionDays": "-5"},
+            "logRetentionDays: '-5' is not a retention period of CloudWatch Logs: the nearest period is 0.",
+        ),
         ({"logRetentionDays": "ever"}, "logRetentionDays: 'ever' must be a whole number."),
         ({"logRetentionDays": "30"}, None),
         ({"dashboard": "yes"}, "dashboard: 'yes' must be true or false."),
@@ -231,7 +237,7 @@ def test_a_network_named_twice_is_one_rule() -> None:
 
 
 def test_retentions_of_logs_are_those_of_the_provider_and_in_the_description() -> None:
-    """The provider lists the values that CloudWatch Logs accepts in its own check of `retention_in_days`."""
+    """The provider's documentation of `retention_in_days` lists the values that CloudWatch Logs accepts."""
     text, _, _ = (aws.cloudwatch.LogGroupArgs.retention_in_days.__doc__ or "").partition(", and 0.")
     assert set(settings.RETENTION_DAYS) == {0, *map(int, re.findall(r"\d+", text))}
     described = {int(number) for number in re.findall(r"\d+", PROJECT["config"]["logRetentionDays"]["description"])}

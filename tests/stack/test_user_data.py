@@ -1,4 +1,4 @@
-"""User-data is a cloud-config with a launch document that the machine accepts, and nothing else."""
+"""User-data is a cloud-config that contains only a launch document, which the machine accepts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ AUTHORITY = "-----BEGIN CERTIFICATE-----\nMIIBszCCAVmgAwIBAgIUQ==\n-----END CERT
 
 
 def read(text: str) -> launch.LaunchDocument:
-    """The launch document that cloud-init would write and the machine would read."""
+    """Return the launch document that cloud-init writes and the machine reads."""
     assert text.startswith("#cloud-config\n")
     config = yaml.safe_load(text)
     assert list(config) == ["write_files"]
@@ -164,7 +164,7 @@ def test_undefined_name_in_the_template_is_an_error() -> None:
 @hypothesis_settings(max_examples=100)
 @given(st.text(max_size=200))
 def test_any_text_is_quoted_correctly(text: str) -> None:
-    """Any value is either refused, or read back unchanged without affecting other keys."""
+    """A text is either refused, or the machine reads the same text from the launch document."""
     content = copy.deepcopy(CONTENT)
     content["endpoints"] = {"s3": text}
     try:

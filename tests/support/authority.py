@@ -1,6 +1,6 @@
-"""Pebble, Let's Encrypt's test authority, and a name server for the host names of the tested machine.
+"""Run Pebble (Let's Encrypt's test authority), and a DNS server for the host names of the tested machine.
 
-Run as a program it serves names on the given port, in the network in which it was started.
+As a program, this module runs the DNS server on the given port, in the network namespace of the caller.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def pebble(
     network: Sequence[str] = (),
     **settings: Any,
 ) -> Iterator[Callable[[], str]]:
-    """Pebble with the certificate `own`, on these ports of 127.0.0.1; yields a function that returns its root
-    certificate.
+    """Run Pebble with the certificate `own` on the ports `directory` and `management` of 127.0.0.1. Yields a function
+    that returns Pebble's root certificate.
 
-    It uses `name_server` and requests challenge responses on port 80. `network` is a command prefix that runs a program
-    in a network namespace; `settings` are further settings.
+    Pebble uses `name_server`, and by default requests challenge responses on port 80. `network` is a command prefix
+    that runs Pebble in a network namespace. `settings` override Pebble's settings.
     """
     settings = {
         "listenAddress": f"127.0.0.1:{directory}",
@@ -81,7 +81,7 @@ def _await(root: Callable[[], str]) -> None:
 
 @contextmanager
 def name_server(address: tuple[str, int], address_of: Callable[[str], str | None]) -> Iterator[None]:
-    """A name server during the block; see `answer_names`."""
+    """Run a DNS server during the block. `answer_names` describes its answers."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as listening:
         listening.bind(address)
         serving = threading.Thread(target=answer_names, args=(listening, address_of), daemon=True)
@@ -95,7 +95,8 @@ def name_server(address: tuple[str, int], address_of: Callable[[str], str | None
 
 
 def answer_names(server: socket.socket, address_of: Callable[[str], str | None]) -> None:
-    """Answer queries of type A with `address_of`(name) if it is not None; other queries get an empty response."""
+    """Answer a query of type A with the address that `address_of` returns for the name. If `address_of` returns None,
+    or the query has another type, the response is empty."""
     while True:
         try:
             query, client = server.recvfrom(512)
@@ -112,7 +113,7 @@ def answer_names(server: socket.socket, address_of: Callable[[str], str | None])
 
 
 def _name(encoded: bytes) -> str:
-    """The name in a query: labels, each after its length, joined by dots."""
+    """Return the name in a DNS query as labels joined by dots. A query contains each label after its length."""
     labels, start = [], 0
     while length := encoded[start]:
         labels.append(encoded[start + 1 : start + 1 + length].decode())

@@ -1,4 +1,5 @@
-"""The secrets of a launched server, by value: each is random and long, so a match in a text is the secret."""
+"""Collect the secrets of a launched server. A secret is long and random, so a text that contains the value of a secret
+proves a leak."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ PERSON = "leak.canary"
 
 @contextmanager
 def secrets_of(server: Server, cloud: LocalCloud) -> Iterator[dict[str, str]]:
-    """Name → value. They include the password of a user with a successful and a failed login."""
+    """Yield the values of the secrets by name. One secret is the password of a user who has logged in once and has
+    failed to log in once."""
     parameter = json.loads(script("rehearse.py", "status", "--json").stdout)["credentials_parameter"]
     document = json.loads(cloud.client("ssm").get_parameter(Name=parameter, WithDecryption=True)["Parameter"]["Value"])
     password = script("users.py", "add", PERSON).stdout.strip()
@@ -41,7 +43,7 @@ def names(secrets: Mapping[str, str], text: str) -> list[str]:
 
 
 def logged(cloud: LocalCloud, prefix: str = "/") -> list[dict[str, Any]]:
-    """The events of all log groups whose names begin with `prefix`, those of a stream in their order."""
+    """Return the events of all log groups whose names begin with `prefix`. Events of one stream are in order."""
     logs, found = cloud.client("logs"), []
     for group in logs.describe_log_groups(logGroupNamePrefix=prefix)["logGroups"]:
         pages = logs.get_paginator("filter_log_events").paginate(logGroupName=group["logGroupName"])

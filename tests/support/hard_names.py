@@ -1,4 +1,5 @@
-"""Artifact paths that are difficult: punctuation, percent signs, both Unicode normal forms, compressed, long, deep."""
+"""Difficult artifact paths: names with punctuation, names with percent signs, names in both Unicode normal forms, names
+of compressed files, long paths and deep paths."""
 
 from __future__ import annotations
 
@@ -40,5 +41,5 @@ LONGEST_KEY = 1024
 
 
 def content_of(path: str) -> bytes:
-    """The content that a test stores at a path."""
+    """Return the content that a test stores at `path`."""
     return hashlib.sha256(path.encode()).hexdigest().encode() * 3

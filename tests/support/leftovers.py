@@ -1,4 +1,4 @@
-"""Find what a local cloud left on this machine, from /proc and /sys instead of the cloud's records."""
+"""Find processes and resources that a local cloud left on this machine, from /proc and /sys, not from records."""
 
 import subprocess
 from collections.abc import Collection
@@ -11,20 +11,20 @@ def running_processes() -> set[int]:
 
 
 def leftovers(state_dir: Path, started_before: Collection[int]) -> list[str]:
-    """Every process, mount, loop device and container of the local cloud in `state_dir`.
+    """Return every process, mount, loop device and container of the local cloud in `state_dir`.
 
-    Processes in `started_before` are ignored: the shell and the make that run the tests also have the folder's name in
-    their environment. Files in `state_dir` do not count: images, volumes and buckets are kept on purpose.
+    Processes in `started_before` are ignored, because the shell and `make` that run the tests also have the folder's
+    name in their environment. Files in `state_dir` are ignored, because images, volumes and buckets are kept.
     """
     mark = str(state_dir)
     return [*processes(mark, started_before), *mounts(mark), *loop_devices(mark), *containers(mark)]
 
 
 def orphaned_network_namespaces() -> set[str]:
-    """Named network namespaces (`ip netns`) without a process; compare before and after."""
+    """Return named network namespaces (`ip netns`) without a process. Compare the result before and after a test."""
     inhabited = set()
     for pid in running_processes():
-        with suppress(OSError):  # it has ended in the meantime
+        with suppress(OSError):  # the process has ended in the meantime
             inhabited.add(Path(f"/proc/{pid}/ns/net").stat().st_ino)
     named = Path("/run/netns")
     return {
@@ -35,7 +35,7 @@ def orphaned_network_namespaces() -> set[str]:
 
 
 def processes(mark: str, started_before: Collection[int]) -> list[str]:
-    """Processes with the folder in their arguments or environment, or in a container made from it."""
+    """Return processes with the folder in their arguments, in their environment or in the mounts of their container."""
     ours = Path("/proc/self/ns/mnt").readlink()
     found = []
     for pid in sorted(running_processes() - set(started_before)):
@@ -46,7 +46,7 @@ def processes(mark: str, started_before: Collection[int]) -> list[str]:
             elsewhere = (proc / "ns" / "mnt").readlink() != ours
             if mark in arguments or mark in environment or (elsewhere and mark in (proc / "mountinfo").read_text()):
                 found.append(f"process {pid}: {arguments.strip()[:200]}")
-        except OSError:  # it has ended in the meantime
+        except OSError:  # the process has ended in the meantime
             continue
     return found
 
@@ -69,7 +69,7 @@ def loop_devices(mark: str) -> list[str]:
 
 
 def containers(mark: str) -> list[str]:
-    """Containers in any podman storage below the folder, and in podman's default one if they mount the folder."""
+    """Return containers in podman storages below the folder, and default-storage containers that mount the folder."""
     stores: list[list[str]] = [[]]
     for records in Path(mark).rglob("overlay-containers"):
         stores.append(["--root", str(records.parent)])

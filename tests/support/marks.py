@@ -1,4 +1,4 @@
-"""Marks that several test files share."""
+"""pytest marks that several test files share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cloud without machines, for tests of both engines: moto's EC2, S3, IAM and SSM at one address."""
+"""A cloud without machines for tests of both engines. moto serves EC2, S3, IAM and SSM at one address."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ FACTS = {
 
 @dataclass(frozen=True)
 class MotoCloud:
-    """The part of LocalCloud's interface that an engine uses."""
+    """A moto server with the part of LocalCloud's interface that an engine uses."""
 
     endpoint: str
     region: str = REGION
 
     @property
     def s3_endpoint(self) -> str:
-        """The S3 endpoint for machines, of which this cloud has none; engines use `environment` and `client`."""
+        """Return an invented S3 endpoint, because this cloud has no machines. The engines use `environment` and
+        `client`."""
         return "https://s3.example.com"
 
     @property
@@ -67,7 +68,7 @@ class MotoCloud:
 
 @contextmanager
 def moto_cloud() -> Iterator[MotoCloud]:
-    """A new cloud with only a default network."""
+    """Yield a new cloud that contains only a default network."""
     moto_corrections.install_images()
     with moto_server() as address:
         urlopen(Request(f"{address}/moto-api/reset", method="POST")).close()
@@ -75,7 +76,7 @@ def moto_cloud() -> Iterator[MotoCloud]:
 
 
 def register_image(cloud: MotoCloud, version: str, **facts: str) -> str:
-    """An image of this project with these facts; underscores in names become hyphens."""
+    """Register an image of this project with these facts, and return its ID. Underscores in names become hyphens."""
     ec2 = cloud.client("ec2")
     disk = {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": 8}}
     ami = ec2.register_image(

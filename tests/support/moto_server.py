@@ -1,4 +1,4 @@
-"""moto's server in place of AWS's APIs."""
+"""Run moto's server in place of AWS's APIs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from moto.server import ThreadedMotoServer
 
 @contextmanager
 def moto_server() -> Iterator[str]:
-    """The server's address, on loopback. All servers of a process share one state, including the data of earlier
-    servers."""
+    """Yield the server's address on loopback. All moto servers of a process share one state, which includes the data of
+    stopped servers."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:

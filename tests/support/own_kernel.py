@@ -1,5 +1,6 @@
-"""A separate Linux kernel, user-mode-linux (package of that name), with this machine's files, for hosts where root
-lacks a capability such as that for resizing a mounted file system."""
+"""Run commands in a separate Linux kernel (the package user-mode-linux) that uses this machine's files.
+
+Tests use this kernel on hosts where root lacks a capability, for example to resize a mounted file system."""
 
 from __future__ import annotations
 
@@ -13,13 +14,13 @@ CAP_SYS_RESOURCE = 24
 
 
 def has_capability(number: int) -> bool:
-    """Whether this process has the capability."""
+    """Return whether this process has the capability `number`."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
     return bool(int(line.split()[1], 16) >> number & 1)
 
 
 def run(command: str, disk: Path, seconds: float = 120) -> str:
-    """The output of a shell command as root in a machine whose first disk, /dev/ubda, is the file `disk`."""
+    """Run a shell command as root in a machine with the file `disk` as /dev/ubda, and return the command's output."""
     assert KERNEL
     script, printed = disk.with_suffix(".sh"), disk.with_suffix(".out")
     lines = ["#!/bin/sh", "export PATH=/usr/sbin:/usr/bin:/sbin:/bin", "mount -t proc proc /proc"]

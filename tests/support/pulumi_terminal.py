@@ -1,4 +1,4 @@
-"""A user's terminal in their own checkout, with the real `pulumi` on a cloud that stands in for AWS."""
+"""A user's terminal in a separate checkout, with the real `pulumi` and a cloud that stands in for AWS."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Terminal:
-    """One terminal: its current folder, its variables, and the file that its session is written to."""
+    """A terminal with its current folder, its environment variables, and the file that records its session."""
 
     folder: Path
     environment: Mapping[str, str]
     log: Path
 
     def run(self, command: str, *, status: int | None = 0, input: str = "", seconds: float = 1800) -> str:
-        """The output of a command, both streams in one. `status` is the expected exit status, None for any failure."""
+        """Run a command and return stdout and stderr as one text. `status` is the expected exit status, or None for any
+        failure."""
         done = subprocess.run(
             ["bash", "-c", command],
             cwd=self.folder,
@@ -43,7 +44,8 @@ class Terminal:
 
 
 def open_terminal(cloud: Any, folder: Path, log: Path) -> Terminal:
-    """A terminal in infra/ of a copy, below `folder`, of the files for baking and launching; the log begins empty."""
+    """Copy the files for baking and launching below `folder`, and return a terminal in the copy of infra/. The log is
+    emptied first."""
     checkout = folder / "checkout"
     shutil.copytree(REPOSITORY / "infra", checkout / "infra", ignore=shutil.ignore_patterns("Pulumi.*.yaml"))
     shutil.copytree(REPOSITORY / "scripts", checkout / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
@@ -52,7 +54,7 @@ def open_terminal(cloud: Any, folder: Path, log: Path) -> Terminal:
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     environment = {**os.environ, **pulumi_cli.environment(cloud), "HOME": str(folder)}
-    # S3 of the local cloud has a certificate of its own authority; moto's has none.
+    # The local cloud's S3 has a certificate of its own authority. moto's S3 has no certificate.
     if "AWS_CA_BUNDLE" in environment:
         environment["REQUESTS_CA_BUNDLE"] = environment["AWS_CA_BUNDLE"]
     environment["PATH"] = os.pathsep.join([str(REPOSITORY / ".venv/bin"), environment["PATH"]])

@@ -1,4 +1,4 @@
-"""The commands in the READMEs, and the shell of a new user."""
+"""Read the commands in the READMEs, and run commands in the shell of a new user."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PATH = "/usr/local/bin:/usr/bin:/bin" + (":/usr/local/sbin:/usr/sbin:/sbin" if o
 
 
 def commands() -> list[str]:
-    """The commands after a prompt in the READMEs' console blocks, in order, without duplicates and comments."""
+    """Return the commands in the READMEs' console blocks, in order, without duplicates and without comments."""
     readmes = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("*/README.md")), REPOSITORY / "tests/bench/README.md"]
     text = "\n".join(path.read_text() for path in readmes)
     blocks = re.findall(r"^ *```console\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
@@ -22,7 +22,7 @@ def commands() -> list[str]:
 
 
 def clone(folder: Path) -> Path:
-    """A checkout of the present files in another folder, with this checkout's .venv."""
+    """Copy the current files of this checkout to another folder, with a link to this checkout's .venv."""
     target = folder / "mlflow-ami"
     target.mkdir()
     listed = ["git", "-C", str(REPOSITORY), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -38,7 +38,7 @@ def clone(folder: Path) -> Path:
 
 
 def run(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command like a new user: the environment has only a home and Debian's PATH."""
+    """Run a command like a new user, with only HOME, Debian's PATH and the given variables in the environment."""
     home = folder.parent / "home"
     home.mkdir(exist_ok=True)
     given = {"HOME": str(home), "PATH": PATH, **environment}

@@ -1,4 +1,4 @@
-"""A cloud that only records calls: two resource types of an invented provider, and programs that register them."""
+"""A cloud that stores resources in memory and records calls, with an invented resource type for Pulumi programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scripts.rehearsal.wire import Props
 
 @dataclass
 class RecordingCloud:
-    """Resources by ID, and every call in order as (verb, name, ID)."""
+    """A cloud that stores resources by ID, and records every call in order as (verb, name, ID)."""
 
     things: dict[str, Props] = field(default_factory=dict)
     calls: list[tuple[str, str, str]] = field(default_factory=list)
@@ -55,12 +55,13 @@ class RecordingCloud:
         del self.things[id_]
 
     def verbs(self) -> list[str]:
-        """The calls so far as "verb name"; clears the list."""
+        """Return the recorded calls, each as "verb name", and clear the record."""
         calls, self.calls = self.calls, []
         return [f"{verb} {name}" for verb, name, _ in calls]
 
     def kinds(self) -> dict[str, Kind]:
-        """`test:index:Thing`: a change of `size` updates it, a change of `fixed` or `on` replaces it."""
+        """Return the resource type. A change of `size` updates a `test:index:Thing`. A change of `fixed` or `on`
+        replaces the resource."""
         thing = Kind(
             create=self.create,
             read=self.read,
@@ -102,7 +103,8 @@ def up(
     dry_run: bool = False,
     config: Mapping[str, str] | None = None,
 ) -> Engine:
-    """Recover, refresh, run the program and finish, like `rehearse.py up`. The return value of `body` is not used."""
+    """Do the same as `rehearse.py up`: recover, refresh, run `body` as the program, and finish. The return value of
+    `body` is ignored."""
 
     def program() -> None:
         body()

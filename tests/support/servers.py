@@ -1,4 +1,4 @@
-"""Launched servers for tests: launched by the scripts that users run, used with the real MLflow client."""
+"""Launch servers for tests with the scripts that users run, and use the servers with the real MLflow client."""
 
 import json
 import os
@@ -23,14 +23,14 @@ SCRIPTS = REPOSITORY / "scripts"
 BUILD = REPOSITORY / "build"
 EXAMPLES = sorted((SCRIPTS / "examples").glob("*.py"))
 QUESTION = "/api/2.0/mlflow/experiments/get?experiment_id=0"
-"""A request that reads from the database."""
+"""Path of a request for which MLflow reads from the database."""
 OLDER = "3.12.0"
-"""The release of MLflow that is upgraded from and rolled back to."""
+"""The MLflow release from which tests upgrade and to which tests roll back."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A launched server, from `rehearse.py status --json`."""
+    """A launched server, with the facts that `rehearse.py status --json` prints."""
 
     url: str
     username: str
@@ -42,18 +42,19 @@ class Server:
     exports: Mapping[str, str] = field(repr=False)
     """The environment variables that scripts/connect.py prints for a client."""
     server_certificate: str | None = None
-    """File with the certificate of the authority that HTTPS is verified by."""
+    """File with the authority's certificate, which clients use to verify the server's HTTPS certificate."""
     seconds_to_first_answer: float | None = field(default=None, compare=False)
-    """From RunInstances to the first authenticated 200, as `rehearse.py up` measured it."""
+    """Seconds from RunInstances to the first authenticated status 200, as `rehearse.py up` measured them."""
 
     def ask(self, path: str, method: str = "GET", **options: Any) -> requests.Response:
-        """One request without a login, verified by the server's own authority; `options` are those of requests."""
+        """Send one request without a login, and verify HTTPS with the server's own authority. `options` are passed to
+        `requests.request`."""
         verify = self.server_certificate or True
         options = {"timeout": 10, "verify": verify, "allow_redirects": False} | options
         return requests.request(method, self.url + path, **options)
 
     def answers(self) -> bool:
-        """Whether MLflow responds to a logged-in user."""
+        """Return whether MLflow responds to a logged-in user with status 200."""
         try:
             return self.ask(QUESTION, auth=self.login).status_code == 200
         except requests.RequestException:
@@ -71,7 +72,7 @@ def launch_server(*arguments: str) -> Server:
 
 
 def destroy_server(cloud: LocalCloud) -> None:
-    """Delete the stack with all its data, protected resources included; the cloud keeps running, with its images."""
+    """Delete the stack with all its data, including protected resources. The local cloud and its images remain."""
     with stack.exclusive():
         current = state.load(stack.state_path())
         if current.resources:
@@ -81,7 +82,7 @@ def destroy_server(cloud: LocalCloud) -> None:
 
 @contextmanager
 def own_stack(cloud: LocalCloud, name: str) -> Iterator[None]:
-    """Servers launched during the block belong to a stack of that name, which has no server before and after."""
+    """Servers launched during the block belong to the stack `name`. The stack is deleted before and after the block."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(stack.NAMED_BY, name)
         destroy_server(cloud)
@@ -92,7 +93,7 @@ def own_stack(cloud: LocalCloud, name: str) -> Iterator[None]:
 
 
 def on_machine(cloud: LocalCloud, server: Server, *command: str) -> str:
-    """The output of a command on the machine; the test fails with the command's error if it fails."""
+    """Run a command on the machine and return its output. If the command fails, the test fails and shows the output."""
     done = cloud.exec(server.instance_id, list(command), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -109,7 +110,7 @@ def describe_server() -> Server:
 
 
 def bake_with(packer: Path) -> dict[str, Any]:
-    """The output of bake.py for a new image that it bakes with this Packer."""
+    """Bake a new image with the Packer binary `packer`, and return the output of bake.py."""
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(packer.parent), os.environ["PATH"]]),
@@ -121,9 +122,9 @@ def bake_with(packer: Path) -> dict[str, Any]:
 
 @contextmanager
 def client_of(server: Server) -> Iterator[mlflow.MlflowClient]:
-    """During the block, this process's MLflow is a client of `server`, with connect.py's variables only.
+    """During the block, MLflow in this process is a client of `server`, and uses only connect.py's variables.
 
-    Variables that MLflow sets in the meantime, such as the active experiment, are removed afterwards.
+    Variables that MLflow sets during the block, such as the active experiment, are removed after the block.
     """
     before = dict(os.environ)
     os.environ.update(server.exports)
@@ -135,14 +136,14 @@ def client_of(server: Server) -> Iterator[mlflow.MlflowClient]:
 
 
 def script(name: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run one of our scripts like a user; the test fails with its output unless it exits with `expect`."""
+    """Run a script of scripts/ like a user. If the exit status is not `expect`, the test fails and shows the output."""
     return run([sys.executable, str(SCRIPTS / name), *arguments], expect=expect)
 
 
 def run(
     command: list[str], expect: int = 0, env: Mapping[str, str] | None = None, given: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command with `given` on standard input; the test fails unless it exits with `expect`."""
+    """Run a command with the text `given` on standard input. If the exit status is not `expect`, the test fails."""
     done = subprocess.run(command, capture_output=True, text=True, env=env, input=given)
     if done.returncode != expect:
         pytest.fail(

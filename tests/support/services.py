@@ -1,5 +1,6 @@
-"""Parts of a machine on this host, for tests and benchmarks without an image: PostgreSQL, an object store and MLflow's
-server processes. Each has a folder of its own, listens on loopback or Unix sockets, and ends with its `with` block."""
+"""Run parts of a machine on this host, for tests and benchmarks without an image: PostgreSQL, an object store and
+MLflow's server processes. Each part has its own folder, listens on loopback or a Unix socket, and stops at the end of
+its `with` block."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ class ObjectStore:
     access_key: str = "test-account"
     secret_key: str = "test-account-secret"
     authority: str | None = None
-    """File of the certificate that HTTPS is verified by."""
+    """File with the authority's certificate, which clients use to verify the store's HTTPS certificate."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -64,7 +65,7 @@ class ObjectStore:
 
 @contextlib.contextmanager
 def object_store(folder: Path, *, https: bool = False) -> Iterator[ObjectStore]:
-    """An empty store with its data below `folder`; by HTTPS like S3, or by plain HTTP."""
+    """Run an empty object store with its data below `folder`. The store serves HTTPS, like S3, or plain HTTP."""
     folder.mkdir(parents=True, exist_ok=True)
     port, encrypted = free_port(), []
     store = ObjectStore(f"http://127.0.0.1:{port}")
@@ -93,7 +94,7 @@ def object_store(folder: Path, *, https: bool = False) -> Iterator[ObjectStore]:
     command += [f"-{name}.port.grpc={port}" for name, port in grpc.items()]
     command += ["-filer", "-s3", f"-s3.port={port}", "-s3.ip.bind=127.0.0.1", f"-s3.config={identities}"]
     command += ["-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0", *encrypted]
-    # No data is kept, so it is killed; an orderly stop takes 15 s.
+    # Kill the store, because its data is not kept and an orderly stop takes 15 s.
     home = {**os.environ, "HOME": str(folder)}
     with process(command, folder / "log", stop=signal.SIGKILL, cwd=folder, env=home) as weed:
         wait_until(lambda: answers(f"http://127.0.0.1:{port}/healthz"), weed, folder / "log")
@@ -102,14 +103,14 @@ def object_store(folder: Path, *, https: bool = False) -> Iterator[ObjectStore]:
 
 @dataclass(frozen=True)
 class PostgreSQL:
-    """A cluster that accepts all connections on its socket."""
+    """A PostgreSQL cluster that accepts all connections on its Unix socket."""
 
     sockets: Path
     port: int
     user: str = "postgres"
 
     def uri(self, database: str = "mlflow", *, tcp: bool = False) -> str:
-        """For SQLAlchemy; over the Unix socket, or over TCP with the password that `postgresql` sets."""
+        """Return a URI for SQLAlchemy, over the Unix socket, or over TCP with the password that `postgresql` sets."""
         if tcp:
             return f"postgresql+psycopg2://{self.user}:password@127.0.0.1:{self.port}/{database}"
         return f"postgresql+psycopg2://{self.user}@/{database}?host={self.sockets}&port={self.port}"
@@ -129,7 +130,8 @@ class PostgreSQL:
 
 @contextlib.contextmanager
 def postgresql(folder: Path, settings: Mapping[str, str | int] | None = None) -> Iterator[PostgreSQL]:
-    """A new cluster below `folder`, run by an unprivileged user, listening on a socket and on loopback (password)."""
+    """Run a new cluster below `folder` as an unprivileged user. The server listens on a Unix socket, and on
+    loopback with a password."""
     bin_folder = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
     folder.mkdir(parents=True)
     as_user: list[str] = []
@@ -137,7 +139,7 @@ def postgresql(folder: Path, settings: Mapping[str, str | int] | None = None) ->
         account = pwd.getpwnam("postgres")
         os.chown(folder, account.pw_uid, account.pw_gid)
         as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-        for parent in folder.parents:  # pytest's folders are accessible for one user only
+        for parent in folder.parents:  # only one user can access pytest's folders
             if not parent.stat().st_mode & 0o001:
                 parent.chmod(parent.stat().st_mode | 0o011)
     data, password = folder / "data", folder / "password"
@@ -163,7 +165,7 @@ def postgresql(folder: Path, settings: Mapping[str, str | int] | None = None) ->
 
 
 def create_schema(uri: str, python: str = sys.executable) -> None:
-    """Make MLflow create its tables in an empty database, like the boot's database step."""
+    """Let MLflow create its tables in an empty database, like the boot's database step."""
     code = (
         "from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as S; S(sys.argv[1], 'mlflow-artifacts:/')"
     )
@@ -184,7 +186,8 @@ def server_processes(
     python: str = sys.executable,
     program: Sequence[str] = ("-m", "mlflow_host.server.process"),
 ) -> Iterator[list[ServerProcess]]:
-    """`count` processes of mlflow_host.server.process that respond. `program`: Python's arguments before --socket."""
+    """Start `count` processes of mlflow_host.server.process, and yield when all respond. `program` contains Python's
+    arguments before --socket."""
     folder.mkdir(parents=True, exist_ok=True)
     sockets = [folder / f"server-{number}.sock" for number in range(1, count + 1)]
     with contextlib.ExitStack() as stack:
@@ -205,7 +208,7 @@ def server_processes(
 
 @contextlib.contextmanager
 def on_loopback(uds: Path) -> Iterator[str]:
-    """A URL that forwards to a Unix socket's server, for clients that support TCP only."""
+    """Yield a TCP URL that forwards to the server of a Unix socket, for clients that support only TCP."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def copy(source: socket.socket, sink: socket.socket) -> None:
@@ -234,7 +237,7 @@ def on_loopback(uds: Path) -> Iterator[str]:
 def process(
     command: Sequence[str], log: Path, *, stop: signal.Signals = signal.SIGTERM, **options: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with its output in `log`; stopped at the end, and killed after another 20 s."""
+    """Run a process with its output in `log`. At the end, send the signal `stop`, and after 20 s SIGKILL."""
     with log.open("wb") as output:
         running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options)
     try:
@@ -249,7 +252,7 @@ def process(
 
 
 def wait_until(condition: Callable[[], bool], running: subprocess.Popen[bytes], log: Path) -> None:
-    """Raises RuntimeError with the log's end if the process ends, or START_SECONDS pass, first."""
+    """Wait for `condition`. Raises RuntimeError with the end of `log` if the process ends or START_SECONDS pass."""
     deadline = time.monotonic() + START_SECONDS
     while not condition():
         if running.poll() is not None or time.monotonic() > deadline:
@@ -267,7 +270,7 @@ def answers(url: str) -> bool:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all its descendants."""
+    """Return the IDs of a process and all its descendants."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -280,8 +283,8 @@ def family(pid: int) -> list[int]:
 
 
 def free_port() -> int:
-    """A port below those that the kernel gives to connections (from 32768), or one of them could take it before the
-    server does; none twice."""
+    """Return a free port that was not returned before. The port is below 32768, because the kernel could give a higher
+    port to a connection before the server listens on the port."""
     while True:
         port = random.randrange(23_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -292,7 +295,8 @@ def free_port() -> int:
 
 
 def program(name: str) -> str:
-    """Path of a program beside this Python or on PATH. Raises RuntimeError."""
+    """Return the path of a program in the folder of the current Python or on PATH. Raises RuntimeError if the program
+    is in no such folder."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if not found:

@@ -1,4 +1,4 @@
-"""nginx with the image's configuration, moved below a folder and onto ports of loopback."""
+"""Run nginx with the image's configuration, but with its paths below a folder and its ports on loopback."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ FOLDERS = (
 
 
 def move(folder: Path, listens: Mapping[int, str]) -> Path:
-    """Copy the configuration below `folder`; `listens` as for `moved`. Returns nginx.conf.
+    """Copy the configuration below `folder`, and return the path of nginx.conf.
 
-    The folder must be accessible to www-data, the user of nginx's workers.
+    `listens` maps a port in the configuration to its replacement, for example 80 to "127.0.0.1:20080". www-data, the
+    user of nginx's workers, must have access to `folder`.
     """
     for source in [*(ROOTFS / "etc/nginx").iterdir(), *(ROOTFS / "usr/share/mlflow-host").glob("*")]:
         if source.is_file():
@@ -48,7 +49,8 @@ def move(folder: Path, listens: Mapping[int, str]) -> Path:
 
 
 def moved(text: str, folder: Path, listens: Mapping[int, str]) -> str:
-    """A configuration or template in which these paths are below `folder` and the ports are those in `listens`."""
+    """Return a configuration or template in which paths are below `folder` and ports are replaced as `listens`
+    states."""
     for path in (
         "/run/mlflow-host",
         "/run/nginx",
@@ -65,7 +67,7 @@ def moved(text: str, folder: Path, listens: Mapping[int, str]) -> str:
 
 
 def starting_site(folder: Path, listens: Mapping[int, str]) -> Path:
-    """`move`, with the site of a machine during its boot. Returns nginx.conf."""
+    """Copy the configuration of a booting machine below `folder`, and return the path of nginx.conf."""
     configuration = move(folder, listens)
     for target, source in (("site.conf", "starting.conf"), ("starting-tls.conf", "starting-tls.conf")):
         shutil.copy(folder / "usr/share/mlflow-host" / source, folder / "run/mlflow-host/nginx" / target)
@@ -77,7 +79,7 @@ def starting_site(folder: Path, listens: Mapping[int, str]) -> Path:
 
 @contextlib.contextmanager
 def running_nginx(configuration: Path, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """nginx with this configuration, once it listens on the port of loopback. Raises RuntimeError with its log."""
+    """Run nginx, and yield when it listens on the port of loopback. Raises RuntimeError with nginx's log."""
     with services.process(["nginx", "-c", str(configuration), "-g", "daemon off;"], log) as running:
         services.wait_until(lambda: listening(port), running, log)
         yield running

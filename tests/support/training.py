@@ -1,10 +1,10 @@
-"""A training that uses MLflow's client until a file exists; run by the Python of any release.
+"""Train with MLflow's client until the file STOP exists. The Python of any MLflow release can run this script.
 
     python training.py STOP PREFIX
 
-Each round creates an experiment, a run, a registered model and, where the client knows them, a logged model; logs to
-them and reads them back. It prints one line of JSON for each round: what the server acknowledged. An exception of the
-client ends it.
+Each round creates an experiment, a run, a registered model and, if the client supports it, a logged model. In each
+round, the script logs data to the new run and requires that `search_runs` returns the run. After each round, the script
+prints one line of JSON with the data that the server acknowledged. An exception of the client ends the script.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""One test session at a time uses a local cloud; the leftovers of a killed session are not used."""
+"""Only one test session at a time uses a local cloud. A test session does not use machines that a killed session left
+behind."""
 
 from __future__ import annotations
 
@@ -13,9 +14,8 @@ import pytest
 
 @contextmanager
 def used_alone(state_dir: Path) -> Iterator[bool]:
-    """During the block no other session uses the cloud in `state_dir`; the test fails if one does. Yields whether the
-    previous session was killed before it could stop its machines.
-    """
+    """Lock the cloud in `state_dir` during the block. If another session has the lock, the test fails. Yields whether
+    the previous session was killed before it could stop its machines."""
     path = state_dir.with_name(f"{state_dir.name}.session")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:

@@ -1,4 +1,4 @@
-"""Fixtures for several tests of one part."""
+"""Fixtures that several test files of this folder share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from tests.support.services import ObjectStore, PostgreSQL, create_schema, objec
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use `cluster`: `make check` leaves them out, and runs without PostgreSQL."""
+    """Add the marker `service` to each test that uses the fixture `cluster`. `make check` omits tests with this marker,
+    so `make check` needs no PostgreSQL."""
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.service)
@@ -19,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
-    """A cluster whose database `mlflow` has the tables of the installed MLflow."""
+    """Yield a PostgreSQL cluster with a database `mlflow` that contains the tables of the installed MLflow."""
     with postgresql(tmp_path_factory.mktemp("cluster") / "postgresql") as running:
         running.execute("create database mlflow")
         create_schema(running.uri())
@@ -28,7 +29,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    """An object store with the buckets `artifacts` and `models`."""
+    """Yield an object store with the buckets `artifacts` and `models`."""
     with object_store(tmp_path_factory.mktemp("object-store")) as running:
         for bucket in ("artifacts", "models"):
             running.client().create_bucket(Bucket=bucket)

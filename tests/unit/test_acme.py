@@ -1,4 +1,4 @@
-"""A public certificate by ACME: certbot as the image runs it, with Pebble, Let's Encrypt's test authority."""
+"""Issue a public certificate by ACME: certbot runs as in the image, with Pebble, Let's Encrypt's test authority."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ pytestmark = [
 class Authority:
     directory: str
     challenges: Path
-    """The site that the machine behind every name serves on port 80."""
+    """Folder with the challenge responses. A web server on another port stands in for port 80 of every host name and
+    returns the files of this folder."""
 
 
 @pytest.fixture
 def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Authority]:
-    """Pebble, a name server for it, and a web server for the challenge responses."""
+    """Run Pebble, a DNS server for Pebble, and a web server for the challenge responses."""
     own = private_ca.ensure(("127.0.0.1",), tmp_path / "pebble")
     port, challenge_port, names = free_port(), free_port(), ("127.0.0.1", free_port())
     challenges = tmp_path / "challenges"
@@ -139,7 +140,8 @@ def test_private_certificate_is_used_until_a_public_one_is_issued(
     last = certificates.get_public(machine.host, machine.said.append)
     assert machine.sites == []
     assert last == (
-        f"serving https://{DOMAIN} with the stack's own certificate: no public one was issued (DNS problem: NXDOMAIN)"
+        f"serving https://{DOMAIN} with the stack's own certificate: "
+        "no public certificate was issued (DNS problem: NXDOMAIN)"
     )
     assert machine.said == [last] * 3
 

@@ -1,4 +1,5 @@
-"""Gateway secrets and webhooks of another server are encrypted with the stack's passphrase in the files of rows."""
+"""In the files with the rows of another server, the secrets of gateway and webhooks are encrypted again, with the
+stack's passphrase."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ HOOK = ("webhook_id", "name", "secret")
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[tuple[str | None, ...]]]:
-    """Two secrets, one of the second version of the passphrase, and two webhooks, one without a secret."""
+    """Return two gateway secrets and two webhooks. One secret uses version 2 of the passphrase; one webhook has no
+    secret."""
     rows: dict[str, list[tuple[str | None, ...]]] = {"secrets": [], "webhooks": []}
     for version in (1, 2):
         name, manager = (f"s-{version}", f"name {version}"), KEKManager(OLD, version)

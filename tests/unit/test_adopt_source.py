@@ -1,4 +1,4 @@
-"""adopt.py's sources: names, logins, users, and the command by which Session Manager starts the unit."""
+"""Test how adopt.py names the old server, reads the login and the users, and starts the unit by Session Manager."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_users_of_the_old_server_are_listed_as_commands(tmp_path: Path) -> None:
 
 
 def test_unit_is_started_by_session_manager_as_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`aws` and `session-manager-plugin` are programs that record their arguments."""
+    """Stand-ins for `aws` and `session-manager-plugin` record their arguments."""
     seen = tmp_path / "seen"
     for name in ("aws", "session-manager-plugin"):
         program = tmp_path / name
@@ -94,7 +94,7 @@ def test_missing_session_manager_is_named_with_the_command_for_the_machine(monke
 
 
 class Pages(http.server.BaseHTTPRequestHandler):
-    """A server that is no MLflow."""
+    """A web server that is not MLflow."""
 
     def do_GET(self) -> None:
         self.send_response(200)

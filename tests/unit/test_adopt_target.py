@@ -1,5 +1,5 @@
-"""adopt.py and the machine's unit: a start that systemd ignores is repeated until the unit reports the request, and the
-verdict is kept on the machine."""
+"""adopt.py starts the machine's unit until the unit reports the request, because systemd may ignore a start. The
+machine keeps the verdict."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Objects:
 
 @pytest.fixture
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits of adopt.py take no time."""
+    """Replace the clock, so that the waits of adopt.py take no time."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
@@ -48,7 +48,7 @@ def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def machine(objects: Objects, ignored: int) -> tuple[target.Target, list[str]]:
-    """A machine whose unit still stops after another request, so that it ignores the first `ignored` starts."""
+    """Return a machine whose unit is stopping after an earlier request and ignores the first `ignored` starts."""
     starts: list[str] = []
 
     def start(name: str) -> None:

@@ -1,4 +1,4 @@
-"""The server opens artifact locations only in the stack's two buckets, on every route."""
+"""On every route, the server opens artifact locations only in the stack's two buckets."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_other_location_is_refused_with_value_and_allowed_locations(location: st
 
 
 CLOSED_ROWS = ["s3://backups/dumps", "file:///etc", "mlflow-host://backups/models/dumps", "/etc"]
-"""Locations in rows that an earlier image may have stored."""
+"""Forbidden locations that an earlier image may have stored in rows."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Running:
         return requests.get(f"{self.url}/{route}", params=query, timeout=60)
 
     def change(self, statement: str, *values: str) -> None:
-        """Write locations to MLflow's tables that an earlier image or a restore may have left."""
+        """Write a location to MLflow's tables, as an earlier image or a restore may have done."""
         with sqlite3.connect(self.database) as connection:
             assert connection.execute(statement, values).rowcount == 1, statement
 
@@ -131,7 +131,7 @@ def test_a_request_that_would_store_a_closed_location_is_refused(running: Runnin
 
 @pytest.mark.parametrize("location", CLOSED_ROWS)
 def test_a_closed_location_is_refused_however_it_is_spelled(running: Running, location: str) -> None:
-    """MLflow reads protobuf's other names, and JSON in a text."""
+    """MLflow also accepts protobuf's camel-case names, and JSON inside a JSON string."""
     running.post("registered-models/create", name="m")
     for route, body in (
         ("experiments/create", {"name": f"camel {location}", "artifactLocation": location}),
@@ -157,7 +157,7 @@ def test_a_request_that_stores_an_open_location_is_answered_by_mlflow(running: R
 
 @pytest.mark.parametrize("location", CLOSED_ROWS)
 def test_stored_forbidden_location_is_opened_on_no_route(running: Running, location: str) -> None:
-    """Reading, listing and writing artifacts of runs, model versions, logged models and traces."""
+    """The test reads, lists and writes artifacts of runs, model versions, logged models and traces."""
     name = f"of {CLOSED_ROWS.index(location)}"
     experiment = running.post("experiments/create", name=name).json()["experiment_id"]
     run = running.post("runs/create", experiment_id=experiment).json()["run"]["info"]["run_id"]

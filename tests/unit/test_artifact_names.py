@@ -1,8 +1,8 @@
-"""Artifacts with difficult names are served like those of a plain MLflow server with a folder.
+"""Our server returns artifacts with difficult names exactly as plain MLflow returns them from a local folder.
 
-Each name is uploaded by MLflow's client and by HTTP, listed, downloaded, and shown by the artifact page, from a server
-of ours with direct transfer, one with proxied transfer, and a plain one with its artifacts in a local folder. Answers
-are compared by status, by MLflow's error code, by content, and by the headers of a download. What differs:
+MLflow's client and HTTP requests upload, list and download a file of each name, and the artifact page shows the file.
+The test compares three servers: our server with direct transfer, our server with proxied transfer, and plain MLflow.
+The test compares status, MLflow's error code, content, and the headers of a download. The following responses differ:
 
 | names | plain MLflow | ours | reason |
 |---|---|---|---|
@@ -56,7 +56,7 @@ HEADERS = ("content-type", "content-disposition", "x-content-type-options", "con
 
 @pytest.fixture(scope="module", autouse=True)
 def no_patience() -> Iterator[None]:
-    """MLflow's client does not retry; files above 5 MiB count as large."""
+    """Configure MLflow's client to send no retries, and to treat files above 5 MiB as large."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         patch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -68,7 +68,8 @@ def no_patience() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def urls(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """URLs of our servers by transfer, and of a plain server with artifacts in a folder."""
+    """Yield the URL of our server for each kind of transfer, and the URL of plain MLflow with its artifacts in a
+    folder."""
     with ExitStack() as stack:
         found = {}
         create_schema(f"sqlite:///{(empty := tmp_path_factory.mktemp('database') / 'mlflow.db')}")
@@ -95,7 +96,7 @@ def urls(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def outcome(act: Callable[[], Any]) -> Any:
-    """The result or error of a call of MLflow's client."""
+    """Call MLflow's client, and return the result or the error."""
     try:
         return act()
     except requests.HTTPError as error:
@@ -108,7 +109,7 @@ def outcome(act: Callable[[], Any]) -> Any:
 
 
 def download(answer: requests.Response) -> Any:
-    """Status, headers and content of a download; the status of an error."""
+    """Return the headers and the content of a download, or the status of an error."""
     if answer.status_code != 200:
         return answer.status_code
     return *(answer.headers.get(name) for name in HEADERS), answer.content
@@ -119,7 +120,7 @@ def listing(answer: requests.Response) -> Any:
 
 
 def seen_by_client(client: MlflowClient, run_id: str, path: str, number: int, folder: Path) -> dict[str, Any]:
-    """The results for a file that MLflow's client logs; each in a folder of its own."""
+    """Upload a file with MLflow's client to a new artifact folder, and return the results of all calls for the file."""
     file = folder / "up" / posixpath.basename(path)
     file.parent.mkdir(parents=True)
     file.write_bytes(content_of(path))
@@ -140,7 +141,7 @@ def seen_by_client(client: MlflowClient, run_id: str, path: str, number: int, fo
 
 
 def seen_by_http(url: str, run_id: str, path: str, number: int) -> dict[str, Any]:
-    """The results for a file that is uploaded by PUT, like curl, and opened like the artifact page."""
+    """Upload a file by PUT like curl, open the file like the artifact page, and return the results."""
     root, below = f"0/{run_id}/artifacts", f"http-{number}"
     file = f"{url}{FILES}/{root}/{below}/{urllib.parse.quote(path)}"
     folder = posixpath.join(below, posixpath.dirname(path)).rstrip("/")
@@ -160,7 +161,7 @@ def seen_by_http(url: str, run_id: str, path: str, number: int) -> dict[str, Any
 
 
 def seen(url: str, folder: Path, paths: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The results of a server, by path."""
+    """Send the requests for each path to one server, and return the results by path."""
     client = MlflowClient(tracking_uri=url)
     run_id = client.create_run("0").info.run_id
     found = {}
@@ -176,7 +177,8 @@ def is_too_long(path: str) -> bool:
 
 SPECIAL = [path for path in PATHS if is_too_long(path) or path.startswith(".artifact.uploading.")]
 SOME = list(dict.fromkeys([*PATHS[::5], *SPECIAL]))
-"""The names that `make test` compares; `make test-compare` compares all, with both transfers."""
+"""The names that `make test` compares, with direct transfer only. `make test-compare` compares all names, with direct
+and with proxied transfer."""
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ def test_names_that_are_hard_to_write_are_served_as_by_plain_mlflow(
         if ours[path][step] != expected
     }
     assert different == {}
-    # If all requests failed, the comparison would prove nothing.
+    # Require successful downloads: if all requests failed, the comparison would prove nothing.
     downloads = {path: ours[path]["download"] for path in compared if isinstance(ours[path]["download"], tuple)}
     assert len(downloads) > 0.9 * len(compared)
     assert {path: found[-1] for path, found in downloads.items()} == {path: content_of(path) for path in downloads}
@@ -229,7 +231,7 @@ def test_paths_that_mlflow_cannot_read_are_refused_with_a_sentence(urls: dict[st
 
 
 def big(size: int) -> bytes:
-    """Incompressible bytes that begin like gzip's."""
+    """Return `size` incompressible bytes that begin like a gzip file."""
     start = gzip.compress(b"a,b\n" * 200_000, mtime=0)
     return (start + os.urandom(max(0, size - len(start))))[:size]
 
@@ -239,8 +241,8 @@ def big(size: int) -> bytes:
 def test_compressed_files_are_returned_unchanged(
     urls: dict[str, str], store: ObjectStore, transfer: str, size: int, tmp_path: Path
 ) -> None:
-    """Files of a run and of a model, each in its bucket: logged by MLflow's client or by curl, downloaded by both and
-    by the artifact page."""
+    """Files of a run and files of a model are in different buckets. MLflow's client or curl uploads each file. The
+    client, curl and the artifact page download the file."""
     url, content = urls[transfer], big(size)
     client = MlflowClient(tracking_uri=url)
     run_id = client.create_run("0").info.run_id
@@ -313,7 +315,7 @@ def test_a_model_with_a_packed_artifact_loads(urls: dict[str, str], transfer: st
 def test_objects_of_earlier_images_are_served_and_unchanged(
     urls: dict[str, str], store: ObjectStore, transfer: str, tmp_path: Path
 ) -> None:
-    """Images up to November 2026 stored "gzip" as the encoding of every name that ends in .gz."""
+    """Images up to November 2026 stored the encoding "gzip" for every file with a name that ends in .gz."""
     client = MlflowClient(tracking_uri=urls[transfer])
     run_id = client.create_run("0").info.run_id
     contents = {"table.csv.gz": big(817), "no.tar.gz": b"this is no gzip", "big.nii.gz": big(12 * 2**20)}

@@ -1,4 +1,4 @@
-"""The artifact repository with two buckets behaves like MLflow's own S3 repository with one."""
+"""The artifact repository with two buckets behaves like MLflow's own S3 repository with one bucket."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -47,7 +47,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def buckets(store: ObjectStore) -> dict[str, str]:
-    """Three empty buckets: two for the plug-in, and one for MLflow's own repository."""
+    """Create three empty buckets: two for the plug-in, and one for MLflow's own repository."""
     names = {kind: f"{kind}-{uuid.uuid4().hex[:12]}" for kind in ("artifacts", "models", "one")}
     for name in names.values():
         store.client().create_bucket(Bucket=name)
@@ -70,7 +70,7 @@ def one(buckets: dict[str, str]) -> Any:
 
 @pytest.fixture
 def keys(store: ObjectStore, buckets: dict[str, str]) -> Callable[[str], list[str]]:
-    """The keys in one of the buckets."""
+    """Return a function that lists the keys of a bucket."""
 
     def keys(kind: str) -> list[str]:
         pages = store.client().get_paginator("list_objects_v2").paginate(Bucket=buckets[kind])
@@ -81,7 +81,7 @@ def keys(store: ObjectStore, buckets: dict[str, str]) -> Callable[[str], list[st
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Files of an experiment with one run and one logged model."""
+    """Create the files of an experiment with one run and one logged model, and return their folder."""
     for path in (f"{RUN}/plot.png", f"{RUN}/data/table.json", f"{MODEL}/MLmodel", f"{MODEL}/data/model.pkl"):
         (tmp_path / "files" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "files" / path).write_bytes(path.encode() * 100)
@@ -97,7 +97,7 @@ def everything_below(repository: Any, path: str | None = None) -> set[tuple[str,
 
 
 def outcome(act: Callable[[], Any]) -> Any:
-    """The result or error of a call, without values that depend on the bucket."""
+    """Return the result or the error of a call, without values that depend on the bucket."""
     try:
         return act()
     except Exception as error:
@@ -142,7 +142,7 @@ def test_the_same_calls_have_the_same_outcome(one: Any, two: Any, folder: Path, 
 
 @pytest.mark.parametrize("path", [f"{RUN}/absent", f"{MODEL}/absent"])
 def test_missing_file_is_not_found(two: Any, path: str, tmp_path: Path) -> None:
-    """MLflow's S3 repository returns a server error, its repository for a local folder returns "not found"."""
+    """For a missing file, MLflow's S3 repository returns a server error; its local repository returns "not found"."""
     calls: list[Callable[[], Any]] = [
         lambda: two.download_artifacts(path, str(tmp_path)),
         lambda: two.get_download_presigned_url(path),
@@ -215,7 +215,7 @@ def test_multipart_uploads_and_presigned_addresses_work_in_both_buckets(
 def test_an_upload_begun_in_the_other_bucket_can_be_finished(
     two: Any, one: Any, store: ObjectStore, buckets: dict[str, str], keys: Callable[[str], list[str]]
 ) -> None:
-    """This happens if the image is changed to one with the plug-in during an upload."""
+    """An upload can start on an image without the plug-in and end on an image with the plug-in."""
     from mlflow.entities.multipart_upload import MultipartUploadPart
     from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
 
@@ -332,7 +332,7 @@ def test_refused_file_of_unknown_length_states_the_received_size(
 def test_download_that_does_not_fit_is_refused_with_507(
     two: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLflow would return an internal error."""
+    """If the disk is too small for a download, plain MLflow returns an internal error."""
     two.log_artifacts(str(folder))
     monkeypatch.setattr(artifact_repository, "RESERVE_SHARE", 1)
     monkeypatch.setattr(artifact_repository, "RESERVE_BYTES", 2**60)
@@ -373,7 +373,7 @@ def test_no_upload_stores_a_content_encoding(
 def test_encoding_that_mlflow_requests_is_not_stored(
     store: ObjectStore, buckets: dict[str, str], two: Any, tmp_path: Path
 ) -> None:
-    """From 3.18 on MLflow's repository requests it when it creates a multipart upload."""
+    """Since 3.18, MLflow's repository requests a Content-Encoding when it creates a multipart upload."""
     key = {"Bucket": buckets["artifacts"], "Key": "table.csv.gz"}
     artifact_repository.client().put_object(**key, Body=b"x", ContentEncoding="gzip")
     assert "ContentEncoding" not in store.client().head_object(**key)
@@ -420,7 +420,7 @@ def test_locations_in_s3_are_served_by_the_same_client(
 
 @pytest.fixture
 def literal() -> Iterator[Any]:
-    """A repository on a store that treats a backslash like S3, not like a slash as SeaweedFS does."""
+    """Yield a repository on moto. moto, like S3, does not treat a backslash as a slash; SeaweedFS does."""
     from tests.support.moto_server import moto_server
 
     try:
@@ -429,7 +429,7 @@ def literal() -> Iterator[Any]:
             for variable, value in store.environment.items():
                 patch.setenv(variable, value)
             artifact_repository.client.cache_clear()
-            # moto keeps its buckets until the process ends.
+            # The bucket names are random, because moto keeps its buckets until the process ends.
             names = [f"{kind}-{uuid.uuid4().hex[:12]}" for kind in ("artifacts", "models")]
             for bucket in names:
                 region = {"LocationConstraint": "eu-central-1"}
@@ -481,7 +481,7 @@ TOO_LONG = "/".join(["a" * 255] * 20)
 
 
 async def beyond_the_bound(upload: Coroutine[Any, Any, None]) -> None:
-    """An upload while the maximum number of uploads is streamed."""
+    """Run `upload` while as many other uploads are in progress as the server allows."""
     Streams.running += STREAMS
     try:
         await upload
@@ -512,7 +512,8 @@ def calls(two: Any, path: str, file: Path) -> dict[str, Callable[[], Any]]:
 
 
 def refusals(two: Any, path: str, tmp_path: Path, *passing: str) -> dict[str, tuple[int, str]]:
-    """Status and sentence by call; a call that succeeds unexpectedly, not in `passing`, fails the test."""
+    """Make every call to S3, and return status and message of each refusal. All calls outside `passing` must be
+    refused."""
     (file := tmp_path / "file.txt").write_text("x")
     found = {}
     for name, call in calls(two, path, file).items():
@@ -535,11 +536,11 @@ def test_a_key_that_is_too_long_is_refused_with_400(two: Any, tmp_path: Path) ->
     assert {name: found[name] for name in writes} == dict.fromkeys(writes, (400, sentence))
     reads = ("open", "size", "presigned")
     assert {name: found[name] for name in reads} == dict.fromkeys(reads, (404, "No such artifact"))
-    assert found["download"][0] in (400, 404)  # longer than the limit of paths on this machine
+    assert found["download"][0] in (400, 404)  # 400 if the path is too long for this machine's file system
 
 
 def test_a_bucket_that_does_not_exist_is_named_as_the_reason(literal: Any, tmp_path: Path) -> None:
-    """On moto, because SeaweedFS creates missing buckets on writes."""
+    """The test uses moto, because a write to SeaweedFS creates a missing bucket."""
     absent = DirectTwoBucketRepository("mlflow-host://absent-artifacts/absent-models")
     found = refusals(absent, f"{RUN}/file.txt", tmp_path)
     assert {status for status, _ in found.values()} == {404}
@@ -594,7 +595,8 @@ def test_missing_multipart_upload_must_be_restarted(two: Any) -> None:
 
 
 def test_object_that_s3_did_not_delete_is_an_error(two: Any, buckets: dict[str, str]) -> None:
-    """S3 returns 200 for DeleteObjects even if it deleted nothing; SeaweedFS refuses this key."""
+    """S3 returns status 200 for DeleteObjects even if it deleted nothing. The test uses a key that SeaweedFS refuses to
+    delete."""
     with pytest.raises(ClientError, match="InvalidRequest"):
         artifact_repository.client().delete_objects(
             Bucket=buckets["artifacts"], Delete={"Objects": [{"Key": "a/..\\b"}]}

@@ -1,4 +1,4 @@
-"""audit.py with a stand-in for OSV's API that serves records in OSV's format."""
+"""Test audit.py with a stand-in for OSV's API, which returns records in OSV's format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from scripts import audit
 
-# Records of Debian's tracker and of PyPI's advisories in schema 1.7 (ossf.github.io/osv-schema), shortened.
+# Shortened records of Debian's tracker and PyPI's advisories in OSV schema 1.7 (ossf.github.io/osv-schema).
 RECORDS: list[dict[str, Any]] = [
     {
         "id": "DEBIAN-CVE-2026-1001",
@@ -100,7 +100,8 @@ URLS = [
 
 
 class Database(BaseHTTPRequestHandler):
-    """OSV's /v1/querybatch and /v1/vulns/<id>: matches exactly, and gives one vulnerability a page."""
+    """A stand-in for OSV's /v1/querybatch and /v1/vulns/<id>. A query finds records with exactly its package and its
+    version, one record per page."""
 
     asked: list[dict[str, Any]] = []
 

@@ -1,4 +1,4 @@
-"""The audit trail: a line for each write that succeeded or was refused, exactly once, and nothing that is secret."""
+"""The audit trail has exactly one line for each write that succeeded or was refused, and contains no secret."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_refusals_of_one_address_are_bounded_and_counted() -> None:
 
 
 def header(method: str, body: bytes, answer: bytes = b"{}", path: str = "/api/2.0/mlflow/x", query: str = "") -> str:
-    """The header with IDs of an application that answers `answer`."""
+    """Return the header with IDs that the middleware adds to the response of an application that answers `answer`."""
     sent: list[Message] = []
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
@@ -264,7 +264,7 @@ def test_a_kill_loses_no_line_and_writes_none_twice(
     with log.open("a") as file:
         file.writelines(logged(ids=f"run_id={number}") + "\n" for number in numbers[10:20])
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        if moment == "add":  # after the lines are written, before the position is
+        if moment == "add":  # killed when the lines are written, but the position is not
             patch.setattr(audit.Spool, "record", killed)
         elif moment == "record":
             patch.setattr(audit.Spool, "complete", killed)
@@ -332,13 +332,13 @@ def test_complete_files_are_added_to_the_bucket_once(store: Any, tmp_path: Path)
     (key,) = upload.send(spool, store, "backups", "vol-0123")
     assert gzip.decompress(store.get_object(Bucket="backups", Key=key)["Body"].read()) == content
     assert spool.waiting() == [] and spool.current.exists()
-    waiting.write_bytes(content + b"\n")  # as after a kill between the two
+    waiting.write_bytes(content + b"\n")  # simulate a kill between upload and deletion
     assert upload.send(spool, store, "backups", "vol-0123") == [key]
     assert gzip.decompress(store.get_object(Bucket="backups", Key=key)["Body"].read()) == content
 
 
 def test_follower_of_a_growing_log_ends_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With nginx writing 2,000 lines while the service stops: none is left."""
+    """nginx writes 2,000 lines while the service stops, and the service reads all lines."""
     monkeypatch.setattr(run, "PAUSE_SECONDS", 0.01)
     log, spool, stopping = tmp_path / "access.log", audit.Spool(tmp_path), threading.Event()
     running = threading.Thread(target=run.follow, args=(log, spool, KNOWN, stopping))

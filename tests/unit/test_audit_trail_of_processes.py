@@ -1,4 +1,4 @@
-"""The audit trail from a request to its line: the shipped nginx, a server process and PostgreSQL, without a machine."""
+"""Without a machine, a request to the image's nginx, to a server process and to PostgreSQL results in an audit line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ API = "/api/2.0/mlflow"
 
 @pytest.fixture
 def site(cluster: PostgreSQL, store: ObjectStore, tmp_path: Path) -> Iterator[Site]:
-    """The site with two real server processes behind it."""
+    """Yield nginx's site with two real server processes as its upstreams."""
     told = {
         "MLFLOW_BACKEND_STORE_URI": cluster.uri(),
         "MLFLOW_ARTIFACTS_DESTINATION": "mlflow-host://artifacts/models",

@@ -1,4 +1,4 @@
-"""scripts/audit_trail.py reads the objects back that the machine added (moto's S3)."""
+"""scripts/audit_trail.py reads the objects that the machine added to the bucket. moto stands in for S3."""
 
 from __future__ import annotations
 

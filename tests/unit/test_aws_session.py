@@ -1,5 +1,5 @@
-"""All scripts choose profile and region in the same way, and distinguish errors of profile, region, network and
-credentials."""
+"""All scripts use the same rules to choose AWS profile and region, and report separate errors for profile, region,
+network and credentials."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backups without a machine: pgBackRest's configuration, due times, stale backups, archiving, restore requests."""
+"""Test backups without a machine: pgBackRest's configuration, due times, stale backups, archiving, restore requests."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_pgbackrest_cannot_archive_to_a_plain_http_endpoint() -> None:
 
 
 def test_archive_command_exists_and_contains_the_word_pgbackrest() -> None:
-    """pgBackRest refuses base backups otherwise (check of the archive_command in its `backup` command)."""
+    """pgBackRest's `backup` command checks the archive_command, and refuses a command without the word "pgbackrest"."""
     template = (ROOTFS / "usr/share/mlflow-host/templates/postgresql.conf.j2").read_text()
     (command,) = re.findall(r"^archive_command = '(.+)'$", template, re.MULTILINE)
     (script,) = [part for part in command.split() if part.endswith(".py")]
@@ -204,7 +204,8 @@ def test_outdated_dumps_are_deleted_but_never_the_newest() -> None:
 
 
 class Listing:
-    """Stands in for boto3's client: a bucket with these keys, all a year old."""
+    """A stand-in for boto3's S3 client. Its bucket contains one object per key in `keys`, and all objects are a year
+    old."""
 
     def __init__(self, *keys: str):
         self.contents = [{"Key": key, "LastModified": NOW - timedelta(days=365), "Size": 1} for key in keys]
@@ -280,14 +281,14 @@ def problems(history: LastRuns, queue: SegmentQueue = NONE, *, archiving: bool =
 
 
 def test_recent_backups_and_an_empty_queue_are_no_problem(tmp_path: Path) -> None:
-    """An idle database writes no log, so the age of the last archived segment does not count."""
+    """An idle database writes no log segment, so the age of the last archived segment is not a problem."""
     assert problems(good(tmp_path)) == []
     assert problems(good(tmp_path), SegmentQueue(1, NOW - timedelta(seconds=110))) == []
 
 
 def test_just_booted_machine_reports_only_segments_that_wait_since_the_boot(tmp_path: Path) -> None:
-    """A new machine reports a broken archive within minutes. Backups that were due while it was off are still to be
-    taken."""
+    """A machine reports a broken archive within minutes of its boot. The machine has time to take overdue backups
+    before it reports stale backups."""
     old = good(tmp_path)
     old.write("dump", {"at": stamp(NOW - timedelta(days=9))})
     queue = SegmentQueue(3, NOW - timedelta(days=9))
@@ -305,7 +306,7 @@ def test_just_booted_machine_reports_only_segments_that_wait_since_the_boot(tmp_
 
 def test_each_stale_backup_is_one_sentence(tmp_path: Path) -> None:
     (late,) = problems(good(tmp_path), SegmentQueue(3, NOW - timedelta(minutes=50)))
-    assert late.startswith("3 segments of the write-ahead log wait to be archived, for up to 50 minutes")
+    assert late.startswith("3 segments of the write-ahead log wait to be archived, the oldest for 50 minutes")
     good(tmp_path).write("dump", {"at": stamp(NOW - timedelta(hours=37))})
     (late,) = problems(LastRuns(tmp_path))
     assert late.startswith(
@@ -336,7 +337,7 @@ def test_plain_http_endpoint_is_reported(tmp_path: Path) -> None:
 
 
 def test_archive_command_returns_the_reply_of_the_archive_service(tmp_path: Path) -> None:
-    """Runs the command as PostgreSQL does, with a socket opened by the service's function."""
+    """The test runs the archive command as PostgreSQL does, with a socket that the service's own function opens."""
     path = tmp_path / "s"
     program = (ROOTFS / "usr/lib/mlflow-host/mlflow_host/backups/pgbackrest_archive_command.py").read_text()
     here = tmp_path / "ask.py"
@@ -370,7 +371,7 @@ def test_only_wal_segments_are_archived(tmp_path: Path, segment: str) -> None:
 
 
 def waits(cluster: Path, segments: int) -> None:
-    """Create finished segments of 1 KiB as PostgreSQL does."""
+    """Create finished log segments of 1 KiB, with the status files that PostgreSQL writes."""
     (cluster / "pg_wal/archive_status").mkdir(parents=True)
     (cluster / pgbackrest.STANZA_FILE).write_text(f"{OURS.name}\n")
     for number in range(1, segments + 1):
@@ -380,8 +381,8 @@ def waits(cluster: Path, segments: int) -> None:
 
 
 def test_unreachable_bucket_never_fills_the_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments wait up to a limit. Beyond it they are skipped, the gap is recorded, and one segment per minute is
-    tried."""
+    """Segments wait for the bucket up to a total size. Above this size, the service skips segments, records a gap in
+    the archived log, and tries to upload one segment per minute."""
     tried: list[str] = []
 
     def dead(where: Repository, stanza: Stanza, segment: str) -> str:
@@ -423,7 +424,7 @@ case " $* " in
   exit 55 ;;
 esac
 """
-"""A stand-in for pgBackRest. Its stanza-create fails while the stanza is locked, as on a server that archives a lot."""
+"""A stand-in for pgBackRest. stanza-create fails while the stanza is locked, as on a server with constant archiving."""
 
 
 @pytest.mark.parametrize(
@@ -521,7 +522,7 @@ def test_unknown_name_is_refused_with_the_available_backups(name: str) -> None:
 
 
 def test_inventory_lists_the_newest_names_once_and_their_number() -> None:
-    """A month of nightly dumps, from a store that lists each key twice."""
+    """The test uses a month of nightly dumps, and a store that lists each key twice."""
     nights = [f"dumps/202611{day:02}T013300Z-nightly-f4a9b2c7d1e6.dump" for day in range(1, 31)]
     contents = [{"Key": key, "LastModified": NOW, "Size": 1} for key in nights]
 
@@ -551,7 +552,8 @@ def test_prefix_of_base_backups_is_that_of_pgbackrest() -> None:
 
 @pytest.mark.parametrize("value", ["20261101-000000F", DUMPS[0].key, "latest", "2026-11-20T00:00:00Z", "2999-01-01"])
 def test_stack_accepts_every_request_that_the_machine_can_restore(value: str) -> None:
-    """The stack checks names only, so it may accept requests that the machine refuses, but never the reverse."""
+    """The stack checks only names. The stack may accept a request that the machine refuses, but must not refuse a
+    request that the machine accepts."""
     labels = [base.label for line in THERE.lines for base in line.bases]
     refused = restore_request.missing(value, [dump.key for dump in DUMPS], labels, NOW)
     try:
@@ -653,7 +655,8 @@ def test_restore_to_an_empty_volume_keeps_nothing_aside(tmp_path: Path) -> None:
 
 
 def test_cluster_of_another_major_is_set_aside_after_the_restore(tmp_path: Path) -> None:
-    """Otherwise an image of that major would start it again, with the data from before the move."""
+    """If the old cluster kept its name, an image with the old PostgreSQL major would start this cluster, whose data is
+    outdated."""
     here = place(tmp_path)
     old, new = cluster(here.clusters / "13", OURS.began), cluster(here.work, NOW)
     here.history.write(restore.FLIP, {"history": new.name, "kept": None, "note": {"value": "latest", "what": "w"}})
@@ -679,7 +682,8 @@ def test_leftovers_of_an_interrupted_restore_are_removed_when_it_is_no_longer_re
 def test_shutdown_is_detected_from_systemctl(
     state: str, down: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command then keeps the request for the next boot, because systemd cancels the step without a failure."""
+    """If systemd cancels the restore because of a shutdown, the restore did not fail, so the command keeps the request
+    for the next boot."""
     (tmp_path / "systemctl").write_text(f"#!/bin/sh\necho {state}\n")
     (tmp_path / "systemctl").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -717,7 +721,7 @@ def test_decided_exchange_precedes_requests_and_a_request_by_hand_precedes_the_s
 
 
 def test_only_status_1_of_archive_get_ends_recovery(tmp_path: Path) -> None:
-    """PostgreSQL ends recovery for statuses up to 125 and fails for 126."""
+    """If restore_command exits with a status up to 125, PostgreSQL ends recovery. With 126, PostgreSQL fails."""
     expected = {0: 0, 1: 1, 25: 126, 82: 126, 103: 126}
     running = {}
     for status in expected:

@@ -1,4 +1,4 @@
-"""Making a source image takes minutes; its progress is logged."""
+"""The build of a source image takes minutes, so it logs its progress."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_progress_is_logged_every_minute(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package with a keyring in place of Ubuntu's."""
+    """Build a package that contains a keyring and replaces Ubuntu's keyring package."""
     keyring, control = tmp_path / "content/keys/test.gpg", tmp_path / "content/DEBIAN/control"
     for file, text in (
         (keyring, "the keys"),

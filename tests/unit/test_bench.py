@@ -1,4 +1,4 @@
-"""The bench starts by itself, and its contender that is what the image ships is measured with the present templates."""
+"""Each program of the bench starts without pytest, and the bench measures our server with the current templates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_each_program_starts_without_pytest(name: str) -> None:
 
 @pytest.mark.service
 def test_what_the_image_ships_can_be_measured() -> None:
-    # Not pytest's folder: nginx's workers are another user, and it is closed to them.
+    # nginx's workers run as another user, who cannot access pytest's folder.
     with tempfile.TemporaryDirectory(prefix="mlflow-bench-") as name, object_store(Path(name) / "store") as store:
         Path(name).chmod(0o755)
         folder = Path(name) / "ours"

@@ -1,4 +1,4 @@
-"""The software bill of materials lists every package of the image with the names of vulnerability databases."""
+"""The software bill of materials lists every package of the image under its name in vulnerability databases."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def bill() -> dict[str, Any]:
 
 
 def test_package_urls_match_vulnerability_databases(bill: dict[str, Any]) -> None:
-    """As the Package URL specification requires, the colon of an epoch and the plus sign are percent-encoded. The
-    source package is named if its name or version differs."""
+    """The Package URL specification requires percent-encoding for the colon of an epoch and for plus signs. A package
+    URL contains the source package if the source package has another name or version."""
     assert [each["purl"] for each in bill["components"]] == [
         "pkg:deb/debian/nginx-light@1.22.1-9%2Bdeb12u3?distro=debian-12&upstream=nginx",
         "pkg:deb/debian/libstdc%2B%2B6@1%3A12.2.0-14?distro=debian-12&upstream=gcc-12%4012.2.0-14",

@@ -1,4 +1,4 @@
-"""The substitute for a chat-completions endpoint returns responses and errors in the format of OpenAI's client."""
+"""The stand-in for a chat-completions endpoint returns responses and errors that OpenAI's client accepts."""
 
 from collections.abc import Iterator
 
@@ -25,7 +25,7 @@ def ask(client: openai.OpenAI, question: str) -> ChatCompletion:
 
 def test_answer_is_a_complete_chat_completion(client: openai.OpenAI) -> None:
     completion = ask(client, "Who wrote the novel Frankenstein?")
-    # The client does not validate responses; its model of the API does.
+    # OpenAI's client does not validate responses, so the test does, with the client's class for a response.
     ChatCompletion.model_validate(completion.model_dump(warnings="error"), strict=True)
     assert completion.choices[0].message.content == "Mary Shelley"
     assert completion.choices[0].finish_reason == "stop"

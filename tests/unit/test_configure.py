@@ -1,4 +1,4 @@
-"""Boot steps `configure` and `ready`: content and modes of the files in /run, and secrets that must not be in them."""
+"""Test the boot steps `configure` and `ready`: contents and modes of files in /run, without secrets."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ printable = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size
 @settings(max_examples=25)
 @given(st.dictionaries(st.from_regex(r"[A-Z][A-Z0-9_]{0,9}", fullmatch=True), printable, max_size=4))
 def test_environment_file_gives_every_value_back(variables: dict[str, str]) -> None:
-    """Read by bash, whose double quotes follow the same rules as systemd's."""
+    """The test reads the file with bash, because bash and systemd have the same rules for double quotes."""
     text = configure.environment_file({f"X_{name}": value for name, value in variables.items()})
     script = text + "".join(f'printf "%s\\0" "$X_{name}"\n' for name in variables)
     done = subprocess.run(["bash"], input=script, capture_output=True, text=True, env={})

@@ -1,4 +1,4 @@
-"""The credentials parameter: accepted users, refused documents, and no secret in an error."""
+"""Test the credentials parameter: accepted users, refused documents, and errors without secrets."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_clear_password_is_salted_and_hashed(password: str) -> None:
 def test_htpasswd_hashes_are_accepted(options: list[str]) -> None:
     made = subprocess.run(["htpasswd", *options, "ada", "secret"], capture_output=True, text=True, check=True)
     given_hash = made.stdout.strip().removeprefix("ada:")
-    if given_hash.startswith("{SHA}"):  # unsalted, so it counts as a password
+    if given_hash.startswith("{SHA}"):  # a SHA hash has no salt, so it is treated as a password
         assert credentials.hashed(given_hash) != given_hash
     else:
         assert credentials.hashed(given_hash) == given_hash
@@ -124,7 +124,7 @@ def test_password_file_has_a_line_per_user_and_nothing_in_clear() -> None:
 
 
 class Metadata(BaseHTTPRequestHandler):
-    """A substitute for the instance metadata service, version 2 only."""
+    """A stand-in for the instance metadata service that accepts only requests of version 2."""
 
     role = True
 
@@ -236,7 +236,7 @@ def test_unusable_parameter_is_refused_without_its_content(ssm: str) -> None:
 
 
 def test_unreachable_service_is_named() -> None:
-    with pytest.raises(StepFailed, match=r"^http://127.0.0.1:9 cannot be reached \(.*refused\): it needs a route"):
+    with pytest.raises(StepFailed, match=r"^http://127.0.0.1:9 cannot be reached \(.*refused\): add a route"):
         parameters.fetch(document("http://127.0.0.1:9"), print, patience=0)
 
 
@@ -251,7 +251,7 @@ def test_machine_without_a_role_is_reported(metadata: type[Metadata]) -> None:
     [
         (
             b'{"__type": "com.amazon.coral.service#AccessDeniedException", "Message": "not authorized"}',
-            "the instance's role may not read the parameter /p: allow it ssm:GetParameter and its key",
+            "the role cannot read the parameter /p: allow ssm:GetParameter and use of its KMS key",
         ),
         (
             b'{"__type": "ThrottlingException", "message": "Rate exceeded"}',

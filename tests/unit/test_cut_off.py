@@ -1,4 +1,4 @@
-"""No request of a default server waits for an address outside the stack."""
+"""No request to a server with default settings waits for a connection to an address outside the stack."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ tls = "off"
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The log of requests to other addresses."""
+    """Return the log file for attempts to reach other hosts."""
     return tmp_path_factory.mktemp("cut-off") / "log"
 
 
 @pytest.fixture(scope="module")
 def ask(cluster: PostgreSQL, log: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    """Sends requests to a server with a default machine's environment, without internet access."""
+    """Yield a function that sends requests to a server with a default machine's environment and no internet access."""
     machine = config.host_config(launch.parse(DOCUMENT), sizing.size(sizing.MachineSize(memory_mb=2048, cores=2)))
     told = environment.environment(machine, "a passphrase") | cut_off(log)
     told |= {"MLFLOW_BACKEND_STORE_URI": cluster.uri(), "TMPDIR": str(log.parent)}
-    # The metadata service and S3 belong to the stack; here nothing listens at S3's address.
+    # Both the metadata service and S3 belong to the stack. In this test no program listens at S3's address.
     told |= {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_MAX_ATTEMPTS": "1"}
     told |= dict.fromkeys(("AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL"), f"http://127.0.0.1:{free_port()}")
     with (
@@ -88,7 +88,7 @@ def test_trace_cost_needs_no_internet(ask: Ask, log: Path) -> None:
 
 
 def trace(provider: str) -> bytes:
-    """An OpenTelemetry exporter's request with one model call."""
+    """Return the body of an OpenTelemetry exporter's request with one model call."""
     request = ExportTraceServiceRequest()
     span = request.resource_spans.add().scope_spans.add().spans.add()
     span.trace_id, span.span_id, span.name = os.urandom(16), os.urandom(8), "chat"
@@ -123,7 +123,7 @@ def test_models_of_the_catalogue_inside_mlflow_are_offered(ask: Ask) -> None:
 
 
 def test_plain_mlflow_uses_the_internet(tmp_path: Path) -> None:
-    """The log contains plain MLflow's request, so the tests above would detect one of ours."""
+    """The log contains a request of plain MLflow, so the tests above would detect a request of our server."""
     code = (
         "from mlflow.utils.providers import cost_per_token as c; c('gpt-4o-mini', 1, 1, custom_llm_provider='openai')"
     )

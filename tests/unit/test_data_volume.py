@@ -1,4 +1,4 @@
-"""Boot step `data-volume`: wait for the volume, format it only if it is blank, refuse foreign content."""
+"""Test the boot step `data-volume`: wait for the volume, format only a blank volume, refuse foreign content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.service
 
 VOLUME = "vol-0123456789abcdef0"
 NAME = "nvme-Amazon_Elastic_Block_Store_vol0123456789abcdef0"
-# One Linux partition at sector 2048 in a master boot record, written into the device that follows as $0.
+# Shell command that writes a master boot record with one Linux partition at sector 2048 to the device $0.
 MASTER_BOOT_RECORD = (
     r"""{ printf '\0\0\0\0\203\0\0\0\0\010\0\0\0\020\0\0'; head -c 48 /dev/zero; printf '\125\252'; } """
     """| dd of="$0" bs=1 seek=446 conv=notrunc"""
@@ -34,7 +34,7 @@ ME = pwd.getpwuid(os.getuid()).pw_name
 
 @pytest.fixture
 def device(tmp_path: Path) -> Path:
-    """A file in place of a block device, which blkid, mkfs and e2fsck accept."""
+    """Create a file that stands in for a block device. blkid, mkfs and e2fsck accept files."""
     path = tmp_path / "device"
     with path.open("wb") as file:
         file.truncate(64 << 20)
@@ -93,8 +93,8 @@ def test_anything_else_is_refused_and_left_untouched(command: list[str], found: 
     with pytest.raises(StepFailed) as refused:
         data_volume.is_blank(device, VOLUME)
     assert str(refused.value) == (
-        f"the volume {VOLUME} holds something else ({found}): it was not changed; "
-        "name the stack's own data volume, or a blank one"
+        f"the volume {VOLUME} has foreign content ({found}) and was not changed: "
+        "name the stack's own data volume or a blank volume"
     )
     assert device.read_bytes() == before
 
@@ -111,11 +111,11 @@ def test_clean_file_system_passes_the_check(device: Path) -> None:
 
 def test_damage_that_cannot_be_repaired_stops_the_boot(device: Path) -> None:
     mkfs(device)
-    # A root folder that is not a folder, and the flag that makes e2fsck check.
+    # Change the type of the root folder to a file, and set the flag that makes e2fsck check the file system.
     for request in ("set_inode_field <2> mode 0100644", "set_super_value state 2"):
         subprocess.run(["debugfs", "-w", "-R", request, str(device)], check=True, capture_output=True)
     with pytest.raises(
-        StepFailed, match=f"the file system on {VOLUME} is damaged beyond what e2fsck repairs by itself"
+        StepFailed, match=f"the file system on {VOLUME} is damaged, and e2fsck cannot repair it automatically"
     ):
         data_volume.check(device, VOLUME)
 
@@ -126,7 +126,7 @@ def shell(line: str) -> str:
 
 @pytest.fixture
 def mounted(tmp_path: Path, device: Path) -> Iterator[tuple[Path, Path, Callable[[int], None]]]:
-    """An ext4 file system of 64 MiB like the volume's: device, mount point, and a function that enlarges the device."""
+    """Yield device, mount point, and a function that enlarges the device, for a 64 MiB ext4 file system."""
     mkfs(device, "-L", data_volume.LABEL)
     folder = tmp_path / "mounted"
     folder.mkdir()
@@ -197,7 +197,7 @@ def test_file_system_that_cannot_be_grown_is_named_with_the_reason(
     enlarge(2048)
     shell(f"mount -o remount,ro {folder}")
     assert file_system.grow(device).startswith(
-        "the data volume has 2.0 GiB and its file system 0.1 GiB, because resize2fs failed ("
+        "the data volume has 2.0 GiB, but its file system has 0.1 GiB, because resize2fs failed ("
     )
     assert mib(folder) < 64
 

@@ -1,6 +1,6 @@
-"""The fast path's middleware: its checks, the requests that it passes to MLflow, and its JSON format.
+"""Test the fast path's middleware: its checks, the requests that it passes to MLflow, and its JSON format.
 
-tests/schema/test_tracking.py compares its responses with MLflow's.
+tests/schema/test_tracking.py compares the responses of the middleware with MLflow's responses.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -59,7 +59,7 @@ def test_a_history_of_too_many_points_is_refused_with_the_remedy(
         page = store.get_metric_history(run_id, "loss", max_results=9)
         assert len(page) == 9 and page.token
         return
-    with pytest.raises(MlflowException, match=r"more than 19 points, .*: ask for pages, with max_results") as refused:
+    with pytest.raises(MlflowException, match=r"more than 19 points, .*: request pages .* max_results") as refused:
         store.get_metric_history(run_id, "loss", max_results=most)
     assert refused.value.get_http_status_code() == 400
     monkeypatch.setattr(fast_path_store, "POINTS", 20)
@@ -200,7 +200,7 @@ def test_write_from_another_origin_is_refused(application: Application, store: D
 
 
 def test_unanswered_write_is_not_repeated_by_mlflow(cluster: PostgreSQL, application: Application, run_id: str) -> None:
-    """The write may have happened, so only the client may repeat the request."""
+    """A write without a response may have happened, so MLflow must not repeat it; only the client may repeat it."""
     waiting = "select pid from pg_stat_activity where wait_event_type = 'Lock' and query like '%latest_metrics%'"
     with psycopg2.connect(cluster.uri().replace("+psycopg2", "")) as other, ThreadPoolExecutor(1) as pool:
         other.cursor().execute("lock table latest_metrics in access exclusive mode")
@@ -244,7 +244,7 @@ def test_nan_and_infinities_are_strings(
     application: Application, cluster: PostgreSQL, store: DirectStore, run_id: str
 ) -> None:
     store.log_metric(run_id, Metric("nan", float("nan"), TIME, 0))
-    for value in ("Infinity", "-Infinity", "NaN"):  # MLflow does not write these values, but users of psql may
+    for value in ("Infinity", "-Infinity", "NaN"):  # MLflow never stores these values, but a user of psql may
         cluster.execute(
             "insert into latest_metrics (run_uuid, key, value, timestamp, step, is_nan) "
             f"values ('{run_id}', '{value}', '{value}', 0, 0, false)",

@@ -1,5 +1,5 @@
-"""The drill's comparison: it finds every loss between two stops, and nothing else. Also tests the exit status and the
-outage."""
+"""Test the drill: it finds all data that was lost between two stops, and reports no loss that did not happen. Further
+tests check the exit status and the measured outage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIRST: Sections = {"runs": {"a": {"metrics": [1, 2, 3]}, "b": {"metrics": []}}, 
 
 
 def one_stop() -> ExpectedWrites:
-    """One stop of the newer release, which supports queues."""
+    """Return the expected data after one stop with the newer release, which supports queues."""
     expected = ExpectedWrites()
     assert len(expected.add("2", NOTHING, FIRST)) == 3
     return expected
@@ -125,7 +125,7 @@ def test_missing_images_are_reported_before_the_launch(
 
 
 def exit_status(stops: list[drill.Stop], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *more: str) -> int:
-    """Exit status of a drill with these stops, without baking and launching."""
+    """Run a drill with the results `stops`, without baking and launching, and return its exit status."""
     monkeypatch.setenv("MLFLOW_AMI_LOCAL_CLOUD", str(tmp_path))
     monkeypatch.setenv("MLFLOW_AMI_REHEARSAL", "of-the-tests")
     for part in ("up", "down"):

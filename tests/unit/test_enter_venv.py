@@ -1,4 +1,4 @@
-"""A script starts with .venv's Python from any interpreter, or prints one sentence with the reason."""
+"""Whichever interpreter starts a script, the script runs with .venv's Python or prints one sentence with the reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ print(sys.prefix, sys.argv[1:])
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A checkout without .venv that holds one script, `probe.py`."""
+    """Create a checkout without .venv that contains the script `probe.py` and the modules that the script needs."""
     folder = tmp_path / "checkout" / "scripts"
     folder.mkdir(parents=True)
     for name in ("enter_venv.py", "invoker.py"):
@@ -33,7 +33,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def bare_python(folder: Path) -> Path:
-    """A Python without packages: a virtual environment of this one's base interpreter."""
+    """Create a Python without packages, in a virtual environment of the current interpreter, and return its path."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     return folder / "bin" / "python"
 

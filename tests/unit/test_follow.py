@@ -1,4 +1,5 @@
-"""follow.py proposes lists that the bake accepts, and its page contains all facts for the decision."""
+"""follow.py proposes lists of routes and sources that the bake accepts, and prints all facts that a maintainer
+needs."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def module(monkeypatch: pytest.MonkeyPatch, text: str, name: str) -> Any:
     made = types.ModuleType(name)
-    monkeypatch.setitem(sys.modules, name, made)  # dataclasses look up the module of a class there
+    monkeypatch.setitem(sys.modules, name, made)  # dataclasses search sys.modules
     exec(compile(text, name, "exec"), made.__dict__)
     return made
 
@@ -53,7 +54,7 @@ def test_proposed_routes_are_sorted_by_the_patched_list(monkeypatch: pytest.Monk
     assert before.sort_posts(routes) == ([], routes)
     patched = proposal.sort_routes(text, paths, "9.0.0")
     after = module(monkeypatch, patched, "mlflow_host_after")
-    # The classes differ: compared by their fields.
+    # Both modules have their own class Route, so compare the routes by their fields.
     readable, unsorted = after.sort_posts([after.Route(each.path, each.method) for each in routes])
     assert (readable, unsorted) == (paths[:2], [])
     assert patched.count("widgets/search") == text.count("widgets/search") + 1, "one pattern for both prefixes"

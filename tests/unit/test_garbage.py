@@ -1,4 +1,5 @@
-"""Garbage collection without a database: references of model versions, own buckets, reports, failures in a row."""
+"""Test garbage collection without a database: references of model versions, paths in the stack's buckets, reports, and
+repeated failures."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ OF_SIGNATURES = "tests/local_cloud/test_signatures.py::"
 NGINX = "provisioning/rootfs/etc/nginx"
 CLOUD = "scripts/local_cloud"
 
-# Name, file, removed text, its replacement, and the test that must fail.
+# An entry consists of name, file, removed text, replacement, and the test that must fail.
 GUARDS = [
     ("login", SITE, "    auth_request /mlflow-host-login;\n", "", OF_SITE + "every_route_needs"),
     ("origin", SITE, "if ($foreign_origin) {", "if ($no_such) {", OF_SITE + "pages_of_other_origins_are_refused"),

@@ -1,4 +1,4 @@
-"""With sudo, the invoking user owns the files that they need, and root leaves no other file in their home."""
+"""With sudo, the invoking user owns all files that the user needs, and root leaves no other file in the user's home."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PERSON = pwd.getpwnam("nobody")
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The home of the sudo user."""
+    """Create the home of the user who runs sudo, and return the home."""
     folder = tmp_path / "home"
     folder.mkdir(mode=0o700)
     os.chown(folder, PERSON.pw_uid, PERSON.pw_gid)
@@ -115,7 +115,7 @@ def test_without_sudo_no_owner_changes(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_checkout_keeps_its_owner(tmp_path: Path) -> None:
-    """A script that root runs in another user's checkout, the files that it wrote there, and the compiled files."""
+    """root runs a script in a user's checkout. The user owns the .pyc files and the files that the script wrote."""
     checkout = tmp_path / "checkout"
     (checkout / "scripts").mkdir(parents=True)
     (checkout / ".venv").symlink_to(sys.prefix)

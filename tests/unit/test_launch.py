@@ -1,4 +1,4 @@
-"""The launch document: valid documents, and the error sentence of each mistake."""
+"""Test the launch document: valid documents, and the error sentence for each mistake."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_refusal_names_key_value_and_remedy(table: str, key: str, value: Any, se
 
 
 def test_every_key_can_be_refused() -> None:
-    """The table above is complete: every key has a check that can fail."""
+    """The table REFUSED is complete: every key has a check that can fail."""
     keys = {
         (table, key)
         for table, keys in launch.to_mapping(launch.parse(COMPLETE)).items()
@@ -221,7 +221,7 @@ def test_every_key_can_be_refused() -> None:
         ),
         (
             with_value("buckets", "models", "a-bucket"),
-            'buckets must be three different ones, not "a-bucket", "a-bucket", "b-bucket"',
+            'buckets must have three different names, not "a-bucket", "a-bucket", "b-bucket"',
         ),
     ],
 )
@@ -279,7 +279,7 @@ def test_any_text_is_refused(text: str) -> None:
 
 
 def test_launch_module_imports_with_the_standard_library_alone() -> None:
-    """The Pulumi program imports it without the image's packages."""
+    """The Pulumi program imports the launch module without the image's packages."""
     folder = Path(launch.__file__).parents[2]
     code = f"import sys; sys.path.insert(0, {str(folder)!r}); import mlflow_host.contract.launch; print(len(sys.path))"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Layers of the image's package: each folder is named for what starts its code, and imports only go down."""
+"""Each folder of the image's package has the name of the part that calls its code, and imports only lower layers."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ BELOW = {
     "adopt": {"contract", "machine", "postgres", "schema"},
     "bake": {"contract", "machine", "postgres", "schema", "server", "backups", "garbage"},
 }
-"""The folders that each folder of mlflow_host may import, besides itself."""
+"""Folder of mlflow_host → the other folders that this folder may import."""
 
 
 def imported(file: Path, package: str, *, at_import_only: bool = False) -> list[str]:
-    """The modules of `package` that a file imports, by their dotted names below it."""
+    """Return the modules of `package` that a file imports, as dotted names without the name of the package."""
     names = all_imported(file, at_import_only)
     return [name.removeprefix(f"{package}.") for name in names if name.split(".")[0] == package]
 
@@ -120,7 +120,7 @@ BOOT_IMPORTS = {"jinja2", "boto3", "botocore", "psycopg2", "mlflow", "sqlalchemy
 
 @pytest.mark.parametrize("module", ["configure", "data_volume", "ready", "report_failure"])
 def test_early_boot_steps_import_no_slow_package(module: str) -> None:
-    """Other steps wait for them, and each of these packages takes 0.1 to 4 s to import."""
+    """Other boot steps wait for the early boot steps, and the import of a slow package takes 0.1 to 4 s."""
     code = f"import sys, mlflow_host.boot.{module} as m; print(*sorted({BOOT_IMPORTS} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": str(LIBRARY)}, capture_output=True, text=True
@@ -130,7 +130,7 @@ def test_early_boot_steps_import_no_slow_package(module: str) -> None:
 
 
 def test_files_with_imports_for_types_only_do_not_evaluate_annotations() -> None:
-    """Otherwise the first import of the file fails with a NameError, which mypy does not report."""
+    """Evaluated annotations would make the import of the file fail with a NameError, which mypy does not report."""
     sources = [path for folder in ("scripts", "infra", "provisioning") for path in (REPOSITORY / folder).rglob("*.py")]
     typed = {path: path.read_text(encoding="utf-8") for path in sources}
     unsafe = [

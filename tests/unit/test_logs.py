@@ -1,4 +1,4 @@
-"""Service `mlflow-host-logs`: every line reaches CloudWatch Logs (moto) within PutLogEvents' limits, none is lost."""
+"""The service `mlflow-host-logs` sends every line to CloudWatch Logs (moto) within PutLogEvents' limits."""
 
 from __future__ import annotations
 
@@ -146,11 +146,11 @@ def test_line_of_another_unit_only_moves_the_cursor() -> None:
     assert (one.cursor, one.streams) == ("s=1", {})
 
 
-# The journal; `tail` stands in for journalctl: line N has the cursor s=N
+# Read the journal: `tail` stands in for journalctl, and line N has the cursor s=N
 
 FOLLOW = ("sh", "-c", 'exec tail -n +$((${1##*=} + 1)) -f "$0"')
 LONG = 60
-"""Seconds after which a test gives up."""
+"""Seconds after which a test fails."""
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_cursor_is_passed_to_journalctl(file: Path) -> None:
 
 
 def test_options_are_those_of_this_systemd() -> None:
-    """An unknown option would end journalctl at once."""
+    """If the installed systemd did not support an option, journalctl would exit immediately."""
     command = [*journal.FOLLOW, "--directory=/nonexistent", "--since=yesterday"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5)
@@ -213,7 +213,7 @@ def test_options_are_those_of_this_systemd() -> None:
 
 
 class Cloud:
-    """Puts events like CloudWatch; fails `failures` times first."""
+    """A stand-in for CloudWatch Logs. `put` fails `failures` times, and then accepts events."""
 
     def __init__(self, failures: int = 0):
         self.failures = failures
@@ -326,7 +326,7 @@ def test_streams_that_were_accepted_are_not_sent_twice_after_an_error(
 
 @pytest.fixture
 def logs() -> Iterator[Any]:
-    """boto3's client of a log group in moto."""
+    """Yield boto3's client for CloudWatch Logs in moto, with one log group."""
     connect: Any = boto3.client
     with moto_server() as endpoint:
         made = connect(

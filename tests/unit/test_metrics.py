@@ -1,5 +1,5 @@
-"""Timer `mlflow-host-metrics`: the metrics of the stack's alarms are measured and sent to CloudWatch (moto), or one
-sentence states the reason."""
+"""The timer `mlflow-host-metrics` measures the metrics of the stack's alarms and sends them to CloudWatch (moto). If a
+measurement or the upload fails, one sentence states the reason."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def document(
 
 @pytest.fixture
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the other timers' reports; CloudWatch is unreachable."""
+    """Configure an unreachable CloudWatch endpoint, and return the folder with the reports of the other timers."""
     (tmp_path / "web").mkdir()
     monkeypatch.setattr(config, "RUN", tmp_path)
     launched(monkeypatch, document("http://127.0.0.1:9", names=("data-volume-full",)))

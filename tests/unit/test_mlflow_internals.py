@@ -1,4 +1,4 @@
-"""provisioning/mlflow-internals.md lists every internal name of MLflow that mlflow_host uses, and no other."""
+"""provisioning/mlflow-internals.md lists exactly the internal names of MLflow that mlflow_host uses."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ PUBLIC = re.compile(
     r"|mlflow\.store\.artifact\.(artifact_repo|artifact_repository_registry)(:.*)?"
     r"|mlflow\.protos:databricks_pb2|mlflow\.protos\.databricks_pb2:[A-Z_]+|mlflow\.runName"
 )
-"""Exceptions: names that MLflow documents, a file and a tag of that form, the plug-in interface of artifact
-repositories, the error codes that the documentation of MlflowException refers to, and a system tag."""
+"""Names that need no entry: documented names, a file name and a tag that look like internal names, the plug-in
+interface of artifact repositories, the error codes in the documentation of MlflowException, and a system tag."""
 NAME = re.compile(r"_MLFLOW_\w+|mlflow(\.\w+)+(:[\w.]+)?")
 
 
 def used(source: str) -> Iterator[str]:
-    """The names of MLflow that a module imports, or contains as text: `module`, `module:name`, a private variable."""
+    """Yield the names of MLflow that a module imports or contains as text: `module`, `module:name` or a private
+    variable."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mlflow":
             yield from (f"{node.module}:{each.name}" for each in node.names)

@@ -1,5 +1,5 @@
-"""The boot survives the change to the Elastic IP, which cuts open connections: each AWS call survives one cut, with or
-without a reset."""
+"""When the Elastic IP is attached during the boot, open connections are cut. Each AWS call of the boot succeeds even if
+its connection is cut once, with or without a TCP reset."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ DUMP = os.urandom(1 << 20) * 40
 
 
 class OneCut:
-    """A port in front of a service. The first connection ends after `carried` bytes in both directions, with or without
-    a reset; all others are forwarded."""
+    """A port that forwards connections to a service. The first connection is cut after `carried` bytes, counted in both
+    directions together, with or without a TCP reset. All other connections are forwarded."""
 
     def __init__(self, target: tuple[str, int], carried: int, kind: str):
         self._target, self._left, self._kind = target, carried, kind
@@ -85,7 +85,7 @@ class OneCut:
 
 @contextmanager
 def cut(address: str, carried: int, kind: str) -> Iterator[tuple[OneCut, str]]:
-    """The cut, and the port's address."""
+    """Yield the port that cuts one connection, and the URL of this port."""
     where = urlsplit(address)
     assert where.hostname and where.port
     between = OneCut((where.hostname, where.port), carried, kind)
@@ -96,7 +96,7 @@ def cut(address: str, carried: int, kind: str) -> Iterator[tuple[OneCut, str]]:
 
 
 class Parameters(BaseHTTPRequestHandler):
-    """A substitute for Systems Manager: every parameter contains the credentials."""
+    """A stand-in for AWS Systems Manager. Every parameter contains the credentials."""
 
     written: list[dict[str, Any]]
     value = json.dumps({"format": 1, "kek_passphrase": "x" * 32, "users": {"ada": "password"}})
@@ -117,7 +117,7 @@ class Parameters(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def ssm(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Its address, and the parameters written to it."""
+    """Yield the address of a stand-in for Systems Manager, and the list of parameters written to it."""
     monkeypatch.setattr(aws, "role_keys", lambda: aws.Keys("AKIA", "secret", "session"))
 
     class Own(Parameters):
@@ -203,7 +203,7 @@ def test_dump_with_another_content_is_refused(
     store.client().put_object(Bucket="bbb", Key=key, Body=DUMP[:-1] + b"!")
     with (
         (tmp_path / "fetched").open("w+b") as fetched,
-        pytest.raises(dump_file.DumpError, match="is not the dump that was written"),
+        pytest.raises(dump_file.DumpError, match="does not match its digest"),
     ):
         dump_file.fetch(bucket, key, fetched)
 

@@ -1,4 +1,4 @@
-"""The page /mlflow-host/: what it shows, and the history that it is drawn from."""
+"""Test the content of the page /mlflow-host/, and the history from which the page is generated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def page_of(folder: Path) -> Page:
 
 
 def filled(folder: Path) -> Page:
-    """A page of a machine with something in each section."""
+    """Return the page of a machine whose reports fill every section."""
     page = page_of(folder)
     facts = {"mlflow_version": "3.17.2", "image_version": "20261130T000000Z", "migration_head": "dc11669786a5"}
     (folder / "image.json").write_text(json.dumps(facts))

@@ -1,4 +1,4 @@
-"""The server offers direct transfers to clients, but not to pages, whose browser would block them."""
+"""The server offers direct transfers to clients, but not to web pages, because browsers block direct transfers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEEN_BY_PAGES = INFO | {"multipart_uploads_enabled": False, "multipart_downloads
 
 
 def by_flask(routes: dict[str, Any]) -> Any:
-    """The response of MLflow up to 3.17."""
+    """Return an application that responds like MLflow up to 3.17."""
     app = flask.Flask("mlflow")
     for path, answer in routes.items():
         app.add_url_rule(
@@ -28,7 +28,7 @@ def by_flask(routes: dict[str, Any]) -> Any:
 
 
 def by_fastapi(routes: dict[str, Any]) -> Any:
-    """The response of MLflow from 3.18 on."""
+    """Return an application that responds like MLflow since 3.18."""
     app = fastapi.FastAPI()
     for path, answer in routes.items():
         app.get(path)(lambda answer=answer: fastapi.Response(answer, media_type="application/json"))

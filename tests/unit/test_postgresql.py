@@ -1,4 +1,4 @@
-"""Boot step `postgresql`: the new cluster, its configuration and access, and refused clusters. Runs real PostgreSQL."""
+"""Test the boot step `postgresql` with real PostgreSQL: new clusters, their configuration and access, and refusals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def home() -> Iterator[Path]:
-    """A folder that the OS user postgres can use: initdb refuses root, and pytest's folders are private."""
+    """Yield a folder that the OS user postgres can use. initdb refuses root, and pytest's folders are private."""
     with tempfile.TemporaryDirectory(prefix="mlflow-postgresql-") as name:
         Path(name).chmod(0o755)
         clusters = Path(name, "clusters")
@@ -65,7 +65,7 @@ def cluster(home: Path) -> Path:
         "home, major, programs = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])\n"
         "print(postgresql.prepare(home / 'clusters', major, programs, BootStep('postgresql', home)))"
     )
-    # The test's interpreter may be below /root, which postgres cannot read, so use the system's.
+    # The interpreter of this test may be below /root, which the user postgres cannot read, so run /usr/bin/python3.
     done = as_postgres("/usr/bin/python3", "-c", code, home, str(MAJOR), PROGRAMS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(home / "clusters" / str(MAJOR))
@@ -83,7 +83,8 @@ def rendered(machine: sizing.MachineSize) -> str:
 
 
 def moved(text: str, home: Path) -> str:
-    """The configuration with its paths changed to copies of this checkout's files that postgres can read."""
+    """Copy this checkout's files to paths that the user postgres can read, and return a configuration with these
+    paths."""
     for name in ("pg_hba.conf", "pg_ident.conf"):
         shutil.copy(ROOTFS / "usr/share/mlflow-host" / name, home / name)
     return text.replace("/usr/share/mlflow-host/", f"{home}/").replace("/run/postgresql", f"{home}/status")
@@ -129,7 +130,7 @@ def test_role_mlflow_can_log_in_and_has_no_other_privilege(cluster: Path) -> Non
 
 
 def test_postgresql_starts_with_the_configuration_and_uses_peer_authentication(cluster: Path, home: Path) -> None:
-    """One real start: its addresses, its settings, and its access rules."""
+    """Start the real PostgreSQL once, and check its addresses, settings and access rules."""
     text = moved(rendered(sizing.MachineSize(1024, 1)), home)
     settings_file = home / "postgresql.conf"
     settings_file.write_text(text)
@@ -166,7 +167,7 @@ def test_postgresql_starts_with_the_configuration_and_uses_peer_authentication(c
             "log_min_duration_statement": "-1",
         }
         assert {name: ask(f"SHOW {name}").stdout.strip() for name in shown} == shown
-        # A dump is restored as the role mlflow, which cannot change to another role in that session.
+        # A dump is restored in a session of the role mlflow, which cannot change to another role.
         owner = ask("SELECT session_user, (SELECT rolsuper FROM pg_roles WHERE rolname = session_user)", role="mlflow")
         assert owner.stdout == "mlflow|f\n"
         assert "external program" in ask("RESET ROLE; COPY (SELECT 1) TO PROGRAM 'true'", role="mlflow").stderr
@@ -199,8 +200,8 @@ def test_cluster_of_another_major_is_refused_with_a_remedy(tmp_path: Path) -> No
         postgresql.prepare(tmp_path, 15, Path("/nonexistent"), BootStep("postgresql", tmp_path))
     assert str(refused.value) == (
         "the data volume holds a PostgreSQL 16 cluster and this image runs PostgreSQL 15: nothing was changed; "
-        "pin an image with PostgreSQL 16, or move by dump and restore: take a dump there with `mlflow-host-dump`, and "
-        "set restoreFrom to its name with this image"
+        "pin an image with PostgreSQL 16. To move the data to PostgreSQL 15, run `mlflow-host-dump` on that image, "
+        "then pin this image and set restoreFrom to the name of the dump"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["16"]
 
@@ -290,7 +291,8 @@ STEP = (
 
 @pytest.mark.service
 def test_postgresql_starts_on_a_lock_file_that_names_another_process_of_its_user(cluster: Path, home: Path) -> None:
-    """Without this step PostgreSQL refuses to start. The step's execv keeps the process ID that it wrote."""
+    """With this lock file, PostgreSQL refuses to start without the boot step. The boot step writes its own process ID
+    to the lock file and starts PostgreSQL by execv, which keeps the process ID."""
     user = "postgres" if os.getuid() == 0 else None
     with subprocess.Popen(["sleep", "120"], user=user) as other:
         for taken_over, said in (("no", "Is another postmaster"), ("yes", "ready to accept connections")):

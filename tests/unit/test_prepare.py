@@ -1,4 +1,5 @@
-"""scripts/prepare.sh installs the packages of each group of commands, and for AWS no package of the local cloud."""
+"""scripts/prepare.sh installs the packages that a group of commands needs. The commands for AWS need no packages of the
+local cloud."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ GROUPS = ("aws", "check", "demo", "lint", "bench", "test")
 
 
 def plan(group: str, folder: Path) -> tuple[set[str], str]:
-    """The Debian packages and the extras that a group requests on an empty machine; nothing is installed."""
+    """Return the Debian packages and the extras that a group requests on an empty machine, without an installation."""
     (folder / "scripts").mkdir(exist_ok=True)
     text = (REPOSITORY / "scripts" / "prepare.sh").read_text()
     head = text[: text.index("\nsay()")]
@@ -29,7 +30,7 @@ def plan(group: str, folder: Path) -> tuple[set[str], str]:
 
 def test_the_local_clouds_tools_are_in_the_demos_packages(tmp_path: Path) -> None:
     packages, extras = plan("demo", tmp_path)
-    assert set(TOOLS.values()) - {"mount"} <= packages  # `mount` is an essential package of Debian
+    assert set(TOOLS.values()) - {"mount"} <= packages  # Debian always contains `mount`
     assert "local-cloud" in extras.split(",")
 
 
@@ -59,7 +60,8 @@ def test_extras_exist(group: str, tmp_path: Path) -> None:
 
 
 def test_each_make_target_that_runs_python_is_prepared_or_prints_an_error() -> None:
-    """Targets without a `prepare-…` only stop things; the script's own sentence is enough."""
+    """A make target that needs no `prepare-…` target only stops programs, so its script's error sentence is
+    sufficient."""
     makefile = (REPOSITORY / "Makefile").read_text()
     targets = re.findall(r"^([a-z-]+):(.*?)(?: ##.*)?\n((?:\t.*\n)+)", makefile, re.MULTILINE)
     unprepared = {

@@ -1,4 +1,4 @@
-"""prepare_tools.py builds only what is missing. A stand-in replaces `go` here."""
+"""prepare_tools.py builds only missing tools. A stand-in replaces `go` in these tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do [ "$1" = -o ] && echo built >"$2"; shift; done
 
 @pytest.fixture
 def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A `go` that writes the file that it should build, alone on PATH; the tools are written below `tmp_path`."""
+    """Put a stand-in for `go` on PATH, which creates the requested output file. Tools are built below `tmp_path`."""
     program = tmp_path / "path/go"
     program.parent.mkdir()
     program.write_text(GO)

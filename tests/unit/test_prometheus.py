@@ -1,4 +1,5 @@
-"""Metrics for Prometheus: what they count, that promtool accepts them, and that a part that fails leaves the others."""
+"""Metrics for Prometheus have the right values, and promtool accepts them. If one part of the machine fails, the
+metrics of the other parts are returned."""
 
 from __future__ import annotations
 
@@ -93,7 +94,8 @@ def test_requests_are_counted_by_kind_status_and_by_what_answered() -> None:
 
 
 class Answers(BaseHTTPRequestHandler):
-    """nginx's socket for the monitor: two requests besides the monitor's own, two processes, one of them down."""
+    """A stand-in for nginx's monitoring socket. It reports two requests in addition to the monitor's own request, and
+    one of two server processes is down."""
 
     def do_GET(self) -> None:
         load = {"waiting": {"requests": 3, "files": 0}, "threads": {"requests": 8, "files": 2}, "connections": 5}
@@ -117,7 +119,7 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
-    """A machine without PostgreSQL, whose files are below `tmp_path`."""
+    """Yield a machine without PostgreSQL, with its files below `tmp_path`."""
     for folder in ("backups", "reports", "web"):
         (tmp_path / folder).mkdir()
     (tmp_path / "backups/dump.json").write_text('{"at": "2026-11-29T00:00:00Z"}')

@@ -1,4 +1,4 @@
-"""connect.py and users.py read a Pulumi stack's parameters with the configuration of the stack's provider."""
+"""connect.py and users.py read the parameters of a Pulumi stack with the configuration of the stack's provider."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Only the profiles of a file: `work` in eu-west-3."""
+    """Remove all AWS settings except one profile in a file: `work` in eu-west-3."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     config = tmp_path / "aws-config"
@@ -40,7 +40,7 @@ def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def pulumi(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], *, show: dict[str, Any] | None = None
 ) -> None:
-    """A substitute for the Pulumi CLI with a stack `prod` of this configuration."""
+    """Put a stand-in for the Pulumi CLI on PATH, with a stack `prod` that has this configuration."""
     outputs = {"url": "http://192.0.2.1", "credentialsParameter": "/mlflow-ami/prod/credentials"}
     passphrase = (
         "passphrase must be set with PULUMI_CONFIG_PASSPHRASE or PULUMI_CONFIG_PASSPHRASE_FILE environment variables"
@@ -67,7 +67,7 @@ def text(value: Any) -> dict[str, Any]:
 
 
 def caller(client: Any, endpoint: str) -> str:
-    """The identity of a client in AWS."""
+    """Return the AWS identity to which the client's credentials belong."""
     keys = client._request_signer._credentials.get_frozen_credentials()
     sts = boto3.client(
         "sts",
@@ -131,7 +131,7 @@ def test_options_of_an_assumed_role_reach_sts() -> None:
         "ExternalId": "1234",
         "Policy": "{}",
     }
-    with pytest.raises(pulumi_stack.PulumiError, match="'an hour' of an assumed role is not one such as 1h"):
+    with pytest.raises(pulumi_stack.PulumiError, match="'an hour' of an assumed role is invalid: use a format such"):
         pulumi_stack._arguments({"roleArn": ROLE, "duration": "an hour"})
 
 
@@ -167,15 +167,15 @@ def test_a_shared_configuration_of_the_stack_is_read(
         (
             "sealed",
             {},
-            "encrypted with the passphrase that was chosen at `pulumi stack init`. Set it in the environment",
+            "encrypted with the passphrase that was chosen at `pulumi stack init`. Set the variable",
         ),
         ("other", {}, "no stack named 'other' found"),
         (
             "prod",
             {"aws:profile": text("lost")},
-            "the stack's aws:profile is 'lost', which this machine does not have (it has work)",
+            "the stack's aws:profile is 'lost', but this machine has only these AWS profiles: work.",
         ),
-        ("prod", {"aws:sharedConfigFiles": text(["a", "b"])}, "names 2 files, and boto3 reads one"),
+        ("prod", {"aws:sharedConfigFiles": text(["a", "b"])}, "lists 2 files, but boto3 reads only one"),
     ],
 )
 def test_unusable_provider_setting_is_one_error_sentence(

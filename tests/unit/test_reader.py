@@ -1,4 +1,5 @@
-"""PostgreSQL over the network: off by default; with postgresCidrs one read-only role can log in."""
+"""PostgreSQL accepts no network connections by default. With the setting postgresCidrs, a read-only role can
+connect."""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ def test_reader_role_cannot_write(cluster: PostgreSQL, statement: str) -> None:
     if not cluster.execute("SELECT 1 FROM pg_tables WHERE tablename = 'kept'"):
         cluster.execute("CREATE TABLE kept (a int); INSERT INTO kept VALUES (1)")
     superuser = Cluster(host=str(cluster.sockets), port=cluster.port, user=cluster.user)
-    for _ in range(2):  # each start of PostgreSQL creates it again
+    for _ in range(2):  # each start of PostgreSQL creates or alters the role
         reader_role.create_or_alter_role(superuser, reader_role.verifier(PASSWORD, os.urandom(16)))
     with (
         psycopg2.connect(

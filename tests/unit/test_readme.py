@@ -1,4 +1,4 @@
-"""Checks of the READMEs that need no machine: settings, policy, costs, commands, links."""
+"""Check the READMEs without a machine: settings, policy, costs, commands and links."""
 
 import json
 import re

@@ -23,7 +23,7 @@ RUN_HERE: dict[str, tuple[int, str]] = {
     "cd infra": (0, ""),
     "cd ..": (0, ""),
 }
-"""Command → exit status and a part of its output on a machine without account, Pulumi and server."""
+"""Command → exit status and part of the output, on a machine without AWS account, Pulumi and server."""
 
 ON_A_SERVER = {
     "make demo", "make demo-down", 'eval "$(scripts/connect.py)"',
@@ -86,7 +86,7 @@ NOT_RUN = {
     "make lint": "`make test` begins with it",
     **{each: "runs these tests" for each in commands() if re.fullmatch(r"make test(-\w+)?", each)},
 }  # fmt: skip
-"""Command → why no test runs it as printed."""
+"""Command → reason why no test runs the command as printed."""
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_each_script_starts_from_any_folder(name: str, checkout: Path, tmp_path:
 
 
 def test_no_command_names_a_program_that_debian_lacks() -> None:
-    """A shell without a virtual environment has no command `python` on Debian."""
+    """On Debian, a shell without a virtual environment has no command `python`."""
     words = [word for command in commands() for word in re.split(r"[\s$()\"]+", command)]
     assert not {"python", "pip", "python3"} & set(words)
 

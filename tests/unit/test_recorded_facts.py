@@ -1,4 +1,4 @@
-"""record_facts.py: the tables and migrations that images.py diff compares."""
+"""record_facts.py records the tables and migrations that `images.py diff` compares."""
 
 from __future__ import annotations
 

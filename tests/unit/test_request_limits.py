@@ -1,5 +1,5 @@
-"""Limits of requests: a body that is too long or nests too deeply, or a search with too many conditions, gets a 4xx
-with a sentence; the process keeps running."""
+"""A request gets a 4xx status with a sentence if its body is too long or too deeply nested, or if its search has too
+many conditions. The process keeps running."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -63,7 +63,7 @@ def test_bytes_of_a_body_are_bounded_by_what_the_route_needs(request_line: str, 
     ],
 )
 def test_a_body_of_unknown_length_is_read_up_to_its_limit_only(url: str, method: str, path: str) -> None:
-    """nginx does not buffer bodies of these routes, and each would be read into memory whole."""
+    """nginx does not buffer bodies on routes of artifacts, so the process would read a whole body into memory."""
     refused = requests.request(method, url + path, data=(bytes(2**16) for _ in range(2**9)), timeout=60)
     assert refused.status_code == 413, refused.text
     assert "send it in parts" in refused.json()["message"]
@@ -124,7 +124,7 @@ def url(variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_a_request_that_needs_too_much_memory_fails_alone(variables: dict[str, str], tmp_path: Path) -> None:
-    """Half a million objects of JSON take 120 MB. The process then ends, and systemd starts it again."""
+    """Half a million JSON objects take 120 MB. After a MemoryError the process ends, and systemd restarts it."""
     body = b'{"run_id": "x", "metrics": [' + b'{"a":1},' * 480_000 + b"{}]}"
     limited = variables | {"MLFLOW_HOST_PROCESS_MEMORY_MB": "380"}
     with (
@@ -149,7 +149,7 @@ def test_a_request_that_needs_too_much_memory_fails_alone(variables: dict[str, s
 
 @pytest.fixture
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The signals that this process would have sent to itself."""
+    """Return the list of signals that the process would send to itself, because os.kill is replaced."""
     sent: list[int] = []
     monkeypatch.setattr("mlflow_host.server.request_limits.os.kill", lambda pid, number: sent.append(number))
     return sent
@@ -189,7 +189,7 @@ def test_garbage_is_collected_when_half_of_the_memory_is_used() -> None:
 def test_memory_error_in_a_session_of_mlflow_is_one_of_the_request(
     error: Exception, status: int, ended: list[int], tmp_path: Path
 ) -> None:
-    """MLflow's session turns every exception into an internal error."""
+    """MLflow's database session converts every exception to an internal error."""
     import flask
     import sqlalchemy
     from mlflow.server.handlers import catch_mlflow_exception
@@ -338,7 +338,8 @@ def test_searches_of_one_graphql_request_share_the_number_of_runs(monkeypatch: p
     ],
 )
 def test_a_search_is_bounded_however_it_is_spelled(url: str, method: str, route: str, sent: Any) -> None:
-    """As protobuf's other names, as JSON in a text, as the body of a GET, by GraphQL: MLflow reads all of them."""
+    """MLflow accepts a search with protobuf's camel-case names, as JSON in a string, as the body of a GET, and by
+    GraphQL."""
     how: dict[str, Any] = {"params": {"filter": sent}} if "?" in route else {"json": sent}
     target = f"{url}/{route}" if route == "graphql" else f"{url}/api/{route}"
     answer = requests.request(method, target, timeout=60, **how)
@@ -403,7 +404,8 @@ def test_graphql_without_its_text_is_a_bad_request(url: str, body: Any) -> None:
 
 LOCATIONS = [{"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": {"experiment_id": "0"}}]
 TOKENS = ["eyJvZmZzZXQiOiAxZTk5OX0=", "MWU5OTk=", "W10=", "e30=", "bnVsbA==", "//8=", "é", "eyJvZmZzZXQiOiBOYU59"]
-"""base64 of {"offset": 1e999}, 1e999, [], {}, null, two bytes that are no text, {"offset": NaN}."""
+"""Page tokens: base64 of {"offset": 1e999}, 1e999, [], {}, null, two bytes that are not UTF-8; é without base64;
+base64 of {"offset": NaN}."""
 
 
 @pytest.mark.parametrize("token", TOKENS)
@@ -578,7 +580,8 @@ def test_a_500_that_starlette_sent_for_a_lack_of_memory_is_replaced(
 
 
 def test_one_user_leaves_a_thread_to_the_others() -> None:
-    """Ten requests of ada run two at a time; a request of bob and one for an artifact do not wait for them."""
+    """Ten requests of the user ada run two at a time. A request of the user bob and a request for an artifact do not
+    wait for ada's requests."""
     running: list[bytes] = []
     most = 0
 
@@ -603,7 +606,7 @@ def test_one_user_leaves_a_thread_to_the_others() -> None:
 
 
 class Counted:
-    """An application that counts how many requests of each user it handles at once."""
+    """An application that counts its concurrent requests for each user."""
 
     def __init__(self) -> None:
         self.running: list[tuple[bytes, str]] = []
@@ -672,7 +675,7 @@ def test_spans_of_one_export_are_bounded(url: str, kind: str) -> None:
 
 
 def test_an_export_of_spans_holds_up_no_other_request(url: str) -> None:
-    """MLflow converts the spans in the event loop."""
+    """MLflow converts the spans in the event loop, where a long conversion could delay other requests."""
     slowest = 0.0
     with ThreadPoolExecutor(1) as beside:
         sent = beside.submit(requests.post, f"{url}/v1/traces", data=export(2000), headers=OTLP, timeout=300)
@@ -775,12 +778,12 @@ def test_a_statement_that_was_ended_for_its_cost_is_said_so(code: str) -> None:
         pgcode = code
 
     sentence = refusals.too_dear(Ended())
-    assert sentence and sentence.endswith("narrow it, or ask for fewer results at once.")
+    assert sentence and sentence.endswith("use a narrower filter, or request fewer results at once.")
     assert refusals.too_dear(ValueError()) is None
 
 
 def test_a_statement_that_postgresql_ended_is_a_bad_request(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """MLflow would answer 503, and clients would repeat the request seven times."""
+    """If PostgreSQL ends a statement, plain MLflow answers 503, and clients repeat the request seven times."""
     import sqlalchemy
     from mlflow.exceptions import MlflowException
     from mlflow.store.db.utils import create_sqlalchemy_engine

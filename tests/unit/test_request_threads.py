@@ -1,4 +1,5 @@
-"""Threads for the requests of a server process: every call is answered once, and threads are started when needed."""
+"""In the thread pool for a server process's requests, each call returns exactly once, and a new thread starts only if
+no thread is idle."""
 
 from __future__ import annotations
 

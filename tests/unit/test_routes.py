@@ -1,4 +1,4 @@
-"""A reader's rights follow MLflow's route table, and an unclassified route is closed to readers."""
+"""A reader's rights follow MLflow's route table. Readers have no access to an unclassified route."""
 
 from __future__ import annotations
 

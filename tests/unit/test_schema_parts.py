@@ -1,4 +1,4 @@
-"""Pure functions of the schema change: column fits, order of migrations, ownership record, droppable databases."""
+"""Test pure functions of the schema change: column types, migration order, ownership records, databases to drop."""
 
 from __future__ import annotations
 
@@ -102,8 +102,9 @@ def test_values_that_the_release_of_a_missing_database_could_not_read_are_passed
 
 
 def test_kept_database_that_is_missing_in_the_middle_passes_on_where_the_newer_one_was_carried() -> None:
-    """3.18 -> 3.14 -> 3.12; the kept database of 3.14 was dropped by hand. Data that only 3.14 and 3.18 can hold is
-    only in the kept database of 3.18, and is merged back at an upgrade, because its base is built at 3.12."""
+    """The data was carried back from 3.18 to 3.14 and from 3.14 to 3.12, and the kept database of 3.14 was dropped by
+    hand. The kept database of 3.18 then counts as carried back to 3.12, so an upgrade also restores the data that 3.14
+    and 3.18 can hold but 3.12 cannot."""
     chain = (pending("of_318", "h318", "h314"), pending("of_314", "h314", "h312"), pending("of_312", "h312", "h310"))
     assert existing(chain, {"of_318", "of_314", "of_312"}) == chain
     assert existing(chain, {"of_318", "of_312"}) == (pending("of_318", "h318", "h312"), chain[2])

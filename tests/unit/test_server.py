@@ -1,4 +1,4 @@
-"""The server process: its environment, its refusals, and unchanged responses of MLflow."""
+"""Test the server process: its environment, its refusals, and the unchanged responses of MLflow."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def host_config(text: str = DOCUMENT) -> config.HostConfig:
     return config.host_config(launch.parse(text), sizing.size(sizing.MachineSize(memory_mb=2048, cores=2)))
 
 
-# The environment of a machine's processes
+# Environment variables of a machine's server processes
 
 
 def test_environment_contains_the_machines_settings() -> None:
@@ -68,7 +68,7 @@ def test_environment_contains_the_machines_settings() -> None:
     )
     assert told["MLFLOW_ARTIFACTS_DESTINATION"] == "mlflow-host://the-artifacts/the-models"
     assert told["MLFLOW_CRYPTO_KEK_PASSPHRASE"] == "a passphrase"
-    # Older and newer images must be able to decrypt secrets that were encrypted with it.
+    # Every image must derive the same key, because another image must decrypt the secrets that the key encrypts.
     assert told["MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"] == "H5cLYl4QxnRBy9sItGFej_tAEoYB3prCinG4_4DamEI="
     assert told["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     assert told["MLFLOW_SERVER_JOB_EXECUTION_ENGINE"] == "executor"
@@ -153,15 +153,15 @@ def test_release_that_starts_workers_in_another_way_is_reported(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("info", "what"),
     [
-        ({}, []),  # a release without server-info, or without these keys
+        ({}, []),  # a release without server-info, or whose server-info lacks both keys
         ({"multipart_uploads_enabled": True, "multipart_downloads_enabled": True}, []),
         (
             {"multipart_uploads_enabled": False, "multipart_downloads_enabled": False},
-            ["direct uploads and downloads of artifacts: they pass through the server"],
+            ["direct uploads and downloads of artifacts: these transfers pass through the server"],
         ),
         (
             {"multipart_uploads_enabled": True, "multipart_downloads_enabled": False},
-            ["direct downloads of artifacts: they pass through the server"],
+            ["direct downloads of artifacts: these transfers pass through the server"],
         ),
     ],
 )
@@ -184,7 +184,7 @@ def test_feature_that_the_release_lacks_is_left_out_and_reported(capsys: pytest.
     assert capsys.readouterr().err == (
         "mlflow-server: without the fast path: MLflow answers (ImportError: cannot import name '_router')\n"
     )
-    with pytest.raises(ValueError, match="database"):  # not a fault of the release
+    with pytest.raises(ValueError, match="database"):  # an error that the MLflow release did not cause
 
         def fail() -> str:
             raise ValueError("the database does not answer")
@@ -193,7 +193,7 @@ def test_feature_that_the_release_lacks_is_left_out_and_reported(capsys: pytest.
 
 
 def test_check_retries_until_the_process_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between bind and listen a connection is refused."""
+    """After a process binds its socket and before it listens, the kernel refuses connections."""
     code = """
 import socket, sys, time
 with socket.socket(socket.AF_UNIX) as server:
@@ -256,7 +256,7 @@ def test_an_empty_database_is_refused_and_stays_empty(tmp_path: Path) -> None:
     sqlite3.connect(tmp_path / "mlflow.db").close()
     refused = run_server("--socket", str(tmp_path / "socket"), **settings(tmp_path))
     assert refused.returncode == 2
-    assert "the database is at migration None and MLflow" in refused.stderr
+    assert "the database is at migration None, but MLflow" in refused.stderr
     assert "restart mlflow-host-database" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert tables(tmp_path / "mlflow.db") == []
@@ -279,7 +279,7 @@ SqlAlchemyStore("sqlite:///:memory:", "x:/")
     [
         ({}, "MLFLOW_BACKEND_STORE_URI and MLFLOW_ARTIFACTS_DESTINATION not set"),
         ({"MLFLOW_BACKEND_STORE_URI": "postgresql+psycopg2:///mlflow?host=/nowhere"}, "the database does not answer"),
-        ({"MLFLOW_ARTIFACTS_DESTINATION": "mlflow-hots://a/m"}, "artifacts cannot be kept at mlflow-hots://a/m"),
+        ({"MLFLOW_ARTIFACTS_DESTINATION": "mlflow-hots://a/m"}, "artifacts cannot be stored at mlflow-hots://a/m"),
     ],
 )
 def test_unusable_database_is_one_error_sentence(
@@ -297,7 +297,7 @@ def test_unusable_database_is_one_error_sentence(
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database in which MLflow has made its tables."""
+    """Create a database in which MLflow has created its tables."""
     from tests.support.services import create_schema
 
     folder = tmp_path_factory.mktemp("database")
@@ -307,7 +307,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(database: Path, store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The socket of a process of the launcher."""
+    """Start our server process, and yield its socket."""
     folder = tmp_path_factory.mktemp("ours")
     (folder / "tmp").mkdir()
     told = {**settings(database.parent), **store.environment, "TMPDIR": str(folder / "tmp")}
@@ -317,12 +317,12 @@ def ours(database: Path, store: ObjectStore, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def plain(database: Path, store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The socket of the same application, run by uvicorn as it is."""
+    """Start the application of our server process with plain uvicorn, and yield the socket."""
     folder = tmp_path_factory.mktemp("plain")
     public = settings(database.parent)
     command = [sys.executable, "-m", "uvicorn", "--uds", str(folder / "socket"), APPLICATION]
     variables = {"PYTHONPATH": str(HOST_PACKAGE), **public, **private_environment(public), **store.environment}
-    variables |= {"FORWARDED_ALLOW_IPS": "*"}  # as for a proxy on the same machine
+    variables |= {"FORWARDED_ALLOW_IPS": "*"}  # trust the headers of a proxy on this machine
     with process(command, folder / "log", env={**os.environ, **variables}) as running:
         wait_until((folder / "socket").exists, running, folder / "log")
         yield folder / "socket"
@@ -395,12 +395,12 @@ def test_flask_shortcut_returns_the_same_responses(
     status, found, content = ask(ours, method, path, headers, body)
     expected_status, expected, expected_content = ask(plain, method, path, headers, body)
     assert status == expected_status
-    # MLflow's JSON comes without line breaks (mlflow_host/server/json_encode.py), FastAPI's is unchanged.
+    # mlflow_patches.py removes the line breaks of MLflow's JSON, but not those of FastAPI's, so compare the content.
     in_json = expected.get("content-type", "").startswith("application/json")
     if in_json and expected_content:
         content, expected_content = json.loads(content), json.loads(expected_content)
     assert content == expected_content
-    # A request that is refused for its host or origin has only the headers of the layer that refuses it.
+    # A response with status 403 has only the headers of the layer that refuses the host or the origin.
     if status != 403:
         compared = {*COMPARED_HEADERS, *CORS_HEADERS} - ({"content-length"} if in_json else set())
         assert {name: found.get(name) for name in compared} == {name: expected.get(name) for name in compared}
@@ -437,14 +437,14 @@ def test_redirect_of_fastapi_keeps_scheme_and_host() -> None:
 
 
 def test_some_compared_requests_use_the_flask_shortcut(ours: Path, plain: Path) -> None:
-    """FastAPI's CORS layer adds a header to its responses, so a response without the header took the shortcut."""
+    """FastAPI's CORS layer adds a header to each response, so a response without this header used the shortcut."""
     request = ("GET", f"{API}/experiments/get?experiment_id=0", {"Origin": "http://mlflow.example.com"}, b"")
     assert "access-control-expose-headers" in ask(plain, *request)[1]
     assert "access-control-expose-headers" not in ask(ours, *request)[1]
 
 
 def test_long_answers_arrive_whole(ours: Path, plain: Path) -> None:
-    """The user interface's largest file is longer than one message."""
+    """The largest file of the user interface is longer than one ASGI message."""
     import mlflow.server
 
     build = Path(mlflow.server.__file__).parent / "js/build"
@@ -477,7 +477,7 @@ def test_job_runner_does_not_start_by_default(database: Path, tmp_path: Path) ->
 
 
 def of(pid: int, file: str) -> bytes:
-    """/proc's status of a process; empty if it no longer exists."""
+    """Return a file of a process in /proc, or an empty value if the process no longer exists."""
     try:
         return Path(f"/proc/{pid}/{file}").read_bytes()
     except OSError:
@@ -518,7 +518,8 @@ def test_head_answers_as_get_does_and_reads_nothing(ours: Path) -> None:
 
 
 def test_refused_uploads_return_mlflows_error(ours: Path, plain: Path) -> None:
-    """With MLflow's own handler, so that rules that a release adds to it apply here too."""
+    """For an upload to an invalid path, MLflow's own handler returns the error, so rules that a new release adds apply
+    too."""
     for path in (FILE.rpartition("/")[0] + "/", FILE.replace("fedcba98", "..")):
         refused = ask(ours, "PUT", path, {}, b"content")
         assert refused[0] == 400
@@ -526,7 +527,7 @@ def test_refused_uploads_return_mlflows_error(ours: Path, plain: Path) -> None:
 
 
 def test_a_download_makes_no_copy_on_the_server(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The first byte arrives while the rest is held back, and the server's temporary folder contains no file."""
+    """While a client has only the first bytes of a download, the server's temporary folder contains no file."""
     assert ask(ours, "PUT", FILE, {}, os.urandom(20 * 2**20))[0] == 200
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(60)
@@ -554,7 +555,7 @@ def test_unknown_or_forbidden_artifacts_are_refused(
     assert ask(ours, method, path, headers, b"")[0] == status
 
 
-# Models, from log_model to the object store and back, with MLflow's own client
+# Upload models with log_model to the object store, and download them with MLflow's own client
 
 
 @pytest.fixture(scope="module")
@@ -605,7 +606,8 @@ def test_a_model_is_logged_registered_and_loaded_back(
 def test_large_files_move_between_client_and_store(
     url: str, store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Above a size the client requests only URLs from the server; here the size is lowered to a megabyte."""
+    """If a file is larger than a limit, the client requests only URLs from the server. The test sets the limit to 1
+    MiB."""
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", url)

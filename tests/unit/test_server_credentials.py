@@ -1,4 +1,4 @@
-"""MLflow's own AWS credentials: of the server role, in the form that botocore's process provider reads and renews."""
+"""MLflow gets AWS credentials of the server role, which botocore's process provider can read and renew."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MACHINE = aws.Keys("ASIAMACHINE", "secret of the machine", "token of the machine
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
-    """moto in place of AWS STS; its address."""
+    """Run moto in place of AWS STS, and yield its address."""
     with moto_server() as address:
         yield address
 
@@ -68,7 +68,7 @@ def test_invalid_sts_endpoint_is_unreachable(moto: str) -> None:
 def test_botocore_reads_the_file_and_renews_from_it_before_the_credentials_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the shipped configuration, except the path of the file."""
+    """The test uses the shipped AWS configuration with another path for the credentials file."""
     file, configuration = tmp_path / "server-credentials.json", tmp_path / "aws-config"
     shipped = Path(__file__).parents[2] / "provisioning/rootfs/usr/share/mlflow-host/aws-config"
     configuration.write_text(shipped.read_text().replace(str(server_credentials.FILE), str(file)))

@@ -1,4 +1,5 @@
-"""The faster use of PostgreSQL is safe: dead connections are replaced, and written data is read again."""
+"""Our faster use of database connections is safe: dead connections are replaced, and a read after a write returns the
+written data."""
 
 from collections.abc import Iterator
 
@@ -109,6 +110,6 @@ def test_reads_after_a_write_use_a_new_transaction(engine: sqlalchemy.Engine) ->
         assert row is not None
         row.value = 2
         session.commit()
-        assert row.value == 2  # begins another transaction, which only reads
+        assert row.value == 2  # this read begins a second transaction
         session.commit()
         assert "value" in row.__dict__

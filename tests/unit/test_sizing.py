@@ -1,4 +1,4 @@
-"""Sizing: sensible figures for common instance types, and never more than the machine has, for any size."""
+"""Sizing returns sensible figures for common instance types, and never assigns more than a machine has."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_all_server_processes_at_their_limit_leave_memory_for_postgresql(machine
 
 @given(machines)
 def test_a_request_never_waits_for_a_connection(machine: MachineSize) -> None:
-    """log_batch holds one connection while it opens a second, so a smaller pool could deadlock."""
+    """log_batch holds one database connection while it opens a second, so a smaller pool could cause a deadlock."""
     sized = size(machine)
     assert sized.pool_size + sized.pool_overflow >= 2 * sized.request_threads + sizing.SPARE_PER_POOL
     assert sized.request_threads >= 8

@@ -1,5 +1,5 @@
-"""Every step reports its progress, and a failure's reason is in the status file, the journal, the console and on the
-page."""
+"""Every boot step reports its progress. If a step fails, the reason is in the status file, in the journal, on the
+console and on the page."""
 
 from __future__ import annotations
 

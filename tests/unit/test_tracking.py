@@ -1,6 +1,6 @@
-"""The store with its own SQL statements: when it is used, concurrent writes, and a lost connection to PostgreSQL.
+"""Test the fast path's store: which requests use the store, concurrent writes, and a lost connection to PostgreSQL.
 
-tests/schema/test_tracking.py compares its responses with MLflow's own store."""
+tests/schema/test_tracking.py compares the responses of this store with those of MLflow's own store."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -95,7 +95,8 @@ def test_every_named_source_is_compared_and_every_answer_rests_on_some() -> None
 
 
 def answered_by(store: DirectStore, method: str, path: str, query: str, body: bytes = b"") -> str:
-    """Which part answers a request: the fast path, or the application behind it."""
+    """Return which part answers a request: the fast path, or the application to which the fast path passes the
+    request."""
     reached: list[str] = []
 
     async def application(scope: Any, receive: Any, send: Any) -> None:
@@ -183,7 +184,8 @@ def test_missing_definition_counts_as_changed(tmp_path: Path) -> None:
 
 
 def asked(store: DirectStore, path: str, fields: dict[str, Any]) -> Any:
-    """The response to a client that writes this; None if MLflow must answer."""
+    """Return the fast path's response to a POST with `fields`, or None if the fast path leaves the request to
+    MLflow."""
     scope = {"headers": [(b"content-type", b"application/json")]}
     found = answer_or_none(ANSWERS["POST", f"/runs/{path}"], store, scope, json.dumps(fields).encode())
     assert found is None or found[0] == 200
@@ -198,7 +200,7 @@ def test_writers_at_once_lose_nothing_and_the_last_value_stands(store: DirectSto
 
     def write(writer: int) -> None:
         for turn in range(15):
-            steps = range(turn * 5, turn * 5 + 10)  # each writer writes each step twice
+            steps = range(turn * 5, turn * 5 + 10)  # the ranges overlap, so a writer writes most steps twice
             if writer % 4 > 1:
                 metrics = [Metric(f"m{step % 3}", writer, TIME + step, step) for step in steps]
                 (own if writer % 4 == 3 else store).log_batch(run_id, metrics, [], [])

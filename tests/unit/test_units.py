@@ -1,4 +1,4 @@
-"""Units: sandboxing, access to the metadata service, existing programs, failure handlers."""
+"""Test the systemd units: sandboxes, access to the metadata service, existing programs, and failure handlers."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ NEED_THE_ROLE = {
     "mlflow-host-audit",
     "mlflow-host-logs",
 }
-"""Read parameters, publish the authority and the schema in service, fetch MLflow's own credentials, back up, restore,
-remove artifacts, feed CloudWatch and its logs, add the audit trail to the backups bucket."""
+"""Units that need the machine's AWS role: they read parameters, publish the authority and the schema in service, get
+MLflow's credentials, back up, restore, remove artifacts, send metrics and logs to CloudWatch, or add the audit trail to
+the backups bucket."""
 
 NO_STEP_OF_THE_BOOT = {
     "mlflow-host-drain",
@@ -57,7 +58,7 @@ NO_STEP_OF_THE_BOOT = {
     "mlflow-host-logs",
     "mlflow-host-watchdog",
 }
-"""MLflow starts even if they fail, so the status page must not report a failed boot."""
+"""Units without which MLflow starts: if such a unit fails, the status page must not report a failed boot."""
 
 
 def exposure(unit: Path) -> float:
@@ -70,7 +71,7 @@ def exposure(unit: Path) -> float:
 
 
 def settings(unit: Path) -> configparser.SectionProxy:
-    """The [Service] section with the drop-in that systemd adds to every unit whose name begins with mlflow-."""
+    """Return a unit's [Service] section, merged with the drop-in that systemd adds to all units named mlflow-*."""
     parser = configparser.RawConfigParser(strict=False, interpolation=None, delimiters=("=",), comment_prefixes=("#",))
     parser.optionxform = str  # type: ignore[assignment, method-assign]
     parser.read([unit, *([SANDBOX] if unit.name.startswith("mlflow-") else [])])
@@ -124,8 +125,8 @@ def test_every_module_that_a_unit_or_command_starts_exists() -> None:
 
 @pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.stem)
 def test_no_unit_starts_the_mount_of_the_data_volume(unit: Path) -> None:
-    """The data-volume step mounts it, once the volume is attached. A required mount would be started, and fail, before
-    that."""
+    """The data-volume step mounts the file system after the volume is attached. If a unit required the mount, systemd
+    would start the mount too early, and the mount would fail."""
     text = unit.read_text()
     assert not re.search(r"^(Requires|Wants|BindsTo|RequiresMountsFor)=.*srv[-/]mlflow", text, re.MULTILINE)
     assert not re.search(r"^(Working|Root|State|Logs|Cache)Directory=/srv/", text, re.MULTILINE)

@@ -1,5 +1,5 @@
-"""Users are added, changed and removed in the parameter that the server reads; no change is lost, and the last admin
-stays. The parameter store is moto's."""
+"""users.py adds, changes and removes users in the parameter that the server reads. No change is lost, and the last
+admin is never removed. moto stands in for the parameter store."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def put(stack: ConnectedStack, people: Any, **more: Any) -> None:
 
 
 def kept(stack: ConnectedStack) -> credentials.Credentials:
-    """The users that the server would read."""
+    """Return the credentials that the server would read from the parameter."""
     return credentials.parse(stack.ssm.get_parameter(Name=NAME, WithDecryption=True)["Parameter"]["Value"])
 
 
@@ -104,7 +104,7 @@ def test_prompted_password_is_entered_twice(
 @pytest.mark.parametrize("how", ["--prompt", "--stdin"])
 @pytest.mark.parametrize("stdin", ["<&-", "</dev/null"], ids=["closed", "empty"])
 def test_prompt_without_a_terminal_is_one_error_sentence(how: str, stdin: str, tmp_path: Path) -> None:
-    """In a session of its own, in which the program cannot open a terminal either."""
+    """The program runs in a new session without a controlling terminal, so it cannot open a terminal."""
     ask = "users.new_password(argparse.Namespace(name='bob', prompt={}, stdin={}))"
     program = (
         f"import argparse, enter_venv; from scripts import users; {ask.format(how == '--prompt', how == '--stdin')}"
@@ -173,7 +173,8 @@ def test_last_admin_cannot_be_removed(
 
 
 def test_user_order_does_not_matter(stack: ConnectedStack) -> None:
-    """In the short form the first user is the admin; the removal of the first must not make the second one an admin."""
+    """In the short form, the first user is the admin. If the first user is removed, the second user must not become an
+    admin."""
     put(stack, {"ada": "Password-of-ada", "bob": "Password-of-bob"})
     users.main(["add", "eve"])
     assert roles(stack) == {"ada": "admin", "bob": "writer", "eve": "writer"}
@@ -183,7 +184,7 @@ def test_user_order_does_not_matter(stack: ConnectedStack) -> None:
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["add", "admin"], "admin exists already: `rotate` gives a new password, `role` another role"),
+        (["add", "admin"], "admin exists already: `rotate` sets a new password, `role` sets another role"),
         (["remove", "nobody"], "there is no user nobody: `users.py list` shows the users"),
         (["rotate", "nobody"], "there is no user nobody"),
         (["role", "nobody", "admin"], "there is no user nobody"),
@@ -228,7 +229,8 @@ def test_missing_or_unusable_parameter_is_reported(stack: ConnectedStack, capsys
 
 
 def others_first(stack: ConnectedStack, monkeypatch: pytest.MonkeyPatch, *others: Callable[[], object]) -> None:
-    """Each of `others` makes its change between the reading and the writing of the next change."""
+    """Call all functions in `others` after the next change has read the parameter and before it writes the
+    parameter."""
     waiting = list(others)
     write = users.write
 
@@ -293,7 +295,7 @@ def test_two_concurrent_changes_are_both_kept(before: users.Users, ours: users.U
     )
 )
 def test_any_parameter_content_gives_users_or_error_sentences(text: str) -> None:
-    """The machine reads the parameter: it must not fail in another way, nor write a user's line to nginx's files."""
+    """Any content gives users or error sentences, and the password file has exactly one line per user."""
     try:
         found = credentials.parse(text)
     except credentials.CredentialsError as error:

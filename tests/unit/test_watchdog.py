@@ -1,4 +1,4 @@
-"""Service `mlflow-host-watchdog`: PostgreSQL or nginx is killed when it hangs, and only then."""
+"""The service `mlflow-host-watchdog` kills PostgreSQL or nginx only if the process hangs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def test_stopped_postgresql_hangs_and_a_running_one_answers(tmp_path: Path) -> N
 
 @pytest.fixture
 def systemctl(tmp_path: Path) -> Path:
-    """Writes its arguments to `calls`; the unit is active unless there is a file `stopping`."""
+    """Create a stand-in for systemctl that writes its arguments to `calls`. A unit is inactive if a file `stopping`
+    exists."""
     script = tmp_path / "systemctl"
     script.write_text(
         f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ntest "$1" != is-active || test ! -e {tmp_path}/stopping\n'
@@ -84,7 +85,7 @@ def kills(systemctl: Path) -> list[str]:
 
 
 class Time:
-    """A clock that a check of a hung program moves by ANSWER_SECONDS, and each pause by PAUSE_SECONDS."""
+    """A simulated clock. A check of a hung program takes ANSWER_SECONDS, and each pause takes PAUSE_SECONDS."""
 
     def __init__(self, *answers: bool) -> None:
         self.answers, self.now = iter(answers), 100.0
@@ -109,7 +110,7 @@ def test_unit_is_killed_once_when_it_has_hung_for_15_seconds(systemctl: Path) ->
     watch = watched(systemctl, time)
     time.pass_checks(watch, 2)
     assert not kills(systemctl)
-    time.pass_checks(watch, 1)  # 16 seconds after the first one began
+    time.pass_checks(watch, 1)  # this check ends 16 seconds after the first check began
     assert kills(systemctl) == ["kill --signal=SIGKILL nginx.service"]
     time.pass_checks(watch, 2)
     assert len(kills(systemctl)) == 1

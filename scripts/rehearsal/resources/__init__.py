@@ -1,4 +1,4 @@
-"""The resource types the rehearsal can apply, by Pulumi type token."""
+"""The resource types that the rehearsal supports, by Pulumi type token."""
 
 from scripts.rehearsal.resource_types import Kind
 from scripts.rehearsal.resources import cloudwatch, ec2, iam, random_provider, route53, s3, ssm

@@ -1,4 +1,4 @@
-"""CloudWatch: alarms, a dashboard, a log group."""
+"""Resource types of CloudWatch: alarms, dashboards and log groups."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _delete_dashboard(aws: Aws, id_: str, inputs: Props) -> None:
 
 @contextmanager
 def _unless_missing() -> Iterator[None]:
-    """Suppress the error of a dashboard that does not exist."""
+    """Suppress the error for a dashboard that does not exist."""
     try:
         yield
     except ClientError as error:

@@ -1,4 +1,4 @@
-"""EC2: networks, volumes, addresses, instances."""
+"""The resource types of EC2: networks, volumes, addresses and instances."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WAIT_SECONDS = 300
 
 
 def _find(aws: Aws, operation: str, key: str, **arguments: Any) -> Props | None:
-    """The one item that a describe call returns, or None if EC2 does not find the ID."""
+    """Return the first item of a describe call, or None if EC2 does not find the ID."""
     try:
         found = getattr(aws.client("ec2"), operation)(**arguments)[key]
     except ClientError as error:
@@ -32,8 +32,8 @@ def _find(aws: Aws, operation: str, key: str, **arguments: Any) -> Props | None:
 
 
 def _await(what: str, reached: Callable[[], bool]) -> None:
-    """Poll until `reached` is true. boto3's waiters are not used: they sleep 15 s between polls, as long as a local
-    boot."""
+    """Poll until `reached` returns True. The waiters of boto3 are not used, because they sleep 15 s between polls. A
+    whole boot in the local cloud takes no longer."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not reached():
         if time.monotonic() > deadline:
@@ -173,7 +173,8 @@ TARGETS = {
 
 
 def _route(route: Props) -> Props:
-    """A route, inline (`cidrBlock`) or on its own (`destinationCidrBlock`), in CreateRoute's form."""
+    """Convert a route to CreateRoute's arguments. A route in a RouteTable has `cidrBlock`. A Route resource has
+    `destinationCidrBlock`."""
     request = {key: route[name] for name, key in TARGETS.items() if route.get(name)}
     if cidr := route.get("cidrBlock") or route.get("destinationCidrBlock"):
         request["DestinationCidrBlock"] = cidr
@@ -310,7 +311,7 @@ def _create_group(aws: Aws, inputs: Props) -> str:
         TagSpecifications=specification("security-group", inputs.get("tagsAll")),
     )
     id_ = str(made["GroupId"])
-    # The provider removes AWS's default rule from every new group, so that only declared rules are open.
+    # Like the provider, remove AWS's default egress rule from every new group, so that only declared rules apply.
     client.revoke_security_group_egress(
         GroupId=id_, IpPermissions=[_permission({"ipProtocol": "-1", "cidrIpv4": "0.0.0.0/0"})]
     )
@@ -364,7 +365,7 @@ def _update_group(aws: Aws, id_: str, old: Props, new: Props) -> None:
 
 
 def _permission(rule: Props) -> Props:
-    """The one range of a SecurityGroupIngressRule or EgressRule as an IpPermission."""
+    """Convert a SecurityGroupIngressRule or a SecurityGroupEgressRule to an IpPermission."""
     note = {"Description": rule["description"]} if rule.get("description") else {}
     made: Props = {"IpProtocol": str(rule["ipProtocol"])}
     if made["IpProtocol"] != "-1":
@@ -504,7 +505,7 @@ def _read_attachment(aws: Aws, id_: str, inputs: Props) -> Props | None:
 
 
 def _detach(aws: Aws, id_: str, inputs: Props) -> None:
-    """Stop the instance first if `stopInstanceBeforeDetaching` is set, like the provider."""
+    """Detach the volume. Like the provider, stop the instance first if `stopInstanceBeforeDetaching` is set."""
     if _attachment(aws, inputs) is None or inputs.get("skipDestroy"):
         return
     if inputs.get("stopInstanceBeforeDetaching") and instance_state(aws, inputs["instanceId"]) == "running":
@@ -621,7 +622,7 @@ def _create_instance(aws: Aws, inputs: Props) -> str:
 
 
 def _user_data(inputs: Props) -> str | bytes:
-    """User-data for boto3, which encodes it itself."""
+    """Return the user-data in decoded form, because boto3 encodes user-data with Base64."""
     if encoded := inputs.get("userDataBase64"):
         return base64.b64decode(encoded)
     return str(inputs.get("userData", ""))
@@ -655,13 +656,14 @@ def _root_device(aws: Aws, ami: str, root: Props) -> Props:
 
 
 def describe_instance(aws: Aws, id_: str) -> Props | None:
-    """EC2's description of the instance, None if it does not exist (any more)."""
+    """Return EC2's description of the instance, or None if the instance does not exist."""
     reservation = _find(aws, "describe_instances", "Reservations", InstanceIds=[id_])
     return reservation["Instances"][0] if reservation else None
 
 
 def instance_state(aws: Aws, id_: str) -> str:
-    """pending, running, stopping, stopped, shutting-down or terminated (also for an unknown instance)."""
+    """Return the state: pending, running, stopping, stopped, shutting-down or terminated. For an unknown instance,
+    return terminated."""
     instance = describe_instance(aws, id_)
     return str(instance["State"]["Name"]) if instance else "terminated"
 
@@ -697,7 +699,7 @@ def _update_instance(aws: Aws, id_: str, old: Props, new: Props) -> None:
         )
     if old.get("iamInstanceProfile") != new.get("iamInstanceProfile"):
         _change_profile(aws, id_, new.get("iamInstanceProfile"))
-    # The provider stops the instance for these, and starts it again.
+    # Like the provider, stop the instance to change its type or user-data, and then start it.
     while_stopped: list[Props] = []
     if old["instanceType"] != new["instanceType"]:
         while_stopped.append({"InstanceType": {"Value": new["instanceType"]}})
@@ -747,7 +749,7 @@ def _stop(aws: Aws, id_: str) -> None:
 
 
 def start_instance(aws: Aws, id_: str) -> None:
-    """Start a stopped instance and wait until it runs."""
+    """Start a stopped instance and wait until it is running."""
     aws.client("ec2").start_instances(InstanceIds=[id_])
     _await(f"instance {id_} running", lambda: instance_state(aws, id_) == "running")
 
@@ -771,8 +773,8 @@ def _recover_instance(aws: Aws, inputs: Props) -> str | None:
 
 
 def _instance_replacements(changed: set[str], old: Props, new: Props) -> set[str]:
-    """Inputs whose effect depends on others: user-data replaces only if the program sets
-    user_data_replace_on_change."""
+    """Return the changed inputs that require a replacement only under a condition. New user-data requires a replacement
+    only if the program sets user_data_replace_on_change."""
     replaces = set()
     if new.get("userDataReplaceOnChange"):
         replaces |= changed & {"userData", "userDataBase64"}
@@ -784,7 +786,7 @@ def _instance_replacements(changed: set[str], old: Props, new: Props) -> set[str
 
 
 def _delete(operation: str, argument: str) -> Callable[[Aws, str, Props], None]:
-    """A delete call whose only argument is the ID."""
+    """Return a function that deletes a resource with one API call. The call's only argument is the resource's ID."""
 
     def delete(aws: Aws, id_: str, inputs: Props) -> None:
         getattr(aws.client("ec2"), operation)(**{argument: [id_] if argument.endswith("Ids") else id_})

@@ -1,4 +1,4 @@
-"""Identity and Access Management: roles, policies, instance profiles."""
+"""Resource types of IAM: roles, role policies, instance profiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `random` provider's resources, which exist in the state only."""
+"""The resources of the provider `random`, which exist only in the state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _password(inputs: Props) -> Secret:
 
 
 def _forget(aws: Aws, id_: str, inputs: Props) -> None:
-    """Delete nothing: the resource exists in the state only."""
+    """Do nothing, because the resource exists only in the state."""
 
 
 PASSWORD = Kind(

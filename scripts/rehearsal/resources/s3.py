@@ -1,4 +1,5 @@
-"""S3: buckets and their settings, which are separate resources in pulumi-aws 7."""
+"""The resource types of S3: buckets and bucket settings. In pulumi-aws 7, each bucket setting is a separate
+resource."""
 
 from __future__ import annotations
 
@@ -71,7 +72,7 @@ def _part(
     get: str,
     remove: Callable[[Any, str], None] | None,
 ) -> Kind:
-    """A setting of one bucket as a resource, whose ID is the bucket's name."""
+    """Return the resource type of a bucket setting. The bucket's name is the ID of each resource of this type."""
 
     def apply(aws: Aws, inputs: Props) -> str:
         bucket = str(inputs["bucket"])
@@ -146,7 +147,7 @@ def _put_ownership(client: Any, bucket: str, inputs: Props) -> None:
 
 
 def lifecycle_rule(rule: Props) -> Props:
-    """A rule of BucketLifecycleConfiguration in PutBucketLifecycleConfiguration's form."""
+    """Convert a rule of BucketLifecycleConfiguration to the format of PutBucketLifecycleConfiguration."""
     made: Props = {"ID": rule["id"], "Status": rule["status"], "Filter": _lifecycle_filter(rule.get("filter", {}))}
     if upload := rule.get("abortIncompleteMultipartUpload"):
         made["AbortIncompleteMultipartUpload"] = {"DaysAfterInitiation": upload["daysAfterInitiation"]}

@@ -1,4 +1,4 @@
-"""Systems Manager: parameters."""
+"""The resource type of Systems Manager: parameters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _read(aws: Aws, id_: str, inputs: Props) -> Props | None:
 
 
 def _update(aws: Aws, id_: str, old: Props, new: Props) -> None:
-    # Like the provider: a change of tags does not write the value, which may have changed outside Pulumi.
+    # Like the provider, do not write the value if only tags changed. Another program may have changed the value.
     if any(old.get(name) != new.get(name) for name in ("type", "value", "description", "keyId", "tier")):
         _put(aws, new, overwrite=True)
     client = aws.client("ssm")

@@ -1,5 +1,6 @@
-"""Block all network access of a Python program except to this machine: a look-up or connection elsewhere is logged to
-the file $CUT_OFF_LOG, takes seconds and fails. Python imports this module at start if its folder is on PYTHONPATH."""
+"""Block all network access of a Python program except to this machine. A look-up or connection to another host takes
+seconds, fails, and is logged in the file $CUT_OFF_LOG. Python imports this module at start if PYTHONPATH contains its
+folder."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Adopt the rows of another MLflow server, which scripts/adopt.py put into the backups bucket. The server stays up.
+"""Merge the rows of another MLflow server (the source) into this server's database while this server stays up.
+scripts/adopt.py stores the rows in the backups bucket.
 
-run                 the unit mlflow-host-adopt@NAME: read the request, prepare or load, report
-staging             the rows, in a database of their own at the source's schema: values that do not fit, rows without a
-                    parent
-conflicts           experiment IDs and names that are in use here, and the new ones
-artifact_locations  where artifacts are and where they go
-merge               one transaction that merges the prepared rows into the database in service
+run                 the unit mlflow-host-adopt@NAME: read the request, prepare or load, report.
+staging             load the rows into a separate database at the source's schema, and count values that do not fit.
+conflicts           choose new experiment IDs and names if the old ones are in use on this server.
+artifact_locations  find the artifacts' old locations, and write their new locations.
+merge               merge the prepared rows into the database in service, in one transaction.
 """

@@ -1,8 +1,8 @@
-"""Artifact locations: those of the source, and those that this server's artifact repository uses.
+"""Artifact locations: find the old locations of adopted objects, and replace them with locations on this server.
 
-Runs, logged models and traces get the location that MLflow would give them here. The source of a model version moves
-with the run or logged model that contains it; any other source gets its own folder. `runs:/` and `models:/` name no
-location.
+Runs, logged models and traces get the same location that MLflow on this server would give them. If the source of a
+model version is inside a run or logged model, the source moves with the run or logged model. Any other source of a
+model version moves to its own folder. `runs:/` and `models:/` addresses are not locations, and stay unchanged.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from mlflow_host.postgres.cluster import rows, run
 
 ROOT = "mlflow-artifacts:/"
 CARRIED = ("", "file", "s3", "mlflow-artifacts", "http", "https")
-"""Schemes of locations that adopt.py can copy from. Artifacts of other schemes stay where they are."""
+"""Schemes of locations from which adopt.py can copy artifacts. Artifacts at other locations are not copied."""
 TRACE_TAG = "mlflow.artifactLocation"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Artifacts of one object: `kind` is run, logged model, trace or model version; `key` its ID."""
+    """The old and new location of one object's artifacts. `kind` is "run", "logged model", "trace" or "model version",
+    and `key` is the object's ID."""
 
     kind: str
     key: str
@@ -35,7 +36,7 @@ class Place:
 
 
 def find(opened: Any, catalog: Catalog) -> tuple[list[Place], list[str]]:
-    """(locations to copy artifacts from, other locations with a scheme that cannot be copied)."""
+    """(artifacts to copy, locations whose artifacts cannot be copied because of their scheme)."""
     found = [
         Place("run", run_id, uri, f"{ROOT}{experiment}/{run_id}/artifacts")
         for run_id, uri, experiment in rows(opened, "SELECT run_uuid, artifact_uri, experiment_id FROM runs")
@@ -76,7 +77,7 @@ def carried(uri: str) -> bool:
 
 
 def rewrite(opened: Any, catalog: Catalog, places: list[Place]) -> None:
-    """Write the new locations into every row."""
+    """Write the new locations into all rows that contain the old locations."""
     targets = {place.source.rstrip("/"): place.target for place in places}
     by_kind: dict[str, list[tuple[str, str]]] = {}
     for place in places:
@@ -116,7 +117,8 @@ def _moved(source: str | None, targets: dict[str, str]) -> str | None:
 
 
 def _inside(source: str, targets: dict[str, str]) -> str | None:
-    """The new location of a path below one of the old locations; the longest matching one counts."""
+    """The new location of a path below one of the old locations. If several old locations match, the longest old
+    location is used. None if no old location matches."""
     path, rest = source.rstrip("/"), ""
     while path:
         if path in targets:
@@ -129,7 +131,8 @@ def _inside(source: str, targets: dict[str, str]) -> str | None:
 
 
 def _names_a_place(source: str | None) -> bool:
-    """A version of a prompt has a source without a slash, which is not a location."""
+    """Whether the source of a model version is a location. For a version of a prompt, the source has no slash and is
+    not a location."""
     return "/" in (source or "") and urlsplit(source or "").scheme not in ("runs", "models")
 
 
@@ -138,7 +141,7 @@ def _version_columns(catalog: Catalog) -> list[str]:
 
 
 def _versions(opened: Any, catalog: Catalog) -> list[tuple[Any, ...]]:
-    """(name, version, source, storage location) of the versions that are not deleted."""
+    """(name, version, source, storage location) of all model versions that are not deleted."""
     columns = ", ".join(_version_columns(catalog))
     return rows(
         opened, f"SELECT name, version, {columns} FROM model_versions WHERE current_stage <> 'Deleted_Internal'"

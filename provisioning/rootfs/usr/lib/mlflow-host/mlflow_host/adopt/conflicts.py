@@ -1,8 +1,9 @@
-"""Resolve conflicts: experiment IDs and names that the database in service already uses, and the new ones of the
-adopted objects.
+"""Resolve conflicts: if the database in service already uses the ID or name of an adopted object, choose another ID or
+name.
 
-Objects with a random ID keep it: an object with the same ID here is the same object, adopted before. A second run finds
-an experiment by its tag ADOPTED_TAG, and a registered model by its name and creation time.
+Objects with a random ID keep their ID. If this server already has an object with the same random ID, it is the same
+object from an earlier adoption. A later adoption finds an experiment that was adopted earlier by its tag ADOPTED_TAG,
+and a registered model by its name and creation time.
 """
 
 from __future__ import annotations
@@ -21,33 +22,34 @@ from mlflow_host.postgres.catalog import Catalog
 from mlflow_host.postgres.cluster import rows, run, value
 
 MOST = 2**31
-"""Experiment IDs are 32-bit integers in PostgreSQL; a FileStore's are longer."""
+"""Limit of experiment IDs, which are 32-bit integers in PostgreSQL. MLflow's FileStore has longer IDs."""
 DEFAULT = "Default"
 
 
 @dataclass(frozen=True)
 class Live:
-    """The IDs and names in the database in service that can conflict with those of the source."""
+    """IDs and names in the database in service, which can conflict with IDs and names of the source."""
 
     experiments: dict[int, str]
     adopted: dict[str, int]
-    """Experiment ID here by experiment ID of the source, from an earlier adoption."""
+    """Experiment ID in the source → experiment ID on this server, for experiments of an earlier adoption."""
     models: dict[str, int | None]
-    """Creation time by name."""
+    """Name of a registered model → its creation time."""
     empty: bool
 
 
 @dataclass
 class Settlement:
-    """By ID and name in the source. None: left out, because of --on-clash skip."""
+    """ID or name in the source → new ID or name. None means that the object is left out, because of `--on-clash
+    skip`."""
 
     experiments: dict[str, int | None] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    """Name here by experiment ID of the source."""
+    """Experiment ID in the source → name of the experiment on this server."""
     models: dict[str, str | None] = field(default_factory=dict)
     clashes: list[dict[str, str]] = field(default_factory=list)
     default_is_ours: bool = False
-    """The source's experiment 0 is merged into the experiment 0 here, which keeps its own values."""
+    """Whether the source's experiment 0 is merged into this server's experiment 0, which keeps its own values."""
 
 
 def read_live(opened: Any, source: str) -> Live:
@@ -59,7 +61,7 @@ def read_live(opened: Any, source: str) -> Live:
 
 
 def settle(opened: Any, source: str, request: Request, live: Live, reserved: dict[str, int], fresh: Any) -> Settlement:
-    """Choose IDs and names. `reserved`: IDs of an interrupted adoption. `fresh` yields unused IDs."""
+    """Choose IDs and names. `reserved` contains the IDs of an interrupted adoption, and `fresh` yields unused IDs."""
     made = Settlement()
     taken_ids = set(live.experiments)
     here = {name: number for number, name in live.experiments.items()}
@@ -128,7 +130,8 @@ def _other(name: str, taken: set[str]) -> str:
 
 
 def fresh_ids(live: Any, *, reserve: bool) -> Any:
-    """Unused experiment IDs. `reserve`: take them from the sequence, so no other experiment gets them."""
+    """An iterator of unused experiment IDs. With `reserve`, the IDs come from PostgreSQL's sequence, so no other
+    experiment gets these IDs."""
     sequence = value(live, "SELECT pg_get_serial_sequence('experiments', 'experiment_id')")
     if reserve:
         return (int(value(live, "SELECT nextval(%s::regclass)", (sequence,))) for _ in itertools.count())
@@ -136,16 +139,18 @@ def fresh_ids(live: Any, *, reserve: bool) -> Any:
 
 
 def reserve_kept(live: Any, settled: Settlement) -> None:
-    """Continue the sequence after the IDs that are kept, so that no new experiment gets one of them."""
+    """Advance the sequence beyond the IDs of the adopted experiments, so that no new experiment gets the same ID."""
     sequence = value(live, "SELECT pg_get_serial_sequence('experiments', 'experiment_id')")
     highest = max((number for number in settled.experiments.values() if number), default=0)
     run(live, f"SELECT setval(%s::regclass, greatest(%s, last_value)) FROM {sequence}", (sequence, max(highest, 1)))
 
 
 def apply(opened: Any, manifest: Manifest, catalog: Catalog, settled: Settlement) -> None:
-    """Write the new IDs and names into all staged rows that contain the old ones.
+    """Write the new IDs and names into all staged rows that contain the old IDs and names.
 
-    Experiments to skip get negative IDs; `delete_skipped` deletes them once all rows are in their tables."""
+    Skipped experiments get negative IDs. `delete_skipped` deletes the skipped experiments after all rows are in their
+    tables.
+    """
     skipped = itertools.count(1)
     ids = [
         (old, str(-next(skipped) if new is None else new))
@@ -189,7 +194,7 @@ def _map(opened: Any, table: str, column: str, mapping: str, condition: str = "t
 
 
 def _columns_of_models(catalog: Catalog) -> set[tuple[str, str]]:
-    """The columns that hold the name of a registered model."""
+    """(table, column) of all columns that contain the name of a registered model."""
     found = {("registered_models", "name")}
     while True:
         more = {
@@ -204,7 +209,8 @@ def _columns_of_models(catalog: Catalog) -> set[tuple[str, str]]:
 
 
 def _rename_in_texts(opened: Any, manifest: Manifest, renamed: list[tuple[str, str]]) -> None:
-    """`models:/NAME/…` and `models:/NAME@…` in the versions' sources, and the prompts that runs and traces link."""
+    """Replace names in `models:/NAME/…` and `models:/NAME@…` in the sources of model versions, and in the prompt links
+    of runs and traces."""
     for old, new in renamed:
         for column in ("source", "storage_location"):
             if column in manifest.tables.get("model_versions", manifest.tables["experiments"]).columns:

@@ -1,8 +1,9 @@
-"""Merge the prepared rows into the database in service, in one transaction; the server stays up.
+"""Merge the prepared rows into the database in service, in one transaction, while the server stays up.
 
-The rows of the previous adoption of the same source are the base of a three-way merge (`schema.merging`): later changes
-in the source are merged, and later changes on this server stay. The same transaction renames the prepared database, so
-it becomes the next base if, and only if, its rows are in service.
+The rows of the previous adoption of the same source are the base of a three-way merge (`schema.merging`). Changes that
+the source made since then are merged, and changes that this server made since then stay. The transaction of the merge
+also renames the prepared database, which becomes the base of the next merge. The prepared database therefore becomes
+the base only if its rows are in service.
 """
 
 from __future__ import annotations
@@ -37,19 +38,20 @@ Say = Callable[[str], None]
 
 
 def work_database(name: str) -> str:
-    """The prepared rows. A boot drops it, as any database under construction."""
+    """The database with the prepared rows. Each boot drops this database with all other unfinished databases."""
     return f"{WORK_PREFIX}adopt_{name.replace('-', '_')}"
 
 
 def base_database(name: str) -> str:
-    """The rows of the last adoption of that source."""
+    """The database with the rows of the last adoption of the source `name`."""
     return f"mlflow_adopted_{name.replace('-', '_')}"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """By table: (number of rows that are new or changed in the source, that are missing here, that differ here).
-    `gone`: number of rows that the source no longer has and that stay here."""
+    """The result of a merge. For each table, `tables` contains the number of rows that the source added or changed, how
+    many of them are missing on this server, and how many of them differ on this server. `gone` contains the number of
+    rows that the source deleted; this server keeps these rows."""
 
     tables: dict[str, tuple[int, int, int]]
     gone: dict[str, int]
@@ -59,7 +61,7 @@ class Loaded:
 
 
 def load(cluster: Cluster, name: str, image: ImageSchema, mlflow: Release, blank: Path | None, say: Say) -> Loaded:
-    """Raises AdoptionError, with the database in service unchanged."""
+    """Merge the prepared rows. Raises AdoptionError; the database in service is then unchanged."""
     work, base = work_database(name), base_database(name)
     old, empty = f"{work}_old", f"{work}_empty"
     drop(cluster, old)
@@ -85,7 +87,7 @@ def load(cluster: Cluster, name: str, image: ImageSchema, mlflow: Release, blank
                 )
             rename = sql.SQL("ALTER DATABASE {} RENAME TO {}")
             for each in (base, work):
-                disconnect(cluster, each)  # the session of a killed unit ends only when PostgreSQL detects it
+                disconnect(cluster, each)  # the session of a killed unit stays open until PostgreSQL detects the kill
             if base in databases(cluster):
                 run(writer, rename.format(sql.Identifier(base), sql.Identifier(old)))
             run(writer, rename.format(sql.Identifier(work), sql.Identifier(base)))
@@ -97,16 +99,16 @@ def load(cluster: Cluster, name: str, image: ImageSchema, mlflow: Release, blank
 def base_or_empty(
     cluster: Cluster, base: str, empty: str, image: ImageSchema, mlflow: Release, blank: Path | None, say: Say
 ) -> Iterator[tuple[str, bool]]:
-    """(the database to compare with, whether it is empty). A base of another schema is not used. Then only rows that
-    are missing in the database in service are carried; rows adopted before stay as they are, even if the source has
-    changed them since."""
+    """(the database to compare with, whether this is the first adoption of the source). A base with another schema is
+    replaced by an empty database. With an empty base, the merge inserts only rows that are missing on this server. Rows
+    from an earlier adoption stay unchanged, even if the source has changed these rows later."""
     if base in databases(cluster):
         with connection(cluster, base) as opened:
             revision = head(opened)
         if revision == image.head:
             yield base, False
             return
-        say(f"{base} is of another MLflow release: only rows that are missing here are carried")
+        say(f"{base} has the schema of another MLflow release: only rows that are missing here are inserted")
     if blank:
         empty_database.load(cluster, empty, blank)
     else:
@@ -119,7 +121,7 @@ def base_or_empty(
 
 
 def is_empty(opened: Any) -> bool:
-    """Whether the database holds nothing but the default experiment that MLflow creates."""
+    """Whether the database contains only the default experiment that MLflow creates."""
     tables = ("runs", "trace_info", "logged_models", "registered_models", "experiment_tags")
     if any(value(opened, f"SELECT EXISTS (SELECT 1 FROM {table})") for table in tables):
         return False
@@ -127,7 +129,7 @@ def is_empty(opened: Any) -> bool:
 
 
 def take_over_default_experiment(source: Any, writer: Any) -> None:
-    """In an empty server, experiment 0 becomes the source's."""
+    """If this server is empty, give its experiment 0 the values of the source's experiment 0."""
     if not is_empty(writer):
         return
     columns = ("name", "artifact_location", "lifecycle_stage", "creation_time", "last_update_time")

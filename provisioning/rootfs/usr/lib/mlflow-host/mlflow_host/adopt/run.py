@@ -1,11 +1,12 @@
 """Unit `mlflow-host-adopt@NAME`: execute the request of scripts/adopt.py for the source NAME.
 
-    prepare   load the source's rows into a database of their own, bring it to this image's schema, resolve IDs, names
-              and locations; the database in service does not change
-    load      dump the database in service, then merge the prepared rows into it in one transaction
-    report    keep the verdict of scripts/adopt.py among this machine's reports
+    prepare   load the source's rows into a separate database, migrate it to this image's schema, and resolve IDs, names
+              and locations. The database in service does not change.
+    load      dump the database in service, then merge the prepared rows into it in one transaction.
+    report    store the verdict of scripts/adopt.py in this machine's reports.
 
-After a kill at any moment, the database in service is unchanged or complete. The formats are in `contract.adoption`.
+If the unit is killed at any moment, the database in service contains either none or all of the new rows. The formats
+are in `contract.adoption`.
 """
 
 from __future__ import annotations
@@ -42,25 +43,25 @@ from mlflow_host.schema.verifying import check_row_counts, row_counts
 
 HEARTBEAT_SECONDS = 10
 SPACE = 4
-"""Free bytes needed per byte of the rows: two in the prepared database, one in the database in service, one in the
-log."""
+"""Free bytes that an adoption needs for each byte of rows: two for the prepared database, one for the database in
+service, and one for the write-ahead log."""
 SPARE = 256 << 20
 
 ENCRYPTED = ("secrets", "webhooks")
-"""Tables with values that only the old server's passphrase decrypts. Their rows, and rows that refer to them, are left
-out, unless adopt.py encrypted them again."""
+"""Tables with values that only the old server's passphrase can decrypt. The adoption leaves out the rows of these
+tables and all rows that refer to such a row, unless adopt.py encrypted the values with this server's passphrase."""
 
 
 @dataclass(frozen=True)
 class AdoptSettings:
-    """Everything an adoption depends on, so that tests can use their own cluster and bucket."""
+    """The cluster, image, bucket and folders that an adoption uses. Tests use their own cluster and bucket."""
 
     cluster: Cluster
     image: ImageSchema
     bucket: dump_file.Bucket
     reports: Path
     blank: Path | None
-    """Dump of an empty database of the image's schema; None: MLflow creates one (tests only)."""
+    """Dump of an empty database of the image's schema. None (only in tests): MLflow creates the empty database."""
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
 
 
@@ -81,7 +82,7 @@ def from_machine() -> AdoptSettings:
 
 
 def perform(settings: AdoptSettings, name: str) -> None:
-    """Execute the request; the status file contains the progress, and at the end "done" or "failed". Raises
+    """Execute the request. The status file contains the progress, and at the end "done" or "failed". Raises
     AdoptionError."""
     store = Store(settings, name)
     request = adoption.parse_request(store.read("request.json"))
@@ -126,7 +127,7 @@ class Store:
 
     @contextmanager
     def progress(self, request: Request) -> Iterator[Callable[[str], None]]:
-        """Write status.json at each message and every HEARTBEAT_SECONDS, which adopt.py waits for."""
+        """Write status.json at each message and every HEARTBEAT_SECONDS, so that adopt.py detects a stopped unit."""
         said, over = ["started"], threading.Event()
 
         def write(state: str) -> None:
@@ -154,7 +155,7 @@ class Store:
             said[0] = str(error)
             raise
         except Exception as error:
-            said[0] = f"the machine failed ({type(error).__name__}): its journal has the traceback"
+            said[0] = f"the machine failed ({type(error).__name__}): the machine's journal contains the traceback"
             raise
         finally:
             over.set()
@@ -232,12 +233,12 @@ def prepare(
 
 
 def check(settings: AdoptSettings, manifest: Manifest) -> None:
-    """Raises AdoptionError if this image or its volume cannot hold the source."""
+    """Raise AdoptionError if this image cannot read the source's rows, or if the data volume has too little space."""
     image = settings.image
     if manifest.head not in known_revisions(image.python):
         raise AdoptionError(
             f"the source is at migration {manifest.head}, which MLflow {image.mlflow_version} of this image does not "
-            "know: upgrade to an image with the source's release of MLflow or a newer one first"
+            "have: first upgrade to an image with the source's release of MLflow or a newer release"
         )
     with connection(settings.cluster, settings.cluster.database) as opened:
         if head(opened) != image.head:
@@ -246,7 +247,7 @@ def check(settings: AdoptSettings, manifest: Manifest) -> None:
     needed = SPACE * sum(table.bytes for table in manifest.tables.values()) + SPARE
     if free < needed:
         raise AdoptionError(
-            f"the data volume has {free / 2**30:.1f} GiB free, the adoption needs {needed / 2**30:.1f} GiB: make "
+            f"the data volume has {free / 2**30:.1f} GiB free, but the adoption needs {needed / 2**30:.1f} GiB: make "
             "the volume larger (the setting dataVolumeGib)"
         )
 
@@ -267,7 +268,7 @@ def settle(settings: AdoptSettings, name: str, store: Store, request: Request, o
 
 
 def leave_encrypted(opened: Any, catalog: Any) -> list[LeftBehind]:
-    """Delete the rows that only the old server's passphrase decrypts."""
+    """Delete the rows with values that only the old server's passphrase can decrypt."""
     left = []
     for table in ENCRYPTED:
         if table in catalog.tables and (count := run(opened, f"DELETE FROM {table}")):
@@ -278,8 +279,8 @@ def leave_encrypted(opened: Any, catalog: Any) -> list[LeftBehind]:
 
 
 def finish_experiments(settings: AdoptSettings, opened: Any, name: str, settled: conflicts.Settlement) -> None:
-    """Tag the adopted experiments. An experiment 0 that is merged into the server's experiment 0 gets the values of the
-    latter."""
+    """Tag the adopted experiments. If the source's experiment 0 is merged into this server's experiment 0, give the
+    source's experiment 0 the values of this server's experiment 0."""
     for old, new in settled.experiments.items():
         if new is None or (new == 0 and settled.default_is_ours):
             continue
@@ -298,19 +299,19 @@ def finish_experiments(settings: AdoptSettings, opened: Any, name: str, settled:
 
 
 def refusals(settled: conflicts.Settlement, left: list[LeftBehind], request: Request) -> list[str]:
-    """Sentences: the reasons why nothing is loaded."""
+    """The reasons why nothing is loaded, as sentences."""
     told = []
     if request.on_clash == "refuse" and settled.clashes:
         told.append(
             f"{len(settled.clashes)} names are in use on the server: add --prefix NAME/, or --on-clash skip or rename"
         )
     if left and not request.lossy:
-        told.append(f"{sum(entry.count for entry in left)} values or rows do not fit: --lossy carries the rest")
+        told.append(f"{sum(entry.count for entry in left)} values or rows do not fit: --lossy adopts the rest")
     return told
 
 
 def root_of(uri: str) -> str:
-    """scheme://host of a location, or its first folders."""
+    """The scheme and host of a location (`scheme://host`); for a path or a file: URI, its first folders."""
     scheme, separator, rest = uri.partition("://")
     return f"{scheme}://{rest.split('/')[0]}" if separator and scheme != "file" else uri.rsplit("/", 3)[0]
 
@@ -359,7 +360,8 @@ def load(
 
 
 def keep_report(settings: AdoptSettings, store: Store) -> None:
-    """The verdict contains what `load` reported, and replaces it."""
+    """Replace the report that `load` wrote with the report of adopt.py, which contains all facts of the replaced
+    report."""
     file = json.loads(store.read("loaded.json"))["file"]
     atomic_file.write(settings.reports / file, store.read(f"report-{file}").decode())
 

@@ -1,7 +1,8 @@
-"""Load the rows of a source into an empty database at the source's schema, and count what does not fit.
+"""Load a source's rows into an empty database at the source's schema, and count values that a column cannot store.
 
-Rows arrive as text, in tables of the schema `arrived`. SQLite checks neither lengths nor types, so every value is
-fitted to its column (`schema.column_fit`), and rows whose parent is missing are left out. Both are counted.
+The rows are first loaded as text, into tables of the schema `arrived`. The source may be SQLite, which does not check
+lengths or types, so every value is converted to its column's type and length (`schema.column_fit`). Rows whose parent
+row is missing are left out. The changed values and the rows that are left out are counted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SCHEMA = "arrived"
 NOT_MLFLOWS = frozenset({BOOKKEEPING, "alembic_version_auth"})
 
 OpenRows = Callable[[str], AbstractContextManager[IO[bytes]]]
-"""Table → its compressed file of rows, with the digest checked."""
+"""A function that opens the compressed file with the rows of a table, after it has checked the file's digest."""
 
 _FITS = f"""
 CREATE FUNCTION {SCHEMA}.fits(given text, type text) RETURNS boolean LANGUAGE plpgsql AS $$
@@ -39,7 +40,7 @@ END $$"""
 
 
 def stage(opened: Any, manifest: Manifest, open_rows: OpenRows) -> None:
-    """Load every file of rows into a table of text columns. Raises AdoptionError."""
+    """Load each file of rows into a table with text columns. Raises AdoptionError."""
     run(opened, f"CREATE SCHEMA {SCHEMA}")
     run(opened, _FITS)
     for name, table in manifest.tables.items():
@@ -60,13 +61,14 @@ def stage(opened: Any, manifest: Manifest, open_rows: OpenRows) -> None:
 
 
 def fill(opened: Any, catalog: Catalog, manifest: Manifest) -> list[LeftBehind]:
-    """Copy the staged rows into the tables of the schema `public`. Returns what did not fit. Raises AdoptionError.
+    """Copy the staged rows into the tables of the schema `public`. Returns the values that were changed and the rows
+    that were left out. Raises AdoptionError.
 
-    From then on foreign keys are not enforced on this connection: `remove_orphans` does."""
+    After this call, PostgreSQL does not enforce foreign keys on this connection; `remove_orphans` enforces them."""
     run(opened, "SET session_replication_role = replica")
     left: list[LeftBehind] = []
     known = [table for table in sorted(catalog.tables) if table != BOOKKEEPING]
-    run(opened, f"TRUNCATE {', '.join(map(quoted, known))}")  # some migrations insert rows
+    run(opened, f"TRUNCATE {', '.join(map(quoted, known))}")  # because some migrations insert rows
     for table in known:
         if table not in manifest.tables or table in DERIVED | TRANSIENT:
             continue
@@ -79,7 +81,7 @@ def fill(opened: Any, catalog: Catalog, manifest: Manifest) -> list[LeftBehind]:
             left += _fill_table(opened, catalog, table, held, check=True)
         except psycopg2.IntegrityError as error:
             raise AdoptionError(
-                f"the rows of {table} break a rule of MLflow's schema: {' '.join(str(error).split())[:300]}"
+                f"the rows of {table} violate a constraint of MLflow's schema: {' '.join(str(error).split())[:300]}"
             ) from None
         left += _unknown_columns(opened, table, [c for c in held if c not in catalog.tables[table]])
     for table in sorted(manifest.tables.keys() - catalog.tables.keys() - NOT_MLFLOWS):
@@ -89,7 +91,8 @@ def fill(opened: Any, catalog: Catalog, manifest: Manifest) -> list[LeftBehind]:
 
 
 def _fill_table(opened: Any, catalog: Catalog, table: str, held: Iterable[str], *, check: bool) -> list[LeftBehind]:
-    """`check`: test each value that is not text, because one of them cannot be read as its column's type."""
+    """Copy the staged rows of one table. With `check`, test each value in columns of another type than text, because
+    PostgreSQL has failed to convert one of these values to its column's type."""
     columns, expressions = [], []
     misfits: list[tuple[str, str, str, str]] = []
     for column in catalog.stored(table):
@@ -142,7 +145,8 @@ def _unknown_columns(opened: Any, table: str, columns: list[str]) -> list[LeftBe
 
 
 def remove_orphans(opened: Any, catalog: Catalog, reason: str = "the parent row is missing") -> list[LeftBehind]:
-    """Delete the rows that refer to a missing row, until there are none. Returns their numbers."""
+    """Delete rows that refer to a missing row, and repeat the deletion until no row refers to a missing row. Returns
+    their numbers."""
     counts: dict[tuple[str, str], int] = {}
     taken = True
     while taken:

@@ -1,16 +1,16 @@
-"""Backups: the archived write-ahead log, base backups, dumps, and restores from them.
+"""Backups and their restores: the archived write-ahead log, base backups, and dumps.
 
-In the backups bucket:
+The backups bucket has two folders:
 
-pgbackrest/    pgBackRest's repository, one stanza per cluster
-dumps/         dumps in pg_dump's custom format: nightly, and before each schema change
+pgbackrest/    pgBackRest's repository, with one stanza per cluster.
+dumps/         dumps in pg_dump's custom format: each night, and before each schema change.
 
-archive                      service that archives log segments, for as long as PostgreSQL runs
-pgbackrest_archive_command   PostgreSQL's archive_command: sends a segment's name to that service
-base                         timer: base backups, the first one soon after the first boot, then nightly
-dump                         timer and command mlflow-host-dump: dumps
-check                        timer: report backup ages, fail when one is stale
-last_runs                    when each kind of backup last succeeded, on the data volume
-recovery_points              the backups in the bucket, and which of them a restore request names
-restore                      boot step before PostgreSQL, and the command mlflow-host-restore
+archive                      service: archive log segments while PostgreSQL runs.
+pgbackrest_archive_command   PostgreSQL's archive_command: send a segment's name to the service `archive`.
+base                         timer: take base backups, soon after the first boot and then each night.
+dump                         timer and command mlflow-host-dump: take dumps.
+check                        timer: report the ages of backups, and fail if a backup is too old.
+last_runs                    files on the data volume with the time of the last success of each kind of backup.
+recovery_points              list the backups in the bucket, and find the backup of a restore request.
+restore                      boot step before PostgreSQL, and command mlflow-host-restore: restore a backup.
 """

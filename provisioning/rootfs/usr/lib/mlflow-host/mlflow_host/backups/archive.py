@@ -1,10 +1,10 @@
-"""Service that archives the write-ahead log: pushes each segment that PostgreSQL's archive_command names to the bucket.
+"""Service that archives the write-ahead log: push a segment to the bucket when the archive_command sends its name.
 
-PostgreSQL has no access to the instance's credentials; this service has. The archive_command
-(`pgbackrest_archive_command.py`) sends a segment's name over a Unix socket and returns the reply to PostgreSQL, which
-keeps each segment until it is archived. While the bucket is unreachable, segments wait on the data volume, up to
-WAITING_SHARE of it. Beyond that limit this service skips segments: the check reports the gap, and the next base backup
-is a full one.
+PostgreSQL has no access to the instance's credentials, but this service has access. PostgreSQL's archive_command
+(`pgbackrest_archive_command.py`) sends a segment's name over a Unix socket, and returns the reply to PostgreSQL.
+PostgreSQL keeps each segment until it is archived. While the bucket is unreachable, segments wait on the data volume,
+up to WAITING_SHARE of the volume. If more segments wait, the service skips segments. The timer `check` then reports a
+gap, and the next base backup is a full backup.
 
     python -m mlflow_host.backups.archive        as the OS user postgres
 """
@@ -28,10 +28,10 @@ WAITING_SHARE = 0.2
 """Share of the data volume that waiting segments may use."""
 LEAST_WAITING = 256 << 20
 BETWEEN_TRIES = timedelta(minutes=1)
-"""While too many segments wait: how long after a failed push the next ones are skipped without a push. So the queue
-shrinks faster than new writes fill it."""
+"""If too many segments wait and a push fails, the service skips further segments for this time, without trying to push
+them. The queue therefore shrinks faster than new writes fill it."""
 REQUEST_SECONDS = 10
-"""Timeout for the archive_command to send the segment's name."""
+"""Longest time that the service waits for the segment's name from the archive_command."""
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def listening(path: Path) -> socket.socket:
-    """Open the Unix socket with mode 0600."""
+    """Open the service's Unix socket with mode 0600."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)
@@ -65,15 +65,15 @@ def listening(path: Path) -> socket.socket:
 
 
 def push(repository: Repository, history: LastRuns, segment: str, limit: int, now: datetime | None = None) -> str:
-    """Archive `segment`, a path below the cluster's folder. Returns "" when it is in the bucket or skipped, else the
-    reason.
+    """Archive `segment`, a path below the cluster's folder. Returns "" if the segment is in the bucket or was skipped,
+    otherwise the reason of the failure.
 
-    A segment is skipped when pushing it fails and more than `limit` bytes of finished segments wait."""
+    A segment is skipped if its push fails and more than `limit` bytes of finished segments wait."""
     if not segment.startswith("pg_wal/") or ".." in segment:
         return f"{segment!r} is not a segment of the write-ahead log"
     stanza = stanza_of(repository.cluster)
     if stanza is None:
-        return f"{repository.cluster} has no stanza yet: it gets one when PostgreSQL starts"
+        return f"{repository.cluster} has no stanza yet: the start of PostgreSQL creates it"
     at, name = now or datetime.now(UTC), Path(segment).name
     note = {"at": stamp(at), "segment": name, "stanza": stanza.name}
     too_many = waiting_bytes(repository.cluster) > limit
@@ -95,7 +95,8 @@ def push(repository: Repository, history: LastRuns, segment: str, limit: int, no
 
 
 def push_once(repository: Repository, stanza: Stanza, segment: str) -> str:
-    """Push with pgBackRest, and create the stanza if it is missing. Returns "" or the reason of the failure."""
+    """Push a segment with pgBackRest, and create the stanza if it is missing. Returns "" or the reason of the
+    failure."""
     arguments = [f"--pg1-path={repository.cluster}", "archive-push", segment]
     done = repository.run(stanza.name, *arguments)
     if done.returncode and "stanza-create" in done.stdout:
@@ -108,7 +109,7 @@ def push_once(repository: Repository, stanza: Stanza, segment: str) -> str:
 
 
 def waiting_bytes(cluster: Path) -> int:
-    """Bytes of the finished segments that are not archived yet."""
+    """Total size in bytes of the finished segments that are not archived yet."""
     ready = (cluster / "pg_wal" / "archive_status").glob("*.ready")
     sizes = []
     for each in ready:

@@ -1,10 +1,11 @@
-"""Timer: base backups by pgBackRest, the first one soon after a new stanza begins, then one per night.
+"""Timer: take base backups with pgBackRest, the first soon after the start of a new stanza, then one each night.
 
-Runs every ten minutes and takes a backup when one is due. The first one, the first after a gap in the archived log, and
-one per week are full; the others are differential. pgBackRest then deletes backups beyond the retention.
+The timer runs every ten minutes and takes a backup if a backup is due. The first backup, the first backup after a gap
+in the archived log, and one backup per week are full. All other backups are differential. After a backup, pgBackRest
+deletes backups that are older than the retention.
 
-    python -m mlflow_host.backups.base            as the OS user postgres, PostgreSQL running
-    python -m mlflow_host.backups.base --now      take one even if none is due
+    python -m mlflow_host.backups.base            as the OS user postgres, while PostgreSQL runs
+    python -m mlflow_host.backups.base --now      take a backup even if none is due
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ FULL_EVERY = timedelta(days=7)
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mlflow_host.backups.base", description=__doc__)
-    parser.add_argument("--now", action="store_true", help="take one even if none is due")
+    parser.add_argument("--now", action="store_true", help="take a backup even if none is due")
     arguments = parser.parse_args()
     document = config.load().launch
     cluster = config.cluster()
     try:
         if not archives(document):
             raise BackupError(
-                "no base backup: the endpoint of the backups bucket is http://, pgBackRest needs https://"
+                "no base backup: the endpoint of the backups bucket is http://, but pgBackRest needs https://"
             )
         retention = timedelta(days=document.backups.retention_days)
         print(take(Repository(cluster), LastRuns(), retention, datetime.now(UTC), is_empty, at_once=arguments.now))
@@ -64,7 +65,7 @@ def take(
     """Take a base backup if one is due. Returns a sentence for the journal. Raises BackupError."""
     stanza = stanza_of(repository.cluster)
     if stanza is None:
-        raise BackupError(f"{repository.cluster} has no stanza yet: it gets one when PostgreSQL starts")
+        raise BackupError(f"{repository.cluster} has no stanza yet: the start of PostgreSQL creates it")
     kind = kind_due(history, stanza, retention, now, at_once=at_once)
     if kind is None:
         return "no base backup is due"
@@ -85,9 +86,10 @@ def take(
 
 
 def is_empty() -> bool:
-    """Whether nothing was logged to the database in service. "latest" ignores backups of an empty database.
+    """Whether the database in service contains no run, model, trace or experiment of a user. A restore of "latest"
+    ignores backups without data.
 
-    Raises BackupError when PostgreSQL does not answer."""
+    Raises BackupError if PostgreSQL does not answer."""
     cluster = Cluster(host=str(config.POSTGRESQL_SOCKETS))
     try:
         with connection(cluster, cluster.database) as opened:
@@ -103,7 +105,7 @@ def is_empty() -> bool:
 def kind_due(
     history: LastRuns, stanza: Stanza, retention: timedelta, now: datetime, *, at_once: bool = False
 ) -> str | None:
-    """The kind of base backup that is due: "full", "diff", or None."""
+    """The kind of base backup that is due now: "full" or "diff". None: no backup is due."""
     last: dict[str, Any] = history.read("base")
     gap = time_of(history.read("gap"))
     at = time_of(last)

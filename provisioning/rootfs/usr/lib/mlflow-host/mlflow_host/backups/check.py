@@ -1,7 +1,7 @@
-"""Timer: report backup ages; exit non-zero when one is stale.
+"""Timer: report the ages of backups, and exit with a non-zero status if a backup is too old.
 
-A stale backup leaves the unit failed (`systemctl --failed`) until the next successful run. nginx serves the report to
-users as /mlflow-host/backups.json, and the status page shows it.
+If a backup is too old, the unit stays failed (`systemctl --failed`) until the next successful run. Users can read the
+report at /mlflow-host/backups.json, and the status page shows it.
 
     python -m mlflow_host.backups.check
 """
@@ -20,17 +20,19 @@ from mlflow_host.machine import config, nginx, status
 from mlflow_host.postgres.pgbackrest import Stanza, archives, stanza_of
 
 ARCHIVE_PATIENCE = timedelta(minutes=2)
-"""Longest time that a finished segment may wait to be archived; after it, a lost volume loses more than a minute."""
+"""Longest time for which a finished segment may wait until it is archived. If a segment waits longer and the volume is
+lost, more than a minute of writes is lost."""
 DAILY_PATIENCE = timedelta(hours=36)
 FIRST_PATIENCE = timedelta(hours=1)
-"""Limit for the first base backup and the first dump of a stanza."""
+"""Longest time from the start of a stanza to its first base backup and its first dump."""
 BOOT_PATIENCE = timedelta(minutes=10)
-"""Time after a boot in which base backups and dumps that were due while the machine was off are taken."""
+"""For this time after a boot, late base backups and dumps are not reported. In this time, the machine takes the backups
+that were due while it was off."""
 
 
 @dataclass(frozen=True)
 class SegmentQueue:
-    """The finished segments that are not archived yet."""
+    """Finished segments that are not archived yet: their number, and the time of the oldest."""
 
     count: int = 0
     since: datetime | None = None
@@ -69,7 +71,8 @@ def summary(
 ) -> dict[str, Any]:
     """{"state": "good" | "late", "problems": [sentence, …], "archive": {…}, "base": {…}, "dump": {…}, …}
 
-    A segment's wait counts from `booted` at the earliest, because the machine may have been off for days before."""
+    The waiting time of a segment does not begin before the boot (`booted`), because the machine may have been off for
+    days."""
     kept = {what: history.read(what) for what in ("archive", "base", "dump", "gap", "restored")}
     problems = _archiving(queue, kept["archive"].get("at", "none yet"), now, archiving, booted)
     if now - booted > BOOT_PATIENCE:
@@ -91,7 +94,7 @@ def _archiving(queue: SegmentQueue, last: str, now: datetime, archiving: bool, b
     if queue.since is None or now - max(queue.since, booted) <= ARCHIVE_PATIENCE:
         return []
     return [
-        f"{queue.count} segments of the write-ahead log wait to be archived, for up to {_age(now, queue.since)} "
+        f"{queue.count} segments of the write-ahead log wait to be archived, the oldest for {_age(now, queue.since)} "
         f"(last archived: {last}): see `journalctl -u mlflow-host-archive`; check the backups bucket and the "
         "instance role's access to it"
     ]
@@ -104,7 +107,7 @@ def _gap(kept: dict[str, dict[str, Any]], stanza: Stanza | None) -> list[str]:
         return []
     return [
         f"the archived write-ahead log has a gap at {kept['gap']['at']}, because the bucket was unreachable for "
-        "too long: a restore ends there until the next base backup, which starts automatically"
+        "too long: until the next base backup, which starts automatically, a restore ends at the gap"
     ]
 
 

@@ -1,10 +1,10 @@
-"""Dump the database to the backups bucket and print the dump's address. PostgreSQL of the same or a newer major can
-restore it without this image.
+"""Dump the database to the backups bucket and print the dump's address. PostgreSQL of the same or a newer major version
+can restore the dump without this image.
 
     mlflow-host-dump                  dump now
-    mlflow-host-dump --if-due         dump if the nightly dump is due, as the hourly timer does
+    mlflow-host-dump --if-due         dump if the nightly dump is due (the hourly timer uses this option)
 
-Afterwards, delete dumps older than the retention, but never the newest.
+After the dump, the command deletes dumps that are older than the retention, but never the newest dump.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def main() -> int:
 
 
 def take(cluster: Cluster, bucket: dump_file.Bucket, history: LastRuns, now: datetime, occasion: str) -> str:
-    """Dump the database; returns the dump's s3:// address. `occasion` ("nightly", "manual") is part of its name. Raises
-    DumpError."""
+    """Dump the database, and return the dump's s3:// address. The dump's name contains `occasion` ("nightly",
+    "manual"). Raises DumpError."""
     with connection(cluster, cluster.database) as opened:
         owner, revision = ownership.read(opened, cluster.database), head(opened)
     key = dump_file.dump_key(now, occasion, revision)
@@ -61,8 +61,8 @@ def take(cluster: Cluster, bucket: dump_file.Bucket, history: LastRuns, now: dat
 
 
 def expire(bucket: dump_file.Bucket, retention: timedelta, now: datetime) -> list[str]:
-    """Delete this stack's dumps older than `retention`, with their digests; the bucket keeps the deleted versions for
-    the same time again."""
+    """Delete this stack's dumps that are older than `retention`, and the digests of these dumps. Return the keys of the
+    deleted dumps. After the deletion, the bucket keeps the old versions of the objects for another retention time."""
     client = dump_file.s3_client(bucket)
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket.name, Prefix=DUMPS)
     found = [(each["LastModified"], each["Key"]) for page in pages for each in page.get("Contents", ())]
@@ -75,7 +75,7 @@ def expire(bucket: dump_file.Bucket, retention: timedelta, now: datetime) -> lis
 
 
 def beyond(found: Iterable[tuple[Any, str]], retention: timedelta, now: datetime) -> list[str]:
-    """The keys older than `retention`, except the newest key."""
+    """The keys of all dumps that are older than `retention`. The newest dump is never included."""
     return [key for at, key in sorted(found)[:-1] if now - at > retention]
 
 

@@ -1,10 +1,10 @@
-"""When each kind of backup last succeeded: one JSON file per kind on the data volume, where it outlives the machine.
+"""JSON files on the data volume that record the last backups and the last restore, one file per kind.
 
-archive    the last archived segment of the write-ahead log
-base       the last base backup
-dump       the last nightly dump
-gap        the last skipped segment, because the bucket was unreachable for too long
-restored   the last restore, and the value of the stack's restoreFrom that requested it
+archive    the last archived segment of the write-ahead log.
+base       the last base backup.
+dump       the last dump.
+gap        the last segment that was skipped because the bucket was unreachable for too long.
+restored   the last restore, and the stack's restoreFrom at that time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlflow_host.machine import atomic_file, config
 FOLDER = config.DATA / "backups"
 
 NIGHT = range(1, 5)
-"""Hours (UTC) of the nightly backups, for those that last ran more than 20 hours ago."""
+"""Hours (UTC) in which a nightly backup runs if the last backup is more than 20 hours old."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LastRuns:
     folder: Path = FOLDER
 
     def read(self, kind: str) -> dict[str, Any]:
-        """The file's content; {} when it is missing or unreadable."""
+        """The content of the file for `kind`; {} if the file is missing or unreadable."""
         try:
             found = json.loads((self.folder / f"{kind}.json").read_text())
         except (OSError, ValueError):
@@ -36,7 +36,7 @@ class LastRuns:
         return found if isinstance(found, dict) else {}
 
     def write(self, kind: str, content: dict[str, Any]) -> None:
-        """Replace the file atomically."""
+        """Replace the file for `kind` atomically."""
         atomic_file.write(self.folder / f"{kind}.json", f"{json.dumps(content)}\n")
 
     def forget(self, kind: str) -> None:
@@ -48,7 +48,7 @@ def stamp(at: datetime) -> str:
 
 
 def time_of(content: dict[str, Any]) -> datetime | None:
-    """The time in `content`; None without one."""
+    """The time in `content`, or None if `content` has no valid time."""
     try:
         return datetime.fromisoformat(content["at"])
     except (KeyError, TypeError, ValueError):
@@ -56,7 +56,8 @@ def time_of(content: dict[str, Any]) -> datetime | None:
 
 
 def is_due(last: datetime | None, now: datetime) -> bool:
-    """Whether a nightly backup is due: never taken, older than 26 hours, or older than 20 hours at night."""
+    """Whether a nightly backup is due. A backup is due if there is no earlier backup, or if the last backup is older
+    than 26 hours. At night, a backup is due if the last backup is older than 20 hours."""
     if last is None:
         return True
     age = now - last

@@ -1,7 +1,8 @@
-"""PostgreSQL's archive_command: send a segment's name to the archive service; exit with 0 once the segment is archived.
+"""PostgreSQL's archive_command: send a segment's name to the archive service. The exit status is 0 if the service
+reports that the segment is archived.
 
-PostgreSQL runs it for every segment, so it imports little. pgBackRest takes no base backup unless the archive_command
-contains the word "pgbackrest"; this file's name provides it.
+PostgreSQL runs this program for every segment, so the program imports few modules. The file's name contains the word
+"pgbackrest", because pgBackRest takes base backups only if the archive_command contains this word.
 """
 
 import socket

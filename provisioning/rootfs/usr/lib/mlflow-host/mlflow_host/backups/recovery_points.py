@@ -1,4 +1,4 @@
-"""The backups in the bucket, and which of them a restore request names."""
+"""List the backups in the bucket, and find the backup that a restore request selects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from mlflow_host.contract.restore_request import DIGEST, DUMPS, LISTED, is_dump,
 from mlflow_host.postgres.pgbackrest import EMPTY_ANNOTATION, FOLDER, BackupError, Repository, Stanza, parse_stanza
 
 AHEAD = timedelta(hours=26)
-""" "latest" means the newest dump only if it is this much newer than the end of the archived log."""
+"""A restore of "latest" prefers the newest dump to a base backup if the dump is newer than the last archived log
+segment by more than this time."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,13 @@ class BaseBackup:
     bytes: int
     """Size of the restored cluster."""
     empty: bool = False
-    """Taken before anything was logged."""
+    """Whether the backup contains no data of users."""
 
 
 @dataclass(frozen=True)
 class StanzaRange:
-    """A stanza with base backups. Any moment from the end of the first base backup to `until`, the time of the last
-    archived segment, can be restored."""
+    """A stanza with base backups. All moments from the end of the first base backup to `until` can be restored. `until`
+    is the time of the last archived segment."""
 
     stanza: Stanza
     bases: tuple[BaseBackup, ...]
@@ -47,26 +48,27 @@ class Dump:
     at: datetime
     bytes: int
     recorded: bool = True
-    """Whether its digest is stored beside it. Older releases stored none."""
+    """Whether the dump's digest is stored beside the dump. Older releases stored no digest."""
 
 
 @dataclass(frozen=True)
 class RecoveryPoints:
     lines: tuple[StanzaRange, ...] = ()
-    """Oldest first; each has at least one base backup."""
+    """The stanzas with at least one base backup, oldest first."""
     dumps: tuple[Dump, ...] = ()
-    """Oldest first."""
+    """The dumps, oldest first."""
 
 
 @dataclass(frozen=True)
 class RecoveryPoint:
-    """What to restore: a base backup, with the log after it up to `target` or to its end (`whole`), or a dump."""
+    """The backup to restore: a dump, or a base backup. After the restore of a base backup, the archived log is replayed
+    up to `target`, up to the end of the log (`whole`), or not at all."""
 
     line: StanzaRange | None = None
     base: BaseBackup | None = None
     target: datetime | None = None
     whole: bool = False
-    """Replay all of the archived log."""
+    """Whether all of the archived log is replayed."""
     dump: Dump | None = None
 
     def described(self) -> str:
@@ -76,14 +78,14 @@ class RecoveryPoint:
         if self.target:
             return f"the state at {stamp(self.target)}, from base backup {self.base.label}"
         if self.whole:
-            return f"base backup {self.base.label} and the log archived since, until {stamp(self.line.until)}"
+            return f"base backup {self.base.label} and the log archived after it, until {stamp(self.line.until)}"
         return f"base backup {self.base.label}, as of {stamp(self.base.stop)}"
 
 
 def list_recovery_points(repository: Repository | None, client: Any, bucket: str) -> RecoveryPoints:
-    """All backups in the bucket, without objects whose names are not those of dumps.
+    """All backups in the bucket. Objects below dumps/ are ignored if their names are not names of dumps.
 
-    Raises BackupError or botocore's exceptions when the bucket cannot be read."""
+    Raises BackupError or botocore's exceptions if the bucket cannot be read."""
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=DUMPS)
     listed = {o["Key"]: o for page in pages for o in page.get("Contents", ())}
     dumps = [
@@ -97,7 +99,7 @@ def list_recovery_points(repository: Repository | None, client: Any, bucket: str
 
 
 def stanza_range(entry: dict[str, Any], client: Any, bucket: str) -> StanzaRange | None:
-    """One stanza of `pgbackrest info`; None for a foreign stanza or one without base backups."""
+    """One stanza of `pgbackrest info`; None for a stanza of another program or a stanza without base backups."""
     stanza = parse_stanza(entry["name"])
     bases = [
         BaseBackup(
@@ -122,9 +124,10 @@ def stanza_range(entry: dict[str, Any], client: Any, bucket: str) -> StanzaRange
 
 
 def choose(value: str, there: RecoveryPoints, major: int, ours: Stanza | None, now: datetime) -> RecoveryPoint:
-    """The backup that `value` names, on a machine with PostgreSQL `major` whose cluster archives to the stanza `ours`.
+    """Find the backup that the restore request `value` selects, for the PostgreSQL version `major`. `ours` is the
+    stanza of this machine's cluster.
 
-    Raises BackupError, with the list of available backups, for an unknown name."""
+    Raises BackupError if no backup matches `value`. The message of BackupError lists the available backups."""
     try:
         asked = parse(value)
     except ValueError as error:
@@ -147,9 +150,9 @@ def choose(value: str, there: RecoveryPoints, major: int, ours: Stanza | None, n
                 return of_this_major(RecoveryPoint(line, bases[-1], asked.time), major, there)
         raise BackupError(f"no backup covers {stamp(asked.time)}; available: {inventory(there)}")
     of_major = [line for line in there.lines if line.stanza.major == major]
-    # A machine that first booted on a new volume, before the restore was requested, has an empty stanza of its own.
+    # If a machine booted with a new volume before the restore was requested, the new volume's stanza contains no data.
     usable = [line for line in of_major if not line.bases[-1].empty] or of_major
-    # A dump without a digest may come from any program that once had write access: it is restored only by its name.
+    # A dump without a digest may come from any program with write access. A request for "latest" ignores such a dump.
     newest = next((dump for dump in reversed(there.dumps) if dump.recorded), None)
     if usable and not (newest and newest.at - usable[-1].until > AHEAD):
         return RecoveryPoint(usable[-1], usable[-1].bases[-1], whole=True)
@@ -170,7 +173,7 @@ def of_this_major(chosen: RecoveryPoint, major: int, there: RecoveryPoints) -> R
 
 
 def inventory(there: RecoveryPoints) -> str:
-    """The available backups, as part of a sentence."""
+    """The available backups, as text for an error message."""
     parts = []
     for line in there.lines[-LISTED:]:
         labels = newest([base.label for base in line.bases])
@@ -181,7 +184,7 @@ def inventory(there: RecoveryPoints) -> str:
 
 
 def table(there: RecoveryPoints) -> list[str]:
-    """The available backups, one per line."""
+    """The available backups, one backup per line."""
     lines = []
     for line in there.lines:
         lines.append(f"PostgreSQL {line.stanza.major}: any moment from {stamp(line.since)} until {stamp(line.until)}")

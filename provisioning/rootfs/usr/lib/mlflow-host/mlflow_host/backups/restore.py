@@ -1,17 +1,18 @@
 """Restore a backup: boot step `restore`, before PostgreSQL starts, and the command mlflow-host-restore.
 
     mlflow-host-restore list                      list the available backups
-    mlflow-host-restore latest                    restore up to the end of the archived log
-    mlflow-host-restore 2026-11-22T14:15:00Z      restore everything committed until then
+    mlflow-host-restore latest                    restore all data up to the end of the archived log
+    mlflow-host-restore 2026-11-22T14:15:00Z      restore all data that was committed until this time
     mlflow-host-restore 20261122-013005F          restore a base backup, without the log after it
-    mlflow-host-restore dumps/….dump              restore a dump, also from another PostgreSQL major
+    mlflow-host-restore dumps/….dump              restore a dump, also from an older major version of PostgreSQL
 
-The stack's restoreFrom requests the same, once per value: the last restore is recorded on the data volume.
+The stack's setting restoreFrom accepts each of these arguments except `list`. The value of restoreFrom is restored only
+once, because the data volume contains a record of the last restore.
 
-A restore overwrites nothing. A base backup is restored to a second cluster folder, recovered and checked, and then
-exchanged with the cluster in service by renaming. A dump is restored to a second database, which is then exchanged in
-the same way. The replaced cluster or database is kept under a name with the time. After a crash at any moment, the old
-or the new one is in service, and the next boot finishes the exchange or starts again.
+A restore overwrites no data. A base backup is restored to a second cluster folder, recovered, checked, and then
+exchanged with the cluster in service. A dump is restored to a second database, which is then exchanged with the
+database in service. The replaced cluster or database is kept under a name that contains the time. After a crash at any
+moment, the old data or the restored data is in service. The boot after the crash finishes or repeats the restore.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ from mlflow_host.postgres.ownership import OwnershipRecord
 from mlflow_host.postgres.pgbackrest import BackupError, Repository, last_line, stanza_of, start_stanza
 
 REQUEST, FLIP, RESTORED = "restore-request", "restore-flip", "restored"
-"""Files on the data volume: a request by hand, a decided exchange of clusters, the last restore."""
+"""Files on the data volume: the command's request, the record of an unfinished exchange, the last restore."""
 
 
 class RestoreState(StrEnum):
-    """The action of the boot step. `state_of` reads it from the files on the data volume.
+    """The state of a restore, as `state_of` reads it from files on the data volume. The boot step acts on this state.
 
-    state               files                            action of the step       state after it
+    state               files                            action of the boot step  state after the boot step
     EXCHANGE_DECIDED    FLIP                             finish the exchange      NOTHING_TO_DO
     REQUESTED_BY_HAND   REQUEST, no FLIP                 restore; delete REQUEST  see below
     REQUESTED_BY_STACK  no FLIP, no REQUEST; RESTORED    restore                  see below
@@ -72,9 +73,10 @@ class RestoreState(StrEnum):
                         launch document's restoreFrom
     NOTHING_TO_DO       none of these                    delete the work folder   NOTHING_TO_DO
 
-    A restore of a base backup writes FLIP before the exchange, so a crash after that leads to EXCHANGE_DECIDED. A crash
-    before that leaves the state unchanged. Success writes RESTORED: NOTHING_TO_DO. Failure of a request by hand deletes
-    REQUEST; failure of the stack's request leaves REQUESTED_BY_STACK, so the next boot tries again.
+    A restore of a base backup writes FLIP before the exchange. After a crash, the state is EXCHANGE_DECIDED if FLIP was
+    written; otherwise the state is unchanged. After a successful restore, the step writes RESTORED, and the state is
+    NOTHING_TO_DO. If a restore fails in the state REQUESTED_BY_HAND, the step deletes REQUEST. If a restore fails in
+    the state REQUESTED_BY_STACK, the state does not change, and the next boot repeats the restore.
     """
 
     EXCHANGE_DECIDED = "exchange decided"
@@ -84,7 +86,7 @@ class RestoreState(StrEnum):
 
 
 def state_of(history: LastRuns, restore_from: str) -> RestoreState:
-    """`restore_from`: the launch document's value, "" without one."""
+    """Read the state. `restore_from` is the launch document's value, or "" if the document has no value."""
     if history.read(FLIP):
         return RestoreState.EXCHANGE_DECIDED
     if history.read(REQUEST).get("value"):
@@ -95,9 +97,9 @@ def state_of(history: LastRuns, restore_from: str) -> RestoreState:
 
 
 CLUSTER_SPACE = 1.3
-"""Free bytes needed per byte of a base backup, because the replayed log needs space too."""
+"""Free bytes that a restore needs per byte of a base backup: for the cluster and for the replayed log."""
 DUMP_SPACE = 9
-"""Free bytes needed per byte of a dump: the file itself, and its content, which is compressed."""
+"""Free bytes that a restore needs per byte of a dump: for the compressed file and for the uncompressed data."""
 SPARE = 256 << 20
 
 RENAME_EXCHANGE = 2
@@ -108,20 +110,20 @@ FETCH = (
     'for attempt in 1 2 3; do {fetch} archive-get %f "%p"; status=$?; [ $status -le 1 ] && exit $status; sleep 1; '
     "done; exit 126"
 )
-"""Status 1 means "not archived", and PostgreSQL ends recovery there. For any other failure, such as an unreachable
-bucket, PostgreSQL must abort recovery; it does so for status 126."""
+"""The restore_command. Exit status 1 means that the segment is not archived, and PostgreSQL then ends recovery. After
+another failure, such as an unreachable bucket, the exit status is 126, and PostgreSQL then aborts recovery."""
 
 
 @dataclass(frozen=True)
 class RestorePaths:
-    """Folders and versions that a restore works with; tests use their own."""
+    """The folders and versions that a restore uses. Tests use their own folders."""
 
     clusters: Path
     major: int
     programs: Path
     """PostgreSQL's programs."""
     sockets: Path
-    """A private folder for the socket, so that only the step can connect to PostgreSQL during a restore."""
+    """A private folder for PostgreSQL's socket, so that only this step can connect to PostgreSQL during a restore."""
     settings: Path
     repository_settings: Path
     history: LastRuns
@@ -178,14 +180,14 @@ def this_machine() -> RestorePaths:
 
 
 def command(what: str, *, sure: bool) -> int:
-    """Run as root on the machine: stop PostgreSQL, run the step with the request, start everything again."""
+    """The command mlflow-host-restore: stop PostgreSQL, run the boot step `restore`, and start all units again."""
     host, place = config.load(), this_machine()
     there = available(place, host.launch)
     if what == "list":
         print("\n".join(recovery_points.table(there)))
         return 0
     chosen = recovery_points.choose(what, there, place.major, stanza_of(place.live), datetime.now(UTC))
-    aside = "The current data is kept aside. MLflow is down while this runs."
+    aside = "The current data is kept under a new name. MLflow is down during the restore."
     print(f"This restores {chosen.described()}. {aside}", file=sys.stderr)
     if not sure and not confirmed():
         raise BackupError("nothing was restored; --yes skips the confirmation")
@@ -201,7 +203,7 @@ def command(what: str, *, sure: bool) -> int:
     if status:
         print("mlflow-host: the restore failed; the previous data is in service again", file=sys.stderr)
         return 2
-    # The restored cluster archives to a new stanza, which needs a base backup.
+    # The restored cluster archives to a new stanza, and a new stanza needs a base backup.
     systemctl("start", "--no-block", "mlflow-host-base-backup.service")
     print(json.dumps(place.history.read(RESTORED)))
     return 2 if started else 0
@@ -219,7 +221,7 @@ def systemctl(*arguments: str) -> int:
 
 
 def going_down() -> bool:
-    """Whether the machine is shutting down. systemd then cancels queued jobs, or does not answer."""
+    """Whether the machine is shutting down. During a shutdown, systemd cancels queued jobs, or does not answer."""
     command = ["systemctl", "is-system-running"]
     state = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout.strip()
     return state not in ("running", "degraded", "starting", "initializing", "maintenance")
@@ -229,14 +231,14 @@ def going_down() -> bool:
 
 
 def perform(place: RestorePaths, document: LaunchDocument, s: BootStep) -> str:
-    """Perform the requested restore unless it is done already. Returns a sentence. Raises StepFailed, with the old
-    data in service."""
+    """Perform the requested restore, if it is not done yet. Returns a sentence about the result. If the restore fails,
+    raises StepFailed, and the old data stays in service."""
     history = place.history
     match state_of(history, document.backups.restore_from):
         case RestoreState.EXCHANGE_DECIDED:
             return f"finished the exchange that an earlier boot began: {finish_exchange(place)} is in service"
         case RestoreState.NOTHING_TO_DO:
-            shutil.rmtree(place.work, ignore_errors=True)  # left by an interrupted restore that is no longer requested
+            shutil.rmtree(place.work, ignore_errors=True)  # remains of an interrupted restore
             return "no restore is requested, or it is done already"
         case RestoreState.REQUESTED_BY_HAND:
             value = str(history.read(REQUEST)["value"])
@@ -260,7 +262,8 @@ def perform(place: RestorePaths, document: LaunchDocument, s: BootStep) -> str:
             raise StepFailed(f"the backups bucket cannot be read: {error}; the previous data is unchanged") from error
         raise
     finally:
-        # A request by hand is tried once. After a crash of this process it still exists and is tried again.
+        # A request by hand is tried once. If this process is killed before the next line, REQUEST remains, and the next
+        # boot repeats the restore.
         history.forget(REQUEST)
     return f"restored {chosen.described()}" + (f"; the previous data is kept as {kept}" if kept else "")
 
@@ -271,13 +274,14 @@ def available(place: RestorePaths, document: LaunchDocument) -> RecoveryPoints:
     return recovery_points.list_recovery_points(reader, dump_file.s3_client(bucket), bucket.name)
 
 
-# A base backup and the log after it
+# Restore of a base backup, and replay of the log that was archived after the backup
 
 
 def restore_cluster(
     place: RestorePaths, chosen: RecoveryPoint, note: dict[str, Any], now: datetime, say: Callable[[str], None]
 ) -> str | None:
-    """Restore to a second folder, recover, check, exchange. Returns the name of the replaced cluster, None without one.
+    """Restore a base backup to a second folder, recover and check the cluster, and exchange the folders. Returns the
+    name of the replaced cluster, or None if there was no cluster.
 
     Raises BackupError."""
     assert chosen.line and chosen.base
@@ -288,7 +292,7 @@ def restore_cluster(
         stanza = chosen.line.stanza.name
         fetch = place.repository(place.work)
         arguments = [f"--pg1-path={place.work}", f"--set={chosen.base.label}", "--type=none", "restore"]
-        for _ in range(2):  # at boot the Elastic IP may cut the first attempt
+        for _ in range(2):  # at boot, the association of the Elastic IP may interrupt the first attempt
             shutil.rmtree(place.work, ignore_errors=True)
             place.work.mkdir(mode=0o700)
             done = fetch.run(stanza, *arguments)
@@ -314,15 +318,15 @@ def restore_cluster(
 
 
 def replay_log(place: RestorePaths, chosen: RecoveryPoint, fetch: list[str]) -> str:
-    """Replay the log, and check that PostgreSQL opens the cluster and its database is readable. Returns a remark about
-    a gap in the log, or "".
+    """Replay the log. Check that PostgreSQL can open the cluster, and that MLflow's database is readable. Returns a
+    remark about a gap in the log, or "".
 
     Raises BackupError."""
     signal_file = place.work / "recovery.signal"
     signal_file.touch()
     options = {
         "archive_mode": "off",
-        # With hot_standby, recovery fails where max_connections is smaller than on the original machine.
+        # With hot_standby, recovery fails if max_connections is smaller than on the original machine.
         "hot_standby": "off",
         "recovery_target_action": "promote",
         "restore_command": FETCH.format(fetch=" ".join(fetch)),
@@ -342,7 +346,7 @@ def replay_log(place: RestorePaths, chosen: RecoveryPoint, fetch: list[str]) -> 
                 f"{gap}, so the state at {stamp(chosen.target)} cannot be restored: name an earlier moment, or a later "
                 "base backup"
             ) from None
-        # Nothing was committed after the target, so the end of the log is the state at the target.
+        # No transaction was committed after the target, so the state at the target is the state at the end of the log.
         del options["recovery_target_time"]
         open_once(place, options, log)
     return gap_in(chosen, log) if chosen.whole else ""
@@ -357,7 +361,7 @@ def open_once(place: RestorePaths, options: dict[str, str], log: list[str]) -> N
 
 
 def gap_in(chosen: RecoveryPoint, log: list[str]) -> str:
-    """The part of a sentence about a missing segment, if replaying ended before the last archived segment; else ""."""
+    """A text about the gap in the log if the replay ended before the last archived segment, else ""."""
     assert chosen.line
     replayed = [found[1] for line in log if (found := re.search(r'restored log file "([0-9A-F]{24})"', line))]
     if replayed and max(replayed) >= chosen.line.last_segment:
@@ -366,9 +370,10 @@ def gap_in(chosen: RecoveryPoint, log: list[str]) -> str:
 
 
 def finish_exchange(place: RestorePaths) -> str | None:
-    """Complete a recorded exchange; idempotent. Returns a description of the restored data; None without an exchange.
+    """Complete the exchange that the file FLIP records. Idempotent. Returns a description of the restored data, or None
+    if the file does not exist.
 
-    The exchange is one system call, so there is a cluster under the live name at every moment."""
+    The exchange is one system call, so the folder `place.live` exists at every moment."""
     decided = place.history.read(FLIP)
     if not decided:
         return None
@@ -386,8 +391,8 @@ def finish_exchange(place: RestorePaths) -> str | None:
 
 
 def set_aside_other_majors(place: RestorePaths) -> str | None:
-    """Rename clusters of other PostgreSQL majors, so that an older image does not start them again after the data has
-    moved to this image's major. Returns the new name, None without such a cluster."""
+    """Rename the outdated clusters of other major versions of PostgreSQL, so that an older image does not start them.
+    Returns the last new name, or None if no cluster was renamed."""
     kept = None
     for path in place.clusters.iterdir():
         if path.name.isdigit() and path != place.live:
@@ -410,13 +415,14 @@ def exchange(new: Path, live: Path) -> None:
     atomic_file.sync(live.parent)
 
 
-# A dump
+# Restore of a dump
 
 
 def restore_dump(
     place: RestorePaths, document: LaunchDocument, chosen: RecoveryPoint, now: datetime, say: Callable[[str], None]
 ) -> str | None:
-    """Restore to a second database and exchange it. Returns the name of the replaced database, None without one.
+    """Restore a dump to a second database, and put the second database in service. Returns the new name of the replaced
+    database, or None if no replaced database is kept.
 
     Raises BackupError."""
     assert chosen.dump
@@ -446,7 +452,8 @@ def restore_dump(
 
 
 def ownership_of_dump(metadata: dict[str, str], revision: str, cluster: Cluster) -> OwnershipRecord:
-    """Ownership record of the dumped database, without pending merges whose kept database no longer exists."""
+    """The ownership record for the dumped database. A pending merge is left out if its kept database no longer
+    exists."""
     there = set(databases(cluster))
     known = ownership.parse(metadata.get("record"))
     if known and known.head == revision:
@@ -484,17 +491,18 @@ def put_in_service(cluster: Cluster, work: str, successor: OwnershipRecord, now:
     return kept
 
 
-# A PostgreSQL server for the step only
+# A private PostgreSQL server for this step
 
 
 @contextmanager
 def private_postgresql(
     place: RestorePaths, folder: Path, options: dict[str, str], lines: list[str] | None = None
 ) -> Iterator[Cluster]:
-    """Run PostgreSQL on `folder` with a private socket, wait until it accepts connections, stop it when the block ends.
-    Its log lines are appended to `lines`.
+    """During the `with` block, run PostgreSQL with the cluster in `folder` and a private socket. The block begins when
+    PostgreSQL accepts connections. At the end of the block, PostgreSQL is stopped, and PostgreSQL's log lines are
+    appended to `lines`.
 
-    Raises BackupError with PostgreSQL's reason when it does not start or stop properly."""
+    Raises BackupError with PostgreSQL's reason if PostgreSQL does not start or stop properly."""
     private = {"listen_addresses": "", "unix_socket_directories": str(place.sockets), "ssl": "off", **options}
     command = [str(place.programs / "postgres"), "-D", str(folder), "-c", f"config_file={place.settings}"]
     command += [part for name, value in private.items() for part in ("-c", f"{name}={value}")]
@@ -520,11 +528,11 @@ def private_postgresql(
 
 
 def failure_reason(log: Any) -> str:
-    """The first FATAL message in PostgreSQL's log, or the last line."""
+    """The first FATAL message in PostgreSQL's log, or the log's last line if there is no such message."""
     log.seek(0)
     lines = [line.strip() for line in log.read().splitlines() if line.strip()]
     for line in lines:
-        # Skip the replies to this step's own early connection attempts.
+        # PostgreSQL also writes a FATAL line if this step connects while PostgreSQL is starting. Skip these lines.
         if "FATAL:" in line and "the database system is " not in line:
             return str(line.partition("FATAL:")[2].strip())
     return lines[-1] if lines else "it gives no reason"
@@ -534,7 +542,7 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise BackupError(
-            f"the data volume has {free / (1 << 30):.1f} GiB free and the restore needs {needed / (1 << 30):.1f} GiB: "
+            f"the data volume has {free / (1 << 30):.1f} GiB free, but the restore needs {needed / (1 << 30):.1f} GiB: "
             "make the volume larger (the setting dataVolumeGib)"
         )
 

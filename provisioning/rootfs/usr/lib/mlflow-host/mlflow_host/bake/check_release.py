@@ -2,8 +2,8 @@
 
     python -m mlflow_host.bake.check_release       prints the result as JSON and records fallbacks
 
-The bake fails only if the process does not start, answer and stop. Other features that the release does not support are
-recorded for image.json (`fallbacks`).
+The bake fails if the process cannot start, answer and stop. If the release does not support an optional feature of this
+project, the check adds the feature to `fallbacks` in image.json, and the bake continues.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ def main() -> int:
 
 
 def check() -> tuple[dict[str, Any], list[Fallback]]:
-    """Start the server process once, and compare it with `mlflow server` of the installed MLflow.
+    """Start the server process once, and compare its private variables with those of the installed `mlflow server`.
 
-    Returns the release, the seconds from start to the first response and the memory then (PSS, MB); and the features
-    that the release does not support. Raises Refusal when the process cannot serve.
+    Returns (result, fallbacks). The result contains the release, the seconds from the start to the first response, and
+    the memory at that time (PSS, MB). The fallbacks are the features that the release does not support. Raises Refusal
+    if the process cannot answer requests.
     """
     import mlflow
 
@@ -86,7 +87,7 @@ def check() -> tuple[dict[str, Any], list[Fallback]]:
 
 
 def create_database(uri: str) -> None:
-    """MLflow creates the tables of an empty database when it opens a store."""
+    """Create a database at `uri`. MLflow creates the tables of an empty database when it opens a store."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     untyped: Any = SqlAlchemyStore
@@ -94,26 +95,28 @@ def create_database(uri: str) -> None:
 
 
 def fast_path(package: Path) -> list[Fallback]:
-    """The endpoints that MLflow answers, because one of its sources differs from every compared release."""
+    """The endpoints that the fast path cannot answer, because a function or class of the installed MLflow differs from
+    every release with which the fast path was compared."""
     off = switched_off(package)
     if off.keys() == set(SHORTCUTS):
         off = {"all endpoints": sorted(set().union(*off.values()))}
     return [
         Fallback(
             f"the fast path of {'metrics that handlers of MLflow log' if path == STORE else path}",
-            f"fast_path/compatibility.py has not compared {', '.join(sources)} of this release",
+            f"fast_path/compatibility.py has no hash of {', '.join(sources)} in this release",
         )
         for path, sources in off.items()
     ]
 
 
 def advertised(info: dict[str, Any]) -> list[Fallback]:
-    """MLflow since 3.18 offers direct transfers by its server-info; older releases do not have all of these keys."""
+    """The direct transfers that MLflow's server-info does not offer. MLflow 3.18 and newer offer direct transfers in
+    the server-info. In older releases, some of the server-info's keys are missing; a missing key causes no fallback."""
     refused = [name for name in ("uploads", "downloads") if info.get(f"multipart_{name}_enabled") is False]
     if not refused:
         return []
-    what = f"direct {' and '.join(refused)} of artifacts: they pass through the server"
-    return [Fallback(what, f"{SERVER_INFO} does not offer them with {' and '.join(direct_transfers('direct'))}")]
+    what = f"direct {' and '.join(refused)} of artifacts: these transfers pass through the server"
+    return [Fallback(what, f"{SERVER_INFO} offers none with {' and '.join(direct_transfers('direct'))}")]
 
 
 def removal() -> list[Fallback]:
@@ -133,7 +136,7 @@ def jobs() -> list[Fallback]:
 
 
 def private_variables(ours: Mapping[str, str]) -> list[Fallback]:
-    """The differences between the private variables that `mlflow server` sets for its workers and `ours`."""
+    """The differences between `ours` and the private variables that `mlflow server` sets for its workers."""
     what = "settings that `mlflow server` passes to its workers: they may differ"
     try:
         problems = compare_with_cli(*what_cli_starts(), ours)
@@ -143,8 +146,8 @@ def private_variables(ours: Mapping[str, str]) -> list[Fallback]:
 
 
 def what_cli_starts() -> tuple[list[str], dict[str, str]]:
-    """The command and environment variables with which `mlflow server` would start its workers. Raises Refusal when
-    MLflow starts no worker, or starts it in an unknown way."""
+    """The command and environment variables with which `mlflow server` would start its workers. Raises Refusal if
+    MLflow starts no worker, or does not use the expected function to start its workers."""
     import mlflow.cli
     import mlflow.server
     from click.testing import CliRunner
@@ -157,8 +160,8 @@ def what_cli_starts() -> tuple[list[str], dict[str, str]]:
 
     if not hasattr(mlflow.server, "_exec_cmd"):
         raise Refusal(
-            f"`mlflow server` {mlflow.__version__} has no function _exec_cmd, with which other releases start their "
-            f"workers"
+            f"`mlflow server` {mlflow.__version__} has no function _exec_cmd, which starts the workers in other "
+            f"releases"
         )
     untyped: Any = mlflow.server
     real, untyped._exec_cmd = untyped._exec_cmd, record
@@ -172,8 +175,8 @@ def what_cli_starts() -> tuple[list[str], dict[str, str]]:
 
 
 def compare_with_cli(command: list[str], variables: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
-    """The differences between the private variables that `mlflow server` sets for its workers and those that
-    `private_environment` sets. Public settings are not compared: their defaults apply where they are read.
+    """The differences between `ours` (set by `private_environment`) and the private variables that `mlflow server` sets
+    for its workers. Public settings are not compared, because MLflow uses a setting's default if the setting is unset.
     """
     variables = {
         name: value for name, value in variables.items() if name.startswith("_") and not is_default(name, value)
@@ -190,7 +193,7 @@ def compare_with_cli(command: list[str], variables: Mapping[str, str], ours: Map
 
 
 def is_default(name: str, value: str) -> bool:
-    """Whether MLflow uses `value` also where the variable is not set."""
+    """Whether MLflow also uses `value` if the variable is not set."""
     from mlflow import environment_variables
 
     variable = getattr(environment_variables, name, None)
@@ -198,9 +201,9 @@ def is_default(name: str, value: str) -> bool:
 
 
 def start_once(uds: Path) -> tuple[float, float, list[str], dict[str, Any]]:
-    """Start a server process on `uds`, send it queries, stop it. Returns the seconds until the first response, the PSS
-    in MB, the lines on its stderr, and MLflow's server-info ({} in a release without it). Raises Refusal when the
-    process ends, or does not answer within `START_SECONDS`."""
+    """Start a server process on the Unix socket `uds`, send queries, and stop the process. Returns the seconds until
+    the first response, the PSS in MB, the lines on stderr, and MLflow's server-info ({} if MLflow returns none).
+    Raises Refusal if the process ends, or does not answer within `START_SECONDS`."""
     begun = time.monotonic()
     log = uds.with_name("server.log")
     with log.open("w") as stderr:
@@ -213,7 +216,7 @@ def start_once(uds: Path) -> tuple[float, float, list[str], dict[str, Any]]:
         while (answer := answer_or_none(uds)) is None:
             if process.poll() is not None:
                 raise Refusal(
-                    f"the server process ended with status {process.returncode} at start: its reason is above"
+                    f"the server process ended with status {process.returncode} at start: see the lines above"
                 )
             if time.monotonic() > begun + START_SECONDS:
                 raise Refusal(f"the server process accepted no connection within {START_SECONDS} s")
@@ -234,7 +237,7 @@ def start_once(uds: Path) -> tuple[float, float, list[str], dict[str, Any]]:
 
 
 def answer_or_none(uds: Path) -> bytes | None:
-    """The response to the query; None while the process does not listen on its socket yet."""
+    """The response to CHECK_QUERY; None if the process does not listen on its socket yet."""
     try:
         return ask(uds, CHECK_QUERY)
     except (FileNotFoundError, ConnectionRefusedError):
@@ -242,7 +245,7 @@ def answer_or_none(uds: Path) -> bytes | None:
 
 
 def ask(uds: Path, target: str) -> bytes:
-    """The complete response to one GET."""
+    """The complete response to a GET request, with its headers."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(60)
         connection.connect(str(uds))
@@ -251,7 +254,7 @@ def ask(uds: Path, target: str) -> bytes:
 
 
 def pss_mb(pid: int) -> float:
-    """Memory of a process in MB: its proportional set size, which divides shared pages among their users."""
+    """Memory of a process in MB: the proportional set size (PSS). PSS divides shared pages among their processes."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return round(next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1000, 1)
 

@@ -1,8 +1,9 @@
-"""Bake: create an empty database with the image's MLflow and dump it, so that a boot can load it.
+"""Bake: create an empty database with the image's MLflow, and dump the database, so that a boot can load the dump.
 
     python -m mlflow_host.bake.empty_database FILE        as the OS user postgres; writes pg_dump's custom format
 
-Running MLflow's migrations takes seconds of each first boot and of each rollback; loading the dump takes less than one.
+MLflow's migrations would take several seconds of every first boot and of every rollback. Loading the dump takes less
+than one second.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def main() -> None:
 
 
 def make(cluster: Cluster, image: ImageSchema, file: Path) -> str:
-    """Write the dump, with the default experiment that MLflow creates. Returns the migration head."""
+    """Create the empty database, and write its dump, which includes MLflow's default experiment. Returns the migration
+    head."""
     with release(cluster, image) as mlflow:
         found = mlflow.head()
         create_empty(cluster, cluster.database)
@@ -51,7 +53,7 @@ def make(cluster: Cluster, image: ImageSchema, file: Path) -> str:
 
 @contextmanager
 def private(folder: Path, programs: Path) -> Iterator[Cluster]:
-    """A temporary cluster with its socket in `folder`; stopped when the block ends."""
+    """A temporary cluster whose socket is in `folder`. The cluster is stopped at the end of the `with` block."""
     initdb.create_cluster(folder / "data", programs)
     command = [str(programs / "postgres"), "-D", str(folder / "data"), "-c", "listen_addresses=", "-c", "fsync=off"]
     process = subprocess.Popen([*command, "-c", f"unix_socket_directories={folder}"], stdin=subprocess.DEVNULL)

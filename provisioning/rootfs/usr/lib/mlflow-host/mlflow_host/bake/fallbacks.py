@@ -1,7 +1,8 @@
-"""Bake: the fallbacks, features that the installed MLflow release does not support, with the reasons.
+"""Bake: list the fallbacks. A fallback is a feature of this project that the installed MLflow release cannot support.
 
-The steps of the bake record their fallbacks here; `record_facts.py` copies the list into image.json. MLflow's own code
-is used instead of each of them, so a fallback does not make the bake fail, open a route or lose data.
+Each step of the bake writes its fallbacks to a JSON file, and `record_facts.py` copies the file's entries into
+image.json. The server uses MLflow's own code instead of a missing feature. Therefore the bake does not fail, no route
+becomes open to more users, and no data is lost.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ FILE = Path("/usr/share/mlflow-host/fallbacks.json")
 @dataclass(frozen=True, order=True)
 class Fallback:
     what: str
-    """The feature, and what happens instead: a short text without a full stop."""
+    """The missing feature and the behaviour without the feature, as a short text without a full stop."""
     why: str
-    """The difference in MLflow, by name."""
+    """The name of the changed part of MLflow that causes the fallback."""
 
 
 def record(step: str, found: Iterable[Fallback], file: Path = FILE) -> None:
-    """Replace what `step` recorded before, and print each entry."""
+    """In the JSON file, replace the earlier entries of the bake step `step` with `found`, and print each new entry."""
     known = json.loads(file.read_text()) if file.exists() else {}
     known[step] = [asdict(entry) for entry in found]
     file.write_text(json.dumps(known, indent=1) + "\n")
@@ -33,5 +34,5 @@ def record(step: str, found: Iterable[Fallback], file: Path = FILE) -> None:
 
 
 def recorded(file: Path = FILE) -> list[dict[str, str]]:
-    """All entries, in the order of the steps: `what` and `why` of each."""
+    """The fields `what` and `why` of every fallback, in the order of the bake steps."""
     return [entry for entries in json.loads(file.read_text()).values() for entry in entries] if file.exists() else []

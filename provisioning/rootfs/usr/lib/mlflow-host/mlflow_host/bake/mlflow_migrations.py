@@ -1,4 +1,4 @@
-"""Bake: the migrations of the installed MLflow, by Alembic, without importing MLflow."""
+"""Bake: read the migrations of the installed MLflow with Alembic, without importing MLflow."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def directory() -> ScriptDirectory:
 
 
 def titles() -> list[dict[str, str]]:
-    """The migrations from first to head: `revision`, and as `title` the first line of the description."""
+    """All migrations, from the first to the newest. `title` is the first line of the migration's description."""
     every = reversed(list(directory().walk_revisions()))
     return [{"revision": each.revision, "title": (each.doc or "").partition("\n")[0].strip()} for each in every]

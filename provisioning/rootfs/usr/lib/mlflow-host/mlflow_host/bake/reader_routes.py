@@ -1,14 +1,16 @@
-"""Bake: derive from the installed MLflow's routes which of them a user with the role reader may call.
+"""Bake: list the routes of the installed MLflow that a user with the role `reader` may call.
 
-The HTTP method is not enough, because MLflow also searches with POST. Every POST route must match one of two lists of
-paths, reading or writing. One that matches neither counts as writing: readers get 403, and the image's facts name it
-(`fallbacks`). PUT, PATCH, DELETE and unknown methods count as writing; GET, HEAD and OPTIONS count as reading.
+The HTTP method does not show whether a POST request writes, because MLflow's searches also use POST. Therefore every
+POST route must match a list of reading paths or a list of writing paths. A POST route that matches neither list counts
+as writing: nginx returns 403 to readers, and `fallbacks` in image.json lists the route. GET, HEAD and OPTIONS count as
+reading. PUT, PATCH, DELETE and unknown methods count as writing. The next command writes the map file that nginx
+includes:
 
     python -m mlflow_host.bake.reader_routes --write /usr/share/mlflow-host/reader-posts.map
 
-writes the map file that nginx includes, with one pattern per line. A pattern matches the *raw* request target, so a
-target with an encoded or doubled character does not match and is refused. With `--routes` it also writes a list of all
-routes, for `mlflow_host.monitor`.
+The map has one pattern per line. A pattern matches the raw request target, so a target with an encoded character or a
+doubled slash does not match and is refused. The option `--routes` also writes a list of all routes, which
+`mlflow_host.monitor` reads.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from mlflow_host.bake.fallbacks import Fallback
 from mlflow_host.server.environment import variables
 from mlflow_host.server.request_limits import TRACES
 
-# POST routes that only read. Source: each RPC's definition and handler
-# in mlflow/protos/service.proto, model_registry.proto and mlflow/server/handlers.py, read at 3.12 to 3.18.
+# POST routes that only read. Source: the definition and the handler of each RPC
+# in mlflow/protos/service.proto, model_registry.proto and mlflow/server/handlers.py of MLflow 3.12 to 3.18.
 READING_POSTS = re.compile(
     r"""(
       /graphql                                   # queries; the one mutation echoes its argument
@@ -50,7 +52,7 @@ READING_POSTS = re.compile(
     re.VERBOSE,
 )
 
-# POST routes that change data, or cause costs or processor load.
+# POST routes that change data, cost money or load the processor.
 WRITING_POSTS = re.compile(
     r"""(
       /v1/traces                                 # OpenTelemetry's exporter
@@ -92,16 +94,16 @@ READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 @dataclass(frozen=True, order=True)
 class Route:
-    path: str  # with <name> or <type:name> where the path varies
+    path: str  # a variable part is written as <name> or <type:name>
     method: str
 
 
 def installed_routes() -> list[Route]:
-    """All routes of the installed MLflow's Flask and FastAPI applications, one entry per method.
+    """All routes of the Flask and FastAPI applications of the installed MLflow, one entry per method.
 
-    Imports MLflow, which takes seconds.
+    This function imports MLflow, which takes seconds.
     """
-    # Importing the applications opens no store, but requires its URI.
+    # The import of the applications requires the URI of a store, but does not open the store.
     with variables({"MLFLOW_BACKEND_STORE_URI": "sqlite://"}):
         from mlflow.server import app as flask_app
         from mlflow.server.fastapi_app import app as fastapi_app
@@ -112,13 +114,13 @@ def installed_routes() -> list[Route]:
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
     }
     for path, operations in fastapi_app.openapi()["paths"].items():
-        # The schema names an operation by its method in lower case.
+        # The keys of `operations` are HTTP methods in lower case.
         routes |= {Route(re.sub(r"\{([^}]+)\}", r"<\1>", path), method.upper()) for method in operations}
     return sorted(routes | set(_hidden(fastapi_app.routes)))
 
 
 def _hidden(routes: object) -> Iterator[Route]:
-    """FastAPI routes that are not in the OpenAPI schema. Their paths lack the prefix of a router that is included."""
+    """FastAPI routes that are not in the OpenAPI schema. The paths of an included router lack the router's prefix."""
     for route in routes:  # type: ignore[attr-defined]
         router = getattr(route, "original_router", None)
         if router is not None:
@@ -128,8 +130,9 @@ def _hidden(routes: object) -> Iterator[Route]:
 
 
 def sort_posts(routes: list[Route]) -> tuple[list[str], list[Route]]:
-    """The paths of the reading POST routes, and the unsorted routes: those in neither list or in both, with
-    an unknown method, or reading with a variable part, for which nginx's map has no pattern."""
+    """Return the paths of the POST routes that only read, and the unclassified routes. A route counts as unclassified
+    if no list matches its path, if both lists match, or if its method is unknown. A route that only reads also counts
+    as unclassified if its path has a variable part, because nginx's map has no pattern for variable parts."""
     readable, unsorted = [], []
     for route in routes:
         if route.method in READING_METHODS | CHANGING_METHODS:
@@ -144,22 +147,22 @@ def sort_posts(routes: list[Route]) -> tuple[list[str], list[Route]]:
 
 
 def fallback(unsorted: list[Route]) -> list[Fallback]:
-    """The entry of the image's facts for unsorted routes."""
+    """The fallback for the unclassified routes. The bake writes the fallback to image.json."""
     named = ", ".join(f"{route.method} {route.path}" for route in unsorted)
     what = f"{len(unsorted)} routes for readers: only writers and administrators may call them"
-    return [Fallback(what, f"mlflow_host/bake/reader_routes.py does not sort {named}")] if unsorted else []
+    return [Fallback(what, f"mlflow_host/bake/reader_routes.py does not classify {named}")] if unsorted else []
 
 
 def exports(installed: list[Route]) -> list[Fallback]:
-    """The entry of the image's facts if MLflow receives OpenTelemetry's spans at another path than the bounded one."""
+    """The fallback if MLflow does not receive OpenTelemetry's spans at TRACES, the only path with limits on spans."""
     if Route(TRACES, "POST") in installed:
         return []
-    what = "bounds on the spans and the decompressed size of an export of OpenTelemetry: only that of the body holds"
+    what = "limits on the spans and the decompressed size of an OpenTelemetry export: only the body limit applies"
     return [Fallback(what, f"MLflow has no route POST {TRACES}")]
 
 
 def nginx_map(paths: list[str]) -> str:
-    """Lines for nginx's `map $request_uri …` block: the raw target of each path, with or without a query."""
+    """Lines for nginx's `map $request_uri …` block. Each line matches a raw target, with or without a query."""
     return "".join(f'"~^{re.escape(path)}(\\?|$)" 1;\n' for path in paths)
 
 

@@ -1,4 +1,4 @@
-"""For scripts/follow.py: print the facts of the installed MLflow on which this project depends, as JSON.
+"""Print the facts of the installed MLflow release that this project depends on, as JSON for scripts/follow.py.
 
 python -m mlflow_host.bake.release_facts
 """
@@ -22,10 +22,12 @@ from mlflow_host.server.mlflow_checks import Refusal
 
 
 def facts() -> dict[str, Any]:
-    """`version`; `posts`: the source of each POST route's handler, by path; `unsorted`: the routes that are in neither
-    list of bake/reader_routes.py; `sources`: text and hash of the sources that the fast path was compared with;
-    `different`: those of them that equal no compared release; `migrations`: the title of each, by revision;
-    `fallbacks`: features that the release does not support; `refused`: why the server process cannot start, or None."""
+    """The facts, by key. `version` is MLflow's version. `posts` maps a POST route's path to the source of its handler.
+    `unsorted` lists the routes that bake/reader_routes.py cannot classify as reading or writing. `sources` has the
+    source code and hash of each MLflow function and class with which the fast path is compared. `different` lists the
+    functions and classes that differ from every release with which the fast path was compared.
+    `migrations` maps a revision to its title. `fallbacks` lists the features that the release does not support.
+    `refused` is the reason why the server process cannot start, or None."""
     import mlflow
 
     package = Path(mlflow.__file__).parent
@@ -50,8 +52,8 @@ def facts() -> dict[str, Any]:
 
 
 def handlers() -> Iterator[tuple[str, str]]:
-    """For every POST route, its path and the source of its handler. A route of an included router has its path without
-    the router's prefix in FastAPI, so the handler is found by the schema's path and operation."""
+    """The path of every POST route, and the source code of its handler. FastAPI stores a route of an included router
+    without the router's prefix, so the handler is found by the path and the operation ID in the OpenAPI schema."""
     with variables({"MLFLOW_BACKEND_STORE_URI": "sqlite://"}):
         from mlflow.server import app as flask_app
         from mlflow.server.fastapi_app import app as fastapi_app
@@ -61,14 +63,14 @@ def handlers() -> Iterator[tuple[str, str]]:
             yield rule.rule, source(flask_app.view_functions[rule.endpoint])
     found = [route for route in endpoints(fastapi_app.routes) if "POST" in (route.methods or ())]
     for path, methods in fastapi_app.openapi()["paths"].items():
-        operation = methods.get("post", {}).get("operationId", "")  # the handler's name, then its path
+        operation = methods.get("post", {}).get("operationId", "")  # it begins with the handler's name
         if of_path := [each for each in found if path.endswith(each.path) and operation.startswith(each.name)]:
             handler = max(of_path, key=lambda route: len(route.name))
             yield re.sub(r"\{([^}]+)\}", r"<\1>", path), source(handler.endpoint)
 
 
 def endpoints(routes: Any) -> Iterator[Any]:
-    """The routes of a FastAPI application that have a handler, those of its routers included."""
+    """All routes of a FastAPI application and of its routers, without the routes that have no handler."""
     for route in routes:
         if router := getattr(route, "original_router", None):
             yield from endpoints(router.routes)
@@ -84,7 +86,8 @@ def source(function: Any) -> str:
 
 
 def sources(package: Path) -> dict[str, dict[str, str]]:
-    """Text and hash of each source that the fast path was compared with; both are empty for one that is absent."""
+    """The source code and the hash of each MLflow function and class with which the fast path is compared. If MLflow
+    has no such function or class, both values are empty."""
     hashes = compatibility.hashes(package)
     found = {}
     for file, names in compatibility.SOURCES.items():

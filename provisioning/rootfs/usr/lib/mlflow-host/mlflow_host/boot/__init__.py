@@ -1,1 +1,1 @@
-"""The boot steps, one module per unit of mlflow-host.target, and modules that only they use."""
+"""The boot steps: one module per unit of mlflow-host.target, and the modules that only the boot steps import."""

@@ -1,7 +1,8 @@
-"""Public certificate by ACME (http-01 challenge) with certbot, stored on the data volume.
+"""Request a public certificate with certbot (ACME, http-01 challenge), and store the certificate on the data volume.
 
-certbot writes the response to a challenge to a folder that nginx serves on port 80. The authority must reach that port
-by the requested names. Account and certificates outlive the machine, so a replaced machine does not request new ones.
+certbot writes its response to a challenge into a folder that nginx serves on port 80. The certificate authority must
+be able to connect to port 80 of each requested host name. The ACME account and the certificates stay on the data
+volume when the machine is replaced, so the new machine does not request new certificates.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ HOME = DATA / "certificates" / "acme"
 NAME = "mlflow"
 RENEW_BEFORE = datetime.timedelta(days=30)
 SECONDS = 300
-"""Timeout of one attempt. An authority needs some seconds per challenge."""
+"""Timeout of one attempt. A certificate authority needs some seconds per challenge."""
 
 
 class NotIssued(Exception):
-    """The authority issued no certificate; one line with the reason."""
+    """The authority issued no certificate. The message is one line with the reason."""
 
 
 def issued(
     names: list[str], home: Path = HOME, *, within: datetime.timedelta = datetime.timedelta()
 ) -> nginx.Certificate | None:
-    """The existing certificate, if it is for these names and valid for longer than `within`."""
+    """The stored certificate, if it has exactly these names and stays valid for longer than `within`; else None."""
     live = home / "live" / NAME
     try:
         certificate = x509.load_pem_x509_certificate((live / "fullchain.pem").read_bytes())
@@ -45,12 +46,13 @@ def issued(
 
 
 def public_names(settings: Web) -> list[str]:
-    """The host names that a public authority can certify: no IP addresses, no names without a dot."""
+    """The host names for which a public authority can issue a certificate. IP addresses and names without a dot are
+    left out."""
     return [name for name in settings.hostnames if host_is_public_name(name)]
 
 
 def obtain(settings: Web, home: Path = HOME, challenges: Path = nginx.CHALLENGES) -> nginx.Certificate:
-    """Request a certificate or its renewal. Raises NotIssued."""
+    """Request a new certificate, or renew the stored certificate. Raises NotIssued."""
     names = public_names(settings)
     contact = ["--email", settings.acme_email] if settings.acme_email else ["--register-unsafely-without-email"]
     directory = ["--server", settings.acme_directory] if settings.acme_directory else []
@@ -70,10 +72,10 @@ def obtain(settings: Web, home: Path = HOME, challenges: Path = nginx.CHALLENGES
 
 
 def reason(output: str) -> str:
-    """The cause in certbot's output: the authority's message if there is one."""
+    """The cause of a failure, from certbot's output. The authority's message is preferred."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     details = [line.removeprefix("Detail:").strip() for line in lines if line.startswith("Detail:")]
-    # certbot prints the cause of an unexpected error in the line after this one.
+    # certbot prints the line "An unexpected error occurred", and the cause in the next line.
     named = [after for line, after in pairwise(lines) if line.startswith("An unexpected error occurred")]
     errors = [line for line in lines if any(word in line.lower() for word in ("error", "unable", "failed"))]
     return (details or named or errors or lines or ["certbot gives no reason"])[0][:300]

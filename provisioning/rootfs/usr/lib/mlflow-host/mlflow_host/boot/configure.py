@@ -1,5 +1,5 @@
-"""Boot step `configure`: write the files in /run that the other steps read, from the launch document, the credentials
-and the machine's size. Idempotent."""
+"""Boot step `configure`: write the files in /run that the other boot steps read. The step computes these files from the
+launch document, the credentials and the machine's size. The step is idempotent."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def postgresql_settings(host: HostConfig) -> str:
 
 
 def put_backups(host: HostConfig) -> None:
-    """Write the settings of backups: the bucket, the authority of its endpoint, and the restore request."""
+    """Write pgBackRest's settings, the CA certificate of the bucket's endpoint, and the restore request."""
     authority = host.launch.backups.authority
     if authority:
         nginx.write_private(pgbackrest.AUTHORITY, authority, mode=0o644)
@@ -58,7 +58,7 @@ def put_backups(host: HostConfig) -> None:
 
 
 def environment_file(variables: dict[str, str]) -> str:
-    """Text for systemd's EnvironmentFile=. Raises StepFailed for a value that such a file cannot contain."""
+    """Text for systemd's EnvironmentFile=. Raises StepFailed if a value contains a character that is not printable."""
     unprintable = [name for name, value in variables.items() if not value.isprintable()]
     if unprintable:
         raise StepFailed(f"{', '.join(unprintable)} would contain control characters: correct the launch document")
@@ -70,15 +70,15 @@ def _escaped(value: str) -> str:
 
 
 def units_of(host: HostConfig) -> list[str]:
-    """The units that configure starts: the renewal of MLflow's credentials, the certificate, and the server
-    processes."""
+    """The units that `configure` starts: renewal of MLflow's credentials, certificates, and server processes."""
     encrypted = ["mlflow-host-certificates.service", "mlflow-host-certificates.timer"]
     keys = ["mlflow-host-server-credentials.service", "mlflow-host-server-credentials.timer"]
     return [*keys, *([] if host.launch.web.tls == "off" else encrypted), *host.server_units]
 
 
 def start(*units: str) -> None:
-    """Queue units; systemd starts them in their order, the servers after the database step."""
+    """Tell systemd to start the units, and do not wait. systemd starts the units in the order of their dependencies:
+    the server processes start after the boot step `database`."""
     subprocess.run(["systemctl", "start", "--no-block", *units], check=True)
 
 

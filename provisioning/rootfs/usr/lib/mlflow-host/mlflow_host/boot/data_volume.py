@@ -1,7 +1,7 @@
-"""Boot step `data-volume`: find the stack's EBS volume, format it if it is blank, check it, mount it.
+"""Boot step `data-volume`: find the stack's EBS volume, format a blank volume, check the file system and mount it.
 
-The volume is attached after the machine has started, so the step waits for it. It is formatted only if `blkid -p` finds
-no signature at all; a volume with any other content is refused and not changed.
+The volume is attached after the machine has started, so the step waits for the device. The step formats the volume only
+if `blkid -p` finds no signature. If the volume has foreign content, the step fails and does not change the volume.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAYOUT = {
     "certificates": ("root", 0o700),
     "tmp": ("mlflow", 0o700),
 }
-"""Folders at the top of the volume: owner and mode."""
+"""Owner and mode of each folder at the top of the data volume."""
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         if not is_mounted():
             check(device, volume)
             mount(device)
-        problem = file_system.grow(device)  # the boot continues; the disk space timer reports it
+        problem = file_system.grow(device)  # a problem does not stop the boot; the disk space timer reports it
         lay_out(config.DATA, volume)
         free = shutil.disk_usage(config.DATA).free // 2**20
         s.say(f"{volume} is mounted on {config.DATA}, {free} MiB free" + f"; {problem}" * bool(problem))
@@ -53,8 +53,7 @@ def main() -> None:
 def wait_for(
     volume: str, say: Callable[[str], None], *, by_id: Path = BY_ID, patience: float = PATIENCE_SECONDS
 ) -> Path:
-    """The device of an EBS volume, once it is attached. Raises StepFailed if that takes longer than `patience`
-    seconds."""
+    """Wait until an EBS volume is attached, and return its device. Raises StepFailed after `patience` seconds."""
     link = by_id / f"nvme-Amazon_Elastic_Block_Store_{volume.replace('-', '')}"
     give_up = time.monotonic() + patience
     if not link.exists():
@@ -67,10 +66,10 @@ def wait_for(
 
 
 def is_blank(device: Path, volume: str) -> bool:
-    """Whether the device has never been written. Raises StepFailed if it has foreign content."""
+    """Return True for a device without a signature, False for a data volume. Raises StepFailed for other content."""
     probe = subprocess.run(["blkid", "-p", "-o", "export", str(device)], capture_output=True, text=True)
     if probe.returncode == 2:
-        # blkid also returns this status if it cannot read the device, which then must not be formatted.
+        # blkid also returns status 2 if it cannot read the device. An unreadable device must not be formatted.
         require_readable(device, volume)
         return True
     if probe.returncode not in (0, 8):
@@ -80,13 +79,13 @@ def is_blank(device: Path, volume: str) -> bool:
         return False
     known = [f"{key.lower()} {found[key]}" for key in ("TYPE", "LABEL", "PTTYPE") if key in found]
     raise StepFailed(
-        f"the volume {volume} holds something else ({', '.join(known) or 'several signatures'}): it was not changed; "
-        "name the stack's own data volume, or a blank one"
+        f"the volume {volume} has foreign content ({', '.join(known) or 'several signatures'}) and was not changed: "
+        "name the stack's own data volume or a blank volume"
     )
 
 
 def require_readable(device: Path, volume: str) -> None:
-    """Raises StepFailed unless both ends of the device, which contain the signatures, can be read."""
+    """Read both ends of the device, where a file system has its signatures. Raises StepFailed if a read fails."""
     try:
         with device.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -103,22 +102,25 @@ def require_readable(device: Path, volume: str) -> None:
 
 
 def check(device: Path, volume: str) -> None:
-    """Replay the journal and repair what can be repaired without loss (a clean file system takes milliseconds)."""
+    """Run e2fsck, which replays the journal and makes the repairs that lose no data. On a clean file system, e2fsck
+    takes milliseconds."""
     fsck = subprocess.run(["e2fsck", "-p", str(device)], capture_output=True, text=True)
     if fsck.returncode >= 4:
         raise StepFailed(
-            f"the file system on {volume} is damaged beyond what e2fsck repairs by itself: "
+            f"the file system on {volume} is damaged, and e2fsck cannot repair it automatically: "
             "take a snapshot, then restore a backup or run e2fsck by hand"
         )
 
 
 def is_mounted() -> bool:
-    """Queries systemd: inside this unit's sandbox, /srv/mlflow is always a mount point."""
+    """Ask systemd whether the volume is mounted. /srv/mlflow is always a mount point in the sandbox of this unit, so a
+    check of the mount point would not help."""
     return subprocess.run(["systemctl", "is-active", "--quiet", "srv-mlflow.mount"]).returncode == 0
 
 
 def mount(device: Path) -> None:
-    """Mount by systemd, which then unmounts it at shutdown after all units that use it."""
+    """Mount the volume through systemd. At shutdown, systemd first stops all units that use the volume, and then
+    unmounts the volume."""
     new = config.DATA_DEVICE.with_name(".data-volume.new")
     new.unlink(missing_ok=True)
     new.symlink_to(device)
@@ -127,7 +129,7 @@ def mount(device: Path) -> None:
 
 
 def lay_out(data: Path, volume: str) -> None:
-    """Create folders and the format file. User IDs differ between images, so the folders' owners are set again."""
+    """Create the folders and the format file, and set the folders' owners, because user IDs differ between images."""
     mark = data / "format"
     found = mark.read_text().strip() if mark.exists() else str(FORMAT)
     if found != str(FORMAT):

@@ -7,11 +7,12 @@
     empty      create        load the empty database that the bake dumped, flip
     same       same          do nothing; MLflow is not imported
     older      upgrade       copy the database, migrate the copy, merge kept databases back, verify, flip
-    newer      carry back    load the empty database, copy all tables and columns in both schemas, verify, flip
+    newer      carry back    load the empty database, copy the tables and columns that both schemas have, verify, flip
 
-The step only reads the database in service until the flip, one transaction that renames it and gives its name to its
-successor. After a crash before the flip, the old database is still in service, and the next boot drops the unfinished
-ones. The replaced database is kept under a name with its migration head and the time.
+Before the flip, the step only reads the database in service. The flip is one transaction: it renames the database in
+service and gives its name to the new database. After a crash before the flip, the old database remains in service, and
+the next boot drops unfinished databases. The replaced database is kept under a new name, which contains the time and
+the migration head of the replaced database.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def from_machine() -> ChangeSettings:
-    """Settings from the host's configuration and image.json. Raises StepFailed when one of them is missing."""
+    """Settings from the host's configuration and from image.json. Raises StepFailed if one of the files is missing."""
     from mlflow_host.machine import config
     from mlflow_host.postgres import pgbackrest
 
@@ -77,7 +78,7 @@ def from_machine() -> ChangeSettings:
         host, image = config.load(), of_this_image()
     except OSError as error:
         raise StepFailed(
-            f"{error.filename} cannot be read: the configure step and the bake write these files"
+            f"{error.filename} cannot be read: the step configure or the bake should have written it"
         ) from None
     cluster = Cluster(host=str(config.POSTGRESQL_SOCKETS))
     dumper = dump_file.dumper_to(cluster, pgbackrest.bucket(host.launch))
@@ -90,14 +91,15 @@ class ConnectionLost(StepFailed):
 
 def connection_lost(error: BaseException) -> ConnectionLost:
     return ConnectionLost(
-        f"the connection to PostgreSQL was lost: {sentence(error)}; the database in service is unchanged: start the "
-        "machine again"
+        f"the connection to PostgreSQL was lost ({sentence(error)}); the database in service is unchanged: reboot the "
+        "machine"
     )
 
 
 def bring_with_retries(settings: ChangeSettings, say: Say, seconds: float = 60) -> str:
-    """Run `bring`, and again, at most three times in all, if PostgreSQL was killed and accepts connections within
-    `seconds`. systemd restarts PostgreSQL, but not this step once it has failed."""
+    """Run `bring`. If the connection to PostgreSQL is lost and PostgreSQL accepts connections again within `seconds`,
+    run `bring` again, at most three times in total. systemd restarts PostgreSQL, but does not restart a failed boot
+    step."""
     for _ in range(2):
         try:
             return bring(settings, say)
@@ -109,7 +111,7 @@ def bring_with_retries(settings: ChangeSettings, say: Say, seconds: float = 60) 
 
 
 def wait_for_postgresql(cluster: Cluster, seconds: float) -> bool:
-    """Whether PostgreSQL accepts connections within `seconds`."""
+    """Wait for PostgreSQL. Returns whether PostgreSQL accepts connections within `seconds`."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         if accepts_connections(cluster):
@@ -119,8 +121,8 @@ def wait_for_postgresql(cluster: Cluster, seconds: float) -> bool:
 
 
 def bring(settings: ChangeSettings, say: Say) -> str:
-    """Perform the action that the database needs. Returns a sentence. Raises StepFailed, with the old database in
-    service."""
+    """Bring the database to this image's schema. Returns a sentence for the status page. If the action fails, the old
+    database stays in service, and `bring` raises StepFailed."""
     try:
         state = read_state(settings.cluster)
         if state.head == settings.image.head and nothing_left_over(settings):
@@ -136,8 +138,8 @@ def bring(settings: ChangeSettings, say: Say) -> str:
         if "DiskFull" in str(error) or os.strerror(errno.ENOSPC) in str(error):  # MLflow's text of PostgreSQL's error
             raise volume_is_full(settings.cluster, error) from error
         raise StepFailed(
-            f"the database could not be brought to MLflow {settings.image.mlflow_version}: {sentence(error)}; it is "
-            "unchanged: pin the image that served it last, and report this with the journal of this machine"
+            f"the database could not be brought to MLflow {settings.image.mlflow_version}: {sentence(error)}. The "
+            "database is unchanged: pin the previous image, and report this error with the journal of this machine"
         ) from error
     except OSError as error:
         raise StepFailed(
@@ -146,7 +148,8 @@ def bring(settings: ChangeSettings, say: Say) -> str:
 
 
 def volume_is_full(cluster: Cluster, error: BaseException) -> StepFailed:
-    """Names only the kept databases that hold nothing that waits for an upgrade."""
+    """The error for a full data volume. The message names the kept databases that an administrator may drop, because
+    they hold no data for a later upgrade."""
     idle: list[str] = []
     with suppress(psycopg2.Error), connection(cluster) as opened:
         record = ownership.read(opened, cluster.database)
@@ -155,7 +158,7 @@ def volume_is_full(cluster: Cluster, error: BaseException) -> StepFailed:
     return StepFailed(
         f"the data volume is full ({sentence(error)}); the database in service is unchanged: make the volume larger "
         "(the setting dataVolumeGib)"
-        + (f", or drop a kept database: {', '.join(idle)} hold nothing that waits for an upgrade" if idle else "")
+        + (f", or drop a kept database: {', '.join(idle)} hold no data for a later upgrade" if idle else "")
     )
 
 
@@ -178,10 +181,11 @@ def bring_locked(settings: ChangeSettings, say: Say) -> str:
 
 @contextmanager
 def step_lock(cluster: Cluster, seconds: int = 30) -> Iterator[None]:
-    """Hold an advisory lock, so that one step runs at a time. PostgreSQL releases a killed step's lock.
+    """Hold an advisory lock, so only one boot step `database` runs at a time. If the step is killed, PostgreSQL
+    releases the lock.
 
-    Raises ConnectionLost if the lock's connection is lost when the block fails, for any exception type, because MLflow
-    wraps connection errors."""
+    If the `with` block fails and the connection that holds the lock is also lost, raises ConnectionLost. MLflow wraps
+    connection errors in its own exceptions, so the type of the block's exception does not show a lost connection."""
     with connection(cluster, autocommit=True) as opened:
         run(opened, f"SET lock_timeout = '{seconds}s'")
         try:
@@ -201,7 +205,7 @@ def step_lock(cluster: Cluster, seconds: int = 30) -> Iterator[None]:
 
 
 def sentence(error: BaseException) -> str:
-    """The first line of an error."""
+    """The first line of the error's message, without the full stop."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 

@@ -1,8 +1,10 @@
-"""Boot step `postgresql`: create the cluster on first use, refuse one of another major, then execute PostgreSQL.
+"""Boot step `postgresql`: create the cluster at the first boot, refuse a cluster of another major version, and execute
+PostgreSQL.
 
-The cluster's folder contains only data. Its configuration and access rules come from the image and from `configure`, so
-the same cluster runs with any image of its major. The locale is the C library's C.UTF-8: it sorts by code point on
-every distribution. ICU and other locales change their order between versions, which would corrupt indexes.
+The cluster's folder contains only data. The configuration and the access rules come from the image and from the step
+`configure`, so every image with the same major version of PostgreSQL can use the cluster. The locale is C.UTF-8 of the
+C library, which sorts by code point on every distribution. With ICU and other locales, the sort order can change
+between versions of the library, which would corrupt indexes.
 """
 
 from __future__ import annotations
@@ -37,11 +39,11 @@ def main(arguments: list[str]) -> None:
 
 
 def take_over_lock_file(cluster: Path) -> None:
-    """Write this process's ID, which will be PostgreSQL's, into the postmaster.pid of a postmaster that no longer runs.
+    """Write the ID of this process, which becomes PostgreSQL's ID, into postmaster.pid if no postmaster runs.
 
-    A machine that lost power leaves the file, and after the boot the ID in it may belong to another process of this
-    user. PostgreSQL then refuses to start. The rest of the file stays: it contains the key of the shared memory, by
-    which PostgreSQL detects backends of a killed postmaster.
+    After a power loss, postmaster.pid remains, and the process ID in postmaster.pid may belong to another process of
+    this user, so PostgreSQL would not start. The other lines of postmaster.pid stay unchanged, because they include the
+    key of the shared memory, which PostgreSQL needs to detect backends of a killed postmaster.
     """
     lock = cluster / "postmaster.pid"
     try:
@@ -54,7 +56,7 @@ def take_over_lock_file(cluster: Path) -> None:
 
 
 def is_postmaster(process: int, cluster: Path) -> bool:
-    """Whether a process runs PostgreSQL on this cluster. Processes of other users cannot."""
+    """Whether a process is a PostgreSQL server of this cluster. For a process of another user, the result is False."""
     try:
         where, what = (Path(f"/proc/{process}/{link}").readlink() for link in ("cwd", "exe"))
     except OSError:
@@ -63,14 +65,15 @@ def is_postmaster(process: int, cluster: Path) -> bool:
 
 
 def prepare(clusters: Path, major: int, programs: Path, s: BootStep) -> Path:
-    """The cluster of this major; created if the volume has none. Raises StepFailed if it has one of another major."""
+    """Return the cluster of this major version, and create it on a volume without a cluster. Raises StepFailed if the
+    volume has only a cluster of another major version."""
     others = sorted(path.name for path in clusters.iterdir() if path.name.isdigit() and path.name != str(major))
     cluster = clusters / str(major)
     if others and not cluster.exists():
         raise StepFailed(
             f"the data volume holds a PostgreSQL {others[-1]} cluster and this image runs PostgreSQL {major}: nothing "
-            f"was changed; pin an image with PostgreSQL {others[-1]}, or move by dump and restore: take a dump there "
-            "with `mlflow-host-dump`, and set restoreFrom to its name with this image"
+            f"was changed; pin an image with PostgreSQL {others[-1]}. To move the data to PostgreSQL {major}, run "
+            "`mlflow-host-dump` on that image, then pin this image and set restoreFrom to the name of the dump"
         )
     if not cluster.exists():
         s.say(f"creating a PostgreSQL {major} cluster")

@@ -1,10 +1,10 @@
-"""The stack's private certificate authority and the server certificate that it signs, stored on the data volume.
+"""Create the stack's private certificate authority (CA), and sign the server's certificate with it.
 
-Both outlive every image, so a client that trusts the authority trusts the server after every upgrade and rollback. The
-authority signs certificates of this one server only.
+The CA and the certificate are on the data volume, so clients that trust the CA also trust the server after every
+upgrade and rollback. The CA signs only certificates of this server.
 
 Files below the given directory (default /srv/mlflow/certificates), all PEM:
-    ca.crt  ca.key          the authority; only root can read the key
+    ca.crt  ca.key          the CA's certificate and key; only root can read the key
     server.crt  server.key  the server's certificate (with the names as subject alternative names) and its key
 """
 
@@ -25,8 +25,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 DIRECTORY = Path("/srv/mlflow/certificates")
 CA_LIFETIME = datetime.timedelta(days=3650)
-# Apple and Chromium accept server certificates for at most 398 days (CA/Browser Forum baseline requirements 6.3.2,
-# before the reductions of 2026). Let's Encrypt uses 90 days, with a renewal 30 days before the end.
+# Apple and Chromium accept server certificates of at most 398 days (CA/Browser Forum baseline requirements 6.3.2,
+# before the reductions of 2026). A certificate from Let's Encrypt is valid for 90 days, and clients renew it 30 days
+# before the end.
 SERVER_LIFETIME = datetime.timedelta(days=90)
 RENEW_BEFORE = datetime.timedelta(days=30)
 
@@ -36,15 +37,16 @@ class Certificates:
     ca: Path
     certificate: Path
     key: Path
-    renewed: bool  # whether this call wrote a new server certificate; nginx must then reload
+    renewed: bool  # True if this call wrote a new server certificate; nginx must then reload
 
 
 def ensure(names: tuple[str, ...], directory: Path = DIRECTORY, now: datetime.datetime | None = None) -> Certificates:
-    """Create the authority if it is missing. Create a server certificate if it is missing, invalid, for other names,
-    signed by another authority, or within RENEW_BEFORE of its end. Idempotent.
+    """Create the authority if it is missing. Create a new server certificate if the certificate is missing or invalid,
+    has other names, was signed by another authority, or expires within RENEW_BEFORE. Idempotent.
 
-    `names`: the server's host names and IP addresses, first the one in the URL. Raises ValueError when empty. Files are
-    written to temporary names and renamed, the key before the certificate.
+    `names` are the server's host names and IP addresses. The first name is the host in the server's URL. Raises
+    ValueError if `names` is empty. Each file is written under a temporary name and then renamed. The key is written
+    before the certificate.
     """
     if not names:
         raise ValueError("a server certificate needs at least one name")
@@ -69,7 +71,7 @@ def _authority(
         key = serialization.load_pem_private_key(key_path.read_bytes(), password=None)
         certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
         if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ValueError(f"{key_path} holds no elliptic-curve key; move {directory} away to create a new authority")
+            raise ValueError(f"{key_path} has no elliptic-curve key; move {directory} away to create a new authority")
         if certificate.not_valid_after_utc - now > SERVER_LIFETIME:
             return key, certificate
     key = ec.generate_private_key(ec.SECP256R1())
@@ -92,7 +94,7 @@ def _authority(
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
-    # The certificate is written last: if it exists, the key exists too.
+    # The certificate is written after the key, so a key exists for every certificate.
     _write(key_path, _private_pem(key), 0o600)
     _write(certificate_path, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
     return key, certificate

@@ -1,4 +1,4 @@
-"""Boot step `ready`: wait until every MLflow process has answered a query that reads from PostgreSQL."""
+"""Boot step `ready`: wait until every MLflow process has answered a request that reads from PostgreSQL."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlflow_host.machine import config
 from mlflow_host.machine.status import StepFailed, step
 
 QUERY = "/api/2.0/mlflow/experiments/search?max_results=1"
-"""Unlike /health, this request reads from the database."""
+"""MLflow reads from the database to answer this request, but not to answer /health."""
 
 PATIENCE_SECONDS = 300
 
@@ -27,7 +27,8 @@ def main() -> None:
 
 
 def wait_for(n: int, patience: float = PATIENCE_SECONDS) -> None:
-    """Wait for process n. Raises StepFailed when its unit has failed, or after `patience` seconds."""
+    """Wait until the MLflow process number `n` answers a request. Raises StepFailed if the unit of the process fails,
+    or if the process has not answered after `patience` seconds."""
     unit = f"mlflow-server@{n}.service"
     give_up = time.monotonic() + patience
     check_unit = time.monotonic() + 2
@@ -54,14 +55,14 @@ def answers(uds: Path) -> bool:
 
 
 def has_failed(unit: str, systemctl: Callable[..., str] = lambda *a: _output("systemctl", *a)) -> bool:
-    """Whether a unit has failed, or systemd has restarted it three times."""
+    """Whether a unit has failed, or has been restarted at least three times by systemd."""
     shown = systemctl("show", unit, "--property=ActiveState,NRestarts")
     values = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
     return values.get("ActiveState") == "failed" or int(values.get("NRestarts") or 0) >= 3
 
 
 def last_words(unit: str) -> str:
-    """The unit's last line in the journal, as the reason for its failure."""
+    """The unit's last line in the journal, which usually states the reason for a failure."""
     lines = _output("journalctl", f"_SYSTEMD_UNIT={unit}", "--output=cat", "--lines=1", "--quiet").splitlines()
     return lines[-1][:300] if lines else f"see `journalctl -u {unit}`"
 

@@ -1,7 +1,7 @@
-"""Unit `mlflow-host-failure@`: show the failure of a boot unit on the status page. systemd runs it by OnFailure=.
+"""Unit `mlflow-host-failure@`, started by OnFailure= of boot units: show the unit's failure on the status page.
 
-A step that fails records its own reason. A step that was killed (out of memory, timeout) or that runs another program
-(PostgreSQL) does not, and would stay "running" on the page.
+A boot step that fails with an error records the reason itself. A step that was killed (out of memory, timeout) or that
+executes another program (PostgreSQL) records no reason, so the status page would show the step as "running".
 
     python -m mlflow_host.boot.report_failure mlflow-host-postgresql.service
 """
@@ -24,13 +24,14 @@ def main(unit: str) -> None:
         return
     result = result_of(unit)
     if result == "success":
-        return  # the unit never started, because a unit that it requires has failed and is reported itself
+        return  # the unit never started, because a required unit failed, and that failure has its own report
     BootStep(name, config.RUN).record("failed", f"{unit} ended with {result}: {last_words(unit)}")
     print(f"mlflow-host: {unit} ended with {result}", file=sys.stderr)
 
 
 def result_of(unit: str) -> str:
-    """systemd's Result of a unit, such as exit-code, oom-kill or timeout; success if it never started."""
+    """The property Result of a systemd unit, for example exit-code, oom-kill or timeout. For a unit that never started,
+    Result is success."""
     command = ["systemctl", "show", unit, "--property=Result", "--value"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 

@@ -1,7 +1,7 @@
-"""Unit `mlflow-host-in-service`: write the schema and image in service to the stack's parameter, after `database`.
+"""Unit `mlflow-host-in-service`: write the image and the database schema that are in service to an SSM parameter.
 
-`pulumi preview` compares the report with the pinned image. No unit waits for this one; systemd restarts it when it
-fails.
+The unit runs after the boot step `database`. `pulumi preview` compares the report with the pinned image. No other unit
+depends on this unit. systemd restarts this unit when it fails.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Formats and names shared by the machine, the Pulumi program and the scripts. Standard library only.
+"""Formats and names that the machine, the Pulumi program and the scripts share.
 
-infra/ and scripts/ may import this package and no other of mlflow_host.
+This package imports only the standard library. infra/ and scripts/ may import this package, but no other package of
+mlflow_host.
 """

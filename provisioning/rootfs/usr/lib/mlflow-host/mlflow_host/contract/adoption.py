@@ -1,15 +1,15 @@
-"""Adoption: the files by which `scripts/adopt.py` and the machine communicate in the backups bucket.
+"""The files of an adoption (a move from another server), which `scripts/adopt.py` and the machine exchange in a bucket.
 
     adoptions/NAME/manifest.json      the source's migration and tables             written by adopt.py
     adoptions/NAME/rows/TABLE.gz      the rows of one table                         written by adopt.py
     adoptions/NAME/request.json       the action for the machine                    written by adopt.py
-    adoptions/NAME/status.json        which request, how far, why it failed         written by the machine
-    adoptions/NAME/prepared.json.gz   IDs, names, locations, misfits      written by the machine
-    adoptions/NAME/loaded.json        rows there, carried, missing, changed         written by the machine
+    adoptions/NAME/status.json        request ID, progress, error                   written by the machine
+    adoptions/NAME/prepared.json.gz   IDs, names, locations, misfits                written by the machine
+    adoptions/NAME/loaded.json        numbers of compared, missing, changed rows    written by the machine
     adoptions/NAME/report-….json      the verdict                                   written by adopt.py
 
-NAME names the source. A file of rows has one line per row, in the text format of PostgreSQL's COPY, compressed by gzip.
-Every value is text: numbers in decimal, bytes as \\x and hexadecimal digits, NULL as \\N.
+NAME is the name of the source. A file of rows has one line per row, in the text format of PostgreSQL's COPY, and is
+compressed with gzip. Every value is text: numbers are decimal, bytes are \\x and hexadecimal digits, NULL is \\N.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ ACTIONS = ("prepare", "load", "report")
 ON_CLASH = ("refuse", "skip", "rename")
 
 ADOPTED_TAG = "mlflow-ami.adopted"
-"""Tag of an adopted experiment: "NAME:<experiment ID of the source>". A second adoption finds the experiment by it."""
+"""Tag of an adopted experiment: "NAME:<experiment ID of the source>". A later adoption searches for the tag."""
 
 
 class AdoptionError(Exception):
-    """A file of an adoption cannot be used, or the adoption cannot continue; one sentence with the reason."""
+    """A file of an adoption is invalid, or the adoption cannot continue. The message is one sentence."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table of the source. `bytes` is the size of its rows, `sha256` the digest of the compressed file."""
+    """One table of the source. `bytes` is the size of the rows. `sha256` is the digest of the compressed file."""
 
     columns: tuple[str, ...]
     rows: int
@@ -48,8 +48,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`head`: the source's migration. `removed`: by "table.column", number of values from which NUL characters or
-    broken UTF-8 were removed, because PostgreSQL cannot store them."""
+    """`head` is the newest migration of the source's database. adopt.py removes NUL characters and broken UTF-8 from
+    values, because PostgreSQL cannot store them. `removed` maps "table.column" to the number of values that adopt.py
+    has changed."""
 
     head: str
     tables: Mapping[str, Table]
@@ -59,10 +60,10 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Request:
-    """`id` is new for each request. `dry_run`: the database in service does not change. `prefix` goes before the
-    names of experiments and registered models. `leave_artifacts`: artifact locations stay as they are. `lossy`: carry
-    rows with values that do not fit, shortened or left behind. `with_secrets`: secrets and webhooks are encrypted with
-    this stack's passphrase."""
+    """Each request has a new `id`. With `dry_run`, the database in service does not change. `prefix` is put before the
+    names of experiments and registered models. With `leave_artifacts`, artifact locations do not change. With `lossy`,
+    values that the target columns cannot store are shortened or left out. With `with_secrets`, the rows include secrets
+    and webhooks, which adopt.py has encrypted with this stack's passphrase."""
 
     id: str
     action: str
@@ -76,9 +77,9 @@ class Request:
 
 
 def key(name: str, file: str) -> str:
-    """Key of a file in the backups bucket. Raises AdoptionError for a bad name."""
+    """Object key of an adoption's file in the backups bucket. Raises AdoptionError for an invalid name."""
     if not NAME.fullmatch(name):
-        raise AdoptionError(f"{name!r} does not name a source: use 1 to 40 of a-z, 0-9 and -")
+        raise AdoptionError(f"{name!r} is not a valid source name: use 1 to 40 of the characters a-z, 0-9 and -")
     return f"{PREFIX}{name}/{file}"
 
 
@@ -111,7 +112,7 @@ def parse_request(text: bytes) -> Request:
     known = {each.name for each in dataclasses.fields(Request)}
     if unknown := raw.keys() - known:
         raise AdoptionError(
-            f"the request has {', '.join(sorted(unknown))}, which this image does not know: use the adopt.py of its "
+            f"this image does not support {', '.join(sorted(unknown))} in a request: use the adopt.py of the image's "
             "release, or a newer image"
         )
     try:
@@ -119,7 +120,7 @@ def parse_request(text: bytes) -> Request:
     except TypeError as error:
         raise AdoptionError(f"the request of the adoption is invalid ({error}): run adopt.py again") from None
     if request.action not in ACTIONS or request.on_clash not in ON_CLASH:
-        raise AdoptionError(f"the request has {request.action!r} and {request.on_clash!r}, which this image lacks")
+        raise AdoptionError(f"this image does not support action {request.action!r} with {request.on_clash!r}")
     return request
 
 
@@ -129,7 +130,7 @@ def _mapping(text: bytes, what: str) -> dict[str, Any]:
     except ValueError:
         raw = None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise AdoptionError(f"the {what} of the adoption is not of format {FORMAT}: run adopt.py again")
+        raise AdoptionError(f"the {what} of the adoption does not have format {FORMAT}: run adopt.py again")
     return raw
 
 
@@ -138,7 +139,7 @@ _SPECIAL = re.compile(r"[\\\n\r\t]")
 
 
 def escape(value: str | None) -> str:
-    """One value for a line of a file of rows. NUL characters must have been removed."""
+    """Escape one value for a file of rows. The caller must remove NUL characters first."""
     if value is None:
         return "\\N"
     return _SPECIAL.sub(lambda found: _ESCAPES[found[0]], value)
@@ -149,7 +150,7 @@ _ESCAPED = re.compile(r"\\(x[0-9a-fA-F]{1,2}|[0-7]{1,3}|.)", re.DOTALL)
 
 
 def unescape(field: str) -> str | None:
-    """The value of a field in COPY's text format, which pg_dump also uses."""
+    """The value of one field in the text format of COPY. pg_dump uses this format, too."""
     if field == "\\N":
         return None
     return _ESCAPED.sub(_unescaped, field) if "\\" in field else field

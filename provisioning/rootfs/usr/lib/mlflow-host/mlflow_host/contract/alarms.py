@@ -1,7 +1,7 @@
-"""The metrics that a machine sends to CloudWatch, the stack's alarms on them, and the plots of its dashboard.
+"""The metrics that a machine sends to CloudWatch, the stack's alarms on these metrics, and the dashboard's plots.
 
-CloudWatch charges per metric and per alarm, so the machine sends the metrics of the stack's alarms and dashboard only.
-The namespace is the stack's own; `DISK_USED` has the data volume's ID as its dimension, the others have none.
+CloudWatch charges per metric and per alarm, so the machine sends only the metrics that alarms or the dashboard use.
+Every stack has its own namespace. Only the metric `DISK_USED` has a dimension, the ID of the data volume.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 WARN_PERCENT, RELENT_PERCENT, REFUSE_PERCENT = 90, 95, 97
-"""Use of the data volume: the alarm is on from WARN; writes are refused from REFUSE until it is below RELENT."""
+"""Used share of the data volume. The alarm `data-volume-full` is on from WARN_PERCENT. From REFUSE_PERCENT, nginx
+refuses writes until less than RELENT_PERCENT is used."""
 
 DISK_USED = "DiskUsedPercent"
 VOLUME = "VolumeId"
@@ -19,11 +20,11 @@ VOLUME = "VolumeId"
 
 @dataclass(frozen=True)
 class Alarm:
-    """An alarm on one metric. It is on when `statistic` of the metric breaches the threshold in `periods` periods of
-    `period_seconds` in a row."""
+    """An alarm on one metric. The alarm is on if `statistic` of the metric breaches the threshold in `periods`
+    consecutive periods of `period_seconds`."""
 
     name: str
-    """The alarm's name in the setting `alarms`, in the launch document and as a Pulumi resource."""
+    """The alarm's name in the setting `alarms` and in the launch document, and the name of its Pulumi resource."""
     metric: str
     unit: str
     """CloudWatch's unit."""
@@ -33,10 +34,10 @@ class Alarm:
     period_seconds: int
     periods: int
     says: str
-    """The fault and the remedy; `{title}` is the stack's name."""
+    """The alarm's message: the fault and the remedy. `{title}` is replaced by the stack's name."""
     missing: str = "missing"
-    """Meaning of a period without data. Only SERVER_DOWN counts it as a breach: the machine sends all metrics in one
-    call, so without data that alarm is on, and one message is enough."""
+    """How CloudWatch treats a period without data. Only the alarm SERVER_DOWN treats missing data as a breach. The
+    machine sends all metrics in one call, so missing data affects every alarm, and one message is enough."""
 
 
 SERVER_DOWN = Alarm(
@@ -49,13 +50,13 @@ ALARMS = (
     SERVER_DOWN,
     Alarm(
         *("data-volume-full", DISK_USED, "Percent", "Maximum", "GreaterThanOrEqualToThreshold", WARN_PERCENT, 300, 1),
-        f"The data volume of {{title}} is {WARN_PERCENT} % full or more; from {REFUSE_PERCENT} % on the server refuses "
-        "writes. Enlarge it (the setting dataVolumeGib).",
+        f"The data volume of {{title}} is at least {WARN_PERCENT} % full. At {REFUSE_PERCENT} % the server refuses "
+        "writes. Enlarge the volume (the setting dataVolumeGib).",
     ),
     Alarm(
         *("backups-late", "BackupProblems", "Count", "Minimum", "GreaterThanOrEqualToThreshold", 1, 60, 1),
         "A backup of {title} is late: the archive of the write-ahead log, the base backup or the dump. The page "
-        "/mlflow-host/backups.json of the server names it and the remedy.",
+        "/mlflow-host/backups.json of the server names the late backup and the remedy.",
     ),
     Alarm(
         *("memory-full", "MemoryUsedPercent", "Percent", "Minimum", "GreaterThanOrEqualToThreshold", 95, 300, 2),
@@ -77,11 +78,11 @@ ALARMS = (
 )
 NAMES = tuple(alarm.name for alarm in ALARMS)
 STATUS_CHECK = "status-check"
-"""The alarm on EC2's check of the instance, which reboots it. The machine sends nothing for it."""
+"""The alarm on EC2's status check. The alarm reboots the instance, and needs no metric from the machine."""
 OF_OLDER_IMAGES = ("data-volume-full",)
-"""Alarms whose metric is sent by an image that does not know the launch document's `monitoring.alarms`."""
+"""Alarms whose metrics are sent even by images that do not support `monitoring.alarms` in the launch document."""
 SINCE = 5
-"""The launch document's revision of that key."""
+"""The revision of the launch document that added the key `monitoring.alarms`."""
 
 
 REQUESTS, MEDIAN, SLOW = "RequestsPerSecond", "LatencyMedian", "LatencyPercentile95"
@@ -89,7 +90,7 @@ REQUESTS, MEDIAN, SLOW = "RequestsPerSecond", "LatencyMedian", "LatencyPercentil
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot of the dashboard. Those of requests, latency and disk are those of the page /mlflow-host/."""
+    """A plot of the dashboard. The page /mlflow-host/ has the same plots of requests, latency and disk."""
 
     title: str
     metrics: tuple[str, ...]
@@ -111,16 +112,16 @@ UNITS = {
 
 
 def metrics(names: Iterable[str], dashboard: bool) -> set[str]:
-    """The metrics that the named alarms watch and, if `dashboard`, those that the dashboard plots."""
+    """The metrics of the named alarms. With `dashboard`, the metrics of the dashboard's plots are added."""
     watched = {alarm.metric for alarm in ALARMS if alarm.name in set(names)}
     return watched | {metric for plot in PLOTS if dashboard for metric in plot.metrics}
 
 
 def fed_by(launch_revision: int) -> tuple[str, ...]:
-    """The alarms whose metrics an image of that launch revision sends."""
+    """The alarms whose metrics are sent by an image with the given launch revision."""
     return NAMES if launch_revision >= SINCE else OF_OLDER_IMAGES
 
 
 def namespace(stack: str) -> str:
-    """CloudWatch namespace of the stack. Each stack has its own, so that its role's permission can be limited to it."""
+    """CloudWatch namespace of the stack. The role of a stack may send metrics only to the namespace of its stack."""
     return f"mlflow-ami/{stack}"

@@ -1,4 +1,4 @@
-"""Which of the two buckets holds an artifact."""
+"""Decide whether an artifact is stored in the bucket for artifacts or in the bucket for models."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import re
 
 
 def is_of_model(key: str) -> bool:
-    """Whether a key belongs to a logged model: <experiment>/models/m-<32 hexadecimal digits>/…"""
+    """Whether an object key belongs to a logged model: <experiment>/models/m-<32 hexadecimal digits>/…"""
     return re.search(r"(^|/)models/m-[0-9a-f]{32}(/|$)", key) is not None

@@ -1,9 +1,10 @@
-"""The credentials parameter, format 1: the users with their roles, and the stack's KEK passphrase.
+"""The SSM parameter with the credentials, format 1: users with their roles, and the stack's KEK passphrase.
 
     {"format": 1, "kek_passphrase": "…", "users": {"ada": {"password": "…", "role": "writer"}}}
 
-The short form `"users": {"ada": "password"}` is accepted too: the first user is an admin, the others are writers. A
-password is in clear text or already hashed for nginx ({SSHA}, $apr1$, $2y$, $6$). No error message contains a password.
+The short form `"users": {"ada": "password"}` is also accepted. In the short form, the first user is an admin and all
+other users are writers. A password is clear text or a hash for nginx ({SSHA}, $apr1$, $2y$, $6$). Error messages never
+contain a password.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 FORMAT = 1
 ROLES = ("admin", "writer", "reader")
 HASHED = re.compile(r"\{SSHA\}[A-Za-z0-9+/]+=*|\$(apr1|1|5|6|y|2[aby])\$[!-~]+")
-"""Hashes that nginx or the C library's crypt() can verify."""
+"""Matches the password hashes that nginx or crypt() of the C library can verify."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Credentials:
 
 
 class CredentialsError(ValueError):
-    """`problems` has one sentence per mistake, without secrets."""
+    """The credentials are invalid. `problems` has one sentence per mistake. The sentences contain no secrets."""
 
     def __init__(self, problems: list[str]):
         self.problems = problems
@@ -45,7 +46,7 @@ class CredentialsError(ValueError):
 
 
 def parse(text: str) -> Credentials:
-    """Raises CredentialsError with every problem found."""
+    """Parse the parameter's text. Raises CredentialsError, which lists every problem."""
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError):
@@ -69,8 +70,8 @@ def parse(text: str) -> Credentials:
 
 
 def webhook_key(kek_passphrase: str) -> str:
-    """A Fernet key that is the same on every machine of the stack. Without it, each MLflow process generates its own
-    key, and another process cannot even list webhooks with a secret."""
+    """A Fernet key that is equal on every machine of the stack. Without a common key, each MLflow process would
+    generate its own key, and the other processes could not list a webhook that has a secret."""
     derived = hmac.digest(kek_passphrase.encode(), b"mlflow-host: secrets of webhooks", "sha256")
     return base64.urlsafe_b64encode(derived).decode()
 
@@ -91,14 +92,14 @@ def _user(name: str, value: Any, default_role: str, problems: list[str]) -> User
 
 
 def _shown(name: str) -> str:
-    """A name for an error message: at most 70 printable characters."""
+    """Shorten a name to 70 characters for an error message, and replace characters that are not printable."""
     return "".join(character if character.isprintable() else "�" for character in name[:70])
 
 
 def hashed(password: str, salt: bytes | None = None) -> str:
-    """A hash for nginx's password file. It is salted SHA-1 because nginx verifies it at every request: with bcrypt,
-    nginx handled 554 requests per second, with SHA-1 34,000 (measured). The file is only in /run, and the passwords in
-    SSM are generated ones, too long to guess."""
+    """A hash for nginx's password file. The hash is salted SHA-1, because nginx verifies the password at every request.
+    Measured: nginx handled 554 requests per second with bcrypt, and 34,000 with SHA-1. The password file is only in
+    /run. The passwords in SSM are generated, and too long to guess."""
     if HASHED.fullmatch(password):
         return password
     salt = salt or os.urandom(16)
@@ -107,7 +108,7 @@ def hashed(password: str, salt: bytes | None = None) -> str:
 
 
 def fits(password: str, stored: str) -> bool:
-    """Whether `password` is the one that `stored` holds: in clear text, or as a hash by `hashed`."""
+    """Whether `password` equals the stored password. `stored` is clear text, or a hash that `hashed` made."""
     if not stored.startswith("{SSHA}"):
         return hmac.compare_digest(password.encode(), stored.encode())
     salt = base64.b64decode(stored.removeprefix("{SSHA}"))[hashlib.sha1(usedforsecurity=False).digest_size :]

@@ -1,7 +1,7 @@
-"""The report of a machine after its `database` step: the data volume, its schema, and the image.
+"""The in-service report names the data volume, the database schema and the image after the boot step `database`.
 
-The machine writes it to the stack's parameter `in-service`, and the stack's preview reads it. Older and newer images
-and stacks read it too: only ever add keys.
+The machine writes the report to the stack's SSM parameter `in-service`, and `pulumi preview` reads it. Older and newer
+images and stacks also read the report, so its keys must never be removed or renamed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class InService:
     migration_count: int
     postgresql_major: int
     at: str
-    """Time at which the step finished, such as 2026-11-29T10:00:00Z."""
+    """Time of the report, such as 2026-11-29T10:00:00Z."""
     format: int = FORMAT
 
 
@@ -32,7 +32,7 @@ def dump(report: InService) -> str:
 
 
 def parse(text: str) -> InService | None:
-    """The report in a parameter's text; None if no machine has written it yet. Keys of later formats are ignored."""
+    """The report in the text of a parameter, or None if the text is not a report. Unknown keys are ignored."""
     try:
         raw = json.loads(text)
         fields = [field for field in dataclasses.fields(InService) if field.name != "format"]

@@ -1,11 +1,12 @@
-"""The launch document, format 1: the configuration that a machine gets when it is launched.
+"""The launch document, format 1: the configuration of a machine, as user-data of the instance.
 
-The stack renders it into user-data, cloud-init writes it to `/etc/mlflow-host/launch.toml`, and the boot reads it.
-Older and newer images and stacks use the same format, so tables and keys are only ever added, each with a default and
-the revision that added it. An image states its revision (`launch_revision` in image.json and in its tags), and the
-stack omits keys that are newer. The document never contains a secret, only the name of the parameter with the secret.
+The stack renders the document, cloud-init writes it to `/etc/mlflow-host/launch.toml`, and the boot steps read it.
+Older and newer images and stacks share the format, so tables and keys are added but never removed. A new key has a
+default, and a revision in `since`. `launch_revision` in image.json and in the image's tags is the newest revision that
+the image supports; the stack omits keys with a newer revision. The document contains no secret, only the name of the
+parameter with the secret.
 
-    document = launch.parse(text)      # raises LaunchError naming every mistake at once
+    document = launch.parse(text)      # raises LaunchError, which lists all mistakes
     known, left_out = launch.known_to(revision, raw)
 """
 
@@ -25,14 +26,14 @@ from mlflow_host.contract import alarms as of_alarms
 
 FORMAT = 1
 REVISION = 6
-"""The newest `since` of all keys. An image without a stated revision has revision 1."""
+"""The largest `since` of all keys. An image without `launch_revision` has the revision 1."""
 
 Check = Callable[[Any], str | None]
-"""Returns what is wrong with a value of the right type ("must be …"), or None."""
+"""A function that checks a value of the right type, and returns None or the value's problem ("must be …")."""
 
 
 class LaunchError(ValueError):
-    """The document is invalid; `problems` has one sentence per mistake: the key, the value and the allowed values."""
+    """The launch document is invalid. `problems` has one sentence per mistake, with key, value and allowed values."""
 
     def __init__(self, problems: list[str]):
         self.problems = problems
@@ -53,7 +54,7 @@ def between(lowest: int, highest: int) -> Check:
 
 
 def every(check: Check) -> Check:
-    """Apply `check` to each element of a list, and quote the first three that fail."""
+    """Apply `check` to each element of a list. The error quotes at most three invalid elements."""
 
     def check_all(values: tuple[Any, ...]) -> str | None:
         refused = [(value, wanted) for value in values if (wanted := check(value))]
@@ -107,7 +108,7 @@ certificates = matches(
 
 
 def key(check: Check | None = None, default: Any = MISSING, since: int = 1) -> Any:
-    """A key of a table; required unless it has a default. `since`: the revision that added it."""
+    """A key of a table. A key without a default is required. `since` is the revision that added the key."""
     return field(default=default, metadata={"check": check, "since": since})
 
 
@@ -142,37 +143,38 @@ class DataVolume:
 @dataclass(frozen=True)
 class Web:
     hostnames: tuple[str, ...] = key(hosts)
-    """Allowed values of the Host header; the first one is in the server's URL."""
+    """Allowed values of the Host header. The first value is the host in the server's URL."""
     tls: str = key(one_of("off", "private", "acme"), "off")
-    """off: plain HTTP; private: the stack's own certificate authority, on the data volume; acme: Let's Encrypt."""
+    """off: plain HTTP. private: a certificate of the stack's own authority. acme: a certificate of Let's Encrypt."""
     acme_email: str = key(matches(r"|[^@\s]+@[^@\s]+", "an e-mail address"), "")
     acme_directory: str = key(matches(r"|https://[!-~]{1,500}", "the https:// address of an ACME directory"), "")
-    """Directory of another ACME authority than Let's Encrypt."""
+    """Directory URL of the ACME authority. If the value is empty, certbot uses Let's Encrypt."""
     authority_parameter: str = key(lambda value: parameter_name(value) if value else None, "")
-    """SSM parameter to which the private authority's certificate is published, for clients to verify the server."""
+    """SSM parameter to which the machine writes the private authority's certificate. Clients need this certificate to
+    verify the server."""
 
 
 @dataclass(frozen=True)
 class Mlflow:
     job_execution: bool = key(default=False)
     artifact_transfer: str = key(one_of("direct", "proxied"), "direct")
-    """direct: clients exchange large files with S3 by presigned URLs; proxied: all files pass through the server."""
+    """direct: clients exchange large files with S3 by presigned URLs. proxied: all files pass through the server."""
     role: str = key(role_arn, "", since=4)
-    """The role that MLflow's processes act as; empty: the machine's own."""
+    """The IAM role that MLflow's processes assume. If the value is empty, these processes use the machine's role."""
     deleted_retention_days: int = key(between(0, 3650), 30, since=3)
-    """Days for which deleted runs, models and experiments can be restored; 0: forever."""
+    """Number of days in which deleted runs, models and experiments can be restored. 0 keeps deleted items forever."""
 
 
 @dataclass(frozen=True)
 class Database:
-    """No code reads it. It stays, because older stacks may send it and an unknown table is an error."""
+    """No code reads this table. The table remains, because older stacks may send it and unknown tables are refused."""
 
     location: str = key(one_of("local"), "local")
 
 
 @dataclass(frozen=True)
 class Postgres:
-    """Read-only access to PostgreSQL over the network; off unless `cidrs` names a network."""
+    """Read-only access to PostgreSQL over the network. If `cidrs` is empty, the access is off."""
 
     cidrs: tuple[str, ...] = key(every(network), ())
     parameter: str = key(lambda value: parameter_name(value) if value else None, "")
@@ -183,24 +185,25 @@ class Backups:
     restore_from: str = key(matches(r"|\S[ -~]{0,198}\S|\S", 'a backup\'s name, a point in time or "latest"'), "")
     retention_days: int = key(between(1, 3650), 30)
     endpoint: str = key(lambda value: endpoint_url(value) if value else None, "", since=2)
-    """S3 endpoint of the backups bucket; empty: endpoints.s3, or AWS if that is empty too."""
+    """S3 endpoint of the backups bucket. If the value is empty, the machine uses the value of endpoints.s3. If
+    endpoints.s3 is also empty, the machine uses AWS's public endpoint."""
     authority: str = key(certificates, "", since=2)
-    """PEM certificate of the authority that signed that endpoint's certificate; empty: a public authority."""
+    """PEM certificate of the authority that signed the endpoint's certificate. Empty for a public authority."""
 
 
 @dataclass(frozen=True)
 class Monitoring:
     alarms: tuple[str, ...] = key(every(one_of(*of_alarms.NAMES)), of_alarms.OF_OLDER_IMAGES, since=of_alarms.SINCE)
-    """The stack's alarms (see `mlflow_host.contract.alarms`): the machine sends their metrics to CloudWatch."""
+    """The stack's alarms (see `mlflow_host.contract.alarms`). The machine sends the alarms' metrics to CloudWatch."""
     dashboard: bool = key(default=False, since=6)
-    """Whether the stack has a dashboard: the machine sends its metrics to CloudWatch as well."""
+    """Whether the stack has a dashboard. If true, the machine sends the dashboard's metrics to CloudWatch."""
     log_group: str = key(matches(r"[\w./#-]{0,512}", "the name of a CloudWatch log group"), "", since=6)
-    """The log group to which the machine sends its journal; empty: none."""
+    """The log group to which the machine sends its journal. If the value is empty, the journal is not sent."""
 
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Endpoints used instead of AWS's public ones: interface endpoints, or an S3-compatible store. Empty: AWS's."""
+    """Endpoints that replace AWS's public endpoints, for example VPC endpoints. An empty value replaces nothing."""
 
     s3: str = key(lambda value: endpoint_url(value) if value else None, "")
     ssm: str = key(lambda value: endpoint_url(value) if value else None, "")
@@ -235,7 +238,7 @@ def parse(text: str) -> LaunchDocument:
 
 
 def from_mapping(raw: Mapping[str, Any]) -> LaunchDocument:
-    """Like `parse`, from the mapping that `to_mapping` returns."""
+    """Read a document from a mapping in the form that `to_mapping` returns. Raises LaunchError with every problem."""
     if "format" not in raw:
         raise LaunchError([f"format is missing: the first line must be `format = {FORMAT}`"])
     if type(raw["format"]) is not int or raw["format"] != FORMAT:
@@ -260,8 +263,9 @@ def from_mapping(raw: Mapping[str, Any]) -> LaunchDocument:
 
 
 def known_to(revision: int, raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(the part of a document's mapping to send to an image of `revision`, the omitted keys). Newer keys and empty keys
-    whose default is empty are left out; a newer key whose value is not its default is listed, as "backups.endpoint"."""
+    """Return the part of the mapping `raw` that an image of `revision` accepts, and the names of omitted settings. The
+    part lacks keys of newer revisions, and empty keys whose default is also empty. The names include a key of a newer
+    revision (for example "backups.endpoint") only if its value is not the default."""
     known: dict[str, Any] = {}
     left_out: list[str] = []
     tables = _types_of(LaunchDocument)
@@ -285,7 +289,7 @@ def _is_default(value: Any, key: dataclasses.Field[Any]) -> bool:
 
 
 def to_mapping(document: LaunchDocument) -> dict[str, Any]:
-    """The document as a mapping with lists instead of tuples, for JSON and TOML."""
+    """The document as a mapping for JSON and TOML, with lists in place of tuples."""
     return typing.cast(dict[str, Any], _listed(dataclasses.asdict(document)))
 
 
@@ -308,12 +312,12 @@ def _contradictions(document: LaunchDocument) -> list[str]:
         problems.append("backups.authority is set but backups.endpoint is not an https:// address: set both or neither")
     buckets = dataclasses.astuple(document.buckets)
     if len(set(buckets)) < len(buckets):
-        problems.append(f"buckets must be three different ones, not {', '.join(map(_quote, buckets))}")
+        problems.append(f"buckets must have three different names, not {', '.join(map(_quote, buckets))}")
     return problems
 
 
 def host_is_public_name(name: str) -> bool:
-    """Whether a public authority can issue a certificate for it: a name with a dot, not an IP address."""
+    """Whether a public authority can issue a certificate for `name`: a host name with a dot, and no IP address."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -365,7 +369,7 @@ def _bare(name: str) -> str:
 
 
 def _quote(value: Any) -> str:
-    """A value in TOML's notation, cut to 120 characters."""
+    """Write a value for an error message in the notation of TOML, with at most 120 characters."""
     shown = f'"{value}"' if isinstance(value, str) else str(_listed(value)).replace("'", '"')
     shown = {"True": "true", "False": "false"}.get(shown, shown)
     shown = "".join(character if character.isprintable() else "�" for character in shown)

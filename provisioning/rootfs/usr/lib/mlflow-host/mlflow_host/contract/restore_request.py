@@ -1,4 +1,4 @@
-"""The syntax of a restore request: the value of `restoreFrom` and the argument of mlflow-host-restore."""
+"""The syntax of a restore request, which is the value of `restoreFrom` or the argument of mlflow-host-restore."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from datetime import UTC, datetime
 LATEST = "latest"
 DUMPS = "dumps/"
 DIGEST = ".sha256"
-"""Suffix of the object beside a dump that holds its SHA-256 digest, as sha256sum writes it."""
+"""The object with a dump's SHA-256 digest, in the format of sha256sum, has the dump's key plus this suffix."""
 BASE_BACKUPS = "pgbackrest/backup/"
-"""Prefix in the backups bucket. It has a folder per stanza, which has a folder per base backup, named by its label."""
+"""Prefix of the base backups in the backups bucket. Below this prefix, each stanza has a folder. The folder of a stanza
+contains one folder per base backup, whose name is the label of the base backup."""
 LISTED = 3
-"""Maximum number of names of a kind in a sentence."""
+"""An error message lists at most this number of base backups and this number of dumps."""
 
 _LABEL = re.compile(r"\d{8}-\d{6}F(_\d{8}-\d{6}[DI])?")
 _OURS = re.compile(rf"{DUMPS}\d{{8}}T\d{{6}}Z-[a-z-]{{1,20}}-\w{{1,64}}\.dump", re.ASCII)
@@ -23,18 +24,18 @@ _DUMP = re.compile(r"(?:s3://[^/\s]+/)?(?:dumps/)?([A-Za-z0-9][A-Za-z0-9._+-]{0,
 
 @dataclass(frozen=True)
 class RestoreRequest:
-    """At most one field is set; none means the latest backup."""
+    """In a restore request, at most one field has a value. A request without a value selects the latest backup."""
 
     label: str = ""
-    """pgBackRest's label of a base backup: restore its state without the log after it."""
+    """pgBackRest's label of a base backup. The restore does not replay the log that was archived after this backup."""
     dump: str = ""
-    """Key of a dump in the bucket."""
+    """Object key of a dump."""
     time: datetime | None = None
-    """Restore everything committed until then."""
+    """The restore includes every transaction that was committed up to this time."""
 
 
 def parse(value: str) -> RestoreRequest:
-    """Raises ValueError, with one sentence, for a value that is neither a backup's name nor a point in time."""
+    """Parse a restore request. Raises ValueError if the value is not `latest`, a backup's name or a point in time."""
     if value == LATEST:
         return RestoreRequest()
     if _LABEL.fullmatch(value):
@@ -52,12 +53,12 @@ def parse(value: str) -> RestoreRequest:
 
 
 def is_dump(key: str) -> bool:
-    """Whether an object's key is one that `postgres.dump_file.dump_key` makes, directly below dumps/."""
+    """Whether an object's key has the form of the keys that `postgres.dump_file.dump_key` returns."""
     return _OURS.fullmatch(key) is not None
 
 
 def wrong(value: str) -> str | None:
-    """The problem with a value, for the stack's preview; None for a valid one."""
+    """The reason why a restore request is invalid, for `pulumi preview`. None for a valid request."""
     try:
         parse(value)
     except ValueError:
@@ -69,15 +70,15 @@ def wrong(value: str) -> str | None:
 
 
 def is_label(name: str) -> bool:
-    """Whether the name of a stanza's folder is a base backup's label."""
+    """Whether the name of a folder in a stanza's folder is the label of a base backup."""
     return _LABEL.fullmatch(name) is not None
 
 
 def missing(value: str, dumps: Sequence[str], labels: Sequence[str], now: datetime) -> str | None:
-    """Why `value` cannot be restored from a bucket with these dumps and base backups, judged by their names; None if it
-    may be possible.
+    """The reason why a bucket with these dumps and base backups cannot serve the restore request `value`. None if the
+    names of the dumps and base backups show no such reason.
 
-    `dumps` (keys) and `labels` (pgBackRest's labels, in UTC) are sorted, oldest first.
+    `dumps` (object keys) and `labels` (pgBackRest's labels, in UTC) are sorted from the oldest to the newest.
     """
     asked, there = parse(value), inventory(dumps, labels)
     if asked.dump and asked.dump not in dumps:
@@ -94,7 +95,7 @@ def missing(value: str, dumps: Sequence[str], labels: Sequence[str], now: dateti
 
 
 def made(label: str) -> datetime:
-    """The time of a base backup, from its label."""
+    """The time of a base backup, read from the label."""
     return datetime.strptime(re.findall(r"\d{8}-\d{6}", label)[-1], "%Y%m%d-%H%M%S").replace(tzinfo=UTC)
 
 
@@ -104,7 +105,7 @@ def inventory(dumps: Sequence[str], labels: Sequence[str]) -> str:
 
 
 def newest(names: Sequence[str]) -> str:
-    """The newest of the names, which are sorted by age, and their number."""
+    """A text with the last LISTED names and the number of all names. `names` is sorted, and the newest name is last."""
     if len(names) <= LISTED:
         return ", ".join(names)
     return f"{', '.join(names[-LISTED:])} (the newest {LISTED} of {len(names)})"

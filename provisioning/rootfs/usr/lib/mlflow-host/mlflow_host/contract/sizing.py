@@ -1,4 +1,4 @@
-"""Divide the machine's memory and cores among its parts: one function computes every figure that depends on them."""
+"""Divide the machine's memory and cores among its programs. `size` computes all settings that depend on the machine."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SYSTEM_MB = 300
-"""Kernel, journald, nginx, SSM agent and the page cache they need."""
+"""Memory for the kernel, journald, nginx and the SSM agent, and for the page cache that these programs need."""
 
 SERVER_MB = 400
-"""One busy MLflow process: 254 MB after start (measured, 3.17.2), the rest for searches in large experiments."""
+"""Memory of one busy MLflow process: 254 MB after the start (measured with MLflow 3.17.2), and the rest for searches in
+large experiments."""
 
 STACKS_MB = 128
-"""Stacks of the threads of one MLflow process, which are reserved and hardly used."""
+"""Address space of the thread stacks of one MLflow process. The threads use little of this address space."""
 
 JOBS_MB = 600
-"""With job execution: MLflow's job runner and scheduler, idle (370 MB measured, 3.17.2), and one job. Releases before
-3.17 run one process per kind of job instead, 1.4 GB in all."""
+"""Memory for job execution: one job, and MLflow's idle job runner and scheduler (370 MB, measured with MLflow 3.17.2).
+MLflow before 3.17 runs one process per kind of job, and these processes use 1.4 GB together."""
 
 ENGINES_PER_PROCESS = 2
-"""SQLAlchemy connection pools in one MLflow process: one of the tracking store, one of the model registry."""
+"""Number of SQLAlchemy connection pools in one MLflow process: the tracking store's and the model registry's pool."""
 
 MOST_THREADS = 12
-"""Maximum number of request threads of one process. They share one interpreter lock: with 8 clients, 16 threads handled
-5 to 10 % fewer requests than 8. Threads beyond 8 are for requests that wait for S3."""
+"""Maximum number of request threads of one MLflow process. The threads share Python's interpreter lock. With 8 clients,
+16 threads handled 5 to 10 % fewer requests than 8 threads. More than 8 threads help only if requests wait for S3."""
 
 SPARE_PER_POOL = 4
-"""Connections of a pool beyond those of the request threads, for MLflow's background threads."""
+"""Additional connections of a pool, for MLflow's background threads."""
 
 RESERVED_CONNECTIONS = 25
-"""For the database step, backups, health checks, mlflow_reader and psql."""
+"""Connections for the boot step `database`, backups, health checks, the role mlflow_reader and psql."""
 
 JOB_CONNECTIONS = 60
 
 PROGRAM_MB = 256
-"""Address space of an idle PostgreSQL process without shared_buffers: program, libraries, other shared memory."""
+"""Address space of an idle PostgreSQL process for the program, libraries and shared memory, without shared_buffers."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,18 @@ class MachineSize:
 
 @dataclass(frozen=True)
 class Sizing:
-    """Memory in MiB (PostgreSQL's MB).
+    """The sizes for one machine. Memory is in MiB, which PostgreSQL's settings call MB.
 
-    A request thread of MLflow holds at most two connections of a pool at once (log_batch does). A process with at most
-    `request_threads` of them therefore never waits for pool_size + pool_overflow connections.
+    A request thread of MLflow holds at most two connections of one pool at a time (log_batch holds two). Therefore a
+    process with `request_threads` threads never has to wait for one of its pool_size + pool_overflow connections.
     """
 
     memory_mb: int
     cores: int
     server_processes: int
     server_limit_mb: int
-    """Data of one MLflow process. A request that needs more fails alone with 400; without the limit the kernel kills a
-    process of the machine."""
+    """Limit of the data segment of one MLflow process. A request that needs more memory fails with status 400. Without
+    the limit, the kernel would kill a process, and other requests would fail too."""
     request_threads: int
     pool_size: int
     pool_overflow: int
@@ -68,22 +69,23 @@ class Sizing:
     work_mem_mb: int
     maintenance_work_mem_mb: int
     process_limit_mb: int
-    """Address space of one PostgreSQL process. A query that needs more fails alone with "out of memory"; without the
-    limit the kernel kills its process, and PostgreSQL then ends every session."""
+    """Limit of the address space of one PostgreSQL process. A query that needs more memory fails with "out of memory".
+    Without the limit, the kernel would kill the process, and PostgreSQL would then end every session."""
 
 
 def size(machine: MachineSize, *, job_execution: bool = False) -> Sizing:
-    """Python limits MLflow's throughput, so there is one server process per core if memory allows. PostgreSQL's figures
-    follow from the number of connections that those processes can open."""
+    """Compute the sizes. Python limits MLflow's throughput, so each core gets a server process if the memory suffices.
+    PostgreSQL's memory settings depend on the number of connections that the server processes can open."""
     memory = machine.memory_mb
-    # An eighth of the memory up to 4 GiB, a quarter from 6 GiB on, and linear between: with a jump, a machine with more
-    # memory would get fewer server processes.
+    # shared_buffers is 1/8 of the memory on machines with up to 4 GiB of memory, and 1/4 of the memory from 6 GiB on.
+    # Between 4 and 6 GiB, shared_buffers grows linearly with the memory, because a sudden increase would leave less
+    # memory for server processes on the larger machine.
     shared_buffers = _within(32, min(memory // 4, max(memory // 8, memory // 2 - 1536)), 16384)
     for_servers = memory - SYSTEM_MB - shared_buffers - (JOBS_MB if job_execution else 0)
     processes = _within(1, for_servers // SERVER_MB, machine.cores)
     pools = processes * ENGINES_PER_PROCESS
     reserved = RESERVED_CONNECTIONS + (JOB_CONNECTIONS if job_execution else 0)
-    # A connection takes 5 to 10 MB of memory in PostgreSQL once it has read a few tables.
+    # A PostgreSQL connection uses 5 to 10 MB of memory after it has read a few tables.
     affordable = _within(80, memory // 12, 600) - RESERVED_CONNECTIONS
     threads = _within(8, (affordable // pools - SPARE_PER_POOL) // 2, MOST_THREADS)
     max_connections = pools * (2 * threads + SPARE_PER_POOL) + reserved
@@ -107,8 +109,8 @@ def size(machine: MachineSize, *, job_execution: bool = False) -> Sizing:
 
 
 def this_machine(root: Path = Path("/")) -> MachineSize:
-    """Memory and cores that this machine can use. In a container, /proc shows the host's; the limit is in the control
-    group (v2 or v1)."""
+    """Memory and cores that this machine can use. In a container, /proc shows the memory of the host, so the limits are
+    read from the control group (v2 or v1)."""
     kib = next(line.split()[1] for line in (root / "proc/meminfo").read_text().splitlines() if line[:9] == "MemTotal:")
     groups = root / "sys/fs/cgroup"
     limits = [_number(groups / name) for name in ("memory.max", "memory/memory.limit_in_bytes")]

@@ -1,5 +1,5 @@
-"""Permanently remove items that users deleted in MLflow longer ago than the grace period (deletedRetentionDays). Runs,
-logged models and artifacts that a registered model version uses are kept. Without --delete, only report.
+"""Permanently remove items that users deleted in MLflow more than deletedRetentionDays (the grace period) ago. Runs,
+logged models and artifacts are kept if a registered model version uses them. Without --delete, only print a report.
 
     mlflow-host-gc                      report what would be removed
     mlflow-host-gc --delete             remove, as the weekly timer does
@@ -30,19 +30,19 @@ from mlflow_host.postgres.cluster import Cluster, connection, major
 from mlflow_host.server import environment
 
 FAILURES = 5
-"""Failures in a row after which the remaining items are left for the next run."""
+"""After this number of consecutive failures, the remaining items are left for the next garbage collection."""
 
 MOST_DAYS = 3650
-"""The same limit as that of the setting deletedRetentionDays."""
+"""Maximum of --older-than. The setting deletedRetentionDays has the same maximum."""
 
 
 @dataclass(frozen=True)
 class CollectSettings:
-    """Everything a garbage collection depends on, so that tests can use their own cluster and store."""
+    """The inputs of a garbage collection. Tests pass their own cluster and their own artifact store."""
 
     cluster: Cluster
     environment: dict[str, str]
-    """The server's environment variables about artifacts."""
+    """The environment variables with which the server finds the artifacts."""
     buckets: OwnBuckets
     grace: timedelta
     reports: Path
@@ -98,8 +98,8 @@ def from_machine(document: LaunchDocument, grace: timedelta) -> CollectSettings:
 
 
 def collect(settings: CollectSettings, *, delete: bool) -> RemovalReport:
-    """Plan; with `delete` also dump, remove and write the report. Raises RemovalRefused, DumpError or OperationalError
-    before anything is removed. Items that could not be removed are in the report."""
+    """Plan the removal. With `delete`, also dump the database, remove the items and write the report. RemovalRefused,
+    DumpError and OperationalError are raised only before the first removal. The report lists failed removals."""
     begun, now = time.monotonic(), settings.now()
     cluster = settings.cluster
     waiting = plan.waiting_versions(cluster)
@@ -120,7 +120,7 @@ def collect(settings: CollectSettings, *, delete: bool) -> RemovalReport:
 
 
 def dump_database(settings: CollectSettings, now: datetime) -> str | None:
-    """Dump the database; returns the dump's s3:// address, None without a bucket. Raises DumpError."""
+    """Dump the database and return the dump's s3:// address. Without a bucket, return None. Raises DumpError."""
     if settings.dump is None:
         return None
     cluster = settings.cluster
@@ -131,7 +131,7 @@ def dump_database(settings: CollectSettings, now: datetime) -> str | None:
 
 
 def remove_items(planned: RemovalReport, remover: removal.Remover) -> RemovalReport:
-    """Remove each item in its own transaction; after FAILURES in a row, leave the rest for the next run."""
+    """Remove each item in its own transaction. Stop after FAILURES consecutive failures."""
     removed: list[Item] = []
     kept, failed, in_a_row = list(planned.kept), [], 0
     for item in planned.removed:

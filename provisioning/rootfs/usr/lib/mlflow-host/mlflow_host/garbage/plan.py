@@ -1,4 +1,4 @@
-"""Read the deleted items from the database, and decide which can be removed and which are kept. Changes nothing."""
+"""Read the deleted items from the database, and decide for each item whether it can be removed. Changes no data."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from mlflow_host.postgres import ownership
 from mlflow_host.postgres.cluster import Cluster, connection, rows
 
 DELETED_VERSION = "Deleted_Internal"
-"""The stage of a deleted model version; MLflow keeps its row."""
+"""The stage of a deleted model version. MLflow keeps the row of a deleted version."""
 
 RUN, MODEL, EXPERIMENT = "run", "logged model", "experiment"
 
 SERVED = "mlflow-artifacts"
-"""URI scheme of artifacts at the server's own artifacts destination."""
+"""URI scheme of artifacts that are stored at the server's artifacts destination."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A run, a logged model or an experiment that a user deleted."""
+    """A run, a logged model or an experiment that a user has deleted in MLflow."""
 
     kind: str
     """RUN, MODEL or EXPERIMENT."""
@@ -32,9 +32,10 @@ class Item:
     experiment: str
     deleted: datetime
     paths: tuple[str, ...] = ()
-    """Its paths below the artifacts destination, in both buckets."""
+    """The paths of the item's artifacts below the artifacts destination. Files with such a path can be in the bucket
+    for artifacts and in the bucket for models."""
     kept: str = ""
-    """Why it is kept; "" if it can be removed."""
+    """The reason to keep the item, or "" if the item can be removed."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.id}" + (f" ({self.name})" if self.name else "")
@@ -47,7 +48,7 @@ class OwnBuckets:
     buckets: frozenset[str]
 
     def path(self, location: str) -> str | None:
-        """The path of a location below the artifacts destination; None for a location outside this server's buckets."""
+        """The path below the artifacts destination, or None if the location is not in this server's buckets."""
         uri = urlsplit(location)
         path = unquote(uri.path).strip("/")
         ours = (uri.scheme == SERVED and not uri.netloc) or (uri.scheme == "s3" and uri.netloc in self.buckets)
@@ -56,12 +57,12 @@ class OwnBuckets:
 
 @dataclass(frozen=True)
 class Criteria:
-    """The criteria by which a deleted item can be removed."""
+    """The data that decides whether a deleted item can be removed."""
 
     references: References
     buckets: OwnBuckets
     cutoff: datetime
-    """Items deleted after this time are within the grace period."""
+    """The start of the grace period. Items that were deleted after this time are not removed."""
 
     @property
     def cutoff_ms(self) -> int:
@@ -69,14 +70,14 @@ class Criteria:
 
 
 def plan(opened: Any, criteria: Criteria) -> list[Item]:
-    """The deleted items in the order of removal: runs, then logged models, then experiments."""
+    """The deleted items in the order in which they are removed: runs, logged models, experiments."""
     items = [*runs(opened, criteria), *models(opened, criteria)]
     going = {(item.kind, item.id) for item in items if not item.kept}
     return [*items, *experiments(opened, criteria, going=going)]
 
 
 def read_criteria(opened: Any, buckets: OwnBuckets, cutoff: datetime, waiting: Iterable[ModelVersion] = ()) -> Criteria:
-    """Read which items model versions use now; `waiting` are the versions in kept databases."""
+    """Read which items the model versions use at present. `waiting` lists the model versions in kept databases."""
     sources = dict(rows(opened, "SELECT model_id, source_run_id FROM logged_models"))
     return Criteria(references([*versions(opened), *waiting], sources), buckets, cutoff)
 
@@ -94,7 +95,7 @@ def versions(opened: Any) -> list[ModelVersion]:
 
 
 def waiting_versions(cluster: Cluster) -> list[ModelVersion]:
-    """The model versions in kept databases that hold the only copy of something."""
+    """The model versions in the kept databases. A kept database without data for a later upgrade is not read."""
     with connection(cluster, cluster.database) as opened:
         owner = ownership.read(opened, cluster.database)
         present = {name for (name,) in rows(opened, "SELECT datname FROM pg_database")}
@@ -111,7 +112,7 @@ WHERE lifecycle_stage = 'deleted' AND deleted_time <= %s"""
 
 
 def runs(opened: Any, criteria: Criteria, only: str | None = None) -> list[Item]:
-    """Runs deleted before the cutoff. With the run ID `only`, at most that run, and its row is locked."""
+    """The runs that were deleted before the cutoff. If `only` is a run ID, return only this run, and lock its row."""
     return [
         judge(RUN, id, name, experiment, location, at, criteria, criteria.references.runs)
         for id, name, experiment, location, at in _those(opened, _RUNS, "run_uuid", criteria, only)
@@ -144,7 +145,7 @@ def _those(opened: Any, query: str, key: str, criteria: Criteria, only: str | No
 def judge(
     kind: str, id: str, name: str, experiment: Any, location: str, at: int, criteria: Criteria, named: Mapping[str, str]
 ) -> Item:
-    """The item of a run or logged model, with the reason to keep it, if any."""
+    """Return the Item of a run or of a logged model. `kept` is the reason to keep the item, or ""."""
     path = criteria.buckets.path(location or "")
     version = named.get(id) or (path and criteria.references.of_path(path))
     if version:
@@ -152,7 +153,7 @@ def judge(
     elif path is None:
         kept = f"its artifacts are at {location}, which is not in the stack's buckets"
     elif id not in path.split("/"):
-        kept = f"its artifacts are at {location}, which other items may use too"
+        kept = f"its artifacts are at {location}, a path that other items may also use"
     else:
         kept = ""
     return Item(kind, id, name, str(experiment), moment(at), (path,) if path else (), kept)
@@ -166,8 +167,9 @@ def experiments(
 
 
 def experiment(opened: Any, criteria: Criteria, row: tuple[Any, ...], gone: set[tuple[str, str]]) -> Item:
-    """The item of an experiment. It can be removed when everything in it is removed: items in `gone` are removed first;
-    logged models and traces that were deleted with the experiment are removed with it."""
+    """Return the Item of an experiment. An experiment can be removed only together with its content. The runs and
+    logged models in `gone` are removed before the experiment. Traces are removed together with the experiment. A logged
+    model is removed together with the experiment if it was deleted together with the experiment."""
     id, name, location, at = row
     left = [run for (run,) in rows(opened, "SELECT run_uuid FROM runs WHERE experiment_id = %s", (id,))]
     query = "SELECT model_id, artifact_location, lifecycle_stage, last_updated_timestamp_ms FROM logged_models"
@@ -191,7 +193,8 @@ def experiment(opened: Any, criteria: Criteria, row: tuple[Any, ...], gone: set[
 
 
 def trace_paths(opened: Any, buckets: OwnBuckets, experiment: int, location: str) -> tuple[list[str], list[str]]:
-    """(paths of the files of an experiment's traces, locations of such files outside the stack's buckets)."""
+    """Return two lists for the trace files of an experiment: the paths of files in the stack's buckets, and the
+    locations of files outside these buckets."""
     others = (
         "SELECT 1 FROM experiments WHERE experiment_id <> %s AND (artifact_location = %s OR artifact_location LIKE %s)"
     )

@@ -1,8 +1,8 @@
-"""The runs, logged models and bucket paths that registered model versions use.
+"""Find the runs, logged models and bucket paths that registered model versions use.
 
-Clients name a version's source in different ways: `runs:/<run>/model`, `models:/m-<id>`,
-`mlflow-artifacts:/<experiment>/…`, `s3://<bucket>/…`, a URL of the server. Therefore every run ID, every logged model
-ID and every path in any text of a version counts as used.
+The source of a model version has different forms: `runs:/<run>/model`, `models:/m-<id>`,
+`mlflow-artifacts:/<experiment>/…`, `s3://<bucket>/…`, or a URL of the server. Therefore every run ID, logged model ID
+and path in any text of a model version counts as used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _PROXY = re.compile(r".*/(?:ajax-)?api/2\.0/mlflow-artifacts/artifacts/")
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A model version that is not deleted; `texts` are all its values that may name a run, a model or a path."""
+    """A model version that is not deleted. `texts` are its values that can contain a run ID, a logged model ID or a
+    path."""
 
     name: str
     version: int
@@ -31,20 +32,21 @@ class ModelVersion:
 
 @dataclass(frozen=True)
 class References:
-    """A version that uses it, by run ID, by logged model ID and by path."""
+    """For each used run ID, logged model ID and path: the name of one model version that uses it."""
 
     runs: Mapping[str, str]
     models: Mapping[str, str]
     paths: Mapping[str, str]
 
     def of_path(self, path: str) -> str | None:
-        """A version that uses `path`, a path below it, or a folder that contains it."""
+        """A model version that uses `path`, a path below `path`, or a folder that contains `path`."""
         return next((version for known, version in self.paths.items() if overlap(known, path)), None)
 
 
 def references(versions: Iterable[ModelVersion], source_runs: Mapping[str, str | None]) -> References:
-    """`source_runs`: run ID by logged model ID, None without a run. A version that uses a run also uses all logged
-    models of that run; a version that uses a logged model also uses its run."""
+    """Collect the references of all versions. `source_runs` maps the ID of a logged model to the ID of the run that
+    created the model, or to None. A version that uses a run also uses all logged models of the run. A version that uses
+    a logged model also uses the run that created the model."""
     runs: dict[str, str] = {}
     models: dict[str, str] = {}
     paths: dict[str, str] = {}
@@ -66,7 +68,7 @@ def references(versions: Iterable[ModelVersion], source_runs: Mapping[str, str |
 
 
 def path_of(text: str) -> str | None:
-    """The path in the bucket that a URI names, for any bucket or server; None for a URI that names no files."""
+    """The path in a URI, relative to its bucket or server. None if the URI does not contain a path to files."""
     found = urlsplit(text)
     path = unquote(found.path)
     if found.scheme in ("http", "https"):
@@ -76,6 +78,6 @@ def path_of(text: str) -> str | None:
 
 
 def overlap(one: str, other: str) -> bool:
-    """Whether the paths are equal or one contains the other. The empty path is the whole bucket."""
+    """Whether two paths are equal, or one path contains the other path. The empty path is the whole bucket."""
     short, long = sorted((one.strip("/"), other.strip("/")), key=len)
     return not short or long == short or long.startswith(f"{short}/")

@@ -1,8 +1,8 @@
-"""Remove one item permanently, in one transaction, with the functions of MLflow's store that `mlflow gc` uses.
+"""Permanently remove one deleted item in one transaction. `mlflow gc` calls the same functions of MLflow's store.
 
-The transaction locks the item's row against a restore and the table of model versions against new ones, checks the item
-again, deletes its rows, then its artifacts through the server's artifact repository, and commits. If it fails before
-that, the item stays deleted but restorable, and the next run tries again.
+The transaction locks the item's row, so nobody can restore the item, and blocks changes of the table model_versions.
+The transaction then checks the item again, deletes the rows and the artifacts, and commits. If the transaction fails,
+the rows remain, the item stays marked as deleted, and the next garbage collection repeats the removal.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from mlflow_host.garbage.references import ModelVersion
 from mlflow_host.postgres.cluster import Cluster, rows, run
 
 LOCK_SECONDS = 30
-"""Longest wait for the lock of a row or of the table of model versions."""
+"""Maximum time to wait for the lock of a row or of the table model_versions."""
 
 FUNCTIONS = {RUN: "_hard_delete_run", MODEL: "_hard_delete_logged_model", EXPERIMENT: "_hard_delete_experiment"}
-"""Methods of MLflow's SqlAlchemyStore by kind. They are private, so the bake checks that they exist."""
+"""The methods of MLflow's SqlAlchemyStore that remove an item, by kind of item. These methods are private, so the bake
+checks that they exist."""
 
 READ_ITEMS: dict[str, Callable[..., list[Item]]] = {RUN: plan.runs, MODEL: plan.models, EXPERIMENT: plan.experiments}
 
 
 class RemovalRefused(Exception):
-    """One sentence: why nothing can be removed, and what to do."""
+    """No item can be removed. The message is one sentence with the reason and the remedy."""
 
 
 @dataclass
 class Remover:
-    """MLflow's store, run inside this module's transactions. `criteria` is read again when a model version changes."""
+    """Removes items with MLflow's store, but in transactions of this module. If a model version has changed, `criteria`
+    is read again."""
 
     engine: Any
     store: Any
@@ -42,8 +44,8 @@ class Remover:
     seen: tuple[Any, ...] | None = None
 
     def remove(self, item: Item) -> str:
-        """Check the item again and remove it. Returns "" or the reason to keep it. Raises exceptions of S3 or
-        PostgreSQL; the item then still exists."""
+        """Check the item again, and remove it. Returns "" after the removal, or the reason to keep the item. After an
+        exception of S3 or PostgreSQL, the item still exists in the database."""
         import sqlalchemy
         from mlflow.store.db.utils import _get_managed_session_maker
 
@@ -66,7 +68,7 @@ class Remover:
         return ""
 
     def update_criteria(self, opened: Any) -> None:
-        """Read again which items model versions use, if any version was added or changed."""
+        """Read `criteria` again if a model version was added or changed."""
         (seen,) = rows(opened, "SELECT count(*), max(creation_time), max(last_updated_time) FROM model_versions")
         if seen != self.seen:
             self.criteria = plan.read_criteria(opened, self.criteria.buckets, self.criteria.cutoff, self.waiting)
@@ -77,7 +79,8 @@ class Remover:
 def remover(
     cluster: Cluster, environment: dict[str, str], criteria: Criteria, waiting: list[ModelVersion]
 ) -> Iterator[Remover]:
-    """`environment`: the server's variables about artifacts. Raises RemovalRefused when a check of MLflow fails."""
+    """Open MLflow's store. `environment` has the server's environment variables for artifacts. Raises RemovalRefused if
+    a check of the installed MLflow or of the database schema fails."""
     from mlflow_host.server import mlflow_checks
     from mlflow_host.server.environment import variables
 
@@ -101,7 +104,8 @@ def remover(
 
 
 def check_release() -> None:
-    """Raises RemovalRefused unless the installed MLflow has the private functions used here. The bake calls it too."""
+    """Raises RemovalRefused if the installed MLflow lacks a private function that this module calls. The bake also
+    calls `check_release`."""
     import mlflow
     import mlflow.store.db.utils as utils
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore

@@ -1,4 +1,4 @@
-"""The report of a garbage collection: JSON and text on the data volume, one line for the journal and status page."""
+"""Write the report of a garbage collection to the data volume, as JSON and as text. The status page shows a summary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlflow_host.garbage.plan import Item
 from mlflow_host.machine import atomic_file
 
 NEWEST = "garbage.json"
-"""Name of the newest report's copy, which nginx serves and the status page shows."""
+"""Name of a copy of the newest report. nginx serves this copy, and the status page shows the copy's summary."""
 
 SUFFIX = "-garbage"
 KEPT_REPORTS = 60
@@ -23,7 +23,7 @@ KEPT_REPORTS = 60
 
 @dataclass(frozen=True)
 class RemovalReport:
-    """`removed`: in a dry run, the items that would be removed."""
+    """A report. In the report of a dry run, `removed` lists the items that would be removed."""
 
     at: datetime
     dry_run: bool
@@ -32,7 +32,7 @@ class RemovalReport:
     kept: tuple[Item, ...]
     failed: tuple[Item, ...] = ()
     dump: str | None = None
-    """s3:// address of the dump taken before the removal."""
+    """s3:// address of the database dump that was taken before the removal."""
     seconds: float = 0.0
 
     def summary(self) -> str:
@@ -44,7 +44,7 @@ class RemovalReport:
 
 
 def counted(items: Iterable[Item]) -> str:
-    """ "2 runs, 1 experiment", or "nothing"."""
+    """Count items by kind, for example "2 runs, 1 experiment". Without items, return "nothing"."""
     numbers = Counter(item.kind for item in items)
     return ", ".join(f"{number:,} {kind}{'s' * (number != 1)}" for kind, number in numbers.items()) or "nothing"
 
@@ -76,7 +76,7 @@ def as_text(report: RemovalReport) -> str:
 
 
 def write(folder: Path, report: RemovalReport) -> Path:
-    """Write the report, and delete the oldest beyond KEPT_REPORTS. Returns the path of the JSON file."""
+    """Write the report, and keep only the newest KEPT_REPORTS reports. Returns the path of the JSON file."""
     content = json.dumps(as_mapping(report), indent=2) + "\n"
     path = folder / f"{stamp(report.at).replace('-', '').replace(':', '')}{SUFFIX}.json"
     atomic_file.write(path.with_suffix(".txt"), as_text(report))

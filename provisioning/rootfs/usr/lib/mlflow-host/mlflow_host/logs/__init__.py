@@ -1,1 +1,1 @@
-"""Service `mlflow-host-logs`, which sends the journal of nginx, MLflow and this host's own units to CloudWatch Logs."""
+"""Service `mlflow-host-logs`, which sends the journal of nginx, MLflow and the units mlflow-* to CloudWatch Logs."""

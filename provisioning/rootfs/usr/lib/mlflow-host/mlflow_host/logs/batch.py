@@ -1,6 +1,6 @@
-"""A batch: successive events of all streams, within the limits of one PutLogEvents request for each stream.
+"""A batch contains successive events of all log streams. One PutLogEvents request can send all events of one stream.
 
-The limits are those of AWS's documentation of PutLogEvents.
+The limits of a request are from AWS's documentation of PutLogEvents.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from mlflow_host.logs.journal import Event
 BYTES = 1 << 20
 EVENTS = 10_000
 OVERHEAD_BYTES = 26
-"""Added to each event's size in UTF-8."""
+"""To compute a request's size, CloudWatch adds this number of bytes to the size of each event in UTF-8."""
 SPAN = 24 * 3600 * 1000
-"""Milliseconds between the first and the last event."""
+"""Maximum number of milliseconds between the first and the last event of a request."""
 
 
 @dataclass
 class Batch:
     cursor: str = ""
-    """The journal's cursor of the last line, whether it became an event or not."""
+    """The cursor of the last journal line that was read, even if the line has no event in the batch."""
     streams: dict[str, list[Event]] = field(default_factory=dict)
     _bytes: dict[str, int] = field(default_factory=dict)
 
     def takes(self, event: Event) -> bool:
-        """Whether all limits hold with this event, too."""
+        """Whether the batch stays within all limits if this event is added."""
         there = self.streams.get(event.stream, [])
         times = [each.at for each in (*there[:1], *there[-1:])] + [event.at]
         return (
@@ -39,7 +39,8 @@ class Batch:
         if event is None:
             return
         there = self.streams.setdefault(event.stream, [])
-        # Requests must be in the order of time. The journal's is that of arrival: a clock that was set back differs.
+        # The events of a request must be sorted by time. The journal is sorted by arrival, and the two orders differ if
+        # the clock was set back.
         place = len(there)
         while place and there[place - 1].at > event.at:
             place -= 1

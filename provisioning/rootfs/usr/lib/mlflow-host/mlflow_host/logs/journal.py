@@ -1,7 +1,8 @@
-"""The machine's journal, read by journalctl after a cursor, and the event of CloudWatch Logs that a line of it becomes.
+"""Read the machine's journal with journalctl, and convert each line into an event of CloudWatch Logs.
 
-The streams are `nginx`, `mlflow` (the server processes) and `host` (boot steps, PostgreSQL, backups, timers): what
-`journalctl -u nginx -u 'mlflow-*'` prints. An event is a JSON object with the unit, the priority and the message.
+The streams are `nginx`, `mlflow` (the server processes) and `host` (boot steps, PostgreSQL, backups, timers). The three
+streams together contain the lines that `journalctl -u nginx -u 'mlflow-*'` prints. An event is a JSON object with the
+unit, the priority and the message.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from typing import Any, NamedTuple
 
 FOLLOW = (
     *("journalctl", "--follow", "--no-tail", "--quiet", "--output=json"),
-    # Without --merge, --follow leaves out earlier boots: lines that were not sent before a reboot.
+    # Without --merge, --follow omits earlier boots, so lines that were not sent before a reboot would be lost.
     "--merge",
-    # Without --all, a field of more than 4,096 bytes is null.
+    # Without --all, journalctl prints null for a field of more than 4,096 bytes.
     *("--all", "--output-fields=MESSAGE,PRIORITY,UNIT,_PID,_SYSTEMD_UNIT"),
 )
 CHUNK_BYTES = 1 << 16
 LINE_BYTES = 4 << 20
-"""A longer line is left out, so that no program can fill this one's memory. The journal cuts the output of units at
-48 KiB."""
+"""Journal lines with more bytes are skipped, so another program cannot fill the memory of this service. journald splits
+the output of units into lines of at most 48 KiB."""
 EVENT_BYTES = 256 << 10
-"""Largest event, by AWS's documentation of PutLogEvents; it allows 1 MiB since 2025."""
+"""Maximum size of an event. Until 2025, AWS limited events in PutLogEvents to this size; the new limit is 1 MiB."""
 CUT_BYTES = 40_000
-"""Bytes that are kept of a longer message: JSON writes a character as six bytes at most."""
+"""If an event exceeds EVENT_BYTES, its message is cut to this size. JSON needs at most six bytes for a character."""
 
 
 class JournalEnded(Exception):
-    """journalctl ended; the text states its exit status."""
+    """journalctl has ended. The exception's message contains the exit status of journalctl."""
 
 
 class Event(NamedTuple):
@@ -42,20 +43,20 @@ class Event(NamedTuple):
 
 
 class Journal:
-    """Follows the journal; owns the process of journalctl."""
+    """Follows the journal. The object starts and stops its own journalctl process."""
 
     def __init__(self, cursor: str, command: Sequence[str] = FOLLOW):
-        """Begins after `cursor`, or with the oldest line if it is empty."""
+        """Start with the line after `cursor`. If `cursor` is empty, start with the oldest line."""
         after = [f"--after-cursor={cursor}"] if cursor else []
         self._process = subprocess.Popen([*command, *after], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         assert self._process.stdout
         self._output = self._process.stdout.fileno()
         self._rest = b""
         self._too_long = False
-        """Whether the begun line is left out."""
+        """Whether the current line is too long and is therefore skipped."""
 
     def read(self, seconds: float) -> list[bytes]:
-        """The next lines; none if there is none for `seconds`. Raises JournalEnded."""
+        """Return the next lines, or an empty list if no line arrives within `seconds`. Raises JournalEnded."""
         while select.select([self._output], [], [], seconds)[0]:
             found = os.read(self._output, CHUNK_BYTES)
             if not found:
@@ -75,9 +76,9 @@ class Journal:
 
 
 def parse(line: bytes) -> tuple[str, Event | None]:
-    """The cursor of a line, and its event. None if it belongs to no unit whose lines are sent."""
+    """Return the cursor and the event of a line. The event is None for units whose lines are not sent to CloudWatch."""
     raw: dict[str, Any] = json.loads(line)
-    # What systemd writes about a unit has the unit's name in UNIT, which any other process could set, too.
+    # In a line from systemd (process 1), UNIT is the unit's name. Other processes can set UNIT, so _PID is checked.
     unit = _text(raw.get("UNIT" if _text(raw.get("_PID")) == "1" else "_SYSTEMD_UNIT"))
     stream = stream_of(unit)
     if not stream:
@@ -103,7 +104,8 @@ def _json(content: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A field: text, a list of bytes if it is not UTF-8, or a list of these if the line has the field several times."""
+    """Convert a field to text. A field is a string, or a list of bytes if it is not UTF-8. If a line repeats a field,
+    the field is a list, and each element is a string or a list of bytes."""
     if isinstance(value, list):
         if all(isinstance(each, int) for each in value):
             return bytes(value).decode(errors="replace")

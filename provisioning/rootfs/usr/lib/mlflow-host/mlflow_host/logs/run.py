@@ -1,8 +1,8 @@
 """Service `mlflow-host-logs`: send the journal to the stack's log group in CloudWatch Logs, if the stack has one.
 
-The cursor of the journal is saved once CloudWatch has accepted the lines before it. After a kill at any moment, no line
-is missing, and those of one batch at most are there twice. While CloudWatch is unreachable the lines stay in the
-journal. No request waits for this service.
+The service saves the journal's cursor after CloudWatch has accepted the lines before the cursor. If the service is
+killed, no line is lost, and at most the lines of one batch are sent twice. If CloudWatch is unreachable, the lines
+remain in the journal. The service does not delay requests to the server.
 
     python -m mlflow_host.logs.run
 """
@@ -26,13 +26,13 @@ from mlflow_host.machine.status import StepFailed
 
 STATE = Path(os.environ.get("STATE_DIRECTORY", "/var/lib/mlflow-host-logs"))
 MACHINE = Path("/var/lib/cloud/data/instance-id")
-"""cloud-init writes the instance's ID to it at each boot."""
+"""cloud-init writes the instance's ID to this file at each boot."""
 BATCH_SECONDS = 5.0
 READ_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
 
 Put = Callable[[str, Sequence[Event]], None]
-"""Sends a stream's events. Raises Exception if they are not accepted."""
+"""A function that sends the events of one stream, and raises an exception if CloudWatch does not accept the events."""
 
 
 def main() -> int:
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def ship(journal: Journal, put: Put, save: Callable[[str], None], stopping: threading.Event) -> None:
-    """Send the journal's lines in batches until `stopping` is set and the journal has no more. Raises JournalEnded."""
+    """Send the journal's lines in batches until `stopping` is set and all lines are sent. Raises JournalEnded."""
     batch, began = Batch(), time.monotonic()
     while True:
         last = stopping.is_set()
@@ -83,15 +83,15 @@ def ship(journal: Journal, put: Put, save: Callable[[str], None], stopping: thre
 
 
 def deliver(batch: Batch, put: Put, save: Callable[[str], None], stopping: threading.Event) -> bool:
-    """Send a batch and save its cursor. An error is repeated, with longer and longer pauses; False if it is not sent
-    because the service stops."""
+    """Send a batch and save its cursor. A failed request is repeated after increasing pauses. Returns False if the
+    service stops before the batch is sent."""
     for stream, events in batch.streams.items():
         pause = 1.0
         while True:
             try:
                 put(stream, events)
                 break
-            except Exception as error:  # of boto3 and its connections: the lines are kept
+            except Exception as error:  # any error of boto3: the lines stay in the batch
                 print(
                     f"mlflow-host: {len(events)} lines of {stream} are not in CloudWatch Logs yet: {error}; the role "
                     "must allow logs:PutLogEvents and logs:CreateLogStream on the stack's log group, and the machine "
@@ -107,7 +107,7 @@ def deliver(batch: Batch, put: Put, save: Callable[[str], None], stopping: threa
 
 
 def connect(document: LaunchDocument) -> Any:
-    """boto3's client, with the role's credentials if the metadata service has them already."""
+    """Create a boto3 client. If the instance metadata service returns no credentials yet, the client has none."""
     import boto3
     from botocore.config import Config
 
@@ -120,9 +120,10 @@ def connect(document: LaunchDocument) -> Any:
 
 
 def to_cloudwatch(connected: Callable[[], Any], group: str, machine: str) -> Put:
-    """Sends to the stream `<machine>/<stream>` of the group, which is created when it is missing.
+    """Return a function that sends events to the log stream `<machine>/<stream>`. A missing log stream is created.
 
-    After an error it connects anew: a client that was made without credentials never gets any."""
+    After an error, the function creates a new client, because a client that was created without credentials never
+    requests credentials again."""
     unused: list[Any] = []
 
     def put(stream: str, events: Sequence[Event]) -> None:
@@ -138,7 +139,7 @@ def to_cloudwatch(connected: Callable[[], Any], group: str, machine: str) -> Put
                 answer = logs.put_log_events(**there, logEvents=entries)
             refused = answer.get("rejectedLogEventsInfo")
         except logs.exceptions.InvalidParameterException as error:
-            # It would be refused again and again, and all later lines with it.
+            # CloudWatch would refuse every repetition of this request, and later lines would never be sent.
             refused = error
         if refused:
             report = f"CloudWatch Logs refuses some or all of {len(entries)} lines of {stream}: {refused}"

@@ -1,1 +1,1 @@
-"""Shared code of all processes on the host: configuration, boot status, nginx, AWS calls, crash-safe file writes."""
+"""Code that all processes on the machine share: configuration, boot status, nginx, AWS calls, crash-safe writes."""

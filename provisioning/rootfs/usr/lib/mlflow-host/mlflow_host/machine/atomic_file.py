@@ -1,4 +1,4 @@
-"""Crash-safe file writes: after a crash, a file has the old or the new content, never a part."""
+"""Crash-safe file writes. After a crash, a file has either its complete old content or its complete new content."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write(path: Path, content: str) -> None:
-    """Replace a file atomically. When this returns, the new content is on disk."""
+    """Replace a file atomically. When the function returns, the new content is on disk."""
     new = path.with_name(f".{path.name}.new")
     with new.open("w") as file:
         file.write(content)
@@ -18,14 +18,14 @@ def write(path: Path, content: str) -> None:
 
 
 def replace(path: Path, content: str) -> None:
-    """Replace a file atomically for other processes and for later ones, but not for a power cut: nothing is synced."""
+    """Replace a file atomically for other processes. The new content is not synced, so a power cut may lose it."""
     new = path.with_name(f".{path.name}.new")
     new.write_text(content)
     new.replace(path)
 
 
 def sync(folder: Path) -> None:
-    """Write a folder's entries to disk, after a file in it was created or renamed."""
+    """Write a folder's entries to disk, after the caller has created or renamed a file in the folder."""
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)

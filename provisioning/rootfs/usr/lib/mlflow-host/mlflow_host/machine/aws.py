@@ -1,7 +1,8 @@
-"""Calls of AWS with the instance's role: Systems Manager parameters and CloudWatch metrics. Standard library only.
+"""Call AWS with the instance's role: Systems Manager, CloudWatch metrics and STS.
 
-Importing botocore would take 0.5 s of processor time per process: at each boot, and every minute in the users timer.
-Requests are signed with Signature Version 4; a test compares the signature with botocore's.
+This module imports only the standard library, because the import of botocore would take 0.5 s of processor time in each
+boot step, and every minute in the users timer. Requests are signed with Signature Version 4. A test compares a
+signature of this module with botocore's signature for the same request.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from mlflow_host.contract.launch import LaunchDocument
 
 METADATA = "http://169.254.169.254"
 SECONDS = 5
-"""Timeout of a request. Attaching the Elastic IP cuts connections without a reset; callers then try again."""
+"""Timeout of a request. When AWS attaches the Elastic IP, open connections hang without a reset. Callers then retry."""
 
 
 class NoRole(Exception):
-    """The instance metadata service returns no credentials (yet)."""
+    """The instance metadata service returns no credentials."""
 
 
 class ServiceUnreachable(Exception):
-    """The connection to the service failed; the text is the reason."""
+    """The connection to the AWS service failed. The message is the reason."""
 
 
 class ServiceError(Exception):
-    """The service returned an error; `code` is AWS's error code."""
+    """The AWS service returned an error. `code` is the error code of AWS."""
 
     def __init__(self, code: str, message: str):
         self.code = code
@@ -48,11 +49,11 @@ class Keys:
     secret: str
     token: str
     expires: str = ""
-    """ISO 8601; "" if it is not needed."""
+    """Expiry time in ISO 8601, or "" if no caller needs the time."""
 
 
 def role_keys(metadata: str = METADATA) -> Keys:
-    """Read the role's credentials by IMDSv2. Raises NoRole."""
+    """Read the role's credentials from the instance metadata service (IMDSv2). Raises NoRole."""
     try:
         token = _request(
             metadata, "PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, seconds=2
@@ -67,7 +68,7 @@ def role_keys(metadata: str = METADATA) -> Keys:
 
 
 def get_parameter(document: LaunchDocument, name: str, keys: Keys) -> str:
-    """A parameter's decrypted value. Raises ServiceUnreachable or ServiceError (ParameterNotFound, …)."""
+    """The decrypted value of a parameter. Raises ServiceUnreachable or ServiceError (for example ParameterNotFound)."""
     answer = _ssm(document, "GetParameter", {"Name": name, "WithDecryption": True}, keys)
     return str(answer["Parameter"]["Value"])
 
@@ -80,7 +81,7 @@ def put_parameter(document: LaunchDocument, name: str, value: str, keys: Keys) -
 def call_query_api(
     document: LaunchDocument, service: str, endpoint: str, body: bytes, keys: Keys, now: datetime
 ) -> None:
-    """Call a service with the Query protocol and ignore the response. Raises ServiceUnreachable or ServiceError."""
+    """Send a request in AWS's Query protocol, and ignore the response. Raises ServiceUnreachable or ServiceError."""
     address = endpoint or regional_address(document.stack.region, service)
     headers = {"Content-Type": "application/x-www-form-urlencoded; charset=utf-8", "Accept": "application/json"}
     headers |= signature(address, headers, body, document.stack.region, service, keys, now)
@@ -88,7 +89,7 @@ def call_query_api(
 
 
 def assume_role(document: LaunchDocument, role: str, keys: Keys, now: datetime) -> Keys:
-    """Credentials of another role for an hour, the most that STS gives to a role that assumes one (AssumeRole).
+    """Call AssumeRole. The credentials are valid for one hour, STS's maximum if one role assumes another role.
 
     Raises ServiceUnreachable or ServiceError."""
     arguments = {
@@ -118,7 +119,7 @@ def ssm_address(document: LaunchDocument) -> str:
 
 
 def regional_address(region: str, service: str) -> str:
-    """AWS's public endpoint of a service."""
+    """The URL of AWS's public endpoint for a service."""
     return f"https://{service}.{region}.{'amazonaws.com.cn' if region.startswith('cn-') else 'amazonaws.com'}"
 
 
@@ -133,7 +134,7 @@ def _ssm(document: LaunchDocument, action: str, arguments: dict[str, Any], keys:
 def signature(
     address: str, headers: dict[str, str], body: bytes, region: str, service: str, keys: Keys, now: datetime
 ) -> dict[str, str]:
-    """The headers that sign a POST of `body` to the path / of `address` with Signature Version 4."""
+    """The headers with Signature Version 4 for a POST request that sends `body` to the path / of `address`."""
     stamp, day = now.strftime("%Y%m%dT%H%M%SZ"), now.strftime("%Y%m%d")
     added = {"Host": urlsplit(address).netloc, "X-Amz-Date": stamp, "X-Amz-Security-Token": keys.token}
     signed = sorted((name.lower(), value) for name, value in {**headers, **added}.items())
@@ -160,8 +161,8 @@ def signature(
 def _request(
     address: str, method: str, path: str, headers: dict[str, str], body: bytes | None = None, seconds: float = SECONDS
 ) -> bytes:
-    """The body of a response with status 200. Raises ServiceUnreachable, or ServiceError with the error code in the
-    body."""
+    """Return the response's body. Raises ServiceError with the error code from the body if the status is not 200, and
+    ServiceUnreachable if the connection fails."""
     where = urlsplit(address)
     kind = http.client.HTTPSConnection if where.scheme == "https" else http.client.HTTPConnection
     connection = kind(where.netloc, timeout=seconds)

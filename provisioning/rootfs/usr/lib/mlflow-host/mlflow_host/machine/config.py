@@ -1,6 +1,7 @@
-"""The host's configuration, which `configure` writes at boot, and the paths on the machine.
+"""The host's configuration, and the paths of files on the machine.
 
-`configure` writes `/run/mlflow-host/config.json`; every later step can read it. It contains no secret.
+The boot step `configure` writes the configuration to `/run/mlflow-host/config.json`. Every later boot step can read
+config.json, which contains no secret.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ LAUNCH_DOCUMENT = Path("/etc/mlflow-host/launch.toml")
 IMAGE_FACTS = Path("/usr/share/mlflow-host/image.json")
 DATA = Path("/srv/mlflow")
 CLUSTERS = DATA / "postgresql"
-"""PostgreSQL's clusters: one folder per major version, named by its number."""
+"""Folder with one PostgreSQL cluster per major version. The name of a cluster's folder is the major version."""
 USER_DATA = Path("/var/lib/cloud/instance/user-data.txt")
-"""The user-data that cloud-init read, if it read any."""
+"""File in which cloud-init stores the user-data that it has read."""
 RUN = Path("/run/mlflow-host")
 DATA_DEVICE = RUN / "data-volume"
-"""Link to the data volume's device, which srv-mlflow.mount mounts."""
+"""Symbolic link to the device of the data volume. srv-mlflow.mount mounts this link."""
 CONFIG = RUN / "config.json"
 SERVER_SOCKETS = Path("/run/mlflow")
 POSTGRESQL_SOCKETS = Path("/run/postgresql")
@@ -36,11 +37,11 @@ class HostConfig:
     launch: LaunchDocument
     sizing: Sizing
     url: str
-    """The server's URL, for browsers and MLFLOW_TRACKING_URI; without a slash at the end."""
+    """The server's URL for browsers and MLFLOW_TRACKING_URI, without a slash at the end."""
 
     @property
     def server_units(self) -> list[str]:
-        """The units of the server processes. Only the first one starts the job runner."""
+        """The units of the server processes. Only the first server process starts the job runner."""
         return [f"mlflow-server@{n}.service" for n in range(1, self.sizing.server_processes + 1)]
 
 
@@ -51,19 +52,19 @@ def host_config(document: LaunchDocument, sizing: Sizing) -> HostConfig:
 
 
 def launch_document(path: Path = LAUNCH_DOCUMENT) -> LaunchDocument:
-    """The launch document from user-data. Raises StepFailed when it is missing or invalid."""
+    """The launch document from user-data. Raises StepFailed if the document is missing or invalid."""
     try:
         return launch.parse(path.read_text())
     except FileNotFoundError:
         raise StepFailed(f"{path} is missing: {why_missing()}") from None
     except UnicodeDecodeError:
-        raise StepFailed(f"{path} is not text in UTF-8: launch with the stack's user-data") from None
+        raise StepFailed(f"{path} is not text in UTF-8: launch this image with the stack's user-data") from None
     except LaunchError as error:
         raise StepFailed(f"the launch document cannot be used: {error}") from None
 
 
 def why_missing(user_data: Path = USER_DATA, cloud_init: Path = Path("/run/cloud-init/status.json")) -> str:
-    """Why cloud-init has not written the launch document, and what to do."""
+    """The reason why cloud-init has not written the launch document, and the remedy."""
     try:
         if user_data.stat().st_size:
             return (
@@ -77,12 +78,12 @@ def why_missing(user_data: Path = USER_DATA, cloud_init: Path = Path("/run/cloud
         found = json.loads(cloud_init.read_text())["v1"]["datasource"]
     return (
         f"cloud-init read no user-data (its datasource: {found or 'none'}), because the instance metadata service did "
-        "not answer it in time or is switched off: reboot the machine"
+        "not respond in time or is switched off: reboot the machine"
     )
 
 
 def load(path: Path = CONFIG) -> HostConfig:
-    """Raises FileNotFoundError before `configure` has run."""
+    """Read the host's configuration. Raises FileNotFoundError before the boot step `configure` has run."""
     raw = json.loads(path.read_text())
     return HostConfig(launch.from_mapping(raw["launch"]), Sizing(**raw["sizing"]), raw["url"])
 
@@ -97,15 +98,15 @@ def dump(config: HostConfig) -> str:
 
 
 def postgresql_major(image_facts: Path = IMAGE_FACTS) -> int:
-    """PostgreSQL's major version in this image, from image.json."""
+    """The major version of PostgreSQL in this image, read from image.json."""
     return int(json.loads(image_facts.read_text())["postgresql_major"])
 
 
 def cluster() -> Path:
-    """Folder of the cluster for this image's PostgreSQL major."""
+    """Folder of the cluster for the PostgreSQL major version of this image."""
     return CLUSTERS / str(postgresql_major())
 
 
 def bracketed(hostname: str) -> str:
-    """A host for a URL: an IPv6 address in brackets, any other host unchanged."""
+    """Format a host for use in a URL. An IPv6 address is put in brackets. Other hosts are unchanged."""
     return f"[{hostname}]" if ":" in hostname else hostname

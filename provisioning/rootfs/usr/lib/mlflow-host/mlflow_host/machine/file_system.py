@@ -1,4 +1,4 @@
-"""Grow the data volume's file system to the size of the volume, at boot and by the disk space timer."""
+"""Grow the data volume's file system to the size of the volume, at boot and when the disk space timer runs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import subprocess
 from pathlib import Path
 
 SUPERBLOCK = 1024
-"""Offset of the superblock in an ext4 file system (Linux, fs/ext4/ext4.h: struct ext4_super_block)."""
+"""Offset of the superblock in an ext4 file system. Source: struct ext4_super_block in Linux, fs/ext4/ext4.h."""
 
 
 def grow(device: Path) -> str:
-    """Grow a mounted ext4 file system to the size of its device. Returns "" on success or without a need to grow, else
-    a sentence; the file system stays usable at its old size."""
+    """Grow a mounted ext4 file system to the size of its device. Returns "" if the file system has the right size.
+    After a failure, returns a sentence about the failure, and the file system stays usable at its old size."""
     try:
         whole, used = size(device), in_use(device)
         if whole - used < 1 << 20:
@@ -25,19 +25,19 @@ def grow(device: Path) -> str:
     except OSError as error:
         return f"the size of the data volume cannot be read ({error.strerror or error}): reboot the machine"
     return (
-        f"the data volume has {whole / (1 << 30):.1f} GiB and its file system {used / (1 << 30):.1f} GiB, because "
+        f"the data volume has {whole / (1 << 30):.1f} GiB, but its file system has {used / (1 << 30):.1f} GiB, because "
         f"resize2fs failed ({reason}): reboot the machine, which checks the file system, or run resize2fs by hand"
     )
 
 
 def size(device: Path) -> int:
-    """Size of a device in bytes."""
+    """The size of a device in bytes."""
     with device.open("rb") as file:
         return file.seek(0, os.SEEK_END)
 
 
 def in_use(device: Path) -> int:
-    """Size of a device's ext4 file system in bytes."""
+    """The size of the ext4 file system on a device, in bytes."""
     with device.open("rb") as file:
         file.seek(SUPERBLOCK)
         block = file.read(1024)

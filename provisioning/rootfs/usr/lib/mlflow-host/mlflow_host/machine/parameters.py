@@ -11,11 +11,12 @@ from mlflow_host.machine import aws
 from mlflow_host.machine.status import StepFailed
 
 PATIENCE_SECONDS = 180
-"""How long to try again: the role's policy, the route to SSM and the parameter may be created after the machine."""
+"""Seconds for which a failed read of a parameter is repeated. The role's policy, the route to SSM and the parameter may
+be created after the machine."""
 
 
 def fetch(document: LaunchDocument, say: Callable[[str], None], patience: float = PATIENCE_SECONDS) -> Credentials:
-    """Read and parse the credentials parameter. Raises StepFailed after `patience` seconds."""
+    """Read and parse the parameter with the credentials. Raises StepFailed after `patience` seconds."""
     parameter = document.credentials.parameter
     text = _parameter(document, parameter, say, patience)
     try:
@@ -25,7 +26,7 @@ def fetch(document: LaunchDocument, say: Callable[[str], None], patience: float 
 
 
 def secret(document: LaunchDocument, parameter: str) -> str:
-    """Read a parameter whose whole value is a secret. Raises StepFailed."""
+    """Read a parameter that consists of one secret. Raises StepFailed."""
     return _parameter(document, parameter, lambda message: None, PATIENCE_SECONDS)
 
 
@@ -38,16 +39,14 @@ def _parameter(document: LaunchDocument, name: str, say: Callable[[str], None], 
         except aws.NoRole:
             reason = "the instance has no role yet: give it the stack's instance profile"
         except aws.ServiceUnreachable as error:
-            reason = (
-                f"{aws.ssm_address(document)} cannot be reached ({error}): it needs a route or an interface endpoint"
-            )
+            reason = f"{aws.ssm_address(document)} cannot be reached ({error}): add a route or an interface endpoint"
         except aws.ServiceError as error:
             if error.code == "ParameterNotFound":
                 reason = (
                     f"the parameter {name} does not exist in {document.stack.region}: create it, or correct its name"
                 )
             elif error.code in ("AccessDeniedException", "AccessDenied"):
-                reason = f"the instance's role may not read the parameter {name}: allow it ssm:GetParameter and its key"
+                reason = f"the role cannot read the parameter {name}: allow ssm:GetParameter and use of its KMS key"
             else:
                 reason = f"SSM does not return the parameter {name} ({error})"
         if time.monotonic() + pause > give_up:

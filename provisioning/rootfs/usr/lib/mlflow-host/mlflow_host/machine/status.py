@@ -1,11 +1,11 @@
-"""The boot's progress: one status file per step, and the page made of them that nginx serves until MLflow is up.
+"""The progress of the boot: one status file per step. nginx serves a page of all steps until MLflow accepts requests.
 
     with step("database") as s:
         s.say("copying 64 tables")
         raise StepFailed("the backups bucket mlflow-backups does not exist: …")
 
-A StepFailed ends the process with exit status 2 and its sentence in the status file, the journal, the console and on
-the page. Any other exception does the same with exit status 1 and keeps its traceback in the journal.
+StepFailed ends the process with exit status 2. The message of StepFailed is written to the status file, the page, the
+journal and the console. After any other exception, the exit status is 1, and the journal also has the traceback.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ STEPS = {
     "database": "Bringing the database to this image's schema",
     "ready": "Starting MLflow",
 }
-"""Steps in the order of the boot, with the default message on the page."""
+"""The default message on the page for each step, in the order of the boot."""
 
 OPTIONAL = {"certificates", "restore"}
-"""Steps that not every machine has. The page shows them once they begin."""
+"""Steps that run only on some machines. The page shows such a step after it has begun."""
 
 
 class StepFailed(Exception):
-    """One sentence for the person who can fix it: the fault, the value, the remedy."""
+    """A boot step failed. The message is one sentence for the administrator: the fault, the value and the remedy."""
 
 
 class BootStep:
-    """A running step; owns its status file."""
+    """A running step, which writes its own status file."""
 
     def __init__(self, name: str, run: Path):
         self.name, self._run = name, run
@@ -58,7 +58,7 @@ class BootStep:
         self._message = ""
 
     def say(self, message: str) -> None:
-        """Set the step's message, in the present participle: "copying 64 tables"."""
+        """Set the step's message, for example "copying 64 tables"."""
         print(f"{self.name}: {message}", file=sys.stderr, flush=True)
         self._message = message
         self.record("running")
@@ -79,7 +79,7 @@ class BootStep:
 
     @contextmanager
     def reporting(self) -> Iterator[BootStep]:
-        """Like `step`, record a failure of the `with` block. Without a failure the recorded state stays "running"."""
+        """Record a failure of the `with` block. If the block succeeds, the recorded state stays "running"."""
         self.record("running")
         try:
             yield self
@@ -101,7 +101,7 @@ def step(name: str, run: Path = RUN) -> Iterator[BootStep]:
 
 
 def finish(name: str, message: str, run: Path = RUN) -> None:
-    """Record the end of a step that another process began."""
+    """Record that a step is done, although another process has started the step."""
     print(f"{name}: {message}", file=sys.stderr, flush=True)
     current = BootStep(name, run)
     with suppress(OSError, ValueError, KeyError):
@@ -111,7 +111,7 @@ def finish(name: str, message: str, run: Path = RUN) -> None:
 
 
 def is_done(name: str, run: Path = RUN) -> bool:
-    """Whether a step of this boot has succeeded."""
+    """Whether a boot step has succeeded in this boot."""
     try:
         return bool(json.loads((run / "status" / f"{name}.json").read_text())["state"] == "done")
     except (OSError, ValueError):
@@ -119,14 +119,14 @@ def is_done(name: str, run: Path = RUN) -> bool:
 
 
 def wait_until_done(name: str, run: Path = RUN, pause: float = 0.05) -> None:
-    """Return once a step of this boot is done. Also waits for a failed one, which may be started again."""
+    """Wait until a boot step is done. If the step fails, continue to wait, because the step may be started again."""
     while not is_done(name, run):
         time.sleep(pause)
 
 
 def read(run: Path = RUN) -> dict[str, Any]:
-    """{"state": "starting" | "failed" | "ready", "message": …, "steps": [status of each started step, in boot
-    order]}"""
+    """Return the status of the boot: {"state": "starting" | "failed" | "ready", "message": …, "steps": [the status of
+    each started step, in the order of the boot]}"""
     found = {}
     for path in (run / "status").glob("*.json"):
         try:
@@ -144,7 +144,8 @@ def read(run: Path = RUN) -> dict[str, Any]:
             "message": "MLflow was started but does not respond: it is restarting",
             "steps": steps,
         }
-    # Steps run in parallel: the message is that of the last one. Between two steps, the message is that of the next.
+    # Steps run in parallel, so the message is that of the last running step. If no step runs, the message is that of
+    # the next step.
     running = next((s for s in reversed(steps) if s["state"] == "running"), None)
     if running:
         doing = running["message"] or STEPS.get(running["step"], running["step"])
@@ -156,7 +157,7 @@ def read(run: Path = RUN) -> dict[str, Any]:
 def publish(run: Path = RUN, page: Path = PAGE) -> None:
     """Write web/status.json and web/status.html, which nginx serves.
 
-    Steps run in parallel; a lock ensures that the last writer has read all status files.
+    Steps run in parallel. A lock ensures that the last writer has read all status files.
     """
     web = run / "web"
     if not web.is_dir():
@@ -173,7 +174,7 @@ def publish(run: Path = RUN, page: Path = PAGE) -> None:
         with suppress(OSError, ValueError):
             status["fallbacks"] = [entry["what"] for entry in json.loads(IMAGE.read_text()).get("fallbacks", [])]
         _write_pages(web / "status", status, page)
-        # nginx lets clients retry during a boot, but not after it has failed.
+        # If the file web/failed exists, nginx responds with a status code after which clients do not retry.
         if status["state"] == "failed":
             (web / "failed").touch()
         else:
@@ -183,8 +184,8 @@ def publish(run: Path = RUN, page: Path = PAGE) -> None:
 
 
 def publish_first(share: Path) -> None:
-    """At the bake: write booting.json and booting.html beside the page, for the time before the first step of a
-    boot."""
+    """Write booting.json and booting.html into the folder `share`. The bake calls this function. nginx serves the two
+    files before the first step of a boot."""
     _write_pages(share / "booting", read(share), share / PAGE.name)
 
 
@@ -220,14 +221,14 @@ def render(status: dict[str, Any], page: str) -> str:
 
 
 def last_backups(found: dict[str, Any]) -> list[str]:
-    """The result of `mlflow_host.backups.check`, as lines; none before its first run."""
+    """The result of `mlflow_host.backups.check` as lines. Before the first check, the list is empty."""
     names = {"archive": "last segment archived", "base": "last base backup", "dump": "last dump"}
     known = [f"{name} {found[what]['at']}" for what, name in names.items() if what in found]
     return [f"Backups: {', '.join(known)}"] * bool(known) + list(found.get("problems", []))
 
 
 def last_removal(found: dict[str, str]) -> list[str]:
-    """The result of the last garbage collection, as a line."""
+    """The result of the last garbage collection as a list of one line, or an empty list."""
     return [f"Deleted by users: {found['summary']}, {found['at']}"] if found else []
 
 
@@ -238,7 +239,7 @@ def _write_pages(path: Path, status: dict[str, Any], page: Path) -> None:
 
 
 def _write(path: Path, content: str) -> None:
-    """Replace a file atomically; readable by all."""
+    """Replace a file atomically. All users may read the file."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:

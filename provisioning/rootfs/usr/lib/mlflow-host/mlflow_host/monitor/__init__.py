@@ -1,1 +1,1 @@
-"""Service `mlflow-host-monitor`, which reads nginx's request log: audit trail, metrics, and the page /mlflow-host/."""
+"""Service `mlflow-host-monitor`: make the audit trail, metrics and the page /mlflow-host/ from nginx's request log."""

@@ -1,11 +1,11 @@
-"""The audit trail: one JSON line for each write that succeeded or was refused, in the journal and in files for the
-backups bucket.
+"""The audit trail: one JSON line for each write that succeeded or was refused. The lines are written to the journal and
+to files for the backups bucket.
 
-The line has no body, no query and no password: the time, the user and role, the address, the method, the route's name,
-the items that the request names, and the status. A request is a write if nginx would refuse it to a reader.
+A line has the time, user, role, address, method, name of the route, IDs of the items in the request, and status. A line
+has no body, no query and no password. A request counts as a write if users with the role reader may not send it.
 
-An address without an accepted login could fill the bucket with refusals, so of these at most REFUSALS a minute from one
-address have a line of their own; the others are counted in one line.
+A client without a valid login could fill the bucket with lines about refused writes. Therefore, per minute and address,
+at most REFUSALS refused writes get a line each, and one more line states how many other writes were refused.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from mlflow_host.monitor.request_log import Position, Request
 from mlflow_host.monitor.routes import Routes
 
 REFUSALS = 20
-"""Lines a minute for refusals of one address without an accepted login."""
+"""Maximum number of lines per minute and address for refused writes without a valid login."""
 UNKNOWN_PATH_CHARACTERS = 100
 FILE_BYTES = 32 << 20
-"""A file of the trail is complete at this size, before compression."""
+"""After a file of the audit trail has reached this size, a new file is started. The size is before compression."""
 WAITING_BYTES = 256 << 20
-"""Maximum size of the complete files that wait for the bucket; beyond it the oldest is deleted."""
+"""Maximum total size of complete files that are not uploaded. If the size is exceeded, the oldest file is deleted."""
 
 
 @dataclass
 class Lines:
-    """Makes the lines of requests; counts refusals."""
+    """Makes the lines of the audit trail from requests, and counts refused writes."""
 
     routes: Routes
     _minute: str = ""
     _refused: Counter[str] = field(default_factory=Counter)
-    """Refusals in that minute, by address."""
+    """Number of refused writes in the minute `_minute`, by address."""
 
     def of(self, requests: Iterable[Request]) -> Iterator[dict[str, Any]]:
         for request in requests:
@@ -58,7 +58,7 @@ class Lines:
             yield self.line(request)
 
     def rest(self) -> Iterator[dict[str, Any]]:
-        """A line for each address whose refusals were not all written."""
+        """A line for each address with more than REFUSALS refused writes in the minute."""
         for address, count in self._refused.items():
             if count > REFUSALS:
                 yield {
@@ -93,15 +93,15 @@ def utc(time: str) -> str:
 
 @dataclass
 class Spool:
-    """The folder of the trail's files: `current.jsonl`, and complete ones for `mlflow_host.monitor.upload`.
+    """The folder with the audit trail's files: `current.jsonl`, and the complete files, which monitor.upload uploads.
 
-    `position.json` says how far the log was read and how long the current file was then. After a kill the file is cut
-    to that length, so no line is missing and none is there twice."""
+    `position.json` stores the position in nginx's log, and the size of current.jsonl at this position. If the service
+    was killed, the next start cuts current.jsonl to the stored size, so the audit trail has each line exactly once."""
 
     folder: Path
 
     def resume(self) -> Position:
-        """Cut the current file to what was recorded, and return how far the log was read."""
+        """Cut current.jsonl to the size in position.json, and return the position in nginx's log from position.json."""
         try:
             found = json.loads(self.position.read_text())
         except (OSError, ValueError):
@@ -121,7 +121,7 @@ class Spool:
         atomic_file.replace(self.position, json.dumps(content) + "\n")
 
     def complete(self, position: Position) -> None:
-        """Rename the current file, if it has lines, to a name with the times of its first and last line."""
+        """If current.jsonl has lines, rename it. The new name contains the file's earliest and latest time."""
         if not self.current.exists() or not self.current.stat().st_size:
             return
         span = span_of(self.current)
@@ -133,7 +133,7 @@ class Spool:
         return sorted(path for path in self.folder.glob("*.jsonl") if path != self.current)
 
     def limit(self) -> list[Path]:
-        """Delete the oldest complete files beyond WAITING_BYTES; returns them."""
+        """Delete the oldest complete files until the rest has at most WAITING_BYTES. Returns the deleted files."""
         deleted, left = [], self.waiting()
         while sum(path.stat().st_size for path in left) > WAITING_BYTES:
             left[0].unlink(missing_ok=True)
@@ -150,7 +150,7 @@ class Spool:
 
 
 def span_of(file: Path) -> Span:
-    """The earliest and the latest time in a file of the trail: lines have the order in which requests ended."""
+    """The earliest and the latest time in a file of the audit trail. The lines may be out of order."""
     with file.open() as lines:
         times = [json.loads(line)["time"] for line in lines]
     return Span(datetime.fromisoformat(min(times)), datetime.fromisoformat(max(times)))

@@ -1,5 +1,5 @@
-"""The last day of this server, minute by minute, for the page /mlflow-host/: requests, latencies, errors, use of the
-data volume, and when each user was last seen. It is kept in a file, so that a restart does not lose it."""
+"""The history of the last 24 hours per minute, for the page /mlflow-host/: requests, latencies, errors, use of the data
+volume, and each user's last request. The history is stored in a file, so it survives a restart."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mlflow_host.monitor.request_log import Request
 MINUTES = 24 * 60
 USERS = 200
 WITHOUT_LATENCY = ("artifacts", "gateway", "pages")
-"""Kinds of requests whose duration is that of a transfer, a model or a file on disk."""
+"""Latencies do not include requests of these kinds, whose duration depends on a transfer, a model or a disk."""
 
 
 class Minute(NamedTuple):
     at: int
-    """Start, in minutes since the epoch."""
+    """Start of the minute, in minutes since the epoch."""
     requests: int
     errors: int
-    """Statuses of 500 and above."""
+    """Number of responses with status 500 or above."""
     median_ms: float
     slow_ms: float
     """95th percentile."""
@@ -36,14 +36,14 @@ class History:
     file: Path
     minutes: list[Minute] = field(default_factory=list)
     seen: dict[str, str] = field(default_factory=dict)
-    """User → time of the last request with an accepted login."""
+    """Time of the last request with a valid login, by user name."""
     _requests: int = 0
     _errors: int = 0
     _milliseconds: list[float] = field(default_factory=list)
 
     @classmethod
     def load(cls, file: Path) -> History:
-        """An empty one if the file is missing or unreadable."""
+        """Read the history. If the file is missing or unreadable, return an empty history."""
         try:
             raw: dict[str, Any] = json.loads(file.read_text())
             return cls(file, [Minute(*each) for each in raw["minutes"]], dict(raw["seen"]))
@@ -60,7 +60,7 @@ class History:
                 self.seen[request.user] = request.time
 
     def end_minute(self, at: int, disk_percent: float) -> None:
-        """Close the minute `at` and write the file."""
+        """Add the figures of the minute `at` to the history, and write the file."""
         ordered = sorted(self._milliseconds)
         median, slow = (round(ordered[int(share * len(ordered))], 1) if ordered else 0.0 for share in (0.5, 0.95))
         made = Minute(at, self._requests, self._errors, median, slow, round(disk_percent, 2))
@@ -71,8 +71,8 @@ class History:
 
 
 def days_until_full(minutes: list[Minute]) -> float | None:
-    """Days until the data volume is full, if its use grows as in these minutes (least squares). None if it does not
-    grow, or for less than an hour."""
+    """Days until the data volume is full, extrapolated from the given minutes (least squares). None if the used share
+    of the volume does not grow, or if fewer than 60 minutes are given."""
     if len(minutes) < 60:
         return None
     count = len(minutes)

@@ -1,7 +1,7 @@
-"""Metrics for Prometheus: counters of requests from nginx's log, and gauges of the machine, measured at a scrape.
+"""Metrics for Prometheus: counters of requests from nginx's log, and gauges of the machine, measured at each scrape.
 
-The names and labels are in provisioning/README.md. What cannot be measured is left out of the scrape, and its
-`mlflow_host_collector_success` is 0.
+provisioning/README.md lists the names and labels. If a part of the gauges cannot be measured, the scrape lacks the
+metrics of this part, and `mlflow_host_collector_success` has the value 0 for this part.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from mlflow_host.postgres.cluster import Cluster, connection
 NGINX = Path("/run/nginx/monitor.sock")
 SECONDS = 3
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-"""Upper bounds of the duration's histogram, in seconds."""
+"""Upper bounds of the buckets in the histogram of request durations, in seconds."""
 
 DURATION = (
     "mlflow_host_request_duration_seconds",
@@ -66,10 +66,10 @@ KINDS = tuple(
         "other_api": f"{_API}.*",
     }.items()
 )
-"""Kinds of requests by their paths; the first match counts. Everything else is `pages`."""
+"""A request has the kind of the first pattern that matches its path. If no pattern matches, the kind is `pages`."""
 
 RESTARTED = ("mlflow-server@*", "mlflow-host-postgresql", "nginx", "mlflow-host-archive", "mlflow-host-monitor")
-"""Units whose processes systemd starts again."""
+"""Units whose processes systemd restarts."""
 
 STATEMENTS = """
 select case when backend_type = 'autovacuum worker' then 'autovacuum'
@@ -91,7 +91,7 @@ def kind_of(path: str) -> str:
 
 
 class RequestMetrics:
-    """Counters and histograms in a registry. One thread adds to them."""
+    """Counters and histograms in a registry. Only one thread updates them."""
 
     def __init__(self, registry: CollectorRegistry):
         self.requests = Counter(
@@ -135,7 +135,7 @@ class RequestMetrics:
 
 
 class Durations:
-    """Histograms of the seconds of requests, by kind: faster than those of prometheus_client, in the same format."""
+    """Histograms of request durations by kind, which are faster to update than prometheus_client's Histogram."""
 
     def __init__(self) -> None:
         self._counts: dict[str, list[int]] = {}
@@ -161,7 +161,7 @@ class Durations:
 
 @dataclass(eq=False)
 class Machine:
-    """The gauges, measured at each scrape. The paths and the cluster are the machine's own."""
+    """The gauges, which are measured at each scrape. The default paths are the paths on the machine."""
 
     cluster: Cluster = field(default_factory=Cluster)
     nginx: Path = NGINX
@@ -173,7 +173,7 @@ class Machine:
     tmpfs: Path = Path("/run")
     systemctl: str = "/usr/bin/systemctl"
     waiting: Callable[[], int] = lambda: 0
-    """Number of files of the audit trail that are not in the bucket yet."""
+    """Returns the number of files of the audit trail that are not uploaded to the bucket."""
     processes: int = 0
 
     def collect(self) -> Iterator[Metric]:
@@ -181,7 +181,7 @@ class Machine:
         for part in (self.versions, self.requests, self.load, self.postgresql, self.space, self.upkeep, self.restarts):
             try:
                 found = [*part()]
-            except Exception as error:  # one failed measurement does not stop the others
+            except Exception as error:  # after a failed part, the next part is measured
                 print(f"mlflow-host: {part.__name__} is not measured: {error}", file=sys.stderr, flush=True)
                 found = []
                 success.add_metric([part.__name__], 0)
@@ -291,7 +291,7 @@ def single(name: str, text: str, value: float) -> GaugeMetricFamily:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """{} for a report that was not made yet."""
+    """Read a report. Returns {} if the file is missing or invalid."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -311,7 +311,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def ask(path: Path, target: str) -> bytes:
-    """The body of a response with status 200 from the server at a Unix socket. Raises OSError."""
+    """Send a GET request to a Unix socket, and return the body. Raises OSError if the status is not 200."""
     opened = _UnixConnection(path)
     try:
         opened.request("GET", target)

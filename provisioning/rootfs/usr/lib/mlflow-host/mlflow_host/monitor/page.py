@@ -1,4 +1,4 @@
-"""The page /mlflow-host/ for logged-in people: the server's last hours, from its own numbers, without a script."""
+"""The page /mlflow-host/ for logged-in users: figures of the last hours and reports, as HTML without JavaScript."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mlflow_host.monitor.metrics import read_json
 
 TEMPLATE = Path("/usr/share/mlflow-host/overview.html")
 HOURS = 6
-"""Shown in the plots of requests; the plot of the disk has all of the history."""
+"""Number of hours in the plots of requests and latencies. The plot of the data volume shows the whole history."""
 WIDTH, HEIGHT = 600, 100
 BACKUPS = {"archive": "last log segment", "base": "last base backup", "dump": "last dump"}
 
 
 @dataclass
 class Page:
-    """What the page is made from; the paths are the machine's own."""
+    """The files from which the page is rendered. The default paths are the paths on the machine."""
 
     target: Path
     template: Path = TEMPLATE
@@ -79,7 +79,7 @@ class Page:
         return section("Last boot", table(rows) if rows else paragraph("no step has begun"))
 
     def schema_change(self, now: datetime) -> str:
-        """The newest report of a change of the schema."""
+        """Render the newest report of a schema change."""
         reports = sorted(path for path in (self.data / "reports").glob("[0-9]*.json"))
         for path in reversed(reports):
             with suppress(OSError, ValueError, KeyError, TypeError):
@@ -126,7 +126,8 @@ def chart(
     others: Sequence[float] = (),
     most: float | None = None,
 ) -> str:
-    """A plot over time, with its highest value and the times of its ends; gaps in time are gaps in the line."""
+    """An SVG plot over time, with the highest value, the first time and the last time. A missing minute is a gap in the
+    line."""
     if not minutes:
         return paragraph("no data yet")
     highest = most if most is not None else max([*values, *others, 1e-9])
@@ -178,6 +179,6 @@ def age(at: datetime | None, now: datetime) -> str:
 
 
 def used_percent(folder: Path) -> float:
-    """Use of a file system without root's reserve."""
+    """Per cent of a file system that is in use. Blocks that are reserved for root are not counted."""
     found = os.statvfs(folder)
     return 100 * (1 - found.f_bavail / (found.f_blocks - found.f_bfree + found.f_bavail))

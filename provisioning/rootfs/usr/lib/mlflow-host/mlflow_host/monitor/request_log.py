@@ -1,4 +1,4 @@
-"""Read nginx's request log, of the format `watched` in site.conf.j2, while nginx writes and logrotate renames it."""
+"""Read nginx's request log while nginx writes to it and logrotate renames it. site.conf.j2 defines the log's format."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from urllib.parse import parse_qsl
 LOG = Path("/var/log/nginx/access.log")
 CHUNK_BYTES = 1 << 20
 PATH_CHARACTERS = 2000
-"""Of a longer path, only the beginning is kept: caches have paths as their keys."""
+"""Longer paths are cut to this length, because caches use paths as keys."""
 IDLE_READS = 5
-"""Reads without a new line after which a renamed file counts as complete: nginx reopens its log after the rename."""
+"""nginx may write to a renamed file until nginx reopens its log. After this number of reads without a new line, the
+renamed file counts as complete."""
 
 _LINE = re.compile(
     r'(\S+) (\S+) ([^"]*) "(\S+) ([^" ]*)" (\d{3}) (\d+) (\d+) ([\d.]+) "([^"]*)" '
@@ -29,13 +30,13 @@ class Request(NamedTuple):
     """One request of the site."""
 
     time: str
-    """Its end, in ISO 8601."""
+    """Time at which the request ended, in ISO 8601."""
     address: str
     user: str
-    """The name in the login; "" without one. `accepted` says whether the login was."""
+    """The user name that the client sent, or "". If `accepted` is false, the login was not valid."""
     method: str
     path: str
-    """As the client sent it, without the query."""
+    """The path as the client sent it, without the query."""
     status: int
     bytes_out: int
     bytes_in: int
@@ -43,16 +44,17 @@ class Request(NamedTuple):
     reached_mlflow: bool
     writes: bool
     accepted: bool
-    """Whether the login was checked and accepted."""
+    """Whether the password was checked and was right."""
     role: str
     by: str
-    """"direct" if a process answered beside MLflow, else ""."""
+    """The value is "direct" if a server process answered without MLflow's code, else ""."""
     ids: tuple[tuple[str, str], ...]
-    """What the request's and the response's fields name, from `mlflow_host.server.request_ids`."""
+    """Names and values of the IDs in the request and the response, from `mlflow_host.server.request_ids`."""
 
 
 def parse(line: str) -> Request | None:
-    """None for a line in another format: written before the site was configured, or by another server block."""
+    """Parse a line. Returns None for lines in another format, which nginx writes for other server blocks or before the
+    site is configured."""
     found = _LINE.fullmatch(line)
     if not found:
         return None
@@ -79,7 +81,7 @@ def parse(line: str) -> Request | None:
 
 
 def pairs(ids: str) -> tuple[tuple[str, str], ...]:
-    """The header's IDs, without a decoder for those that need none."""
+    """Split the logged IDs into names and values. To save time, IDs without encoded characters are not decoded."""
     if ids in ("", "-"):
         return ()
     if "%" in ids or "\\" in ids or "+" in ids:
@@ -88,7 +90,7 @@ def pairs(ids: str) -> tuple[tuple[str, str], ...]:
 
 
 def unescaped(text: str) -> str:
-    r"""A variable of nginx's log, which writes quotation marks, backslashes and bytes beyond ASCII as \xHH."""
+    r"""Decode a variable in nginx's log. nginx writes quotation marks, backslashes and non-ASCII bytes as \xHH."""
     if "\\" not in text:
         return text
     return _ESCAPED.sub(lambda run: bytes.fromhex(run[0].replace("\\x", "")).decode(errors="replace"), text)
@@ -96,14 +98,14 @@ def unescaped(text: str) -> str:
 
 @dataclass(frozen=True)
 class Position:
-    """How far the log was read: the file's inode, and the offset in it."""
+    """A position in the log: the inode of the file, and the offset in the file."""
 
     inode: int = 0
     offset: int = 0
 
 
 class Follower:
-    """Reads the log from a position on; owns the open file."""
+    """Reads the log from a position, and keeps the log file open."""
 
     def __init__(self, log: Path, position: Position):
         self.log, self.position = log, position
@@ -111,7 +113,7 @@ class Follower:
         self._idle = 0
 
     def read(self) -> list[str]:
-        """The complete lines since `position`, at most CHUNK_BYTES of them; moves `position` behind them."""
+        """Return the complete lines after `position`, at most CHUNK_BYTES, and move `position` to their end."""
         if self._file is None:
             self._file = self._open()
         if self._file is None:
@@ -134,8 +136,8 @@ class Follower:
         self._file, self._idle = None, 0
 
     def _open(self) -> BinaryIO | None:
-        """Open the log file of `position`, even if logrotate has renamed it; if it is gone, the current file at its
-        start. None if there is none yet."""
+        """Open the log file of `position`, even if logrotate has renamed the file. If the file no longer exists, open
+        the current log file at its start. Returns None if no log file exists."""
         renamed = self.log.with_name(f"{self.log.name}.1")
         for path in (self.log, renamed):
             with suppress(FileNotFoundError):
@@ -146,7 +148,7 @@ class Follower:
                 file.close()
         if self.position.inode:
             print(
-                f"mlflow-host: {self.log} was rotated more than once meanwhile: requests are missing", file=sys.stderr
+                f"mlflow-host: {self.log} was rotated before all lines were read: requests are missing", file=sys.stderr
             )
         with suppress(FileNotFoundError):
             file = self.log.open("rb")

@@ -1,4 +1,4 @@
-"""Match the path of a request with MLflow's routes, which the bake lists (`mlflow_host.bake.reader_routes`)."""
+"""Match the path of a request with MLflow's routes. `mlflow_host.bake.reader_routes` writes the list of the routes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from urllib.parse import unquote
 
 ROUTES = Path("/usr/share/mlflow-host/routes.json")
 CONVERTERS = ("path", "int", "string", "uuid")
-"""Flask's, which precede the name."""
+"""Flask's converters, which are written before the name of a path part."""
 _PART = re.compile(r"<([^>]+)>")
 
 
 class Match(NamedTuple):
     route: str
-    """The route's path, with <name> where it varies; "" for a path of no route."""
+    """The route's path, with <name> for each variable part. "" if no route matches."""
     ids: tuple[tuple[str, str], ...]
-    """The varying parts of the path."""
+    """Names and values of the variable parts of the path."""
 
 
 class Routes:
-    """The routes of the image's MLflow. `known` is a list of methods and paths."""
+    """The routes of the MLflow release in the image. `known` lists their methods and paths."""
 
     def __init__(self, known: list[tuple[str, str]]):
         self._fixed = {(method, path) for method, path in known if "<" not in path}
@@ -46,7 +46,8 @@ class Routes:
 
 
 def _pattern(path: str) -> tuple[re.Pattern[str], list[str]]:
-    """The expression of a route. Flask writes <path:name>, FastAPI <name:path>, for a part that may contain slashes."""
+    """The regular expression of a route, and the names of its variable parts. A part that may contain slashes is
+    written as <path:name> in Flask and as <name:path> in FastAPI."""
     names, expression, end = [], "", 0
     for part in _PART.finditer(path):
         first, _, second = part[1].partition(":")

@@ -1,7 +1,7 @@
-"""Service `mlflow-host-monitor`: follow nginx's request log, write the audit trail to the journal and to files, and
-count the requests for Prometheus and for the page /mlflow-host/.
+"""Service `mlflow-host-monitor`: follow nginx's request log and write the audit trail to the journal and to files. The
+service also counts the requests for Prometheus and for the page /mlflow-host/.
 
-No request waits for it. After a restart it goes on where it was.
+The service does not delay requests. After a restart, the service continues at the last position in nginx's log.
 
     python -m mlflow_host.monitor.run        as the OS user postgres
 """
@@ -29,7 +29,7 @@ RUNTIME = scraping.SOCKET.parent
 PAUSE_SECONDS = 1.0
 COMPACT = json.JSONEncoder(separators=(",", ":"))
 FILE_SECONDS = 600
-"""Longest time for which lines are collected in one file, and so in one object of the bucket."""
+"""Maximum time in which lines are added to one file. Each file becomes one object in the bucket."""
 
 
 def main() -> int:
@@ -56,7 +56,7 @@ def main() -> int:
 
 @dataclass
 class Minutes:
-    """Closes each minute of the history, and writes the page."""
+    """At the end of each minute, updates the history and writes the page."""
 
     shown: history.History
     drawn: page.Page
@@ -73,7 +73,7 @@ class Minutes:
             if ended is not None:
                 self.shown.end_minute(ended, page.used_percent(self.drawn.data))
             self.drawn.write(self.shown, datetime.now(UTC))
-        except Exception as error:  # the trail does not depend on the page
+        except Exception as error:  # the audit trail continues without the page
             print(f"mlflow-host: the page /mlflow-host/ is not written: {error}", file=sys.stderr, flush=True)
 
 
@@ -85,10 +85,10 @@ def follow(
     count: Callable[[Sequence[request_log.Request]], None] = lambda requests: None,
     tick: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the trail, pass all requests to `count`, and call `tick` every second, until `stopping` is set and the log
-    is read to its end."""
+    """Write the audit trail, pass all requests to `count`, and call `tick` every second. After `stopping` is set, read
+    the log to its end, and return."""
     follower, made = request_log.Follower(log, spool.resume()), audit.Lines(known)
-    spool.complete(follower.position)  # lines of before and after a pause are in different objects
+    spool.complete(follower.position)  # a restart of the service also starts a new object
     begun = time.monotonic()
     while True:
         last = stopping.is_set()
@@ -101,7 +101,7 @@ def follow(
             write([*made.rest()], spool, follower.position)
             spool.complete(follower.position)
             for path in spool.limit():
-                report = f"{path.name} of the audit trail is deleted: more than {audit.WAITING_BYTES >> 20} MiB wait"
+                report = f"{path.name} of the audit trail is deleted: {audit.WAITING_BYTES >> 20} MiB are not uploaded"
                 print(f"mlflow-host: {report}; see `journalctl -u mlflow-host-audit`", file=sys.stderr, flush=True)
             begun = time.monotonic()
         if last:

@@ -1,6 +1,7 @@
-"""HTTP server for Prometheus on a Unix socket, behind nginx: the registry in the format that the request accepts.
+"""HTTP server for Prometheus on a Unix socket behind nginx. A response has all metrics in the format that the request
+accepts.
 
-A report is reused for KEEP_SECONDS, so many scrapes cost no more than one in that time.
+A response is reused for KEEP_SECONDS, so frequent scrapes cost little.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ REQUEST_SECONDS = 5
 
 
 class Server(socketserver.ThreadingUnixStreamServer):
-    """Serves one registry at a Unix socket that every local process may connect to: the report has no secret."""
+    """Serves one registry on a Unix socket. Every local process may connect, because the metrics contain no secret."""
 
     daemon_threads = True
 
@@ -38,8 +39,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._kept: dict[str, tuple[float, bytes]] = {}
 
     def report(self, accept: str) -> tuple[bytes, str]:
-        """The report and its content type."""
-        # One of two formats: the client's version would be a key of `_kept`.
+        """Return the report and its content type."""
+        # Only two formats are possible. If the key contained the client's version, `_kept` could grow without limit.
         encode, content_type = choose_encoder(f"{OPEN};version=1.0.0" if OPEN in accept else "")
         with self._lock:
             made, report = self._kept.get(content_type, (0.0, b""))
@@ -69,7 +70,7 @@ class _Scrape(BaseHTTPRequestHandler):
 
 
 def serve(path: Path, registry: CollectorRegistry) -> Server:
-    """Serve in a thread; `shutdown` ends it."""
+    """Start a thread that serves the registry. `shutdown` ends the thread."""
     server = Server(path, registry)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server

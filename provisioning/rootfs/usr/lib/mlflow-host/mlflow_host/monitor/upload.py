@@ -1,7 +1,7 @@
-"""Timer `mlflow-host-audit`: add the complete files of the audit trail to the backups bucket, compressed.
+"""Timer `mlflow-host-audit`: compress the complete files of the audit trail, and upload them to the backups bucket.
 
-An object is written only if no object has its name (If-None-Match); below the trail's prefix the machine's role
-requires this header. Files that could not be sent are sent by the next run.
+Each upload has the header If-None-Match, so it cannot replace an object. The policy of the machine's role requires
+If-None-Match for the audit trail's objects. If an upload fails, the next run of the timer repeats it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> int:
     try:
         for key in send(spool, dump_file.s3_client(bucket), bucket.name, document.data_volume.id):
             print(f"added s3://{bucket.name}/{key}")
-    except Exception as error:  # of boto3 and its connections: the files are kept
+    except Exception as error:  # any error of boto3: the files are kept
         print(
             f"mlflow-host: {len(spool.waiting())} files of the audit trail are not in the backups bucket yet: {error}; "
             "check the bucket and the instance role's access to it",
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def send(spool: audit.Spool, s3: Any, bucket: str, machine: str) -> list[str]:
-    """Send all complete files and delete them. Returns the objects' keys. `machine` becomes part of them."""
+    """Upload and delete all complete files. Returns the keys of the objects. Each key contains `machine`."""
     sent = []
     for path in spool.waiting():
         key = audit_trail.key(path.stem, machine)
@@ -55,7 +55,7 @@ def send(spool: audit.Spool, s3: Any, bucket: str, machine: str) -> list[str]:
 
 
 def put(s3: Any, bucket: str, key: str, path: Path) -> None:
-    """Add an object. One that exists was added by an earlier run, which was killed before it deleted the file."""
+    """Add an object. If the object exists, an earlier run added it, but was killed before it deleted the file."""
     with tempfile.TemporaryFile() as compressed:
         with path.open("rb") as plain, gzip.GzipFile(fileobj=compressed, mode="wb", compresslevel=LEVEL, mtime=0) as to:
             shutil.copyfileobj(plain, to)

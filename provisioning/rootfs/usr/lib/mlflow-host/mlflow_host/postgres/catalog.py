@@ -15,11 +15,11 @@ BOOKKEEPING = "alembic_version"
 class Column:
     name: str
     type: str
-    """As format_type gives it: "character varying(250)"."""
+    """The type as PostgreSQL's format_type() writes it, for example "character varying(250)"."""
     required: bool
     """NOT NULL."""
     default: str | None
-    """The expression; None where the column has none."""
+    """The SQL expression of the column's default, or None."""
     generated: bool
 
 
@@ -31,7 +31,7 @@ class ForeignKey:
     parent: str
     parent_columns: tuple[str, ...]
     on_delete: str
-    """pg_constraint.confdeltype: a (no action), r (restrict), c (cascade), n (set null), d (set default)."""
+    """Value of pg_constraint.confdeltype: a (no action), r (restrict), c (cascade), n (set null) or d (set default)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Constraint:
     table: str
     name: str
     kind: str
-    """p (primary key), u (unique), c (check), f (foreign key), x (exclusion), i (index without a constraint)."""
+    """Kind: p (primary key), u (unique), c (check), f (foreign key), x (exclusion) or i (index, no constraint)."""
     definition: str
 
 
@@ -47,16 +47,18 @@ class Constraint:
 class Catalog:
     tables: Mapping[str, Mapping[str, Column]]
     keys: Mapping[str, tuple[str, ...]]
-    """Primary key columns by table; where a table has none, all its columns."""
+    """The columns of each table's primary key. If a table has no primary key, the value contains all columns of the
+    table."""
     unique: Mapping[str, frozenset[str]]
-    """By table: the columns in a primary key, in a unique constraint or index, or at either end of a foreign key."""
+    """The columns of each table that are part of a primary key, a unique constraint, a unique index or a foreign key.
+    The value also contains the columns to which a foreign key refers."""
     foreign_keys: tuple[ForeignKey, ...]
     constraints: tuple[Constraint, ...]
     sequences: Mapping[tuple[str, str], str]
     """Sequence name by (table, column)."""
 
     def stored(self, table: str) -> list[Column]:
-        """The columns that are not generated, sorted by name."""
+        """The columns of a table, without generated columns, sorted by name."""
         return [column for _, column in sorted(self.tables[table].items()) if not column.generated]
 
 
@@ -122,14 +124,14 @@ def read_catalog(opened: Any) -> Catalog:
 
 
 def head(opened: Any) -> str | None:
-    """The migration head of the database; None without Alembic's table, or where it is empty.
+    """Return the migration head of the database, or None if Alembic's table is missing or empty.
 
-    Raises ValueError when the table holds more than one revision."""
+    Raises ValueError if Alembic's table has more than one revision."""
     if not rows(opened, "SELECT 1 WHERE to_regclass('public.alembic_version') IS NOT NULL"):
         return None
     found = [revision for (revision,) in rows(opened, f"SELECT version_num FROM {BOOKKEEPING}")]
     if len(found) > 1:
         raise ValueError(
-            f"the table {BOOKKEEPING} holds {len(found)} revisions ({', '.join(sorted(found))}); expected one"
+            f"the table {BOOKKEEPING} has {len(found)} revisions ({', '.join(sorted(found))}), but needs exactly one"
         )
     return found[0] if found else None

@@ -1,4 +1,4 @@
-"""Dump a database to the backups bucket in pg_dump's custom format, streamed without a file on disk; load a dump."""
+"""Stream a dump of a database to the backups bucket, without a file on disk, and load a dump from the bucket."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from mlflow_host.postgres.ownership import OwnershipRecord
 from mlflow_host.postgres.ownership import dump as dump_record
 
 READ_SECONDS = 30
-"""Timeout between two reads from S3. Attaching the Elastic IP cuts connections without a reset; boto3 tries again after
-this time."""
+"""Read timeout of S3 requests. When AWS attaches the Elastic IP, existing connections receive no reset and hang. boto3
+repeats the request after this timeout."""
 
 
 class DumpError(Exception):
-    """One sentence: why the dump failed."""
+    """A dump failed. The message is one sentence with the reason."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The bucket for dumps. `endpoint`: address of an S3-compatible store, "" for AWS. `ca_file`: PEM file of the
-    certificate authority that signed that store's certificate, "" for the public ones."""
+    """The bucket for dumps. `endpoint` is the address of an S3-compatible store, or "" for AWS. `ca_file` is the PEM
+    file of the authority that signed the store's certificate, or "" for public authorities."""
 
     name: str
     region: str
@@ -37,8 +37,8 @@ class Bucket:
 
 
 class _CheckedOutput:
-    """pg_dump's output as a file object for boto3. The read that reaches the end raises DumpError unless pg_dump
-    exited with 0, so an incomplete dump is never completed in the bucket."""
+    """pg_dump's output as a file object for boto3. At the end of the output, `read` raises DumpError if pg_dump's exit
+    status is not 0. Therefore an incomplete dump never becomes an object in the bucket."""
 
     def __init__(self, process: subprocess.Popen[bytes], stderr: IO[bytes]):
         self._process, self._stderr = process, stderr
@@ -56,7 +56,8 @@ class _CheckedOutput:
 
 
 def dump_command(cluster: Cluster, database: str) -> list[str]:
-    """Use the fastest compression, as the outage lasts as long as the dump: zstd from pg_dump 16 on, else gzip -1."""
+    """The pg_dump command with the fastest compression: zstd for pg_dump 16 and later, else gzip -1. A fast dump makes
+    the outage short."""
     program = cluster.program("pg_dump")
     version = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout
     major = int(version.split()[2].split(".")[0])
@@ -65,14 +66,14 @@ def dump_command(cluster: Cluster, database: str) -> list[str]:
 
 
 def dump_key(now: datetime, occasion: str, head: str | None) -> str:
-    """Key of a dump in the bucket; `head` is the migration head of its schema."""
+    """Object key of a dump in the bucket. `head` is the migration head of the dumped database."""
     return f"{DUMPS}{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{occasion}-{head}.dump"
 
 
 def dump(cluster: Cluster, database: str, bucket: Bucket, key: str, metadata: dict[str, str]) -> str:
-    """Stream a dump of `database` into the bucket and return its s3:// address. Raises DumpError.
+    """Stream a dump of `database` into the bucket, and return the dump's s3:// address. Raises DumpError.
 
-    Its digest is written beside it. MLflow's own role can access neither object."""
+    A second object has the dump's digest. The IAM role of MLflow's processes cannot access dumps and their digests."""
     from boto3.s3.transfer import TransferConfig
 
     address = f"s3://{bucket.name}/{key}"
@@ -97,9 +98,10 @@ def dump(cluster: Cluster, database: str, bucket: Bucket, key: str, metadata: di
 
 
 def fetch(bucket: Bucket, key: str, file: IO[bytes], *, recorded: bool = True) -> dict[str, str]:
-    """Download a dump to `file`, in parts that are retried when a connection breaks. Returns the dump's metadata.
+    """Download a dump to `file`, and return the dump's metadata. If a connection breaks, boto3 repeats a part of the
+    file.
 
-    Raises DumpError when the content does not have the recorded digest. `recorded`: whether a digest was recorded."""
+    Raises DumpError if the content does not have the recorded digest. `recorded=False` omits this check."""
     from_bucket = s3_client(bucket)
     from_bucket.download_fileobj(bucket.name, key, file)
     if recorded:
@@ -107,7 +109,7 @@ def fetch(bucket: Bucket, key: str, file: IO[bytes], *, recorded: bool = True) -
         found = digest_of(file)
         if written[:1] != [found]:
             raise DumpError(
-                f"{key} is not the dump that was written: its SHA-256 digest is {found}, and {key}{DIGEST} has "
+                f"{key} does not match its digest: its SHA-256 digest is {found}, but {key}{DIGEST} has "
                 f"{' '.join(written)[:80] or 'none'}: restore another backup"
             )
     file.seek(0)
@@ -115,7 +117,7 @@ def fetch(bucket: Bucket, key: str, file: IO[bytes], *, recorded: bool = True) -
 
 
 def digest_of(file: IO[bytes]) -> str:
-    """SHA-256 of the whole file, in hexadecimal."""
+    """SHA-256 digest of the whole file, in hexadecimal."""
     file.seek(0)
     found = hashlib.sha256()
     while data := file.read(1 << 20):
@@ -124,10 +126,10 @@ def digest_of(file: IO[bytes]) -> str:
 
 
 def load(cluster: Cluster, database: str, dump: IO[bytes]) -> None:
-    """Restore a dump into an empty database; its objects belong to MLflow's role. Raises DumpError.
+    """Restore a dump into an empty database. MLflow's role owns the restored objects. Raises DumpError.
 
-    A dump consists of statements that run. They run as MLflow's role, not as a superuser who has set that role: a
-    statement of the dump could reset the role, and then run any program."""
+    A dump consists of SQL statements, so pg_restore connects as MLflow's role and not as a superuser. If a superuser
+    only changed to MLflow's role (SET ROLE), a statement in the dump could reset the role and run any program."""
     options = ["--no-owner", "--no-privileges", "--single-transaction", f"--dbname={database}"]
     as_owner = replace(cluster, user=cluster.owner)
     with tempfile.TemporaryFile() as stderr:
@@ -143,7 +145,7 @@ def load(cluster: Cluster, database: str, dump: IO[bytes]) -> None:
                 shutil.copyfileobj(dump, process.stdin, 1 << 20)
                 process.stdin.close()
             except BrokenPipeError:
-                pass  # pg_restore's own error, read below, has the reason
+                pass  # the code below reads the reason from pg_restore's output
             if process.wait():
                 stderr.seek(0)
                 lines = stderr.read().decode(errors="replace").strip().splitlines()
@@ -173,7 +175,8 @@ def s3_client(bucket: Bucket) -> Any:
 
 
 def dump_metadata(head: str | None, owner: OwnershipRecord | None, postgresql_major: int) -> dict[str, str]:
-    """Metadata of the dump's object: the release of its schema, from which a restore writes the ownership record."""
+    """Metadata of a dump in the bucket: the MLflow release of the schema, which a restore needs for the ownership
+    record."""
     metadata = {
         "head": head or "",
         "count": str(owner.count if owner else ""),
@@ -182,12 +185,12 @@ def dump_metadata(head: str | None, owner: OwnershipRecord | None, postgresql_ma
         "postgresql-major": str(postgresql_major),
     }
     record = dump_record(owner) if owner else ""
-    # S3 limits an object's metadata to 2 KB.
+    # S3 limits the metadata of an object to 2 KB.
     return {**metadata, "record": record} if record and len(record) < 1500 and record.isascii() else metadata
 
 
 Dumper = Callable[[str, str, dict[str, str]], str]
-"""(database, key, metadata) → s3:// address."""
+"""Dumps a database to an object key with metadata, and returns the dump's s3:// address."""
 
 
 def dumper_to(cluster: Cluster, bucket: Bucket) -> Dumper:

@@ -1,8 +1,8 @@
-"""The flip: rename the database in service, and give its name to its successor, in one transaction.
+"""The flip is one transaction: it renames the database in service, and gives the old name to the new database.
 
 PostgreSQL renames databases transactionally, so at any moment either the old or the new database is in service. The
-replaced one stays as a kept database until `drop_kept_for_space` drops it. Databases under construction have
-names with WORK_PREFIX.
+replaced database becomes a kept database, which `drop_kept_for_space` may drop later. The names of unfinished
+databases start with WORK_PREFIX.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mlflow_host.postgres.ownership import OwnershipRecord
 NEWEST_KEPT = 3
 MINIMUM_AGE = timedelta(days=30)
 FREE_SHARE = 0.15
-"""The volume has enough space while this share of it is free."""
+"""The data volume has enough space if at least this share of the volume is free."""
 
 RENAME_ATTEMPTS = 20
 
@@ -30,14 +30,14 @@ _KEPT = re.compile(r"_kept_(?P<head>\w+)_(?P<at>\d{8}t\d{6}z)(?:_\d+)?$")
 
 
 def kept_name(cluster: Cluster, head: str | None, at: datetime) -> str:
-    """ "mlflow_kept_dc11669786a5_20261122t101500z"; with "_2" and so on appended where that name exists."""
+    """A new name like "mlflow_kept_dc11669786a5_20261122t101500z". If the name exists, a suffix like "_2" is added."""
     name = f"{cluster.database}_kept_{head or 'none'}_{at.astimezone(UTC):%Y%m%dt%H%M%Sz}"
     taken = set(databases(cluster))
     return next(n for n in (name, *(f"{name}_{i}" for i in range(2, 1000))) if n not in taken)
 
 
 def kept_databases(cluster: Cluster) -> list[tuple[datetime, str]]:
-    """(time of the flip, name) of every kept database, oldest first."""
+    """The time of the flip and the name of every kept database. The oldest is first."""
     found = []
     for name in databases(cluster):
         match = _KEPT.search(name)
@@ -49,8 +49,8 @@ def kept_databases(cluster: Cluster) -> list[tuple[datetime, str]]:
 def flip(
     cluster: Cluster, work: str, record: OwnershipRecord, replaced: str, replaced_record: OwnershipRecord | None
 ) -> None:
-    """Rename the database in service to `replaced`, and `work` to the name of the database in service. Either both or
-    neither happens."""
+    """Rename the database in service to `replaced`, and rename `work` to the name of the database in service. Both
+    renames are in one transaction."""
     live = cluster.database
     for attempt in range(RENAME_ATTEMPTS):
         disconnect(cluster, work)
@@ -76,7 +76,7 @@ def flip(
 
 
 def drop_orphans(cluster: Cluster) -> list[str]:
-    """Drop the databases that a killed step left under construction. Returns their names."""
+    """Drop the unfinished databases that a killed boot step left. Returns the names of the dropped databases."""
     found = [name for name in databases(cluster) if name.startswith(WORK_PREFIX)]
     for name in found:
         drop(cluster, name)
@@ -84,7 +84,8 @@ def drop_orphans(cluster: Cluster) -> list[str]:
 
 
 def drop_kept(cluster: Cluster, database: str) -> None:
-    """Rename before dropping, so a crash leaves a database that the next boot drops, never a half-dropped kept one."""
+    """Rename a kept database to a name with WORK_PREFIX, and drop it. If the machine crashes, the next boot repeats the
+    drop."""
     doomed = f"{WORK_PREFIX}dropping"
     drop(cluster, doomed)
     disconnect(cluster, database)
@@ -95,14 +96,16 @@ def drop_kept(cluster: Cluster, database: str) -> None:
 
 
 def droppable(found: list[tuple[datetime, str]], waiting: set[str], now: datetime, *, has_room: bool) -> list[str]:
-    """Kept databases that may be dropped, oldest first. Never the three newest, never one in `waiting` (its data is
-    still to be merged back), and none younger than 30 days while the volume has enough space."""
+    """The kept databases that may be dropped, oldest first. The three newest databases are never dropped. An upgrade
+    needs the databases in `waiting`, so they are never dropped. If the volume has enough space, only databases that are
+    at least 30 days old may be dropped."""
     older = found[:-NEWEST_KEPT] if len(found) > NEWEST_KEPT else []
     return [name for at, name in older if name not in waiting and (not has_room or now - at >= MINIMUM_AGE)]
 
 
 def disk_space(cluster: Cluster) -> tuple[int, int] | None:
-    """Free and total bytes of PostgreSQL's data volume; None when the cluster is not on this machine."""
+    """Return the free and total bytes of the volume with PostgreSQL's data, or None if the volume is on another
+    machine."""
     with connection(cluster) as opened:
         folder = Path(str(value(opened, "SHOW data_directory")))
     try:
@@ -115,8 +118,9 @@ def disk_space(cluster: Cluster) -> tuple[int, int] | None:
 def drop_kept_for_space(
     cluster: Cluster, needed: int, waiting: set[str], now: datetime
 ) -> tuple[int, list[str]] | None:
-    """Drop kept databases older than 30 days, and younger ones too while less than `needed` bytes or FREE_SHARE are
-    free. The three newest always stay. Returns free bytes and dropped names; None where free space is unknown."""
+    """Drop kept databases that are at least 30 days old. If the volume has fewer than `needed` free bytes, or a smaller
+    free share than FREE_SHARE, also drop younger databases, but never the three newest. Returns the free bytes and the
+    names of the dropped databases, or None if the free space is unknown."""
     dropped: list[str] = []
     while (usage := disk_space(cluster)) is not None:
         free, total = usage

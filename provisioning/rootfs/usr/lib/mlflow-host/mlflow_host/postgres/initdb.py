@@ -1,4 +1,5 @@
-"""Create an empty PostgreSQL cluster for MLflow; paths of PostgreSQL's programs and configuration."""
+"""Create an empty PostgreSQL cluster for MLflow. This module also defines the paths of PostgreSQL's programs and
+configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def binaries(major: int) -> Path:
 
 
 def create_cluster(cluster: Path, programs: Path) -> None:
-    """Create an empty cluster. It gets its name when it is complete, so a crash leaves no partial cluster."""
+    """Create an empty cluster under a temporary name, and rename the cluster when it is complete. Therefore a crash
+    cannot leave an incomplete cluster under the final name."""
     unfinished = cluster.with_name(f".{cluster.name}.new")
     shutil.rmtree(unfinished, ignore_errors=True)
     run_initdb(unfinished, programs)
@@ -50,7 +52,7 @@ def run_initdb(cluster: Path, programs: Path) -> None:
 
 
 def create_server_role(cluster: Path, programs: Path) -> None:
-    """Create the role that owns MLflow's database. The OS user mlflow logs in as it by peer authentication."""
+    """Create the role mlflow, which owns MLflow's database. The OS user mlflow logs in by peer authentication."""
     made = subprocess.run(
         [programs / "postgres", "--single", "-D", cluster, "postgres"],
         input="CREATE ROLE mlflow LOGIN\n",

@@ -1,8 +1,8 @@
-"""The ownership record: a comment on a database that names the release that last migrated it.
+"""The ownership record is a comment on a database. The record names the release that last migrated the database.
 
-A comment survives a rename, changes in the same transaction, does not disturb MLflow, and psql's `\\l+` shows it.
-An older release does not know the migrations of a newer one, so only the record distinguishes the database of a newer
-release from a foreign one. Older and newer images read the record too: only ever add keys.
+A comment survives a rename of its database, can be written in the rename's transaction, does not affect MLflow, and is
+printed by psql's `\\l+`. An older release does not know the migrations of a newer release. Only the record shows that a
+newer MLflow release migrated the database. Older and newer images read the record, so never remove or rename its keys.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class PendingMerge:
-    """A kept database of a newer release, carried back to an older one. It holds the only copy of the data that the
-    older schema cannot hold; a later upgrade merges that data back."""
+    """A kept database of a newer release after a carry back to an older release. The kept database has the only copy of
+    the data that the older schema cannot hold. A later upgrade merges this data into the upgraded database."""
 
     database: str
     head: str
     count: int
     carried_to: str
-    """Migration head of the schema to which its content was last carried."""
+    """The migration head of the older schema into which the rows were last copied."""
     mlflow_version: str = ""
     image_version: str = ""
     at: str = ""
     unreadable: dict[str, list[str]] = field(default_factory=dict)
-    """By "table.column", the values that the release it was carried to cannot read. Rows with them were not carried."""
+    """The values, by "table.column", that the older release cannot read, and whose rows were therefore not carried."""
 
 
 @dataclass(frozen=True)
 class OwnershipRecord:
-    """`head` is the migration head and `count` the number of migrations up to it. `waiting` lists the pending merges,
-    newest head first; an upgrade merges them from last to first."""
+    """`head` is the database's migration head. `count` is the number of migrations up to `head`. `waiting` lists the
+    pending merges; the merge with the newest migration head is first. An upgrade starts with the last one."""
 
     head: str
     count: int
@@ -49,16 +49,16 @@ class OwnershipRecord:
     waiting: tuple[PendingMerge, ...] = ()
     format: int = FORMAT
     unresolved: tuple[str, ...] = ()
-    """Kept databases with rows that a merge could not insert, because another row has their key."""
+    """Kept databases with rows that a merge could not insert, because another row had the same key."""
 
     @property
     def needed(self) -> set[str]:
-        """The kept databases that hold the only copy of something."""
+        """The kept databases that have the only copy of some data."""
         return {entry.database for entry in self.waiting} | set(self.unresolved)
 
 
 def parse(text: str | None) -> OwnershipRecord | None:
-    """The record in a comment; None for any other comment. Keys that a later format added are ignored."""
+    """Return the ownership record in a comment, or None if the comment has no record. Unknown keys are ignored."""
     try:
         raw: Any = json.loads(text or "")["mlflow-host"]
         waiting = tuple(PendingMerge(**_known(PendingMerge, entry)) for entry in raw.get("waiting", ()))
@@ -69,10 +69,11 @@ def parse(text: str | None) -> OwnershipRecord | None:
 
 
 def existing(waiting: tuple[PendingMerge, ...], there: set[str]) -> tuple[PendingMerge, ...]:
-    """The pending merges whose kept database is among the databases `there`.
+    """Return the pending merges whose kept database still exists. `there` contains the names of all existing databases.
 
-    A newer one that was carried to the schema of a missing one counts as carried to where that one was. Otherwise an
-    upgrade would take everything that the missing release could hold, and the older one could not, for deleted."""
+    Example: database A was carried to database B, and later B was carried to C. If B no longer exists, the entry of A
+    gets the `carried_to` of B. Otherwise an upgrade would treat rows as deleted by users if B could hold the rows and C
+    could not."""
     found: list[PendingMerge] = []
     for entry in waiting:  # newest head first
         if entry.database in there:

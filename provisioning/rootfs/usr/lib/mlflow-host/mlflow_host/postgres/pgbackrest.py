@@ -1,7 +1,8 @@
-"""Configure pgBackRest, call it, and name the stanza of a cluster's backups.
+"""Configure pgBackRest, call pgBackRest, and name the stanza of a cluster's backups.
 
-A stanza holds the base backups and the write-ahead log of one cluster. A new cluster gets a new stanza, and so does a
-restored one: its log must not mix with the log that the original cluster wrote after that moment.
+A stanza has the base backups and the write-ahead log of one cluster. Each new cluster gets a new stanza. A restored
+cluster also gets a new stanza, because its write-ahead log must not mix with the later write-ahead log of the original
+cluster.
 """
 
 from __future__ import annotations
@@ -27,27 +28,28 @@ if TYPE_CHECKING:
 SETTINGS = config.RUN / "pgbackrest.conf"
 AUTHORITY = config.RUN / "backups-authority.pem"
 RESTORE_ASKED = config.RUN / "restore"
-"""Exists while the launch document sets restore_from; it is the condition of the restore step's unit."""
+"""This file exists if the launch document sets restore_from, and makes systemd run the boot step `restore`."""
 
 FOLDER = "pgbackrest"
-"""Prefix of the repository in the bucket."""
+"""Prefix of pgBackRest's repository in the bucket."""
 
 EMPTY_ANNOTATION = "empty"
-"""pgBackRest annotation of a base backup that was taken before anything was logged."""
+"""The key of the pgBackRest annotation that marks a base backup without users' data."""
 
 STANZA_FILE = "mlflow-host-stanza"
-"""Name of the file in the cluster's folder that holds the stanza's name."""
+"""Name of the file with the stanza's name. The file is in the cluster's folder."""
 
 _STANZA = re.compile(r"pg(?P<major>\d+)-(?P<system>\d+)-(?P<began>\d{8}T\d{6}Z)")
 
 
 class BackupError(Exception):
-    """One sentence: why a backup or restore failed, and what to do."""
+    """A backup or a restore failed. The message is one sentence with the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class Stanza:
-    """The stanza of a cluster: PostgreSQL's major version, the cluster's system identifier, and when it began."""
+    """A cluster's stanza: PostgreSQL's major version, the cluster's system identifier, and the time when the stanza
+    began."""
 
     major: int
     system: int
@@ -59,7 +61,7 @@ class Stanza:
 
 
 def parse_stanza(name: str) -> Stanza | None:
-    """None for a name that `Stanza.name` does not produce."""
+    """Parse a stanza's name. Returns None if the name does not have the format of `Stanza.name`."""
     found = _STANZA.fullmatch(name)
     if not found:
         return None
@@ -68,7 +70,7 @@ def parse_stanza(name: str) -> Stanza | None:
 
 
 def stanza_of(cluster: Path) -> Stanza | None:
-    """The stanza that a cluster archives to; None before `start_stanza`."""
+    """Return the stanza to which a cluster archives its write-ahead log, or None if the cluster has no stanza yet."""
     try:
         return parse_stanza((cluster / STANZA_FILE).read_text().strip())
     except OSError:
@@ -76,25 +78,25 @@ def stanza_of(cluster: Path) -> Stanza | None:
 
 
 def start_stanza(cluster: Path, now: datetime) -> Stanza:
-    """Name a new stanza for a stopped cluster and write it to STANZA_FILE."""
+    """Name a new stanza for a stopped cluster, and write the name to STANZA_FILE."""
     stanza = Stanza(int((cluster / "PG_VERSION").read_text()), system_identifier(cluster), now.replace(microsecond=0))
     atomic_file.write(cluster / STANZA_FILE, f"{stanza.name}\n")
     return stanza
 
 
 def system_identifier(cluster: Path) -> int:
-    """The cluster's system identifier, which initdb chose: the first eight bytes of pg_control."""
+    """The cluster's system identifier: the first eight bytes of pg_control. initdb creates the identifier."""
     with (cluster / "global" / "pg_control").open("rb") as file:
         return int(struct.unpack("=Q", file.read(8))[0])
 
 
 def s3_endpoint(document: LaunchDocument) -> str:
-    """S3 endpoint of the backups bucket; "" for AWS's own."""
+    """S3 endpoint of the backups bucket, or "" for AWS's public endpoint."""
     return document.backups.endpoint or document.endpoints.s3
 
 
 def bucket(document: LaunchDocument) -> Bucket:
-    """The backups bucket, for reading and writing dumps."""
+    """The backups bucket in the form that `dump_file` needs."""
     from mlflow_host.postgres.dump_file import Bucket
 
     authority = str(AUTHORITY) if document.backups.authority else ""
@@ -102,12 +104,12 @@ def bucket(document: LaunchDocument) -> Bucket:
 
 
 def archives(document: LaunchDocument) -> bool:
-    """Whether pgBackRest can use the bucket: the distributions' packages do not support plain HTTP."""
+    """Whether pgBackRest can use the bucket. pgBackRest in Debian and Ubuntu does not support plain HTTP."""
     return not s3_endpoint(document).startswith("http://")
 
 
 def settings(host: HostConfig) -> str:
-    """pgBackRest's configuration file. Options that depend on the cluster are on its command line instead."""
+    """pgBackRest's configuration file. Options that depend on the cluster are passed on the command line."""
     from mlflow_host.machine import nginx
 
     document = host.launch
@@ -131,7 +133,7 @@ def settings(host: HostConfig) -> str:
 
 @dataclass(frozen=True)
 class Repository:
-    """Calls pgBackRest for one cluster. `sockets`: folder of that cluster's PostgreSQL socket."""
+    """Calls pgBackRest for one cluster. `sockets` is the folder with the socket of the cluster's PostgreSQL."""
 
     cluster: Path
     settings: Path = SETTINGS
@@ -141,7 +143,7 @@ class Repository:
         return ["pgbackrest", f"--config={self.settings}", f"--stanza={stanza}", *arguments]
 
     def server_arguments(self) -> list[str]:
-        """Options for commands that connect to the running PostgreSQL."""
+        """Options for pgBackRest commands that connect to the running PostgreSQL."""
         return [f"--pg1-path={self.cluster}", f"--pg1-socket-path={self.sockets}", "--pg1-user=postgres"]
 
     def run(self, stanza: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -156,8 +158,8 @@ class Repository:
         )
 
     def create_stanza(self, stanza: Stanza) -> None:
-        """Create a missing stanza; idempotent. pgBackRest rejects it while another command holds the stanza's lock,
-        so it is tried again for some seconds. Raises BackupError."""
+        """Create the stanza if it is missing. While another command holds the stanza's lock, pgBackRest fails, and this
+        method repeats the command for some seconds. Raises BackupError."""
         for seconds in (0, 1, 2, 4, 8):
             time.sleep(seconds)
             done = self.run(stanza.name, *self.server_arguments(), "stanza-create")
@@ -168,10 +170,10 @@ class Repository:
         raise BackupError(f"the stanza {stanza.name} could not be created: {last_line(done.stdout)}")
 
     def info(self, stanza: str | None = None) -> list[dict[str, Any]]:
-        """The output of `pgbackrest info`: stanzas and their backups. Raises BackupError."""
+        """The output of `pgbackrest info`, which lists stanzas and their backups. Raises BackupError."""
         command = ["pgbackrest", f"--config={self.settings}", "info", "--output=json"]
         command += [] if stanza is None else [f"--stanza={stanza}"]
-        for _ in range(2):  # at boot the Elastic IP may cut the first attempt
+        for _ in range(2):  # the first attempt may fail at boot, while AWS attaches the Elastic IP
             done = subprocess.run(command, capture_output=True, text=True, cwd="/")
             if not done.returncode:
                 break
@@ -182,7 +184,7 @@ class Repository:
 
 
 def last_line(output: str) -> str:
-    """The first error or warning in pgBackRest's output, without timestamp and process number."""
+    """The first error or warning in pgBackRest's output, without the timestamp and the process number."""
     lines = [re.sub(r"^\S+ \S+ P\d+\s+", "", line).strip() for line in output.splitlines()]
     reasons = [line for line in lines if line.startswith(("ERROR", "WARN"))] or [line for line in lines if line]
     return reasons[0][:300] if reasons else "pgBackRest gives no reason"

@@ -1,12 +1,13 @@
-"""Read-only access to MLflow's database over the network; off unless the launch document sets postgres.cidrs.
+"""Read-only access to MLflow's database over the network. The launch document enables the access with postgres.cidrs.
 
-When it is on, PostgreSQL listens on TCP with TLS, with a certificate of the stack's private authority. Clients in those
-networks can log in as one role, mlflow_reader, which can read the whole database and change nothing. Its password is in
-its own SSM parameter; the machine stores only the SCRAM verifier of it, in /run.
+If the access is enabled, PostgreSQL listens on TCP with TLS and a certificate of the stack's private authority. Clients
+in the networks of postgres.cidrs can log in only as the role mlflow_reader. The role can read the whole database, but
+cannot change anything. The role's password is in a separate SSM parameter. The machine stores only the password's SCRAM
+verifier, in /run. These boot steps prepare the access:
 
-    configure      reads the password, writes the verifier and pg_hba.conf
-    certificates   writes the certificate and its key for PostgreSQL
-    postgresql     creates the role once PostgreSQL accepts connections
+- `configure` reads the password, and writes the verifier and pg_hba.conf.
+- `certificates` writes the certificate and its key for PostgreSQL.
+- `postgresql` creates the role after PostgreSQL accepts connections.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ if TYPE_CHECKING:
 
 ROLE = "mlflow_reader"
 FOLDER = RUN / "postgresql"
-"""Readable by the OS user postgres and root only."""
+"""Only the OS users postgres and root can read this folder."""
 ITERATIONS = 4096
 CONNECTIONS = 5
-"""Maximum number of concurrent connections of the role, so that MLflow's connections stay available."""
+"""Maximum number of concurrent connections of the role. The limit leaves enough connections for MLflow."""
 TLS = "ssl = on\nssl_cert_file = '{folder}/server.crt'\nssl_key_file = '{folder}/server.key'\n"
 
 
 def put_access(host: HostConfig, folder: Path = FOLDER) -> None:
-    """Write pg_hba.conf and the password's verifier, or remove both when access is off.
+    """Write pg_hba.conf and the password's verifier. If read-only access is disabled, remove `folder`.
 
-    Raises StepFailed when the parameter cannot be used."""
+    Raises StepFailed if the SSM parameter with the password is not valid."""
     postgres = host.launch.postgres
     if not postgres.cidrs:
         shutil.rmtree(folder, ignore_errors=True)
@@ -59,7 +60,7 @@ def put_access(host: HostConfig, folder: Path = FOLDER) -> None:
 
 
 def verifier(password: str, salt: bytes) -> str:
-    """The SCRAM-SHA-256 verifier that PostgreSQL stores for an ASCII password (RFC 5803, RFC 7677)."""
+    """The SCRAM-SHA-256 verifier of an ASCII password, in PostgreSQL's format (RFC 5803, RFC 7677)."""
     salted = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, ITERATIONS)
     stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
     served = hmac.digest(salted, b"Server Key", "sha256")
@@ -68,17 +69,18 @@ def verifier(password: str, salt: bytes) -> str:
 
 
 def put_certificate(certificate: Path, key: Path, folder: Path = FOLDER) -> None:
-    """Make PostgreSQL use this certificate for TLS: at once if it runs, else when it starts."""
+    """Give PostgreSQL this certificate for TLS. If PostgreSQL is running, it loads the certificate at once."""
     group = grp.getgrnam("postgres").gr_gid
     nginx.write_private(folder / "server.key", key.read_text(), mode=0o640, group=group)
     nginx.write_private(folder / "server.crt", certificate.read_text(), mode=0o640, group=group)
     nginx.write_private(folder / "tls.conf", TLS.format(folder=folder), mode=0o640, group=group)
-    # A PostgreSQL that is starting reads the certificate afterwards: its unit sends SIGHUP once it has started.
+    # If PostgreSQL is still starting, its unit sends SIGHUP after the start, so that PostgreSQL reads the certificate.
     subprocess.run(["systemctl", "reload", "--no-block", "mlflow-host-postgresql.service"], capture_output=True)
 
 
 def create_if_configured(folder: Path = FOLDER) -> None:
-    """Create or update the role if access is on. Runs as the OS user postgres once PostgreSQL accepts connections."""
+    """Create or update the role if read-only access is enabled. The boot step `postgresql` calls this function after
+    PostgreSQL has started."""
     if not (folder / "verifier").exists():
         return
     from mlflow_host.postgres.cluster import Cluster
@@ -87,9 +89,9 @@ def create_if_configured(folder: Path = FOLDER) -> None:
 
 
 def create_or_alter_role(cluster: Cluster, password: str) -> None:
-    """Create or update the read-only role, for all databases of the cluster; `password` is the SCRAM verifier.
+    """Create or update the read-only role for all databases of the cluster. `password` is the SCRAM verifier.
 
-    The role can also read the catalogs, so it can see its own verifier. No other role has a password.
+    The role can also read PostgreSQL's catalogs, which contain the role's own verifier. No other role has a password.
     """
     from mlflow_host.postgres.cluster import connection, run, value
 

@@ -1,4 +1,4 @@
-"""Build the successor of the database in service at this image's schema, verify it, and put it in service."""
+"""Build a new database at this image's schema from the database in service, verify it, and put it in service."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from mlflow_host.schema.state import ChangeSettings, Say, SchemaState, ownership
 from mlflow_host.schema.verifying import check_row_counts, row_counts, verify
 
 MARGIN = 1.25
-"""Free bytes needed per byte of the source: the copy, its new indexes and the write-ahead log."""
+"""Free bytes that a schema change needs per byte of the database: for the copy, new indexes and the write-ahead log."""
 
 SPARE = 256 << 20
-"""Bytes that must stay free in addition."""
+"""Number of bytes that must be free in addition to MARGIN times the size of the database."""
 
 BESIDE = 256 << 20
-"""Bytes of a kept database from which its part of a merge is prepared beside the migration, by a second process with
-MLflow. For a smaller one, importing MLflow again would take longer."""
+"""If a kept database has at least this number of bytes, a second process with MLflow prepares its merge during the
+migration. For a smaller kept database, the second import of MLflow would take longer than the merge's preparation."""
 
 GIB = 1 << 30
 
@@ -58,7 +58,7 @@ def create(settings: ChangeSettings, state: SchemaState, empty: Path, say: Say) 
     empty_database.load(settings.cluster, work, empty)
     with connection(settings.cluster, work) as opened:
         check_head(head(opened), settings.image)
-        begun = {"now": int(now.timestamp() * 1000)}  # the dump has the time of the bake
+        begun = {"now": int(now.timestamp() * 1000)}  # in the dump, these columns have the time of the bake
         run(opened, "UPDATE experiments SET creation_time = %(now)s, last_update_time = %(now)s", begun)
     clock.lap("create")
     report = make_report(settings, state, "create", Successor(work), None, StoreAnswers({}), clock, now)
@@ -67,15 +67,15 @@ def create(settings: ChangeSettings, state: SchemaState, empty: Path, say: Say) 
 
 
 def change(settings: ChangeSettings, state: SchemaState, action: str, say: Say) -> str:
-    """Dump the database, build its successor, verify, flip, drop outdated kept databases."""
+    """Dump the database, build and verify the new database, flip, and drop kept databases that are no longer needed."""
     cluster, now = settings.cluster, settings.now()
     clock = Clock()
     recorded = state.record.waiting if state.record else ()
     waiting = existing(recorded, set(databases(cluster)))
     gone = [entry for entry in recorded if entry.database not in {each.database for each in waiting}]
     notes = [
-        f"the kept database {entry.database} of MLflow {entry.mlflow_version} no longer exists: data that only it held "
-        "is lost"
+        f"the kept database {entry.database} of MLflow {entry.mlflow_version} no longer exists: the data that only "
+        "this database had is lost"
         for entry in gone
     ]
     for note in notes:
@@ -170,7 +170,7 @@ NOTHING_CARRIED = CarryResult((), ())
 
 @dataclass(frozen=True)
 class Successor:
-    """A database that is ready for verification, under its working name."""
+    """A new database that is ready for verification. Its name starts with WORK_PREFIX."""
 
     database: str
     waiting: tuple[PendingMerge, ...] = ()
@@ -178,9 +178,9 @@ class Successor:
     returned: dict[str, tuple[MergedTable, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unresolved: tuple[str, ...] = ()
-    """Kept databases with rows that could not be merged back, because another row has their key."""
+    """Kept databases with rows that could not be merged back, because another row has the same key."""
     unreadable: dict[str, list[str]] = field(default_factory=dict)
-    """By "table.column", the values that this release cannot read; rows with them stay in the replaced database."""
+    """The values, by "table.column", that this release cannot read, and whose rows are therefore not carried."""
 
 
 def build(
@@ -193,8 +193,8 @@ def build(
     clock: Clock,
     say: Say,
 ) -> Successor:
-    """Build the successor under its working name. `freeze` blocks writes and starts the dump; an upgrade calls it after
-    copying the database's files, because that copy needs the database without sessions."""
+    """Build the new database. `freeze` blocks writes and starts the dump. An upgrade calls `freeze` after the copy of
+    the database's files, because PostgreSQL copies a database only while no session is connected to the database."""
     cluster, image, work = settings.cluster, settings.image, f"{WORK_PREFIX}successor"
     if action == "upgrade":
         say(f"copying the database at {state.head}")
@@ -222,7 +222,8 @@ def build(
 
 
 def enumerations(image: ImageSchema, mlflow: Release) -> Mapping[str, Sequence[str]]:
-    """Those of the image's facts, so that the copy begins while MLflow is still being imported."""
+    """The values that this release can read, by "table.column". A list in image.json is preferred, because the copy can
+    then begin before MLflow's import has ended."""
     return mlflow.enumerations() if image.enumerations is None else image.enumerations
 
 
@@ -244,8 +245,9 @@ def upgrade(
 ) -> Successor:
     """Migrate `work`, a copy of the database in service, and merge the kept databases back.
 
-    Each kept database is merged at its own migration head if this release knows that head, so its rows need no
-    conversion. Otherwise only the data that this release can hold is merged, and the merge stays pending."""
+    If this release knows a kept database's migration head, the merge runs when `work` is at that head, and no row is
+    converted. If it does not know the head, only the data that this release can hold is merged, and the merge stays
+    pending."""
     cluster, image = settings.cluster, settings.image
     known = known_revisions(image.python)
     with connection(cluster, work) as opened:
@@ -269,13 +271,13 @@ def upgrade(
         if refused := [table for table in returned[entry.database] if table.refused]:
             unresolved.append(entry.database)
             notes += [
-                f"{entry.database} keeps {table.refused} rows of {table.table}, because other rows have their key or "
-                f"name: {', '.join(table.refused_keys)}"
+                f"{table.refused} rows of {table.table} stay in {entry.database}, because other rows have the same key "
+                f"or name: {', '.join(table.refused_keys)}"
                 for table in refused
             ]
         if not reached:
             pending.append(replace(entry, carried_to=target, unreadable=unreadable))
-            notes.append(f"{entry.database} is of a newer release and keeps the data that this release cannot hold")
+            notes.append(f"{entry.database} is kept, because it has data that only a newer release can hold")
             break
     say(f"migrating the copy to {image.head}")
     mlflow.upgrade(work, image.head)
@@ -297,8 +299,8 @@ def merge_source(
     target: str,
     unreadable: dict[str, list[str]],
 ) -> Iterator[Callable[[], tuple[str, str]]]:
-    """Yields a function that returns the databases to merge from, `base` and `fitted` of `prepare_merge`. A large kept
-    database is prepared beside the block, which migrates the copy."""
+    """Yields a function that returns the two databases of `prepare_merge`. The `with` block migrates the copy. For a
+    large kept database, `prepare_merge` runs in parallel with the `with` block."""
     if database_bytes(cluster, entry.database) < BESIDE:
         yield lambda: prepare_merge(cluster, mlflow, entry, target, unreadable)
         return
@@ -309,8 +311,9 @@ def merge_source(
 def prepare_merge(
     cluster: Cluster, mlflow: Release, entry: PendingMerge, target: str, unreadable: dict[str, list[str]]
 ) -> tuple[str, str]:
-    """The kept database as it was carried back, migrated to `target`, and the kept database at `target`, without the
-    rows that have an `unreadable` value: itself if it is at that migration."""
+    """Return the names of two databases at the migration `target`. The first database contains the part of the kept
+    database that was carried back. The second database contains all rows of the kept database except those with an
+    `unreadable` value. If the kept database is at `target`, it is the second database itself."""
     base, fitted = f"{WORK_PREFIX}base", f"{WORK_PREFIX}fitted"
     create_empty(cluster, base)
     mlflow.create(base, entry.carried_to)
@@ -327,8 +330,8 @@ def prepare_merge(
 
 @contextmanager
 def write_lock(cluster: Cluster, state: SchemaState) -> Iterator[Callable[[], None]]:
-    """Yields a function that blocks writes to the database in service until the block ends; reads continue. The locks
-    belong to an open transaction, so a crash releases them."""
+    """Yields a function that blocks writes to the database in service until the `with` block ends. Reads are not
+    blocked. The locks belong to an open transaction, so PostgreSQL releases them after a crash."""
     if not state.present:
         yield lambda: None
         return
@@ -361,7 +364,8 @@ def take_dump(settings: ChangeSettings, state: SchemaState, now: datetime) -> st
 
 
 def dump_address(dumps: list[Future[str | None]]) -> str | None:
-    """Wait for the dump and return its address; None without a dump. Raises StepFailed when the dump failed."""
+    """Wait for the dump and return its address. If there is no dump, return None. Raises StepFailed if the dump
+    failed."""
     if not dumps:
         return None
     try:
@@ -369,16 +373,16 @@ def dump_address(dumps: list[Future[str | None]]) -> str | None:
     except dump_file.DumpError as error:
         raise StepFailed(
             f"the dump before the schema change failed: {error}; the database is unchanged: check the backups bucket "
-            "and the instance role's access to it, and start the machine again"
+            "and the instance role's access to the bucket, and reboot the machine"
         ) from None
 
 
 def require_space(
     settings: ChangeSettings, state: SchemaState, waiting: tuple[PendingMerge, ...], now: datetime
 ) -> None:
-    """Drop kept databases until there is space for the copy and for merging `waiting` back.
+    """Drop kept databases until the copy and the merge of `waiting` have enough space.
 
-    Raises StepFailed when that is not enough."""
+    Raises StepFailed if the free space is too small after all possible drops."""
     cluster = settings.cluster
     if state.head is None:
         return
@@ -422,7 +426,7 @@ def put_in_service(
 
 
 class Clock:
-    """Seconds by name of the phase."""
+    """Measures the seconds of each phase. `laps` maps each phase's name to its seconds."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}

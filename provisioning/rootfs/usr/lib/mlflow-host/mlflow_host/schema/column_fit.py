@@ -1,7 +1,8 @@
-"""How a column of the source schema fits the same column of the target schema. Returns SQL text, runs nothing.
+"""Write SQL that converts a column of the source schema to the same column of the target schema. No SQL is run here.
 
-The expressions use the source table's column names. A value that does not fit is never an error: it is shortened,
-emptied, filled or left behind, and counted. The kept database still has the original value.
+The expressions use the column names of the source table. A misfit is never an error. The value is shortened, replaced
+by NULL ("emptied") or by a default ("filled"), or the row is not carried ("left behind"). Misfits are counted. The kept
+database has the original value.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ _PLACEHOLDERS = (
 
 @dataclass(frozen=True)
 class Fit:
-    """`sql`: expression for the target's column; None uses the column's default.
+    """`sql` is the expression for the target's column. If `sql` is None, the column gets its default.
 
-    `misfits`: (condition, remedy) pairs. The condition holds for source rows whose value the target cannot store
-    unchanged. The remedy is "shortened", "emptied" or "filled" (the row is carried with another value), or
-    "left behind" (the row is not carried, because the column identifies it)."""
+    `misfits` contains pairs: an SQL condition and a remedy. The condition selects source rows whose value the target
+    cannot store unchanged. With the remedies "shortened", "emptied" and "filled", the row is carried with another
+    value. With the remedy "left behind", the row is not carried, because the column identifies the row."""
 
     sql: str | None
     misfits: tuple[tuple[str, str], ...] = ()
@@ -42,7 +43,8 @@ def quoted(name: str) -> str:
 
 
 def fit(source: Column | None, target: Column, *, identifies: bool) -> Fit:
-    """`identifies`: the target's column is part of a key or a foreign key, so its values must not change."""
+    """Convert a column. `identifies` means that the target's column is part of a key or of a foreign key, so its values
+    must not change."""
     if source is None:
         if not target.required or target.default is not None:
             return Fit(None)
@@ -64,7 +66,7 @@ def fit(source: Column | None, target: Column, *, identifies: bool) -> Fit:
 
 
 def convert(name: str, source: str, target: str) -> tuple[str, str | None]:
-    """(expression of type `target`, condition for rows whose value it would change)."""
+    """Return an expression of type `target`, and a condition for the rows whose value the expression would change."""
     if source == target:
         return name, None
     if base_type(source) in TEXTS and base_type(target) in TEXTS:
@@ -87,13 +89,13 @@ def base_type(type_: str) -> str:
 
 
 def max_length(type_: str) -> int | None:
-    """Maximum number of characters of a text type; None without a limit."""
+    """Return the maximum number of characters of a text type, or None if the type has no limit."""
     found = re.search(r"\((\d+)\)", type_)
     return int(found[1]) if found else 1 if type_ == "character" else None
 
 
 def placeholder(type_: str) -> str:
-    """A neutral literal of that type (empty, zero, false, epoch), for a NOT NULL column without a value."""
+    """A neutral literal of a type (empty, zero, false, epoch), for a NOT NULL column that has no value."""
     for pattern, literal in _PLACEHOLDERS:
         if pattern.match(type_):
             return literal
@@ -101,7 +103,7 @@ def placeholder(type_: str) -> str:
 
 
 def unreadable(column: str, values: Iterable[str]) -> str:
-    """SQL condition: the column has one of the values."""
+    """Return the SQL condition for rows in which `column` has one of `values`."""
     return f"{quoted(column)}::text IN ({', '.join(map(literal, values))})"
 
 

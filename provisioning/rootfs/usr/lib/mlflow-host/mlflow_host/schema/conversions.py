@@ -1,7 +1,7 @@
-"""Data that a release moved from one table to another, and the SQL that rebuilds its older form from the newer.
+"""A rollback uses this SQL for data that newer MLflow releases store in other tables or columns than older releases.
 
-MLflow's migrations only go forward; these conversions go back. A conversion applies by the tables and columns of the
-two schemas, not by release numbers, so it also works for untested pairs of releases.
+MLflow's migrations convert data only to a newer schema. The conversions in this module restore the older form of the
+data. Whether a conversion applies depends only on the two schemas, so untested pairs of releases are supported too.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from mlflow_host.postgres.catalog import Catalog
 
 @dataclass(frozen=True)
 class Conversion:
-    """`rows`: by target table, a SELECT on the source that returns additional rows, all columns named.
-    `columns`: by (table, column) of the target, an expression over the source table's row.
-    `carries`: (table, column) pairs of the source that this converts, so they do not count as left behind."""
+    """`rows` maps a target table to a SELECT on the source, which returns additional rows with named columns.
+    `columns` maps a (table, column) of the target to an expression that is evaluated on the source table's row.
+    `carries` lists each (table, column) of the source that is converted and therefore does not count as left behind."""
 
     name: str
     rows: Mapping[str, str] = field(default_factory=dict)
@@ -32,17 +32,18 @@ DERIVED = frozenset(
         "sql_trace_rollup_rebuild_queue",
     }
 )
-"""Tables that MLflow computes from other tables, again when they are empty (mlflow/store/db/trace_rollups.py). They
-are neither carried nor merged back, as their sources may have changed."""
+"""Tables that MLflow computes from other tables. MLflow fills these tables again if they are empty
+(mlflow/store/db/trace_rollups.py). A merge ignores these tables, because their source tables may have changed."""
 
 TRANSIENT = frozenset({"scheduler_leases", "job_locks"})
-"""Locks and leases of server processes that no longer run."""
+"""Tables with locks and leases of server processes. A merge ignores these tables, because the processes no longer
+run."""
 
 
 @dataclass(frozen=True)
 class SoftReference:
-    """A reference that MLflow keeps without a foreign key: the rows of `table` where `when` holds. MLflow deletes them
-    with their parent."""
+    """A reference to a parent row that no foreign key enforces. Only rows of `table` for which `when` is true refer to
+    a parent. When MLflow deletes a parent, it also deletes the rows that refer to the parent."""
 
     table: str
     column: str
@@ -68,8 +69,8 @@ RECOMPUTED = frozenset(
 
 
 def conversions(source: Catalog, target: Catalog) -> list[Conversion]:
-    """The conversions that apply between two schemas. Each place of the target gets what it can hold: releases up to
-    3.9 have the tags and metadata of traces, but no metrics of spans."""
+    """Return the conversions from the schema `source` to the schema `target`. A conversion uses only tables of the
+    target. For example, MLflow up to 3.9 has tables for tags and metadata of traces, but none for metrics of spans."""
     found = []
     if _has(source, "trace_info", "trace_name") and not _has(target, "trace_info", "trace_name"):
         lacking = set() if _has(target, "spans", "dimension_attributes") else _DIMENSIONS
@@ -77,13 +78,13 @@ def conversions(source: Catalog, target: Catalog) -> list[Conversion]:
         found.append(replace(TRACE_ANALYTICS, carries=TRACE_ANALYTICS.carries - lacking))
     for table, column, was in RENAMED:
         if _has(source, table, column) and _has(target, table, was) and not _has(target, table, column):
-            name = f"{table}.{column} to {table}.{was}, its name before"
+            name = f"{table}.{column} to its former name {table}.{was}"
             found.append(Conversion(name, {}, {(table, was): f'"{column}"'}, frozenset({(table, column)})))
     return found
 
 
 RENAMED = (("jobs", "job_name", "function_fullname"),)  # 5d2d30f0abce
-"""(table, column, its name in older releases) of each column that MLflow's migrations have renamed."""
+"""Each column that MLflow's migrations have renamed: the table, the new name, and the name in older releases."""
 
 
 def _has(catalog: Catalog, table: str, column: str) -> bool:
@@ -104,13 +105,14 @@ _DIMENSIONS = {("spans", "model_name"), ("spans", "model_provider")}
 
 
 def _json_object(columns: tuple[str, ...]) -> str:
-    """SQL for JSON text of the columns that are not NULL, formatted like Python's json.dumps; NULL if all are NULL."""
+    """Return SQL that makes a JSON object from all columns that are not NULL, in the format of json.dumps. If all
+    columns are NULL, the result is NULL."""
     pairs = ", ".join(f"'\"{name}\": ' || {name}" for name in columns)
     return f"nullif('{{' || concat_ws(', ', {pairs}) || '}}', '{{}}')"
 
 
 def _rows_without_key(key: str, value: str, table: str) -> str:
-    """SELECT of (request_id, key, value) from trace_info for the traces without that key in `table`."""
+    """Return a SELECT of request_id, key and value from trace_info, for traces that lack this key in `table`."""
     return (
         f"SELECT i.request_id, '{key}' AS key, {value} AS value FROM trace_info i WHERE {value} IS NOT NULL "
         f"AND NOT EXISTS (SELECT 1 FROM {table} t WHERE t.request_id = i.request_id AND t.key = '{key}')"
@@ -149,4 +151,4 @@ TRACE_ANALYTICS = Conversion(
         + sorted(_DIMENSIONS | _SPAN_COSTS)
     ),
 )
-"""The reverse of MLflow's migration 75868b020152. Its downgrade() exists in the newer release only."""
+"""Reverses MLflow's migration 75868b020152. Its downgrade() does not exist in the older release."""

@@ -1,8 +1,8 @@
-"""Carry: copy the rows of one database into another of a different schema, for all tables and columns in both.
+"""Carry: copy rows to an empty database, for all tables and columns that the two schemas share.
 
-Indexes and constraints of the target are dropped first. COPY then streams rows from connection to connection. At the
-end the indexes and constraints are added again. This order is the fastest, and PostgreSQL validates every key, check
-and foreign key when it adds it.
+First, the indexes and constraints of the target are dropped. Then COPY streams the rows from one connection to another.
+At the end, the indexes and constraints are added again. A copy in this order is the fastest. When PostgreSQL adds a
+key, check or foreign key, it validates all rows.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from mlflow_host.schema.conversions import DERIVED, RECOMPUTED, TRANSIENT, Conve
 from mlflow_host.schema.reporting import CarriedTable, LeftBehind
 
 WORKERS = 2
-"""Tables copied in parallel; the smallest machine has two cores."""
+"""Number of tables that are copied in parallel. The smallest machine has two cores."""
 
 
 class CarryError(Exception):
-    """The copy failed a check; one sentence."""
+    """A check of the copy failed. The message is one sentence."""
 
 
 @dataclass(frozen=True)
 class TablePlan:
-    """How one table is carried: `select` on the source returns `columns` of the target, in that order."""
+    """The plan for carrying one table. `select` runs on the source and returns the values of the target's `columns`."""
 
     table: str
     columns: tuple[str, ...]
     select: str
     added: str | None = None
-    """SELECT of the rows that a conversion adds, with the columns of `select`; None without a conversion."""
+    """A SELECT of the rows that a conversion adds, with the columns of `select`. None if no conversion adds rows."""
     misfits: tuple[tuple[str, str, str], ...] = ()
-    """(column, condition, remedy) for source rows whose values do not fit unchanged."""
+    """Column, condition and remedy of each misfit. The condition selects source rows whose values must be changed."""
     unknown: tuple[tuple[str, str], ...] = ()
-    """(column, condition) for each source column that the target lacks; the condition holds for rows with a value."""
+    """Each source column that the target lacks, and the SQL condition for rows that have a value in the column."""
     unreadable: tuple[tuple[str, str, str], ...] = ()
-    """(column, condition, reason) for source rows that are not carried, as the target's release cannot read them or
-    tell them apart."""
+    """Column, condition and reason for source rows that are not carried: the target's release cannot read the rows, or
+    the target lacks a key column that distinguishes the rows."""
     converted: tuple[str, ...] = ()
-    """Names of the conversions that apply to this table."""
+    """The names of the conversions that apply to this table."""
 
     @property
     def query(self) -> str:
@@ -60,7 +60,7 @@ class TablePlan:
 class Plan:
     tables: tuple[TablePlan, ...]
     lost_tables: tuple[str, ...]
-    """Source tables that the target lacks and that cannot be computed again."""
+    """Tables that only the source has, except the tables in DERIVED and TRANSIENT."""
     conversions: tuple[str, ...] = ()
 
 
@@ -72,7 +72,7 @@ class CarryResult:
 
 
 Unreadable = Mapping[str, Sequence[str]]
-"""By "table.column", values that the release of a schema cannot read, though the column can store them."""
+"""The values, by "table.column", that a release cannot read although the column can store them."""
 
 
 def plan(source: Catalog, target: Catalog, unreadable: Unreadable | None = None) -> Plan:
@@ -113,14 +113,14 @@ def _table_plan(
         for column in source.stored(table)
         if (values := unreadable.get(f"{table}.{column.name}"))
     ]
-    # Without a part of their key, rows would be mixed with others: the models of a workspace with those of another.
+    # Rows that lose a key column could become duplicates. Example: models of two workspaces with the same name.
     has_key = any(constraint.kind == "p" and constraint.table == table for constraint in source.constraints)
     key = set(source.keys[table]) - set(target.tables[table]) if has_key else set()
     mixed = [
         (
             column.name,
             f"{quoted(column.name)} IS DISTINCT FROM ({column.default})",
-            "it is part of the key, and this release has no such column",
+            "the column is part of the key, and this release has no such column",
         )
         for column in source.stored(table)
         if column.name in key and column.default
@@ -154,10 +154,10 @@ def carry(
     unreadable: Unreadable | None = None,
 ) -> CarryResult:
     """Copy the rows of `source` into `target`, an empty database that MLflow created. Rows with an `unreadable` value
-    are left behind.
+    are not copied.
 
-    `source` is read in one snapshot, and other sessions may use it. Raises CarryError when row counts or constraints
-    are wrong at the end, and psycopg2.Error."""
+    `source` is read in one snapshot, so other sessions may change the database. Raises CarryError if row counts or
+    constraints are wrong at the end. Also raises psycopg2.Error."""
     with connection(cluster, source) as reader, connection(cluster, target, autocommit=True) as writer:
         reader.set_session(isolation_level="REPEATABLE READ", readonly=True)
         snapshot = value(reader, "SELECT pg_export_snapshot()")
@@ -180,7 +180,7 @@ def carry(
             c.name for c in _comparable_constraints(wanted) ^ _comparable_constraints(read_catalog(writer))
         )
         if changed:
-            raise CarryError(f"the constraints {', '.join(changed)} of the copy differ from those that MLflow created")
+            raise CarryError(f"the constraints {', '.join(changed)} of the copy differ from the constraints of MLflow")
         carried = _check_counts(reader, writer, planned, sent, removed)
     return CarryResult(carried, (*left, *removed), planned.conversions)
 
@@ -215,10 +215,10 @@ def _copy_in_parallel(
 
 
 def _copy_table(reader: Any, writer: Any, table: TablePlan, wanted: Catalog) -> tuple[int, list[LeftBehind]]:
-    """Number of rows copied, and the rows deleted because they violated a key or a check of the target.
+    """Return the number of copied rows, and the rows that were deleted because they violated a key or a check.
 
-    Check constraints stay in place unless a row violates one, as PostgreSQL rewrites their definition when they are
-    added again."""
+    Check constraints are dropped only if a row violates one of them, because PostgreSQL changes the text of a check
+    constraint when the constraint is added again."""
     off = [c for c in wanted.constraints if c.table == table.table and c.kind in "puxi"]
     for constraint in off:
         _drop_constraint(writer, constraint)
@@ -250,7 +250,7 @@ def _copy_rows(reader: Any, writer: Any, table: TablePlan) -> int:
 def stream(reader: Any, out: str, writer: Any, into: str) -> int:
     """Pipe COPY … TO STDOUT on `reader` into COPY … FROM STDIN on `writer`.
 
-    Returns the number of rows written. If one side fails, the other ends too and the first error is raised."""
+    Returns the number of written rows. If one COPY fails, the other COPY also ends, and the first error is raised."""
     receive, send = os.pipe()
     problem: list[BaseException] = []
 
@@ -295,7 +295,8 @@ def _drop_constraint(writer: Any, constraint: Constraint) -> None:
 
 
 def _add_constraint(writer: Any, constraint: Constraint) -> list[LeftBehind]:
-    """Add the constraint. Rows that violate it are deleted from the copy and returned; the source keeps them."""
+    """Add the constraint. Rows that violate the constraint are deleted from the copy and counted in the result. The
+    rows remain in the source."""
     if constraint.kind == "i":
         statement = sql.SQL(constraint.definition.replace("%", "%%"))
     else:
@@ -314,8 +315,8 @@ def _add_constraint(writer: Any, constraint: Constraint) -> list[LeftBehind]:
 
 
 def _delete_violations(writer: Any, constraint: Constraint) -> int:
-    """Delete all rows that fail the check, or all but one of the rows that share a unique key. Which one stays depends
-    on the rows only: when the database is carried again for the merge, it must be the same."""
+    """Delete the rows that violate a check. For a unique constraint, keep one row for each key value. Only the content
+    of the rows decides which row is kept, because a second carry (for the merge) must keep the same row."""
     table = sql.Identifier(constraint.table)
     if constraint.kind == "c":
         check = constraint.definition.removeprefix("CHECK ").removesuffix(" NOT VALID")
@@ -331,8 +332,8 @@ def _delete_violations(writer: Any, constraint: Constraint) -> int:
 
 
 def _add_foreign_keys(writer: Any, wanted: Catalog) -> list[LeftBehind]:
-    """Add foreign keys, parents first, so that the deletion of a parent is detected when its children's keys are
-    added."""
+    """Add the foreign keys of parent tables before the foreign keys of child tables. If a violation deletes a row of a
+    parent table, the foreign keys of the child tables detect the missing row later."""
     definitions = {(c.table, c.name): c for c in wanted.constraints if c.kind == "f"}
     removed: list[LeftBehind] = []
     unchecked = parents_first(wanted)
@@ -355,7 +356,8 @@ def _add_foreign_keys(writer: Any, wanted: Catalog) -> list[LeftBehind]:
 
 
 def parents_first(catalog: Catalog) -> list[ForeignKey]:
-    """Foreign keys sorted so that those of a table precede those that refer to it, except in cycles."""
+    """Sort foreign keys. A table's own foreign keys come before foreign keys of other tables that refer to the table,
+    except in cycles."""
     depth = dict.fromkeys(catalog.tables, 0)
     for _ in catalog.tables:
         changed = False
@@ -369,7 +371,7 @@ def parents_first(catalog: Catalog) -> list[ForeignKey]:
 
 
 def parent_is_missing(reference: ForeignKey, child: str) -> str:
-    """SQL condition: the row `child` refers to a missing parent."""
+    """SQL condition for a row `child` that refers to a missing parent."""
     complete = " AND ".join(f"{child}.{quoted(column)} IS NOT NULL" for column in reference.columns)
     same = " AND ".join(
         f"parent.{quoted(there)} = {child}.{quoted(here)}"
@@ -379,7 +381,7 @@ def parent_is_missing(reference: ForeignKey, child: str) -> str:
 
 
 def _set_sequences(reader: Any, writer: Any, source: Catalog, target: Catalog) -> None:
-    """Continue each sequence after its highest value, deleted rows included: old IDs may still have artifacts."""
+    """Continue each sequence after its highest used value. IDs of deleted rows count: their artifacts may exist."""
     for (table, column), sequence in target.sequences.items():
         name, field_name = sql.Identifier(table), sql.Identifier(column)
         highest = value(writer, sql.SQL("SELECT max({}) FROM {}").format(field_name, name)) or 0
@@ -391,12 +393,12 @@ def _set_sequences(reader: Any, writer: Any, source: Catalog, target: Catalog) -
 
 
 def _comparable_constraints(catalog: Catalog) -> set[Constraint]:
-    """Constraints to compare by definition, checks by name only, as PostgreSQL rewrites the definition of a check."""
+    """Return the constraints to compare. PostgreSQL rewrites checks, so checks are compared only by name."""
     return {replace(c, definition="") if c.kind == "c" else c for c in catalog.constraints}
 
 
 def _count_misfits(reader: Any, planned: Plan, source: Catalog) -> tuple[LeftBehind, ...]:
-    """Number of rows by table and column that the target cannot hold unchanged."""
+    """Count the rows that the target cannot hold unchanged, by table and column."""
     left = []
     for table in planned.lost_tables:
         count = int(value(reader, f"SELECT count(*) FROM {quoted(table)}"))
@@ -419,7 +421,7 @@ def _count_misfits(reader: Any, planned: Plan, source: Catalog) -> tuple[LeftBeh
 def _check_counts(
     reader: Any, writer: Any, planned: Plan, sent: dict[str, tuple[int, list[LeftBehind]]], removed: list[LeftBehind]
 ) -> tuple[CarriedTable, ...]:
-    """Count the rows of every table on both sides by separate queries. Raises CarryError when the counts differ."""
+    """Count the rows of every table in the source and in the copy. Raises CarryError if the counts differ."""
     carried = []
     for table in planned.tables:
         count = sent[table.table][0]
@@ -428,14 +430,14 @@ def _check_counts(
         found = int(value(writer, f"SELECT count(*) FROM {quoted(table.table)}"))
         if expected != count or found != count - missing:
             raise CarryError(
-                f"table {table.table} has {found} rows in the copy; expected {expected} less {missing} left behind"
+                f"the copy of table {table.table} has {found} rows, but should have {expected} rows minus {missing}"
             )
         carried.append(CarriedTable(table.table, found))
     return tuple(carried)
 
 
 def unreadable_values(cluster: Cluster, database: str, readable: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """The values by "table.column" in `database` that are not among the `readable` ones of that column."""
+    """Return the values in `database` that are not in `readable`; the keys are "table.column"."""
     found = {}
     with connection(cluster, database) as opened:
         tables = read_catalog(opened).tables

@@ -1,4 +1,4 @@
-"""Load the empty database of the image's schema, which the bake dumped (`bake.empty_database`)."""
+"""Load the dump that the bake wrote (`bake.empty_database`): an empty database with the image's schema."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FILE = Path("/usr/share/mlflow-host/blank.dump")
 
 
 def load(cluster: Cluster, database: str, file: Path) -> None:
-    """Replace `database` with the content of the dump. Raises dump_file.DumpError, psycopg2.Error."""
+    """Replace `database` with the content of the dump `file`. Raises dump_file.DumpError, psycopg2.Error."""
     create_empty(cluster, database)
     with file.open("rb") as dump:
         dump_file.load(cluster, database, dump)

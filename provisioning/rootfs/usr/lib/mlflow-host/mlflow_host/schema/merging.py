@@ -1,14 +1,15 @@
-"""Merge: after a rollback and an upgrade, restore the data from the kept database that the older schema could not hold.
+"""Merge: an upgrade after a rollback restores, from the kept database, the data that the older schema could not hold.
 
-It is a three-way merge of three databases at one schema:
+The merge compares three databases with the same schema.
 
-    kept    the newer database as it was when it was replaced
-    base    the part of it that was carried to the older release, migrated forward again
-    work    the older release's database with its later changes, migrated forward
+- `kept` is the newer release's database at the time of the rollback.
+- `base` is the part of `kept` that the older release could hold, migrated to the newer schema.
+- `work` is the older release's database with the users' later changes, migrated to the newer schema.
 
-If kept and base are equal, the older release held everything, so `work` stays as it is, deletions included. If they
-differ, some data did not fit: a row missing in base is inserted if its parents still exist, and a value that differs is
-restored unless it was changed since. No release, table or column is named in the code.
+If a table has the same rows in `kept` and `base`, the older release held all rows, so the merge does not change the
+table in `work`. A row that `kept` has and `base` lacks is inserted into `work` if the row's parents exist in `work`. A
+value that differs between `kept` and `base` is restored in `work` if no user changed the value (`work` has the value of
+`base`). The code contains no names of releases or tables.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from mlflow_host.schema.copying import parent_is_missing, stream
 from mlflow_host.schema.reporting import MergedTable
 
 NAMED_AT_MOST = 10
-"""Rows of each table that are named in the report."""
+"""The report lists the keys of at most this number of refused rows per table."""
 
 BUCKETS = 4096
-"""Tables are compared by checksums of this many groups of rows; only groups that differ are compared row by row."""
+"""Each table is divided into this number of groups. Only groups whose checksums differ are compared row by row."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Table:
 
 
 def merge(cluster: Cluster, kept: str, base: str, work: str) -> tuple[MergedTable, ...]:
-    """Insert into `work`, in one transaction, the data that `kept` has and `base` lacks. All three have one schema."""
+    """Restore in `work` the data that `kept` has and `base` lacks, in one transaction. The schemas must be equal."""
     with (
         connection(cluster, kept) as from_kept,
         connection(cluster, base) as from_base,
@@ -65,7 +66,8 @@ def merge(cluster: Cluster, kept: str, base: str, work: str) -> tuple[MergedTabl
 
 
 def merge_rows(from_kept: Any, from_base: Any, writer: Any) -> tuple[MergedTable, ...]:
-    """`merge` in open transactions; the caller commits. `compare_rows` can then count the rows that are in place."""
+    """Run `merge` in the caller's transactions, without a commit. `compare_rows` can count the merged rows
+    afterwards."""
     catalog, source = read_catalog(writer), read_catalog(from_kept)
     differing = []
     for table in _tables(source, catalog):
@@ -80,13 +82,14 @@ def merge_rows(from_kept: Any, from_base: Any, writer: Any) -> tuple[MergedTable
 
 
 def merge_loaded(from_kept: Any, writer: Any, catalog: Catalog, differing: list[Table]) -> tuple[MergedTable, ...]:
-    """Merge the rows in the temporary tables "…_kept" and "…_base" of each table; the caller commits."""
+    """Merge each table's rows from its temporary tables "…_kept" and "…_base". The caller commits."""
     run(writer, "SET LOCAL session_replication_role = replica")
     offered = {table.name: _insert(writer, table) for table in differing}
     refused = {table.name: _refused(writer, table) for table in differing}
     _remove_orphans(from_kept, writer, catalog, differing)
     values = {table.name: _update(writer, table, catalog) for table in differing}
-    if any(count for count, _ in refused.values()):  # a row may have had their key until its own values were restored
+    # A row may be refused because another row has the same unique value. `_update` may have changed that value.
+    if any(count for count, _ in refused.values()):
         for table in differing:
             _insert(writer, table)
         refused = {table.name: _refused(writer, table) for table in differing}
@@ -101,8 +104,8 @@ def merge_loaded(from_kept: Any, writer: Any, catalog: Catalog, differing: list[
 
 
 def compare_rows(from_kept: Any, writer: Any) -> dict[str, tuple[int, int, int]]:
-    """By table: (number of rows of `kept` that differ from `base`, of those missing in `work`, of those that differ in
-    `work`). Call it after `merge_rows`, in the same transaction."""
+    """Return three numbers per table: the rows of `kept` in the groups that differ from `base`, how many of these rows
+    are missing in `work`, and how many differ in `work`. Call `merge_rows` first, in the same transaction."""
     found = {}
     for table in _tables(read_catalog(from_kept), read_catalog(writer)):
         kept = temporary(table, "kept")
@@ -123,7 +126,7 @@ def compare_rows(from_kept: Any, writer: Any) -> dict[str, tuple[int, int, int]]
 
 
 def rows_gone(from_kept: Any, writer: Any) -> dict[str, int]:
-    """By table: number of rows of `base` that `kept` lacks and `work` still has. Call it after `merge_rows` as well."""
+    """Count, per table, the rows that `base` and `work` have and `kept` lacks. Call `merge_rows` first."""
     found = {}
     for table in _tables(read_catalog(from_kept), read_catalog(writer)):
         kept, base = temporary(table, "kept"), temporary(table, "base")
@@ -150,7 +153,7 @@ def _tables(source: Catalog, target: Catalog) -> list[Table]:
 
 
 def _differing_buckets(from_kept: Any, from_base: Any, table: Table) -> list[int]:
-    """Groups of rows that are missing or different on one side."""
+    """Return the numbers of the groups of rows that differ between `kept` and `base`."""
     query = (
         f"SELECT {table.bucket}, count(*), sum(hashtextextended(ROW({table.listed()})::text, 1)::numeric) "
         f"FROM {quoted(table.name)} GROUP BY 1"
@@ -174,8 +177,8 @@ def _load(reader: Any, writer: Any, table: Table, buckets: list[int], into: str)
 
 
 def _insert(writer: Any, table: Table) -> int:
-    """Insert the rows that were not carried to the older release. Returns their number; the keys of those that could be
-    inserted are in the temporary table "…_back"."""
+    """Insert the rows that were not carried to the older release. Returns the number of such rows, including rows that
+    PostgreSQL refused. The temporary table "…_back" contains the keys of the inserted rows."""
     kept, base, back = (temporary(table, what) for what in ("kept", "base", "back"))
     keys = ", ".join(map(quoted, table.keys))
     run(writer, f"CREATE TEMPORARY TABLE IF NOT EXISTS {back} AS SELECT {keys} FROM {quoted(table.name)} LIMIT 0")
@@ -192,9 +195,8 @@ def _insert(writer: Any, table: Table) -> int:
 
 
 def _refused(writer: Any, table: Table) -> tuple[int, tuple[str, ...]]:
-    """Rows that were not carried to the older release and were not inserted now, because another row has their key or a
-    value that must be unique: their number, and the keys of the first ones. A row that is in place already is not one.
-    """
+    """Return the number of refused rows, and the keys of the first NAMED_AT_MOST refused rows. `_insert` refuses a row
+    if another row has its key or one of its unique values. A row that exists unchanged in `work` is not counted."""
     kept, base, back = (temporary(table, what) for what in ("kept", "base", "back"))
     same = " AND ".join(
         f"{comparable('kept', column)} IS NOT DISTINCT FROM {comparable('work', column)}" for column in table.columns
@@ -211,8 +213,8 @@ def _refused(writer: Any, table: Table) -> tuple[int, tuple[str, ...]]:
 
 
 def _remove_orphans(from_kept: Any, writer: Any, catalog: Catalog, differing: list[Table]) -> None:
-    """Delete the inserted rows whose parent was deleted since, or set the foreign key to NULL where it is defined so.
-    Repeats until no row is deleted, as a deleted row may be a parent itself."""
+    """Delete each inserted row whose parent no longer exists. If the foreign key is ON DELETE SET NULL, set the column
+    to NULL instead. Repeats until no row is deleted, because a deleted row may be another row's parent."""
     tables = {table.name: table for table in differing}
     references = [(reference, "true") for reference in catalog.foreign_keys if reference.table in tables]
     softs = [soft for soft in SOFT_REFERENCES if soft.table in tables and soft.parent in catalog.tables]
@@ -235,8 +237,8 @@ def _remove_orphans(from_kept: Any, writer: Any, catalog: Catalog, differing: li
 
 
 def _deleted_parents(from_kept: Any, writer: Any, table: Table, soft: SoftReference) -> tuple[ForeignKey, str]:
-    """A soft reference as a foreign key, and the condition for rows whose parent `kept` has. PostgreSQL does not guard
-    such a reference, so a row may have lacked its parent before, too; then it comes back as it was."""
+    """Return a soft reference as a ForeignKey, and the SQL condition for rows whose parent exists in `kept`. Rows whose
+    parent is missing in `kept` are not deleted, because PostgreSQL permits soft references to missing rows."""
     reference = ForeignKey("", table.name, (soft.column,), soft.parent, (soft.parent_column,), "c")
     column, back = quoted(soft.column), temporary(table, "back")
     query = (
@@ -254,7 +256,8 @@ def _deleted_parents(from_kept: Any, writer: Any, table: Table, soft: SoftRefere
 
 
 def _update(writer: Any, table: Table, catalog: Catalog) -> int:
-    """Restore values that the older release could not hold and that are unchanged since. Returns the number of rows."""
+    """Restore the values that the older release could not hold. Values that users changed after the rollback are not
+    restored. Returns the number of updated rows."""
     if not table.others:
         return 0
     name, kept, base = quoted(table.name), temporary(table, "kept"), temporary(table, "base")
@@ -273,7 +276,7 @@ def _update(writer: Any, table: Table, catalog: Catalog) -> int:
 
 
 def _is_lost_value(column: Column, references: list[ForeignKey]) -> str:
-    """SQL condition: the value did not fit the older release, and is unchanged since it was carried."""
+    """SQL condition: the older release could not hold the value, and no user changed the value after the rollback."""
     differs = f"{comparable('kept', column)} IS DISTINCT FROM {comparable('base', column)}"
     untouched = f"{comparable('work', column)} IS NOT DISTINCT FROM {comparable('base', column)}"
     parents = [f"NOT ({parent_is_missing(r, 'kept')})" for r in references if column.name in r.columns]
@@ -286,7 +289,7 @@ def comparable(alias: str, column: Column) -> str:
 
 
 def _raise_sequences(from_kept: Any, writer: Any, source: Catalog, target: Catalog) -> None:
-    """Continue each sequence after the values that the newer release used."""
+    """Set each sequence, so that its next number is higher than all numbers that the newer release used."""
     for (table, column), sequence in target.sequences.items():
         statement = sql.SQL("SELECT max({}) FROM {}").format(sql.Identifier(column), sql.Identifier(table))
         numbers = [value(writer, statement) or 0, _last_value(writer, sequence)]

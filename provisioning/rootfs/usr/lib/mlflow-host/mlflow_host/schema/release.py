@@ -1,4 +1,4 @@
-"""The image's release of MLflow, in a process of its own that creates, migrates and opens databases."""
+"""Run the image's MLflow in a separate worker process, which creates, migrates and opens databases."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mlflow_host.postgres.cluster import Cluster
 WORKER = Path(__file__).with_name("release_worker.py")
 
 ARTIFACT_ROOT = "mlflow-artifacts:/"
-"""Artifact root of the server, from which MLflow derives the location of new experiments."""
+"""The server's artifact root. MLflow puts the artifacts of a new experiment below this root."""
 
 
 class ReleaseError(Exception):
-    """A task failed in MLflow; the text is MLflow's error."""
+    """A task of the worker process failed. The exception's text is MLflow's error."""
 
 
 @dataclass(frozen=True)
 class ImageSchema:
-    """Facts from image.json, and the Python interpreter that has the image's MLflow."""
+    """Values from image.json, and the Python interpreter for which the image's MLflow is installed."""
 
     python: Path
     head: str
@@ -35,12 +35,13 @@ class ImageSchema:
     mlflow_version: str
     image_version: str = ""
     enumerations: Mapping[str, Sequence[str]] | None = None
-    """The values that MLflow can read, by "table.column", of the columns that hold an enumeration. None in the facts of
-    an image that was baked before they were recorded: MLflow is asked."""
+    """The values that MLflow accepts in each enumeration column ("table.column"). If image.json is too old to contain
+    these values, the field is None, and the worker process reads the values from MLflow."""
 
 
 def of_this_image() -> ImageSchema:
-    """The facts of the image that runs, and this interpreter. Raises OSError without image.json."""
+    """Return the values of the running image, and this process's interpreter. Raises OSError if image.json is
+    missing."""
     facts = json.loads(config.IMAGE_FACTS.read_text())
     return ImageSchema(
         python=Path(sys.executable),
@@ -54,14 +55,15 @@ def of_this_image() -> ImageSchema:
 
 @dataclass(frozen=True)
 class StoreAnswers:
-    """`answers`: number of results of MLflow's stores by kind; `unread`: a sentence for each kind not read in full."""
+    """`answers` is the number of results by kind (runs, traces, …). `unread` has a sentence for each failed search, and
+    for each table with rows that MLflow could not read."""
 
     answers: dict[str, int]
     unread: tuple[str, ...] = ()
 
 
 class Release:
-    """Owns a process that has imported MLflow."""
+    """A running worker process, and the database cluster on which MLflow performs the worker's tasks."""
 
     def __init__(self, cluster: Cluster, process: subprocess.Popen[str]):
         self._cluster, self._process = cluster, process
@@ -76,7 +78,7 @@ class Release:
         self._ask("upgrade", uri=self._cluster.uri(database), revision=revision)
 
     def enumerations(self) -> dict[str, list[str]]:
-        """The values that MLflow can read, by "table.column", of the columns that hold an enumeration."""
+        """Return the values that MLflow accepts in each enumeration column; the keys are "table.column"."""
         return dict(self._ask("enumerations"))
 
     def query_stores(self, database: str) -> StoreAnswers:
@@ -101,7 +103,7 @@ class Release:
 
 @contextmanager
 def release(cluster: Cluster, image: ImageSchema) -> Iterator[Release]:
-    """Start the worker without waiting for it; kill it when the block ends."""
+    """Start the worker process, and kill it when the `with` block ends. Does not wait for the import of MLflow."""
     kept = {name: text for name, text in os.environ.items() if not name.startswith(("MLFLOW_", "PYTHON"))}
     process = subprocess.Popen(
         [str(image.python), "-P", str(WORKER)],

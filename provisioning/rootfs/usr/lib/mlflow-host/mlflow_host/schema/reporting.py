@@ -1,6 +1,6 @@
-"""The report of one schema change: rows carried, converted, shortened, filled and left behind.
+"""The report of a schema change: the numbers of rows that were carried, converted, shortened, filled and left behind.
 
-It is written to the data volume as JSON and as text, to the journal, and as one line to the status page.
+The report is written to the data volume as JSON and as text, and to the journal. The status page shows a short summary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PENDING = ".pending"
-"""Suffix of a report before the flip."""
+"""Suffix of a report's file name until the flip has succeeded."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,11 @@ class CarriedTable:
 
 @dataclass(frozen=True)
 class LeftBehind:
-    """`count` rows of `table` were "left behind", or their value in `column` was "left behind", "shortened", "emptied"
-    or "filled" with a neutral value; `column` None: whole rows."""
+    """Data that a schema change changed or did not copy: `count` rows of `table`, or the values of these rows in
+    `column`.
+
+    `column` is None if whole rows are meant. `remedy` is, for example, "left behind", "shortened", "emptied" or
+    "filled"."""
 
     table: str
     column: str | None
@@ -40,24 +43,24 @@ class LeftBehind:
 
 @dataclass(frozen=True)
 class MergedTable:
-    """Numbers of one table in a merge from one kept database."""
+    """The result of a merge of one table from a kept database."""
 
     table: str
     rows: int
-    """Rows inserted that the older release could not hold."""
+    """Number of inserted rows."""
     values: int
-    """Rows in which values were restored that the older release could not hold."""
+    """Number of rows with at least one restored value."""
     dropped: int
-    """Rows not inserted, because their parent was deleted since."""
+    """Number of rows that were not inserted because their parent row no longer exists."""
     refused: int = 0
-    """Rows not inserted, because another row has their key or a value that must be unique."""
+    """Number of rows that were not inserted because another row has the same key or the same unique value."""
     refused_keys: tuple[str, ...] = ()
     """The keys of the first refused rows."""
 
 
 @dataclass(frozen=True)
 class ChangeReport:
-    """`action` is "create", "upgrade" or "carry back"; `at` an RFC 3339 time in UTC."""
+    """`action` is "create", "upgrade" or "carry back". `at` is the time of the change, in RFC 3339 format and UTC."""
 
     action: str
     at: str
@@ -67,17 +70,17 @@ class ChangeReport:
     to_version: str
     kept_database: str | None
     dump: str | None
-    """s3:// address of the dump taken before the change."""
+    """The s3:// address of the dump that was taken before the change."""
     carried: tuple[CarriedTable, ...] = ()
     left: tuple[LeftBehind, ...] = ()
     returned: dict[str, tuple[MergedTable, ...]] = dataclasses.field(default_factory=dict)
-    """By kept database."""
+    """The merged tables, by the name of the kept database or of the PostgreSQL schema (`upgrade_losses`)."""
     conversions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     answers: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Number of results by kind that MLflow's stores returned before the flip."""
+    """The number of runs, traces and other objects that MLflow's stores found in the copy before the flip."""
     unread: tuple[str, ...] = ()
-    """What MLflow's stores could not read before the flip, one sentence each."""
+    """One sentence for each search that failed in the copy, and for each table with rows that MLflow could not read."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -85,7 +88,7 @@ class ChangeReport:
         return sum(entry.rows for entry in self.carried)
 
     def summary(self) -> str:
-        """One line for the console and the status page."""
+        """Return one line that summarizes the report for the console and the status page."""
         parts = [f"{self.action} from MLflow {self.from_version or '?'} to {self.to_version} done"]
         if self.carried:
             parts.append(f"{self.rows:,} rows carried")
@@ -100,7 +103,7 @@ class ChangeReport:
         if refused:
             parts.append(f"{refused:,} rows stay in kept databases, because their key is in use: see the report")
         if self.unread:
-            parts.append(f"{self.to_version} cannot read all of {len(self.unread)} kinds: see the report")
+            parts.append(f"MLflow {self.to_version} cannot read all data of {len(self.unread)} kinds: see the report")
         return ", ".join(parts)
 
 
@@ -118,8 +121,8 @@ def as_text(report: ChangeReport) -> str:
         lines += _section(
             f"merged back from {database}",
             (
-                f"{r.table}: {r.rows} rows inserted, {r.values} updated, {r.dropped} without their parent, "
-                f"{r.refused} with a key in use"
+                f"{r.table}: {r.rows} rows inserted, {r.values} updated, {r.dropped} omitted without a parent, "
+                f"{r.refused} omitted with a key in use"
                 for r in found
             ),
         )
@@ -135,7 +138,7 @@ def as_mapping(report: ChangeReport) -> dict[str, Any]:
 
 
 def write_pending(folder: Path, report: ChangeReport) -> Path:
-    """Write the report with the suffix PENDING, before the flip."""
+    """Write the report to a file with the suffix PENDING. Call this function before the flip."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{report.at.replace(':', '').replace('-', '')}-{report.action.replace(' ', '-')}"
     path = folder / f"{name}.json{PENDING}"
@@ -144,7 +147,8 @@ def write_pending(folder: Path, report: ChangeReport) -> Path:
 
 
 def settle_pending(folder: Path, present: Iterable[str]) -> None:
-    """Publish the pending reports whose kept database is in `present`, and remove the others: their flip failed."""
+    """Publish each pending report whose kept database exists: `present` contains the names of all existing databases.
+    Delete the other pending reports, because the flips that they describe failed."""
     names = set(present)
     for path in folder.glob(f"*{PENDING}"):
         try:
@@ -158,7 +162,7 @@ def settle_pending(folder: Path, present: Iterable[str]) -> None:
 
 
 def publish(path: Path) -> None:
-    """Give a pending report its final name, and write its text file."""
+    """Rename a pending report to its final name, and write the report's text file."""
     report = from_mapping(json.loads(path.read_text()))
     path.with_suffix("").with_suffix(".txt").write_text(as_text(report))
     path.rename(path.with_suffix(""))

@@ -1,7 +1,8 @@
-"""The migrations of an installed MLflow, in order, read from its files without importing it.
+"""List the migrations of an installed MLflow in order, from the migration files and without importing MLflow.
 
-Importing MLflow takes seconds; reading the files takes milliseconds. The database step compares the result with the
-head that MLflow itself reports (`schema.release`) before it changes anything, and fails when they differ.
+Importing MLflow takes seconds; reading the files takes milliseconds. Before the flip, the database step compares the
+migration head in image.json with the head that MLflow returns (`schema.change.check_head`). If the heads differ, the
+step fails.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ _DOWN = re.compile(r'^down_revision\s*(?::[^=]+)?=\s*(["\']\w+["\']|None|\([^)]*
 
 
 def known_revisions(python: Path) -> tuple[str, ...]:
-    """The migrations from first to head of the MLflow in the environment of the interpreter `python`.
+    """Return the migrations, from the first to the head, of the MLflow that is installed for the interpreter `python`.
 
-    Raises ValueError without MLflow, or when the migrations have several heads."""
+    Raises ValueError if MLflow is not installed, or if the migrations have more than one head."""
     folders = list(python.parent.parent.glob(VERSIONS))
     if not folders:
-        raise ValueError(f"no MLflow in the environment of {python}: {VERSIONS} does not exist")
+        raise ValueError(f"MLflow is not installed for the interpreter {python}: {VERSIONS} does not exist")
     return chain(path.read_text() for path in folders[0].glob("*.py") if path.name != "__init__.py")
 
 
 def chain(sources: Iterable[str]) -> tuple[str, ...]:
-    """The migrations sorted, each after its predecessors. Branches that a later migration merges are in the order of
-    their names. Raises ValueError unless there is one first migration and one head."""
+    """Sort the migrations, so that each one follows its predecessors. Parallel branches are sorted by their names.
+    Raises ValueError if there is not exactly one first migration and one head."""
     follows: dict[str, set[str]] = {}
     for source in sources:
         revision, down = _REVISION.search(source), _DOWN.search(source)
@@ -40,8 +41,8 @@ def chain(sources: Iterable[str]) -> tuple[str, ...]:
     unknown = set().union(*follows.values()) - follows.keys()
     if len(first) != 1 or len(heads) != 1 or unknown:
         raise ValueError(
-            f"the migrations need one first and one head: first {sorted(first) or 'none'}, "
-            f"heads {sorted(heads) or 'none'}, unknown predecessors {sorted(unknown) or 'none'}"
+            f"the migrations must have exactly one first and one head: first {sorted(first) or 'none'}, "
+            f"heads {sorted(heads) or 'none'}, missing predecessors {sorted(unknown) or 'none'}"
         )
     sorter = TopologicalSorter({revision: sorted(follows[revision]) for revision in sorted(follows)})
     return tuple(sorter.static_order())

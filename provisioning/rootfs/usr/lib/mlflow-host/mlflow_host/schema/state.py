@@ -1,4 +1,4 @@
-"""Read the state of the database in service, and decide which action this image's step must perform."""
+"""Read the state of the database in service, and decide which action the database step must perform."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ChangeSettings:
-    """Everything the database step depends on, so that tests can use their own cluster and releases."""
+    """The inputs of the database step. Tests pass their own cluster and MLflow releases in this class."""
 
     cluster: Cluster
     image: ImageSchema
     reports: Path
     dump: dump_file.Dumper | None
-    """None: take no dump (tests only)."""
+    """The function that takes a dump before the change. If the value is None (only in tests), no dump is taken."""
     blank: Path | None = None
-    """Dump of an empty database of the image's schema; None: MLflow creates one (tests only)."""
+    """The dump of an empty database with the image's schema. If the value is None (only in tests), MLflow creates the
+    database."""
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
 
 
 @dataclass(frozen=True)
 class SchemaState:
-    """The database in service. `present`: whether it exists; `head`: None without MLflow's tables."""
+    """The database in service. `present` is false if there is no database. `head` is None if there are no MLflow
+    tables."""
 
     present: bool
     head: str | None
@@ -61,14 +63,14 @@ def read_state(cluster: Cluster) -> SchemaState:
 
 
 def nothing_left_over(settings: ChangeSettings) -> bool:
-    """Whether no unfinished database and no pending report of an earlier step exists."""
+    """Return true if an earlier step left neither an unfinished database nor a pending report."""
     orphans = any(name.startswith(WORK_PREFIX) for name in databases(settings.cluster))
     return not orphans and not any(settings.reports.glob(f"*{reporting.PENDING}"))
 
 
 def decide(state: SchemaState, image: ImageSchema) -> str:
-    """ "create", "same", "upgrade" or "carry back". Raises StepFailed for an unknown migration without an ownership
-    record."""
+    """Return "create", "same", "upgrade" or "carry back". Raises StepFailed if this image's MLflow lacks the database's
+    migration, and no ownership record names the migration."""
     if state.head is None:
         return "create"
     if state.head == image.head:
@@ -78,14 +80,14 @@ def decide(state: SchemaState, image: ImageSchema) -> str:
     if state.record and state.record.head == state.head:
         return "carry back"
     raise StepFailed(
-        f"the database is at migration {state.head}, which MLflow {image.mlflow_version} of this image does not know, "
-        "and has no ownership record: pin an image with the MLflow release of that migration or a newer one once, "
-        "which writes the record, then this image"
+        f"the database is at migration {state.head}, which MLflow {image.mlflow_version} of this image does not have, "
+        "and the database has no ownership record: pin an image with that migration's MLflow release, or a newer one, "
+        "and start the machine so that the record is written; then pin this image"
     )
 
 
 def plan(settings: ChangeSettings) -> dict[str, Any]:
-    """The action that `bring` would perform, with both releases."""
+    """Return the action that the database step would perform, with the old and the new MLflow release."""
     state = read_state(settings.cluster)
     return {
         "action": decide(state, settings.image),
@@ -97,7 +99,7 @@ def plan(settings: ChangeSettings) -> dict[str, Any]:
 
 
 def drop_leftovers(settings: ChangeSettings, say: Say) -> None:
-    """Drop the unfinished databases of an interrupted step, and publish or remove its report; idempotent."""
+    """Drop the unfinished databases of an interrupted step, and publish or delete its pending report. Idempotent."""
     for name in flip.drop_orphans(settings.cluster):
         say(f"dropped {name}, left by an interrupted step")
     if settings.reports.is_dir():
@@ -105,8 +107,8 @@ def drop_leftovers(settings: ChangeSettings, say: Say) -> None:
 
 
 def update_ownership(settings: ChangeSettings, state: SchemaState) -> None:
-    """Write this image into the ownership record, and clear read-only mode, which a kept database still has if it was
-    renamed by hand. Writes nothing if both are as needed."""
+    """Write this image into the ownership record, and make the database writable. If an administrator put a kept
+    database in service by renaming it, that database is read-only. Nothing is written if no change is needed."""
     live, wanted = settings.cluster.database, ownership_record(settings)
     if state.record:
         wanted = replace(wanted, waiting=state.record.waiting, unresolved=state.record.unresolved)

@@ -1,10 +1,10 @@
-"""What the migrations of an upgrade dropped or changed: recorded in the upgraded database, and put back by a rollback.
+"""Record the data that an upgrade's migrations drop or change, so that a later rollback can restore this data.
 
-A migration loses values that do not fit their new column: 75868b020152 cuts sessions to 250 characters. The upgraded
-database gets a PostgreSQL schema, named after the migration head before the upgrade. For each table of MLflow's with
-losses it has two tables: the rows as they were ("…_kept"), and as a carry back would rebuild them ("…_base"). A carry
-back to that head or an older one merges both, so rows that were deleted or changed since are not changed back. A carry
-back to a later head copies the schema.
+For example, migration 75868b020152 cuts session IDs to 250 characters. The records are in the upgraded database, in a
+PostgreSQL schema that is named after the migration head before the upgrade. For each MLflow table that lost data, this
+schema has two tables: "…_kept" has the original rows, and "…_base" has the rows that a carry back without the records
+would create. A carry back to the old head, or to an earlier head, merges the two tables into the new database. The
+merge does not restore rows that users have deleted or changed. A carry back to a later head only copies the records.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from mlflow_host.schema.merging import Table, comparable, merge_loaded, temporar
 from mlflow_host.schema.reporting import LeftBehind, MergedTable
 
 _SCHEMA = re.compile(r"mlflow_host_before_(?P<count>\d{4})_(?P<head>\w+)")
-_REASON = "by MLflow's migrations; back when a release from before them is pinned"
+_REASON = "by MLflow's migrations; restored if an MLflow release without these migrations is pinned"
 
 
 def record(cluster: Cluster, before: str, after: str, head: str, count: int) -> tuple[LeftBehind, ...]:
-    """Compare `before`, a database at migration `head`, the `count`th one, with `after`, its migrated copy, and record
-    in `after` what the migrations dropped or changed. Reads only the tables and columns that they narrowed, moved or
-    removed; between most releases there are none."""
+    """Compare the database `before` with its migrated copy `after`, and record the lost data in `after`. `before` is at
+    migration `head`, which has the number `count`. The function reads only tables and columns that the migrations
+    narrowed, moved or removed. Most upgrades change none of these."""
     schema = sql.Identifier(f"mlflow_host_before_{count:04}_{head}")
     found: list[LeftBehind] = []
     with connection(cluster, before) as reader, connection(cluster, after) as writer:
@@ -59,8 +59,9 @@ def record(cluster: Cluster, before: str, after: str, head: str, count: int) -> 
 def _affected(
     reader: Any, writer: Any, name: str, old: Catalog, new: Catalog, planned: TablePlan | None
 ) -> list[Column]:
-    """The columns to compare, the key's first: all of a table that is gone, lost rows or is rebuilt by a conversion,
-    or those that are gone or narrower; none otherwise."""
+    """Return the columns to compare: all columns if the table was removed, lost rows, or is rebuilt by a conversion.
+    For any other table, return its key and the removed or narrowed columns (an empty list if it has no such
+    columns)."""
     stored = old.stored(name)
     if name not in new.tables or planned is None or planned.added:
         return stored
@@ -79,8 +80,8 @@ def _is_narrower(was: Column, now: Column | None) -> bool:
 
 
 def _load(reader: Any, writer: Any, table: Table, planned: TablePlan | None) -> None:
-    """Create temporary tables in the migrated database: the old rows ("…_kept"), and, if `planned`, the rows that
-    carrying the data back would rebuild ("…_base", else empty)."""
+    """Create two temporary tables in the migrated database: "…_kept" with the old rows, and "…_base" with the rows that
+    a carry back would create. If `planned` is None, "…_base" is empty."""
     kept, base = temporary(table, "kept"), temporary(table, "base")
     columns = ", ".join(f"{quoted(column.name)} {column.type}" for column in table.columns)
     for each in (kept, base):
@@ -98,7 +99,7 @@ def _load(reader: Any, writer: Any, table: Table, planned: TablePlan | None) -> 
 
 
 def _differences(writer: Any, table: Table) -> list[LeftBehind]:
-    """Leave only rows in the temporary tables that differ; count them by column."""
+    """Delete the rows that are equal in both temporary tables, and count the other rows by column."""
     kept, base = temporary(table, "kept"), temporary(table, "base")
     joined = f"{kept} AS kept JOIN {base} AS base ON {table.same_key('kept', 'base')}"
     other = {column.name: _is_other(column) for column in table.others}
@@ -117,8 +118,9 @@ def _differences(writer: Any, table: Table) -> list[LeftBehind]:
 
 
 def _is_other(column: Column) -> str:
-    """SQL condition. Two JSON values are equal whatever the order of their keys, unless they have escapes, which jsonb
-    may refuse. MLflow stores None in a column of JSON as null of JSON, a conversion as null of SQL."""
+    """Return an SQL condition that is true if the two values of a column differ. JSON is compared as jsonb, which
+    ignores the order of keys. JSON with \\u escapes is compared as text, because jsonb may reject \\u. JSON null
+    (written by MLflow) equals SQL NULL (written by a conversion)."""
     kept, base = comparable("kept", column), comparable("base", column)
     if column.type != "json":
         return f"{kept} IS DISTINCT FROM {base}"
@@ -133,13 +135,15 @@ def _is_other(column: Column) -> str:
 def put_back(
     cluster: Cluster, source: str, target: str, head: str, known: Collection[str]
 ) -> dict[str, tuple[MergedTable, ...]]:
-    """Merge what earlier upgrades of `source` lost into `target`, its rows at migration `head`; by PostgreSQL schema.
-    `known`: the migrations up to `head`. What was lost before the next migrations of `target` is copied for later."""
+    """`target` is a copy of `source` at migration `head`. Restore in `target` the data that earlier upgrades of
+    `source` lost. `known` contains the migrations up to `head`. If an upgrade started from a migration before `head`,
+    its records are only copied to `target`, for a later rollback. Returns the merged tables, by the name of the
+    PostgreSQL schema."""
     with connection(cluster, source) as reader:
         query = "SELECT nspname FROM pg_namespace WHERE nspname LIKE 'mlflow\\_host\\_before\\_%' ORDER BY 1 DESC"
         schemas = [name for (name,) in rows(reader, query)]
     returned = {}
-    for schema in schemas:  # the losses of the latest upgrade first
+    for schema in schemas:  # the latest upgrade is first
         named = _SCHEMA.fullmatch(schema)
         if named is None:
             continue
@@ -171,7 +175,8 @@ def _merge(reader: Any, writer: Any, schema: str) -> tuple[MergedTable, ...]:
             stream(reader, out, writer, f"COPY pg_temp.{temporary(table, what)} FROM STDIN (FORMAT binary)")
         names = {column.name for column in fitting}
         if any(c.required and c.default is None and c.name not in names for c in catalog.stored(table.name)):
-            kept, base = temporary(table, "kept"), temporary(table, "base")  # without whole rows, only values come back
+            # The records lack a required column, so rows cannot be inserted. Only values are restored.
+            kept, base = temporary(table, "kept"), temporary(table, "base")
             there = f"SELECT 1 FROM {base} AS base WHERE {table.same_key('base', 'kept')}"
             run(writer, f"DELETE FROM {kept} AS kept WHERE NOT EXISTS ({there})")
         loaded.append(table)
@@ -189,7 +194,7 @@ def _copy(cluster: Cluster, reader: Any, writer: Any, schema: str) -> None:
 
 
 def _tables(reader: Any, schema: str) -> dict[str, dict[str, str]]:
-    """The type by column, by table of a schema."""
+    """Return the tables of a PostgreSQL schema, each with its columns and their types."""
     query = (
         "SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod) FROM pg_class c JOIN pg_attribute a "
         "ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped "

@@ -11,11 +11,11 @@ from mlflow_host.schema.copying import CarryError, parent_is_missing
 from mlflow_host.schema.release import Release, StoreAnswers
 
 MOVED = frozenset({"trace_tags", "trace_request_metadata", "trace_metrics", "span_metrics"})
-"""Tables whose rows MLflow's migration 75868b020152 moves to other tables or deletes."""
+"""Tables that may have fewer rows after an upgrade, because MLflow's migration 75868b020152 moves or deletes rows."""
 
 
 def verify(cluster: Cluster, database: str, release: Release, expected_head: str) -> StoreAnswers:
-    """What MLflow's stores return, and what they cannot read. Raises CarryError, or ReleaseError from MLflow."""
+    """Check the copy's migration and foreign keys, and query MLflow's stores. Raises CarryError or ReleaseError."""
     with connection(cluster, database) as opened:
         if head(opened) != expected_head:
             raise CarryError(f"the copy is at migration {head(opened)}; expected {expected_head}")
@@ -27,7 +27,7 @@ def verify(cluster: Cluster, database: str, release: Release, expected_head: str
 
 
 def broken_references(opened: Any, catalog: Catalog) -> dict[str, int]:
-    """Number of rows with a missing parent by foreign key; empty when there are none."""
+    """Count the rows whose parent row is missing, by foreign key. Foreign keys with a count of 0 are omitted."""
     found = {}
     for reference in catalog.foreign_keys:
         condition = parent_is_missing(reference, "child")
@@ -38,17 +38,17 @@ def broken_references(opened: Any, catalog: Catalog) -> dict[str, int]:
 
 
 def row_counts(opened: Any) -> dict[str, int]:
-    """Number of rows of every table except Alembic's."""
+    """Return the number of rows of each table, except Alembic's own table."""
     tables = sorted(set(read_catalog(opened).tables) - {BOOKKEEPING})
     return {table: int(value(opened, f"SELECT count(*) FROM {quoted(table)}")) for table in tables}
 
 
 def check_row_counts(before: dict[str, int], after: dict[str, int]) -> list[str]:
-    """Sentences for the report about tables that have fewer rows after the migrations.
+    """Return a sentence for the report about each table that has fewer rows after the migrations.
 
-    Raises CarryError unless such a table is in MOVED."""
+    Raises CarryError if a table with fewer rows still exists and is not in MOVED."""
     fewer = {t: (n, after.get(t, 0)) for t, n in before.items() if after.get(t, 0) < n}
     for table, (was, now) in fewer.items():
         if table not in MOVED and table in after:
-            raise CarryError(f"the migrations left table {table} with {now} of {was} rows")
-    return [f"MLflow's migrations left {table} with {now} of {was} rows" for table, (was, now) in fewer.items()]
+            raise CarryError(f"after the migrations, table {table} has only {now} of its {was} rows")
+    return [f"after MLflow's migrations, {table} has {now} of its {was} rows" for table, (was, now) in fewer.items()]

@@ -1,1 +1,1 @@
-"""MLflow's server at request time: the process, middleware around MLflow's applications, the artifact repository."""
+"""The server process, the middleware around MLflow's applications, and the artifact repository."""

@@ -1,12 +1,12 @@
-"""Limit the artifact locations that this process opens to the stack's own two buckets.
+"""Make this process reject artifact locations outside the stack's artifacts bucket and models bucket.
 
 A user can write any location into MLflow's tables: as an experiment's `artifact_location`, a model version's `source`
-or a trace's tag. MLflow opens any location that a row names, with the server's credentials, so a writer could read the
-backups bucket or write files onto the machine. Two checks stop that:
+or a trace's tag. MLflow opens a stored location with the server's credentials. Without a check, a user could therefore
+read the backups bucket or write files to the machine. This module has two checks:
 
-- `close` replaces every repository class in MLflow's registry of schemes, by which MLflow opens all locations. It
-  covers existing rows and every route.
-- `refuse_at_creation` returns 400 for a request that would store such a location.
+- `close` adds a check to every repository class in MLflow's registry. MLflow opens all locations through this registry,
+  so the check covers every API route and all locations that are already stored.
+- `refuse_at_creation` returns 400 for a request that would store a location outside the two buckets.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from urllib.parse import urlsplit
 from mlflow_host.server.request_limits import fields_of
 
 RESOLVED_BY_MLFLOW = {"mlflow-artifacts", "runs", "models"}
-"""Schemes that MLflow resolves to another location, which is then checked. They must not name a host."""
+"""URI schemes that MLflow resolves to another location, which `close` checks too. A URI with one of these schemes must
+not have a host."""
 
 CREATES = {"/mlflow/experiments/create": "artifact_location", "/mlflow/model-versions/create": "source"}
-"""End of the path of each route that stores a location, and the field with the location."""
+"""The routes that store a location: the end of each route's path, and the field with the location."""
 
 
 @dataclass(frozen=True)
 class Fence:
-    """The allowed locations: below the artifacts destination, and in its two buckets."""
+    """The allowed locations: all URIs below the artifacts destination, and all s3:// URIs in the two buckets."""
 
     destination: str
     buckets: frozenset[str]
 
     @classmethod
     def around(cls, destination: str) -> Fence:
-        """`destination` as in `artifact_repository`: mlflow-host://<artifacts bucket>/<models bucket>[/prefix]"""
+        """`destination` is mlflow-host://<artifacts bucket>/<models bucket>[/prefix] (see `artifact_repository`)."""
         uri = urlsplit(destination)
         return cls(destination.rstrip("/"), frozenset({uri.netloc, uri.path.lstrip("/").partition("/")[0]}))
 
     def problem(self, location: str) -> str | None:
-        """One sentence why a location is not allowed; None if it is."""
+        """Return a sentence with the reason if `location` is not allowed, or None if `location` is allowed."""
         try:
             uri = urlsplit(location)
         except ValueError:
@@ -52,7 +53,7 @@ class Fence:
         if location == self.destination or location.startswith(f"{self.destination}/"):
             return None
         return (
-            f"the artifact location {location!r} is outside this server: leave it out, or use mlflow-artifacts:/, "
+            f"the artifact location {location!r} is outside this server: omit the location, or use mlflow-artifacts:/, "
             f"runs:/, models:/ or {' or '.join(f's3://{bucket}/' for bucket in sorted(self.buckets))}"
         )
 
@@ -67,7 +68,7 @@ def close(fence: Fence) -> None:
 
 
 def checked(repository: Callable[..., Any], fence: Fence) -> Callable[..., Any]:
-    """`repository` with a check that raises MlflowException (400) for a location that is not allowed."""
+    """Return `repository` with a check that raises MlflowException (400) for a location that is not allowed."""
     from mlflow.exceptions import MlflowException
 
     def opened(artifact_uri: str, *arguments: Any, **options: Any) -> Any:
@@ -89,7 +90,7 @@ def refuse_at_creation(flask_application: Any, fence: Fence) -> None:
             return None
         for name, location in fields_of(flask.request, flask.request.get_json(force=True, silent=True)):
             if name != field or not isinstance(location, str) or is_a_placeholder(location):
-                continue  # MLflow refuses values of the wrong type
+                continue  # MLflow itself rejects values of the wrong type
             if problem := fence.problem(location):
                 answer = {"error_code": "INVALID_PARAMETER_VALUE", "message": problem}
                 return flask.Response(json.dumps(answer), status=400, mimetype="application/json")
@@ -97,6 +98,6 @@ def refuse_at_creation(flask_application: Any, fence: Fence) -> None:
 
 
 def is_a_placeholder(location: str) -> bool:
-    """Whether the text is a word instead of a location: MLflow stores such words for prompts, which have no
-    artifacts."""
+    """Return true if `location` is a single word. MLflow stores such a word as the location of a prompt, because a
+    prompt has no artifacts."""
     return location.replace("-", "").isalnum()

@@ -1,7 +1,7 @@
-r"""MLflow's check of artifact paths, with status 400 for paths that make MLflow fail with 500.
+r"""Change MLflow's check of artifact paths: the server returns 400 instead of 500 for paths that MLflow cannot decode.
 
-Such paths cannot be decoded (`http://[x`, `%2525…41` with ten levels). `..\x` is refused too, because an object store
-may interpret it as a path outside the folder.
+Examples of such paths are `http://[x`, and `%2525…41` with ten levels of encoding. The changed check also rejects
+`..\x`, because an object store may interpret this path as outside the folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def strict(check: Check) -> Check:
             raise MlflowException.invalid_parameter_value(f"Invalid path '{path[:200]}': {error}") from None
         if ".." in re.split(r"[/\\]", safe):
             raise MlflowException.invalid_parameter_value(
-                f"Invalid path '{safe[:200]}': '..' must not stand between slashes or backslashes"
+                f"Invalid path '{safe[:200]}': no part between slashes or backslashes may be '..'"
             )
         return safe
 

@@ -1,18 +1,18 @@
-"""MLflow's artifact repository in two buckets: logged models in one, all other artifacts in the other.
+"""MLflow's artifact repository in two buckets: one for logged models, one for other artifacts.
 
-MLflow finds these classes through `mlflow_host.server.plugins`, for destinations of the form
+MLflow finds these classes through `mlflow_host.server.plugins`, by the scheme of the artifacts destination:
 
-    mlflow-host://<artifacts bucket>/<models bucket>[/prefix]            clients get presigned URLs
-    mlflow-host-proxied://<artifacts bucket>/<models bucket>[/prefix]    all bytes pass through the server
+- mlflow-host://<artifacts bucket>/<models bucket>[/prefix]: clients get presigned URLs.
+- mlflow-host-proxied://<artifacts bucket>/<models bucket>[/prefix]: all bytes pass through the server.
 
-An object has the key that MLflow's own repository would give it; the key determines the bucket (`is_of_model`). If that
-bucket does not have the object, it is read from the other one, so artifacts that were written before this plug-in, or
-moved by hand, stay readable. Deleting deletes from both.
+An object has the same key as in MLflow's own repository, and the key determines the bucket (`is_of_model`). An object
+that is missing in its bucket is read from the other bucket. Therefore artifacts remain readable if they were written
+without this plug-in or moved by hand. A deletion deletes the object from both buckets.
 
-No object is stored with a Content-Encoding, and presigned URLs request "identity" (`client`). MLflow's own repository
-up to 3.17 stores "gzip" for every name that ends in .gz, and HTTP clients then decompress the file.
+Objects are stored without a Content-Encoding, and presigned URLs request the encoding "identity" (`client`). MLflow's
+repository up to 3.17 stores the encoding "gzip" if a name ends in .gz, so HTTP clients decompress the file.
 
-All methods raise MlflowException; for errors of S3, `StoreError` (`mlflow_host.server.store_errors`).
+All methods raise MlflowException. For errors of S3, all methods raise the subclass `StoreError` (`store_errors`).
 """
 
 from __future__ import annotations
@@ -47,64 +47,65 @@ from mlflow_host.contract.artifact_key import is_of_model
 from mlflow_host.server.store_errors import explained, is_missing
 
 Result = TypeVar("Result")
-Repository = Any  # a OneBucketRepository, whose base has no type annotations
+Repository = Any  # a OneBucketRepository, whose base class has no type annotations
 
 
 def mixin(name: str) -> Any:
-    """A class of MLflow, or an empty class of that name if the installed release does not have it."""
+    """Return MLflow's class `name`, or an empty class `name` if the installed MLflow does not have the class."""
     return getattr(mlflow_repositories, name, None) or type(name, (), {})
 
 
+# MultipartDownloadMixin exists since MLflow 3.11, PresignedUploadMixin since 3.12, and StreamUploadMixin since 3.15.
 MultipartUploadMixin: Any = mixin("MultipartUploadMixin")
-MultipartDownloadMixin: Any = mixin("MultipartDownloadMixin")  # since MLflow 3.11
-PresignedUploadMixin: Any = mixin("PresignedUploadMixin")  # since MLflow 3.12
-StreamUploadMixin: Any = mixin("StreamUploadMixin")  # since MLflow 3.15
+MultipartDownloadMixin: Any = mixin("MultipartDownloadMixin")
+PresignedUploadMixin: Any = mixin("PresignedUploadMixin")
+StreamUploadMixin: Any = mixin("StreamUploadMixin")
 UPLOADS_ARE_STREAMED = hasattr(mlflow_repositories, "StreamUploadMixin")
-"""Whether the installed MLflow streams uploads."""
+"""True if the installed MLflow streams uploads itself."""
 
 PART_BYTES = 6 * 2**20
-"""Size of a streamed upload's first parts; S3 requires at least 5 MiB."""
+"""Size of the first parts of a streamed upload. S3 requires parts of at least 5 MiB."""
 
 PARTS_IN_FLIGHT = 2
 
 PARTS_OF_A_SIZE = 1000
-"""After this many parts their size doubles, repeatedly: S3 allows 10,000 parts, which must be enough for any file."""
+"""The part size doubles after every PARTS_OF_A_SIZE parts, because S3 allows only 10,000 parts per file."""
 
 STREAMS = 6
-"""Concurrent uploads that one process streams, each with at most PARTS_IN_FLIGHT + 1 parts in memory. Further uploads
-are spooled to disk, so that slow clients neither fill the memory nor block others."""
+"""Maximum number of concurrently streamed uploads per process, each with at most PARTS_IN_FLIGHT + 1 parts in memory.
+Further uploads are written to disk first, so that slow clients do not use much memory or block other clients."""
 
 SMALL_BYTES = 16 * 2**20
-"""Larger files are fetched by several parallel requests."""
+"""A file of more than this number of bytes is downloaded from S3 by several parallel requests."""
 
 RESERVE_SHARE, RESERVE_BYTES = 0.1, 2 * 2**30
-"""Free space that spooled files must leave on their volume, which is also PostgreSQL's: the smaller value."""
+"""Temporary files must leave the smaller of these two amounts free on the data volume, as space for PostgreSQL."""
 
 _listers = ThreadPoolExecutor(8, "two-bucket-list")
 
 
 class InsufficientStorage(MlflowException):
-    """A file does not fit on the server's disk; MLflow returns this status and the sentence."""
+    """A file does not fit on the server's disk. MLflow returns this exception's status and message to the client."""
 
     def get_http_status_code(self) -> int:
         return 507
 
 
 class OneBucketRepository(mlflow_s3.S3ArtifactRepository):
-    """MLflow's S3 repository with the S3 client of this module."""
+    """MLflow's repository for one S3 bucket, with the S3 client of this module."""
 
     def _get_s3_client(self) -> Any:
         return client()
 
 
 def serve_s3_locations() -> None:
-    """Use this module's client also for locations such as s3://<artifacts bucket>/…."""
+    """Make MLflow use this module's S3 client for s3:// locations too."""
     registered: dict[str, Any] = get_registered_artifact_repositories()
     registered["s3"] = OneBucketRepository
 
 
 class TwoBucketRepository(ArtifactRepository, StreamUploadMixin):  # type: ignore[misc]
-    """Artifacts in two buckets; all transfers go through the server."""
+    """The artifact repository in two buckets. The bytes of all transfers pass through the server."""
 
     def __init__(self, artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None) -> None:
         super().__init__(artifact_uri, tracking_uri, registry_uri)
@@ -123,11 +124,11 @@ class TwoBucketRepository(ArtifactRepository, StreamUploadMixin):  # type: ignor
         )
 
     def home_and_other(self, path: str | None) -> tuple[Repository, Repository]:
-        """The bucket of `path` (relative to the destination), and the other bucket."""
+        """Return the repository of the bucket to which `path` belongs, and the repository of the other bucket."""
         key = posixpath.join(self.prefix, path or "")
         return (self.models, self.artifacts) if is_of_model(key) else (self.artifacts, self.models)
 
-    # One file or folder at a time
+    # Methods for one file or one folder
 
     @explained()
     def log_artifact(self, local_file: str | Path, artifact_path: str | None = None) -> None:
@@ -156,9 +157,9 @@ class TwoBucketRepository(ArtifactRepository, StreamUploadMixin):  # type: ignor
 
     @explained()
     def download_artifacts(self, artifact_path: str, dst_path: str | None = None) -> str:
-        """Return the local path of a file or folder.
+        """Download a file or folder and return its local path.
 
-        A file is downloaded by this method, because MLflow's own turns every error of `_download_file` into status 500.
+        This method downloads single files itself, because MLflow's method returns 500 for every error of a download.
         """
         untyped: Any = super()
         if not artifact_path or self.list_artifacts(artifact_path):
@@ -190,7 +191,7 @@ class TwoBucketRepository(ArtifactRepository, StreamUploadMixin):  # type: ignor
 
     @explained()
     def open(self, path: str) -> dict[str, Any]:
-        """An object's GetObject response, with `Location` = (bucket, key) added."""
+        """Return S3's GetObject response for the object, with an added field `Location`, which is (bucket, key)."""
 
         def read(bucket: str, key: str) -> dict[str, Any]:
             return {**client().get_object(Bucket=bucket, Key=key, **owner()), "Location": (bucket, key)}
@@ -199,11 +200,11 @@ class TwoBucketRepository(ArtifactRepository, StreamUploadMixin):  # type: ignor
 
     @explained()
     def size(self, path: str) -> int:
-        """Bytes of a file. Raises the same errors as `open`."""
+        """Return the size of a file in bytes. Raises the same errors as `open`."""
         return self.of_file(path, size_of)
 
     def of_file(self, path: str, ask: Callable[[str, str], Result]) -> Result:
-        """Return `ask(bucket, key)` for the bucket that has the object. Raises MlflowException for a folder."""
+        """Return `ask(bucket, key)` for the bucket that has the file. Raises MlflowException for a folder."""
         try:
             return either(self.home_and_other(path), lambda one: ask(*location(one, path)), unless=is_missing)
         except ClientError as error:
@@ -252,9 +253,9 @@ class DirectTwoBucketRepository(
     MultipartDownloadMixin,  # type: ignore[misc]
     PresignedUploadMixin,  # type: ignore[misc]
 ):
-    """Artifacts in two buckets, with presigned URLs for large files.
+    """The artifact repository in two buckets, with presigned URLs for large files.
 
-    MLflow detects this ability by the base class.
+    From the base classes, MLflow detects that a repository supports presigned URLs.
     """
 
     @explained()
@@ -287,7 +288,7 @@ class DirectTwoBucketRepository(
 
     @explained()
     def get_download_presigned_url(self, artifact_path: str, expiration: int = 300) -> Any:
-        """Overridden because MLflow's method returns status 500 with one word for most errors of S3."""
+        """Replaces MLflow's method, which returns 500 and a message of one word for most errors of S3."""
         from mlflow.entities.presigned_download import PresignedDownloadUrlResponse
 
         def ask(bucket: str, key: str) -> Any:
@@ -301,7 +302,7 @@ class DirectTwoBucketRepository(
 
 
 class Streams:
-    """Number of uploads being streamed; changed only in the event loop's thread."""
+    """`running` is the number of uploads that are being streamed. Only the event loop's thread changes this number."""
 
     running = 0
 
@@ -312,8 +313,8 @@ def either(
     *,
     unless: Callable[[Exception], bool],
 ) -> Result:
-    """Call `act` with the first repository, and with the second if the first fails with an error that `unless` accepts.
-    If both fail, raise the first one's error."""
+    """Call `act` with the first repository. If `act` fails and `unless(error)` is true, call `act` with the second
+    repository. If both calls fail, raise the error of the first call."""
     home, other = repositories
     try:
         return act(home)
@@ -331,23 +332,23 @@ def is_missing_upload(error: Exception) -> bool:
 
 
 def location(repository: Repository, path: str) -> tuple[str, str]:
-    """(bucket, key) of a path."""
+    """Return the bucket and the key of a path."""
     bucket, prefix = repository.parse_s3_compliant_uri(repository.artifact_uri)
     return bucket, posixpath.join(prefix, path)
 
 
 def owner() -> dict[str, str]:
-    """Set ExpectedBucketOwner for S3 if MLflow's configuration has it."""
+    """Return S3's parameter ExpectedBucketOwner if MLflow's configuration has an owner, else no parameter."""
     account = os.environ.get("MLFLOW_S3_EXPECTED_BUCKET_OWNER")
     return {"ExpectedBucketOwner": account} if account else {}
 
 
 @cache
 def client() -> Any:
-    """One S3 client per process, with MLflow's settings; it renews the instance role's keys by itself.
+    """Return this process's S3 client, with MLflow's settings. boto3 renews the client's credentials automatically.
 
-    It stores no Content-Encoding, even if the caller passes one. Its presigned URLs make S3 return "identity" for
-    objects stored with an encoding. It raises ClientError if S3 deletes only some of the given objects.
+    The client stores no Content-Encoding, even if the caller passes one. The client's presigned URLs make S3 return the
+    encoding "identity" for every object. If S3 deletes only some of the given objects, the client raises ClientError.
     """
     import boto3
     from botocore.config import Config
@@ -385,7 +386,7 @@ def refuse_what_was_not_deleted(parsed: dict[str, Any], **_: object) -> None:
 
 
 def size_of(bucket: str, key: str) -> int:
-    """Bytes of an object. Uses GET, because S3 returns no reason when a HEAD fails."""
+    """Return an object's size in bytes from a HEAD request. If HEAD fails, a GET request is sent to get S3's reason."""
     try:
         return int(client().head_object(Bucket=bucket, Key=key, **owner())["ContentLength"])
     except ClientError:
@@ -394,7 +395,7 @@ def size_of(bucket: str, key: str) -> int:
 
 
 def content_disposition(name: str) -> str:
-    """The Content-Disposition of a download, as in MLflow's server: `filename`, and `filename*` for non-ASCII names."""
+    """Return the header Content-Disposition of a download, as in MLflow. A non-ASCII name is also in `filename*`."""
     if name.isascii():
         return dump_options_header("attachment", {"filename": name})
     in_ascii = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode() or "download"
@@ -403,7 +404,7 @@ def content_disposition(name: str) -> str:
 
 
 def metadata(key: str) -> dict[str, Any]:
-    """Metadata of an object with this name: no encoding, and no type for a compressed file (table.csv.gz)."""
+    """Return a new object's metadata: no Content-Encoding, and no Content-Type for a compressed file (table.csv.gz)."""
     kind, encoding = mimetypes.guess_type(key)
     return {
         **({"ContentType": kind} if kind and not encoding else {}),
@@ -413,7 +414,7 @@ def metadata(key: str) -> dict[str, Any]:
 
 
 async def upload_stream(chunks: AsyncIterable[bytes], bucket: str, key: str) -> None:
-    """Upload `chunks` in parts as they arrive; nothing is stored if they end early."""
+    """Upload a file in parts while its bytes arrive. If reading `chunks` fails, no object is stored."""
     sizes = part_sizes()
     wanted, buffer = next(sizes), bytearray()
     upload: dict[str, Any] | None = None
@@ -459,8 +460,8 @@ def part_sizes() -> Iterator[int]:
 
 
 def require_space(size: int, folder: Path, *, written: int = 0) -> None:
-    """Raises InsufficientStorage if `size` more bytes of a file would leave too little on the volume of `folder`;
-    `written` bytes of it exist."""
+    """Raises InsufficientStorage if writing `size` more bytes would leave too little free space on the volume of
+    `folder`. `written` is the number of bytes of the file that are already on the volume."""
     volume = shutil.disk_usage(folder)
     available = volume.free - min(int(volume.total * RESERVE_SHARE), RESERVE_BYTES)
     if size > available:

@@ -1,9 +1,9 @@
-"""ASGI middleware that streams artifacts through the server, without a copy on its disk or in its memory.
+"""ASGI middleware that streams artifacts between the client and S3, without storing a whole file on disk or in memory.
 
-MLflow downloads an artifact into its temporary folder before it sends the first byte. Before 3.15 it also held an
-upload in memory; since then it streams uploads, but through layers of middleware that take most of the time. This
-middleware handles these two requests with the artifact store directly (since 3.15 an upload with MLflow's own handler),
-after MLflow's checks of host, origin and path. Every other request is passed to the application.
+MLflow downloads an artifact to a temporary folder before it sends the first byte. MLflow before 3.15 holds a whole
+upload in memory. MLflow 3.15 and later stream uploads, but spend most of the time of an upload in other middleware.
+This middleware handles downloads and uploads directly, after MLflow's checks of host, origin and path. For uploads, the
+middleware calls MLflow's own handler if MLflow is 3.15 or newer. All other requests are passed to the application.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ METHODS = ("GET", "HEAD", "PUT")
 CHUNK_BYTES = 2**20
 
 OTHER_RULES = ("MLFLOW_ENABLE_WORKSPACES", "MLFLOW_ARTIFACTS_PRESIGNED_ONLY")
-"""With these settings MLflow uses more than the path; then requests are passed to MLflow."""
+"""If one of these settings is on, a request's path alone is not enough, so all requests are passed to MLflow."""
 
 
 def streamed(application: Application, repository: Any, threads: RequestThreads) -> Application:
-    """`application`, with artifacts streamed from and to `repository`. Calls that wait for the store run in
-    `threads`."""
+    """Return `application` with middleware that streams artifacts from and to `repository`. Blocking calls to the
+    repository run in `threads`."""
     from fastapi import FastAPI
     from mlflow.server.fastapi_security import init_fastapi_security
     from starlette.requests import Request
@@ -59,7 +59,7 @@ def streamed(application: Application, repository: Any, threads: RequestThreads)
         headers = {
             "Content-Type": media_type(path),
             "Content-Length": str(size),
-            # A browser must not render an uploaded file in this origin.
+            # A browser must not display an uploaded file as a page of this server.
             "Content-Disposition": content_disposition(posixpath.basename(path)),
             "X-Content-Type-Options": "nosniff",
         }
@@ -101,7 +101,7 @@ def streamed(application: Application, repository: Any, threads: RequestThreads)
 
 
 def media_type(path: str) -> str:
-    """MLflow's media type for a file of this name: none that a browser would execute."""
+    """Return MLflow's media type for a file with this name. A browser executes no type that MLflow returns."""
     from mlflow.utils import mime_type_utils
 
     untyped: Any = mime_type_utils
@@ -109,19 +109,20 @@ def media_type(path: str) -> str:
 
 
 def safe_path(path: str) -> str:
-    """`path`, if MLflow accepts it. Raises MlflowException for one outside the destination or without a file name."""
+    """Return `path` if MLflow accepts it. Raises MlflowException if `path` is outside the artifacts destination or has
+    no file name."""
     from mlflow.exceptions import MlflowException
     from mlflow.utils import uri
 
     untyped: Any = uri
     checked: str = untyped.validate_path_is_safe(path)
     if not posixpath.basename(checked):
-        raise MlflowException.invalid_parameter_value(f"'{checked}' names no file: it must not end with '/'")
+        raise MlflowException.invalid_parameter_value(f"'{checked}' is not a file's path: it must not end with '/'")
     return checked
 
 
 def reason(error: Exception) -> tuple[dict[str, Any], int]:
-    """MLflow's JSON and status for an error. Re-raises errors that are not MLflow's."""
+    """Return the JSON and the status of an MlflowException. Any other exception is raised again."""
     from mlflow.exceptions import MlflowException
 
     if not isinstance(error, MlflowException):

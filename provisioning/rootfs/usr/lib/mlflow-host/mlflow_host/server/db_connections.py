@@ -1,12 +1,12 @@
-"""SQLAlchemy plug-in that makes MLflow's use of PostgreSQL faster, with engine and session events. It is the entry
-point `sqlalchemy.plugins` and is loaded by `…?plugin=mlflow-host` in a database URI.
+"""SQLAlchemy plug-in with engine and session events, which makes MLflow's database access faster. SQLAlchemy loads the
+plug-in (entry point `sqlalchemy.plugins`) if the database URI contains `plugin=mlflow-host`.
 
-- MLflow checks a connection by a query before each transaction (pre_ping). On a Unix socket the plug-in polls the
-  socket instead, which shows a closed connection without a round trip.
-- A session expires all its objects after each transaction. The plug-in skips that after read-only transactions.
-- MLflow's session turns a MemoryError into an error like any other; `request_limits` is told of it.
-- Text that PostgreSQL cannot store is refused with 400 (`refusals`), and so is a request whose queries take too long
-  (`request_limits`).
+- Before each transaction, MLflow sends a query to check the connection (pre_ping). On a Unix socket, the plug-in polls
+  the socket instead of sending this query. Polling detects a closed connection without a round trip.
+- After a read-only transaction, the plug-in prevents a SQLAlchemy session from expiring all its objects.
+- MLflow's session converts a MemoryError to a general error. The plug-in reports the MemoryError to `request_limits`.
+- The plug-in returns 400 for text that PostgreSQL cannot store (`refusals`).
+- The plug-in returns 400 for a request whose queries take too long (`request_limits`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PLUGIN = "mlflow-host"
 
 
 def through_plugin(uri: str) -> str:
-    """The URI with the plug-in added, if it is PostgreSQL on a Unix socket; else unchanged."""
+    """Add the plug-in to the URI of a PostgreSQL server on a Unix socket. Any other URI is returned unchanged."""
     on_socket = uri.startswith("postgresql") and "?host=/" in uri
     return f"{uri}&plugin={PLUGIN}" if on_socket else uri
 
@@ -45,8 +45,8 @@ class Engines(CreateEnginePlugin):
 
 
 def check_out(connection: Any, record: Any, _: object) -> None:
-    """Detect a closed connection: an idle connection is readable only when it was closed. Raises InvalidatePoolError,
-    upon which the pool opens new connections."""
+    """Raise InvalidatePoolError if PostgreSQL has closed the connection; the pool then opens new connections. The
+    socket of an idle connection is readable only if PostgreSQL has closed the connection."""
     waiting = select.poll()
     waiting.register(connection.fileno(), select.POLLIN)
     if waiting.poll(0):
@@ -60,13 +60,13 @@ def note_writes(connection: Connection, _: object, statement: str, *__: object) 
 
 
 def keep_what_was_read() -> None:
-    """Make sessions on this plug-in's engines expire their objects only after transactions that wrote."""
+    """Make sessions with this plug-in expire their objects only after transactions that wrote to the database."""
     event.listen(Session, "after_begin", note_connection)
     event.listen(Session, "before_commit", expire_after_writes)
 
 
 def notice_memory_errors() -> None:
-    """Let `request_limits` know of each MemoryError in a session of MLflow's store."""
+    """Report each MemoryError in a session of MLflow's store to `request_limits`."""
     event.listen(Session, "after_soft_rollback", note_memory_error)
 
 

@@ -1,4 +1,4 @@
-"""The environment of the server processes: public settings, and the private variables that `mlflow server` sets."""
+"""The environment variables of the server processes: MLflow's settings, and private variables of `mlflow server`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mlflow_host.machine.config import DATA, POSTGRESQL_SOCKETS, HostConfig, bra
 from mlflow_host.server import job_runner
 
 STATEMENT_TIMEOUT = "options=-c%20statement_timeout%3D60s"
-"""Maximum duration of a statement of the server. The steps and the restore, which connect as the superuser or for
-a whole dump, have no such limit (`postgres.cluster`)."""
+"""Maximum duration of an SQL statement of the server. The boot steps and the restore have no such limit, because they
+connect as the superuser or copy a whole database (`postgres.cluster`)."""
 
 
 @contextlib.contextmanager
 def variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Set these variables of this process during the block."""
+    """Set environment variables of this process for the duration of the `with` block."""
     before = dict(os.environ)
     os.environ.update(values)
     try:
@@ -30,16 +30,16 @@ def variables(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def environment(config: HostConfig, kek_passphrase: str) -> dict[str, str]:
-    """The environment of the server processes, including secrets: the content of mlflow.env.
+    """Return the content of mlflow.env: the environment variables of the server processes, secrets included.
 
-    `kek_passphrase` encrypts the AI gateway's secrets, and a key derived from it encrypts webhook secrets. Without it
-    those secrets are lost, so it must outlive the machine.
+    `kek_passphrase` encrypts the AI gateway's secrets. A key derived from this passphrase encrypts webhook secrets. All
+    these secrets are lost if the passphrase is lost, so a copy of the passphrase must exist outside the machine.
     """
     launch, sizing = config.launch, config.sizing
     return {
         "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2:///mlflow?host={POSTGRESQL_SOCKETS}&{STATEMENT_TIMEOUT}",
         **artifact_environment(launch),
-        # Credentials come from a file that root renews; these processes cannot reach the metadata service.
+        # The AWS credentials are in a file that root renews. Server processes cannot connect to the metadata service.
         "AWS_CONFIG_FILE": "/usr/share/mlflow-host/aws-config",
         "AWS_EC2_METADATA_DISABLED": "true",
         "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(
@@ -54,27 +54,27 @@ def environment(config: HostConfig, kek_passphrase: str) -> dict[str, str]:
         "MLFLOW_CRYPTO_KEK_PASSPHRASE": kek_passphrase,
         "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": webhook_key(kek_passphrase),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "true" if launch.mlflow.job_execution else "false",
-        # Two processes for jobs instead of eight; releases before 3.17 ignore it.
+        # The engine "executor" starts two job processes instead of eight. MLflow before 3.17 has only one engine.
         "MLFLOW_SERVER_JOB_EXECUTION_ENGINE": "executor",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
-        # No request needs the internet: prices and models come from the catalogue inside MLflow, and from litellm's own
-        # copy if that is installed.
+        # MLflow must not access the internet during a request. MLflow reads prices and models from its own catalogue,
+        # and from litellm's copy if litellm is installed.
         "MLFLOW_MODEL_CATALOG_URI": "",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-        # Each field is a search. MLflow's pages send one; its default is 10.
+        # Each root field of a GraphQL request is a search. MLflow's pages send one root field; MLflow permits up to 10.
         "MLFLOW_SERVER_GRAPHQL_MAX_ROOT_FIELDS": "3",
         "MLFLOW_SERVER_GRAPHQL_MAX_ALIASES": "3",
-        # Long enough for a whole download: clients fetch many ranges of a large file with one URL.
+        # A URL must be valid for a whole download, because a client requests all ranges of a large file with one URL.
         "MLFLOW_PRESIGNED_DOWNLOAD_URL_TTL_SECONDS": "3600",
         "TMPDIR": str(DATA / "tmp"),
-        # Otherwise each short-lived thread leaves a malloc arena behind.
+        # Without this limit, each short-lived thread leaves an unused malloc arena in memory.
         "MALLOC_ARENA_MAX": "2",
     }
 
 
 def artifact_environment(launch: LaunchDocument) -> dict[str, str]:
-    """The variables about artifacts; none is secret."""
+    """Return the environment variables for artifacts. None of these variables is secret."""
     variables = {
         "MLFLOW_ARTIFACTS_DESTINATION": artifacts_destination(
             launch.buckets.artifacts, launch.buckets.models, launch.mlflow.artifact_transfer
@@ -93,40 +93,40 @@ def artifact_environment(launch: LaunchDocument) -> dict[str, str]:
 
 
 def direct_transfers(transfer: str) -> dict[str, str]:
-    """The variables by which MLflow since 3.18 offers presigned URLs to clients; older releases query the
-    repository."""
+    """Return the variables that make MLflow 3.18 and newer offer presigned URLs to clients. Older releases detect
+    support for presigned URLs by the repository's class."""
     names = ("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD")
     return dict.fromkeys(names, "true") if transfer == "direct" else {}
 
 
 def artifacts_destination(artifacts: str, models: str, transfer: str) -> str:
-    """The URI of the artifacts destination. `transfer` is "direct" (clients get presigned URLs) or "proxied"; the URI's
-    scheme selects the class in `plugins`."""
+    """Return the URI of the artifacts destination. `transfer` is "direct" (clients get presigned URLs) or "proxied".
+    The URI's scheme selects the repository class in `plugins`."""
     scheme = {"direct": "mlflow-host", "proxied": "mlflow-host-proxied"}[transfer]
     return f"{scheme}://{artifacts}/{models}"
 
 
 def allowed_hosts(hostnames: tuple[str, ...], tls: str) -> list[str]:
-    """Allowed values of the Host header: the stack's host names, with and without port, and localhost for checks on the
-    machine itself. No web page can make a browser send Host: localhost to this machine."""
+    """Return the allowed values of the Host header: the stack's host names, with and without port, and localhost.
+    Checks on the machine use localhost. No web page can make a browser send "Host: localhost" to this machine."""
     port = 80 if tls == "off" else 443
     hosts = [bracketed(name) for name in hostnames]
     return [*hosts, *(f"{host}:{port}" for host in hosts), "localhost"]
 
 
 def allowed_origins(hostnames: tuple[str, ...], tls: str) -> list[str]:
-    """The origins of MLflow's own pages; with TLS, only https:// ones."""
+    """Return the origins of MLflow's own pages. With TLS, all origins begin with https://."""
     scheme = "http" if tls == "off" else "https"
     return [f"{scheme}://{bracketed(name)}" for name in hostnames]
 
 
 BOOT_ID = "_MLFLOW_SERVER_BOOT_ID"
-"""Only newer releases have it, and each server has its own."""
+"""A variable of newer MLflow releases. The value is different for each start of a server."""
 
 
 def private_environment(public: Mapping[str, str]) -> dict[str, str]:
-    """The private variables that `mlflow server` sets for its workers, for the settings in `public`, except those that
-    it sets to their defaults."""
+    """Return the private variables that `mlflow server`, started with the settings in `public`, would set for its
+    workers. Variables that `mlflow server` sets to their default values are omitted."""
     return {
         "_MLFLOW_SERVER_FILE_STORE": public["MLFLOW_BACKEND_STORE_URI"],
         "_MLFLOW_SERVER_REGISTRY_STORE": public["MLFLOW_BACKEND_STORE_URI"],

@@ -1,10 +1,10 @@
 """ASGI middleware that calls MLflow's Flask application directly, without the FastAPI stack.
 
-MLflow's ASGI application mounts its Flask application (`mlflow.server:app`, which gunicorn and waitress can serve
-alone) as its last route. A request passes seven layers of middleware and some two hundred routes, and then a bridge of
-two tasks and a memory stream, before a thread runs Flask. This middleware sends a request that matches no native route
-to the thread at once. The Flask application itself checks hosts and origins and sets security headers, as it does under
-gunicorn.
+MLflow's ASGI application mounts its Flask application (`mlflow.server:app`) as the last route. Before Flask handles a
+request in a thread, the request passes through seven layers of middleware, about two hundred routes, and an adapter
+with two tasks and a memory stream. If a request matches no native ASGI route, this middleware calls Flask in a thread
+directly. MLflow's Flask application also checks hosts and origins and sets security headers, because gunicorn and
+waitress can serve it without the ASGI application.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Application = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
 WsgiApplication = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 WHOLE_BYTES = 2**20
-"""Responses with a Content-Length up to this are sent in one message."""
+"""A response whose Content-Length is at most this number of bytes is sent in one ASGI message."""
 
 
 @dataclass
@@ -35,15 +35,15 @@ class FlaskResponse:
     headers: list[tuple[bytes, bytes]]
     body: bytes
     rest: Iterator[bytes] | None
-    """The chunks after `body`, for a long response or one of unknown length; None otherwise."""
+    """The chunks after `body`, if the response is long or has no Content-Length. None if `body` is complete."""
     close: Callable[[], None]
 
 
 def short_cut(
     application: Any, flask: WsgiApplication, *, requests: RequestThreads, files: RequestThreads
 ) -> Application:
-    """`application` (Starlette) with this middleware. `flask` runs in the threads of `requests`, or of `files` for
-    requests that may wait for S3."""
+    """Return the Starlette application with this middleware. `flask` runs in the threads of `requests`. Requests that
+    may wait for S3 run in the threads of `files`."""
     from starlette.routing import Match, Mount
 
     native = [route for route in application.routes if not isinstance(route, Mount)]
@@ -54,7 +54,7 @@ def short_cut(
         return any(route.matches(scope)[0] != Match.NONE for route in native)
 
     async def shortened(scope: Scope, receive: Receive, send: Send) -> None:
-        # Preflight requests are rare, and FastAPI's response to them has more headers than Flask's.
+        # Preflight requests are rare, and FastAPI's response to them has more headers than Flask's response.
         detour = scope["type"] != "http" or scope["method"] == "OPTIONS" or names_workspace(scope)
         if detour or is_native(scope["method"], scope["path"]):
             await application(scope, receive, send)
@@ -66,7 +66,8 @@ def short_cut(
 
 
 def names_workspace(scope: Scope) -> bool:
-    """Whether a request names a workspace, which a FastAPI middleware refuses on a server without workspaces."""
+    """Return true if a request has the workspace header. MLflow's FastAPI middleware rejects this header on a server
+    without workspaces."""
     return any(name == b"x-mlflow-workspace" for name, _ in scope["headers"])
 
 
@@ -90,7 +91,7 @@ async def through_flask(
 
 
 async def whole(receive: Receive) -> bytes | None:
-    """The request's complete body; None when the client disconnected."""
+    """Return the request's complete body, or None if the client has disconnected."""
     parts, more = [], True
     while more:
         message = await receive()
@@ -102,7 +103,7 @@ async def whole(receive: Receive) -> bytes | None:
 
 
 def call(flask: WsgiApplication, variables: dict[str, Any]) -> FlaskResponse:
-    """Call the WSGI application. A short response is read completely and closed."""
+    """Call the WSGI application and return its response. The body of a short response is read completely."""
     started: list[tuple[int, list[tuple[bytes, bytes]]]] = []
 
     def start_response(status: str, headers: list[tuple[str, str]], error: Any = None) -> None:
@@ -113,7 +114,7 @@ def call(flask: WsgiApplication, variables: dict[str, Any]) -> FlaskResponse:
     close: Callable[[], None] = getattr(chunks, "close", lambda: None)
     try:
         rest = iter(chunks)
-        first = next(rest, b"")  # an application may call start_response only when the body is read
+        first = next(rest, b"")  # some WSGI applications call start_response only when this chunk is read
         status, headers = started[0]
         length = next((int(value) for name, value in headers if name == b"content-length"), None)
         if length is not None and length <= WHOLE_BYTES:
@@ -127,7 +128,7 @@ def call(flask: WsgiApplication, variables: dict[str, Any]) -> FlaskResponse:
 
 
 def environ(scope: Scope, body: bytes) -> dict[str, Any]:
-    """The WSGI variables of an HTTP scope (PEP 3333)."""
+    """Convert an ASGI scope of type "http" to WSGI's environ dictionary (PEP 3333)."""
     server = scope.get("server") or ("localhost", None)
     variables: dict[str, Any] = {
         "REQUEST_METHOD": scope["method"],

@@ -1,7 +1,7 @@
-"""The health check of this process for nginx: a database query outside the request threads.
+"""nginx's health check of this server process: a database query outside the request threads.
 
-Long requests may occupy all request threads. A busy process still responds here at once; a process that hangs does not,
-nor does one whose PostgreSQL does not respond.
+Long requests may occupy all request threads, but a busy process still responds to the health check at once. A process
+that hangs does not respond to the health check. If PostgreSQL does not respond, the status is 503.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from sqlalchemy import create_engine, text
 from mlflow_host.server.flask_shortcut import Application, Receive, Scope, Send
 
 PATH = "/mlflow-host-health"
-"""Path of nginx's health check; nginx does not forward clients' requests for it."""
+"""The path of nginx's health check. nginx does not forward requests from clients to this path."""
 
 SECONDS = 5.0
-"""Timeout of the query."""
+"""Timeout of the database query."""
 
 
 def with_health(application: Application, uri: str) -> Application:
-    """`application`, with `PATH` handled: 200, or 503 if the database at `uri` does not respond."""
+    """Return `application` with the health check at `PATH`. Its status is 200, or 503 if a query in the database at
+    `uri` fails."""
     engine = create_engine(uri, pool_size=1, max_overflow=0, pool_pre_ping=True)
     thread = ThreadPoolExecutor(1, "health")
 
@@ -36,7 +37,7 @@ def with_health(application: Application, uri: str) -> Application:
         try:
             await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(thread, query), SECONDS)
             status = 200
-        except Exception:  # with any error, this process cannot serve
+        except Exception:  # any error means that this process cannot answer requests
             status = 503
         await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})

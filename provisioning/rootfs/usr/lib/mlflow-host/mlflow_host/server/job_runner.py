@@ -1,8 +1,8 @@
-"""MLflow's job runner, started by the first server process if the stack enables job execution.
+"""Start MLflow's job runner. The first server process calls this module if the stack enables job execution.
 
-`mlflow server` starts the runner with the address of its workers. Jobs send HTTP requests to a host and a port, but the
-server processes listen on Unix sockets. Therefore the first process also listens on a free port of the loopback
-interface and forwards connections to its own socket.
+Jobs send HTTP requests to a host and a port, but the server processes listen on Unix sockets. Therefore the first
+process also listens on a free port of the loopback interface. The process forwards connections from this port to its
+own Unix socket, and passes the port's URL to the job runner.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 QUEUES_VARIABLE = "_MLFLOW_HUEY_STORAGE_PATH"
 LOCAL_HOSTS = "127.0.0.1:*"
-"""Host header of requests from jobs. nginx rejects requests with it from outside."""
+"""The Host header of requests from jobs. nginx rejects requests from other machines that have this Host header."""
 
 
 def asked_for() -> bool:
@@ -23,14 +23,16 @@ def asked_for() -> bool:
 
 
 def queues(folder: Path) -> dict[str, str]:
-    """Create the folder of the queues; returns the variable that names it, for all server processes and the runner."""
+    """Create the folder of the job queues. Returns MLflow's environment variable with the path of this folder."""
     path = folder / "jobs"
     path.mkdir(mode=0o700, exist_ok=True)
     return {QUEUES_VARIABLE: str(path)}
 
 
 async def start(uds: Path) -> tuple[asyncio.Server, subprocess.Popen[bytes]]:
-    """Open the loopback port that forwards to `uds`, and start the runner. The runner ends with this process."""
+    """Open the loopback port that forwards to the Unix socket `uds`, and start the job runner.
+
+    The job runner ends when this process ends."""
     server = await asyncio.start_server(lambda *ends: _pass(uds, *ends), "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     return server, launch({"MLFLOW_TRACKING_URI": url, "MLFLOW_GATEWAY_URI": url})
@@ -42,12 +44,12 @@ def launch(variables: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def launcher() -> Any:
-    """MLflow's function that starts the runner. Raises ImportError or AttributeError in a release without it."""
+    """Return MLflow's function that starts the job runner. Raises ImportError or AttributeError if MLflow lacks it."""
     import mlflow.environment_variables as variables
     import mlflow.server.jobs.utils as utils
 
     known: Any = utils
-    # Releases before 3.17 have only one engine, which the other function starts.
+    # MLflow before 3.17 has only one engine, which _launch_job_runner starts.
     has_engines = hasattr(variables, "MLFLOW_SERVER_JOB_EXECUTION_ENGINE")
     return known._launch_job_execution_runner if has_engines else known._launch_job_runner
 

@@ -1,5 +1,5 @@
-"""Report of this process's load for `mlflow_host.monitor`: requests that wait for a thread, and database connections in
-use. It is read outside the request threads and costs a request nothing."""
+"""Report this process's load to `mlflow_host.monitor`: requests that wait for a thread, and open transactions'
+connections. The report needs no request thread and does not slow down requests."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from mlflow_host.server.request_limits import answer
 from mlflow_host.server.request_threads import RequestThreads
 
 PATH = "/mlflow-host-load"
-"""nginx forwards it for the monitor only, not for clients."""
+"""The path of the report. nginx forwards requests for this path only from the monitor, not from clients."""
 
 
 def with_load(application: Application, threads: Mapping[str, RequestThreads], pool: Any) -> Application:
-    """`application`, with `PATH` handled. `threads`: the threads by kind; `pool`: SQLAlchemy's, or None."""
+    """Return `application` with the report at `PATH`. `threads` are the request threads by kind. `pool` is SQLAlchemy's
+    connection pool, or None."""
 
     async def answered(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != PATH:

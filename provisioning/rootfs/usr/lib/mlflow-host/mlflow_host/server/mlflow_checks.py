@@ -1,4 +1,4 @@
-"""Checks before a process uses MLflow's stores: migration head, artifact repository, no creation of tables."""
+"""Checks at the start of a server process, and a hook that prevents MLflow from creating tables."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Layer = TypeVar("Layer")
 
 
 class Refusal(Exception):
-    """A check failed; one sentence with the fault, the value and the remedy."""
+    """A check failed. The message is one sentence with the fault, the value and the remedy."""
 
 
 WITHOUT = "mlflow-server: without "
-"""Start of the line that reports a feature which the installed MLflow does not support, with the reason in parentheses;
-the bake reads it."""
+"""The start of a log line with a feature that the installed MLflow does not support, and with the reason. The bake
+reads these log lines."""
 
 
 def report_without(what: str, why: object) -> None:
@@ -24,7 +24,8 @@ def report_without(what: str, why: object) -> None:
 
 
 def optional(what: str, make: Callable[[], Layer], instead: Layer) -> Layer:
-    """`make()`; `instead`, with a report, if the installed MLflow lacks a name that `make` uses."""
+    """Return the result of `make()`. If the installed MLflow lacks a name that `make` uses, write a log line and return
+    `instead`."""
     try:
         return make()
     except (ImportError, AttributeError, TypeError) as error:
@@ -33,7 +34,7 @@ def optional(what: str, make: Callable[[], Layer], instead: Layer) -> Layer:
 
 
 def forbid_migrations() -> None:
-    """Prevent MLflow from creating tables in this process, which it does when one is missing."""
+    """Prevent MLflow from creating tables in this process. MLflow creates its tables if one of them is missing."""
     import sqlalchemy
 
     @sqlalchemy.event.listens_for(sqlalchemy.MetaData, "before_create")
@@ -42,7 +43,7 @@ def forbid_migrations() -> None:
 
 
 def check_schema(uri: str) -> None:
-    """Raises Refusal unless the database is at exactly the migration that the installed MLflow expects."""
+    """Raises Refusal if the database's migration is not exactly the migration that the installed MLflow needs."""
     import mlflow.store
     import sqlalchemy
     from alembic.runtime.migration import MigrationContext
@@ -58,14 +59,14 @@ def check_schema(uri: str) -> None:
         raise Refusal(f"the database does not answer ({reason}): see the journal of mlflow-host-postgresql") from None
     if found != expected:
         raise Refusal(
-            f"the database is at migration {found} and MLflow {mlflow.__version__} needs {expected}: "
+            f"the database is at migration {found}, but MLflow {mlflow.__version__} needs {expected}: "
             "restart mlflow-host-database, which changes the schema"
         )
 
 
 def repository_of(uri: str) -> Any:
-    """The artifact repository of the artifacts destination. MLflow itself would look it up at the first upload only.
-    Raises Refusal."""
+    """Return MLflow's artifact repository for the artifacts destination `uri`. Raises Refusal if MLflow finds no
+    repository. MLflow itself would detect this error only at the first upload."""
     from mlflow.exceptions import MlflowException
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -73,5 +74,5 @@ def repository_of(uri: str) -> Any:
         return get_artifact_repository(uri)
     except MlflowException as error:
         raise Refusal(
-            f"artifacts cannot be kept at {uri} ({error}): the mlflow_host package is not installed as a plug-in"
+            f"artifacts cannot be stored at {uri} ({error}): the mlflow_host package is not installed as a plug-in"
         ) from None

@@ -1,9 +1,9 @@
-"""ASGI middleware that removes the offer of direct transfers from the server-info that MLflow's pages get. Its clients
-get it unchanged.
+"""ASGI middleware that removes the offer of direct transfers from the server-info response to MLflow's web pages.
 
-Pages of MLflow 3.18 and newer fetch an artifact from S3 by a presigned URL if server-info offers direct downloads. The
-stack's buckets have no CORS rules, so a browser blocks each such response, and the page then requests the file from the
-server. Pages request /ajax-api/…/server-info, clients /api/…/server-info.
+If server-info offers direct downloads, the pages of MLflow 3.18 and newer request artifacts from S3 with presigned
+URLs. The stack's buckets have no CORS rules, so the browser blocks S3's response. After this failure, the page requests
+the file from the server. Pages use /ajax-api/…/server-info. Clients use /api/…/server-info, which this middleware does
+not change.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OFFERS = ("multipart_uploads_enabled", "multipart_downloads_enabled")
 
 
 def without_offers(application: Application) -> Application:
-    """`application`, whose server-info for pages offers no direct transfers."""
+    """Return `application` with middleware that removes the offer of direct transfers from the pages' server-info."""
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
@@ -36,8 +36,8 @@ def without_offers(application: Application) -> Application:
 
 
 def edited(messages: list[Message]) -> list[Message]:
-    """The messages of a response. A response whose JSON offers direct transfers becomes two messages with the same
-    status and headers and the edited JSON."""
+    """Return the ASGI messages of a response, without the offer of direct transfers in its JSON. If there is no offer,
+    the messages are returned unchanged."""
     body = b"".join(each.get("body", b"") for each in messages)
     try:
         info = json.loads(body)

@@ -1,10 +1,12 @@
-"""Return 400 and a sentence for requests that PostgreSQL or Python cannot process; MLflow would return 500.
+"""Return 400 with a message for requests that PostgreSQL or Python cannot process. MLflow itself would return 500.
 
-- Text with a NUL character or half a surrogate pair, which PostgreSQL cannot store. The statement fails and nothing is
-  written. MLflow would write a part of a batch first, so batches are checked before.
-- Page tokens that are base64 of JSON, but not a token.
+- PostgreSQL cannot store text with a NUL character or with half of a surrogate pair. An SQL statement that contains
+  such a text fails and writes nothing. This module checks a log-batch request before MLflow executes the first SQL
+  statement of the request, because MLflow would otherwise write a part of the batch.
+- A client may send a page token that is valid base64 and valid JSON, but not one of MLflow's page tokens.
 
-Clients retry 500 for minutes, and none of these ever succeeds.
+After status 500, MLflow's clients repeat a request for minutes, but the requests that this module refuses cannot
+succeed.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -19,12 +21,12 @@ from sqlalchemy.engine import ExceptionContext
 
 
 def install(flask: Any) -> None:
-    """Refuse requests to MLflow's Flask application that PostgreSQL cannot store."""
+    """Make MLflow's Flask application reject batches with text that PostgreSQL cannot store."""
     flask.before_request(refuse_batch)
 
 
 def refuse_batch() -> Any:
-    """Flask's before_request hook: a response to a batch with a NUL character in parameters or tags, else None."""
+    """Flask's before_request hook: return 400 for a batch with a NUL character in parameters or tags, else None."""
     from flask import Response, request
 
     if not request.path.endswith("/runs/log-batch") or b"\\u0000" not in request.get_data():
@@ -43,7 +45,7 @@ def refuse_batch() -> Any:
 
 
 def with_nul(found: Any, where: str = "") -> Iterator[str]:
-    """The places in JSON where a text has a NUL character: `tags[0].value`."""
+    """Yield the places in JSON that contain text with a NUL character, for example `tags[0].value`."""
     if isinstance(found, str) and "\0" in found:
         yield where
     elif isinstance(found, list):
@@ -59,18 +61,18 @@ TOO_DEAR = {
     "53200": "A query of this request needs more memory than the server allows",
     "54001": "A query of this request is too complex",
 }
-"""PostgreSQL's error codes (SQLSTATE) of statements that exceeded a limit."""
+"""Error messages for PostgreSQL's error codes (SQLSTATE) that mean that a statement exceeded a limit."""
 
 
 def too_dear(error: BaseException) -> str | None:
-    """A sentence for a statement that exceeded a limit of PostgreSQL; None for any other error."""
+    """Return an error message if PostgreSQL cancelled a statement because of a limit, or None for any other error."""
     reason = TOO_DEAR.get(getattr(error, "pgcode", None) or "")
-    return f"{reason}: narrow it, or ask for fewer results at once." if reason else None
+    return f"{reason}: use a narrower filter, or request fewer results at once." if reason else None
 
 
 def refuse_text(context: ExceptionContext) -> None:
-    """SQLAlchemy's error hook. Raises MlflowException if psycopg2 could not encode a text, which is not an error of
-    PostgreSQL, and if the statement exceeded a limit: MLflow would return 503, and clients would retry."""
+    """SQLAlchemy's error hook. Raises MlflowException (400) if psycopg2 cannot encode a text, or if a statement
+    exceeded a limit. Without the hook, MLflow would return 500 or 503, and clients would repeat the request."""
     error = context.original_exception
     if sentence := too_dear(error):
         raise invalid(sentence)
@@ -86,7 +88,7 @@ def refuse_text(context: ExceptionContext) -> None:
 
 
 def strict_page_token(parse: Any) -> Any:
-    """MLflow's parser of page tokens, with its 400 for every token that it cannot parse."""
+    """Return MLflow's parser of page tokens with a change: every invalid token causes an error with status 400."""
     from mlflow.exceptions import MlflowException
 
     def parsed(_: object, page_token: Any) -> Any:
@@ -97,7 +99,7 @@ def strict_page_token(parse: Any) -> Any:
                 return found
         except MlflowException:
             raise
-        except Exception:  # any error is caused by the token
+        except Exception:  # the parser fails only if the token is wrong
             pass
         raise invalid(f"Invalid page token {page_token!r}: send the next_page_token of the previous answer, or none.")
 

@@ -1,8 +1,10 @@
-"""ASGI middleware for the audit trail: name the items of each write in response headers, which nginx logs and removes.
+"""ASGI middleware for the audit trail: copy the IDs in each write request into a header of the response.
 
-nginx sees neither a request's JSON nor what it created. `IDS` has the IDs and names among the fields of the request's
-query and JSON, and of a short response, as a query string. No other field is read, so it contains no value that a user
-logs, and no secret. `ANSWER` is set where a process answers beside MLflow.
+nginx logs the header and removes it from the response. nginx itself cannot read a request's JSON or the IDs of created
+items. The value of the header `IDS` has the form of a query string. It contains the IDs and names from the request's
+query, from the request's JSON, and from the response if the response is short. The middleware copies no other fields,
+so the header contains no logged values and no secrets. The header `ANSWER` marks responses that this project's code
+created instead of MLflow.
 """
 
 from __future__ import annotations
@@ -22,26 +24,27 @@ IDS = b"x-mlflow-host-ids"
 ANSWER = (b"x-mlflow-host-answer", b"direct")
 
 PARSED = "mlflow_host.parsed"
-"""Key of a scope: a list to which the fast path adds the JSON object of the body, and an object with the names of what
-it created, so that neither the body nor the response is parsed again."""
+"""A key of the ASGI scope. The value is a list, to which the fast path adds the parsed JSON of the request, and the IDs
+and names of created items. Therefore this middleware does not parse JSON that the fast path has already parsed."""
 READING = ("GET", "HEAD", "OPTIONS")
 REQUEST_BYTES, RESPONSE_BYTES = 16 << 10, 4 << 10
-"""Longer bodies are not parsed. Of a longer request, the first KiB is searched: clients send the run's ID first."""
+"""The middleware parses the body of a request or a response only up to these sizes. In a longer request, only the first
+KiB is searched for IDs, because clients send the run's ID first."""
 SEARCHED_BYTES = 1 << 10
 ID_CHARACTERS, HEADER_CHARACTERS, IDS_IN_LIST = 200, 1000, 10
 RESPONSE_DEPTH = 3
 
 NAMING = re.compile(r"(?!user_id$)([a-z]+_)*(id|ids|uuid|name|version|alias)")
-"""Fields that name items. A user's name in a request is not the logged-in user's."""
+"""The fields that contain IDs or names. user_id is excluded, because its value may differ from the logged-in user."""
 FIRST_IDS = re.compile(rb'"((?:[a-z]+_)*(?:id|uuid))"\s*:\s*"([\w-]{1,64})"')
 CUT = "cut=1"
-"""In the header if the request has fields that were not read."""
+"""The header ends with this text if it does not contain all IDs and names of the request."""
 EXPERIMENT = b"x-mlflow-experiment-id"
-"""Header of OpenTelemetry's exports."""
+"""The request header in which OpenTelemetry's exporters send the experiment's ID."""
 
 
 def naming_ids(application: Application) -> Application:
-    """`application`, with `IDS` in the responses to writes."""
+    """Return `application` with middleware that adds the header `IDS` to the responses to write requests."""
 
     async def named(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in READING:
@@ -67,8 +70,8 @@ def naming_ids(application: Application) -> Application:
                 whole = message.get("body", b"") if not message.get("more_body") else b""
                 try:
                     ids = (IDS, header(scope, body, whole).encode())
-                except Exception as error:  # no request fails because of the trail
-                    print(f"mlflow-host: {scope['path']!r} has no IDs in the trail: {error!r}", file=sys.stderr)
+                except Exception as error:  # an error in the audit trail must not cause a request to fail
+                    print(f"mlflow-host: {scope['path']!r} has no IDs in the audit trail: {error!r}", file=sys.stderr)
                     ids = (IDS, CUT.encode())
                 await send({**start, "headers": [*start.get("headers", ()), ids]})
             await send(message)
@@ -79,7 +82,7 @@ def naming_ids(application: Application) -> Application:
 
 
 def header(scope: Scope, request: bytes, response: bytes) -> str:
-    """The IDs that the request and the response name, as a query string of at most HEADER_CHARACTERS."""
+    """Return the IDs and names in the request and the response, as a query string of at most HEADER_CHARACTERS."""
     found: dict[str, str] = {}
     for fields in named_fields(scope, request, response):
         for name in fields:
@@ -94,12 +97,12 @@ def header(scope: Scope, request: bytes, response: bytes) -> str:
 
 @lru_cache(maxsize=1024)
 def has_fields(path: str) -> bool:
-    """Whether the body consists of the request's fields: not of a file, of spans, or of a question to a model."""
+    """Return false if the body of a request to this path is a file, spans, or a prompt for a model, else true."""
     return path != TRACES and not (UNSHARED.search(path) and not ABOUT_FILES.search(path))
 
 
 def named_fields(scope: Scope, request: bytes, response: bytes) -> list[Mapping[str, Any]]:
-    """The fields of a request and of its response, each as an object without others inside."""
+    """Return the fields of a request and of its response, as a list of objects. Nested objects are separate items."""
     if scope[PARSED]:
         found = [*scope[PARSED]]
     elif not has_fields(scope["path"]):
@@ -123,22 +126,22 @@ def names_item(field: str) -> bool:
 
 
 def written(value: Any) -> str:
-    """A value for the header; "" for one that is no ID or name."""
+    """Return the text of a value for the header `IDS`, or "" if the value cannot be an ID or a name."""
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         value = ",".join(value[:IDS_IN_LIST])
     if isinstance(value, str):
         text = value[:ID_CHARACTERS]
         if text.isalnum() and text.isascii():
             return text
-        return re.sub("%.?$", "", quote(text, safe="", errors="replace")[:ID_CHARACTERS])  # a character may take twelve
+        return re.sub("%.?$", "", quote(text, safe="", errors="replace")[:ID_CHARACTERS])  # no incomplete %-escape
     return str(value) if type(value) is int else ""
 
 
 def parsed(body: bytes) -> Mapping[str, Any]:
-    """The JSON object in a body; an empty one if it contains anything else."""
+    """Return the JSON object in a body, or an empty object if the body contains anything else."""
     try:
         found = json.loads(body)
-        if isinstance(found, str):  # MLflow reads JSON in a text, too
+        if isinstance(found, str):  # MLflow also accepts a JSON string that contains the JSON object
             found = json.loads(found)
     except (ValueError, RecursionError):
         return {}
@@ -146,7 +149,7 @@ def parsed(body: bytes) -> Mapping[str, Any]:
 
 
 def objects_in(fields: Mapping[str, Any], depth: int) -> Iterator[Mapping[str, Any]]:
-    """`fields` and the objects inside, to `depth`: {"run": {"info": {"run_id": …}}}."""
+    """Yield `fields` and its nested objects, for example {"run": {"info": {"run_id": …}}}, down to `depth` levels."""
     yield fields
     for value in fields.values():
         if isinstance(value, dict) and depth > 1:

@@ -1,8 +1,8 @@
-"""Limits of requests: bytes of the body, also decompressed, conditions of a search, nesting of JSON, and concurrent
-requests of one user per process.
+"""Limits for requests: the size of the body, the number of conditions in a search, the depth of nested JSON, and the
+number of one user's concurrent requests per process.
 
-60 MiB of JSON took 1.8 GB to parse, and a search with 200 conditions 1.5 GB in PostgreSQL's planner. Every
-reader could send both. The limits are far above the requests of MLflow's client and pages.
+Without limits, parsing a request with 60 MiB of JSON used 1.8 GB of memory, and PostgreSQL's planner used 1.5 GB for a
+search with 200 conditions. The requests that MLflow's client and web pages send are far below the limits.
 """
 
 from __future__ import annotations
@@ -45,112 +45,112 @@ BODY_BYTES = (
     (re.compile(r".*/v1/traces"), 64 * MEBIBYTE),
     (re.compile(r".*", re.DOTALL), 16 * MEBIBYTE),
 )
-"""Maximum bytes of a request's body, by method and path; the first match counts. None: streamed files, which are
-limited by the space on the volume. Every other body is read into memory. MLflow accepts a batch of at most 1 MB, and a
-file of at most 10 MB in `upload-artifact`."""
+"""Maximum bytes of a request's body, by method and path. The first match counts. Streamed files have no limit (None),
+because they are not read into memory. Some uploads are first written to the data volume, whose free space is then the
+limit. MLflow itself accepts a batch of at most 1 MB, and a file of at most 10 MB in `upload-artifact`."""
 
 LARGE_BYTES = 2 * MEBIBYTE
-"""Larger bodies are parsed one at a time: 16 MiB of JSON may take 500 MB of memory."""
+"""A process parses only one body of more than this size at a time, because 16 MiB of JSON may use 500 MB of memory."""
 
 TRACES = "/v1/traces"
-"""Path of OpenTelemetry's exports, whose body MLflow decompresses."""
+"""The path for OpenTelemetry's exports. MLflow decompresses their bodies."""
 
 SPANS = 10_000
-"""Maximum number of spans in one export of OpenTelemetry. Its exporters send 512 at a time, its collector 8,192."""
+"""Maximum number of spans in one export. An exporter of OpenTelemetry sends 512 spans, and a collector sends 8,192."""
 
 DEAR = re.compile(
     r"(GET|HEAD) .*/(traces|unified-traces|get-history.*|records|get-online-trace-details|traces/get)"
     r"|(GET|HEAD|POST) .*/(search|graphql|traces/metrics|batchGet(Infos)?|calculate-filter-correlation)"
 )
-"""Requests whose answer may take much memory and time: searches, histories, traces."""
+"""Requests for searches, metric histories and traces are expensive: a response may need much memory and time."""
 
 DEAR_AT_ONCE = 2
-"""Maximum number of one user's expensive requests that a process handles at a time. With more, one user's searches end
-sooner, but each takes up to 100 MB in PostgreSQL (`CONDITIONS`) and memory in this process."""
+"""Maximum number of one user's concurrent expensive requests per process. A higher number would speed up one user's
+searches, but each search may use 100 MB in PostgreSQL (`CONDITIONS`), and also memory in this process."""
 
 DEAR_SECONDS = 60
-"""Seconds after which an expensive request makes no further query."""
+"""An expensive request can send no more queries to PostgreSQL after this number of seconds."""
 
 POINTS = 50_000
-"""Maximum number of points of a metric in one response. MLflow's client requests pages of 25,000."""
+"""Maximum number of points of one metric in a response. MLflow's client requests pages of 25,000 points."""
 
 SAMPLED_POINTS = 100_000
-"""Maximum number of points of several runs in one response, which take 1 KB of memory each. MLflow's charts request 320
-of each of at most 100 runs."""
+"""Maximum number of metric points of several runs in a response. Each point uses 1 KB of memory. MLflow's charts
+request 320 points per run, for at most 100 runs."""
 
 MOST_OF_A_RUN = 2500
-"""The maximum and default of MLflow's max_results."""
+"""If a path matches `SAMPLED`, this number is MLflow's default and MLflow's maximum for the parameter max_results."""
 
 SAMPLED = re.compile(r".*/metrics/get-history-bulk-interval")
 
 CONDITIONS, ORDERS = 30, 10
-"""Maximum number of comparisons in a search's filter, and of columns to order by. Each adds a join. With
-join_collapse_limit = 4, PostgreSQL's planner takes 8 MB for 10 conditions and 100 MB for 30
-(tests/bench/planner_memory.py)."""
+"""Maximum number of conditions in the filter of a search, and maximum number of columns in order_by. Each condition and
+each column adds a join to the SQL query. With join_collapse_limit = 4, PostgreSQL's planner uses 8 MB for 10 conditions
+and 100 MB for 30 conditions (tests/bench/planner_memory.py)."""
 
 GRAPHQL_RUNS = 100
-"""Maximum number of runs in the answer to a GraphQL request. MLflow makes several objects for each metric, parameter
-and tag of a run. MLflow's pages use only the first run of an answer."""
+"""Maximum number of runs in the response to a GraphQL request. MLflow creates several objects for each metric,
+parameter and tag of a run. MLflow's web pages use only the first run of a GraphQL response."""
 
 NO_THREAD = "can't start new thread"
-"""The text of Python's RuntimeError when there is no memory for a thread's stack."""
+"""The text of Python's RuntimeError if there is not enough memory for a new thread's stack."""
 
 STATM = Path("/proc/self/statm")
 LAST_RETURN = [0.0]
 RETURN_SECONDS = 5
-"""Shortest time between two returns of memory. Each one stops the process while it collects garbage."""
+"""Minimum number of seconds between two calls of `return_memory`, which stops all threads during garbage collection."""
 
 FILTERS = ("filter", "filter_string", "filter_string1", "filter_string2", "base_filter", "filters")
-"""The fields of MLflow's requests that contain a filter; `filters` is a list of them."""
+"""The fields of MLflow's requests that contain a filter. The field `filters` contains a list of filters."""
 LISTS = ("order_by", "filters")
 SEARCHED = (*FILTERS, "order_by")
 
 PRESIGNED_SECONDS = 3600
-"""Longest validity of a presigned URL: enough for a large file."""
+"""Maximum validity of a presigned URL in seconds, which is enough for the transfer of a large file."""
 
 DECOMPRESSED_BYTES = 64 * MEBIBYTE
-"""Maximum decompressed size of a body with traces, in bytes; equal to the limit of an uncompressed one
-(`BODY_BYTES`)."""
+"""Maximum size of traces after decompression, in bytes. Traces that a client sends uncompressed have the same limit."""
 
 USER = b"x-mlflow-host-user"
-"""The header with the logged-in user, set by nginx, which removes a client's own."""
+"""nginx sets this header to the name of the logged-in user, and ignores a header of this name from a client."""
 
 PRESIGNED = re.compile(r"/presigned-(up|down)load-url$")
 ABOUT_FILES = re.compile(rf"{PRESIGNED.pattern}|/mlflow-artifacts/mpu/")
-"""Requests about files whose body is JSON."""
+"""The paths of requests that concern a file, but whose body is JSON and not the file."""
 
 UNSHARED = re.compile(r"artifact|^/gateway/|/mlflow/(assistant/|gateway-proxy)")
-"""Requests that may wait long for S3 or a model; they have threads of their own."""
+"""Requests that may wait a long time for S3 or for a model. They run in separate threads."""
 
 
 LARGE_ANSWER = re.compile(r"/v1/traces|.*/(graphql|get-history-bulk-interval)")
-"""Requests whose objects take 200 MB. A process handles one of a user at a time."""
+"""Requests for which Python's objects may use 200 MB; a process handles only one of them per user at a time."""
 
 
 OBJECTS = 500_000
-"""Maximum number of objects and lists in JSON. An empty list takes two bytes in the body and 56 in memory; `{"a":1}`
-takes seven and about 200."""
+"""Maximum number of objects and lists in JSON. An empty list has 2 bytes in the body and 56 bytes in memory. The object
+`{"a":1}` has 7 bytes in the body and about 200 bytes in memory."""
 
 KINDS = {"large": 1, "dear": DEAR_AT_ONCE}
-"""Concurrent requests of one user, by kind."""
+"""Maximum number of concurrent requests of one user, by kind of request."""
 
 IDLE_USERS = 1000
-"""Users without a request whose turns are kept, because making them takes as long as the rest of this layer."""
+"""A process keeps the semaphores of at most this number of users after the users' requests have ended. To create new
+semaphores takes as much time as the rest of the function `shared`."""
 
 NEEDS_MUCH = "mlflow_host.needs_much"
-"""Key of a scope, for a request that may take much memory."""
+"""This key of the ASGI scope has the value true if the request may use much memory."""
 
 WAIT_SECONDS = 100
-"""Longest wait for a turn. MLflow's client gives up after 120 seconds."""
+"""Maximum time that a request waits for other requests of the same user. The timeout of MLflow's client is 120 s."""
 
 
 class TooLong(Exception):
-    """A body exceeds a limit; the text says which one."""
+    """The body of a request exceeds a limit. The exception's text names the limit."""
 
 
 class HeldError:
-    """A `send` function that keeps a response with status 500. Starlette sends one for any exception and then raises
-    it again, so another answer is still possible."""
+    """A `send` function that stores a response with status 500 instead of sending it. Starlette sends a 500 response
+    for any exception and then raises the exception. The caller of Starlette can then send a different response."""
 
     def __init__(self, send: Send) -> None:
         self.send, self.begun = send, False
@@ -178,8 +178,8 @@ def content_length(scope: Scope) -> int | None:
 
 
 def limited(application: Application) -> Application:
-    """`application`, with 413 for a body that is too long. nginx sends the length of the bodies that it buffers; the
-    others are counted."""
+    """Return `application` with middleware that returns 413 for a body that is too long. If nginx has buffered the
+    body, the request has a Content-Length. If a request has no Content-Length, the middleware counts the bytes."""
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
         limit = limit_of(scope["method"], scope["path"]) if scope["type"] == "http" else None
@@ -188,7 +188,7 @@ def limited(application: Application) -> Application:
             await application(scope, receive, send)
             return
         if length is not None and length > limit:
-            more = f"the request has {length:,} bytes; {scope['path']} takes at most {limit:,}"
+            more = f"the request has {length:,} bytes; the limit for {scope['path']} is {limit:,}"
             await refuse(send, 413, f"{more}: send it in parts")
             return
         received, objects, held = 0, 0, HeldError(send)
@@ -199,7 +199,7 @@ def limited(application: Application) -> Application:
             body = message.get("body", b"")
             received += len(body)
             if received > limit:
-                raise TooLong(f"the request has more than the {limit:,} bytes that {scope['path']} takes")
+                raise TooLong(f"the request has more than {limit:,} bytes, the limit for {scope['path']}")
             objects += body.count(b"{") + body.count(b"[")
             if objects > OBJECTS and is_json(scope["path"]):
                 raise TooLong(f"the JSON of the request has more than {OBJECTS:,} objects and lists")
@@ -219,10 +219,10 @@ def limited(application: Application) -> Application:
 
 
 def shared(application: Application, at_once: int) -> Application:
-    """`application`, with at most `at_once` concurrent requests per user. At most `DEAR_AT_ONCE` of them are expensive,
-    and at most one has a large body or a large answer; further ones of that user wait. The limit is lower than
-    the number of threads, so that a thread is free for other users. Large bodies of all users are read one at a
-    time."""
+    """Return `application` with limits for each user's concurrent requests; a request above a limit waits. At the same
+    time, the process handles at most `at_once` requests of a user, of which at most `DEAR_AT_ONCE` are expensive, and
+    at most one has a large body or a large response. `at_once` is lower than the number of threads, so that a thread is
+    free for other users. The process reads only one large body at a time, even if the bodies are of different users."""
     users: dict[bytes, TurnsOfUser] = {}
     large = asyncio.Semaphore(1)
 
@@ -245,7 +245,7 @@ def shared(application: Application, at_once: int) -> Application:
             if await took(turns, taken):
                 await application(scope, receive, send)
             else:
-                sentence = f"this request waited {WAIT_SECONDS} seconds for its turn: send fewer at once"
+                sentence = f"this request waited {WAIT_SECONDS} seconds for your other requests: send fewer at once"
                 await answer(send, 429, {"error_code": "REQUEST_LIMIT_EXCEEDED", "message": sentence})
         finally:
             for turn in taken:
@@ -258,8 +258,7 @@ def shared(application: Application, at_once: int) -> Application:
 
 
 class TurnsOfUser:
-    """One user's semaphores in this process, one per kind of request, and the number of the user's requests that run
-    or wait."""
+    """One user's semaphores in this process, by kind of request. `requests` counts running and waiting requests."""
 
     def __init__(self, at_once: int) -> None:
         self.requests = 0
@@ -268,8 +267,8 @@ class TurnsOfUser:
 
 
 async def took(turns: list[asyncio.Semaphore], taken: list[asyncio.Semaphore]) -> bool:
-    """Acquire `turns` one by one and append each to `taken`; False after `WAIT_SECONDS`. Every request calls this, so
-    it sets a timer only if one of the turns is taken."""
+    """Acquire the semaphores `turns` in order, and append each to `taken`. Returns false after `WAIT_SECONDS`. To keep
+    the common case fast, a timer is set only if one of the semaphores is locked."""
 
     async def acquire() -> None:
         for turn in turns:
@@ -289,7 +288,8 @@ async def took(turns: list[asyncio.Semaphore], taken: list[asyncio.Semaphore]) -
 
 @lru_cache(maxsize=4096)
 def kinds_of(method: str, path: str, is_large: bool) -> tuple[str, ...]:
-    """The kinds of turns that a request takes, always in this order, so that no two requests wait for each other."""
+    """Return the kinds of semaphores that a request acquires. The kinds always have the same order, so two requests
+    cannot cause a deadlock."""
     kinds = {
         "large": is_large or LARGE_ANSWER.fullmatch(path),
         "dear": is_dear(method, path),
@@ -299,32 +299,33 @@ def kinds_of(method: str, path: str, is_large: bool) -> tuple[str, ...]:
 
 
 def bound_memory(mebibytes: int) -> None:
-    """Limit this process's data; 0: no limit. Beyond it, Python raises MemoryError in the thread that needs more."""
+    """Limit this process's memory (RLIMIT_DATA); 0 sets no limit. If a thread needs more memory than the limit allows,
+    Python raises MemoryError in that thread."""
     if mebibytes:
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(resource.RLIMIT_DATA, (mebibytes * MEBIBYTE, hard))
 
 
 def out_of_memory(method: str, path: str, length: int | None) -> tuple[int, str, str]:
-    """Status, error code and sentence for a request that exceeded the memory of its process. 400 for a request that
-    may need much; any other one fails because of them, and MLflow's client repeats it after 503.
+    """Stop this process, and return the status, error code and message for a request that ran out of memory.
 
-    Ends the process after the requests under way: systemd starts it again, and the other processes answer meanwhile.
-    Python returns little of its memory to the kernel, so the next requests would fail, too.
+    The status is 400 for a request that may need much memory. Any other request fails only because of concurrent
+    requests, so the status is 503, and MLflow's client tries again. The process completes its running requests, and
+    systemd restarts it. Without a restart, later requests would fail: Python returns little memory to the kernel.
     """
-    print(f"mlflow-host: {method} {path!r} exceeded the memory of this process, which starts again", file=sys.stderr)
+    print(f"mlflow-host: {method} {path!r} exceeded the memory of this process, which restarts", file=sys.stderr)
     os.kill(os.getpid(), signal.SIGTERM)
     if is_dear(method, path) or (length or 0) > LARGE_BYTES:
         return (
             400,
             "INVALID_PARAMETER_VALUE",
-            "this request needs more memory than there is: send it in parts, or narrow it",
+            "this request needs more memory than there is: send it in parts, or use a narrower filter",
         )
-    return 503, "TEMPORARILY_UNAVAILABLE", "other requests take the memory of this process: try again"
+    return 503, "TEMPORARILY_UNAVAILABLE", "other requests use all memory of this process: try again"
 
 
 def within_memory(application: Application) -> Application:
-    """`application`, with an answer for a request that exceeds the memory of this process."""
+    """Return `application` with middleware that sends an error response if there is not enough memory for a request."""
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
         held = HeldError(send)
@@ -347,12 +348,13 @@ def within_memory(application: Application) -> Application:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether Python raised it for a lack of memory. Other errors may contain any text, a user's as well."""
+    """Return true if Python raised `error` because there was not enough memory. The complete text of a RuntimeError is
+    compared, because the text of another error may contain text that a user sent."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and str(error) == NO_THREAD)
 
 
 def uses_much_memory() -> bool:
-    """Whether this process has used more than half of its limit, and has not returned memory for five seconds."""
+    """Return true if this process uses over half of its memory limit and did not call `return_memory` recently."""
     if time.monotonic() < LAST_RETURN[0] + RETURN_SECONDS:
         return False
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
@@ -361,16 +363,16 @@ def uses_much_memory() -> bool:
 
 
 def return_memory() -> None:
-    """Collect garbage and return free memory to the kernel. The collector by itself runs too rarely: searches leave
-    cycles of objects, one per row."""
+    """Collect garbage and return free memory to the kernel. A search leaves one reference cycle per row, and Python's
+    automatic garbage collection runs too rarely to free these cycles."""
     LAST_RETURN[0] = time.monotonic()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def inflating(application: Application) -> Application:
-    """`application`, which receives compressed traces decompressed. MLflow limits the decompressed size nowhere: 64 MiB
-    of gzip may contain 64 GiB."""
+    """Return `application` with middleware that decompresses traces and limits their decompressed size. MLflow has no
+    limit for the decompressed size, and 64 MiB of gzip may contain 64 GiB."""
     from fastapi import HTTPException
 
     async def inflated_first(scope: Scope, receive: Receive, send: Send) -> None:
@@ -395,7 +397,7 @@ def inflating(application: Application) -> Application:
 
 
 def may_be_large(scope: Scope) -> bool:
-    """Whether a body of this request, other than a streamed file, may have more than LARGE_BYTES."""
+    """Return true if the request's body may have more than LARGE_BYTES and is not a streamed file."""
     if scope["method"] not in ("POST", "PUT", "PATCH") or limit_of(scope["method"], scope["path"]) is None:
         return False
     length = content_length(scope)
@@ -403,7 +405,7 @@ def may_be_large(scope: Scope) -> bool:
 
 
 def is_json(path: str) -> bool:
-    """Whether a body of this path is JSON, neither a file nor spans."""
+    """Return true if the body of a request to this path is JSON, and not a file or spans."""
     return path != TRACES and ("artifact" not in path or bool(ABOUT_FILES.search(path)))
 
 
@@ -413,7 +415,8 @@ def is_dear(method: str, path: str) -> bool:
 
 
 def only_objects(application: Application) -> Application:
-    """`application`, with 400 for JSON that is no object where MLflow's routes of the AI gateway answer 500."""
+    """Return `application` with middleware that returns 400 if the JSON for an AI gateway route is not an object.
+    MLflow would return 500."""
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].startswith("/gateway/"):
@@ -425,7 +428,7 @@ def only_objects(application: Application) -> Application:
         try:
             found = json.loads(body)
         except (ValueError, RecursionError):
-            found = {}  # MLflow refuses it
+            found = {}  # MLflow itself rejects invalid JSON
         if isinstance(found, dict):
             await application(scope, replayed(body, receive), send)
         else:
@@ -435,7 +438,7 @@ def only_objects(application: Application) -> Application:
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
-    """A `receive` function that returns a body that was already received, and then waits for the client's end."""
+    """Return a `receive` function that first returns `body`, which was already read, and then calls `receive`."""
     left = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:
@@ -445,8 +448,8 @@ def replayed(body: bytes, receive: Receive) -> Receive:
 
 
 def traces_apart(application: Application) -> Application:
-    """`application`, with OpenTelemetry's exports handled in a thread, one at a time. MLflow converts the spans in the
-    event loop, where every other request of this process would wait. 413 for more than `SPANS` spans."""
+    """Return `application` with middleware that handles OpenTelemetry's exports in one separate thread. MLflow converts
+    spans in the event loop, which would block other requests. If an export exceeds `SPANS` spans, the status is 413."""
     thread = ThreadPoolExecutor(1, "traces")
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
@@ -466,7 +469,7 @@ def traces_apart(application: Application) -> Application:
 
         async def export() -> None:
             if spans_of(scope, body) > SPANS:
-                sentence = f"the request has more than {SPANS:,} spans, the most that is taken: send them in parts"
+                sentence = f"the request has more than {SPANS:,} spans, the limit of a request: send them in parts"
                 await refuse(collect, 413, sentence)
             else:
                 await application(scope, replayed(body, never), collect)
@@ -479,7 +482,7 @@ def traces_apart(application: Application) -> Application:
 
 
 def spans_of(scope: Scope, body: bytes) -> int:
-    """The number of spans in an export of OpenTelemetry, decompressed; 0 for one that MLflow refuses."""
+    """Return the number of spans in a decompressed export of OpenTelemetry, or 0 for a body that MLflow rejects."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     if dict(scope["headers"]).get(b"content-type", b"").startswith(b"application/json"):
@@ -492,32 +495,32 @@ def spans_of(scope: Scope, body: bytes) -> int:
 
 
 class BudgetOfThread(threading.local):
-    """What the request that this thread handles may still take; None: no limit."""
+    """The remaining limits of the request that this thread handles. None means no limit."""
 
     until: float | None = None
-    """The deadline for its queries."""
+    """The request can send no queries to PostgreSQL after this time (time.monotonic)."""
     runs: int | None = None
-    """Runs in its answer."""
+    """Number of runs that the response may still contain."""
     exceeded_memory: bool = False
-    """Whether a session of MLflow's store ended with a MemoryError, for which MLflow returns 500."""
+    """True if a session of MLflow's store ended with a MemoryError. MLflow returns 500 for a MemoryError."""
 
 
 THIS_THREAD = BudgetOfThread()
 
 
 def check_time(*_: object) -> None:
-    """SQLAlchemy's hook before each statement. Raises MlflowException (400) when the request has taken too long."""
+    """SQLAlchemy's hook before each statement. Raises MlflowException (400) if the request's time limit has passed."""
     if THIS_THREAD.until is not None and time.monotonic() > THIS_THREAD.until:
         from mlflow.exceptions import MlflowException
 
         raise MlflowException.invalid_parameter_value(
-            f"The queries of this request took longer than {DEAR_SECONDS} seconds: narrow it, or ask for fewer results "
-            "at once."
+            f"The queries of this request took longer than {DEAR_SECONDS} seconds: use a narrower filter, or request "
+            "fewer results at once."
         )
 
 
 def note_memory_error(*_: object) -> None:
-    """Called by SQLAlchemy after a rollback: MLflow's session rolls back while it handles an exception."""
+    """SQLAlchemy's hook after a rollback. MLflow rolls back while it handles an error, so sys.exc_info() returns it."""
     if isinstance(sys.exc_info()[1], MemoryError):
         THIS_THREAD.exceeded_memory = True
 
@@ -527,7 +530,7 @@ async def refuse(send: Send, status: int, sentence: str) -> None:
 
 
 async def answer(send: Send, status: int, content: dict[str, Any]) -> None:
-    """Send JSON."""
+    """Send a JSON response."""
     body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -535,7 +538,7 @@ async def answer(send: Send, status: int, content: dict[str, Any]) -> None:
 
 
 def decompressed(raw_body: bytes, content_encoding: str) -> bytes:
-    """What MLflow's decompress_otlp_body returns, with HTTPException 413 for a body that decompresses to too much."""
+    """Decompress a body like MLflow's decompress_otlp_body. Raises HTTPException (413) if the result is too large."""
     from fastapi import HTTPException
 
     formats = {"gzip": (31,), "deflate": (15, -15)}.get(content_encoding)
@@ -550,7 +553,8 @@ def decompressed(raw_body: bytes, content_encoding: str) -> bytes:
 
 
 def inflated(raw: bytes, window: int) -> bytes:
-    """`raw` decompressed, with all gzip members. Raises HTTPException 413, and zlib.error for incomplete data."""
+    """Decompress `raw`, including all gzip members. Raises HTTPException (413) if the result is too large. Raises
+    zlib.error for incomplete data."""
     from fastapi import HTTPException
 
     found = bytearray()
@@ -568,7 +572,8 @@ def inflated(raw: bytes, window: int) -> bytes:
 
 
 def oddity(path: str, query: bytes, body: Any, fields: dict[str, Any]) -> str | None:
-    """The error of a request that MLflow would answer with 500, or of a presigned URL with too long a validity."""
+    """Return an error message if MLflow would return 500 for the request, or if the request asks for a presigned URL
+    whose validity is too long. Returns None for other requests."""
     if b"\0" in unquote_to_bytes(query):
         return "The query of this request contains a NUL character (U+0000), which PostgreSQL cannot store: remove it."
     if path.endswith("/graphql") and not isinstance(body.get("query") if isinstance(body, dict) else None, str):
@@ -577,32 +582,32 @@ def oddity(path: str, query: bytes, body: Any, fields: dict[str, Any]) -> str | 
         try:
             seconds = int(fields["expiration"])
         except (TypeError, ValueError, OverflowError):
-            return None  # MLflow refuses values of the wrong type
+            return None  # MLflow itself rejects values of the wrong type
         if not 0 < seconds <= PRESIGNED_SECONDS:
             return f"expiration is {seconds} seconds; a presigned URL is valid for 1 to {PRESIGNED_SECONDS}"
     return None
 
 
 def problem(fields: Iterable[tuple[str, Any]]) -> str | None:
-    """The limit that a request's fields exceed, as a sentence; None within the limits."""
+    """Return an error message if a request's fields exceed one of the limits, or None if no limit is exceeded."""
     for name, value in fields:
         if name in FILTERS:
             texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
             conditions = sum(map(conditions_of, texts))
             if conditions > CONDITIONS:
-                return f"the filter has {conditions} conditions; the limit is {CONDITIONS}: narrow it on the client"
+                return f"the filter has {conditions} conditions; the limit is {CONDITIONS}: use fewer conditions"
         if name == "order_by" and isinstance(value, list) and len(value) > ORDERS:
             return f"the search has {len(value)} columns to order by; the limit is {ORDERS}"
     return None
 
 
 def sampled(request: Any) -> str | None:
-    """The sentence for histories of several runs with more than SAMPLED_POINTS points."""
+    """Return an error message if a request for metric histories of several runs asks for too many points, else None."""
     if not SAMPLED.fullmatch(request.path):
         return None
     runs, each = len(request.args.getlist("run_ids")), request.args.get("max_results", str(MOST_OF_A_RUN))
     if not each.isdecimal() or runs * min(int(each), MOST_OF_A_RUN) <= SAMPLED_POINTS:
-        return None  # MLflow refuses a max_results of another type, and one that is larger
+        return None  # MLflow itself rejects a max_results that is not a number or is too large
     return (
         f"{runs} runs with {each} points each are more than {SAMPLED_POINTS:,} points: request fewer runs at once, or "
         "a smaller max_results"
@@ -610,9 +615,10 @@ def sampled(request: Any) -> str | None:
 
 
 def fields_of(request: Any, body: Any) -> list[tuple[str, Any]]:
-    """The fields of a Flask request with this JSON, as MLflow reads them: from the query of a GET that has one, else
-    from the JSON, which may also be a text that contains the JSON. Names are protobuf's: it takes `orderBy` for
-    `order_by`."""
+    """Return the fields of a Flask request as MLflow would read them. If a GET request has a query string, the fields
+    are in the query string. For all other requests, `body` contains the fields: `body` is a JSON object, or a JSON
+    string that contains a JSON object. The names of the fields are converted from the form `orderBy` to the form
+    `order_by`, because protobuf accepts both forms."""
     if request.method == "GET" and request.args:
         lists = request.args.to_dict(flat=False)
         return [(name, values if name in LISTS else values[0]) for name, values in lists.items()]
@@ -627,8 +633,8 @@ def fields_of(request: Any, body: Any) -> list[tuple[str, Any]]:
 
 
 def bounded(search: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """MLflow's `search` by a protobuf message, with a check that raises MlflowException (400) for one beyond the
-    limits. A GraphQL request may call `search` several times, and has no JSON that Flask's hook could check."""
+    """Return MLflow's function `search` with a check that raises MlflowException (400) if a search exceeds the limits.
+    A GraphQL request may call `search` several times, and Flask's hook cannot check the searches in a GraphQL text."""
     from mlflow.exceptions import MlflowException
 
     def checked(message: Any) -> Any:
@@ -642,7 +648,7 @@ def bounded(search: Callable[[Any], Any]) -> Callable[[Any], Any]:
         asked_for = message.max_results if message.HasField("max_results") else 0
         if left is not None and (left <= 0 or asked_for > GRAPHQL_RUNS):
             raise MlflowException.invalid_parameter_value(
-                f"a GraphQL request returns at most {GRAPHQL_RUNS:,} runs: ask for fewer at once"
+                f"a GraphQL request returns at most {GRAPHQL_RUNS:,} runs: request fewer at once"
             )
         if left is not None:
             message.max_results = min(message.max_results, left)
@@ -655,17 +661,17 @@ def bounded(search: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def conditions_of(text: str) -> int:
-    """Comparisons in a filter, which MLflow joins by AND alone; quoted text does not count."""
+    """Return the number of conditions in a filter. Quoted text is ignored. In MLflow, only AND can join conditions."""
     return len(re.findall(r"\band\b", re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`", "", text), re.IGNORECASE)) + 1
 
 
 def refuse_dear_requests(flask_application: Any) -> None:
-    """Make MLflow's Flask application return 400 to searches beyond the limits, to JSON that nests too deeply, and to
-    JSON that is not an object where MLflow would return 500."""
+    """Make MLflow's Flask application return 400 for searches that exceed the limits, and for JSON that nests too
+    deeply. If MLflow returns 500 because the JSON is not an object, the status is changed to 400."""
     import flask
 
     def with_json() -> bool:
-        """Whether the request has a body other than a file."""
+        """Return true if the request has a body that is not a file."""
         request = flask.request
         has_json = not UNSHARED.search(request.path) or ABOUT_FILES.search(request.path)
         return bool(has_json and request.data)
@@ -677,19 +683,19 @@ def refuse_dear_requests(flask_application: Any) -> None:
         if response.status_code != 500 or not with_json():
             return response
         body = flask.request.get_json(force=True, silent=True)
-        if body is None or isinstance(body, (dict, str)):  # old clients send an object as the text of its JSON
+        if body is None or isinstance(body, (dict, str)):  # old clients send a JSON string that contains a JSON object
             return response
         return answered("the JSON of the request must be an object, in { and }")
 
     @flask_application.before_request  # type: ignore[untyped-decorator]
     def refuse() -> Any:
         request = flask.request
-        if request.routing_exception is not None:  # MLflow answers with 404, 405 or a redirect
+        if request.routing_exception is not None:  # MLflow itself returns 404, 405 or a redirect for this path
             return None
         try:
             THIS_THREAD.until = time.monotonic() + DEAR_SECONDS if is_dear(request.method, request.path) else None
             THIS_THREAD.runs = GRAPHQL_RUNS if request.path.endswith("/graphql") else None
-            THIS_THREAD.exceeded_memory = False  # a FastAPI route in this thread may have set it
+            THIS_THREAD.exceeded_memory = False  # an earlier FastAPI request in this thread may have set the flag
             body = request.get_json(force=True, silent=True) if with_json() else None
             fields = fields_of(request, body)
         except RecursionError:
@@ -704,7 +710,7 @@ def refuse_dear_requests(flask_application: Any) -> None:
 
     @flask_application.teardown_request  # type: ignore[untyped-decorator]
     def forget(_: BaseException | None) -> None:
-        """The thread's next request may be one of MLflow's FastAPI routes, which has no budget."""
+        """Remove this request's limits. The thread's next request may be for a FastAPI route, which has no limits."""
         THIS_THREAD.__dict__.clear()
 
     @flask_application.errorhandler(MemoryError)  # type: ignore[untyped-decorator]

@@ -1,7 +1,8 @@
-"""Threads in which the event loop calls what blocks: MLflow's Flask application, SQL, S3.
+"""Threads for blocking calls from the event loop: MLflow's Flask application, SQL and S3.
 
-asyncio's run_in_executor does the same. Per call it makes two futures, a lock and several callbacks, which takes 1.4
-times the processor time of the handover here (`python -m tests.bench.handover`).
+asyncio's run_in_executor also uses threads, but creates two futures, a lock and several callbacks for each call. A
+call through run_in_executor uses 1.4 times as much processor time as a call through this module (`python -m
+tests.bench.handover`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ Result = TypeVar("Result")
 
 
 class RequestThreads:
-    """At most `most` threads, started when they are first needed. Calls beyond that wait in order.
+    """A pool of at most `most` threads. A thread is started only when a call needs it. If all threads are busy, calls
+    wait in order.
 
-    The process does not wait for them at its end: uvicorn waits for requests, which wait for their calls.
+    When the process ends, it does not wait for these threads, because uvicorn has already waited for all requests, and
+    each request waits for its calls.
     """
 
     def __init__(self, most: int, name: str) -> None:
@@ -33,12 +36,12 @@ class RequestThreads:
 
     @property
     def waiting(self) -> int:
-        """Calls that wait for a thread."""
+        """Return the number of calls that wait for a thread."""
         return self._calls.qsize()
 
     async def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """The result of a function, called in one of the threads. Raises what it raises, and RuntimeError if there is
-        no memory for the first thread."""
+        """Call a function in one of the threads and return its result. Raises the function's exceptions. Raises
+        RuntimeError if there is not enough memory for the first thread."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Result] = loop.create_future()
         with self._lock:
@@ -66,10 +69,10 @@ class RequestThreads:
     def _work(self) -> None:
         while True:
             try:
-                # No variable here keeps a request's body until the next call.
+                # A variable for the arguments would keep a request's body in memory until the next call.
                 self._answer(*self._calls.get())
             except BaseException as error:
-                print(f"mlflow-host: a result is lost: {error!r}", file=sys.stderr, flush=True)
+                print(f"mlflow-host: the result of a call is lost: {error!r}", file=sys.stderr, flush=True)
 
     def _answer(
         self, loop: asyncio.AbstractEventLoop, done: asyncio.Future[Any], function: Callable[..., Any], arguments: Any

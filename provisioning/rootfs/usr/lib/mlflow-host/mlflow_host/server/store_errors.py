@@ -1,12 +1,12 @@
-"""Convert errors of the object store to MLflow's exceptions, with a status and a sentence with the remedy.
+"""Convert errors of the object store (S3) to MLflow's exceptions, with a status for the client and the remedy.
 
-S3's own status and sentence are used, except:
+The message of a StoreError contains S3's own message. The status is S3's own status, except for these errors:
 
-- 503 for errors that may be temporary: 5xx except 501, throttling, timeouts, a wrong clock, expired keys, a conflict of
-  two writers, no response. MLflow's clients retry 503, but not S3's 400, 403 or 409.
-- 403 for 401 and for wrong keys of the server: a 401 would mean that the client's own login is wrong.
-- 400 for 3xx and a wrong region, because clients must not follow S3's redirect. Also 400 for a request that botocore
-  refuses to send.
+- Temporary errors become 503, because MLflow's clients retry 503, but not S3's 400, 403 or 409. Temporary errors are
+  throttling, timeouts, a wrong clock, expired keys, a conflict of two writers, no response, and 5xx (but not 501).
+- 401 and errors about the server's own keys become 403. A 401 would tell the client that its own login is wrong.
+- 3xx and errors about a wrong region become 400, because clients must not follow S3's redirect. If botocore rejects the
+  parameters of a request and does not send it, the error also becomes 400.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RETRYABLE = {
     "TokenRefreshRequired",
     "TooManyRequestsException",
 }
-"""Temporary errors that S3 returns with a status that MLflow's clients do not retry."""
+"""S3's codes for temporary errors. S3 may return these codes with a status for which MLflow's clients do not retry."""
 
 WRONG_REGION = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "Redirect"}
 
@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 
 class StoreError(MlflowException):
-    """An error of the object store, with the HTTP status for the client."""
+    """An error of the object store. `status` is the HTTP status for the client."""
 
     def __init__(self, message: str, status: int) -> None:
         self.status = status
@@ -80,7 +80,9 @@ class StoreError(MlflowException):
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Raises StoreError for any error of boto3, also if MLflow wrapped it. Also a decorator."""
+    """Convert any error of boto3 to StoreError, even if MLflow has wrapped the error in an MlflowException.
+
+    This function is a context manager and a decorator."""
     try:
         yield
     except (BotoCoreError, ClientError, Boto3Error, MlflowException) as error:
@@ -100,7 +102,7 @@ def explained() -> Iterator[None]:
 
 
 def explain(error: Exception) -> StoreError:
-    if isinstance(error, Boto3Error):  # of a multipart transfer; it contains the cause
+    if isinstance(error, Boto3Error):  # an error of a multipart transfer, which contains the actual error
         inner = getattr(error, "last_exception", None) or error.__cause__ or error.__context__
         return explain(inner) if isinstance(inner, (BotoCoreError, ClientError)) else no_answer(error)
     if isinstance(error, ParamValidationError):
@@ -121,7 +123,7 @@ def no_answer(error: Exception) -> StoreError:
 
 
 def status_of(code: str, status: int) -> int:
-    """The client's status for S3's error code and status."""
+    """Return the status for the client. The arguments are S3's error code and status."""
     if code in RETRYABLE or status == 429 or (status >= 500 and status != 501):
         return 503
     if code in WRONG_REGION or 300 <= status < 400:
@@ -142,5 +144,5 @@ def remedy(code: str, status: int) -> str:
 
 
 def is_missing(error: Exception) -> bool:
-    """Whether the object does not exist; a HEAD returns only the status."""
+    """Return true if the object does not exist. If the request was HEAD, the error's code is the status, "404"."""
     return isinstance(error, ClientError) and error.response["Error"].get("Code") in ("NoSuchKey", "404")

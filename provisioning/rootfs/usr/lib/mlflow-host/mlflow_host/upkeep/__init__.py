@@ -1,1 +1,1 @@
-"""Modules that timers run (disk space, CloudWatch metrics, users), and the watchdog of PostgreSQL and nginx."""
+"""Programs that timers start (disk space, CloudWatch metrics, credentials, users), and the watchdog service."""

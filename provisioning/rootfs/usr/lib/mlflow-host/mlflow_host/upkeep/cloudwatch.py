@@ -1,6 +1,6 @@
 """Timer `mlflow-host-metrics`: send the metrics of the stack's alarms and dashboard to CloudWatch, once a minute.
 
-A failed call is logged; the next run sends the values of its own time.
+A failed call to CloudWatch is logged and not repeated. The timer's next run measures and sends new values.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def main() -> int:
     document = config.load().launch
     wanted = alarms.metrics(document.monitoring.alarms, document.monitoring.dashboard)
     if not wanted:
-        print("the stack has no alarm and no dashboard, so nothing is measured")
+        print("the stack has no alarm and no dashboard, so no metric is measured")
         return 0
     found = metrics.measured(wanted)
     if not found:
-        print("nothing is measured yet")
+        print("no metric can be measured yet")
         return 0
     try:
         put(document, found, aws.role_keys(), datetime.now(UTC))
@@ -39,7 +39,9 @@ def main() -> int:
 
 
 def put(document: LaunchDocument, found: Mapping[str, float], keys: aws.Keys, now: datetime) -> None:
-    """Send the values by their metrics' names, in one call. Raises aws.ServiceUnreachable or aws.ServiceError."""
+    """Send all values in `found` with one call. The keys of `found` are the names of the metrics.
+
+    Raises aws.ServiceUnreachable or aws.ServiceError."""
     body = {
         "Action": "PutMetricData",
         "Version": "2010-08-01",

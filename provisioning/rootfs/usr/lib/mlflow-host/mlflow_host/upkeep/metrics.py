@@ -1,6 +1,6 @@
-"""Measure the machine for the stack's alarms and dashboard, by the metrics' names in `contract.alarms`.
+"""Measure the metrics for the stack's alarms and dashboard. `contract.alarms` lists the metrics' names.
 
-A measurement that cannot be made yet, or has no meaning (a certificate without TLS), is left out.
+A metric is omitted if it cannot be measured yet, or if it has no meaning (CertificateDaysLeft if TLS is off).
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ from mlflow_host.machine import config
 ACCESS_LOG = Path("/var/log/nginx/access.log")
 MEMORY = Path("/proc/meminfo")
 HISTORY = Path("/var/lib/mlflow-host-monitor/history.json")
-"""The minutes that `mlflow-host-monitor` plots on the page /mlflow-host/, each as a list: its start in minutes since
-the epoch, requests, errors, median and 95th percentile of the latency in milliseconds, use of the data volume."""
+"""The data for the graphs on the page /mlflow-host/. The entry of each minute is a list: minutes since the epoch,
+requests, errors, median and 95th percentile of the latency in milliseconds, and the data volume's used space."""
 HEALTH = "/healthz"
-"""nginx answers 200 only after a process of MLflow has queried PostgreSQL."""
+"""nginx returns 200 for this path only after an MLflow process has queried PostgreSQL."""
 SECONDS = 15
 WINDOW = timedelta(minutes=1)
-"""Age of the requests that are counted; equal to the timer's interval."""
+"""Only requests of the last minute are counted, because the timer's interval is one minute."""
 LOG_BYTES = 16 << 20
-"""End of the access log that is read. A line has about 200 bytes, so this is the last minute at 1,000 requests/s."""
+"""Number of bytes to read from the end of the access log. The number is enough for one minute with 1,000 requests per
+second and 200 bytes per line."""
 FEW_REQUESTS = 20
-"""With fewer requests, the percentage is of this number, so that one error at night sets off no alarm."""
+"""If a minute has fewer requests, the number of errors is divided by this number to get the error percentage. This
+prevents an alarm for one error among few requests at night."""
 WITH_ALARMS_OF_THEIR_OWN = {"mlflow-host-room.service", "mlflow-host-backups-check.service"}
-"""Units whose failure another metric already reports."""
+"""Units that are not counted as failed, because another metric reports their failure."""
 
 
 def measured(wanted: set[str], now: datetime | None = None) -> dict[str, float]:
-    """The values of the metrics in `wanted` that can be measured now."""
+    """Measure the metrics in `wanted`. Returns the values by name, without metrics that cannot be measured now."""
     at = now or datetime.now(UTC)
     measures: dict[str, Callable[[], float | None]] = {
         "ServerAnswers": answers,
@@ -55,7 +57,7 @@ def measured(wanted: set[str], now: datetime | None = None) -> dict[str, float]:
     for name in sorted(wanted & measures.keys()):
         try:
             value = measures[name]()
-        except Exception as error:  # one failed measurement does not stop the others
+        except Exception as error:  # after a failed measurement, the other metrics are still measured
             print(f"mlflow-host: {name} cannot be measured: {type(error).__name__}: {error}", file=sys.stderr)
             continue
         if value is not None:
@@ -64,7 +66,7 @@ def measured(wanted: set[str], now: datetime | None = None) -> dict[str, float]:
 
 
 def answers() -> float:
-    """1 if the health check passes through nginx, MLflow and PostgreSQL, else 0."""
+    """Return 1 if the health check succeeds (nginx, MLflow and PostgreSQL respond), else 0."""
     encrypted = config.load().launch.web.tls != "off"
     try:
         if encrypted:
@@ -80,7 +82,7 @@ def answers() -> float:
 
 
 def unverified() -> ssl.SSLContext:
-    """TLS settings for the machine's own nginx, whose certificate names its public address."""
+    """Return TLS settings that do not verify nginx's certificate. The certificate is not valid for 127.0.0.1."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -88,7 +90,7 @@ def unverified() -> ssl.SSLContext:
 
 
 def reported(file: str, key: str) -> float | None:
-    """A number in a report of another timer, or the length of a list; None before the first report."""
+    """Return a number, or the length of a list, from another timer's report. Returns None before the first report."""
     try:
         value = json.loads((config.RUN / "web" / file).read_text())[key]
     except (OSError, ValueError, KeyError):
@@ -97,14 +99,14 @@ def reported(file: str, key: str) -> float | None:
 
 
 def memory_used() -> float:
-    """Per cent of the memory that is neither free nor a cache that the kernel can drop."""
+    """Return the used memory in per cent. Free memory and caches that the kernel can drop are not counted as used."""
     lines = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines())
     total, available = (int(lines[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
     return round(100 * (1 - available / total), 1)
 
 
 def error_percent(log: Path, now: datetime) -> float | None:
-    """Per cent of the requests of the last minute with a status of 500 or above; None if the log cannot be read."""
+    """Return the percentage of the last minute's requests with status 500 or above, or None if `log` is unreadable."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - LOG_BYTES))
@@ -115,7 +117,7 @@ def error_percent(log: Path, now: datetime) -> float | None:
     for line in reversed(lines):
         try:
             at = datetime.fromisoformat(line.split(" ", 1)[0])
-            # '… "GET /path" 200 1234 …': nginx escapes a quotation mark in the path.
+            # A line contains '"GET /path" 200'. nginx escapes quotation marks in the path, so '" ' ends the path.
             status = int(line.split('" ', 1)[1].split(" ", 1)[0])
         except (ValueError, IndexError):
             continue
@@ -126,7 +128,7 @@ def error_percent(log: Path, now: datetime) -> float | None:
 
 
 def last_minute(history: Path, column: int, now: datetime, per: int = 1) -> float | None:
-    """A column of the last minute on the page, divided by `per`; None if the page has no minute that ended just now."""
+    """Return one value of the history's last minute, divided by `per`. Returns None if the last minute is too old."""
     try:
         minute = json.loads(history.read_text())["minutes"][-1]
     except (OSError, ValueError, KeyError, IndexError):
@@ -135,7 +137,7 @@ def last_minute(history: Path, column: int, now: datetime, per: int = 1) -> floa
 
 
 def certificate_days(now: datetime) -> float | None:
-    """Days until the certificate that nginx serves ends; None without TLS or while nginx does not answer."""
+    """Return the number of days until nginx's certificate expires, or None if TLS is off or nginx does not respond."""
     from cryptography import x509
 
     if config.load().launch.web.tls == "off":
@@ -155,7 +157,7 @@ def certificate_days(now: datetime) -> float | None:
 
 
 def failed_units() -> float:
-    """Number of units of systemd in the state `failed`."""
+    """Return the number of systemd units in the state `failed`, without units that another metric reports."""
     command = ["systemctl", "list-units", "--state=failed", "--plain", "--no-legend", "--no-pager"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS).stdout
     failed = {line.split()[0] for line in shown.splitlines() if line.strip()}

@@ -1,10 +1,11 @@
 """Timer `mlflow-host-server-credentials`: renew the AWS credentials of MLflow's processes.
 
-They belong to the stack's server role, which can access only objects of the artifacts and models buckets. The processes
-cannot reach the metadata service, which returns the machine's own role. botocore reads this file by the
-`credential_process` of /usr/share/mlflow-host/aws-config, and again before the credentials expire.
+The credentials belong to the stack's server role, which can access only objects in the artifacts and models buckets.
+MLflow's processes cannot connect to the metadata service, which returns credentials of the machine's own role.
+The setting `credential_process` in /usr/share/mlflow-host/aws-config makes botocore read the file that this program
+writes (`FILE`). Before the credentials expire, botocore reads the file again.
 
-The launch document of an older stack names no server role; then MLflow uses the machine's role.
+If the launch document comes from an older stack, it names no server role, and MLflow uses the machine's role.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def main() -> int:
         role = document.mlflow.role or "the machine's role"
         print(
             f"mlflow-host: MLflow's AWS credentials are not renewed: {role} cannot be assumed ({error}); the machine's "
-            f"role must allow sts:AssumeRole on it, and {aws.sts_address(document)} must be reachable (the setting "
-            "stsEndpoint)",
+            f"role must allow sts:AssumeRole on this role, and the machine must reach {aws.sts_address(document)} (the "
+            "setting stsEndpoint)",
             file=sys.stderr,
         )
         return 2
@@ -38,12 +39,12 @@ def main() -> int:
 
 
 def current(document: LaunchDocument, machine: aws.Keys, now: datetime) -> aws.Keys:
-    """Raises aws.ServiceUnreachable or aws.ServiceError."""
+    """Return credentials of the server role. Raises aws.ServiceUnreachable or aws.ServiceError."""
     return aws.assume_role(document, document.mlflow.role, machine, now) if document.mlflow.role else machine
 
 
 def as_json(keys: aws.Keys) -> str:
-    """The format of botocore's credential_process."""
+    """Return the credentials in the JSON format of botocore's credential_process."""
     content = {
         "Version": 1,
         "AccessKeyId": keys.access,

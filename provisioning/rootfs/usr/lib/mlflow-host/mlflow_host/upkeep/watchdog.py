@@ -1,10 +1,11 @@
-"""Service `mlflow-host-watchdog`: kill PostgreSQL or nginx when it hangs. systemd then starts it again.
+"""Service `mlflow-host-watchdog`: kill PostgreSQL or nginx if it hangs, so that systemd restarts it.
 
-systemd does this itself for the server processes of MLflow, which send it notifications (WatchdogSec=). PostgreSQL and
-nginx send none, so this service asks both for a short answer every two seconds. PostgreSQL recovers from a kill as from
-a power failure: no committed transaction is lost.
+MLflow's server processes do not need this service, because they send watchdog notifications to systemd (WatchdogSec=).
+PostgreSQL and nginx send no watchdog notifications, so this service sends a short request to each of the two every two
+seconds. After a kill, PostgreSQL recovers like after a power failure, and no committed transaction is lost. The unit
+runs this command as root without capabilities:
 
-    python -m mlflow_host.upkeep.watchdog        as root, without capabilities
+    python -m mlflow_host.upkeep.watchdog
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from pathlib import Path
 
 POSTGRESQL = Path("/run/postgresql/.s.PGSQL.5432")
 NGINX = Path("/run/nginx/monitor.sock")
-"""nginx creates it with the site, after the starting page."""
+"""nginx creates this socket when it loads the site's configuration, which replaces the starting page."""
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
-"""PostgreSQL's frontend/backend protocol, SSLRequest: the postmaster starts a process, which answers with one byte. It
-answers during recovery and when all connections are in use, too, and writes no log line."""
+"""The message SSLRequest of PostgreSQL's frontend/backend protocol. The postmaster responds with one byte, even during
+recovery or if all connections are in use. PostgreSQL writes no log line for SSLRequest."""
 HTTP_REQUEST = b"GET /requests HTTP/1.0\r\n\r\n"
 PAUSE_SECONDS = 2.0
 ANSWER_SECONDS = 4.0
 HANG_SECONDS = 15.0
-"""As long as WatchdogSec= of the server processes."""
+"""A program that does not respond for this time is killed. WatchdogSec= in mlflow-server@.service is the same value."""
 FEWEST_CHECKS = 3
-"""A check may fail because this service itself did not run, for example while the hypervisor paused the machine."""
+"""Minimum number of failed checks before a kill. A single check may fail because this service itself did not run, for
+example if the hypervisor paused the machine."""
 
 
 def main() -> int:
@@ -45,16 +47,16 @@ def main() -> int:
 
 
 def hangs(path: Path, request: bytes, seconds: float = ANSWER_SECONDS) -> bool:
-    """Whether a program listens at the Unix socket `path` and sends nothing within `seconds`.
+    """Return true if a program listens on the Unix socket `path`, but sends nothing within `seconds`.
 
-    False if none listens: systemd starts a program that has ended."""
+    Returns false if no program listens, because systemd itself restarts a program that has ended."""
     with socket.socket(socket.AF_UNIX) as opened:
         opened.settimeout(seconds)
         try:
             opened.connect(str(path))
             opened.sendall(request)
             opened.recv(1)
-        except (TimeoutError, BlockingIOError):  # EAGAIN: its queue of new connections is full
+        except (TimeoutError, BlockingIOError):  # BlockingIOError: the program's queue of new connections is full
             return True
         except OSError:
             return False
@@ -63,7 +65,7 @@ def hangs(path: Path, request: bytes, seconds: float = ANSWER_SECONDS) -> bool:
 
 @dataclass
 class Watch:
-    """The failed checks in turn of one unit, whose processes are killed when they have lasted for HANG_SECONDS."""
+    """The checks of one unit. If all checks fail for HANG_SECONDS, the unit's processes are killed."""
 
     unit: str
     hangs: Callable[[], bool]
@@ -86,11 +88,11 @@ class Watch:
             self.failed = 0
 
     def is_active(self) -> bool:
-        """Whether the unit has started and is not stopping: a shutdown of PostgreSQL may take minutes."""
+        """Return true if the unit is active, false if the unit is stopping. PostgreSQL may need minutes to stop."""
         return subprocess.run([self.systemctl, "is-active", "--quiet", self.unit]).returncode == 0
 
     def kill(self, seconds: float) -> None:
-        message = f"{self.unit} has not answered for {seconds:.0f} s; its processes are killed, and systemd starts it"
+        message = f"{self.unit} has not answered for {seconds:.0f} s: its processes are killed, and systemd restarts it"
         print(f"mlflow-host: {message}", file=sys.stderr, flush=True)
         subprocess.run([self.systemctl, "kill", "--signal=SIGKILL", self.unit])
 

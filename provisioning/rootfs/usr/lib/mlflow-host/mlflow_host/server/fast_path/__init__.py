@@ -1,1 +1,1 @@
-"""The fast path: the most frequent tracking requests, handled by our own SQL instead of MLflow's Python code."""
+"""The fast path: this project's SQL handles the most frequent tracking requests, instead of MLflow's Python code."""

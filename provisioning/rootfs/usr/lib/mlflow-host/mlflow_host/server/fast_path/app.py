@@ -1,11 +1,11 @@
-"""ASGI middleware of the fast path: handles the most frequent requests with our own SQL, without MLflow's Python code.
+"""ASGI middleware of the fast path: handles the most frequent requests with SQL, without MLflow's Python code.
 
-Writes (`writes`) are log-batch, log-metric and create run. Reads (`reads`) are get run, search runs and metric
-histories; PostgreSQL builds their JSON. Requests with unusual fields or values, unknown IDs or filters on datasets are
-passed to MLflow unchanged, before anything is written.
+The module `writes` handles log-batch, log-metric and create run. The module `reads` handles get run, search runs and
+metric histories; PostgreSQL builds the JSON. Some requests are passed to MLflow unchanged, before anything is written:
+requests with unusual fields or values, with unknown IDs, or with filters on datasets.
 
-tests/schema/test_tracking.py compares responses and rows with MLflow's own. `compatibility` lists the compared
-releases.
+The test tests/schema/test_tracking.py compares the responses and rows of the fast path with the responses and rows of
+MLflow. `compatibility` lists the MLflow releases that were tested.
 """
 
 # mypy: disable-error-code="no-untyped-call, no-any-return"
@@ -33,16 +33,16 @@ ANSWERS: dict[tuple[str, str], Handler] = {
     ("POST", "/runs/log-metric"): writes.log_metric,
     ("POST", "/runs/log-batch"): writes.log_batch,
 }
-"""Handlers by method and path after the prefix. Each raises Unreachable if PostgreSQL does not respond, and any other
-exception if MLflow must handle the request; then nothing was changed."""
+"""The handlers, by HTTP method and by path without the prefix. A handler raises Unreachable if PostgreSQL does not
+respond. If a handler raises any other exception, the database is unchanged, and MLflow handles the request."""
 
 PREFIXES = ("/api/2.0/mlflow", "/ajax-api/2.0/mlflow")
 
 
 def answered_directly(application: Application, store: Any, threads: RequestThreads) -> Application:
-    """`application`, with the requests in `ANSWERS` handled by `store`, in `threads`, after MLflow's checks of host
-    and origin. If the tracking store is MLflow's, returns `application` itself. `compatibility` switches single
-    endpoints off."""
+    """Return `application` with the fast path for the requests in `ANSWERS`. MLflow's checks of host and origin run
+    first; then a handler in one of `threads` uses `store`. `compatibility` decides which endpoints are disabled. If
+    `store` is MLflow's own store, this function returns `application` itself."""
     if not isinstance(store, DirectStore):
         return application
     off = compatibility.switched_off(compatibility.installed_mlflow())
@@ -77,10 +77,10 @@ def answered_directly(application: Application, store: Any, threads: RequestThre
 
 
 def with_mlflows_checks(application: Application) -> Application:
-    """`application`, with the middleware that MLflow adds to its own for hosts, origins and headers.
+    """Return `application` with MLflow's middleware for hosts, origins and headers.
 
-    A Starlette application also calls its layers for errors and routes at each request. A release of MLflow that does
-    more than add middleware gets one.
+    `Layers` is used instead of a Starlette application, which would add layers for errors and routes to each request.
+    If `init_fastapi_security` needs more than `add_middleware`, a Starlette application is used.
     """
     from mlflow.server.fastapi_security import init_fastapi_security
     from starlette.applications import Starlette
@@ -98,7 +98,7 @@ def with_mlflows_checks(application: Application) -> Application:
 
 
 class Layers:
-    """An application and the middleware that is added to it, as Starlette has it: the last one is the outermost."""
+    """An application with added middleware. As in Starlette, the middleware that is added last is called first."""
 
     def __init__(self, application: Application) -> None:
         self.outermost = application
@@ -108,7 +108,7 @@ class Layers:
 
 
 def once(body: bytes) -> Receive:
-    """A `receive` function that returns a body that was already received."""
+    """Return a `receive` function that returns `body`, which was already read from the client."""
 
     async def receive() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -117,15 +117,15 @@ def once(body: bytes) -> Receive:
 
 
 def answer_or_none(answer: Handler, store: DirectStore, scope: Scope, body: bytes) -> tuple[int, bytes] | None:
-    """Status and JSON of a response; None if MLflow must handle the request."""
+    """Return the status and the JSON of a response, or None if MLflow must handle the request."""
     try:
         return 200, in_ascii(answer(store, scope, body)).encode()
-    except Unreachable as error:  # the write may have happened: only the client may repeat the request, not MLflow
+    except Unreachable as error:  # PostgreSQL may have committed the write, so MLflow must not repeat the request
         return error.get_http_status_code(), error.serialize_as_json().encode()
     except Exception:
         return None
 
 
 def in_ascii(text: str) -> str:
-    """The same JSON in ASCII, because clients guess the encoding of responses that do not name one."""
+    """Escape the JSON's non-ASCII characters, because clients guess the encoding of a response without a charset."""
     return text if text.isascii() else re.sub("[^\0-\x7f]+", lambda found: json.dumps(found[0])[1:-1], text)

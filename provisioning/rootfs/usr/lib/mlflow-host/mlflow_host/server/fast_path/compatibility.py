@@ -1,10 +1,11 @@
-"""Choose what the fast path answers: endpoints whose sources in the installed MLflow match those of a compared release.
+"""Enable a fast-path endpoint only if the installed MLflow has the same code for the endpoint as a tested release.
 
-MLflow answers the others. `RESTS_ON` has the sources of each endpoint. They are compared by the hash of each
-definition's text, so no module is imported, and the hash does not depend on Python's version. Parsing takes half a
-second, so it is done once per process, while the database step is still running.
+MLflow handles the other endpoints. `RESTS_ON` lists the MLflow functions and classes that affect each endpoint. The
+comparison uses a hash of each definition's source code, so no module is imported, and the hash does not depend on
+Python's version. Parsing takes half a second. A process parses MLflow's files only once, in parallel with the database
+step.
 
-Entry point `mlflow.tracking_store`: `postgresql`. MLflow loads it during its own import.
+MLflow loads this module during its own import, by the entry point `postgresql` in the group `mlflow.tracking_store`.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -19,7 +20,7 @@ from typing import Any
 
 ABSENT = ""
 ARTIFACT_ROOT = "mlflow-artifacts:/"
-"""Location of new experiments, as in `environment.private_environment`."""
+"""The artifact location of new experiments. `environment.private_environment` has the same value."""
 
 SOURCES: dict[str, tuple[str, ...]] = {
     "server/handlers.py": (
@@ -65,7 +66,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "entities/logged_model_input.py": ("LoggedModelInput",),
     "entities/logged_model_output.py": ("LoggedModelOutput",),
 }
-"""Qualified names of functions, methods and classes, by their file in the package `mlflow`."""
+"""The functions, methods and classes whose code is compared, by file of the package `mlflow` and by qualified name."""
 
 
 COMPARED: dict[str, tuple[str, ...]] = {
@@ -147,12 +148,12 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "logged_model_input.LoggedModelInput": ("628cf49d1c", "cff088eaa9"),
     "logged_model_output.LoggedModelOutput": ("ec56dfef35", "8254271a6c"),
 }
-"""Hashes of the compared sources: MLflow 3.11.1 to 3.18.0, every release on PyPI."""
+"""The hashes of each definition in all tested releases: the releases on PyPI from MLflow 3.11.1 to 3.18.0."""
 
 CREATE, LOG_METRIC, LOG_BATCH = "/runs/create", "/runs/log-metric", "/runs/log-batch"
 GET, SEARCH, HISTORY = "/runs/get", "/runs/search", "/metrics/get-history"
 STORE = "SqlAlchemyStore._log_metrics"
-"""Metrics that MLflow's own handlers log, written by `store.DirectStore._log_metrics`."""
+"""The shortcut `store.DirectStore._log_metrics`, which writes the metrics that MLflow's own handlers log."""
 SHORTCUTS = (CREATE, LOG_METRIC, LOG_BATCH, GET, SEARCH, HISTORY, STORE)
 
 _LOGGING = (LOG_METRIC, LOG_BATCH, STORE)
@@ -200,7 +201,7 @@ ONLY: dict[tuple[str, ...], tuple[str, ...]] = {
     (*_RUNS, LOG_BATCH): ("run_tag.RunTag", "models.SqlTag", "param.Param", "models.SqlParam"),
     (*_LOGGING, HISTORY): ("models.SqlMetric",),
 }
-"""Sources on which only these shortcuts depend. All shortcuts depend on every other source."""
+"""The definitions that only the shortcuts in the key use. All shortcuts use the other definitions of `SOURCES`."""
 
 RESTS_ON: dict[str, frozenset[str]] = {
     shortcut: frozenset(COMPARED)
@@ -210,8 +211,8 @@ RESTS_ON: dict[str, frozenset[str]] = {
 
 
 def tracking_store(store_uri: str, artifact_uri: str | None = None) -> Any:
-    """The store for a PostgreSQL URI. The server passes the artifacts' location; programs that log do not, and get
-    MLflow's own store."""
+    """Return the tracking store for a PostgreSQL URI. Only the server passes `artifact_uri`. Other programs that import
+    MLflow get MLflow's own store."""
     from mlflow import environment_variables
     from mlflow.server.handlers import TrackingStoreRegistryWrapper
 
@@ -225,20 +226,20 @@ def tracking_store(store_uri: str, artifact_uri: str | None = None) -> Any:
 
 
 def installed_mlflow() -> Path:
-    """The folder of the package."""
+    """Return the folder of the installed package `mlflow`."""
     import mlflow
 
     return Path(mlflow.__file__).parent
 
 
 def not_compared(package: Path) -> list[str]:
-    """The names in `SOURCES` whose source, in the MLflow in the folder `package`, differs from that of every compared
-    release."""
+    """Return the names in `SOURCES` whose definition in the folder `package` differs from all tested releases."""
     return sorted(name for name, found in hashes(package).items() if found not in COMPARED.get(name, ()))
 
 
 def switched_off(package: Path) -> dict[str, list[str]]:
-    """The shortcuts that are off with the MLflow in the folder `package`, each with the sources that differ."""
+    """Return the shortcuts that are disabled for the MLflow in `package`, each with a list of the definitions that
+    differ."""
     different = not_compared(package)
     found = {shortcut: [name for name in different if name in RESTS_ON[shortcut]] for shortcut in SHORTCUTS}
     return {shortcut: names for shortcut, names in found.items() if names}
@@ -246,7 +247,7 @@ def switched_off(package: Path) -> dict[str, list[str]]:
 
 @cache
 def hashes(package: Path) -> dict[str, str]:
-    """Hashes of everything in `SOURCES`, by file and name, for the MLflow in the folder `package`."""
+    """Return the hash of each definition in `SOURCES`, by file and name, for the MLflow in the folder `package`."""
     found = {}
     for file, names in SOURCES.items():
         path = package / file
@@ -258,8 +259,8 @@ def hashes(package: Path) -> dict[str, str]:
 
 
 def definitions(source: str) -> dict[str, str]:
-    """The text of every function and class by qualified name, decorators included. A name with several definitions has
-    all their texts. Nested functions are part of the text."""
+    """Return the source code of every function and class, with decorators and nested functions, by qualified name. If a
+    name has several definitions, the value contains the source code of all definitions."""
     lines = source.split("\n")
     found: dict[str, str] = {}
 
@@ -272,7 +273,7 @@ def definitions(source: str) -> dict[str, str]:
                 found[name] = f"{found[name]}\n{text}" if name in found else text
                 if isinstance(child, ast.ClassDef):
                     collect(child, f"{name}.")
-            elif not isinstance(child, ast.expr):  # definitions may be inside `if`, `try` or `with`
+            elif not isinstance(child, ast.expr):  # an `if`, `try` or `with` may contain definitions
                 collect(child, within)
 
     collect(ast.parse(source), "")

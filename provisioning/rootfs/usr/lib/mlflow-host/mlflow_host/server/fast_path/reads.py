@@ -1,7 +1,7 @@
-"""Fast path, reads: runs, searches and metric histories, with JSON that PostgreSQL builds from the rows.
+"""The read requests of the fast path: get run, search runs and metric histories.
 
-MLflow creates an object, a message, a dictionary and indented JSON for every metric, parameter and tag, which takes
-most of the time of such a request. Here an SQL statement builds the JSON.
+MLflow spends most of the time of a read request on creating an object, a message, a dictionary and indented JSON for
+every metric, parameter and tag. In this module an SQL statement builds the JSON.
 """
 
 # mypy: disable-error-code="no-untyped-call, no-any-return"
@@ -35,7 +35,8 @@ case when is_nan or value = 'NaN' then '"NaN"' when value = 'Infinity' then '"In
      when value = '-Infinity' then '"-Infinity"'
      when value = floor(value) and abs(value) < 1e15 then value || '.0' else value::text end
 """
-"""A metric's value in Python's JSON format; PostgreSQL would write whole numbers below 1e15 without a decimal point."""
+"""SQL for a metric's value in Python's JSON format. PostgreSQL writes whole numbers below 1e15 without a decimal point.
+"""
 
 RUNS = f"""
 select r.run_uuid, coalesce(nullif(r.name, ''), (
@@ -54,13 +55,13 @@ select r.run_uuid, coalesce(nullif(r.name, ''), (
         where source_type = 'RUN_OUTPUT' and source_id = r.run_uuid and destination_type = 'MODEL_OUTPUT')
 from runs r where r.run_uuid = any(%s)
 """
-"""Runs with all fields of a search result, one row each: the fields of `Found`."""
+"""SQL that returns one row per run. The columns are the fields of `Found`."""
 
 MODELS_PUT_IN = """
 select destination_id from inputs
 where source_type = 'RUN_INPUT' and source_id = %s and destination_type = 'MODEL_INPUT'
 """
-"""The models that a run used; only the response for a single run contains them."""
+"""SQL that returns the models that a run used. Only the response to "get run" contains these models."""
 
 HISTORY = f"""
 select count(*), '[' || string_agg(%s || {NUMBER} || ', "timestamp": ' || timestamp
@@ -71,17 +72,17 @@ from (select * from metrics where run_uuid = %s and key = %s order by timestamp,
 GOES_ON = "select from metrics where run_uuid = %s and key = %s offset %s limit 1"
 
 MOST_RUNS = 50_000
-"""MLflow's limit for results of one search."""
+"""MLflow's maximum number of runs in one response to a search."""
 
 WORTH_KEEPING = 4000
-"""Statements are cached for filters and orders up to this many characters."""
+"""A search's SQL statement is cached if the filter and the order together have fewer characters than this number."""
 
 POSTGRES = "postgresql"
 DIALECT = psycopg2.dialect()
 
 
 class Found(NamedTuple):
-    """A run. Its metrics, parameters and tags are JSON, or None if it has none."""
+    """A run. `metrics`, `params` and `tags` are JSON; each is None if the run has no such item."""
 
     run_id: str
     name: str | None
@@ -97,16 +98,16 @@ class Found(NamedTuple):
     tags: str | None
     has_datasets: bool
     models_made: list[str] | None
-    """For each: its ID, a space and its step."""
+    """One string for each model that the run created: the model's ID, a space, and the step."""
 
 
-# Responses, with fields in protobuf's order
+# The functions below build responses. Each response has its fields in protobuf's order.
 
 
 def run(store: DirectStore, scope: Scope, _: bytes) -> str:
     request = in_query(scope, GetRun)
     run_id = request.run_id
-    if not run_id:  # MLflow refuses an empty run_id with a run_uuid, and accepts a run_uuid alone
+    if not run_id:  # MLflow accepts a run_uuid without a run_id, but rejects a run_uuid with an empty run_id
         raise Unusual
     with store.cursor() as cursor:
         cursor.execute(RUNS, ([run_id],))
@@ -135,7 +136,7 @@ def search(store: DirectStore, scope: Scope, body: bytes) -> str:
         cursor.execute(RUNS, (ids[:most],))
         found = {one.run_id: one for one in starmap(Found, cursor.fetchall())}
     inputs = datasets(store, found.values())
-    # A run may have been deleted between the two statements.
+    # A run may have been deleted between the two SQL statements.
     runs = ", ".join(written(found[run_id], inputs) for run_id in ids[:most] if run_id in found)
     return members(runs=f"[{runs}]" if runs else "", next_page_token=next_token(start, most, len(ids) > most))
 
@@ -158,7 +159,7 @@ def history(store: DirectStore, scope: Scope, _: bytes) -> str:
 
 
 def offset(page_token: str) -> int:
-    """The first row of a page."""
+    """Return the number of the first row of a page."""
     return SearchUtils.parse_start_offset_from_page_token(page_token or None)
 
 
@@ -167,14 +168,15 @@ def offset(page_token: str) -> int:
 
 @lru_cache(maxsize=256)
 def statement(where: str, view: int, order_by: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
-    """The SQL statement that returns the ordered IDs of runs, from MLflow's clauses for the filter and the order, with
-    its parameters except `experiments`, `start` and `most`. All pages of a search use the same statement. Raises
-    Unusual, or MlflowException for an invalid filter."""
+    """Return a search's SQL statement and its parameters. The statement consists of MLflow's clauses for the filter and
+    the order, and returns the ordered IDs of runs. The caller adds the parameters `experiments`, `start` and `most`, so
+    all pages of a search use the same statement. Raises Unusual for a filter on datasets, and MlflowException for an
+    invalid filter."""
     session = Session()
     columns, order, sorted_by = sqlalchemy_store._get_orderby_clauses(list(order_by), session)
     filters = SearchUtils.parse_search_filter(where)
     conditions, having, of_datasets = sqlalchemy_store._get_sqlalchemy_filter_clauses(filters, session, POSTGRES)
-    if of_datasets:  # then a run may be found more than once; metrics, parameters and tags are unique by key
+    if of_datasets:  # a filter on datasets may return a run twice; metrics, parameters and tags are unique by key
         raise Unusual
     same = joined_already(having, sorted_by)
     wanted = select(models.SqlRun.run_uuid, *(in_terms_of(same, column) for column in columns))
@@ -195,20 +197,20 @@ def statement(where: str, view: int, order_by: tuple[str, ...]) -> tuple[str, di
 
 
 def joined_already(having: list[Any], sorted_by: list[Any]) -> dict[Any, Any]:
-    """Joins of the order that the filter already contains: the same metric, parameter or tag."""
+    """If the filter and the order join the same metric, parameter or tag, map the order's join to the filter's join."""
     made = {keyed(one): one for one in having}
     return {one: made[keyed(one)] for one in sorted_by if keyed(one) in made}
 
 
 def keyed(joined: Any) -> tuple[Any, Any]:
-    """The table and the key that MLflow joins for a filter or an order."""
+    """Return the table and the key of one of MLflow's joins."""
     where = joined.element.whereclause
     first = next(iter(getattr(where, "clauses", [where])))
     return first.left.table, first.right.value
 
 
 def in_terms_of(same: dict[Any, Any], clause: Any) -> Any:
-    """A clause of the order that uses the columns of the filter's joins."""
+    """In `clause`, replace the columns of the order's joins with the columns of the filter's joins (`same`)."""
 
     def replaced(part: Any, **_: Any) -> Any:
         joined = same.get(getattr(part, "table", None))
@@ -220,7 +222,7 @@ def in_terms_of(same: dict[Any, Any], clause: Any) -> Any:
 
 
 def datasets(store: DirectStore, runs: Iterable[Found]) -> dict[str, list[Any]]:
-    """The dataset inputs of the runs that have any, read by MLflow's own code."""
+    """Return the dataset inputs of each run that has datasets. MLflow's own code reads the dataset inputs."""
     run_ids = [one.run_id for one in runs if one.has_datasets]
     if not run_ids:
         return {}
@@ -229,7 +231,7 @@ def datasets(store: DirectStore, runs: Iterable[Found]) -> dict[str, list[Any]]:
 
 
 def written(found: Found, datasets: dict[str, list[Any]], put_in: list[LoggedModelInput] | None = None) -> str:
-    """The JSON of a run. Raises Unusual for one that MLflow cannot return."""
+    """Return the JSON of a run. Raises Unusual for a run that MLflow cannot return."""
     inputs = outputs = "{}"
     if found.has_datasets or put_in:
         inputs = message_to_json(RunInputs(datasets.get(found.run_id, []), put_in).to_proto())
@@ -242,7 +244,7 @@ def written(found: Found, datasets: dict[str, list[Any]], put_in: list[LoggedMod
 
 
 def info(found: Found) -> str:
-    """The `info` part of a run. Raises Unusual."""
+    """Return the JSON of a run's `info`. Raises Unusual if the run has no user or no start time."""
     if found.user is None or found.started is None:
         raise Unusual
     told = {
@@ -261,10 +263,10 @@ def info(found: Found) -> str:
 
 
 def members(**named: str | None) -> str:
-    """A JSON object of members that are JSON already, without empty ones."""
+    """Return a JSON object. Each argument is the JSON of one member. Empty arguments are omitted."""
     return "{" + ", ".join(f'"{name}": {value}' for name, value in named.items() if value) + "}"
 
 
 def next_token(start: int, most: int, goes_on: bool) -> str:
-    """The token of the next page, as JSON; empty on the last page."""
+    """Return the token of the next page as JSON, or "" if this page is the last one."""
     return json.dumps(SearchUtils.create_page_token(start + most).decode()) if goes_on else ""

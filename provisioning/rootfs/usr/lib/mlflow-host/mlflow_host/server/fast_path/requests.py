@@ -1,4 +1,5 @@
-"""Fast path, requests: parse requests in the form in which clients send them; any other form raises an exception."""
+"""Parse the requests of the fast path. For a request in an unusual form, the functions raise an exception, and MLflow
+handles the request."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from mlflow_host.server.request_ids import PARSED
 
 
 def in_query(scope: Scope, kind: Any) -> Any:
-    """The message of `kind` in a query string."""
+    """Parse the query string as a protobuf message of the class `kind`."""
     pairs = parse_qsl(scope["query_string"].decode(), keep_blank_values=True, strict_parsing=True, errors="strict")
     fields: dict[str, Any] = dict(pairs)
     if len(fields) != len(pairs):
@@ -24,7 +25,7 @@ def in_query(scope: Scope, kind: Any) -> Any:
 
 
 def in_body(scope: Scope, body: bytes, kind: Any) -> Any:
-    """The message of `kind` in a JSON body."""
+    """Parse the JSON body as a protobuf message of the class `kind`."""
     (content_type,) = (value for name, value in scope["headers"] if name == b"content-type")
     if content_type.split(b";")[0] != b"application/json":
         raise Unusual

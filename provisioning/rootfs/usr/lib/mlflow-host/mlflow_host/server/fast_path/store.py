@@ -1,12 +1,11 @@
-"""MLflow's tracking store for PostgreSQL, whose metric writes are one SQL statement.
+"""MLflow's tracking store for PostgreSQL, changed to write all metrics of a call with one SQL statement.
 
-MLflow's store creates an ORM object for every metric and queries the latest value of each key separately, which takes
-most of the time of logging. `DirectStore` does the same with one statement, also for metrics logged with parameters and
-tags. All other methods are MLflow's. Unusual cases use MLflow's method too: an unknown ID, a deleted run, any error of
-PostgreSQL. A failed statement has changed nothing.
+When MLflow's own store logs metrics, most of the time is spent on an ORM object for every metric, and on a separate
+query for the latest value of each key. `DirectStore` writes all metrics of a batch with one statement, and inherits
+MLflow's other methods. In unusual cases `DirectStore` calls MLflow's method: for an unknown ID, a deleted run, or an
+error from PostgreSQL. MLflow's method can then write the metrics, because a failed statement changes nothing.
 
-The most frequent requests do not use this store: `mlflow_host.server.fast_path.app` handles them, with the same
-connections.
+`fast_path.app` handles the most frequent requests without MLflow's handlers, over the connections of this store.
 """
 
 # mypy: disable-error-code="no-untyped-call, no-any-return"
@@ -34,7 +33,7 @@ from mlflow_host.server.request_limits import POINTS
 Row = tuple[Any, ...]
 
 LARGEST = 1.7976931348623157e308
-"""The value that MLflow stores for infinity."""
+"""The largest double, which MLflow stores instead of infinity."""
 
 
 LOG_METRICS = """
@@ -60,20 +59,22 @@ select lifecycle_stage from run
 """
 
 LOG_NEW_METRICS = LOG_METRICS.replace("/* on conflict */", "on conflict do nothing")
-"""The same if some rows exist already. Checking that first would make every batch slower."""
+"""The SQL statement for a batch in which some rows already exist. This statement runs only after LOG_METRICS has
+failed, because checking for existing rows first would make every batch slower."""
 
 
 class Unusual(Exception):
-    """MLflow's own method must handle this; nothing was changed."""
+    """The database is unchanged, and MLflow's own method must handle the request."""
 
 
 class Unreachable(MlflowException):
-    """PostgreSQL does not respond, or ended the statement because it exceeded a limit; MLflow must not retry it."""
+    """PostgreSQL does not respond, or ended a statement that exceeded a limit. MLflow must not repeat the request."""
 
 
 class DirectStore(SqlAlchemyStore):
     def _log_metrics(self, run_id: str, metrics: list[Metric]) -> None:
-        """Called by `log_metric`, and by a `log_batch` that contains not only metrics."""
+        """Write metrics with one statement, or call MLflow's method. MLflow's `log_metric` and `log_batch` call this
+        method."""
         try:
             if not self.writes_metrics:
                 raise Unusual
@@ -84,25 +85,26 @@ class DirectStore(SqlAlchemyStore):
     def get_metric_history(
         self, run_id: str, metric_key: str, max_results: int | None = None, page_token: str | None = None
     ) -> Any:
-        """MLflow's, which has no limit. Raises MlflowException (400) if the answer has more than POINTS points."""
+        """Return at most POINTS points from MLflow's method. Raises MlflowException (400) if the metric has more
+        points."""
         if max_results is not None and max_results <= POINTS:
             return super().get_metric_history(run_id, metric_key, max_results=max_results, page_token=page_token)
         found = super().get_metric_history(run_id, metric_key, max_results=POINTS, page_token=page_token)
         if found.token:
             raise invalid(
-                f"the history has more than {POINTS:,} points, the most of one answer: ask for pages, with max_results "
-                f"of at most {POINTS:,} and the page_token of the answer before, as MLflow's client does"
+                f"the history has more than {POINTS:,} points, the limit of one response: request pages like MLflow's "
+                f"client, with max_results of at most {POINTS:,} and the page_token of the previous response"
             )
         return found
 
     @cached_property
     def writes_metrics(self) -> bool:
-        """Whether the installed MLflow's `_log_metrics` is a version with which `write_metrics` was compared."""
+        """True if `write_metrics` was tested against the `_log_metrics` of the installed MLflow."""
         return compatibility.STORE not in compatibility.switched_off(compatibility.installed_mlflow())
 
     def write_metrics(self, run_id: str, metrics: Iterable[Any]) -> None:
-        """Log metrics (MLflow's entities or messages), without duplicates, and update the latest value of every key.
-        After any exception except Unreachable nothing was changed. Invalid metrics raise an exception too."""
+        """Log metrics (MLflow's entities or messages) without duplicates, and update the latest value of each key.
+        Invalid metrics raise an exception. After any exception except Unreachable, the database is unchanged."""
         rows = list(dict.fromkeys(map(stored, metrics)))
         last: dict[str, Row] = {}
         for row in rows:
@@ -115,7 +117,8 @@ class DirectStore(SqlAlchemyStore):
             raise Unusual
         values: dict[str, str] = {"run": run_id}
         for prefix, some in (("", rows), ("last_", last.values())):
-            keys, *numbers = zip(*sorted(some), strict=True)  # every transaction takes its locks in the same order
+            # The rows are sorted, so that all transactions lock rows in the same order.
+            keys, *numbers = zip(*sorted(some), strict=True)
             values |= {f"{prefix}keys": array_of_texts(keys)}
             for name, column in zip(("values", "times", "steps", "nans"), numbers, strict=True):
                 values[prefix + name] = array(column)
@@ -129,8 +132,8 @@ class DirectStore(SqlAlchemyStore):
 
     @contextlib.contextmanager
     def cursor(self) -> Iterator[Any]:
-        """A cursor of a pooled connection in autocommit mode. Raises Unusual if PostgreSQL refuses a statement, and
-        Unreachable (an MlflowException, like in MLflow's sessions) if PostgreSQL cannot be reached."""
+        """Yield a cursor of a pooled connection in autocommit mode. Raises Unusual if PostgreSQL rejects a statement.
+        Raises Unreachable, a subclass of MlflowException, if PostgreSQL does not respond or ends a statement."""
         try:
             pooled = self.engine.raw_connection()
         except SQLAlchemyError:
@@ -146,7 +149,7 @@ class DirectStore(SqlAlchemyStore):
             if sentence := too_dear(error):
                 raise Unreachable(sentence, error_code=INVALID_PARAMETER_VALUE) from error
             raise Unreachable(str(error), error_code=TEMPORARILY_UNAVAILABLE) from error
-        except (psycopg2.Error, ValueError):  # ValueError: a value that psycopg2 cannot send
+        except (psycopg2.Error, ValueError):  # psycopg2 raises ValueError for a value that it cannot send
             raise Unusual from None
         finally:
             if connection.closed:
@@ -157,23 +160,23 @@ class DirectStore(SqlAlchemyStore):
 
 
 def only(rows: list[Row]) -> Row:
-    """The only row. Raises Unusual."""
+    """Return the only row. Raises Unusual if there is not exactly one row."""
     if len(rows) != 1:
         raise Unusual
     return rows[0]
 
 
 def whole_number(text: str) -> int:
-    """Convert a string of digits to a number: an experiment's ID, the size of a page. Raises Unusual."""
+    """Convert a string of digits to a number. Raises Unusual for any other argument."""
     if not isinstance(text, str) or not (text.isascii() and text.isdecimal()):
         raise Unusual
     return int(text)
 
 
 def stored(metric: Any) -> tuple[str, float, int, int, bool]:
-    """Key, value, timestamp, step and is_nan in MLflow's stored form: NaN as 0.0, infinity as the largest double, -0.0
-    as 0.0. Raises Unusual for types and times that MLflow may refuse, OverflowError for an integer outside the range of
-    doubles."""
+    """Return key, value, timestamp, step and is_nan in MLflow's stored form. NaN and -0.0 become 0.0; infinity becomes
+    the largest double. Raises Unusual for types and times that MLflow may reject. Raises OverflowError for an integer
+    outside the range of doubles."""
     value, time, step = metric.value, metric.timestamp, metric.step
     if type(time) is not int or time < 0 or type(step) is not int or type(value) not in (float, int):
         raise Unusual
@@ -186,7 +189,7 @@ def stored(metric: Any) -> tuple[str, float, int, int, bool]:
 
 
 def array(values: Iterable[object]) -> str:
-    """A PostgreSQL array literal of numbers or booleans."""
+    """Return numbers or booleans as a PostgreSQL array literal."""
     return "{" + ",".join(map(repr, values)) + "}"
 
 

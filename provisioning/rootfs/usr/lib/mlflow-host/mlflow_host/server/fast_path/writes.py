@@ -1,8 +1,8 @@
-"""Fast path, writes: log metrics and create runs with one or two statements each.
+"""The write requests of the fast path: log metrics, and create runs, with one or two SQL statements per request.
 
-MLflow creates a message, an ORM object and a row for every metric and sends several queries, which takes most of the
-time of such a request. Requests with other data than metrics, or other fields than those of a new run, are passed to
-MLflow.
+MLflow spends most of the time of a write request on a message, an ORM object and a row for every metric, and on several
+queries. A log request with parameters, tags, models or datasets is passed to MLflow. A create request with unusual
+fields is also passed to MLflow.
 """
 
 # mypy: disable-error-code="no-untyped-call, no-any-return"
@@ -13,8 +13,8 @@ import json
 import uuid
 from typing import Any
 
-# Names that a release may lack are looked up at each request, so that without one only the endpoints that use it fall
-# back to MLflow.
+# Functions that an MLflow release may lack are not imported by name: each request looks up the function in its module.
+# If a function is missing, only requests to the endpoints that use this function are passed to MLflow.
 from mlflow.entities import LifecycleStage
 from mlflow.protos.service_pb2 import CreateRun, LogBatch, LogMetric
 from mlflow.utils import name_utils, uri, validation
@@ -39,7 +39,7 @@ insert into tags (run_uuid, key, value) select %(run_id)s, * from unnest(%(keys)
 
 NOTHING = "{}"
 RUN_NAME = "mlflow.runName"
-"""MLflow's documentation of tracking, system tags."""
+"""The key of the tag with a run's name, one of the system tags in MLflow's documentation."""
 
 REQUIRED = ("key", "value", "timestamp")
 LINKS = ("model_id", "dataset_name", "dataset_digest")
@@ -64,7 +64,7 @@ def log_batch(store: DirectStore, scope: Scope, body: bytes) -> str:
 
 
 def is_plain(metric: Any) -> bool:
-    """Whether a metric has all required fields, and none about models or datasets."""
+    """Return true if a metric has all required fields, and no fields for a model or a dataset."""
     return all(map(metric.HasField, REQUIRED)) and not any(map(metric.HasField, LINKS))
 
 
@@ -75,7 +75,7 @@ def create_run(store: DirectStore, scope: Scope, body: bytes) -> str:
     if request.run_name and named and request.run_name != named:
         raise Unusual
     experiment = whole_number(request.experiment_id)
-    if str(experiment) != request.experiment_id:  # MLflow returns it as it was requested
+    if str(experiment) != request.experiment_id:  # MLflow's response repeats the request's ID, for example "01"
         raise Unusual
     run_id, name = uuid.uuid4().hex, request.run_name or named or name_utils._generate_random_name()
     if not named:
@@ -101,7 +101,7 @@ def create_run(store: DirectStore, scope: Scope, body: bytes) -> str:
         )
         answer = members(run=members(info=info(run), data=members(tags=run.tags), inputs=NOTHING))
         keys, values = map(list, zip(*tags, strict=True))
-        # Last: after an exception MLflow creates the run.
+        # This write is the last step, because MLflow creates the run after any exception.
         cursor.execute(CREATE_RUN, run._asdict() | {"keys": keys, "values": values})
     scope.get(PARSED, []).append({"run_uuid": run_id, "run_id": run_id, "run_name": name})
     return answer
