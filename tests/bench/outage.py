@@ -4,11 +4,12 @@
                                                                1,000,000 metric rows, on machines of the local cloud
     .venv/bin/python -m tests.bench.outage --newer ami-… --older ami-… --runs 1000 --metrics 100000
     .venv/bin/python -m tests.bench.outage --traces 200000     with traces of five spans, for MLflow 3.17 and newer
+    .venv/bin/python -m tests.bench.outage --traces 200000 --upgrade-only    from 3.12.0 to the newest release
 
 The outage lasts from the old machine's last response with status 200 to the new machine's first response with status
 200. The script sends ten authenticated HTTPS requests per second. The baseline is `pg_dump | pg_restore` of the same
 database, in custom format without compression, through a pipe into an empty database. The baseline is timed on the
-newer machine before the rollback. Rates are in rows per second, and count the rows of the tables in `COUNTED`. The
+first machine. Rates are in rows per second, and count the rows of the tables in `COUNTED`. The
 script prints JSON on stdout and progress on stderr. At the end, it removes the server and its data, and keeps the baked
 images.
 """
@@ -30,6 +31,7 @@ from scripts.interrupts import exit_with
 from scripts.local_cloud import LocalCloud, LocalCloudError
 from scripts.rehearsal import stack
 from scripts.rehearsal.errors import RehearsalError
+from tests.bench import trace_upgrade
 from tests.bench.carry_rate import FILL
 
 AS_POSTGRES = ("runuser", "-u", "postgres", "--")
@@ -75,11 +77,13 @@ def main() -> int:
 
 
 def measure(cloud: LocalCloud, newer: str, older: str, options: argparse.Namespace) -> dict[str, Any]:
-    server, _ = drill.launch(newer, {})
+    server, _ = drill.launch(older if options.upgrade_only else newer, {})
     instance = server["instance_id"]
     drill.say(f"writing {options.runs:,} runs, {options.metrics:,} metric rows and {options.traces:,} traces")
     fill = FILL % {"runs": options.runs, "metrics": options.metrics}
-    if options.traces:
+    if options.traces and options.upgrade_only:
+        fill += trace_upgrade.FILL.format(traces=options.traces)
+    elif options.traces:
         fill += FILL_TRACES % {"traces": options.traces}
     query(cloud, instance, f"{fill}; VACUUM ANALYZE; CHECKPOINT")
     before = counts(cloud, instance)
@@ -89,7 +93,7 @@ def measure(cloud: LocalCloud, newer: str, older: str, options: argparse.Namespa
     query(cloud, instance, "CHECKPOINT")
     drill.say(f"pg_dump | pg_restore: {baseline:.1f} s")
     moves = []
-    for ami in (older, newer):
+    for ami in (newer,) if options.upgrade_only else (older, newer):
         server, outage = drill.launch(ami, server)
         instance = server["instance_id"]
         after = counts(cloud, instance)
@@ -110,7 +114,7 @@ def measure(cloud: LocalCloud, newer: str, older: str, options: argparse.Namespa
         "dump_restore_seconds": round(baseline, 1),
         "dump_restore_rows_per_second": round(rows / baseline),
         "moves": moves,
-        "rollback_rate_ratio": round(baseline / moves[0]["step_seconds"], 2),
+        "rate_ratio_of_first_move": round(baseline / moves[0]["step_seconds"], 2),
     }
 
 
@@ -151,6 +155,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--metrics", type=int, default=1_000_000)
     parser.add_argument("--traces", type=int, default=0)
+    parser.add_argument("--upgrade-only", action="store_true", help="launch and fill the older image, and upgrade once")
     parser.add_argument("--base", default="debian12", help="source image of baked images (%(default)s)")
     return parser.parse_args()
 

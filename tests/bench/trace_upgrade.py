@@ -24,8 +24,10 @@ from tests.schema.private_cluster import private_cluster
 BEFORE, AFTER = "b7e2c1a4d9f3", "75868b020152"
 """AFTER is the migration that moves the analytics of traces to columns. BEFORE is the migration before AFTER."""
 
-FILL = """
+EXPERIMENT = """
 INSERT INTO experiments (experiment_id, name, artifact_location, lifecycle_stage) VALUES (0, 'Default', 'x', 'active');
+"""
+FILL = """
 INSERT INTO trace_info (request_id, experiment_id, timestamp_ms, execution_time_ms, status, request_preview)
 SELECT 'tr-' || md5(n::text), 0, 1700000000000 + n, 100, 'OK', 'question ' || n FROM generate_series(1, {traces}) n;
 INSERT INTO trace_tags (key, value, request_id)
@@ -64,7 +66,7 @@ def main() -> int:
         create_empty(cluster, "before")
         release_worker.create(cluster.uri("before"), BEFORE)
         with connection(cluster, "before") as opened:
-            run(opened, FILL.format(traces=options.traces))
+            run(opened, EXPERIMENT + FILL.format(traces=options.traces))
         seconds = {}
         for name in ("ours",) if options.without_baseline else ("ours", "mlflow"):
             copy_database(cluster, "before", name)

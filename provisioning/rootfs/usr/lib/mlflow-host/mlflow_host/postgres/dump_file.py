@@ -101,7 +101,7 @@ def fetch(bucket: Bucket, key: str, file: IO[bytes], *, recorded: bool = True) -
     """Download a dump to `file`, and return the dump's metadata. If a connection breaks, boto3 repeats a part of the
     file.
 
-    Raises DumpError if the content does not have the recorded digest. `recorded=False` omits this check."""
+    Raises DumpError if the content does not have the recorded digest, unless `recorded` is False."""
     from_bucket = s3_client(bucket)
     from_bucket.download_fileobj(bucket.name, key, file)
     if recorded:

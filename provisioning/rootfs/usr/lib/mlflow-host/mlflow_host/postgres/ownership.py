@@ -39,7 +39,7 @@ class PendingMerge:
 @dataclass(frozen=True)
 class OwnershipRecord:
     """`head` is the database's migration head. `count` is the number of migrations up to `head`. `waiting` lists the
-    pending merges; the merge with the newest migration head is first. An upgrade starts with the last one."""
+    pending merges: the merge with the newest migration head is first, and an upgrade starts with the last merge."""
 
     head: str
     count: int

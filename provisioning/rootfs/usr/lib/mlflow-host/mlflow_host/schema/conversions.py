@@ -151,4 +151,4 @@ TRACE_ANALYTICS = Conversion(
         + sorted(_DIMENSIONS | _SPAN_COSTS)
     ),
 )
-"""Reverses MLflow's migration 75868b020152. Its downgrade() does not exist in the older release."""
+"""Reverses MLflow's migration 75868b020152, whose downgrade() does not exist in the older release."""

@@ -21,7 +21,7 @@ SECONDS = 5.0
 
 
 def with_health(application: Application, uri: str) -> Application:
-    """Return `application` with the health check at `PATH`. Its status is 200, or 503 if a query in the database at
+    """Return `application` with the health check at `PATH`. The check returns 200, or 503 if a query in the database at
     `uri` fails."""
     engine = create_engine(uri, pool_size=1, max_overflow=0, pool_pre_ping=True)
     thread = ThreadPoolExecutor(1, "health")

@@ -44,7 +44,8 @@ def launch(variables: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def launcher() -> Any:
-    """Return MLflow's function that starts the job runner. Raises ImportError or AttributeError if MLflow lacks it."""
+    """Return MLflow's function that starts the job runner, or raise ImportError or AttributeError if MLflow lacks
+    it."""
     import mlflow.environment_variables as variables
     import mlflow.server.jobs.utils as utils
 

@@ -19,8 +19,8 @@ from google.protobuf.message import Message
 
 Check = Callable[[Any], None]
 Fields = dict[str, type | Check]
-"""For each field name of a message, the check of a value. For a scalar field, the check is a Python type. For any other
-field, the check is a function that raises NotPlain for a wrong value."""
+"""The checks of a message's fields, by field name. For a scalar field, the check is a Python type. For any other field,
+the check is a function that raises NotPlain for a wrong value."""
 
 TYPES: dict[int, type] = {
     FieldDescriptor.CPPTYPE_INT32: int,

@@ -1,5 +1,5 @@
-"""Report this process's load to `mlflow_host.monitor`: requests that wait for a thread, and open transactions'
-connections. The report needs no request thread and does not slow down requests."""
+"""Report this process's load to `mlflow_host.monitor`: requests that wait for a thread, and database connections in
+use. The report needs no request thread and does not slow down requests."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""All functions of MLflow and protobuf that a server process replaces (patches). Each patch has a target, a reason and
-a test.
+"""The patches: what a server process replaces in MLflow and protobuf. Each patch has a target, a reason and a test.
 
 Changes of MLflow's behaviour through public interfaces are in other modules. `db_connections` and `mlflow_checks` use
 SQLAlchemy's events. `refusals`, `request_limits` and `artifact_fence` use Flask's before_request. `artifact_fence` and
