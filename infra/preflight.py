@@ -179,7 +179,7 @@ def restore_summary(config: Settings) -> str:
     """One line that describes the effect of restoreFrom."""
     return (
         f"Restore of {config.restore_from}, if it was not restored to this data volume before: the current database is "
-        "kept aside, and the restored database is changed to the image's schema."
+        "kept on the data volume, and the restored database is changed to the image's schema."
     )
 
 

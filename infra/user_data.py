@@ -76,8 +76,8 @@ def cautions(config: Settings, image: Facts) -> list[str]:
     found = []
     if ignored:
         found.append(
-            f"{image.described} is older than {' and '.join(ignored)} of the launch document: it ignores them until a "
-            "newer image is pinned."
+            f"{image.described} is older than {' and '.join(ignored)} of the launch document: these keys have no "
+            "effect until a newer image is pinned."
         )
     fed = (*alarms.fed_by(image.launch_revision), alarms.STATUS_CHECK)
     if unfed := [name for name in config.alarms if name not in fed]:

@@ -125,7 +125,7 @@ def test_database_without_mlflow_migrations_is_refused_and_unchanged(at: At) -> 
     create_empty(cluster, cluster.database)
     with connection(cluster, cluster.database) as opened:
         run(opened, "CREATE TABLE accounts (id integer)")
-    with pytest.raises(StepFailed, match=r"holds tables but none of MLflow's migrations.*move it aside"):
+    with pytest.raises(StepFailed, match=r"holds tables but none of MLflow's migrations.*rename it"):
         database.bring(settings, print)
     with connection(cluster, cluster.database) as opened:
         assert value(opened, "SELECT count(*) FROM accounts") == 0

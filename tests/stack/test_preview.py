@@ -482,5 +482,5 @@ def test_another_postgresql_major_is_taken_with_a_dump_to_restore() -> None:
 
 def test_preview_describes_the_restore() -> None:
     (said,) = [line for _, line in run(backed_up(), restoreFrom="latest").log if line.startswith("Restore of latest")]
-    assert "the current database is kept aside" in said
+    assert "the current database is kept on the data volume" in said
     assert not [line for _, line in run().log if line.startswith("Restore")]

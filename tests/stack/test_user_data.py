@@ -181,7 +181,7 @@ def test_an_older_image_gets_no_key_that_it_would_refuse() -> None:
     assert document(older).backups == launch.Backups(retention_days=7)
     assert [line for _, line in older.log if "older" in line] == [
         f"{NEW} (MLflow 3.17.2, image 20261122T101500Z) is older than backups.endpoint and backups.authority of the "
-        "launch document: it ignores them until a newer image is pinned."
+        "launch document: these keys have no effect until a newer image is pinned."
     ]
     newer = configured()
     assert document(newer).backups.endpoint == "https://10.0.0.1"

@@ -2,8 +2,8 @@
 name.
 
 Objects with a random ID keep their ID. If this server already has an object with the same random ID, it is the same
-object from an earlier adoption. A later adoption finds an experiment that was adopted earlier by its tag ADOPTED_TAG,
-and a registered model by its name and creation time.
+object from an earlier adoption. A later adoption uses the tag ADOPTED_TAG to find an experiment of an earlier adoption,
+and the name and creation time to find a registered model.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ class Live:
 
 @dataclass
 class Settlement:
-    """ID or name in the source → new ID or name. None means that the object is left out, because of `--on-clash
-    skip`."""
+    """ID or name in the source → new ID or name. None: `--on-clash skip` leaves the object out."""
 
     experiments: dict[str, int | None] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)

@@ -1,9 +1,9 @@
 """Merge the prepared rows into the database in service, in one transaction, while the server stays up.
 
 The rows of the previous adoption of the same source are the base of a three-way merge (`schema.merging`). Changes that
-the source made since then are merged, and changes that this server made since then stay. The transaction of the merge
-also renames the prepared database, which becomes the base of the next merge. The prepared database therefore becomes
-the base only if its rows are in service.
+the source made after the previous adoption are merged; changes that this server made after it stay. The transaction of
+the merge also renames the prepared database, which becomes the base of the next merge. The prepared database therefore
+becomes the base only if its rows are in service.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     prepare   load the source's rows into a separate database, migrate it to this image's schema, and resolve IDs, names
               and locations. The database in service does not change.
     load      dump the database in service, then merge the prepared rows into it in one transaction.
-    report    store the verdict of scripts/adopt.py in this machine's reports.
+    report    store the final report of scripts/adopt.py in this machine's reports.
 
 If the unit is killed at any moment, the database in service contains either none or all of the new rows. The formats
 are in `contract.adoption`.
@@ -306,7 +306,7 @@ def refusals(settled: conflicts.Settlement, left: list[LeftBehind], request: Req
             f"{len(settled.clashes)} names are in use on the server: add --prefix NAME/, or --on-clash skip or rename"
         )
     if left and not request.lossy:
-        told.append(f"{sum(entry.count for entry in left)} values or rows do not fit: --lossy adopts the rest")
+        told.append(f"{sum(entry.count for entry in left)} values or rows cannot be stored: --lossy adopts the rest")
     return told
 
 

@@ -91,7 +91,7 @@ def fill(opened: Any, catalog: Catalog, manifest: Manifest) -> list[LeftBehind]:
 
 
 def _fill_table(opened: Any, catalog: Catalog, table: str, held: Iterable[str], *, check: bool) -> list[LeftBehind]:
-    """Copy the staged rows of one table. With `check`, test each value in columns of another type than text, because
+    """Copy the staged rows of one table. With `check`, test each value in the columns that are not text, because
     PostgreSQL has failed to convert one of these values to its column's type."""
     columns, expressions = [], []
     misfits: list[tuple[str, str, str, str]] = []
@@ -146,7 +146,7 @@ def _unknown_columns(opened: Any, table: str, columns: list[str]) -> list[LeftBe
 
 def remove_orphans(opened: Any, catalog: Catalog, reason: str = "the parent row is missing") -> list[LeftBehind]:
     """Delete rows that refer to a missing row, and repeat the deletion until no row refers to a missing row. Returns
-    their numbers."""
+    the numbers of deleted rows."""
     counts: dict[tuple[str, str], int] = {}
     taken = True
     while taken:

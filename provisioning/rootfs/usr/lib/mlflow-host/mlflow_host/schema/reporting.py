@@ -122,11 +122,15 @@ def as_text(report: ChangeReport) -> str:
             f"merged back from {database}",
             (
                 f"{r.table}: {r.rows} rows inserted, {r.values} updated, {r.dropped} omitted (no parent row), "
-                f"{r.refused} omitted (key in use)" for r in found ), ) lines += _section("notes", report.notes) lines
-                += _section("MLflow's stores returned", (f"{name}: {number}" for name, number in
-                report.answers.items())) lines += _section("MLflow could not read", report.unread) lines +=
-                _section("seconds", (f"{name}: {taken:.1f}" for name, taken in report.seconds.items())) return
-                "\n".join(lines) + "\n"
+                f"{r.refused} omitted (key in use)"
+                for r in found
+            ),
+        )
+    lines += _section("notes", report.notes)
+    lines += _section("MLflow's stores returned", (f"{name}: {number}" for name, number in report.answers.items()))
+    lines += _section("MLflow could not read", report.unread)
+    lines += _section("seconds", (f"{name}: {taken:.1f}" for name, taken in report.seconds.items()))
+    return "\n".join(lines) + "\n"
 
 
 def as_mapping(report: ChangeReport) -> dict[str, Any]:

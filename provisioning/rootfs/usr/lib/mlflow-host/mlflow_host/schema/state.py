@@ -57,8 +57,9 @@ def read_state(cluster: Cluster) -> SchemaState:
         if revision is None and set(read_catalog(opened).tables) - {BOOKKEEPING}:
             raise StepFailed(
                 f"the database {cluster.database} holds tables but none of MLflow's migrations: it is not an MLflow "
-                "database; rename it (ALTER DATABASE … RENAME TO …) and start the machine again" ) return
-                SchemaState(True, revision, found)
+                "database; rename it (ALTER DATABASE … RENAME TO …) and start the machine again"
+            )
+    return SchemaState(True, revision, found)
 
 
 def nothing_left_over(settings: ChangeSettings) -> bool:

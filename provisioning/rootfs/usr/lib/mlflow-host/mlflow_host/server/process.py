@@ -5,9 +5,9 @@ This command runs process 1, which listens on /run/mlflow/server-1.sock:
     python -m mlflow_host.server.process 1
 
 `mlflow server` would start the same application with a parent process, a job runner and workers that share one socket.
-That parent process would pass settings in private environment variables, which `environment.private_environment` sets
-instead. The bake compares these variables with the variables that the installed `mlflow server` sets
-(`bake.check_release`).
+The parent of `mlflow server` passes settings to the workers in private environment variables, which this process sets
+itself (`environment.private_environment`). The bake compares these variables with the variables that the installed
+`mlflow server` sets (`bake.check_release`).
 
 A process opens its socket after a test request has read from PostgreSQL. The process never changes the database schema;
 only the database step changes the schema.
