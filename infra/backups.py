@@ -19,9 +19,9 @@ KEYS = 10_000
 def restore_from(
     config: Settings, found: Existing, bucket: pulumi.Output[str], opts: pulumi.ResourceOptions
 ) -> pulumi.Output[str]:
-    """The setting restoreFrom, as an output that Pulumi resolves after the backup was found. Pulumi creates the
-    resources that depend on this output after the check. The output fails with pulumi.RunError if the backup does not
-    exist.
+    """The setting restoreFrom, as an output that Pulumi resolves after the backup was found. Pulumi creates resources
+    that depend on this output only after it has found the backup. The output fails with pulumi.RunError if the backup
+    does not exist.
 
     A value that an earlier `pulumi up` has checked is not checked again: the machine restores each value only once, and
     the backup may have expired after the restore.

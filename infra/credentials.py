@@ -24,8 +24,8 @@ from preflight import Existing
 from settings import ADMIN, Settings
 
 WRITTEN_ONCE = ["value", "description", "tier", "keyId"]
-"""Properties whose changes Pulumi ignores after it has created the parameter. The list does not contain only the value,
-because the provider also writes the value from Pulumi's state when any other property changes."""
+"""Properties whose changes Pulumi ignores after it has created the parameter. The list contains more properties than
+`value`, because the provider also writes the value from Pulumi's state when any other property changes."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Facts:
     mlflow_version: str
     migration_head: str
     migration_count: int
-    """Number of migrations up to and including the head. A newer schema has a higher number."""
+    """Number of migrations up to and including the head. A newer schema has more migrations."""
     postgresql_major: int
     launch_revision: int = field(default=1, compare=False)
     """Revision of the launch document that the image reads."""

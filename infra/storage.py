@@ -16,11 +16,10 @@ from settings import Settings
 UPLOAD_DAYS = 7
 """Days after which S3 deletes the parts of an unfinished upload."""
 ELSEWHERE = ["lifecycleRules", "policy", "serverSideEncryptionConfiguration", "versioning"]
-"""Bucket properties that other Pulumi resources manage. Pulumi ignores their changes in the bucket resource. Otherwise,
-the next `pulumi up` would remove properties that `pulumi refresh` has read into the bucket's state
-(pulumi/pulumi-aws#6244)."""
+"""Bucket properties that other Pulumi resources manage. The bucket resource ignores these properties, because `pulumi
+up` would otherwise remove values that `pulumi refresh` has read into the bucket's state (pulumi/pulumi-aws#6244)."""
 NAME_ONCE_GIVEN = ["bucket"]
-"""Pulumi keeps the name of an imported bucket. Otherwise, Pulumi would choose a new name and replace the bucket."""
+"""Pulumi keeps the name of an imported bucket, instead of choosing a new name and replacing the bucket."""
 
 
 @dataclass(frozen=True)

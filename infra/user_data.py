@@ -1,5 +1,5 @@
-"""User-data: a cloud-config with the launch document. This module checks the document with the code that reads the
-document on the machine."""
+"""User-data: a cloud-config with the launch document. This module checks the launch document with the code that reads
+it on the machine."""
 
 from __future__ import annotations
 

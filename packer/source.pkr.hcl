@@ -23,16 +23,17 @@ source "amazon-ebs" "mlflow" {
   run_tags                    = merge(local.tags, { "Name" = "mlflow-ami builder" })
   run_volume_tags             = merge(local.tags, { "Name" = "mlflow-ami builder" })
 
-  # The builder and the image require IMDSv2. Packer 1.6 does not have the arguments imds_support and metadata_options,
-  # so scripts/bake.py removes these arguments for Packer 1.6 and requires IMDSv2 itself. The builder has no instance
-  # profile, so its metadata service returns no credentials. From 1.7:
+  # The builder and the image require IMDSv2. Packer 1.6 does not have the arguments below, so scripts/bake.py removes
+  # them for Packer 1.6 and requires IMDSv2 itself. The builder has no instance profile, so its metadata service returns
+  # no credentials.
+  # BEGIN Packer 1.7 and later
   imds_support = "v2.0"
   metadata_options {
     http_endpoint               = "enabled"
     http_tokens                 = "required"
     http_put_response_hop_limit = 1
   }
-  # End of what needs 1.7.
+  # END Packer 1.7 and later
 
   # The root volume is encrypted when it is created. With encrypt_boot, Packer would copy an unencrypted image.
   launch_block_device_mappings {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Rehearse an upgrade and a rollback, twice, and count lost data. The server's images are FROM, TO, FROM, TO.
+"""Rehearse an upgrade, a rollback and a second upgrade, and count lost data. The images are FROM, TO, FROM, TO.
 
 The drill launches its own server on the local cloud from the image FROM. An ordinary MLflow client writes every kind of
 object that MLflow stores: runs with long metric histories, nested and deleted runs, datasets, logged and registered

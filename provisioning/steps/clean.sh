@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-
 # Bake step: remove the builder's identity, keys, credentials, logs and caches. assert_image.py checks the result.
 set -euo pipefail
 

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-
 # Bake step: install PostgreSQL without a cluster, nginx, Python, and the tools for backups and certificates.
 set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-
 # Bake step: copy rootfs/ to / with root as the owner. Files that start with #! get mode 0755, all others get mode 0644.
 set -euo pipefail
 

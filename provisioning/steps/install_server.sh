@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-
 # Bake step: install the packages of requirements.lock in the server's environment /opt/mlflow, and byte-compile them.
 set -euo pipefail
 umask 022

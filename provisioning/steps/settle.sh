@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-
 # Bake step: wait for the end of the first boot, stop all services that lock apt, and create the folder for uploads.
 set -euo pipefail
 

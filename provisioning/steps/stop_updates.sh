@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-
 # Bake step: turn off automatic updates. To update packages, bake a new image.
 set -euo pipefail
 

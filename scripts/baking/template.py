@@ -34,7 +34,7 @@ def stage(bake: Bake, packer: Packer, mlflow_version: str | None) -> Bake:
 
 def for_packer_1_6(template: str) -> str:
     """The template for Packer releases before 1.7, without the marked blocks that these releases refuse."""
-    return re.sub(r" *# From 1\.7:\n.*? *# End of what needs 1\.7\.\n", "", template, flags=re.DOTALL)
+    return re.sub(r" *# BEGIN Packer 1\.7 and later\n.*? *# END Packer 1\.7 and later\n", "", template, flags=re.DOTALL)
 
 
 def digest(bake: Bake, source: SourceImage | None) -> str:

@@ -164,8 +164,8 @@ def login_cost(contenders: list[Contender], options: argparse.Namespace) -> list
 
 
 def launches(folder: Path) -> dict[str, Any]:
-    """Return the last results of `python -m tests.bench.launches`, or {} if there are none."""
-    measured = folder / "launches.json"
+    """Return the last results of `python -m tests.bench.bake_and_launch`, or {} if there are none."""
+    measured = folder / "bake_and_launch.json"
     return {"launches": json.loads(measured.read_text())} if measured.exists() else {}
 
 

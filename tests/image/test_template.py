@@ -95,7 +95,7 @@ def test_image_and_builder_answer_imdsv2_only_with_every_packer() -> None:
     assert re.search(r'^    http_tokens +=  *"required"$', whole, re.MULTILINE)
     old = template.for_packer_1_6(whole)
     assert "imds_support" not in old and "metadata_options" not in old
-    before, after = whole.split("  # From 1.7:\n")[0], whole.split("  # End of what needs 1.7.\n")[1]
+    before, after = whole.split("  # BEGIN Packer 1.7")[0], whole.split("  # END Packer 1.7 and later\n")[1]
     assert old == before + after
 
 

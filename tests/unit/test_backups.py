@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from mlflow_host.backups import archive, base, check, dump, recovery_points, restore
+from mlflow_host.backups import archive, base, check, dump, restore_choice, restore
 from mlflow_host.backups.check import SegmentQueue
 from mlflow_host.backups.last_runs import LastRuns, is_due, stamp
-from mlflow_host.backups.recovery_points import BaseBackup, Dump, RecoveryPoint, RecoveryPoints, StanzaRange
+from mlflow_host.backups.restore_choice import BaseBackup, Dump, RecoveryPoint, RecoveryPoints, StanzaRange
 from mlflow_host.contract import launch, restore_request, sizing
 from mlflow_host.machine import config, nginx
 from mlflow_host.machine.status import step
@@ -234,7 +234,7 @@ PLANTED = [
 def test_only_dumps_of_ours_directly_below_dumps_are_listed_and_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = [f"dumps/{NIGHTLY}", "dumps/20261123T013300Z-before-change-None.dump", "dumps/20261124T013300Z-gc-abc.dump"]
     store = Listing(*ours, f"{ours[0]}.sha256", *PLANTED)
-    there = recovery_points.list_recovery_points(None, store, "bbb")
+    there = restore_choice.list_recovery_points(None, store, "bbb")
     assert [each.key for each in there.dumps] == ours
     assert [each.recorded for each in there.dumps] == [True, False, False]
     monkeypatch.setattr(dump_file, "s3_client", lambda bucket: store)
@@ -245,20 +245,20 @@ def test_only_dumps_of_ours_directly_below_dumps_are_listed_and_deleted(monkeypa
 
 @pytest.mark.parametrize("key", PLANTED)
 def test_a_planted_dump_is_chosen_neither_by_age_nor_by_name(key: str) -> None:
-    there = recovery_points.list_recovery_points(None, Listing(key, f"{key}.sha256"), "bbb")
+    there = restore_choice.list_recovery_points(None, Listing(key, f"{key}.sha256"), "bbb")
     for value in ("latest", key):
         with pytest.raises(BackupError):
-            recovery_points.choose(value, there, 15, None, NOW)
+            restore_choice.choose(value, there, 15, None, NOW)
 
 
 def test_a_dump_without_a_digest_is_restored_by_its_name_only() -> None:
     old, new = DUMPS[0], dataclasses.replace(DUMPS[1], recorded=False)
     there = RecoveryPoints((), (old, new))
-    assert recovery_points.choose("latest", there, 15, None, NOW).dump == old
-    assert recovery_points.choose(new.key, there, 15, None, NOW).dump == new
-    assert "no digest" in recovery_points.table(there)[2] and "no digest" not in recovery_points.table(there)[1]
+    assert restore_choice.choose("latest", there, 15, None, NOW).dump == old
+    assert restore_choice.choose(new.key, there, 15, None, NOW).dump == new
+    assert "no digest" in restore_choice.table(there)[2] and "no digest" not in restore_choice.table(there)[1]
     with pytest.raises(BackupError, match="nothing to restore"):
-        recovery_points.choose("latest", RecoveryPoints((), (new,)), 15, None, NOW)
+        restore_choice.choose("latest", RecoveryPoints((), (new,)), 15, None, NOW)
 
 
 # Stale backups
@@ -469,7 +469,7 @@ THERE = RecoveryPoints((FIRST, SECOND), DUMPS)
 
 
 def chosen(value: str, there: RecoveryPoints = THERE, major: int = 15, ours: Stanza | None = None) -> RecoveryPoint:
-    return recovery_points.choose(value, there, major, ours, NOW)
+    return restore_choice.choose(value, there, major, ours, NOW)
 
 
 def test_latest_is_the_end_of_the_newest_stanza() -> None:
@@ -533,11 +533,11 @@ def test_inventory_lists_the_newest_names_once_and_their_number() -> None:
         def paginate(self, **_: str) -> list[dict[str, Any]]:
             return [{"Contents": contents}, {"Contents": contents}]
 
-    there = recovery_points.list_recovery_points(None, Store(), "b")
+    there = restore_choice.list_recovery_points(None, Store(), "b")
     assert [found.key for found in there.dumps] == nights
     weeks = tuple(dataclasses.replace(FIRST.bases[0], label=f"202611{day:02}-010000F") for day in range(1, 29))
     histories = tuple(dataclasses.replace(FIRST, bases=weeks) for _ in range(9))
-    told = recovery_points.inventory(RecoveryPoints(histories, there.dumps))
+    told = restore_choice.inventory(RecoveryPoints(histories, there.dumps))
     assert told.endswith(f" and dumps {', '.join(nights[-3:])} (the newest 3 of 30)")
     assert all(told.count(name) == 1 for name in nights[-3:])
     assert len(told) < 900
@@ -592,11 +592,11 @@ def test_stanza_range_is_read_from_pgbackrest_info() -> None:
             assert Prefix == f"{folder}/0000000100000000000000AB"
             return {"Contents": [{"LastModified": NOW}]}
 
-    found = recovery_points.stanza_range(entry, Store(), "bbb")
+    found = restore_choice.stanza_range(entry, Store(), "bbb")
     assert found is not None
     assert [each.label for each in found.bases] == ["20261102-080000F"], "a backup with errors is ignored"
     assert found.until == NOW
-    assert recovery_points.stanza_range({**entry, "backup": []}, Store(), "bbb") is None
+    assert restore_choice.stanza_range({**entry, "backup": []}, Store(), "bbb") is None
 
 
 # Interrupted restores

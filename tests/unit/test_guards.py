@@ -61,7 +61,7 @@ GUARDS = [
     ("markers", f"{HOST}/machine/nginx.py", "in found[MARKERS:]:", "in []:", OF_SITE + "number_of_login_files"),
     ("planted dump", f"{CONTRACT}/restore_request.py", "return _OURS.fullmatch(key) is not None",
      'return key.endswith(".dump")', "tests/unit/test_backups.py::planted"),
-    ("dump without a digest", f"{HOST}/backups/recovery_points.py", " if dump.recorded), None)", "), None)",
+    ("dump without a digest", f"{HOST}/backups/restore_choice.py", " if dump.recorded), None)", "), None)",
      "tests/unit/test_backups.py::without_a_digest"),
     ("digest", f"{HOST}/postgres/dump_file.py", "if written[:1] != [found]:", "if False:",
      "tests/unit/test_one_cut.py::dump_with_another_content"),

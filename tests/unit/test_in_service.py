@@ -12,7 +12,7 @@ from typing import Any
 import boto3
 import pytest
 
-from mlflow_host.boot import report_in_service
+from mlflow_host.boot import publish_schema
 from mlflow_host.contract import in_service, launch
 from mlflow_host.machine import aws, config
 from tests.support.moto_server import moto_server
@@ -61,7 +61,7 @@ def test_stack_reads_the_machines_report(
     client.put_parameter(Name=NAME, Type="String", Value="not reported yet")
     assert in_service.parse(client.get_parameter(Name=NAME)["Parameter"]["Value"]) is None
     before = datetime.now(UTC).replace(microsecond=0)
-    assert report_in_service.main() == 0
+    assert publish_schema.main() == 0
     found = in_service.parse(client.get_parameter(Name=NAME)["Parameter"]["Value"])
     assert found and dataclasses.replace(found, at="") == in_service.InService(
         "vol-0123456789abcdef0", "20261122T101500Z", "3.17.2", "dc11669786a5", 67, 15, ""
@@ -73,7 +73,7 @@ def test_a_stack_that_names_no_parameter_gets_no_report(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_machine(monkeypatch, tmp_path, "http://127.0.0.1:9", parameter="")
-    assert report_in_service.main() == 0
+    assert publish_schema.main() == 0
     assert capsys.readouterr().err == ""
 
 
@@ -81,7 +81,7 @@ def test_a_report_that_cannot_be_written_is_tried_again_by_systemd(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_machine(monkeypatch, tmp_path, "http://127.0.0.1:9")
-    assert report_in_service.main() == 2
+    assert publish_schema.main() == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"mlflow-host: {NAME} could not be written: ") and "ssm:PutParameter" in line
     unit = Path(__file__).parents[2] / "provisioning/rootfs/usr/lib/systemd/system/mlflow-host-in-service.service"

@@ -52,7 +52,7 @@ NOT_RUN = {
     ".venv/bin/python -m tests.bench --only log-metric --clients 1 8": "takes many minutes",
     '.venv/bin/python -m tests.bench --only nothing --files "1 GB" --rounds 5 --contenders ours --no-growth': "as well",
     ".venv/bin/python -m tests.bench.against HEAD~20": "takes many minutes",
-    "sudo -E .venv/bin/python -m tests.bench.launches": "takes many minutes",
+    "sudo -E .venv/bin/python -m tests.bench.bake_and_launch": "takes many minutes",
     "sudo -E .venv/bin/python -m tests.bench.machine": "takes ten minutes of full load",
     "sudo -E .venv/bin/python -m tests.bench.machine --connections 200": "takes minutes of full load",
     "sudo apt-get install qemu-user-static arch-test": "installs packages; these six were run by hand as root",

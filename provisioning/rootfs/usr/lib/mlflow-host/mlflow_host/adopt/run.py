@@ -61,7 +61,8 @@ class AdoptSettings:
     bucket: dump_file.Bucket
     reports: Path
     blank: Path | None
-    """Dump of an empty database of the image's schema. None (only in tests): MLflow creates the empty database."""
+    """Dump of an empty database of the image's schema. None, only in tests, means that MLflow creates the empty
+    database."""
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
 
 

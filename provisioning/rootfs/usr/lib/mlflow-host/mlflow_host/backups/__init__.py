@@ -11,6 +11,6 @@ base                         timer: take base backups, soon after the first boot
 dump                         timer and command mlflow-host-dump: take dumps.
 check                        timer: report the ages of backups, and fail if a backup is too old.
 last_runs                    files on the data volume with the time of the last success of each kind of backup.
-recovery_points              list the backups in the bucket, and find the backup of a restore request.
+restore_choice              list the backups in the bucket, and find the backup of a restore request.
 restore                      boot step before PostgreSQL, and command mlflow-host-restore: restore a backup.
 """

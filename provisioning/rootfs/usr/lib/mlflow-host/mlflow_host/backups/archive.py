@@ -3,8 +3,8 @@
 PostgreSQL has no access to the instance's credentials, but this service has access. PostgreSQL's archive_command
 (`pgbackrest_archive_command.py`) sends a segment's name over a Unix socket, and returns the reply to PostgreSQL.
 PostgreSQL keeps each segment until it is archived. While the bucket is unreachable, segments wait on the data volume,
-up to WAITING_SHARE of the volume. If more segments wait, the service skips segments. The timer `check` then reports a
-gap, and the next base backup is a full backup.
+up to WAITING_SHARE of the volume. If the waiting segments exceed WAITING_SHARE, the service skips segments. The timer
+`check` then reports a gap, and the next base backup is a full backup.
 
     python -m mlflow_host.backups.archive        as the OS user postgres
 """
@@ -28,8 +28,8 @@ WAITING_SHARE = 0.2
 """Share of the data volume that waiting segments may use."""
 LEAST_WAITING = 256 << 20
 BETWEEN_TRIES = timedelta(minutes=1)
-"""If too many segments wait and a push fails, the service skips further segments for this time, without trying to push
-them. The queue therefore shrinks faster than new writes fill it."""
+"""If too many segments wait and a push fails, the service skips further segments during this interval, without trying
+to push them. The queue therefore shrinks faster than new writes fill it."""
 REQUEST_SECONDS = 10
 """Longest time that the service waits for the segment's name from the archive_command."""
 

@@ -86,8 +86,8 @@ def take(
 
 
 def is_empty() -> bool:
-    """Whether the database in service contains no run, model, trace or experiment of a user. A restore of "latest"
-    ignores backups without data.
+    """Return True if the database in service contains no run, model, trace or experiment of a user. A restore of
+    "latest" ignores backups without data.
 
     Raises BackupError if PostgreSQL does not answer."""
     cluster = Cluster(host=str(config.POSTGRESQL_SOCKETS))

@@ -21,7 +21,7 @@ from mlflow_host.postgres.pgbackrest import Stanza, archives, stanza_of
 
 ARCHIVE_PATIENCE = timedelta(minutes=2)
 """Longest time for which a finished segment may wait until it is archived. If a segment waits longer and the volume is
-lost, more than a minute of writes is lost."""
+lost, the writes of more than a minute are lost."""
 DAILY_PATIENCE = timedelta(hours=36)
 FIRST_PATIENCE = timedelta(hours=1)
 """Longest time from the start of a stanza to its first base backup and its first dump."""

@@ -38,9 +38,9 @@ from typing import Any
 
 import psycopg2
 
-from mlflow_host.backups import recovery_points
+from mlflow_host.backups import restore_choice
 from mlflow_host.backups.last_runs import LastRuns, stamp
-from mlflow_host.backups.recovery_points import RecoveryPoint, RecoveryPoints
+from mlflow_host.backups.restore_choice import RecoveryPoint, RecoveryPoints
 from mlflow_host.contract.launch import LaunchDocument
 from mlflow_host.machine import atomic_file, config
 from mlflow_host.machine.status import BootStep, StepFailed, step
@@ -184,9 +184,9 @@ def command(what: str, *, sure: bool) -> int:
     host, place = config.load(), this_machine()
     there = available(place, host.launch)
     if what == "list":
-        print("\n".join(recovery_points.table(there)))
+        print("\n".join(restore_choice.table(there)))
         return 0
-    chosen = recovery_points.choose(what, there, place.major, stanza_of(place.live), datetime.now(UTC))
+    chosen = restore_choice.choose(what, there, place.major, stanza_of(place.live), datetime.now(UTC))
     aside = "The current data is kept under a new name. MLflow is down during the restore."
     print(f"This restores {chosen.described()}. {aside}", file=sys.stderr)
     if not sure and not confirmed():
@@ -247,7 +247,7 @@ def perform(place: RestorePaths, document: LaunchDocument, s: BootStep) -> str:
     try:
         there = available(place, document)
         ours, now = stanza_of(place.live), datetime.now(UTC)
-        chosen = recovery_points.choose(value, there, place.major, ours, now)
+        chosen = restore_choice.choose(value, there, place.major, ours, now)
         s.say(f"restoring {chosen.described()}")
         note = {"value": document.backups.restore_from, "asked": value, "at": stamp(now), "what": chosen.described()}
         if chosen.dump:
@@ -271,7 +271,7 @@ def perform(place: RestorePaths, document: LaunchDocument, s: BootStep) -> str:
 def available(place: RestorePaths, document: LaunchDocument) -> RecoveryPoints:
     bucket = pgbackrest.bucket(document)
     reader = place.repository(place.live) if place.archiving else None
-    return recovery_points.list_recovery_points(reader, dump_file.s3_client(bucket), bucket.name)
+    return restore_choice.list_recovery_points(reader, dump_file.s3_client(bucket), bucket.name)
 
 
 # Restore of a base backup, and replay of the log that was archived after the backup

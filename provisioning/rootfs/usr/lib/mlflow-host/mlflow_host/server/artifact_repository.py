@@ -1,6 +1,6 @@
 """MLflow's artifact repository in two buckets: one for logged models, one for other artifacts.
 
-MLflow finds these classes through `mlflow_host.server.plugins`, by the scheme of the artifacts destination:
+MLflow finds these classes through `mlflow_host.server.mlflow_entry_points`, by the scheme of the artifacts destination:
 
 - mlflow-host://<artifacts bucket>/<models bucket>[/prefix]: clients get presigned URLs.
 - mlflow-host-proxied://<artifacts bucket>/<models bucket>[/prefix]: all bytes pass through the server.

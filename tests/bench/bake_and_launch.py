@@ -1,11 +1,11 @@
 """Benchmark: duration of a bake, of a launch, and of a swap to another image with the same schema, on the local cloud.
 
-    .venv/bin/python -m tests.bench.launches             medians of two bakes, three launches and four swaps
-    .venv/bin/python -m tests.bench.launches --rounds 1
+    .venv/bin/python -m tests.bench.bake_and_launch             medians of two bakes, three launches and four swaps
+    .venv/bin/python -m tests.bench.bake_and_launch --rounds 1
 
 A launch lasts from RunInstances to the first authenticated response with status 200. The outage of a swap lasts from
 the old machine's last authenticated 200 to the new machine's first authenticated 200, like in the drill. The script
-prints JSON on stdout and writes it to build/bench/launches.json. The report of `python -m tests.bench` reads this file.
+prints JSON on stdout and writes it to build/bench/bake_and_launch.json. The report of `python -m tests.bench` reads this file.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def two_images(cloud: Any, bakes: int) -> tuple[list[float], list[str]]:
     finished = [each for each in find(stack.clients(cloud)("ec2")) if each.finished]
     newest = [each.id for each in sorted(finished, key=lambda each: each.created)][-2:]
     if len(newest) < 2:
-        raise SystemExit(f"launches: a swap needs two images, but there are {len(newest)}: bake with --bakes 2")
+        raise SystemExit(f"bake_and_launch: a swap needs two images, but there are {len(newest)}: bake with --bakes 2")
     return seconds, newest
 
 
@@ -99,16 +99,16 @@ def boot_steps(cloud: Any, server: Server) -> dict[str, float]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.launches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.bench.bake_and_launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3, help="number of launches; there is one more swap (3)")
     parser.add_argument("--bakes", type=int, default=2, help="number of bakes; 0: use the two newest images (2)")
-    parser.add_argument("--out", type=Path, default=Path("build/bench/launches.json"))
+    parser.add_argument("--out", type=Path, default=Path("build/bench/bake_and_launch.json"))
     return parser.parse_args()
 
 
 def say(text: str) -> None:
-    print(f"launches: {text}", file=sys.stderr, flush=True)
+    print(f"bake_and_launch: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
