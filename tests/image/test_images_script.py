@@ -498,7 +498,7 @@ def test_image_in_use_is_refused(aws: Place, verb: str) -> None:
     assert "mlflow-ami:keep" in refused(verb, one)
     aws.ec2.delete_tags(Resources=[one], Tags=[{"Key": "mlflow-ami:keep"}])
     stack(aws, "prod", one, two)
-    assert "it is the last image that the stack prod can roll back to" in refused(verb, one)
+    assert "it is the last x86_64 image to which the stack prod can roll back" in refused(verb, one)
     run(verb, two, "--dry-run", status=2)  # a channel names the stack's current image
     zero = make(aws, "20261031T000000Z")
     kept = catalog.named(catalog.find(aws.ec2), one)
