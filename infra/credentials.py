@@ -84,7 +84,7 @@ def build(config: Settings, found: Existing, volume: pulumi.Resource, opts: pulu
 
     def published(name: str, description: str, value: str) -> aws.ssm.Parameter:
         """A parameter with a placeholder, whose value the machine writes later. Because Pulumi creates the parameter,
-        `pulumi destroy` deletes it, and the machine needs no right to create parameters."""
+        the deletion of the stack deletes it, and the machine needs no right to create parameters."""
         return parameter(name, description, "String", value, credentials, ignore_changes=WRITTEN_ONCE)
 
     # Pulumi creates the parameter `credentials` after the data volume and before the other parameters. If the state is

@@ -168,7 +168,7 @@ def test_failed_drill_ends_the_job(cloud: MotoCloud, hosted: Runner) -> None:
 
 def test_unknown_image_is_refused(cloud: MotoCloud, hosted: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     hosted.take("bake", "diff", status=2, IMAGE="ami-0123456789abcdef0", CHANNEL="staging")
-    assert "::error::there is no image ami-0123456789abcdef0" in capsys.readouterr().out
+    assert "::error::the region has no image ami-0123456789abcdef0" in capsys.readouterr().out
 
 
 def test_source_image_is_passed_on(hosted: Runner, capsys: pytest.CaptureFixture[str]) -> None:
