@@ -40,7 +40,7 @@ class Parameters:
     reader: aws.ssm.Parameter | None
     """SecureString: password of the role that reads the database over the network. None if postgresCidrs is empty."""
     in_service: aws.ssm.Parameter
-    """String: the image whose schema the database in service has. The machine writes it."""
+    """String: the image with which the database in service was last used. The machine writes this parameter."""
 
     @property
     def ready(self) -> list[pulumi.Resource]:

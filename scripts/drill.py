@@ -203,7 +203,7 @@ def launch(ami: str, replaced: dict[str, Any]) -> tuple[dict[str, Any], float | 
 def visit(
     expected: ExpectedWrites, worker: WorkerClient, server: dict[str, Any], number: int, did: str, outage: float | None
 ) -> Stop:
-    """Run one stop: read the data of earlier stops, compare the data with what was written, and write more data."""
+    """Read the data of the earlier images, compare the data with the written data, and write more data."""
     release, url = server["mlflow_version"], server["url"]
     try:
         say("reading back what was written" if number > 1 else "writing")

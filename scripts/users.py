@@ -198,7 +198,7 @@ def first_admin(users: Users) -> str:
 
 
 def stored(stack: ConnectedStack, users: Users, name: str, password: str) -> str:
-    """Return the hash of `password`, or `password` itself if connect.py can read it only from this user's entry."""
+    """Return the hash of `password`, or `password` itself if connect.py has no other parameter to read."""
     clear = not own_parameter(stack) and not credentials.HASHED.fullmatch(users[name]["password"])
     return password if clear else credentials.hashed(password)
 

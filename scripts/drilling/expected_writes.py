@@ -15,8 +15,8 @@ LISTS_OF_LATEST = {"latest_version", "latest_versions"}
 """Fields of a registered model that repeat the data of its versions."""
 
 UNKNOWN_TO_OLDER = {"links"}
-"""Lists that an older server stores but returns as empty lists. As of MLflow 3.13, servers return the links of
-spans."""
+"""Fields with a list that an older server stores, but returns empty. Servers return the links of spans from MLflow 3.13
+on."""
 
 NARROWEST = 5000
 """If another release returns at least this number of a text's characters, the text is not lost. An older release may

@@ -23,7 +23,7 @@ DescribePrefixLists returns the CIDR blocks of each prefix list.
 DescribeVpcs: the ID of a DHCP options set begins with dopt-.
 RemoveRoleFromInstanceProfile returns NoSuchEntity if the instance profile does not contain the role. In
   moto, RemoveRoleFromInstanceProfile then returns the HTTP status 500.
-CreateInstanceProfile, "IAM identifiers" (IAM User Guide): the ID of an instance profile begins with AIPA.
+CreateInstanceProfile returns an ID that begins with AIPA (IAM User Guide, "IAM identifiers").
 EnableImageDeprecation and DisableImageDeprecation do not exist in moto.
 DescribeImages returns disabled images only with IncludeDisabled. DisableImage removes the launch permissions.
 CopyImage sets the requested tags, KMS key and encryption on the copy.

@@ -5,7 +5,7 @@
 
 A launch lasts from RunInstances to the first authenticated response with status 200. The outage of a swap lasts from
 the old machine's last authenticated 200 to the new machine's first authenticated 200, like in the drill. The script
-prints JSON on stdout and writes it to build/bench/bake_and_launch.json. The report of `python -m tests.bench` reads this file.
+prints JSON on stdout, and writes it to build/bench/bake_and_launch.json for the report of `python -m tests.bench`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def boot_steps(cloud: Any, server: Server) -> dict[str, float]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.bake_and_launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.bench.bake_and_launch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rounds", type=int, default=3, help="number of launches; there is one more swap (3)")
     parser.add_argument("--bakes", type=int, default=2, help="number of bakes; 0: use the two newest images (2)")

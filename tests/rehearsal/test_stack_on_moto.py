@@ -1,5 +1,5 @@
-"""Apply the real program of infra/ to moto's EC2, S3, IAM and SSM, with every API call of the resource types that the
-program uses."""
+"""Apply the real program of infra/ to moto's EC2, S3, IAM and SSM. The tests make every API call of the resource types
+that the program uses."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mlflow_host.backups import archive, base, check, dump, restore_choice, restore
+from mlflow_host.backups import archive, base, check, dump, restore, restore_choice
 from mlflow_host.backups.check import SegmentQueue
 from mlflow_host.backups.last_runs import LastRuns, is_due, stamp
 from mlflow_host.backups.restore_choice import BaseBackup, Dump, RecoveryPoint, RecoveryPoints, StanzaRange

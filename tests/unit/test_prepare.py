@@ -17,7 +17,7 @@ GROUPS = ("aws", "check", "demo", "lint", "bench", "test")
 
 
 def plan(group: str, folder: Path) -> tuple[set[str], str]:
-    """Return the Debian packages and the extras that a group requests on an empty machine, without an installation."""
+    """Return the Debian packages and the extras that a group would install on an empty machine. Installs nothing."""
     (folder / "scripts").mkdir(exist_ok=True)
     text = (REPOSITORY / "scripts" / "prepare.sh").read_text()
     head = text[: text.index("\nsay()")]

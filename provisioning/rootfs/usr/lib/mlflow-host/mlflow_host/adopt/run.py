@@ -43,8 +43,8 @@ from mlflow_host.schema.verifying import check_row_counts, row_counts
 
 HEARTBEAT_SECONDS = 10
 SPACE = 4
-"""Free bytes that an adoption needs for each byte of rows: two for the prepared database, one for the database in
-service, and one for the write-ahead log."""
+"""The volume must have this number of free bytes for each byte of adopted rows: two for the prepared database, one for
+the database in service, and one for the write-ahead log."""
 SPARE = 256 << 20
 
 ENCRYPTED = ("secrets", "webhooks")

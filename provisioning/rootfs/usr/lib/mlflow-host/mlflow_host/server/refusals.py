@@ -88,7 +88,7 @@ def refuse_text(context: ExceptionContext) -> None:
 
 
 def strict_page_token(parse: Any) -> Any:
-    """Return MLflow's parser of page tokens with a change: every invalid token causes an error with status 400."""
+    """Return a wrapper for MLflow's parser of page tokens. The wrapper returns status 400 for every invalid token."""
     from mlflow.exceptions import MlflowException
 
     def parsed(_: object, page_token: Any) -> Any:

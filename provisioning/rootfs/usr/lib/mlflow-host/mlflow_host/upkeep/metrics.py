@@ -32,8 +32,8 @@ LOG_BYTES = 16 << 20
 """Number of bytes to read from the end of the access log. The number is enough for one minute with 1,000 requests per
 second and 200 bytes per line."""
 FEW_REQUESTS = 20
-"""If a minute has fewer requests, the number of errors is divided by this number to get the error percentage. This
-prevents an alarm for one error among few requests at night."""
+"""The error percentage is the number of errors divided by the number of requests, or by FEW_REQUESTS if a minute has
+fewer requests. So one error among few requests at night causes no alarm."""
 WITH_ALARMS_OF_THEIR_OWN = {"mlflow-host-room.service", "mlflow-host-backups-check.service"}
 """Units that are not counted as failed, because another metric reports their failure."""
 
