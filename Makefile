@@ -1,4 +1,4 @@
-# make demo        bake the image, launch it on the embedded cloud, run the examples (no AWS account)
+# make demo        bake the image, launch it on the local cloud, run the examples (no AWS account)
 # make demo-down   stop what `make demo` started; `make demo-purge` also deletes what it kept
 # make test        what CI runs; make test-all adds Debian 13, the local cloud's own machines and slow matrices
 # make help        all targets, and what each one needs
@@ -7,7 +7,7 @@ PYTHON := .venv/bin/python
 PYTEST := .venv/bin/pytest --durations=15 --durations-min=10
 # The folders that mypy checks.
 TYPED := scripts infra provisioning/steps provisioning/rootfs/usr/lib/mlflow-host tests
-# Baking and launching on the embedded cloud mounts file systems and starts machines, which needs root. Programs of root
+# Baking and launching on the local cloud mounts file systems and starts machines, which needs root. Programs of root
 # write to root's home (-H), and compiled Python goes outside the checkout, so the checkout's owner owns all files in
 # it.
 ELSEWHERE := $(if $(filter 0,$(shell stat -c %u . 2>/dev/null)),,env PYTHONPYCACHEPREFIX=/var/cache/mlflow-ami/bytecode)
@@ -94,7 +94,7 @@ test-adopt: prepare-test ## move in from MLflow 1.30 to the newest: databases, d
 test-ubuntu: prepare-test ## the machine tests of tests/journey and tests/image on Ubuntu 24.04, if its archive answers
 	@$(ROOT) env TEST_BASES=ubuntu24.04 $(PYTEST) -m "machine and not slow and not tools" tests/journey tests/image
 test-swaps: prepare-test ## trainings by clients of four releases during ten replacements of the machine
-	@$(ROOT) $(PYTEST) -k "not debian13" tests/journey/test_unnoticed_swaps.py
+	@$(ROOT) $(PYTEST) -k "not debian13" tests/journey/test_training_during_replacement.py
 test-restore: prepare-test ## restore on a machine: after a lost volume, to any moment, from dumps, killed half-way
 	@$(ROOT) $(PYTEST) tests/journey/test_backups.py tests/journey/test_postgresql_major.py
 test-housekeeping: prepare-test ## removals in eight releases; a volume that fills up; jobs; files of 1 GiB either way

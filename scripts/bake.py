@@ -64,7 +64,7 @@ def bake_image(arguments: argparse.Namespace, clock: StepClock) -> dict[str, Any
 
     environment, wanted = dict(os.environ), arguments.source_ami
     if arguments.local:
-        clock.begin("start the embedded cloud")
+        clock.begin("start the local cloud")
         environment, wanted = local_environment(arguments, environment)
     if checkout.dirty:
         print("bake: packer/ or provisioning/ has uncommitted changes; the image is tagged git-dirty", file=sys.stderr)
@@ -160,11 +160,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "The log of each bake is kept below build/bake/.",
     )
     where = parser.add_argument_group("where")
-    where.add_argument("--local", action="store_true", help="bake on the embedded cloud: no AWS account, needs root")
+    where.add_argument("--local", action="store_true", help="bake on the local cloud: no AWS account, needs root")
     where.add_argument(
         "--base",
         choices=("debian12", "debian13", "ubuntu24.04"),
-        help="source image on the embedded cloud (default debian12; ubuntu24.04 where Ubuntu's archive answers)",
+        help="source image on the local cloud (default debian12; ubuntu24.04 where Ubuntu's archive answers)",
     )
     where.add_argument("--region", help=f"AWS region (default: {aws_session.WHERE})")
     where.add_argument(
@@ -196,11 +196,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     arguments = parser.parse_args(argv)
     if arguments.base and not arguments.local:
-        parser.error("--base names a source image of the embedded cloud: give --local as well, or --source-ami")
+        parser.error("--base names a source image of the local cloud: give --local as well, or --source-ami")
     if arguments.local and arguments.region:
-        parser.error("--region is for AWS: the embedded cloud has only one region")
+        parser.error("--region is for AWS: the local cloud has only one region")
     if arguments.local and arguments.architecture == "arm64" and arguments.base not in (None, "debian12"):
-        parser.error(f"--base {arguments.base} is for x86_64: the embedded cloud's only base for arm64 is debian12")
+        parser.error(f"--base {arguments.base} is for x86_64: the local cloud's only base for arm64 is debian12")
     if arguments.mlflow_version and not re.fullmatch(r"\d+(\.\d+){2}\w*", arguments.mlflow_version):
         parser.error(f"--mlflow-version {arguments.mlflow_version}: use the release's name on PyPI, such as 3.12.0")
     if arguments.kms_key and arguments.unencrypted:

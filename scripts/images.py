@@ -206,7 +206,7 @@ def open_place(arguments: argparse.Namespace, region: str | None) -> Place:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--region", action="append", help=f"AWS region, repeatable (default: {aws_session.WHERE})")
-    where.add_argument("--local", action="store_true", help="the embedded cloud's images")
+    where.add_argument("--local", action="store_true", help="the local cloud's images")
     where.add_argument("--json", action="store_true", help="JSON on stdout; with several regions, a list")
     where.add_argument("--dry-run", action="store_true", help="change nothing, only print what would be done")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -272,7 +272,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if arguments.verb == "sweep" and arguments.older_than < 0:
         parser.error(f"--older-than {arguments.older_than}: give a number of days")
     if arguments.local and arguments.region:
-        parser.error("--region is for AWS: the embedded cloud has one region of its own")
+        parser.error("--region is for AWS: the local cloud has one region of its own")
     return arguments
 
 

@@ -1,4 +1,4 @@
-"""The class LocalCloud, which starts, stops and uses one embedded cloud."""
+"""The class LocalCloud, which starts, stops and uses one local cloud."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TOOLS = {
 
 
 class LocalCloud:
-    """One embedded cloud, identified by its state folder. This object contains only paths and owns no process."""
+    """One local cloud, identified by its state folder. This object contains only paths and owns no process."""
 
     def __init__(self, state_dir: Path | str | None = None, tell: Callable[[str], None] | None = None) -> None:
         """`tell` is called with each line of progress. By default, the progress is printed to stderr."""

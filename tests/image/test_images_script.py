@@ -791,7 +791,7 @@ def test_every_verb_has_dry_run_and_json_and_a_sentence() -> None:
     [
         (["sweep", "--keep", "0"], "at least one image must stay"),
         (["sweep", "--older-than", "-1"], "give a number of days"),
-        (["list", "--local", "--region", "eu-west-1"], "the embedded cloud has one region"),
+        (["list", "--local", "--region", "eu-west-1"], "the local cloud has one region"),
         (["retire", "ami-1", "--undo", "--delete"], "not allowed with"),
     ],
 )

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow_host.contract import alarms
 from scripts.local_cloud import LocalCloud
 from scripts.rehearsal import stack
-from tests.support import own_kernel
+from tests.support import user_mode_linux
 from tests.support.servers import Server, launch_server, on_machine, own_stack, script
 
 pytestmark = pytest.mark.machine
@@ -261,14 +261,14 @@ def test_a_volume_that_fills_up_sets_off_the_alarm_then_takes_no_writes_until_th
         assert refused.status_code == 507 and "data volume is full" in refused.json()["message"]
         assert own.answers(), "reads still work"
         script("rehearse.py", "up", "--ami", image["ami_id"], "--set", "dataVolumeGib=16")
-        if not own_kernel.has_capability(own_kernel.CAP_SYS_RESOURCE):
+        if not user_mode_linux.has_capability(user_mode_linux.CAP_SYS_RESOURCE):
             # The machine has at most the capabilities of this process, so resize2fs fails on the machine.
             until(lambda: "its file system has 8.0 GiB, because resize2fs failed" in room()["problem"], 60)
             page = on_machine(cloud, own, "cat", "/run/mlflow-host/web/status.html")
             assert "because resize2fs failed" in page and own.answers()
             leave(50)
         until(lambda: write().status_code == 200, 60)
-        if own_kernel.has_capability(own_kernel.CAP_SYS_RESOURCE):
+        if user_mode_linux.has_capability(user_mode_linux.CAP_SYS_RESOURCE):
             until(lambda: not on_machine(cloud, own, "systemctl", "list-units", "--state=failed", "--no-legend"), 60)
     messages = [each for each in received(cloud, queue) if each["AlarmName"].startswith("data-volume-full-")]
     assert "ALARM" in [each["NewStateValue"] for each in messages]

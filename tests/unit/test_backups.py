@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mlflow_host.backups import archive, base, check, dump, restore, restore_choice
+from mlflow_host.backups import archive, base_backup, check, dump, restore, restore_choice
 from mlflow_host.backups.check import SegmentQueue
 from mlflow_host.backups.last_runs import LastRuns, is_due, stamp
 from mlflow_host.backups.restore_choice import BaseBackup, Dump, RecoveryPoint, RecoveryPoints, StanzaRange
@@ -130,23 +130,25 @@ def backed_up(folder: Path, *, ago: timedelta, full_ago: timedelta, stanza: Stan
 
 def test_first_base_backup_of_a_stanza_is_full(tmp_path: Path) -> None:
     month = timedelta(days=30)
-    assert base.kind_due(LastRuns(tmp_path), OURS, month, NOW) == "full"
+    assert base_backup.kind_due(LastRuns(tmp_path), OURS, month, NOW) == "full"
     history = backed_up(tmp_path, ago=timedelta(hours=1), full_ago=timedelta(hours=1))
-    assert base.kind_due(history, OURS, month, NOW) is None
+    assert base_backup.kind_due(history, OURS, month, NOW) is None
     restored = Stanza(OURS.major, OURS.system, NOW)
-    assert base.kind_due(history, restored, month, NOW) == "full"
+    assert base_backup.kind_due(history, restored, month, NOW) == "full"
 
 
 def test_base_backup_is_full_once_a_week_and_after_a_gap(tmp_path: Path) -> None:
     month, day = timedelta(days=30), timedelta(days=1)
     history = backed_up(tmp_path, ago=timedelta(hours=27), full_ago=3 * day)
-    assert base.kind_due(history, OURS, month, NOW) == "diff"
-    assert base.kind_due(history, OURS, 2 * day, NOW) == "full", "a shorter retention needs full backups more often"
+    assert base_backup.kind_due(history, OURS, month, NOW) == "diff"
+    assert base_backup.kind_due(history, OURS, 2 * day, NOW) == "full", (
+        "a shorter retention needs full backups more often"
+    )
     history = backed_up(tmp_path, ago=timedelta(hours=27), full_ago=8 * day)
-    assert base.kind_due(history, OURS, month, NOW) == "full"
+    assert base_backup.kind_due(history, OURS, month, NOW) == "full"
     history = backed_up(tmp_path, ago=timedelta(hours=1), full_ago=day)
     history.write("gap", {"at": stamp(NOW - timedelta(minutes=5)), "stanza": OURS.name})
-    assert base.kind_due(history, OURS, month, NOW) == "full"
+    assert base_backup.kind_due(history, OURS, month, NOW) == "full"
 
 
 @pytest.mark.parametrize(
@@ -447,7 +449,9 @@ def test_base_backup_creates_a_missing_stanza_and_retries_while_it_is_locked(
     for name in there:
         (tmp_path / name).touch()
     (tmp_path / "history").mkdir()
-    took = base.take(Repository(tmp_path), LastRuns(tmp_path / "history"), 30 * DAY, NOW, lambda: False, at_once=False)
+    took = base_backup.take(
+        Repository(tmp_path), LastRuns(tmp_path / "history"), 30 * DAY, NOW, lambda: False, at_once=False
+    )
     assert took == "base backup 20261122-141500F of 1 MiB"
     calls = [line.split()[-1].removeprefix("stanza-") for line in (tmp_path / "calls").read_text().splitlines()]
     assert calls[: len(asked)] == asked and len(calls) == len(asked) + 1

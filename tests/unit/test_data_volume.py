@@ -18,7 +18,7 @@ from mlflow_host.boot import data_volume
 from mlflow_host.contract import launch
 from mlflow_host.machine import config, file_system, status
 from mlflow_host.machine.status import StepFailed
-from tests.support import own_kernel
+from tests.support import user_mode_linux
 
 pytestmark = pytest.mark.service
 
@@ -166,7 +166,7 @@ print("grown", answers, before, file_system.in_use(device) >> 20, mib > 200, (fo
 
 @needs_root
 @pytest.mark.skipif(
-    not (own_kernel.has_capability(own_kernel.CAP_SYS_RESOURCE) or own_kernel.KERNEL),
+    not (user_mode_linux.has_capability(user_mode_linux.CAP_SYS_RESOURCE) or user_mode_linux.KERNEL),
     reason="this host withholds CAP_SYS_RESOURCE, and there is no other kernel (package user-mode-linux)",
 )
 def test_mounted_file_system_is_grown_to_its_volume(tmp_path: Path, device: Path) -> None:
@@ -175,7 +175,7 @@ def test_mounted_file_system_is_grown_to_its_volume(tmp_path: Path, device: Path
     (tmp_path / "grow.py").write_text(GROW)
     host = Path(file_system.__file__).parents[2]
     grow = f"PYTHONPATH={host} PYTHONDONTWRITEBYTECODE=1 {sys.executable} {tmp_path}/grow.py"
-    if own_kernel.has_capability(own_kernel.CAP_SYS_RESOURCE):
+    if user_mode_linux.has_capability(user_mode_linux.CAP_SYS_RESOURCE):
         (folder := tmp_path / "mounted").mkdir()
         loop = shell(f"losetup --find --show {device}")
         try:
@@ -184,7 +184,7 @@ def test_mounted_file_system_is_grown_to_its_volume(tmp_path: Path, device: Path
             shell(f"losetup --detach {loop}")
     else:
         mounted = "mkdir /run/mounted; mount -t ext4 /dev/ubda /run/mounted"
-        printed = own_kernel.run(f"{mounted}; {grow} /dev/ubda /run/mounted; umount /run/mounted", device)
+        printed = user_mode_linux.run(f"{mounted}; {grow} /dev/ubda /run/mounted; umount /run/mounted", device)
     assert "grown ['', ''] 64 256 True precious" in printed
     subprocess.run(["e2fsck", "-fn", str(device)], check=True, capture_output=True)
 

@@ -1,10 +1,12 @@
 """Benchmark: the outage of a rollback and of an upgrade with a large database.
 
-    .venv/bin/python -m tests.bench.outage                     newest release to 3.12.0 and back, 10,000 runs and
-                                                               1,000,000 metric rows, on machines of the local cloud
-    .venv/bin/python -m tests.bench.outage --newer ami-… --older ami-… --runs 1000 --metrics 100000
-    .venv/bin/python -m tests.bench.outage --traces 200000     with traces of five spans, for MLflow 3.17 and newer
-    .venv/bin/python -m tests.bench.outage --traces 200000 --upgrade-only    from 3.12.0 to the newest release
+    .venv/bin/python -m tests.bench.outage_of_schema_change
+        newest release to 3.12.0 and back, 10,000 runs and 1,000,000 metric rows, on machines of the local cloud
+    .venv/bin/python -m tests.bench.outage_of_schema_change --newer ami-… --older ami-… --runs 1000 --metrics 100000
+    .venv/bin/python -m tests.bench.outage_of_schema_change --traces 200000
+        also with traces of five spans, for MLflow 3.17 and newer
+    .venv/bin/python -m tests.bench.outage_of_schema_change --traces 200000 --upgrade-only
+        from 3.12.0 to the newest release
 
 The outage lasts from the old machine's last response with status 200 to the new machine's first response with status
 200. The script sends ten authenticated HTTPS requests per second. The baseline is `pg_dump | pg_restore` of the same
@@ -147,7 +149,9 @@ def run(cloud: LocalCloud, instance: str, command: Sequence[str], input: str | N
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.outage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.bench.outage_of_schema_change",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     newest = lock.locked_version(drill.LOCKED, "mlflow")
     parser.add_argument("--newer", type=drill.image_argument, default=newest, help="an image or a release (newest)")

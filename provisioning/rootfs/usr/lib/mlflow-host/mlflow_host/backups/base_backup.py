@@ -4,8 +4,8 @@ The timer runs every ten minutes and takes a backup if a backup is due. The firs
 in the archived log, and one backup per week are full. All other backups are differential. After a backup, pgBackRest
 deletes backups that are older than the retention.
 
-    python -m mlflow_host.backups.base            as the OS user postgres, while PostgreSQL runs
-    python -m mlflow_host.backups.base --now      take a backup even if none is due
+    python -m mlflow_host.backups.base_backup            as the OS user postgres, while PostgreSQL runs
+    python -m mlflow_host.backups.base_backup --now      take a backup even if none is due
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FULL_EVERY = timedelta(days=7)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m mlflow_host.backups.base", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m mlflow_host.backups.base_backup", description=__doc__)
     parser.add_argument("--now", action="store_true", help="take a backup even if none is due")
     arguments = parser.parse_args()
     document = config.load().launch
