@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg2.extras
@@ -12,6 +14,8 @@ import sqlalchemy as sa
 
 from mlflow_host.postgres.cluster import Cluster, connection, copy_database, create_empty, rows, run
 from mlflow_host.schema import quick_migrations, release_worker
+from scripts import drill, lock
+from tests.schema import environments
 from tests.schema.private_cluster import private_cluster
 
 pytestmark = pytest.mark.service
@@ -161,6 +165,39 @@ def test_the_result_is_that_of_mlflows_own_statements(
     assert len(plain["spans"]) == 2100
     assert 100 < sum(trace_pages) < 600, "the other traces have usual values, and one statement fills them"
     assert 700 < sum(pages) < (2100 if filled_before else 1700), "the other spans have usual values or no values"
+
+
+UPGRADE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import release_worker
+quick = release_worker._quick_migrations()
+if sys.argv[2] == "plain":
+    quick.quicken = lambda script: None
+    quick.compare_keys_as_rows = lambda connection, *given: given[:3]
+quick.PAGE_ROWS = 300
+release_worker.upgrade(*sys.argv[3:])
+versions = release_worker.import_module("alembic.script").ScriptDirectory.from_config(
+    release_worker.import_module("mlflow.store.db.utils")._get_alembic_config(sys.argv[3])
+)
+known = quick.KNOWN_FUNCTIONS[sys.argv[4]]
+migration = versions.get_revision(sys.argv[4]).module
+print([name for name in known if quick.digest(migration, name, *known[name].rests_on) not in known[name].digests])
+"""
+
+
+def test_the_image_s_release_has_known_functions_and_gives_the_same_rows(cluster: Cluster) -> None:
+    python = environments.environment(lock.locked_version(drill.LOCKED, "mlflow"))
+    found = {}
+    for way in ("quick", "plain"):
+        copy_database(cluster, "before", f"newest_{way}")
+        folder = Path(release_worker.__file__).parent
+        command = [str(python), "-W", "ignore", "-c", UPGRADE, str(folder), way, cluster.uri(f"newest_{way}"), AFTER]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "[]", "compare this release's functions, and add their digests"
+        found[way] = content(cluster, f"newest_{way}")
+    assert [name for name, rows in found["plain"].items() if rows != found["quick"][name]] == []
 
 
 A: Any = sa.column("a")

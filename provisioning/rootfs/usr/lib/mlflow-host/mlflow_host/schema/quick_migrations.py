@@ -63,7 +63,7 @@ def quicken(script: Any) -> None:
             migration = script.get_revision(revision).module
         except Exception:  # this release of MLflow does not have the migration
             continue
-        known = [name for name, known in functions.items() if digest(migration, name, *known.rests_on) == known.digest]
+        known = [name for name, known in functions.items() if digest(migration, name, *known.rests_on) in known.digests]
         for name in known:
             setattr(migration, name, partial(functions[name].replacement, migration, getattr(migration, name)))
         if known == list(functions):
@@ -256,9 +256,10 @@ FILL_SPANS = (
 
 @dataclass(frozen=True)
 class Known:
-    """A slow function of a migration. `digest` covers the function, and the names that the replacement `rests_on`."""
+    """A slow function of a migration. Each of the `digests` covers one release's source code of the function, and of
+    the names that the replacement `rests_on`."""
 
-    digest: str
+    digests: tuple[str, ...]
     replacement: Callable[..., None]
     rests_on: tuple[str, ...] = ()
 
@@ -267,25 +268,38 @@ CONVERSIONS = ("trace_analytics_values", "_json_object", "_finite_float_or_none"
                "_bounded_string_or_none", "_TOKEN_COLUMNS", "_COST_COLUMNS")  # fmt: skip
 KNOWN_FUNCTIONS: dict[str, dict[str, Known]] = {
     "75868b020152": {
-        "_delete_trace_rows": Known("2db101a6b84bf1a56574e8da8335b880f08e460bf835956b26d292f8572491a4", _delete_keys),
+        "_delete_trace_rows": Known(
+            (
+                "2db101a6b84bf1a56574e8da8335b880f08e460bf835956b26d292f8572491a4",
+                "86bc19dd16474a5579a7901207675e667abf6bc200717a47c7fe849db72581a8",
+            ),
+            _delete_keys,
+        ),
         "_delete_span_metric_rows": Known(
-            "c811548869bdf5c49dacd07a3458238eacf286524e2abf795d4f9a9ecb62503a", _delete_keys
+            (
+                "c811548869bdf5c49dacd07a3458238eacf286524e2abf795d4f9a9ecb62503a",
+                "25269a2f59ad14800d247d7798f38a96d08c05403423139fa8b2ebc492f225ed",
+            ),
+            _delete_keys,
         ),
         "_backfill_trace_analytics": Known(
-            "80e763082d48ade7e958f2fed2141f468281a6a95178d8bec85bbeadd85faabf",
+            ("80e763082d48ade7e958f2fed2141f468281a6a95178d8bec85bbeadd85faabf",),
             partial(_fill_first, FILL_TRACES, "trace_name", ("request_id",)),
             (*CONVERSIONS, "TRACE_NAME_MAX_LENGTH", "SESSION_ID_MAX_LENGTH"),
         ),
         "_backfill_span_analytics": Known(
-            "60413b6dcaed8925661633eb81d53177da8f863a6974328fd07f9f5adc4b0f8f",
+            (
+                "60413b6dcaed8925661633eb81d53177da8f863a6974328fd07f9f5adc4b0f8f",
+                "c517d41adcd5ca9bda4aba03e374ae3113f2806a82cb4776c57b7dadd8775459",
+            ),
             partial(_fill_first, FILL_SPANS, "dimension_attributes", ("trace_id", "span_id")),
             (*CONVERSIONS, "_validated_dimension_attributes", "MODEL_DIMENSION_MAX_LENGTH"),
         ),
         "_span_metrics_for_keys_query": Known(
-            "45c2ff0244d0c0145c31307058cce353ae7b588418cd5112e5f178adf0b1e228", _join_keys
+            ("45c2ff0244d0c0145c31307058cce353ae7b588418cd5112e5f178adf0b1e228",), _join_keys
         ),
         "_execute_backfill_updates": Known(
-            "aa4b2dfaa00d4d7bb0e54f0df0837225fcd814520cc96848e934e81856405e9f", _update_at_once
+            ("aa4b2dfaa00d4d7bb0e54f0df0837225fcd814520cc96848e934e81856405e9f",), _update_at_once
         ),
     }
 }
