@@ -240,6 +240,23 @@ def test_an_update_that_misses_a_row_raises_the_error_of_mlflow(cluster: Cluster
         opened.rollback()
 
 
+def test_mlflow_fills_all_rows_if_postgresql_refuses_a_statement(cluster: Cluster) -> None:
+    engine = sa.create_engine(cluster.uri("before"), poolclass=sa.NullPool)
+    counted: list[Any] = []
+    with engine.connect() as opened:
+        migration = type("Migration", (), {"op": type("Op", (), {"get_bind": staticmethod(lambda: opened)})})
+        spans = sa.select(sa.column("status"), sa.column("request_id")).select_from(sa.table("trace_info"))
+
+        def backfill() -> None:
+            counted.append(len(opened.execute(spans).all()))
+
+        usual = "CREATE TEMPORARY TABLE backfill AS SELECT request_id, status = 'OK' AS usual FROM trace_info"
+        for first in ("SELECT 1 / 0", usual):
+            quick_migrations._fill_first((first, "SELECT 1"), "status", ("request_id",), migration, backfill)
+        opened.rollback()
+    assert counted == [700, 0]
+
+
 def test_a_function_that_mlflow_changed_stays() -> None:
     class Migration:
         _BATCH_SIZE = 250
