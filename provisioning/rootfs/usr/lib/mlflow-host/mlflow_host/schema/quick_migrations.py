@@ -189,22 +189,25 @@ SPAN_COLUMNS = (*COSTS, "model_name", "model_provider")
 FILL_TRACES = (
     rf"""
     CREATE TEMPORARY TABLE backfill AS
-    WITH stored AS (
+    WITH grouped AS (
         SELECT request_id, max(value) FILTER (WHERE key = 'mlflow.trace.session') AS session_id,
             max(value) FILTER (WHERE key = 'mlflow.trace.tokenUsage') AS tokens,
             max(value) FILTER (WHERE key = 'mlflow.trace.cost') AS costs
         FROM trace_request_metadata
         WHERE key IN ('mlflow.trace.session', 'mlflow.trace.tokenUsage', 'mlflow.trace.cost') GROUP BY request_id
+    ), stored AS MATERIALIZED (
+        SELECT *, coalesce(tokens ~ '{TOKENS_JSON}', true) AS usual_tokens,
+            coalesce(costs ~ '{COSTS_JSON}', true) AS usual_costs
+        FROM grouped
     ), counted AS (
         SELECT request_id, bool_and(coalesce(value = trunc(value) AND abs(value) < 1e15, false)) AS whole,
             {_each("max(value) FILTER (WHERE key = '?') AS ?", TOKENS)}
         FROM trace_metrics WHERE key IN ({_each("'?'", TOKENS)}) GROUP BY request_id
-    ), joined AS (
+    ), joined AS MATERIALIZED (
         SELECT t.request_id, n.value AS trace_name, s.session_id, {_each("c.? AS ?", TOKENS)},
-            CASE WHEN s.tokens ~ '{TOKENS_JSON}' THEN CAST(s.tokens AS jsonb) END AS tokens,
-            CASE WHEN s.costs ~ '{COSTS_JSON}' THEN CAST(s.costs AS jsonb) END AS costs,
-            coalesce(c.whole, true)
-                AND coalesce(s.tokens ~ '{TOKENS_JSON}', true) AND coalesce(s.costs ~ '{COSTS_JSON}', true)
+            CASE WHEN s.usual_tokens THEN CAST(s.tokens AS jsonb) END AS tokens,
+            CASE WHEN s.usual_costs THEN CAST(s.costs AS jsonb) END AS costs,
+            coalesce(c.whole, true) AND coalesce(s.usual_tokens AND s.usual_costs, true)
                 AND coalesce(char_length(n.value), 0) <= 4096 AND coalesce(char_length(s.session_id), 0) <= 250
                 AND num_nonnulls({_each("t.?", TRACE_COLUMNS)}) = 0 AS usual
         FROM trace_info t
@@ -228,19 +231,20 @@ FILL_SPANS = (
     WITH costs AS (
         SELECT trace_id, span_id, {_each("max(value) FILTER (WHERE key = '?') AS ?", COSTS)}
         FROM span_metrics WHERE key IN ({_each("'?'", COSTS)}) GROUP BY trace_id, span_id
-    ), joined AS (
-        SELECT s.trace_id, s.span_id, {_each("c.? AS ?", COSTS)},
-            CASE WHEN CAST(s.dimension_attributes AS text) ~ '{DIMENSIONS_JSON}'
-                THEN CAST(s.dimension_attributes AS jsonb) END AS dimensions,
-            coalesce(CAST(s.dimension_attributes AS text) ~ '{DIMENSIONS_JSON}', true)
-                AND num_nonnulls({_each("s.?", SPAN_COLUMNS)}) = 0 AS usual
+    ), joined AS MATERIALIZED (
+        SELECT s.trace_id, s.span_id, {_each("c.? AS ?", COSTS)}, s.dimension_attributes,
+            coalesce(CAST(s.dimension_attributes AS text) ~ '{DIMENSIONS_JSON}', true) AS usual_dimensions,
+            num_nonnulls({_each("s.?", SPAN_COLUMNS)}) = 0 AS empty
         FROM spans s LEFT JOIN costs c ON c.trace_id = s.trace_id AND c.span_id = s.span_id
         WHERE s.dimension_attributes IS NOT NULL OR c.trace_id IS NOT NULL
             OR num_nonnulls({_each("s.?", SPAN_COLUMNS)}) > 0
-    ), converted AS (
-        SELECT trace_id, span_id, usual, {_each("CASE WHEN abs(?) < 'Infinity' THEN ? + 0 END AS ?", COSTS)},
-            dimensions->>'mlflow.llm.model' AS model_name, dimensions->>'mlflow.llm.provider' AS model_provider
-        FROM joined
+    ), parsed AS MATERIALIZED (
+        SELECT *, CASE WHEN usual_dimensions THEN CAST(dimension_attributes AS jsonb) END AS dimensions FROM joined
+    ), converted AS MATERIALIZED (
+        SELECT trace_id, span_id, {_each("CASE WHEN abs(?) < 'Infinity' THEN ? + 0 END AS ?", COSTS)},
+            dimensions->>'mlflow.llm.model' AS model_name, dimensions->>'mlflow.llm.provider' AS model_provider,
+            usual_dimensions AND empty AS usual
+        FROM parsed
     )
     SELECT trace_id, span_id, {_each("?", SPAN_COLUMNS)}, usual AND coalesce(char_length(model_name), 0) <= 500
         AND coalesce(char_length(model_provider), 0) <= 500 AS usual

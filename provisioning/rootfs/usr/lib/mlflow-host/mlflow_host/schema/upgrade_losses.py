@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from psycopg2 import sql
@@ -24,6 +25,8 @@ from mlflow_host.schema.merging import Table, comparable, merge_loaded, temporar
 from mlflow_host.schema.reporting import LeftBehind, MergedTable
 
 _SCHEMA = re.compile(r"mlflow_host_before_(?P<count>\d{4})_(?P<head>\w+)")
+AT_ONCE = 2
+"""Tables that are compared at the same time, each in its own connection."""
 _REASON = "by MLflow's migrations; restored if an MLflow release without these migrations is pinned"
 
 
@@ -32,28 +35,37 @@ def record(cluster: Cluster, before: str, after: str, head: str, count: int) -> 
     migration `head`, which has the number `count`. The function reads only tables and columns that the migrations
     narrowed, moved or removed. Most upgrades change none of these."""
     schema = sql.Identifier(f"mlflow_host_before_{count:04}_{head}")
-    found: list[LeftBehind] = []
-    with connection(cluster, before) as reader, connection(cluster, after) as writer:
-        reader.set_session(isolation_level="REPEATABLE READ", readonly=True)
+    with connection(cluster, before) as reader, connection(cluster, after, autocommit=True) as writer:
         old, new = read_catalog(reader), read_catalog(writer)
         plans = {table.table: table for table in plan(new, old).tables}
         run(writer, sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(schema))
+        tables = []
         for name in sorted(set(old.tables) - DERIVED - TRANSIENT - {BOOKKEEPING}):
-            columns = _affected(reader, writer, name, old, new, plans.get(name))
-            if not columns:
-                continue
-            table = Table(name, tuple(columns), old.keys[name])
-            _load(reader, writer, table, plans.get(name))
-            lost = _differences(writer, table)
-            if lost and not found:
-                owner = sql.Identifier(cluster.owner)
-                run(writer, sql.SQL("CREATE SCHEMA {} AUTHORIZATION {}").format(schema, owner))
-            for what in ("kept", "base") if lost else ():
-                place = sql.SQL("{}.{}").format(schema, sql.SQL(temporary(table, what)))
-                run(writer, sql.SQL("CREATE TABLE {} AS TABLE {}").format(place, sql.SQL(temporary(table, what))))
-                run(writer, sql.SQL("ALTER TABLE {} OWNER TO {}").format(place, sql.Identifier(cluster.owner)))
-            found += lost
-    return tuple(found)
+            if columns := _affected(reader, writer, name, old, new, plans.get(name)):
+                tables.append(Table(name, tuple(columns), old.keys[name]))
+        if not tables:
+            return ()
+        run(writer, sql.SQL("CREATE SCHEMA {} AUTHORIZATION {}").format(schema, sql.Identifier(cluster.owner)))
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            each = [pool.submit(_record, cluster, before, after, schema, t, plans.get(t.name)) for t in tables]
+        found = tuple(lost for done in each for lost in done.result())
+        if not found:
+            run(writer, sql.SQL("DROP SCHEMA {}").format(schema))
+    return found
+
+
+def _record(
+    cluster: Cluster, before: str, after: str, schema: sql.Identifier, table: Table, planned: TablePlan | None
+) -> list[LeftBehind]:
+    """Record the lost data of one table in `schema`."""
+    with connection(cluster, before) as reader, connection(cluster, after) as writer:
+        _load(reader, writer, table, planned)
+        lost = _differences(writer, table)
+        for what in ("kept", "base") if lost else ():
+            place = sql.SQL("{}.{}").format(schema, sql.SQL(temporary(table, what)))
+            run(writer, sql.SQL("CREATE TABLE {} AS TABLE {}").format(place, sql.SQL(temporary(table, what))))
+            run(writer, sql.SQL("ALTER TABLE {} OWNER TO {}").format(place, sql.Identifier(cluster.owner)))
+    return lost
 
 
 def _affected(
