@@ -196,7 +196,7 @@ def test_different_row_counts_fail_the_carry(filled: Cluster, monkeypatch: pytes
         return found
 
     monkeypatch.setattr(copying, "_add_foreign_keys", lose_a_row)
-    with pytest.raises(CarryError, match="children has 2 rows in the copy"):
+    with pytest.raises(CarryError, match="the copy of table children has 2 rows"):
         carry(filled, "newer", "older")
 
 

@@ -60,7 +60,7 @@ def test_changed_sources_switch_off_the_answers_that_rest_on_them(release: MadeR
         "the fast path of /runs/log-batch",
         "the fast path of metrics that handlers of MLflow log",
     }
-    assert found["the fast path of /runs/search"].endswith("handlers._search_runs of this release")
+    assert found["the fast path of /runs/search"].endswith("handlers._search_runs in this release")
 
 
 def test_changed_model_of_the_database_switches_off_the_whole_fast_path(release: MadeRelease) -> None:
