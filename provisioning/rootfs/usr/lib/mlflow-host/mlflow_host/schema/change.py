@@ -266,6 +266,8 @@ def upgrade(
             say(f"merging data back from {entry.database}")
             base, fitted = prepared()
             returned[entry.database] = merge(cluster, fitted, base, work)
+            if reached:
+                upgrade_losses.copy(cluster, entry.database, work)
         for temporary in {base, fitted} - {entry.database}:
             drop(cluster, temporary)
         if refused := [table for table in returned[entry.database] if table.refused]:

@@ -152,8 +152,7 @@ def put_back(
     its records are only copied to `target`, for a later rollback. Returns the merged tables, by the name of the
     PostgreSQL schema."""
     with connection(cluster, source) as reader:
-        query = "SELECT nspname FROM pg_namespace WHERE nspname LIKE 'mlflow\\_host\\_before\\_%' ORDER BY 1 DESC"
-        schemas = [name for (name,) in rows(reader, query)]
+        schemas = _schemas(reader)
     returned = {}
     for schema in schemas:  # the latest upgrade is first
         named = _SCHEMA.fullmatch(schema)
@@ -166,6 +165,22 @@ def put_back(
             elif found := _merge(reader, writer, schema):
                 returned[schema] = found
     return returned
+
+
+def copy(cluster: Cluster, source: str, target: str) -> None:
+    """Copy the records of the kept database `source` to `target`, into which `source` was merged. `target` was upgraded
+    from an older database, which does not have these records."""
+    with connection(cluster, source) as reader, connection(cluster, target) as writer:
+        existing = _schemas(writer)
+        for schema in _schemas(reader):
+            if schema not in existing:
+                _copy(cluster, reader, writer, schema)
+
+
+def _schemas(opened: Any) -> list[str]:
+    """Return the PostgreSQL schemas with records; the schema of the latest upgrade is first."""
+    query = "SELECT nspname FROM pg_namespace WHERE nspname LIKE 'mlflow\\_host\\_before\\_%' ORDER BY 1 DESC"
+    return [name for (name,) in rows(opened, query)]
 
 
 def _merge(reader: Any, writer: Any, schema: str) -> tuple[MergedTable, ...]:
