@@ -272,7 +272,7 @@ def test_a_volume_that_fills_up_sets_off_the_alarm_then_takes_no_writes_until_th
             until(lambda: not on_machine(cloud, own, "systemctl", "list-units", "--state=failed", "--no-legend"), 60)
     messages = [each for each in received(cloud, queue) if each["AlarmName"].startswith("data-volume-full-")]
     assert "ALARM" in [each["NewStateValue"] for each in messages]
-    assert all("Enlarge it (the setting dataVolumeGib)" in each["AlarmDescription"] for each in messages)
+    assert all("Enlarge the volume (the setting dataVolumeGib)" in each["AlarmDescription"] for each in messages)
 
 
 def until(true: Callable[[], bool], seconds: float) -> None:
