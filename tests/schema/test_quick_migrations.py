@@ -245,7 +245,7 @@ def test_mlflow_fills_all_rows_if_postgresql_refuses_a_statement(cluster: Cluste
     counted: list[Any] = []
     with engine.connect() as opened:
         migration = type("Migration", (), {"op": type("Op", (), {"get_bind": staticmethod(lambda: opened)})})
-        spans = sa.select(sa.column("status"), sa.column("request_id")).select_from(sa.table("trace_info"))
+        spans: Any = sa.select(sa.column("status"), sa.column("request_id")).select_from(sa.table("trace_info"))
 
         def backfill() -> None:
             counted.append(len(opened.execute(spans).all()))
