@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
-from tests.unit.test_server_page import filled
 
 from mlflow_host.monitor.history import History, Minute
 from tests.support.servers import BUILD
+from tests.unit.test_server_page import filled
 from tests.unit.test_site import Site, running_site
 
 pytestmark = [
