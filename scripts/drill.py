@@ -13,7 +13,7 @@ Examples:
   drill.py 3.12.0 ami-0123456789abcdef0     use an existing image
   drill.py ami-… ami-… --json               print the table as JSON.
 
-Columns: `written` counts new objects at this stop. `compared` counts objects of earlier stops that were read back.
+Columns: `written` counts new objects at this stop. `compared` counts the older objects that the client read.
 `values` counts the values in the compared objects. `missing` and `changed` count lost objects. `waiting` counts objects
 that are only in the kept database, because this release does not support them. `outage` is the time in seconds between
 the old machine's last response and the new machine's first response.

@@ -70,8 +70,8 @@ def require_usable(image: Image) -> None:
 
 
 def drilled(one: Image, other: Image) -> bool:
-    """Return whether a drill between the two images has passed. The drill's direction does not matter, because each
-    drill upgrades and rolls back twice."""
+    """Return whether a drill between the two images has passed. Either image may have been the drill's FROM, because
+    each drill contains an upgrade and a rollback."""
     return other.version in one.drills or one.version in other.drills
 
 

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -70,15 +71,16 @@ def upgrade(uri: str, revision: str) -> None:
     engine.dispose()
 
 
+@cache
 def _quick_migrations() -> Any:
     """Return the module quick_migrations, which Python cannot import by name if this file runs as a script."""
-    path = Path(__file__).with_name("quick_migrations.py")
-    spec = spec_from_file_location("mlflow_host.schema.quick_migrations", path)
+    if __package__:
+        return import_module(f"{__package__}.quick_migrations")
+    spec = spec_from_file_location("quick_migrations", Path(__file__).with_name("quick_migrations.py"))
     assert spec and spec.loader
-    if spec.name not in sys.modules:
-        sys.modules[spec.name] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[spec.name])
-    return sys.modules[spec.name]
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def enumerations() -> dict[str, list[str]]:
