@@ -2,7 +2,7 @@
 
 The worker reads one JSON request per line from stdin and writes one JSON reply per line to stdout, until stdin ends.
 Importing MLflow takes seconds, so the database step starts one worker early and sends all tasks to this worker.
-This file imports nothing from mlflow_host, because tests run it in virtual environments that lack mlflow_host.
+This file imports only quick_migrations from mlflow_host: tests run it in virtual environments without mlflow_host.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cache
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +69,11 @@ def upgrade(uri: str, revision: str) -> None:
     engine.dispose()
 
 
-@cache
 def _quick_migrations() -> Any:
-    """Return the module quick_migrations, which Python cannot import by name if this file runs as a script."""
-    if __package__:
-        return import_module(f"{__package__}.quick_migrations")
-    spec = spec_from_file_location("quick_migrations", Path(__file__).with_name("quick_migrations.py"))
-    assert spec and spec.loader
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Return the module quick_migrations. It imports no other module of mlflow_host, so the import works in a virtual
+    environment that lacks mlflow_host."""
+    sys.path.append(str(Path(__file__).parents[2]))
+    return import_module("mlflow_host.schema.quick_migrations")
 
 
 def enumerations() -> dict[str, list[str]]:
