@@ -4,6 +4,7 @@ responses with those of plain MLflow."""
 from __future__ import annotations
 
 import base64
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -55,3 +56,18 @@ def test_page_tokens_of_malformed_json_are_refused(server: Server, runs: list[st
     told = base64.b64encode(token.encode()).decode()
     answer = ask(server, runs, post("runs/search", {"experiment_ids": ["0"], "page_token": told}))
     assert answer.status_code == 400 and "Invalid page token" in answer.json()["message"]
+
+
+def test_requests_beside_graphql_requests_succeed(server: Server) -> None:
+    """MLflow imports its basic-auth application at each GraphQL request, and other requests look for that module."""
+    query = {"query": 'query Q { test(inputString: "x") { output } }', "operationName": "Q"}
+
+    def answer(number: int) -> int:
+        if number % 2:
+            found = server.ask("/graphql", "POST", json=query, auth=server.login)
+        else:
+            found = server.ask("/ajax-api/3.0/mlflow/assistant/config", auth=server.login)
+        return found.status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(answer, range(200))) == {200}

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,26 @@ def test_missing_optional_target_is_skipped_and_any_other_is_an_error() -> None:
     mlflow_patches.apply([absent])
     with pytest.raises(Refusal, match="has no json:absent"):
         mlflow_patches.apply([mlflow_patches.Patch("json:absent", "", "", lambda _: None)])
+
+
+def test_import_of_auth_fails_at_once() -> None:
+    code = """
+import importlib.util
+import sys
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "flask_wtf" else real(name, *rest)
+from mlflow_host.server import mlflow_patches
+mlflow_patches.block_import_of_auth()
+assert not sys.modules["mlflow.server.auth"]
+try:
+    import mlflow.server.auth
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(HOST_PACKAGE)}
+    )
+    assert "import of mlflow.server.auth halted" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(HOST_PACKAGE)))

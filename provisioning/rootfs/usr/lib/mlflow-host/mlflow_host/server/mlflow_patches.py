@@ -8,6 +8,8 @@ SQLAlchemy's events. `refusals`, `request_limits` and `artifact_fence` use Flask
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -116,3 +118,14 @@ def located(target: str) -> tuple[Any, str]:
     for each in classes:
         owner = getattr(owner, each)
     return owner, name
+
+
+def block_import_of_auth() -> None:
+    """Make MLflow's import of its basic-auth application fail at once (sys.modules documents the value None).
+
+    MLflow imports that application at each GraphQL request. The import fails without the packages of the extra `auth`.
+    While it runs in one thread, requests in other threads find a partly imported module: MLflow 3.18 then answers
+    /ajax-api/3.0/mlflow/assistant/config with an AttributeError and the status 500.
+    """
+    if importlib.util.find_spec("flask_wtf") is None:
+        sys.modules["mlflow.server.auth"] = None  # type: ignore[assignment]

@@ -96,6 +96,7 @@ def serve(uds: Path, *, first: bool = True) -> int:
     if job_runner.asked_for():
         os.environ.update(job_runner.queues(uds.parent))
     gc.set_threshold(*COLLECT_AFTER)
+    mlflow_patches.block_import_of_auth()
     mlflow_patches.apply(mlflow_patches.BEFORE_IMPORT)
     db_connections.keep_what_was_read()
     db_connections.notice_memory_errors()
