@@ -260,7 +260,7 @@ def run(target: Target, operation: str, data: Dataset, clients: int, seconds: fl
     return measured
 
 
-@uninterrupted()  # an interrupt of the benchmark takes effect after the turn
+@uninterrupted()  # the process ignores Ctrl-C; its parent process ends the benchmark after this measurement
 def _clients(sender: Any, target: Target, operation: str, data: Dataset, clients: int, seconds: float) -> None:
     measured = Measured(seconds)
     begin = threading.Barrier(clients + 1)

@@ -404,8 +404,8 @@ def test_graphql_without_its_text_is_a_bad_request(url: str, body: Any) -> None:
 
 LOCATIONS = [{"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": {"experiment_id": "0"}}]
 TOKENS = ["eyJvZmZzZXQiOiAxZTk5OX0=", "MWU5OTk=", "W10=", "e30=", "bnVsbA==", "//8=", "é", "eyJvZmZzZXQiOiBOYU59"]
-"""Page tokens: base64 of {"offset": 1e999}, 1e999, [], {}, null, two bytes that are not UTF-8; é without base64;
-base64 of {"offset": NaN}."""
+"""Malformed page tokens. The seventh is the letter é itself. The others are base64 of {"offset": 1e999}, 1e999, [], {},
+null, two bytes that are not UTF-8, and {"offset": NaN}."""
 
 
 @pytest.mark.parametrize("token", TOKENS)
