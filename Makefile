@@ -47,7 +47,7 @@ demo-purge: ## stop the demo and delete everything it kept
 SECURITY := $(addprefix tests/journey/test_,access.py every_route.py roles_and_routes.py limits_of_a_login.py budgets.py \
 	  leaks.py logs.py role.py sandbox.py database_readers.py public_certificate.py domain.py scans.py) \
 	$(addprefix tests/unit/test_,site.py users.py credentials.py launch.py units.py reader.py certificates.py acme.py audit.py \
-	  bill_of_materials.py guards.py routes.py request_limits.py artifact_fence.py) \
+	  bill_of_materials.py guards.py routes.py request_limits.py artifact_location_checks.py) \
 	tests/local_cloud/test_signatures.py \
 	tests/local_cloud/test_permissions.py tests/stack/test_permissions.py tests/stack/test_secrets.py tests/stack/test_settings.py
 BESIDE := build/test-without-machines.txt

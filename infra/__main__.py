@@ -2,8 +2,9 @@
 
 import pulumi
 
-import access
+import aws_provider
 import credentials
+import iam_roles
 import monitoring
 import network
 import outputs
@@ -14,7 +15,7 @@ import storage
 import user_data
 
 config, mistakes = settings.read()
-aws = access.provider(config)
+aws = aws_provider.provider(config)
 found, refusals = preflight.inspect(config, aws)
 wrong = mistakes + refusals or user_data.problems(config, found.image)
 if wrong:
@@ -32,7 +33,7 @@ net = network.build(config, found.zones, here)
 kept = storage.build(config, found, here)
 parameters = credentials.build(config, found, kept.volume, here)
 logs = monitoring.log_group(config, here)
-role = access.role(config, kept, parameters, logs, here)
+role = iam_roles.role(config, kept, parameters, logs, here)
 machine = server.launch(config, found, net, kept, parameters, role, here)
 monitoring.build(config, found.image, kept, machine.instance, here)
 outputs.export(config, found, net, kept, parameters, machine)

@@ -9,8 +9,8 @@ import pulumi
 import pulumi_aws as aws
 
 import user_data
-from access import Role
 from credentials import Parameters
+from iam_roles import Role
 from network import Network
 from preflight import Existing
 from settings import Settings

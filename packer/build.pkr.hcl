@@ -5,7 +5,7 @@ build {
 
   provisioner "shell" {
     execute_command = "sudo env {{ .Vars }} {{ .Path }}"
-    scripts         = ["${path.root}/../provisioning/steps/settle.sh"]
+    scripts         = ["${path.root}/../provisioning/steps/prepare_builder.sh"]
   }
 
   provisioner "file" {

@@ -42,7 +42,7 @@ from scripts.baking.request import (
 )
 from scripts.baking.source_images import SOURCE_NAMES, SOURCE_OWNERS, find_source_image
 from scripts.baking.template import digest, stage, variables
-from scripts.imaging import catalog, record
+from scripts.imaging import ec2_images, record
 from scripts.interrupts import end_like_ctrl_c, uninterrupted
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def bake_image(arguments: argparse.Namespace, clock: StepClock) -> dict[str, Any
         clock.end()
         with uninterrupted():
             sweep(ec2, ssm, bake, finished)
-    image = catalog.read(ec2.describe_images(ImageIds=[finished])["Images"][0])
+    image = ec2_images.read(ec2.describe_images(ImageIds=[finished])["Images"][0])
     return result(image, arguments, clock, log=bake.log)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from scripts import invoker
 from scripts.rehearsal.errors import RehearsalError
-from scripts.rehearsal.status import administrator, authority, client_environment, keep_certificate, parameters
+from scripts.rehearsal.status_document import administrator, authority, client_environment, keep_certificate, parameters
 
 
 class NotConnected(Exception):
@@ -104,14 +104,14 @@ def rehearsal_exists() -> bool:
 
 def from_rehearsal() -> ConnectedStack:
     from scripts.local_cloud import LocalCloud, LocalCloudError
-    from scripts.rehearsal import stack, state, status
+    from scripts.rehearsal import stack, state, status_document
 
     try:
         current = state.load(stack.state_path())
         cloud = LocalCloud()
         if not current.outputs or not cloud.is_up():
             raise NotConnected("no rehearsal is running here: launch one with `scripts/rehearse.py up`")
-        facts = status.outline(current) | {"s3_trust": stack.keep_trust(cloud)}
+        facts = status_document.outline(current) | {"s3_trust": stack.keep_trust(cloud)}
         return ConnectedStack(stack.name(), cloud.client("ssm"), facts, stack.certificate_path())
     except (LocalCloudError, RehearsalError) as error:
         raise NotConnected(str(error)) from None

@@ -55,13 +55,13 @@ from typing import Any
 from scripts import invoker, lock
 from scripts.drilling.expected_writes import ExpectedWrites, leaves
 from scripts.drilling.worker_client import WorkerClient, WorkerError
-from scripts.imaging import catalog, comparing, promoting
-from scripts.imaging.catalog import Place
+from scripts.imaging import comparing, ec2_images, promoting
+from scripts.imaging.ec2_images import Place
 from scripts.interrupts import end_like_ctrl_c, passed_on, uninterrupted
 from scripts.local_cloud import LocalCloud, LocalCloudError
 from scripts.rehearsal import boot_wait, stack, state
 from scripts.rehearsal.errors import RehearsalError
-from scripts.rehearsal.status import client_environment
+from scripts.rehearsal.status_document import client_environment
 
 SCRIPTS = Path(__file__).resolve().parent
 LOCKED = SCRIPTS.parent / "provisioning" / "requirements.lock"
@@ -154,7 +154,7 @@ def image_argument(text: str) -> str:
 
 def require_images(ec2: Any, ids: list[str]) -> None:
     """Raises DrillFailed if an ID is not the ID of a finished image on the local cloud."""
-    there = {image.id for image in catalog.find(ec2) if image.finished and image.state == "available"}
+    there = {image.id for image in ec2_images.find(ec2) if image.finished and image.state == "available"}
     if missing := [each for each in ids if each not in there]:
         raise DrillFailed(
             f"the local cloud has no finished image {', '.join(missing)}: `scripts/images.py list --local` lists its "
@@ -163,9 +163,9 @@ def require_images(ec2: Any, ids: list[str]) -> None:
         )
 
 
-def image_of(cloud: LocalCloud, wanted: str) -> catalog.Image:
+def image_of(cloud: LocalCloud, wanted: str) -> ec2_images.Image:
     """The image with this ID."""
-    return next(image for image in catalog.find(cloud.client("ec2")) if image.id == wanted)
+    return next(image for image in ec2_images.find(cloud.client("ec2")) if image.id == wanted)
 
 
 def find_image(wanted: str, base: str) -> str:

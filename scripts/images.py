@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts import audit, aws_session
-from scripts.imaging import channels, comparing, copying, listing, promoting, record, retiring, sharing
-from scripts.imaging.catalog import Image, ImageRefused, Place, find, named
+from scripts.imaging import channels, comparing, copying, list_and_show, promoting, record, retiring, sharing
+from scripts.imaging.ec2_images import Image, ImageRefused, Place, find, named
 
 
 class CloudDown(Exception):
@@ -72,14 +72,14 @@ def refuse(reason: str) -> int:
 
 
 def list_(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
-    found = listing.overview(place)
-    text = "\n".join(map(listing.line, found)) or f"no image in {place.region} yet: scripts/bake.py makes one"
+    found = list_and_show.overview(place)
+    text = "\n".join(map(list_and_show.line, found)) or f"no image in {place.region} yet: scripts/bake.py makes one"
     return found, text
 
 
 def show(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:
-    found = listing.details(place, resolve(place, arguments.image))
-    return found, listing.describe(found)
+    found = list_and_show.details(place, resolve(place, arguments.image))
+    return found, list_and_show.describe(found)
 
 
 def diff(arguments: argparse.Namespace, place: Place) -> tuple[Any, str]:

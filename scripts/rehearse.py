@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, Any
 from scripts import prompts
 from scripts.enter_venv import ROOT_BYTECODE
 from scripts.local_cloud import LocalCloud, LocalCloudError
-from scripts.rehearsal import boot_wait, stack, state, status
+from scripts.rehearsal import boot_wait, stack, state, status_document
 from scripts.rehearsal.errors import Interrupted, Refused, RehearsalError
 from scripts.rehearsal.wire import reveal
 
@@ -236,7 +236,7 @@ def run_destroy(arguments: argparse.Namespace) -> None:
 def run_status(arguments: argparse.Namespace) -> None:
     current = state.load(stack.state_path())
     cloud = LocalCloud()
-    found = status.outline(current)
+    found = status_document.outline(current)
     if cloud.is_up():
         found = inspect(cloud, stack.clients(cloud), current)
     elif current.outputs:
@@ -310,7 +310,7 @@ def await_server(cloud: LocalCloud, client: Client, engine: Any, seconds: float)
         say(f"starting {instance}, which was stopped")
         launched = time.time()
         ec2.start_instance(engine.aws, instance)
-    username, password = status.administrator(client("ssm"), status.parameters(outputs))
+    username, password = status_document.administrator(client("ssm"), status_document.parameters(outputs))
     answered = boot_wait.wait(
         outputs["url"],
         username,
@@ -318,7 +318,7 @@ def await_server(cloud: LocalCloud, client: Client, engine: Any, seconds: float)
         seconds=seconds,
         say=say,
         alive=lambda: ec2.instance_state(engine.aws, instance),
-        certificate=lambda: status.authority(client("ssm"), outputs.get("authorityParameter")),
+        certificate=lambda: status_document.authority(client("ssm"), outputs.get("authorityParameter")),
     )
     if launched is None:
         say(f"{outputs['url']} answers")
@@ -356,7 +356,7 @@ def inspect(cloud: LocalCloud, client: Client, current: state.State) -> dict[str
     from scripts.rehearsal.resource_types import Aws
     from scripts.rehearsal.resources import ec2
 
-    found = status.outline(current) | {
+    found = status_document.outline(current) | {
         "region": cloud.region,
         "endpoint": cloud.endpoint,
         "s3_endpoint": cloud.s3_endpoint,
@@ -364,13 +364,13 @@ def inspect(cloud: LocalCloud, client: Client, current: state.State) -> dict[str
     }
     if not current.outputs:
         return found
-    found["username"], found["password"] = status.administrator(client("ssm"), found)
+    found["username"], found["password"] = status_document.administrator(client("ssm"), found)
     machine = ec2.instance_state(Aws(client, cloud.region), found["instance_id"])
     if machine != "running":
         return found | {"state": "stopped", "message": f"the machine is {machine}; `rehearse.py up` launches one"}
-    certificate = status.authority(client("ssm"), found["authority_parameter"])
+    certificate = status_document.authority(client("ssm"), found["authority_parameter"])
     if certificate:
-        found["server_certificate"] = str(status.keep_certificate(stack.certificate_path(), certificate))
+        found["server_certificate"] = str(status_document.keep_certificate(stack.certificate_path(), certificate))
     answer = boot_wait.ask(found["url"], found["username"], found["password"] or "", certificate)
     found["backups"] = read_backups(cloud, found, certificate)
     if answer.status == 200:

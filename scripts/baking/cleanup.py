@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from scripts import aws_session
 from scripts.baking.request import BUILDS, Bake
-from scripts.imaging import catalog, record, retiring
+from scripts.imaging import ec2_images, record, retiring
 
 if TYPE_CHECKING:
     from mypy_boto3_ec2 import EC2Client
@@ -57,7 +57,9 @@ def sweep(ec2: EC2Client, ssm: SSMClient, bake: Bake, finished_image: str | None
         return [f"key pair {name}"]
 
     def remove_unfinished_image() -> list[str]:
-        unfinished = [image for image in catalog.find(ec2, {"mlflow-ami:bake": bake.id}) if image.id != finished_image]
+        unfinished = [
+            image for image in ec2_images.find(ec2, {"mlflow-ami:bake": bake.id}) if image.id != finished_image
+        ]
         return [gone for image in unfinished for gone in retiring.delete(ec2, ssm, image)]
 
     def remove_reservation() -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.baking.request import Bake, BakeFailed
-from scripts.imaging import catalog, record
+from scripts.imaging import ec2_images, record
 
 if TYPE_CHECKING:
     from mypy_boto3_ec2 import EC2Client
@@ -58,7 +58,7 @@ def finish_image(ec2: EC2Client, ssm: SSMClient, bake: Bake, inputs_digest: str)
         raise BakeFailed(f"the lock file names MLflow {bake.mlflow_version}, the image holds {facts['mlflow_version']}")
     image = ec2.describe_images(ImageIds=[image_id])["Images"][0]
     snapshots = [d["Ebs"]["SnapshotId"] for d in image["BlockDeviceMappings"] if d.get("Ebs", {}).get("SnapshotId")]
-    tags = {**catalog.fact_tags(facts), "mlflow-ami:inputs-digest": inputs_digest}
+    tags = {**ec2_images.fact_tags(facts), "mlflow-ami:inputs-digest": inputs_digest}
     ec2.create_tags(Resources=[image_id, *snapshots], Tags=[{"Key": k, "Value": v} for k, v in tags.items()])
     record.write(ssm, facts)
     if image.get("ImdsSupport") != "v2.0":
@@ -69,7 +69,7 @@ def finish_image(ec2: EC2Client, ssm: SSMClient, bake: Bake, inputs_digest: str)
     return image_id, facts
 
 
-def report(image: catalog.Image, region: str, local: bool, log: Path | None, clock: StepClock) -> str:
+def report(image: ec2_images.Image, region: str, local: bool, log: Path | None, clock: StepClock) -> str:
     """The text output of bake.py: the image, its versions, and the commands that launch the image."""
     tags = {key.removeprefix("mlflow-ami:"): value for key, value in image.tags.items()}
     arm = image.architecture == "arm64"
@@ -101,14 +101,18 @@ def report(image: catalog.Image, region: str, local: bool, log: Path | None, clo
     return "\n".join(lines)
 
 
-def reusable(ec2: EC2Client, inputs_digest: str) -> catalog.Image | None:
+def reusable(ec2: EC2Client, inputs_digest: str) -> ec2_images.Image | None:
     """The newest finished image whose inputs have this digest, or None if there is no such image."""
-    found = catalog.find(ec2, {"mlflow-ami:inputs-digest": inputs_digest})
+    found = ec2_images.find(ec2, {"mlflow-ami:inputs-digest": inputs_digest})
     return next((image for image in found if image.finished and image.state == "available"), None)
 
 
 def result(
-    image: catalog.Image, arguments: argparse.Namespace, clock: StepClock, log: Path | None = None, reused: bool = False
+    image: ec2_images.Image,
+    arguments: argparse.Namespace,
+    clock: StepClock,
+    log: Path | None = None,
+    reused: bool = False,
 ) -> dict[str, Any]:
     """The JSON document about an image. The key `report` of the document contains the text output of bake.py."""
     facts = {

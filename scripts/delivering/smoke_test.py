@@ -13,7 +13,7 @@ from scripts import connect
 from scripts.delivering import github
 from scripts.delivering.commands import StepFailed
 from scripts.rehearsal import boot_wait
-from scripts.rehearsal.status import client_environment
+from scripts.rehearsal.status_document import client_environment
 
 EXPERIMENT = "delivery-smoke-test"
 STEPS = 100

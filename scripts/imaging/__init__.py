@@ -1,10 +1,10 @@
 """The modules of scripts/images.py.
 
-`catalog` reads the images of one account and region, with the images' descriptions, tags and names.
+`ec2_images` reads the images of one account and region, with the images' descriptions, tags and names.
 `record` stores the facts of an image in Systems Manager.
 `channels` reads and sets the image that a channel names, and reads the channel's history.
 `claims` finds the reasons why an image must stay: instances, channels, stacks and PostgreSQL major versions.
-`listing` contains the commands `list` and `show`.
+`list_and_show` contains the commands `list` and `show`.
 `comparing` contains the command `diff`.
 `promoting` contains the command `promote`, and records the drills that this command requires.
 `retiring` contains the commands `deprecate`, `retire` and `sweep`.

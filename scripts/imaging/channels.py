@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from scripts.imaging.catalog import ImageRefused
+from scripts.imaging.ec2_images import ImageRefused
 
 if TYPE_CHECKING:
     from mypy_boto3_ssm import SSMClient

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from scripts.imaging import channels
-from scripts.imaging.catalog import STACK, Image, Place, find, tags_of
+from scripts.imaging.ec2_images import STACK, Image, Place, find, tags_of
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import yaml
 
 from mlflow_host.contract import launch
 from scripts import audit
-from scripts.imaging.catalog import Image
-from scripts.imaging.listing import used_mib
+from scripts.imaging.ec2_images import Image
+from scripts.imaging.list_and_show import used_mib
 
 SETTINGS = Path(__file__).resolve().parents[2] / "infra" / "Pulumi.yaml"
 COMPARED = ("mlflow-version", "postgresql-major", "os", "architecture", "python-version", "launch-revision")

@@ -9,7 +9,7 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from scripts.imaging import record
-from scripts.imaging.catalog import FINISHED, OURS, STACK, Image, ImageRefused, Place, as_tags, find, named
+from scripts.imaging.ec2_images import FINISHED, OURS, STACK, Image, ImageRefused, Place, as_tags, find, named
 from scripts.imaging.promoting import require_usable
 
 SECONDS = 10

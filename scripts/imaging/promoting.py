@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.imaging import channels
-from scripts.imaging.catalog import DRILL, Image, ImageRefused, Place, as_tags, find, named
+from scripts.imaging.ec2_images import DRILL, Image, ImageRefused, Place, as_tags, find, named
 
 COMPARED = ("mlflow_version", "migration_head", "postgresql_major")
 """Facts that must be equal in an image and in a drill's report. If one of these facts differs, `promote` refuses the

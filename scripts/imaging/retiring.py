@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from botocore.exceptions import ClientError
 
 from scripts.imaging import claims, record
-from scripts.imaging.catalog import OURS, Image, ImageRefused, Place, accepted, created, find
 from scripts.imaging.claims import Claims
+from scripts.imaging.ec2_images import OURS, Image, ImageRefused, Place, accepted, created, find
 
 if TYPE_CHECKING:
     from mypy_boto3_ec2 import EC2Client

@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any
 
-from scripts.imaging.catalog import Image, ImageRefused, Place
 from scripts.imaging.copying import customer_key
+from scripts.imaging.ec2_images import Image, ImageRefused, Place
 from scripts.imaging.promoting import require_usable
 
 KEY_ACTIONS = ["kms:CreateGrant", "kms:Decrypt", "kms:DescribeKey", "kms:ReEncrypt*"]

@@ -18,11 +18,11 @@ import certifi
 import yaml
 
 from scripts import invoker, prompts
-from scripts.imaging import catalog, channels
+from scripts.imaging import channels, ec2_images
 from scripts.local_cloud import LocalCloud
 from scripts.local_cloud.base_images import BASES
 from scripts.local_cloud.layout import default_state_dir
-from scripts.rehearsal import state, status
+from scripts.rehearsal import state, status_document
 from scripts.rehearsal.errors import Refused, RehearsalError, StateError
 from scripts.rehearsal.resource_types import Aws
 from scripts.rehearsal.state import State
@@ -98,7 +98,7 @@ def keep_trust(cloud: LocalCloud) -> Path:
     `requests` trusts, and the authority of the local S3. On AWS, clients already trust the authority of S3."""
     path = certificate_path().with_name(f"{certificate_path().stem}-s3.pem")
     known = Path(os.environ.get("REQUESTS_CA_BUNDLE") or certifi.where()).read_text()
-    return status.keep_certificate(path, known if cloud.s3_authority in known else known + cloud.s3_authority)
+    return status_document.keep_certificate(path, known if cloud.s3_authority in known else known + cloud.s3_authority)
 
 
 def others_with_a_machine() -> list[str]:
@@ -254,7 +254,7 @@ def image_to_run(client: Client, arguments: ImageArguments, current: State, sett
     pinned = reveal(current.outputs).get("amiId")
     if arguments.newest or arguments.base or not pinned:
         return newest_image(client, arguments.base)
-    if not any(image.id == pinned for image in catalog.find(client("ec2"))):
+    if not any(image.id == pinned for image in ec2_images.find(client("ec2"))):
         raise Refused(f"the stack's image {pinned} is no longer in the local cloud: choose one with --ami, or --newest")
     return str(pinned)
 
@@ -265,7 +265,7 @@ def newest_image(client: Client, base: str | None) -> str:
     system = re.sub(r"(?<=[a-z])(?=\d)", " ", base or "")
     found = [
         image
-        for image in catalog.find(client("ec2"), {"mlflow-ami:os": system} if base else None)
+        for image in ec2_images.find(client("ec2"), {"mlflow-ami:os": system} if base else None)
         if image.finished and image.state == "available" and image.architecture == "x86_64"
     ]
     if not found:
@@ -274,7 +274,7 @@ def newest_image(client: Client, base: str | None) -> str:
         raise Refused(
             f"there is no image{on} in the local cloud yet: bake one with `{bake}`, which takes a few minutes"
         )
-    return max(found, key=lambda image: image.tags[catalog.OURS]).id
+    return max(found, key=lambda image: image.tags[ec2_images.OURS]).id
 
 
 def require_trust(client: Client, ami: str) -> None:

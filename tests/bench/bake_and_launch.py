@@ -73,7 +73,7 @@ def main() -> int:
 def two_images(cloud: Any, bakes: int) -> tuple[list[float], list[str]]:
     """Return the duration of each bake in seconds, and the two newest images. If `bakes` is less than two, existing
     images are used too."""
-    from scripts.imaging.catalog import find
+    from scripts.imaging.ec2_images import find
     from tests.support.servers import script
 
     seconds = []

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from scripts.rehearsal.status import PIECES
+from scripts.rehearsal.status_document import PIECES
 from tests.bench import environments
 from tests.bench.load import Dataset, Target
 from tests.bench.seed import seed

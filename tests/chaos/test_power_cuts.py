@@ -24,7 +24,7 @@ from scripts.drilling.expected_writes import ExpectedWrites
 from scripts.drilling.worker_client import WorkerClient
 from scripts.local_cloud import LocalCloud, LocalCloudError
 from scripts.rehearsal import stack, state
-from scripts.rehearsal.status import client_environment
+from scripts.rehearsal.status_document import client_environment
 from tests.support.servers import SCRIPTS, own_stack, script
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]

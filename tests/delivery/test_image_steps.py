@@ -20,8 +20,8 @@ from scripts.baking import report
 from scripts.baking.report import StepClock
 from scripts.delivering import commands
 from scripts.drill import Stop
-from scripts.imaging import catalog, comparing, record
-from scripts.imaging.catalog import Place
+from scripts.imaging import comparing, ec2_images, record
+from scripts.imaging.ec2_images import Place
 from tests.delivery.workflows import ROOT, Runner, runner
 from tests.support.moto_cloud import MotoCloud, moto_cloud, register_image
 
@@ -77,16 +77,16 @@ def place(cloud: MotoCloud) -> Place:
     return Place(cloud.region, cloud.client)
 
 
-def make(cloud: MotoCloud, version: str, mlflow: str) -> catalog.Image:
+def make(cloud: MotoCloud, version: str, mlflow: str) -> ec2_images.Image:
     """Register a finished image on Ubuntu with its record."""
     facts = {"mlflow_version": mlflow, "os": "ubuntu 24.04", "postgresql_major": "16", "migration_head": f"h{mlflow}"}
     facts["git_dirty"] = "false"
     ami = register_image(cloud, version, **facts)
     record.write(cloud.client("ssm"), {**FACTS, **facts, "image_version": version})
-    return next(each for each in catalog.find(cloud.client("ec2")) if each.id == ami)
+    return next(each for each in ec2_images.find(cloud.client("ec2")) if each.id == ami)
 
 
-def baked(hosted: Runner, image: catalog.Image, *, log: Path | None) -> None:
+def baked(hosted: Runner, image: ec2_images.Image, *, log: Path | None) -> None:
     """Set the output of the stand-in for bake.py: a document in the format of the real bake.py."""
     arguments = argparse.Namespace(region="eu-central-1", local=False)
     document = report.result(image, arguments, StepClock(), log=log, reused=log is None)
@@ -94,7 +94,7 @@ def baked(hosted: Runner, image: catalog.Image, *, log: Path | None) -> None:
     (hosted.folder / "checkout/scripts/bake.json").write_text(json.dumps(document))
 
 
-def drilled(hosted: Runner, older: catalog.Image, newer: catalog.Image, *, lost: int = 0) -> None:
+def drilled(hosted: Runner, older: ec2_images.Image, newer: ec2_images.Image, *, lost: int = 0) -> None:
     """Set the output of the stand-in for drill.py: a document in the format of the real drill.py."""
     stop = Stop(newer.id, newer.fact("mlflow-version"), "migrated", 27, 1650, lost, 0, 0, 33, 43.0, ())
     ends = {"older": comparing.about(older), "newer": comparing.about(newer)}

@@ -15,7 +15,7 @@ from moto import mock_aws
 
 from scripts import aws_session, bake
 from scripts.baking import cleanup, packer_run, request, source_images, template
-from scripts.imaging import catalog, record
+from scripts.imaging import ec2_images, record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REGION = "eu-central-1"
@@ -347,7 +347,7 @@ def test_failure_names_the_step_and_its_reason(tmp_path: Path) -> None:
 
 def launch(ec2: Any, bake_id: str) -> str:
     image = ec2.describe_images(Owners=list(source_images.SOURCE_OWNERS))["Images"][0]["ImageId"]
-    tags = [{"Key": "mlflow-ami:bake", "Value": bake_id}, {"Key": catalog.OURS, "Value": "20261122T101500Z"}]
+    tags = [{"Key": "mlflow-ami:bake", "Value": bake_id}, {"Key": ec2_images.OURS, "Value": "20261122T101500Z"}]
     started = ec2.run_instances(
         ImageId=image, MinCount=1, MaxCount=1, TagSpecifications=[{"ResourceType": "instance", "Tags": tags}]
     )
@@ -365,9 +365,10 @@ def test_sweep_removes_all_of_one_bake_and_nothing_of_another(ec2: Any, tmp_path
     mine, other = launch(ec2, "ours"), launch(ec2, "other")
     unfinished = ec2.create_image(InstanceId=mine, Name="unfinished")["ImageId"]
     ec2.create_tags(
-        Resources=[unfinished], Tags=[{"Key": "mlflow-ami:bake", "Value": "ours"}, {"Key": catalog.OURS, "Value": "1"}]
+        Resources=[unfinished],
+        Tags=[{"Key": "mlflow-ami:bake", "Value": "ours"}, {"Key": ec2_images.OURS, "Value": "1"}],
     )
-    snapshot = catalog.find(ec2)[0].snapshots[0]
+    snapshot = ec2_images.find(ec2)[0].snapshots[0]
 
     for _ in range(2):  # the second removal finds nothing and does not fail
         cleanup.sweep(ec2, boto3.client("ssm", "eu-central-1"), ours, finished_image=None)
@@ -380,7 +381,7 @@ def test_sweep_removes_all_of_one_bake_and_nothing_of_another(ec2: Any, tmp_path
         groups = {group["GroupName"] for group in ec2.describe_security_groups()["SecurityGroups"]}
         assert groups == {"default", "packer_99999999-1111-2222-3333-444444444444"}
         assert [pair["KeyName"] for pair in ec2.describe_key_pairs()["KeyPairs"]] == ["mlflow-ami-bake-other"]
-        assert catalog.find(ec2) == []
+        assert ec2_images.find(ec2) == []
         assert snapshot not in [each["SnapshotId"] for each in ec2.describe_snapshots(OwnerIds=["self"])["Snapshots"]]
 
 
@@ -388,10 +389,10 @@ def test_sweep_leaves_the_finished_image(ec2: Any, tmp_path: Path) -> None:
     ours = request.Bake("ours", "20261122T101500Z", tmp_path)
     finished = ec2.create_image(InstanceId=launch(ec2, "ours"), Name="finished")["ImageId"]
     ec2.create_tags(
-        Resources=[finished], Tags=[{"Key": "mlflow-ami:bake", "Value": "ours"}, {"Key": catalog.OURS, "Value": "1"}]
+        Resources=[finished], Tags=[{"Key": "mlflow-ami:bake", "Value": "ours"}, {"Key": ec2_images.OURS, "Value": "1"}]
     )
     cleanup.sweep(ec2, boto3.client("ssm", "eu-central-1"), ours, finished_image=finished)
-    assert [image.id for image in catalog.find(ec2)] == [finished]
+    assert [image.id for image in ec2_images.find(ec2)] == [finished]
 
 
 def test_failed_removal_is_reported_and_the_others_continue(

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from moto import mock_aws
 
 from scripts import audit, aws_session, images
-from scripts.imaging import catalog, channels, comparing, listing, record, retiring
-from scripts.imaging.catalog import Place
+from scripts.imaging import channels, comparing, ec2_images, list_and_show, record, retiring
 from scripts.imaging.claims import Claims
+from scripts.imaging.ec2_images import Place
 from scripts.local_cloud import moto_corrections
 from tests.support import moto_cloud
 
@@ -90,10 +90,10 @@ def make(aws: Place, version: str, *, finished: bool = True, **facts: Any) -> st
         BlockDeviceMappings=[{"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": 8}}],
     )["ImageId"]
     known = {**FACTS, "image_version": version, **facts}
-    tags = catalog.fact_tags(known) | ({catalog.FINISHED: "1"} if finished else {})
+    tags = ec2_images.fact_tags(known) | ({ec2_images.FINISHED: "1"} if finished else {})
     [image] = aws.ec2.describe_images(ImageIds=[ami])["Images"]
-    snapshots = catalog.read(image).snapshots
-    aws.ec2.create_tags(Resources=[ami, *snapshots], Tags=catalog.as_tags(tags))
+    snapshots = ec2_images.read(image).snapshots
+    aws.ec2.create_tags(Resources=[ami, *snapshots], Tags=ec2_images.as_tags(tags))
     record.write(aws.ssm, known)
     return ami
 
@@ -133,14 +133,14 @@ def stack(aws: Place, name: str, *ran: str) -> None:
     zone = f"{aws.region}a"
     tags = {"mlflow-ami:role": "data", "mlflow-ami:stack": name, "mlflow-ami:last-image": ran[-1]}
     volume = aws.ec2.create_volume(
-        AvailabilityZone=zone, Size=1, TagSpecifications=[{"ResourceType": "volume", "Tags": catalog.as_tags(tags)}]
+        AvailabilityZone=zone, Size=1, TagSpecifications=[{"ResourceType": "volume", "Tags": ec2_images.as_tags(tags)}]
     )["VolumeId"]
     for ami in ran:
-        aws.ec2.create_tags(Resources=[ami], Tags=catalog.as_tags({f"{catalog.STACK}{name}": volume}))
+        aws.ec2.create_tags(Resources=[ami], Tags=ec2_images.as_tags({f"{ec2_images.STACK}{name}": volume}))
 
 
 def launch(aws: Place, ami: str, name: str) -> str:
-    tags = catalog.as_tags({"mlflow-ami:stack": name})
+    tags = ec2_images.as_tags({"mlflow-ami:stack": name})
     started = aws.ec2.run_instances(
         ImageId=ami, MinCount=1, MaxCount=1, TagSpecifications=[{"ResourceType": "instance", "Tags": tags}]
     )
@@ -150,16 +150,16 @@ def launch(aws: Place, ami: str, name: str) -> str:
 def state(aws: Place) -> Any:
     """Return everything in a region that a command of images.py could change."""
     return (
-        [(each.id, each.state, each.deprecated, each.tags) for each in catalog.find(aws.ec2)],
+        [(each.id, each.state, each.deprecated, each.tags) for each in ec2_images.find(aws.ec2)],
         sorted(each["SnapshotId"] for each in aws.ec2.describe_snapshots(OwnerIds=["self"])["Snapshots"]),
         channels.read(aws.ssm),
-        [record.read(aws.ssm, each.version) for each in catalog.find(aws.ec2)],
+        [record.read(aws.ssm, each.version) for each in ec2_images.find(aws.ec2)],
     )
 
 
 def drill_file(path: Path, older: str, newer: str, aws: Place, lost: int = 0) -> str:
     """Write the output of drill.py --json for a drill between the releases of two images, and return its path."""
-    about = {each.id: comparing.about(each) for each in catalog.find(aws.ec2)}
+    about = {each.id: comparing.about(each) for each in ec2_images.find(aws.ec2)}
     ends = {"older": about[older], "newer": about[newer]}
     path.write_text(json.dumps({"lost": lost, "at": "2026-11-29T10:00:00Z", **ends, "stops": []}))
     return str(path)
@@ -218,7 +218,7 @@ def test_record_survives_however_long_it_is(aws: Place) -> None:
 @pytest.mark.parametrize("verb", [["show"], ["diff", "production"], ["retire"], ["share", "--with", "111122223333"]])
 def test_unknown_image_is_refused(aws: Place, verb: list[str]) -> None:
     make(aws, "20261101T000000Z")
-    channels.write(aws.ssm, "production", catalog.find(aws.ec2)[0].id)
+    channels.write(aws.ssm, "production", ec2_images.find(aws.ec2)[0].id)
     for wanted in ("ami-0123456789abcdef0", "nightly"):
         said = (
             refused(verb[0], *verb[1:2], wanted, *verb[2:])
@@ -366,7 +366,7 @@ def test_passed_drill_lets_an_image_in_and_back(aws: Place, tmp_path: Path) -> N
     run("promote", one, "staging")
     file = drill_file(tmp_path / "drill.json", one, two, aws)
     run("promote", two, "staging", "--drill", file)
-    drilled = catalog.named(catalog.find(aws.ec2), two)
+    drilled = ec2_images.named(ec2_images.find(aws.ec2), two)
     assert drilled and "20261101T000000Z" in drilled.drills
     assert run("promote", one, "staging")["before"] == two  # a drill covers both directions
 
@@ -423,7 +423,7 @@ def test_drill_on_another_architecture_counts_and_is_named(aws: Place, tmp_path:
     file.write_text(json.dumps({"lost": 0, "at": "now", "older": end, "newer": end | {"architecture": "x86_64"}}))
     said = run_text("promote", two, "staging-arm64", "--drill", str(file))
     assert "the drill ran on x86_64, and the image is for arm64" in said
-    assert catalog.named(catalog.find(aws.ec2), two).drills == {  # type: ignore[union-attr]
+    assert ec2_images.named(ec2_images.find(aws.ec2), two).drills == {  # type: ignore[union-attr]
         "20261101T000000Z": "now on debian 12 x86_64, nothing lost"
     }
 
@@ -479,7 +479,7 @@ def test_retire_is_reversible_until_the_last_step(aws: Place) -> None:
     planned = run("retire", old, "--delete", "--dry-run")["done"]
     assert state(aws) == before
     assert run("retire", old, "--delete")["done"] == planned and len(planned) == 2
-    assert [each.version for each in catalog.find(aws.ec2)] == ["20261102T000000Z"]
+    assert [each.version for each in ec2_images.find(aws.ec2)] == ["20261102T000000Z"]
     assert record.parts_of(aws.ssm, "20261101T000000Z") == {}
     assert planned[1].removeprefix("snapshot ") not in state(aws)[1]
     assert run("retire", old, "--delete")["done"] == []
@@ -494,17 +494,17 @@ def test_image_in_use_is_refused(aws: Place, verb: str) -> None:
     channels.write(aws.ssm, "production", one)
     assert "the channel production names it" in refused(verb, one)
     channels.write(aws.ssm, "production", two)
-    aws.ec2.create_tags(Resources=[one], Tags=catalog.as_tags({"mlflow-ami:keep": ""}))
+    aws.ec2.create_tags(Resources=[one], Tags=ec2_images.as_tags({"mlflow-ami:keep": ""}))
     assert "mlflow-ami:keep" in refused(verb, one)
     aws.ec2.delete_tags(Resources=[one], Tags=[{"Key": "mlflow-ami:keep"}])
     stack(aws, "prod", one, two)
     assert "it is the last x86_64 image to which the stack prod can roll back" in refused(verb, one)
     run(verb, two, "--dry-run", status=2)  # a channel names the stack's current image
     zero = make(aws, "20261031T000000Z")
-    kept = catalog.named(catalog.find(aws.ec2), one)
+    kept = ec2_images.named(ec2_images.find(aws.ec2), one)
     assert kept
-    volume = kept.tags[f"{catalog.STACK}prod"]
-    aws.ec2.create_tags(Resources=[zero], Tags=catalog.as_tags({f"{catalog.STACK}prod": volume}))
+    volume = kept.tags[f"{ec2_images.STACK}prod"]
+    aws.ec2.create_tags(Resources=[zero], Tags=ec2_images.as_tags({f"{ec2_images.STACK}prod": volume}))
     run(verb, one)  # the stack can roll back to the image `zero`
     if verb == "retire":  # a deprecated image can still be launched
         assert "it is the last x86_64 image to which the stack prod can roll back" in refused(verb, zero)
@@ -535,14 +535,14 @@ def image(
     kept: bool = False,
     hours_old: float = 48,
     more: Mapping[str, str] | None = None,
-) -> catalog.Image:
-    tags = {catalog.OURS: f"v{number}", "mlflow-ami:postgresql-major": "15", **(more or {})}
-    tags |= ({catalog.FINISHED: "1"} if finished else {}) | ({"mlflow-ami:keep": ""} if kept else {})
+) -> ec2_images.Image:
+    tags = {ec2_images.OURS: f"v{number}", "mlflow-ami:postgresql-major": "15", **(more or {})}
+    tags |= ({ec2_images.FINISHED: "1"} if finished else {}) | ({"mlflow-ami:keep": ""} if kept else {})
     made = (NOW - timedelta(hours=hours_old)).isoformat().replace("+00:00", "Z")
-    return catalog.Image(f"ami-{number}", f"image {number}", made, "available", tags, (f"snap-{number}",))
+    return ec2_images.Image(f"ami-{number}", f"image {number}", made, "available", tags, (f"snap-{number}",))
 
 
-def ids(found: list[catalog.Image]) -> list[str]:
+def ids(found: list[ec2_images.Image]) -> list[str]:
     return sorted(each.id for each in found)
 
 
@@ -568,7 +568,7 @@ def test_old_unfinished_images_are_deleted() -> None:
 
 
 def test_sweep_keeps_one_image_to_roll_back_to_and_one_of_each_major() -> None:
-    prod = {f"{catalog.STACK}prod": "vol-1"}
+    prod = {f"{ec2_images.STACK}prod": "vol-1"}
     found = [
         image(0), image(1, hours_old=50, more=prod), image(2, hours_old=51, more=prod), image(3, hours_old=52),
         image(4, hours_old=53, more={"mlflow-ami:postgresql-major": "17"}),
@@ -599,11 +599,11 @@ def test_image_in_use_named_or_tagged_keep_is_never_deleted(
 def test_sweep_deletes_images_with_their_snapshots_and_dry_run_deletes_nothing(aws: Place) -> None:
     for number in (1, 2, 3):
         make(aws, f"2026110{number}T000000Z")
-    newest, before = catalog.find(aws.ec2)[0], state(aws)
+    newest, before = ec2_images.find(aws.ec2)[0], state(aws)
     planned = run("sweep", "--keep", "1", "--dry-run")
     assert planned["deleted"] == [] and len(planned["planned"]) == 4 and state(aws) == before
     assert run("sweep", "--keep", "1")["deleted"] == planned["planned"]
-    assert [each.id for each in catalog.find(aws.ec2)] == [newest.id]
+    assert [each.id for each in ec2_images.find(aws.ec2)] == [newest.id]
     assert record.parts_of(aws.ssm, newest.version)
     assert run("sweep", "--keep", "1")["deleted"] == []
 
@@ -622,7 +622,7 @@ def test_leftovers_of_a_killed_bake_are_deleted_and_nothing_of_a_running_one(aws
 
 def test_snapshot_without_image_is_deleted(aws: Place) -> None:
     ami = make(aws, "20261101T000000Z")
-    [snapshot] = catalog.find(aws.ec2)[0].snapshots
+    [snapshot] = ec2_images.find(aws.ec2)[0].snapshots
     aws.ec2.deregister_image(ImageId=ami)
     assert run("sweep")["deleted"] == [f"snapshot {snapshot}"]
     assert snapshot not in state(aws)[1]
@@ -641,16 +641,16 @@ def test_copy_takes_tags_record_and_encryption_along(aws: Place, monkeypatch: py
     stack(aws, "prod", ami)
     images_of_moto(aws)[ami].ebs_snapshot.encrypted = True
     [planned] = run("copy", ami, "--to", OTHER, "--dry-run")
-    assert planned["changed"] and catalog.find(there.ec2) == []
+    assert planned["changed"] and ec2_images.find(there.ec2) == []
     [done] = run("copy", ami, "--to", OTHER)
-    [copied] = catalog.find(there.ec2)
-    original = catalog.named(catalog.find(aws.ec2), ami)
+    [copied] = ec2_images.find(there.ec2)
+    original = ec2_images.named(ec2_images.find(aws.ec2), ami)
     assert original and done["image"] == copied.id
-    assert copied.tags == {key: value for key, value in original.tags.items() if not key.startswith(catalog.STACK)}
+    assert copied.tags == {key: value for key, value in original.tags.items() if not key.startswith(ec2_images.STACK)}
     assert copied.usable and copied.name == original.name
     assert record.read(there.ssm, copied.version) == record.read(aws.ssm, original.version)
     [snapshot] = there.ec2.describe_snapshots(SnapshotIds=list(copied.snapshots))["Snapshots"]
-    assert snapshot["Encrypted"] and catalog.tags_of(snapshot) == copied.tags
+    assert snapshot["Encrypted"] and ec2_images.tags_of(snapshot) == copied.tags
     before = state(there)
     assert run("copy", "20261101T000000Z", "--to", OTHER)[0] == {**done, "changed": False}
     assert state(there) == before
@@ -665,9 +665,9 @@ def test_copy_takes_tags_record_and_encryption_along(aws: Place, monkeypatch: py
 def test_interrupted_copy_is_continued(aws: Place) -> None:
     ami, there = make(aws, "20261101T000000Z"), place(OTHER)
     begun = there.ec2.copy_image(SourceImageId=ami, SourceRegion=REGION, Name="mlflow-ami-20261101T000000Z")["ImageId"]
-    there.ec2.create_tags(Resources=[begun], Tags=catalog.as_tags({catalog.OURS: "20261101T000000Z"}))
+    there.ec2.create_tags(Resources=[begun], Tags=ec2_images.as_tags({ec2_images.OURS: "20261101T000000Z"}))
     assert run("copy", ami, "--to", OTHER)[0]["image"] == begun
-    assert [each.id for each in catalog.find(there.ec2)] == [begun] and catalog.find(there.ec2)[0].usable
+    assert [each.id for each in ec2_images.find(there.ec2)] == [begun] and ec2_images.find(there.ec2)[0].usable
 
 
 def test_customers_key_of_one_region_needs_another_for_the_copy(aws: Place) -> None:
@@ -678,7 +678,7 @@ def test_customers_key_of_one_region_needs_another_for_the_copy(aws: Place) -> N
     assert f"is encrypted with {key}, and a key belongs to one region" in refused("copy", ami, "--to", OTHER)
     other = boto3.client("kms", OTHER).create_key()["KeyMetadata"]["Arn"]
     run("copy", ami, "--to", OTHER, "--kms-key", other)
-    [copied] = catalog.find(place(OTHER).ec2)
+    [copied] = ec2_images.find(place(OTHER).ec2)
     assert images_of_moto(place(OTHER))[copied.id].ebs_snapshot.kms_key_id == other
 
 
@@ -716,7 +716,7 @@ def test_rights_in_the_readme_are_those_that_the_verbs_use(aws: Place, tmp_path:
     CALLS.clear()
     one, two, three = (make(aws, f"2026110{number}T000000Z") for number in (1, 2, 3))
     builder = aws.ec2.run_instances(ImageId=one, MinCount=1, MaxCount=1)["Instances"][0]["InstanceId"]
-    aws.ec2.create_tags(Resources=[builder], Tags=catalog.as_tags({"mlflow-ami:bake": "an-old-one"}))
+    aws.ec2.create_tags(Resources=[builder], Tags=ec2_images.as_tags({"mlflow-ami:bake": "an-old-one"}))
     instance_of_moto(aws, builder).launch_time = datetime(2026, 1, 1, tzinfo=UTC)
     aws.ec2.create_key_pair(KeyName=f"{retiring.KEY_PAIR}20261101t000000z-7")
     images_of_moto(aws)[two].ebs_snapshot.encrypted = True
@@ -757,20 +757,20 @@ JOBS = {"what": "background jobs", "why": "AttributeError"}
 
 
 def test_tags_of_an_image_name_its_fallbacks(aws: Place) -> None:
-    tags = catalog.fact_tags(FACTS | {"fallbacks": [ROUTES, JOBS]})
+    tags = ec2_images.fact_tags(FACTS | {"fallbacks": [ROUTES, JOBS]})
     assert tags["mlflow-ami:fallbacks"] == f"{ROUTES['what']} / background jobs"
     make(aws, "20261101T000000Z", fallbacks=[ROUTES, JOBS])
     [shown] = run("list")
-    assert "2 fallbacks" in listing.line(shown)
+    assert "2 fallbacks" in list_and_show.line(shown)
     assert f"\n  without           {ROUTES['what']}\n  without           background jobs" in run_text(
         "show", shown["id"]
     )
     for complete in (FACTS, {key: value for key, value in FACTS.items() if key != "fallbacks"}):  # an older image
-        assert "mlflow-ami:fallbacks" not in catalog.fact_tags(complete)
+        assert "mlflow-ami:fallbacks" not in ec2_images.fact_tags(complete)
 
 
 def test_tag_about_many_fallbacks_has_a_length_and_characters_that_aws_takes() -> None:
-    tag = catalog.fallbacks_tag([{"what": f"`mlflow server`; feature {number}, (\u00e4)"} for number in range(40)])
+    tag = ec2_images.fallbacks_tag([{"what": f"`mlflow server`; feature {number}, (\u00e4)"} for number in range(40)])
     assert len(tag) <= 256 and tag.endswith(" ...")
     assert not set("`;,()") & set(tag)
 
@@ -805,4 +805,4 @@ def test_contradicting_arguments_are_refused(
 
 
 def test_facts_of_the_moto_cloud_are_tags_of_an_image() -> None:
-    assert {f"mlflow-ami:{name}" for name in moto_cloud.FACTS} <= {*catalog.fact_tags(FACTS), catalog.FINISHED}
+    assert {f"mlflow-ami:{name}" for name in moto_cloud.FACTS} <= {*ec2_images.fact_tags(FACTS), ec2_images.FINISHED}

@@ -27,7 +27,7 @@ import pytest
 
 from mlflow_host.boot import private_ca
 from scripts.local_cloud import LocalCloud, namespaces
-from scripts.rehearsal.status import PIECES
+from scripts.rehearsal.status_document import PIECES
 from tests.journey.test_public_certificate import DOMAIN, ask, names_of
 from tests.support.authority import name_server, pebble
 from tests.support.servers import SCRIPTS, own_stack, run

@@ -18,12 +18,12 @@ import boto3
 import pytest
 
 from mlflow_host.contract.credentials import hashed
-from scripts.imaging import catalog, channels
+from scripts.imaging import channels, ec2_images
 from scripts.rehearsal import advice, stack, state
 from scripts.rehearsal.errors import Refused
 from scripts.rehearsal.program_runner import ProgramError
 from scripts.rehearsal.state import State
-from scripts.rehearsal.status import PIECES, administrator, client_environment, outline
+from scripts.rehearsal.status_document import PIECES, administrator, client_environment, outline
 from scripts.rehearsal.wire import UNKNOWN, Secret
 from tests.support.moto_server import moto_server
 
@@ -158,9 +158,9 @@ def test_invalid_stack_name_is_refused(name: str, command: list[str], state_dir:
     assert not state_dir.exists()
 
 
-def image(number: int, made: str) -> catalog.Image:
-    tags = {catalog.OURS: made, "mlflow-ami:format": "1", "mlflow-ami:os": "debian 12"}
-    return catalog.Image(f"ami-{number}", "", made, "available", tags, ())
+def image(number: int, made: str) -> ec2_images.Image:
+    tags = {ec2_images.OURS: made, "mlflow-ami:format": "1", "mlflow-ami:os": "debian 12"}
+    return ec2_images.Image(f"ami-{number}", "", made, "available", tags, ())
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_current_image_is_kept_unless_another_is_chosen(
     options: dict[str, object], pinned: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graviton = dataclasses.replace(image(4, "2026-04"), architecture="arm64")
-    monkeypatch.setattr(catalog, "find", lambda ec2, tags=None: [graviton, image(2, "2026-02"), image(1, "2026-01")])
+    monkeypatch.setattr(ec2_images, "find", lambda ec2, tags=None: [graviton, image(2, "2026-02"), image(1, "2026-01")])
     arguments = argparse.Namespace(**{"ami": None, "newest": False, "base": None} | options)
     current = State(outputs={"amiId": pinned} if pinned else {})
     assert stack.image_to_run(lambda service: None, arguments, current, {}) == chosen
@@ -185,7 +185,7 @@ def test_current_image_is_kept_unless_another_is_chosen(
 
 def test_channel_chooses_the_image_and_a_pinned_one_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "read", lambda ssm: {"staging": "ami-7"})
-    monkeypatch.setattr(catalog, "find", lambda ec2, tags=None: [image(2, "2026-02")])
+    monkeypatch.setattr(ec2_images, "find", lambda ec2, tags=None: [image(2, "2026-02")])
     cloud = SimpleNamespace(
         region="eu-central-1", endpoint="http://127.0.0.1:1", s3_endpoint="https://127.0.0.1:2", s3_authority=""
     )
@@ -200,7 +200,7 @@ def test_channel_chooses_the_image_and_a_pinned_one_ends_it(monkeypatch: pytest.
 
 
 def test_deleted_image_is_not_replaced_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "find", lambda ec2, tags=None: [image(2, "2026-02")])
+    monkeypatch.setattr(ec2_images, "find", lambda ec2, tags=None: [image(2, "2026-02")])
     arguments = argparse.Namespace(ami=None, newest=False, base=None)
     with pytest.raises(Refused, match=r"ami-1 is no longer in the local cloud: .* --ami, or --newest"):
         stack.image_to_run(lambda service: None, arguments, State(outputs={"amiId": "ami-1"}), {})

@@ -19,8 +19,8 @@ from mlflow_host.schema.copying import carry
 from mlflow_host.schema.release import release
 from scripts import lock
 from tests.schema.environments import image, releases
-from tests.schema.in_release import in_release
 from tests.schema.private_cluster import private_cluster
+from tests.schema.run_in_release import in_release
 
 pytestmark = pytest.mark.slow
 OLDER, MIDDLE, LAST, NEWEST = releases()[1], *releases()[-3:]

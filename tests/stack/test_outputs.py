@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.rehearsal.status import PIECES
+from scripts.rehearsal.status_document import PIECES
 from tests.stack.program import ADDRESS, NEW, VOLUME, run
 
 

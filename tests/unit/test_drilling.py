@@ -16,7 +16,7 @@ import pytest
 
 from scripts import drill
 from scripts.drilling.expected_writes import ExpectedWrites, Sections, Touched, differences, leaves
-from scripts.imaging import catalog, promoting
+from scripts.imaging import ec2_images, promoting
 from scripts.local_cloud import LocalCloud
 
 NOTHING = Touched(set(), set())
@@ -105,10 +105,10 @@ TAGGED: list[tuple[list[str], str]] = []
 WANTED = ["ami-0123456789abcdef0", "ami-0123456789abcdef1"]
 
 
-def an_image(id: str, *, finished: bool = True) -> catalog.Image:
-    tags = {catalog.OURS: f"version-of-{id}", "mlflow-ami:mlflow-version": "3.17.2"}
+def an_image(id: str, *, finished: bool = True) -> ec2_images.Image:
+    tags = {ec2_images.OURS: f"version-of-{id}", "mlflow-ami:mlflow-version": "3.17.2"}
     tags |= {"mlflow-ami:format": "1"} if finished else {}
-    return catalog.Image(id, "", "", "available", tags, ())
+    return ec2_images.Image(id, "", "", "available", tags, ())
 
 
 def test_missing_images_are_reported_before_the_launch(
@@ -118,7 +118,7 @@ def test_missing_images_are_reported_before_the_launch(
     for part in ("up", "down"):
         monkeypatch.setattr(LocalCloud, part, lambda self: None)
     monkeypatch.setattr(LocalCloud, "client", lambda self, service: None)
-    monkeypatch.setattr(catalog, "find", lambda ec2: [an_image(WANTED[0]), an_image(WANTED[1], finished=False)])
+    monkeypatch.setattr(ec2_images, "find", lambda ec2: [an_image(WANTED[0]), an_image(WANTED[1], finished=False)])
     monkeypatch.setattr(drill, "run_script", lambda *arguments: pytest.fail("it launched or baked something"))
     assert drill.main([WANTED[0], WANTED[1]]) == 2
     assert f"has no finished image {WANTED[1]}" in capsys.readouterr().err
@@ -134,7 +134,7 @@ def exit_status(stops: list[drill.Stop], monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(LocalCloud, "region", "eu-central-1")
     client = SimpleNamespace(create_tags=lambda Resources, Tags: TAGGED.append((Resources, Tags[0]["Key"])))
     monkeypatch.setattr(LocalCloud, "client", lambda self, service: client)
-    monkeypatch.setattr(catalog, "find", lambda ec2: [an_image(wanted) for wanted in WANTED])
+    monkeypatch.setattr(ec2_images, "find", lambda ec2: [an_image(wanted) for wanted in WANTED])
     TAGGED.clear()
     return drill.main([*WANTED, *more])
 

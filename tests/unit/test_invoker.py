@@ -15,7 +15,7 @@ from scripts import invoker
 from scripts.local_cloud import LocalCloud, object_store_ca
 from scripts.rehearsal import stack, state
 from scripts.rehearsal.state import State
-from scripts.rehearsal.status import keep_certificate
+from scripts.rehearsal.status_document import keep_certificate
 from tests.support.readme_commands import REPOSITORY
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be called through sudo")

@@ -21,7 +21,7 @@ from moto import mock_aws
 from mlflow_host.contract import credentials
 from scripts import prompts, users
 from scripts.connect import ConnectedStack
-from scripts.rehearsal.status import administrator
+from scripts.rehearsal.status_document import administrator
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 NAME = "/mlflow-ami/dev/credentials"

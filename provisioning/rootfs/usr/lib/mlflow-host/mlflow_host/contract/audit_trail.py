@@ -2,7 +2,7 @@
 
     audit/2026/11/30/20261130T061000Z-20261130T061958Z-vol-0123456789abcdef0-9f86d081.jsonl.gz
 
-The machine's role may add objects below PREFIX, but cannot replace or delete objects there (`infra/access.py`).
+The machine's role may add objects below PREFIX, but cannot replace or delete objects there (`infra/iam_roles.py`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The patches: what a server process replaces in MLflow and protobuf. Each patch has a target, a reason and a test.
 
 Changes of MLflow's behaviour through public interfaces are in other modules. `db_connections` and `mlflow_checks` use
-SQLAlchemy's events. `refusals`, `request_limits` and `artifact_fence` use Flask's before_request. `artifact_fence` and
-`artifact_repository` use MLflow's registry of artifact repositories.
+SQLAlchemy's events. `refusals`, `request_limits` and `artifact_location_checks` use Flask's before_request.
+`artifact_location_checks` and `artifact_repository` use MLflow's registry of artifact repositories.
 """
 
 from __future__ import annotations

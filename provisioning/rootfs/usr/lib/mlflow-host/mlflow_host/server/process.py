@@ -32,7 +32,7 @@ from typing import Any
 from mlflow_host.machine.config import CONFIG, SERVER_SOCKETS
 from mlflow_host.machine.status import wait_until_done
 from mlflow_host.server import (
-    artifact_fence,
+    artifact_location_checks,
     db_connections,
     health,
     job_runner,
@@ -114,10 +114,10 @@ def serve(uds: Path, *, first: bool = True) -> int:
     from mlflow_host.server.artifact_repository import serve_s3_locations  # imports MLflow
 
     serve_s3_locations()
-    fence = artifact_fence.Fence.around(public["MLFLOW_ARTIFACTS_DESTINATION"])
-    artifact_fence.close(fence)
+    allowed_locations = artifact_location_checks.AllowedLocations.below(public["MLFLOW_ARTIFACTS_DESTINATION"])
+    artifact_location_checks.check_when_opened(allowed_locations)
     request_limits.refuse_dear_requests(flask)  # this hook is first: it rejects JSON that the next hook cannot parse
-    artifact_fence.refuse_at_creation(flask, fence)
+    artifact_location_checks.refuse_at_creation(flask, allowed_locations)
     repository = repository_of(public["MLFLOW_ARTIFACTS_DESTINATION"])
     threads = Threads.split(int(os.environ.get("MLFLOW_HOST_REQUEST_THREADS", DEFAULT_THREADS)))
 

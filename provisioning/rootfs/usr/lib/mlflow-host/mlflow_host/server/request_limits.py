@@ -449,7 +449,8 @@ def replayed(body: bytes, receive: Receive) -> Receive:
 
 def traces_apart(application: Application) -> Application:
     """Return `application` with middleware that handles OpenTelemetry's exports in one separate thread. Without it,
-    MLflow would convert spans in the event loop, and other requests would wait. If an export exceeds `SPANS` spans, the status is 413."""
+    MLflow would convert spans in the event loop, and other requests would wait. If an export exceeds `SPANS` spans, the
+    status is 413."""
     thread = ThreadPoolExecutor(1, "traces")
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:

@@ -4,8 +4,8 @@ A user can write any location into MLflow's tables: as an experiment's `artifact
 or a trace's tag. MLflow opens a stored location with the server's credentials. Without a check, a user could therefore
 read the backups bucket or write files to the machine. This module has two checks:
 
-- `close` adds a check to every repository class in MLflow's registry. MLflow opens all locations through this registry,
-  so the check covers every API route and all locations that are already stored.
+- `check_when_opened` adds a check to every repository class in MLflow's registry. MLflow opens all locations through
+  this registry, so the check covers every API route and all locations that are already stored.
 - `refuse_at_creation` returns 400 for a request that would store a location outside the two buckets.
 """
 
@@ -20,22 +20,22 @@ from urllib.parse import urlsplit
 from mlflow_host.server.request_limits import fields_of
 
 RESOLVED_BY_MLFLOW = {"mlflow-artifacts", "runs", "models"}
-"""URI schemes that MLflow resolves to another location, which `close` checks too. A URI with one of these schemes must
-not have a host."""
+"""URI schemes that MLflow resolves to another location, which `check_when_opened` checks too. A URI with one of these
+schemes must not have a host."""
 
 CREATES = {"/mlflow/experiments/create": "artifact_location", "/mlflow/model-versions/create": "source"}
 """The routes that store a location: the end of each route's path, and the field with the location."""
 
 
 @dataclass(frozen=True)
-class Fence:
+class AllowedLocations:
     """The allowed locations: all URIs below the artifacts destination, and all s3:// URIs in the two buckets."""
 
     destination: str
     buckets: frozenset[str]
 
     @classmethod
-    def around(cls, destination: str) -> Fence:
+    def below(cls, destination: str) -> AllowedLocations:
         """`destination` is mlflow-host://<artifacts bucket>/<models bucket>[/prefix] (see `artifact_repository`)."""
         uri = urlsplit(destination)
         return cls(destination.rstrip("/"), frozenset({uri.netloc, uri.path.lstrip("/").partition("/")[0]}))
@@ -58,28 +58,28 @@ class Fence:
         )
 
 
-def close(fence: Fence) -> None:
+def check_when_opened(allowed: AllowedLocations) -> None:
     """Check every artifact location before MLflow opens it in this process."""
     from mlflow.store.artifact.artifact_repository_registry import get_registered_artifact_repositories
 
     registered: dict[str, Any] = get_registered_artifact_repositories()
     for scheme, repository in list(registered.items()):
-        registered[scheme] = checked(repository, fence)
+        registered[scheme] = checked(repository, allowed)
 
 
-def checked(repository: Callable[..., Any], fence: Fence) -> Callable[..., Any]:
+def checked(repository: Callable[..., Any], allowed: AllowedLocations) -> Callable[..., Any]:
     """Return `repository` with a check that raises MlflowException (400) for a location that is not allowed."""
     from mlflow.exceptions import MlflowException
 
     def opened(artifact_uri: str, *arguments: Any, **options: Any) -> Any:
-        if problem := fence.problem(artifact_uri):
+        if problem := allowed.problem(artifact_uri):
             raise MlflowException.invalid_parameter_value(problem)
         return repository(artifact_uri, *arguments, **options)
 
     return opened
 
 
-def refuse_at_creation(flask_application: Any, fence: Fence) -> None:
+def refuse_at_creation(flask_application: Any, allowed: AllowedLocations) -> None:
     """Make MLflow's Flask application return 400 to requests that would store a location that is not allowed."""
     import flask
 
@@ -91,7 +91,7 @@ def refuse_at_creation(flask_application: Any, fence: Fence) -> None:
         for name, location in fields_of(flask.request, flask.request.get_json(force=True, silent=True)):
             if name != field or not isinstance(location, str) or is_a_placeholder(location):
                 continue  # MLflow itself rejects values of the wrong type
-            if problem := fence.problem(location):
+            if problem := allowed.problem(location):
                 answer = {"error_code": "INVALID_PARAMETER_VALUE", "message": problem}
                 return flask.Response(json.dumps(answer), status=400, mimetype="application/json")
         return None

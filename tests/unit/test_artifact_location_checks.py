@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import requests
 
-from mlflow_host.server.artifact_fence import Fence
+from mlflow_host.server.artifact_location_checks import AllowedLocations
 from tests.support.services import ObjectStore, create_schema, object_store, on_loopback, server_processes
 
 pytestmark = pytest.mark.service
 
 DESTINATION = "mlflow-host://artifacts/models"
-FENCE = Fence.around(DESTINATION)
+ALLOWED = AllowedLocations.below(DESTINATION)
 SECRET = b"a dump of everybody's runs"
 
 OPEN = [
@@ -64,12 +64,12 @@ CLOSED = [
 
 @pytest.mark.parametrize("location", OPEN)
 def test_locations_of_the_stack_are_open(location: str) -> None:
-    assert FENCE.problem(location) is None
+    assert ALLOWED.problem(location) is None
 
 
 @pytest.mark.parametrize("location", CLOSED)
 def test_other_location_is_refused_with_value_and_allowed_locations(location: str) -> None:
-    problem = FENCE.problem(location)
+    problem = ALLOWED.problem(location)
     assert problem and repr(location) in problem
 
 
@@ -97,7 +97,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("fence")
+    folder = tmp_path_factory.mktemp("allowed")
     (folder / "tmp").mkdir()
     create_schema(f"sqlite:///{folder}/mlflow.db")
     with object_store(folder / "store") as store:

@@ -1,17 +1,14 @@
-"""The AWS provider of the stack, and the IAM roles of its machine."""
+"""The IAM roles of the machine and of MLflow's processes."""
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import pulumi
 import pulumi_aws as aws
 
-import preflight
 from contract import alarms, audit_trail
 from credentials import Parameters
 from settings import Settings
@@ -29,18 +26,6 @@ SESSION_MANAGER = (
 )
 """The permissions of Session Manager's agent. AWS's managed policy for this agent is not used, because it also allows
 reading all parameters."""
-
-
-def provider(config: Settings) -> aws.Provider:
-    """The AWS provider with the stack's default tags and with all settings in the namespace `aws:`."""
-    given: dict[str, Any] = {}
-    for name in inspect.signature(aws.ProviderArgs).parameters:
-        key = re.sub(r"_([a-z0-9])", lambda match: match[1].upper(), name)
-        text = pulumi.Config("aws").get(key)
-        if text is not None:
-            given[name] = _parsed(text)
-    tags = {**given.get("default_tags", {}).get("tags", {}), **preflight.identity(config)}
-    return aws.Provider("aws", **{**given, "region": config.region, "default_tags": {"tags": tags}})
 
 
 @dataclass(frozen=True)
@@ -182,11 +167,3 @@ def machine_policy(
             {"Sid": "SessionManager", "Effect": "Allow", "Action": list(SESSION_MANAGER), "Resource": "*"},
         ],
     }
-
-
-def _parsed(text: str) -> Any:
-    """The value of a setting. Pulumi returns lists, objects, numbers and booleans as JSON, and text unchanged."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

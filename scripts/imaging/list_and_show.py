@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from scripts.imaging import channels, claims, record
-from scripts.imaging.catalog import STACK, Image, Place, created, find
 from scripts.imaging.claims import Claims
+from scripts.imaging.ec2_images import STACK, Image, Place, created, find
 
 SNAPSHOT_USD = 0.05
 """Price of one GB-month of EBS snapshots in us-east-1, as in infra/README.md. Prices vary by about 10 % by region."""
