@@ -283,13 +283,20 @@ def upgrade(
             break
     say(f"migrating the copy to {image.head}")
     mlflow.upgrade(work, image.head)
-    with connection(cluster, work, autocommit=True) as opened:
-        run(opened, "ANALYZE")
-        notes += check_row_counts(before, row_counts(opened))
-    lost = upgrade_losses.record(cluster, cluster.database, work, str(state.head), known.index(str(state.head)) + 1)
+    with ThreadPoolExecutor(1) as beside:
+        analyzed = beside.submit(analyze_and_count, cluster, work)
+        lost = upgrade_losses.record(cluster, cluster.database, work, str(state.head), known.index(str(state.head)) + 1)
+        notes += check_row_counts(before, analyzed.result())
     return Successor(
         work, tuple(pending), CarryResult((), lost), returned, notes=tuple(notes), unresolved=tuple(unresolved)
     )
+
+
+def analyze_and_count(cluster: Cluster, database: str) -> dict[str, int]:
+    """Update the planner's statistics of a migrated database, and return the number of rows of each table."""
+    with connection(cluster, database, autocommit=True) as opened:
+        run(opened, "ANALYZE")
+        return row_counts(opened)
 
 
 @contextmanager
