@@ -117,10 +117,10 @@ test-tools-quick: # the tests with real tools that take under five minutes: no b
 # because compiling MLflow and moto takes as long as many tests. A file's tests stay in one process, and so do its
 # fixtures.
 check: export PYTHONDONTWRITEBYTECODE :=
-check: prepare-check ## format, lint, types and the tests that need nothing else, in under two minutes
+check: prepare-check ## format, lint, types and the short tests that need nothing else
 	@.venv/bin/ruff format --check -q . && .venv/bin/ruff check -q .
 	@.venv/bin/mypy $(TYPED)
-	@exec $(PYTEST) -q -n 2 --dist loadfile -m "not machine and not service and not slow and not tools" tests/unit
+	@exec $(PYTEST) -q -n 2 --dist loadfile -m "not machine and not service and not slow and not tools and not long" tests/unit
 fix: prepare-check ## format, and mend what ruff can mend
 	@.venv/bin/ruff check --fix -q .; .venv/bin/ruff format -q .
 lint: prepare-lint ## ruff, mypy, shellcheck, packer fmt

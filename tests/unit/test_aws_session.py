@@ -124,6 +124,7 @@ def run(arguments: tuple[str, ...], environment: dict[str, str]) -> subprocess.C
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arguments", SCRIPTS, ids=" ".join)
 @pytest.mark.parametrize(
     ("given", "parts"),

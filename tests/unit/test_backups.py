@@ -724,6 +724,7 @@ def test_decided_exchange_precedes_requests_and_a_request_by_hand_precedes_the_s
     assert restore.state_of(history, "") == restore.RestoreState.NOTHING_TO_DO
 
 
+@pytest.mark.long
 def test_only_status_1_of_archive_get_ends_recovery(tmp_path: Path) -> None:
     """If restore_command exits with a status up to 125, PostgreSQL ends recovery. With 126, PostgreSQL fails."""
     expected = {0: 0, 1: 1, 25: 126, 82: 126, 103: 126}

@@ -17,6 +17,7 @@ from tests.support.services import object_store
 BENCH = Path(__file__).parents[1] / "bench"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCH.glob("*.py") if "argparse" in path.read_text()))
 def test_each_program_starts_without_pytest(name: str) -> None:
     module = "tests.bench" if name == "__main__" else f"tests.bench.{name}"

@@ -170,6 +170,7 @@ def test_passed_drill_is_recorded_on_the_newer_image_and_a_failed_one_is_not(
     assert TAGGED == []
 
 
+@pytest.mark.long
 def test_outage_lasts_from_the_last_response_to_the_next() -> None:
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

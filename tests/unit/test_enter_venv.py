@@ -43,6 +43,7 @@ def probe(python: Path | str, checkout: Path, *arguments: str) -> subprocess.Com
     return subprocess.run(command, capture_output=True, text=True, env={"PATH": PATH}, timeout=60)
 
 
+@pytest.mark.long
 def test_script_restarts_with_the_repositorys_python(checkout: Path, tmp_path: Path) -> None:
     (checkout / ".venv").symlink_to(Path(sys.prefix))
     done = probe(bare_python(tmp_path / "bare"), checkout, "--a", "b c")

@@ -18,6 +18,7 @@ from tests.support.services import HOST_PACKAGE
 from tests.unit import compare_json
 
 
+@pytest.mark.long
 def test_every_message_of_mlflow_is_read_as_by_protobuf() -> None:
     compare_json.read(random.Random(5))
 
@@ -59,6 +60,7 @@ def test_requests_of_mlflows_client_use_the_fast_parser(sent: Message) -> None:
     assert json_decode.plain(json.loads(proto_json_utils.message_to_json(sent)), type(sent)) == sent
 
 
+@pytest.mark.long
 def test_mlflows_responses_have_no_line_breaks() -> None:
     code = """
 import json

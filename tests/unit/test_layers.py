@@ -93,6 +93,7 @@ def test_the_contract_needs_the_standard_library_alone() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("top", ["infra", "scripts"])
 def test_infra_and_scripts_import_only_the_contract(top: str) -> None:
     wrong = [

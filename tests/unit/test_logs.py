@@ -274,6 +274,7 @@ def test_lines_are_sent_in_batches_while_the_service_runs(file: Path, monkeypatc
     assert (cloud.accepted, saved) == ([("mlflow", "line 1")], ["s=1"])
 
 
+@pytest.mark.long
 def test_refused_lines_are_sent_again_and_in_order(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

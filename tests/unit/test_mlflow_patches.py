@@ -32,6 +32,7 @@ def test_missing_optional_target_is_skipped_and_any_other_is_an_error() -> None:
         mlflow_patches.apply([mlflow_patches.Patch("json:absent", "", "", lambda _: None)])
 
 
+@pytest.mark.long
 def test_import_of_auth_fails_at_once() -> None:
     code = """
 import importlib.util

@@ -59,6 +59,7 @@ def test_the_first_page_fits_four_screens() -> None:
     assert len(PAGES[REPOSITORY / "README.md"].splitlines()) <= 170
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("program", ["bake.py", "rehearse.py", "connect.py", "demo.py", "drill.py"])
 def test_named_options_exist(program: str) -> None:
     help_text = subprocess.run(

@@ -99,6 +99,7 @@ def test_each_command_is_run_or_listed() -> None:
     assert set(commands()) == classified
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "command",
     [
@@ -120,6 +121,7 @@ def scripts() -> list[str]:
     return sorted(path.name for path in (REPOSITORY / "scripts").glob("*.py") if path.read_text().startswith("#!"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", scripts())
 def test_each_script_starts_from_any_folder(name: str, checkout: Path, tmp_path: Path) -> None:
     done = run(f"'{checkout}/scripts/{name}' --help", tmp_path)

@@ -129,6 +129,7 @@ records = st.builds(
 )
 
 
+@pytest.mark.long
 @given(records)
 def test_ownership_record_survives_dump_and_parse(written: OwnershipRecord) -> None:
     assert ownership.parse(ownership.dump(written)) == written

@@ -275,6 +275,7 @@ def test_two_concurrent_changes_are_both_kept(before: users.Users, ours: users.U
         assert found.get(name) == (other if mine == was else mine)
 
 
+@pytest.mark.long
 @hypothesis_settings(max_examples=300)
 @given(
     st.one_of(
