@@ -202,6 +202,7 @@ def test_header_is_bounded_and_ascii() -> None:
     assert 0 < len(found) <= request_ids.HEADER_CHARACTERS + len("&cut=1") and found.isascii() and found.isprintable()
 
 
+@pytest.mark.long
 def test_every_route_that_writes_has_a_name() -> None:
     routes = [route for route in reader_routes.installed_routes() if route.method not in reader_routes.READING_METHODS]
     known = Routes([(route.method, route.path) for route in routes])

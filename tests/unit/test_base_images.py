@@ -21,6 +21,7 @@ def test_each_stage_is_logged(tmp_path: Path) -> None:
     assert "noise" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.long
 def test_progress_is_logged_every_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_images, "TELL_SECONDS", 0.3)
     told: list[str] = []

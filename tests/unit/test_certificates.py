@@ -149,6 +149,7 @@ def test_starting_page_has_the_certificate_while_the_machine_is_not_configured(
     assert happened == served
 
 
+@pytest.mark.long
 def test_nginx_is_reloaded_only_for_a_change_and_drained_before_a_reload_in_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

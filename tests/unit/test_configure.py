@@ -194,6 +194,7 @@ def test_process_that_keeps_dying_has_failed(shown: str, failed: bool) -> None:
     assert ready.has_failed("mlflow-server@1.service", lambda *_: shown) is failed
 
 
+@pytest.mark.long
 def test_failed_process_ends_the_wait_with_its_last_log_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "SERVER_SOCKETS", tmp_path)
     monkeypatch.setattr(ready, "has_failed", lambda unit: True)

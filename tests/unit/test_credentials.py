@@ -283,6 +283,7 @@ def test_authority_is_written_where_clients_look(ssm: str) -> None:
         assert (found["Value"], found["Type"]) == (value, "String")
 
 
+@pytest.mark.long
 @given(
     body=st.binary(max_size=200),
     region=st.sampled_from(["eu-central-1", "us-gov-west-1"]),

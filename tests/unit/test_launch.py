@@ -254,6 +254,7 @@ toml_values = st.recursive(
 known_tables = list(LEAST.keys() - {"format"})
 
 
+@pytest.mark.long
 @given(st.sampled_from(known_tables), st.data())
 def test_any_value_of_any_key_is_accepted_or_refused_in_one_line(table: str, data: st.DataObject) -> None:
     key = data.draw(st.sampled_from(list(LEAST[table])) | st.text(max_size=10))

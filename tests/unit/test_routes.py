@@ -12,6 +12,7 @@ from mlflow_host.bake.fallbacks import Fallback
 from mlflow_host.bake.reader_routes import Route
 
 
+@pytest.mark.long
 def test_a_moved_route_for_spans_is_reported(installed: list[Route]) -> None:
     assert reader_routes.exports(installed) == []
     (moved,) = reader_routes.exports([route for route in installed if route.path != "/v1/traces"])
