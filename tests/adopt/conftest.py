@@ -15,8 +15,8 @@ from tests.support.services import ObjectStore, object_store
 
 
 @pytest.fixture(scope="session")
-def machine_cluster() -> Iterator[PrivateCluster]:
-    with cluster_of_a_machine() as owned:
+def machine_cluster(request: pytest.FixtureRequest) -> Iterator[PrivateCluster]:
+    with cluster_of_a_machine(getattr(request, "param", "machine")) as owned:
         yield owned
 
 

@@ -1,6 +1,8 @@
 """Run the unit mlflow-host-adopt@NAME as a process that uses the tests' cluster and object store.
 
-python run_unit.py NAME HOST USER BUCKET ENDPOINT REPORTS BLANK"""
+python run_unit.py NAME CLUSTER BUCKET ENDPOINT REPORTS BLANK
+
+CLUSTER is the text of `rds_like.to_argument`."""
 
 from __future__ import annotations
 
@@ -10,11 +12,10 @@ from pathlib import Path
 
 from mlflow_host.adopt import run
 from mlflow_host.contract.adoption import AdoptionError
-from mlflow_host.postgres.cluster import Cluster
 from mlflow_host.postgres.dump_file import Bucket
 from mlflow_host.schema.release import ImageSchema
 from mlflow_host.schema.revisions import known_revisions
-from tests.schema.private_cluster import programs
+from tests.schema.rds_like import from_argument
 
 
 def this_image() -> ImageSchema:
@@ -24,10 +25,9 @@ def this_image() -> ImageSchema:
 
 
 def main() -> None:
-    name, host, user, bucket, endpoint, reports, blank = sys.argv[1:]
-    cluster = Cluster(host=host, user=user, programs=programs())
+    name, cluster, bucket, endpoint, reports, blank = sys.argv[1:]
     where = Bucket(bucket, "eu-central-1", endpoint)
-    settings = run.AdoptSettings(cluster, this_image(), where, Path(reports), Path(blank))
+    settings = run.AdoptSettings(from_argument(cluster), this_image(), where, Path(reports), Path(blank))
     try:
         run.perform(settings, name)
     except AdoptionError as error:

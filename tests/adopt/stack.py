@@ -17,11 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_host.postgres import dump_file
-from mlflow_host.postgres.cluster import Cluster, connection, copy_database, create_empty, databases, drop, run, value
+from mlflow_host.postgres.cluster import (
+    Cluster,
+    connection,
+    copy_database,
+    create_empty,
+    databases,
+    drop,
+    password_file,
+    run,
+    value,
+)
 from mlflow_host.schema.release import release
 from scripts.adopting.target import Api, Target
 from tests.adopt.run_unit import this_image
-from tests.schema.private_cluster import PrivateCluster, alive, private_cluster
+from tests.schema.private_cluster import PrivateCluster, alive
+from tests.schema.rds_like import cluster_at, to_argument, uri
 from tests.support.services import HOST_PACKAGE, ObjectStore, on_loopback, server_processes
 
 ROOT = Path(__file__).parents[2]
@@ -57,17 +68,18 @@ class Stack:
 
 
 @contextmanager
-def cluster_of_a_machine() -> Iterator[PrivateCluster]:
+def cluster_of_a_machine(place: str = "machine") -> Iterator[PrivateCluster]:
     """Start a cluster with the database EMPTY, and write a dump of EMPTY to BLANK."""
-    with private_cluster() as owned:
+    with cluster_at(place) as owned:
         create_empty(owned.cluster, EMPTY)
         image = this_image()
         with release(owned.cluster, image) as mlflow:
             mlflow.create(EMPTY, image.head)
             mlflow.query_stores(EMPTY)
         try:
-            with BLANK.open("wb") as file:
-                subprocess.run(dump_file.dump_command(owned.cluster, EMPTY), stdout=file, check=True)
+            with BLANK.open("wb") as file, password_file(owned.cluster) as login:
+                command = dump_file.dump_command(owned.cluster, EMPTY, login.path)
+                subprocess.run(command, stdout=file, check=True, pass_fds=login.descriptors)
             yield owned
         finally:
             BLANK.unlink()
@@ -87,7 +99,7 @@ def empty_stack(owned: PrivateCluster, objects: ObjectStore, folder: Path) -> It
         objects.client().create_bucket(Bucket=bucket)
     (folder / "tmp").mkdir(parents=True)
     variables = {
-        "MLFLOW_BACKEND_STORE_URI": cluster.uri(cluster.database),
+        "MLFLOW_BACKEND_STORE_URI": uri(cluster),
         "MLFLOW_ARTIFACTS_DESTINATION": f"mlflow-host-proxied://{buckets['artifacts']}/{buckets['models']}",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ALLOWED_HOSTS": "localhost,127.0.0.1:*",
@@ -104,7 +116,7 @@ def empty_stack(owned: PrivateCluster, objects: ObjectStore, folder: Path) -> It
                 each.poll()
             if running.exists() and alive(int(running.read_text())):
                 return  # systemd ignores a start request for a unit that is running
-            arguments = [cluster.host, cluster.user, buckets["backups"], objects.endpoint, folder / "reports", BLANK]
+            arguments = [to_argument(cluster), buckets["backups"], objects.endpoint, folder / "reports", BLANK]
             command = [sys.executable, "-m", "tests.adopt.run_unit", name, *map(str, arguments)]
             path = ":".join(map(str, (ROOT, HOST_PACKAGE)))
             # The unit's shell writes its own process ID, so the ID is on disk even if adopt.py is killed.

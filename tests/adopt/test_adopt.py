@@ -87,6 +87,7 @@ def counted(report: dict[str, Any]) -> dict[str, int]:
     return {kind["kind"]: kind["there"] for kind in report["kinds"]}
 
 
+@pytest.mark.parametrize("machine_cluster", ["machine", pytest.param("rds", marks=pytest.mark.slow)], indirect=True)
 def test_sqlite_file_with_everything_is_adopted(stack: Stack, reported: Reported, everything: Path) -> None:
     status, report = reported(everything, "--without-secrets")
     assert (report["lost"], status) == (0, 0)

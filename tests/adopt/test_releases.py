@@ -72,7 +72,7 @@ def test_postgresql_of_an_older_release_is_adopted_by_url_and_by_dump(
     uri = f"postgresql+psycopg2://{stack.cluster.user}@/old_release?host={stack.cluster.host}"
     fill(client_of(release), uri, f"file://{tmp_path}/artifacts")
     dump = tmp_path / "old.dump"
-    command = [stack.cluster.program("pg_dump"), "--format=custom", *stack.cluster.client_arguments, "old_release"]
+    command = [stack.cluster.program("pg_dump"), "--format=custom", *stack.cluster.client_arguments("old_release")]
     with dump.open("wb") as file:
         subprocess.run(command, check=True, stdout=file)
     status, report = reported(dump, "--name", "old")

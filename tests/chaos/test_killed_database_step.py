@@ -43,6 +43,7 @@ from tests.schema import run_step
 from tests.schema.environments import image, releases
 from tests.schema.journey import Journey, journey
 from tests.schema.private_cluster import PrivateCluster, private_cluster
+from tests.schema.rds_like import to_argument
 
 OLDER, NEWER = releases()[-3], releases()[-2]
 """MLflow 3.16 and 3.17 in November 2026. The migrations between these releases move the most data."""
@@ -88,7 +89,7 @@ class Prepared:
 
     def start(self, operation: str, *options: str) -> subprocess.Popen[str]:
         path = ":".join(str(ROOT / folder) for folder in (".", "provisioning/rootfs/usr/lib/mlflow-host"))
-        where = (self.cluster.host, self.cluster.user, str(self.folder / "reports"), OPERATIONS[operation])
+        where = (to_argument(self.cluster), str(self.folder / "reports"), OPERATIONS[operation])
         return subprocess.Popen(
             [sys.executable, str(run_step.__file__), *where, *options],
             env={**without_mlflow(os.environ), "PYTHONPATH": path},

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 
 from tests.schema.journey import Journey, journey
-from tests.schema.private_cluster import PrivateCluster, private_cluster
+from tests.schema.private_cluster import PrivateCluster
+from tests.schema.rds_like import cluster_at
 
 
 @pytest.fixture
-def server() -> Iterator[PrivateCluster]:
-    with private_cluster() as owned:
+def server(request: pytest.FixtureRequest) -> Iterator[PrivateCluster]:
+    """Yield a cluster like the machine's own, or like the place in the fixture's parameter."""
+    with cluster_at(getattr(request, "param", "machine")) as owned:
         yield owned
 
 

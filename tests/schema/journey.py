@@ -17,6 +17,7 @@ from mlflow_host.schema import state
 from mlflow_host.schema.release import ImageSchema
 from scripts.drilling.expected_writes import ExpectedWrites
 from scripts.drilling.worker_client import WorkerClient
+from tests.schema.rds_like import uri
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Journey:
 
     @property
     def uri(self) -> str:
-        return self.cluster.uri(self.cluster.database)
+        return uri(self.cluster)
 
     def settings(self, image: ImageSchema) -> state.ChangeSettings:
         return state.ChangeSettings(self.cluster, image, self.folder / "reports", dump=None)

@@ -1,4 +1,5 @@
-"""A temporary PostgreSQL cluster for tests, in a temporary directory. The server listens only on a Unix socket."""
+"""A temporary PostgreSQL cluster for tests, in a temporary directory. The server listens only on a Unix socket, unless
+`rds_like` adds TCP."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
@@ -43,10 +44,24 @@ class PrivateCluster:
 
     folder: Path
     process: subprocess.Popen[bytes] | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """PostgreSQL's settings that differ from those in `start`."""
+    remote: Cluster | None = None
+    """The login over TCP without superuser, if the server is like Amazon RDS."""
 
     @property
     def cluster(self) -> Cluster:
-        return Cluster(host=str(self.folder), port=PORT, user=_account().pw_name, programs=programs())
+        """The login of the code under test."""
+        return self.remote or self.superuser
+
+    @property
+    def superuser(self) -> Cluster:
+        user = "rdsadmin" if self.remote else _account().pw_name
+        return Cluster(host=str(self.folder), port=self.port, user=user, programs=programs())
+
+    @property
+    def port(self) -> int:
+        return self.remote.port if self.remote else PORT
 
     @property
     def data(self) -> Path:
@@ -55,8 +70,9 @@ class PrivateCluster:
     def start(self) -> None:
         """Start the server as a child of this process, so that this process can reap it. PostgreSQL does not start
         while the process of the previous server is a zombie."""
-        options = {"unix_socket_directories": self.folder, "port": PORT, "listen_addresses": "", "max_connections": 60}
-        arguments = [f"-c{name}={chosen}" for name, chosen in {**options, "wal_level": "replica"}.items()]
+        options = {"unix_socket_directories": self.folder, "port": self.port, "listen_addresses": ""}
+        options |= {"max_connections": 60, "wal_level": "replica", **self.settings}
+        arguments = [f"-c{name}={chosen}" for name, chosen in options.items()]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [programs() / "postgres", "-D", self.data, *arguments],
@@ -72,7 +88,7 @@ class PrivateCluster:
         ends = time.monotonic() + seconds
         while True:
             try:
-                with connection(self.cluster):
+                with connection(self.superuser):
                     return
             except psycopg2.OperationalError:
                 said = self.log.read_text()[-2000:]
@@ -114,15 +130,13 @@ def alive(process: int) -> bool:
 @contextmanager
 def private_cluster(mebibytes: int | None = None) -> Iterator[PrivateCluster]:
     """Yield a new cluster. If `mebibytes` is given, the cluster is on a tmpfs of `mebibytes` MiB, which needs root."""
-    account = _account()
-    folder = Path(tempfile.mkdtemp(prefix="mlflow-ami-pg-", dir="/tmp"))
+    folder = temporary_folder()
     if mebibytes:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", folder], check=True)
-    os.chown(folder, account.pw_uid, account.pw_gid)
-    folder.chmod(0o755)
+        give_to_account(folder)
     owned = PrivateCluster(folder)
     try:
-        _as_account("initdb", "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync", "-D", str(owned.data))
+        initdb(owned)
         owned.start()
         with connection(owned.cluster, "postgres", autocommit=True) as opened:
             run(opened, "CREATE ROLE mlflow LOGIN")
@@ -134,6 +148,25 @@ def private_cluster(mebibytes: int | None = None) -> Iterator[PrivateCluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def temporary_folder() -> Path:
+    """Create a folder for a cluster, which the account of PostgreSQL owns."""
+    folder = Path(tempfile.mkdtemp(prefix="mlflow-ami-pg-", dir="/tmp"))
+    give_to_account(folder)
+    folder.chmod(0o755)
+    return folder
+
+
+def give_to_account(path: Path) -> None:
+    account = _account()
+    os.chown(path, account.pw_uid, account.pw_gid)
+
+
+def initdb(owned: PrivateCluster, *options: str) -> None:
+    fixed = ("--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync", "-D", str(owned.data))
+    command: list[str | Path] = [programs() / "initdb", *fixed, *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/", **_identity())
+
+
 def _account() -> pwd.struct_passwd:
     """Return the account that runs PostgreSQL, because PostgreSQL refuses to run as root."""
     return pwd.getpwnam("postgres") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
@@ -142,7 +175,3 @@ def _account() -> pwd.struct_passwd:
 def _identity() -> Identity:
     account = _account()
     return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []} if os.getuid() == 0 else {}
-
-
-def _as_account(program: str, *arguments: str) -> None:
-    subprocess.run([programs() / program, *arguments], check=True, stdout=subprocess.DEVNULL, cwd="/", **_identity())

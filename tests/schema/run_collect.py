@@ -1,8 +1,8 @@
 """Run the garbage collection on a test database, with the MLflow release of the current interpreter.
 
-The argument of run_collect.py is a JSON object with the keys socket, port, user, artifacts, reports, grace_days, delete
-and meanwhile. `meanwhile` is a list of SQL statements that run between the plan and the removal. The script prints the
-report as JSON.
+The argument of run_collect.py is a JSON object with the keys cluster, artifacts, reports, grace_days, delete and
+meanwhile. `cluster` is the text of `rds_like.to_argument`. `meanwhile` is a list of SQL statements that run between the
+plan and the removal. The script prints the report as JSON.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 
 from mlflow_host.garbage import collect, report
 from mlflow_host.garbage.plan import OwnBuckets
-from mlflow_host.postgres.cluster import Cluster, connection, run
+from mlflow_host.postgres.cluster import connection, run
+from tests.schema.rds_like import from_argument
 
 
 def main(given: dict[str, Any]) -> None:
-    cluster = Cluster(host=str(given["socket"]), port=int(str(given["port"])), user=str(given["user"]))
+    cluster = from_argument(str(given["cluster"]))
 
     def meanwhile(database: str, key: str, metadata: dict[str, str]) -> str:
         for statement in given["meanwhile"]:

@@ -11,6 +11,7 @@ from typing import Any
 from mlflow_host.postgres.cluster import Cluster
 from mlflow_host.schema.release import ImageSchema
 from scripts.drilling.worker_client import without_mlflow
+from tests.schema.rds_like import uri
 
 BEGIN = """
 import json, os, sys
@@ -32,7 +33,7 @@ END = "\nprint(json.dumps(result))\n"
 
 def in_release(image: ImageSchema, cluster: Cluster, statements: str) -> Any:
     """Return the value that the statements assign to `result`, converted to JSON and back."""
-    command = [str(image.python), "-W", "ignore", "-c", BEGIN + statements + END, cluster.uri(cluster.database)]
+    command = [str(image.python), "-W", "ignore", "-c", BEGIN + statements + END, uri(cluster)]
     ended = subprocess.run(command, capture_output=True, text=True, env=without_mlflow(os.environ))
     assert ended.returncode == 0, ended.stderr[-3000:]
     return json.loads(ended.stdout.splitlines()[-1])

@@ -18,7 +18,7 @@ from mlflow_host.schema import upgrade_losses
 from mlflow_host.schema.copying import CarryError, CarryResult, carry, unreadable_values
 from mlflow_host.schema.merging import merge
 from mlflow_host.schema.reporting import MergedTable
-from tests.schema.private_cluster import private_cluster
+from tests.schema.rds_like import cluster_at
 
 NEWER = """
 CREATE TABLE parents (
@@ -54,9 +54,9 @@ INSERT INTO only_newer (parent_id, above, text) VALUES (1, NULL, 'one'), (1, 1, 
 """
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with private_cluster() as server:
+@pytest.fixture(scope="module", params=["machine", pytest.param("rds", marks=pytest.mark.slow)])
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    with cluster_at(request.param) as server:
         yield server.cluster
 
 
@@ -188,14 +188,14 @@ def test_merge_without_later_changes_restores_the_newer_database(filled: Cluster
 def test_different_row_counts_fail_the_carry(filled: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow_host.schema import copying
 
-    add_foreign_keys = copying._add_foreign_keys
+    add_foreign_keys = copying.add_foreign_keys
 
     def lose_a_row(writer: Any, wanted: Any) -> Any:
         found = add_foreign_keys(writer, wanted)
         run(writer, "DELETE FROM children WHERE key = 'long'")
         return found
 
-    monkeypatch.setattr(copying, "_add_foreign_keys", lose_a_row)
+    monkeypatch.setattr(copying, "add_foreign_keys", lose_a_row)
     with pytest.raises(CarryError, match="the copy of table children has 2 rows"):
         carry(filled, "newer", "older")
 
@@ -275,6 +275,30 @@ def test_row_that_another_one_keeps_out_is_counted_and_named(filled: Cluster) ->
     assert look(filled, "work", "SELECT name FROM parents WHERE id = 5") == [("mine",)]
 
 
+FAMILIES = """
+CREATE TABLE trees (id integer PRIMARY KEY, above integer REFERENCES trees ON DELETE SET NULL);
+CREATE TABLE z_parents (id integer PRIMARY KEY);
+CREATE TABLE m_children (id integer PRIMARY KEY, parent integer NOT NULL REFERENCES z_parents);
+CREATE TABLE a_grandchildren (id integer PRIMARY KEY, child integer NOT NULL REFERENCES m_children);
+"""
+
+
+@pytest.mark.parametrize("table", ["trees", "a_grandchildren"])
+def test_parents_are_inserted_before_children(cluster: Cluster, table: str) -> None:
+    """Row 9 of trees was deleted since the rollback. The rows 1 and 2 are both inserted, and 1 refers to 2."""
+    for name in ("newer", "base", "work"):
+        make(cluster, name, FAMILIES if table == "trees" else FAMILIES.split(";", 1)[1])
+    if table == "trees":
+        do(cluster, "base", "INSERT INTO trees VALUES (9, NULL)")
+        do(cluster, "newer", "INSERT INTO trees VALUES (9, NULL), (2, NULL), (1, 2), (3, 1), (4, 9), (5, 5)")
+    else:
+        above = "INSERT INTO z_parents VALUES (1); INSERT INTO m_children VALUES (3, 1);"
+        do(cluster, "newer", f"{above} INSERT INTO a_grandchildren VALUES (7, 3)")
+    merge(cluster, "newer", "base", "work")
+    expected = {"trees": [(1, 2), (2, None), (3, 1), (4, None), (5, 5)], "a_grandchildren": [(7, 3)]}
+    assert look(cluster, "work", f"SELECT * FROM {table} ORDER BY 1") == expected[table]
+
+
 BEFORE_MIGRATION = """
 CREATE TABLE things (id integer PRIMARY KEY, note text NOT NULL, extra json, same text);
 CREATE TABLE parts (thing integer NOT NULL REFERENCES things ON DELETE CASCADE, name text, PRIMARY KEY (thing, name));
@@ -349,7 +373,7 @@ def test_full_volume_names_only_kept_databases_that_may_be_dropped(cluster: Clus
     with connection(cluster) as opened:
         ownership.write(opened, cluster.database, record)
     said = str(database.volume_is_full(cluster, OSError("No space left on device")))
-    assert "dataVolumeGib" in said and f"drop a kept database: {kept[0]} hold no data" in said
+    assert cluster.storage[1] in said and f"drop a kept database: {kept[0]} hold no data" in said
 
 
 def bring_forward(cluster: Cluster, older: str, newer: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +31,7 @@ from mlflow_host.postgres.cluster import (
     create_empty,
     databases,
     drop,
+    password_file,
     rows,
     run,
     value,
@@ -38,6 +41,7 @@ from tests.schema import run_step
 from tests.schema.environments import image, releases
 from tests.schema.journey import Journey
 from tests.schema.private_cluster import PrivateCluster, private_cluster
+from tests.schema.rds_like import cluster_at, to_argument
 from tests.support.moto_server import moto_server
 
 OLDER, NEWER = releases()[-3], releases()[-2]
@@ -67,10 +71,30 @@ def bucket(s3: str) -> Iterator[dump_file.Bucket]:
         yield made
 
 
+KILLED = "test_killed_step_leaves_the_database_in_service_and_the_next_step_finishes"
+ON_RDS = (
+    KILLED,
+    "test_step_without_a_change_takes_less_than_a_second_of_processor_time",
+    "test_step_waits_for_a_killed_postgresql_and_runs_again",
+    "test_first_database_is_loaded_from_the_baked_dump_and_equals_one_built_by_mlflow",
+    "test_leftover_databases_and_pending_reports_are_removed",
+)
+"""`make test` runs these tests on both kinds of clusters, and `make test-schema` runs the others."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    name = metafunc.function.__name__
+    if "made" in metafunc.fixturenames:
+        on_rds = pytest.param("rds", marks=() if name in ON_RDS else pytest.mark.slow)
+        # On the machine's own cluster, tests/chaos/test_killed_database_step.py kills the step.
+        places = [on_rds] if name == KILLED else ["machine", on_rds]
+        metafunc.parametrize("made", places, indirect=True, scope="module")
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateCluster]:
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateCluster]:
     """Yield a cluster with one empty database per MLflow release. The release number is the name of the database."""
-    with private_cluster() as owned:
+    with cluster_at(request.param) as owned:
         for version in (OLDER, NEWER):
             settings = state.ChangeSettings(owned.cluster, image(version), tmp_path_factory.mktemp("made"), dump=None)
             database.bring(settings, print)
@@ -113,7 +137,7 @@ def test_step_without_a_change_takes_less_than_a_second_of_processor_time(at: At
     settings = at(NEWER, NEWER)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     path = ":".join(str(ROOT / folder) for folder in (".", "provisioning/rootfs/usr/lib/mlflow-host"))
-    where = (settings.cluster.host, settings.cluster.user, str(settings.reports), NEWER)
+    where = (to_argument(settings.cluster), str(settings.reports), NEWER)
     subprocess.run([sys.executable, str(run_step.__file__), *where], env={"PYTHONPATH": path}, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
@@ -162,8 +186,8 @@ def test_upgrade_takes_a_dump_first_and_the_dump_restores(at: At, bucket: dump_f
     assert client.head_object(Bucket=bucket.name, Key=key)["Metadata"]["head"] == image(OLDER).head
     assert content.tell() > 1000
     create_empty(cluster, "mlflow_restored")
-    place = ["--host", cluster.host, "--username", cluster.user, "--dbname=mlflow_restored"]
-    subprocess.run([cluster.program("pg_restore"), *place], input=content.getvalue(), check=True)
+    content.seek(0)
+    dump_file.load(cluster, "mlflow_restored", content)
     for query in ("SELECT count(*), sum(length(value)) FROM experiment_tags", "SELECT * FROM alembic_version"):
         assert _answer(cluster, "mlflow_restored", query) == _answer(cluster, report["kept_database"], query)
 
@@ -208,7 +232,9 @@ def test_failed_dump_fails_the_step_and_leaves_no_object_in_the_bucket(at: At, b
 def test_full_volume_is_reported_and_nothing_is_changed(at: At, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = at(OLDER, NEWER)
     monkeypatch.setattr(flip, "disk_space", lambda cluster: (100 << 20, 20 << 30))
-    with pytest.raises(StepFailed, match=r"0\.1 GiB free, a copy of the database needs .*dataVolumeGib"):
+    with pytest.raises(
+        StepFailed, match=r"0\.1 GiB free, a copy of the database needs .*(dataVolume|databaseStorage)Gib"
+    ):
         database.bring(settings, print)
     assert state.read_state(settings.cluster).head == image(OLDER).head
 
@@ -237,10 +263,31 @@ def test_step_waits_for_a_killed_postgresql_and_runs_again(at: At, made: Private
     assert state.read_state(settings.cluster).head == image(NEWER).head
 
 
-def test_idle_in_transaction_timeout_of_the_cluster_does_not_end_the_step(at: At) -> None:
+def test_killed_step_leaves_the_database_in_service_and_the_next_step_finishes(at: At) -> None:
+    settings = at(OLDER, NEWER)
+    path = ":".join(str(ROOT / folder) for folder in (".", "provisioning/rootfs/usr/lib/mlflow-host"))
+    where = (to_argument(settings.cluster), str(settings.reports), NEWER)
+    process = subprocess.Popen(
+        [sys.executable, str(run_step.__file__), *where],
+        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process as step:
+        assert step.stdout and any(line.startswith("migrating") for line in step.stdout)
+        os.killpg(step.pid, signal.SIGKILL)
+    assert "mlflow_host_work_successor" in databases(settings.cluster)
+    assert state.read_state(settings.cluster).head == image(OLDER).head
+    assert database.bring(settings, print).startswith("upgrade from")
+    (kept,) = [name for _, name in flip.kept_databases(settings.cluster)]
+    report = json.loads(max(settings.reports.glob("*upgrade.json")).read_text())
+    assert (report["kept_database"], report["to_head"]) == (kept, image(NEWER).head)
+
+
+def test_idle_in_transaction_timeout_of_the_cluster_does_not_end_the_step(at: At, made: PrivateCluster) -> None:
     """While other sessions copy rows, the sessions with the locks and the snapshot are idle longer than the timeout."""
-    settings = at(NEWER, OLDER)
-    cluster = settings.cluster
+    settings, cluster = at(NEWER, OLDER), made.superuser
     command(cluster, "ALTER SYSTEM SET idle_in_transaction_session_timeout = '2s'")
     with connection(cluster) as opened:
         run(opened, "SELECT pg_reload_conf()")
@@ -275,7 +322,7 @@ def test_leftover_databases_and_pending_reports_are_removed(at: At) -> None:
 def empty(made: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Yield the dump of an empty database, as the bake of an image with the older release writes it."""
     file = tmp_path_factory.mktemp("bake") / "blank.dump"
-    cluster = replace(made.cluster, database="blank")
+    cluster = replace(made.superuser, database="blank")
     assert empty_database.make(cluster, image(OLDER), file) == image(OLDER).head
     yield file
     drop(made.cluster, "blank")
@@ -332,9 +379,10 @@ def test_chained_rollbacks_are_merged_back_one_by_one(
 
 def _schema(cluster: Cluster, name: str) -> list[str]:
     """Return pg_dump's schema with owners, without casts, because PostgreSQL rewrites casts of lists at a restore."""
-    command = [cluster.program("pg_dump"), "--schema-only", *cluster.client_arguments, name]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    lines = [re.sub(r"::(text|character varying)|\[\]|[()]", "", line) for line in text.splitlines()]
+    with password_file(cluster) as login:
+        command = [cluster.program("pg_dump"), "--schema-only", *cluster.client_arguments(name, login.path)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, pass_fds=login.descriptors)
+    lines = [re.sub(r"::(text|character varying)|\[\]|[()]", "", line) for line in done.stdout.splitlines()]
     # The lines `\restrict` and `\unrestrict` contain a key that pg_dump generates for each dump.
     return [line for line in lines if not line.startswith(("\\restrict", "\\unrestrict"))]
 

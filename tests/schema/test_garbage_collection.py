@@ -14,7 +14,8 @@ import pytest
 
 from mlflow_host.postgres.cluster import connection, create_empty, rows, run
 from tests.schema.environments import environment, releases
-from tests.schema.private_cluster import PORT, PrivateCluster
+from tests.schema.private_cluster import PrivateCluster
+from tests.schema.rds_like import to_argument, uri
 from tests.support.services import HOST_PACKAGE
 
 HERE = Path(__file__).parent
@@ -29,20 +30,20 @@ STAYS_FOR_A_VERSION = {
 IS_NOT_DELETED = {"active", "model-active", "model-of-plain", "live", "elsewhere", "own"}
 
 
+@pytest.mark.parametrize("server", ["machine", pytest.param("rds", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("release", [INSTALLED, *OTHERS])
 def test_nothing_that_a_model_version_uses_is_removed(server: PrivateCluster, tmp_path: Path, release: str) -> None:
     python = Path(sys.executable) if release == INSTALLED else environment(release)
     artifacts, reports = tmp_path / "artifacts", tmp_path / "reports"
     reports.mkdir()
     create_empty(server.cluster, "mlflow")
-    ids = ask(python, "seed_deleted_items.py", server.cluster.uri("mlflow"), str(artifacts))
+    ids = ask(python, "seed_deleted_items.py", uri(server.cluster), str(artifacts))
     with connection(server.cluster, "mlflow") as opened:
         make_old(opened, ids, days=31)
 
     def collect(**given: Any) -> dict[str, Any]:
-        place = {"socket": server.cluster.host, "port": PORT, "user": server.cluster.user}
-        folders = {"artifacts": str(artifacts), "reports": str(reports)}
-        asked = {**place, **folders, "grace_days": 30, "delete": True, "meanwhile": [], **given}
+        places = {"cluster": to_argument(server.cluster), "artifacts": str(artifacts), "reports": str(reports)}
+        asked = {**places, "grace_days": 30, "delete": True, "meanwhile": [], **given}
         found: dict[str, Any] = ask(python, "run_collect.py", json.dumps(asked))
         return found
 
@@ -106,7 +107,11 @@ def ask(python: Path, script: str, *arguments: str) -> Any:
         [str(python), "-W", "ignore", str(HERE / script), *arguments],
         capture_output=True,
         text=True,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(HOST_PACKAGE), "MLFLOW_DISABLE_TELEMETRY": "true"},
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": f"{HOST_PACKAGE}:{HERE.parents[1]}",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        },
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

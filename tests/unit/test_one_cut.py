@@ -176,7 +176,7 @@ def test_interrupted_dump_upload_and_download_are_complete(
     monkeypatch.setattr(dump_file, "READ_SECONDS", 2)
     content = tmp_path / "dumped"
     content.write_bytes(DUMP)
-    monkeypatch.setattr(dump_file, "dump_command", lambda cluster, database: ["cat", str(content)])
+    monkeypatch.setattr(dump_file, "dump_command", lambda *_: ["cat", str(content)])
     key = f"dumps/{kind}-{carried}.dump"
     with cut(store.endpoint, carried, kind) as (between, address):
         bucket = dump_file.Bucket("bbb", "eu-central-1", address)
@@ -195,7 +195,7 @@ def test_dump_with_another_content_is_refused(
         monkeypatch.setenv(name, value)
     content = tmp_path / "dumped"
     content.write_bytes(DUMP)
-    monkeypatch.setattr(dump_file, "dump_command", lambda cluster, database: ["cat", str(content)])
+    monkeypatch.setattr(dump_file, "dump_command", lambda *_: ["cat", str(content)])
     key, bucket = "dumps/changed.dump", dump_file.Bucket("bbb", "eu-central-1", store.endpoint)
     dump_file.dump(Cluster(), "mlflow", bucket, key, {"head": "abc"})
     written = store.client().get_object(Bucket="bbb", Key=f"{key}.sha256")["Body"].read().decode()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
 import sys
 import tempfile
 import threading
@@ -31,11 +30,21 @@ from mlflow_host.adopt import artifact_locations, conflicts, merge, staging
 from mlflow_host.contract import adoption
 from mlflow_host.contract.adoption import ADOPTED_TAG, AdoptionError, Manifest, Request
 from mlflow_host.machine import atomic_file, config
-from mlflow_host.postgres import dump_file, ownership, pgbackrest
+from mlflow_host.postgres import dump_file, flip, ownership, pgbackrest
 from mlflow_host.postgres.catalog import head, read_catalog
-from mlflow_host.postgres.cluster import Cluster, connection, create_empty, databases, drop, major, rows, run
+from mlflow_host.postgres.cluster import (
+    Cluster,
+    connection,
+    create_empty,
+    databases,
+    drop,
+    in_service,
+    major,
+    rows,
+    run,
+)
 from mlflow_host.schema import empty_database
-from mlflow_host.schema.copying import CarryError
+from mlflow_host.schema.copying import CarryError, add_foreign_keys, drop_foreign_keys
 from mlflow_host.schema.release import ImageSchema, Release, ReleaseError, of_this_image, release
 from mlflow_host.schema.reporting import LeftBehind
 from mlflow_host.schema.revisions import known_revisions
@@ -77,7 +86,7 @@ def main() -> int:
 
 
 def from_machine() -> AdoptSettings:
-    cluster = Cluster(host=str(config.POSTGRESQL_SOCKETS))
+    cluster = in_service()
     bucket = pgbackrest.bucket(config.load().launch)
     return AdoptSettings(cluster, of_this_image(), bucket, config.DATA / "reports", empty_database.FILE)
 
@@ -186,10 +195,12 @@ def prepare(
         settled = settle(settings, name, store, request, opened)
         conflicts.apply(opened, manifest, catalog, settled)
         say("fitting the rows to MLflow's schema")
+        drop_foreign_keys(opened, catalog)
         left = staging.fill(opened, catalog, manifest)
         conflicts.delete_skipped(opened, settled)
         skipped = staging.remove_orphans(opened, catalog, "left out with an experiment or model")
         encrypted = [] if request.with_secrets else leave_encrypted(opened, catalog)
+        add_foreign_keys(opened, catalog)
         run(opened, f"DROP SCHEMA {staging.SCHEMA} CASCADE")
         before = row_counts(opened)
     say(f"migrating them to {settings.image.head}")
@@ -234,7 +245,7 @@ def prepare(
 
 
 def check(settings: AdoptSettings, manifest: Manifest) -> None:
-    """Raise AdoptionError if this image cannot read the source's rows, or if the data volume has too little space."""
+    """Raise AdoptionError if this image cannot read the source's rows, or if the database has too little space."""
     image = settings.image
     if manifest.head not in known_revisions(image.python):
         raise AdoptionError(
@@ -244,12 +255,13 @@ def check(settings: AdoptSettings, manifest: Manifest) -> None:
     with connection(settings.cluster, settings.cluster.database) as opened:
         if head(opened) != image.head:
             raise AdoptionError("the server's database is not at its image's schema: wait until the boot has ended")
-    free = shutil.disk_usage(settings.reports if settings.reports.exists() else settings.reports.parent).free
+    usage = flip.disk_space(settings.cluster)
     needed = SPACE * sum(table.bytes for table in manifest.tables.values()) + SPARE
-    if free < needed:
+    if usage and usage[0] < needed:
+        storage, setting = settings.cluster.storage
         raise AdoptionError(
-            f"the data volume has {free / 2**30:.1f} GiB free, but the adoption needs {needed / 2**30:.1f} GiB: make "
-            "the volume larger (the setting dataVolumeGib)"
+            f"{storage} has {usage[0] / 2**30:.1f} GiB free, but the adoption needs {needed / 2**30:.1f} GiB: make it "
+            f"larger (the setting {setting})"
         )
 
 

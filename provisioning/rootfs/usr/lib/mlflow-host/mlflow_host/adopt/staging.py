@@ -64,8 +64,7 @@ def fill(opened: Any, catalog: Catalog, manifest: Manifest) -> list[LeftBehind]:
     """Copy the staged rows into the tables of the schema `public`. Returns the values that were changed and the rows
     that were left out. Raises AdoptionError.
 
-    After this call, PostgreSQL does not enforce foreign keys on this connection; `remove_orphans` enforces them."""
-    run(opened, "SET session_replication_role = replica")
+    The caller drops the foreign keys before this call, and adds them after its last call of `remove_orphans`."""
     left: list[LeftBehind] = []
     known = [table for table in sorted(catalog.tables) if table != BOOKKEEPING]
     run(opened, f"TRUNCATE {', '.join(map(quoted, known))}")  # because some migrations insert rows

@@ -20,7 +20,7 @@ from mlflow_host.contract.restore_request import DIGEST, DUMPS, is_dump
 from mlflow_host.machine import config
 from mlflow_host.postgres import dump_file, ownership, pgbackrest
 from mlflow_host.postgres.catalog import head
-from mlflow_host.postgres.cluster import Cluster, connection, major
+from mlflow_host.postgres.cluster import Cluster, connection, in_service, major
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
         print("no dump is due")
         return 0
     document = config.load().launch
-    cluster = Cluster(host=str(config.POSTGRESQL_SOCKETS))
+    cluster = in_service()
     try:
         print(f"dumped to {take(cluster, pgbackrest.bucket(document), history, now, occasion)}")
         expire(pgbackrest.bucket(document), timedelta(days=document.backups.retention_days), now)

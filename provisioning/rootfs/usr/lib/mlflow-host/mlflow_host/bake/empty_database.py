@@ -40,14 +40,8 @@ def make(cluster: Cluster, image: ImageSchema, file: Path) -> str:
         create_empty(cluster, cluster.database)
         mlflow.create(cluster.database, found)
         mlflow.query_stores(cluster.database)
-    command = [
-        cluster.program("pg_dump"),
-        "--format=custom",
-        f"--file={file}",
-        *cluster.client_arguments,
-        cluster.database,
-    ]
-    subprocess.run(command, check=True)
+    program, options = cluster.program("pg_dump"), ["--format=custom", f"--file={file}"]
+    subprocess.run([program, *options, *cluster.client_arguments(cluster.database)], check=True)
     return found
 
 

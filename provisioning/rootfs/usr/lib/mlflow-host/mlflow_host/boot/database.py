@@ -31,7 +31,7 @@ from psycopg2 import errors
 
 from mlflow_host.machine.status import StepFailed
 from mlflow_host.postgres import dump_file, flip, ownership
-from mlflow_host.postgres.cluster import Cluster, accepts_connections, connection, run, value
+from mlflow_host.postgres.cluster import Cluster, accepts_connections, connection, in_service, run, value
 from mlflow_host.schema import empty_database
 from mlflow_host.schema.change import change, create
 from mlflow_host.schema.copying import CarryError
@@ -46,6 +46,10 @@ from mlflow_host.schema.state import (
     read_state,
     update_ownership,
 )
+
+LOCAL_SECONDS, REMOTE_SECONDS = 60, 600
+"""The time to wait for the machine's own PostgreSQL and for a server on another host. A failover, a restart or a change
+of the class in Amazon RDS takes minutes."""
 
 
 def main() -> None:
@@ -80,7 +84,7 @@ def from_machine() -> ChangeSettings:
         raise StepFailed(
             f"{error.filename} cannot be read: the step configure or the bake should have written it"
         ) from None
-    cluster = Cluster(host=str(config.POSTGRESQL_SOCKETS))
+    cluster = in_service()
     dumper = dump_file.dumper_to(cluster, pgbackrest.bucket(host.launch))
     return ChangeSettings(cluster, image, config.DATA / "reports", dumper, empty_database.FILE)
 
@@ -96,10 +100,11 @@ def connection_lost(error: BaseException) -> ConnectionLost:
     )
 
 
-def bring_with_retries(settings: ChangeSettings, say: Say, seconds: float = 60) -> str:
-    """Run `bring`. If the connection to PostgreSQL is lost and PostgreSQL accepts connections again within `seconds`,
-    run `bring` again, at most three times in total. systemd restarts PostgreSQL, but does not restart a failed boot
-    step."""
+def bring_with_retries(settings: ChangeSettings, say: Say) -> str:
+    """Run `bring`. If the connection to PostgreSQL is lost and PostgreSQL accepts connections again in time, run
+    `bring` again, at most three times in total. systemd restarts the machine's own PostgreSQL, but does not restart a
+    failed boot step."""
+    seconds = REMOTE_SECONDS if settings.cluster.remote else LOCAL_SECONDS
     for _ in range(2):
         try:
             return bring(settings, say)
@@ -148,16 +153,17 @@ def bring(settings: ChangeSettings, say: Say) -> str:
 
 
 def volume_is_full(cluster: Cluster, error: BaseException) -> StepFailed:
-    """The error for a full data volume. The message names the kept databases that an administrator may drop, because
-    they hold no data for a later upgrade."""
+    """The error for a full volume. The message names the kept databases that an administrator may drop, because they
+    hold no data for a later upgrade."""
     idle: list[str] = []
     with suppress(psycopg2.Error), connection(cluster) as opened:
         record = ownership.read(opened, cluster.database)
         needed = record.needed if record else set()
         idle = [name for _, name in flip.kept_databases(cluster) if name not in needed]
+    storage, setting = cluster.storage
     return StepFailed(
-        f"the data volume is full ({sentence(error)}); the database in service is unchanged: make the volume larger "
-        "(the setting dataVolumeGib)"
+        f"{storage} is full ({sentence(error)}); the database in service is unchanged: make it larger (the setting "
+        f"{setting})"
         + (f", or drop a kept database: {', '.join(idle)} hold no data for a later upgrade" if idle else "")
     )
 

@@ -26,7 +26,7 @@ from mlflow_host.garbage.report import RemovalReport
 from mlflow_host.machine import config
 from mlflow_host.postgres import dump_file, ownership, pgbackrest
 from mlflow_host.postgres.catalog import head
-from mlflow_host.postgres.cluster import Cluster, connection, major
+from mlflow_host.postgres.cluster import Cluster, connection, in_service, major
 from mlflow_host.server import environment
 
 FAILURES = 5
@@ -86,7 +86,7 @@ def days(text: str) -> timedelta:
 
 
 def from_machine(document: LaunchDocument, grace: timedelta) -> CollectSettings:
-    cluster = Cluster(host=str(config.POSTGRESQL_SOCKETS))
+    cluster = in_service()
     return CollectSettings(
         cluster,
         environment.artifact_environment(document),

@@ -15,7 +15,8 @@ from typing import Any
 from mlflow_host.garbage import plan
 from mlflow_host.garbage.plan import EXPERIMENT, MODEL, RUN, Criteria, Item
 from mlflow_host.garbage.references import ModelVersion
-from mlflow_host.postgres.cluster import Cluster, rows, run
+from mlflow_host.postgres.cluster import Cluster, password_file, rows, run
+from mlflow_host.postgres.login import PasswordFile
 
 LOCK_SECONDS = 30
 """Maximum time to wait for the lock of a row or of the table model_versions."""
@@ -41,6 +42,7 @@ class Remover:
     repository: Any
     criteria: Criteria
     waiting: list[ModelVersion]
+    login: PasswordFile
     seen: tuple[Any, ...] | None = None
 
     def remove(self, item: Item) -> str:
@@ -49,6 +51,7 @@ class Remover:
         import sqlalchemy
         from mlflow.store.db.utils import _get_managed_session_maker
 
+        self.login.renew()  # the engine may open a new connection
         with self.engine.connect() as connection, connection.begin():
             opened = connection.connection.driver_connection
             run(opened, f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
@@ -84,8 +87,8 @@ def remover(
     from mlflow_host.server import mlflow_checks
     from mlflow_host.server.environment import variables
 
-    with variables(environment):
-        uri = cluster.uri(cluster.database)
+    with variables(environment), password_file(cluster) as login:
+        uri = cluster.uri(cluster.database, login.path)
         try:
             mlflow_checks.forbid_migrations()
             mlflow_checks.check_schema(uri)
@@ -98,7 +101,7 @@ def remover(
         untyped: Any = SqlAlchemyStore
         store = untyped(uri, "mlflow-artifacts:/")
         try:
-            yield Remover(store.engine, store, repository, criteria, waiting)
+            yield Remover(store.engine, store, repository, criteria, waiting, login)
         finally:
             store.engine.dispose()
 

@@ -1,4 +1,4 @@
-"""Call AWS with the instance's role: Systems Manager, CloudWatch metrics and STS.
+"""Call AWS with the instance's role: Systems Manager, CloudWatch metrics and STS. Sign logins to Amazon RDS.
 
 This module imports only the standard library, because the import of botocore would take 0.5 s of processor time in each
 boot step, and every minute in the users timer. Requests are signed with Signature Version 4. A test compares a
@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 from xml.etree import ElementTree
 
 from mlflow_host.contract.launch import LaunchDocument
@@ -149,13 +149,38 @@ def signature(
         hashlib.sha256(body).hexdigest(),
     ]
     scope = f"{day}/{region}/{service}/aws4_request"
-    request = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    key = f"AWS4{keys.secret}".encode()
-    for part in (day, region, service, "aws4_request"):
-        key = hmac.digest(key, part.encode(), "sha256")
-    proof = hmac.digest(key, f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{request}".encode(), "sha256").hex()
+    proof = _proof(lines, stamp, scope, keys)
     credential = f"Credential={keys.access}/{scope}, SignedHeaders={names}, Signature={proof}"
     return {**added, "Authorization": f"AWS4-HMAC-SHA256 {credential}"}
+
+
+def database_token(host: str, port: int, role: str, region: str, keys: Keys, now: datetime) -> str:
+    """The password for IAM authentication of a PostgreSQL role in Amazon RDS. The token is signed without a request to
+    AWS, and RDS accepts it for 15 minutes. The owner of `keys` needs the permission rds-db:connect for the role."""
+    stamp, day = now.strftime("%Y%m%dT%H%M%SZ"), now.strftime("%Y%m%d")
+    scope = f"{day}/{region}/rds-db/aws4_request"
+    query = {
+        "Action": "connect",
+        "DBUser": role,
+        "X-Amz-Algorithm": "AWS4-HMAC-SHA256",
+        "X-Amz-Credential": f"{keys.access}/{scope}",
+        "X-Amz-Date": stamp,
+        "X-Amz-Expires": "900",
+        "X-Amz-Security-Token": keys.token,
+        "X-Amz-SignedHeaders": "host",
+    }
+    signed = urlencode(query, quote_via=quote, safe="-_.~")
+    lines = ["GET", "/", signed, f"host:{host}:{port}", "", "host", hashlib.sha256(b"").hexdigest()]
+    return f"{host}:{port}/?{signed}&X-Amz-Signature={_proof(lines, stamp, scope, keys)}"
+
+
+def _proof(lines: list[str], stamp: str, scope: str, keys: Keys) -> str:
+    """The signature of a canonical request, which is given as its lines."""
+    request = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    key = f"AWS4{keys.secret}".encode()
+    for part in scope.split("/"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return hmac.digest(key, f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{request}".encode(), "sha256").hex()
 
 
 def _request(

@@ -35,7 +35,7 @@ from prometheus_client.utils import floatToGoString
 from mlflow_host.backups.last_runs import LastRuns, time_of
 from mlflow_host.machine import config
 from mlflow_host.monitor.request_log import Request
-from mlflow_host.postgres.cluster import Cluster, connection
+from mlflow_host.postgres.cluster import Cluster, connection, in_service
 
 NGINX = Path("/run/nginx/monitor.sock")
 SECONDS = 3
@@ -163,7 +163,7 @@ class Durations:
 class Machine:
     """The gauges, which are measured at each scrape. The default paths are the paths on the machine."""
 
-    cluster: Cluster = field(default_factory=Cluster)
+    cluster: Cluster = field(default_factory=in_service)
     nginx: Path = NGINX
     data: Path = config.DATA
     run: Path = config.RUN

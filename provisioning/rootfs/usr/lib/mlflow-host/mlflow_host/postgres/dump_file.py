@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import IO, Any
 
 from mlflow_host.contract.restore_request import DIGEST, DUMPS
-from mlflow_host.postgres.cluster import Cluster
+from mlflow_host.postgres.cluster import Cluster, password_file
 from mlflow_host.postgres.ownership import OwnershipRecord
 from mlflow_host.postgres.ownership import dump as dump_record
 
@@ -55,14 +55,14 @@ class _CheckedOutput:
         return data
 
 
-def dump_command(cluster: Cluster, database: str) -> list[str]:
+def dump_command(cluster: Cluster, database: str, passfile: str = "") -> list[str]:
     """The pg_dump command with the fastest compression: zstd for pg_dump 16 and later, else gzip -1. A fast dump makes
-    the outage short."""
+    the outage short. `passfile` is the path of a password file."""
     program = cluster.program("pg_dump")
     version = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout
     major = int(version.split()[2].split(".")[0])
     compress = "--compress=zstd:3" if major >= 16 else "--compress=1"
-    return [program, "--format=custom", compress, *cluster.client_arguments, database]
+    return [program, "--format=custom", compress, *cluster.client_arguments(database, passfile)]
 
 
 def dump_key(now: datetime, occasion: str, head: str | None) -> str:
@@ -78,8 +78,13 @@ def dump(cluster: Cluster, database: str, bucket: Bucket, key: str, metadata: di
 
     address = f"s3://{bucket.name}/{key}"
     parts = TransferConfig(multipart_chunksize=16 << 20, max_concurrency=4)
-    with tempfile.TemporaryFile() as stderr:
-        process = subprocess.Popen(dump_command(cluster, database), stdout=subprocess.PIPE, stderr=stderr)
+    with tempfile.TemporaryFile() as stderr, password_file(cluster) as login:
+        process = subprocess.Popen(
+            dump_command(cluster, database, login.path),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            pass_fds=login.descriptors,
+        )
         try:
             output = _CheckedOutput(process, stderr)
             s3_client(bucket).upload_fileobj(output, bucket.name, key, ExtraArgs={"Metadata": metadata}, Config=parts)
@@ -130,14 +135,15 @@ def load(cluster: Cluster, database: str, dump: IO[bytes]) -> None:
 
     A dump consists of SQL statements, so pg_restore connects as MLflow's role and not as a superuser. If a superuser
     only changed to MLflow's role (SET ROLE), a statement in the dump could reset the role and run any program."""
-    options = ["--no-owner", "--no-privileges", "--single-transaction", f"--dbname={database}"]
+    options = ["--no-owner", "--no-privileges", "--single-transaction"]
     as_owner = replace(cluster, user=cluster.owner)
-    with tempfile.TemporaryFile() as stderr:
+    with tempfile.TemporaryFile() as stderr, password_file(as_owner) as login:
         process = subprocess.Popen(
-            [cluster.program("pg_restore"), *as_owner.client_arguments, *options],
+            [cluster.program("pg_restore"), *as_owner.client_arguments(database, login.path), *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
+            pass_fds=login.descriptors,
         )
         try:
             assert process.stdin

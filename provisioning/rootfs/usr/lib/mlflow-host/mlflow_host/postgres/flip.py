@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
-from psycopg2 import errors, sql
+from psycopg2 import sql
 
 from mlflow_host.postgres import ownership as records
-from mlflow_host.postgres.cluster import WORK_PREFIX, Cluster, connection, databases, disconnect, drop, run, value
+from mlflow_host.postgres.cluster import (
+    WORK_PREFIX,
+    Cluster,
+    command,
+    connection,
+    databases,
+    drop,
+    run,
+    value,
+    without_sessions,
+)
 from mlflow_host.postgres.ownership import OwnershipRecord
 
 NEWEST_KEPT = 3
 MINIMUM_AGE = timedelta(days=30)
 FREE_SHARE = 0.15
 """The data volume has enough space if at least this share of the volume is free."""
-
-RENAME_ATTEMPTS = 20
 
 _KEPT = re.compile(r"_kept_(?P<head>\w+)_(?P<at>\d{8}t\d{6}z)(?:_\d+)?$")
 
@@ -52,27 +58,19 @@ def flip(
     """Rename the database in service to `replaced`, and rename `work` to the name of the database in service. Both
     renames are in one transaction."""
     live = cluster.database
-    for attempt in range(RENAME_ATTEMPTS):
-        disconnect(cluster, work)
-        disconnect(cluster, live)
-        try:
-            with connection(cluster) as opened:
-                names = {name: sql.Identifier(name) for name in (live, work, replaced)}
-                if live in databases(cluster):
-                    run(opened, sql.SQL("ALTER DATABASE {} RENAME TO {}").format(names[live], names[replaced]))
-                    run(
-                        opened,
-                        sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = on").format(names[replaced]),
-                    )
-                    if replaced_record:
-                        records.write(opened, replaced, replaced_record)
-                run(opened, sql.SQL("ALTER DATABASE {} RENAME TO {}").format(names[work], names[live]))
-                records.write(opened, live, record)
-            return
-        except errors.ObjectInUse:
-            if attempt == RENAME_ATTEMPTS - 1:
-                raise
-            time.sleep(0.25)
+
+    def rename() -> None:
+        with connection(cluster) as opened:
+            names = {name: sql.Identifier(name) for name in (live, work, replaced)}
+            if live in databases(cluster):
+                run(opened, sql.SQL("ALTER DATABASE {} RENAME TO {}").format(names[live], names[replaced]))
+                run(opened, sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = on").format(names[replaced]))
+                if replaced_record:
+                    records.write(opened, replaced, replaced_record)
+            run(opened, sql.SQL("ALTER DATABASE {} RENAME TO {}").format(names[work], names[live]))
+            records.write(opened, live, record)
+
+    without_sessions(cluster, (work, live), rename)
 
 
 def drop_orphans(cluster: Cluster) -> list[str]:
@@ -88,10 +86,8 @@ def drop_kept(cluster: Cluster, database: str) -> None:
     drop."""
     doomed = f"{WORK_PREFIX}dropping"
     drop(cluster, doomed)
-    disconnect(cluster, database)
-    with connection(cluster) as opened:
-        names = sql.Identifier(database), sql.Identifier(doomed)
-        run(opened, sql.SQL("ALTER DATABASE {} RENAME TO {}").format(*names))
+    rename = "ALTER DATABASE {} RENAME TO {}"
+    without_sessions(cluster, (database,), lambda: command(cluster, rename, database, doomed))
     drop(cluster, doomed)
 
 
@@ -104,15 +100,17 @@ def droppable(found: list[tuple[datetime, str]], waiting: set[str], now: datetim
 
 
 def disk_space(cluster: Cluster) -> tuple[int, int] | None:
-    """Return the free and total bytes of the volume with PostgreSQL's data, or None if the volume is on another
-    machine."""
+    """Return the free and total bytes of the volume with PostgreSQL's data. For another host with a known size of its
+    storage, the free bytes are computed from the sizes of the databases and of the write-ahead log. For another host
+    whose size is unknown, return None."""
     with connection(cluster) as opened:
-        folder = Path(str(value(opened, "SHOW data_directory")))
-    try:
-        usage = shutil.disk_usage(folder)
-    except OSError:
-        return None
-    return usage.free, usage.total
+        if not cluster.remote:
+            usage = shutil.disk_usage(str(value(opened, "SHOW data_directory")))
+            return usage.free, usage.total
+        if cluster.storage_bytes is None:
+            return None
+        query = "SELECT sum(pg_database_size(oid)) + (SELECT sum(size) FROM pg_ls_waldir()) FROM pg_database"
+        return max(0, cluster.storage_bytes - int(value(opened, query))), cluster.storage_bytes
 
 
 def drop_kept_for_space(
@@ -122,11 +120,11 @@ def drop_kept_for_space(
     free share than FREE_SHARE, also drop younger databases, but never the three newest. Returns the free bytes and the
     names of the dropped databases, or None if the free space is unknown."""
     dropped: list[str] = []
-    while (usage := disk_space(cluster)) is not None:
-        free, total = usage
-        candidates = droppable(kept_databases(cluster), waiting, now, has_room=free >= max(needed, FREE_SHARE * total))
+    while True:
+        usage = disk_space(cluster)
+        has_room = usage is None or usage[0] >= max(needed, FREE_SHARE * usage[1])
+        candidates = droppable(kept_databases(cluster), waiting, now, has_room=has_room)
         if not candidates:
-            return free, dropped
+            return (usage[0], dropped) if usage else None
         drop_kept(cluster, candidates[0])
         dropped.append(candidates[0])
-    return None

@@ -402,9 +402,10 @@ def require_space(
     made = flip.drop_kept_for_space(cluster, needed, still, now)
     if made and made[0] < needed:
         idle = [name for _, name in flip.kept_databases(cluster) if name not in still]
+        storage, setting = cluster.storage
         raise StepFailed(
-            f"the data volume has {made[0] / GIB:.1f} GiB free, a copy of the database needs {needed / GIB:.1f} GiB: "
-            "make the volume larger (the setting dataVolumeGib)"
+            f"{storage} has {made[0] / GIB:.1f} GiB free, a copy of the database needs {needed / GIB:.1f} GiB: make it "
+            f"larger (the setting {setting})"
             + (f", or drop a kept database: {', '.join(idle)} hold no data for a later upgrade" if idle else "")
         )
 

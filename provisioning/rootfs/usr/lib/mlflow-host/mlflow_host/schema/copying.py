@@ -169,11 +169,11 @@ def carry(
             rows(reader, "SELECT relname, pg_table_size(oid) FROM pg_class WHERE relnamespace = 'public'::regnamespace")
         )
         order = sorted(planned.tables, key=lambda table: -sizes.get(table.table, 0))
-        _drop_foreign_keys(writer, wanted)
+        drop_foreign_keys(writer, wanted)
         sent = _copy_in_parallel(cluster, source, target, snapshot, order, wanted)
         say("adding constraints")
         removed = [entry for _, entries in sent.values() for entry in entries]
-        removed += _add_foreign_keys(writer, wanted)
+        removed += add_foreign_keys(writer, wanted)
         _set_sequences(reader, writer, catalog, wanted)
         run(writer, "ANALYZE")
         changed = sorted(
@@ -280,7 +280,8 @@ def stream(reader: Any, out: str, writer: Any, into: str) -> int:
     return count
 
 
-def _drop_foreign_keys(writer: Any, wanted: Catalog) -> None:
+def drop_foreign_keys(writer: Any, wanted: Catalog) -> None:
+    """Drop all foreign keys of `wanted`. `add_foreign_keys` adds them again."""
     for constraint in wanted.constraints:
         if constraint.kind == "f":
             _drop_constraint(writer, constraint)
@@ -331,7 +332,7 @@ def _delete_violations(writer: Any, constraint: Constraint) -> int:
     )
 
 
-def _add_foreign_keys(writer: Any, wanted: Catalog) -> list[LeftBehind]:
+def add_foreign_keys(writer: Any, wanted: Catalog) -> list[LeftBehind]:
     """Add the foreign keys of parent tables before the foreign keys of child tables. If a violation deletes a row of a
     parent table, the foreign keys of the child tables detect the missing row later."""
     definitions = {(c.table, c.name): c for c in wanted.constraints if c.kind == "f"}
@@ -358,16 +359,22 @@ def _add_foreign_keys(writer: Any, wanted: Catalog) -> list[LeftBehind]:
 def parents_first(catalog: Catalog) -> list[ForeignKey]:
     """Sort foreign keys. A table's own foreign keys come before foreign keys of other tables that refer to the table,
     except in cycles."""
-    depth = dict.fromkeys(catalog.tables, 0)
-    for _ in catalog.tables:
+    depth = depths(catalog.tables, catalog.foreign_keys)
+    return sorted(catalog.foreign_keys, key=lambda r: (depth[r.table], r.table, r.name))
+
+
+def depths(tables: Iterable[str], references: Sequence[ForeignKey]) -> dict[str, int]:
+    """Return a number for each table that is higher than the numbers of its parents, except in cycles."""
+    depth = dict.fromkeys(tables, 0)
+    for _ in depth:
         changed = False
-        for reference in catalog.foreign_keys:
+        for reference in references:
             if reference.table != reference.parent and depth[reference.table] <= depth[reference.parent] < len(depth):
                 depth[reference.table] = depth[reference.parent] + 1
                 changed = True
         if not changed:
             break
-    return sorted(catalog.foreign_keys, key=lambda r: (depth[r.table], r.table, r.name))
+    return depth
 
 
 def parent_is_missing(reference: ForeignKey, child: str) -> str:

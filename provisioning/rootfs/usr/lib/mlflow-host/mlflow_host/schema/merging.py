@@ -14,7 +14,7 @@ value that differs between `kept` and `base` is restored in `work` if no user ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from psycopg2 import sql
@@ -23,7 +23,7 @@ from mlflow_host.postgres.catalog import BOOKKEEPING, Catalog, Column, ForeignKe
 from mlflow_host.postgres.cluster import Cluster, connection, rows, run, value
 from mlflow_host.schema.column_fit import quoted
 from mlflow_host.schema.conversions import DERIVED, SOFT_REFERENCES, TRANSIENT, SoftReference
-from mlflow_host.schema.copying import parent_is_missing, stream
+from mlflow_host.schema.copying import depths, parent_is_missing, stream
 from mlflow_host.schema.reporting import MergedTable
 
 NAMED_AT_MOST = 10
@@ -82,18 +82,21 @@ def merge_rows(from_kept: Any, from_base: Any, writer: Any) -> tuple[MergedTable
 
 
 def merge_loaded(from_kept: Any, writer: Any, catalog: Catalog, differing: list[Table]) -> tuple[MergedTable, ...]:
-    """Merge each table's rows from its temporary tables "…_kept" and "…_base". The caller commits."""
-    run(writer, "SET LOCAL session_replication_role = replica")
-    offered = {table.name: _insert(writer, table) for table in differing}
-    refused = {table.name: _refused(writer, table) for table in differing}
-    _remove_orphans(from_kept, writer, catalog, differing)
-    values = {table.name: _update(writer, table, catalog) for table in differing}
+    """Merge each table's rows from its temporary tables "…_kept" and "…_base". The caller commits.
+
+    PostgreSQL enforces the foreign keys, so parents are inserted before children, and a row without its parent is not
+    inserted."""
+    references = _references(from_kept, writer, catalog, differing)
+    depth = depths(catalog.tables, [each.key for found in references.values() for each in found])
+    order = sorted(differing, key=lambda table: (depth[table.name], table.name))
+    offered = {table.name: int(value(writer, f"SELECT count(*) {_never_given(table)}")) for table in differing}
+    _insert_all(writer, order, references, depth)
+    refused = {table.name: _refused(writer, table, references[table.name]) for table in differing}
+    values = {table.name: _update(writer, table, catalog) for table in order}
     # A row may be refused because another row has the same unique value. `_update` may have changed that value.
     if any(count for count, _ in refused.values()):
-        for table in differing:
-            _insert(writer, table)
-        refused = {table.name: _refused(writer, table) for table in differing}
-        _remove_orphans(from_kept, writer, catalog, differing)
+        _insert_all(writer, order, references, depth)
+        refused = {table.name: _refused(writer, table, references[table.name]) for table in differing}
     returned = []
     for table in differing:
         present = int(value(writer, f"SELECT count(*) FROM {temporary(table, 'back')}"))
@@ -176,83 +179,113 @@ def _load(reader: Any, writer: Any, table: Table, buckets: list[int], into: str)
     run(writer, f"ANALYZE {into}")
 
 
-def _insert(writer: Any, table: Table) -> int:
-    """Insert the rows that were not carried to the older release. Returns the number of such rows, including rows that
-    PostgreSQL refused. The temporary table "…_back" contains the keys of the inserted rows."""
-    kept, base, back = (temporary(table, what) for what in ("kept", "base", "back"))
-    keys = ", ".join(map(quoted, table.keys))
-    run(writer, f"CREATE TEMPORARY TABLE IF NOT EXISTS {back} AS SELECT {keys} FROM {quoted(table.name)} LIMIT 0")
-    never_given = (
-        f"FROM {kept} AS kept WHERE NOT EXISTS (SELECT 1 FROM {base} AS base WHERE {table.same_key('base', 'kept')})"
-    )
-    run(
-        writer,
-        f"WITH put AS (INSERT INTO {quoted(table.name)} ({table.listed()}) OVERRIDING SYSTEM VALUE "
-        f"SELECT {table.listed('kept.')} {never_given} ON CONFLICT DO NOTHING RETURNING {keys}) "
-        f"INSERT INTO {back} SELECT {keys} FROM put",
-    )
-    return int(value(writer, f"SELECT count(*) {never_given}"))
+@dataclass(frozen=True)
+class Reference:
+    """A foreign key or a soft reference. `missing` is an SQL condition for a row of "…_kept" whose parent is missing in
+    `work`."""
+
+    key: ForeignKey
+    missing: str
+
+    @property
+    def clears(self) -> bool:
+        """Whether a row without its parent is inserted with NULL (ON DELETE SET NULL)."""
+        return self.key.on_delete == "n"
 
 
-def _refused(writer: Any, table: Table) -> tuple[int, tuple[str, ...]]:
-    """Return the number of refused rows, and the keys of the first NAMED_AT_MOST refused rows. `_insert` refuses a row
-    if another row has its key or one of its unique values. A row that exists unchanged in `work` is not counted."""
-    kept, base, back = (temporary(table, what) for what in ("kept", "base", "back"))
-    same = " AND ".join(
-        f"{comparable('kept', column)} IS NOT DISTINCT FROM {comparable('work', column)}" for column in table.columns
-    )
-    key = ", ".join(f"kept.{quoted(name)}" for name in table.keys)
-    where = (
-        f"FROM {kept} AS kept WHERE NOT EXISTS (SELECT 1 FROM {base} AS base WHERE {table.same_key('base', 'kept')}) "
-        f"AND NOT EXISTS (SELECT 1 FROM {back} AS back WHERE {table.same_key('back', 'kept')}) "
-        f"AND NOT EXISTS (SELECT 1 FROM {quoted(table.name)} AS work WHERE {table.same_key('work', 'kept')} AND {same})"
-    )
-    count = int(value(writer, f"SELECT count(*) {where}"))
-    named = rows(writer, f"SELECT concat_ws('/', {key}) {where} ORDER BY 1 LIMIT {NAMED_AT_MOST}") if count else []
-    return count, tuple(name for (name,) in named)
+def _references(from_kept: Any, writer: Any, catalog: Catalog, differing: list[Table]) -> dict[str, list[Reference]]:
+    """Return the references of each table in `differing`. A row that refers to itself has its parent."""
+    found: dict[str, list[Reference]] = {table.name: [] for table in differing}
+    keys = {table.name: table.keys for table in differing}
+    for key in catalog.foreign_keys:
+        if key.table not in found:
+            continue
+        missing = parent_is_missing(key, "kept")
+        if key.table == key.parent:
+            pairs = zip(key.columns, key.parent_columns, strict=True)
+            missing += f" AND NOT ({' AND '.join(f'kept.{quoted(a)} = kept.{quoted(b)}' for a, b in pairs)})"
+        if set(key.columns) & set(keys[key.table]):  # a column of the table's key cannot be NULL
+            key = replace(key, on_delete="a")
+        found[key.table].append(Reference(key, missing))
+    for table in differing:
+        for soft in SOFT_REFERENCES:
+            if soft.table == table.name and soft.parent in catalog.tables:
+                found[table.name].append(_soft_reference(from_kept, writer, table, soft))
+    return found
 
 
-def _remove_orphans(from_kept: Any, writer: Any, catalog: Catalog, differing: list[Table]) -> None:
-    """Delete each inserted row whose parent no longer exists. If the foreign key is ON DELETE SET NULL, set the column
-    to NULL instead. Repeats until no row is deleted, because a deleted row may be another row's parent."""
-    tables = {table.name: table for table in differing}
-    references = [(reference, "true") for reference in catalog.foreign_keys if reference.table in tables]
-    softs = [soft for soft in SOFT_REFERENCES if soft.table in tables and soft.parent in catalog.tables]
-    references += [(_deleted_parents(from_kept, writer, tables[soft.table], soft)) for soft in softs]
-    taken = True
-    while taken:
-        taken = False
-        for reference, condition in references:
-            table = tables[reference.table]
-            back, name = temporary(table, "back"), quoted(table.name)
-            missing = parent_is_missing(reference, "child")
-            where = f"{table.same_key('back', 'child')} AND {condition} AND {missing}"
-            if reference.on_delete == "n" and not set(reference.columns) & set(table.keys):
-                cleared = ", ".join(f"{quoted(column)} = NULL" for column in reference.columns)
-                run(writer, f"UPDATE {name} AS child SET {cleared} FROM {back} AS back WHERE {where}")
-            elif run(writer, f"DELETE FROM {name} AS child USING {back} AS back WHERE {where}"):
-                taken = True
-                absent = f"NOT EXISTS (SELECT 1 FROM {name} AS child WHERE {table.same_key('child', 'back')})"
-                run(writer, f"DELETE FROM {back} AS back WHERE {absent}")
-
-
-def _deleted_parents(from_kept: Any, writer: Any, table: Table, soft: SoftReference) -> tuple[ForeignKey, str]:
-    """Return a soft reference as a ForeignKey, and the SQL condition for rows whose parent exists in `kept`. Rows whose
-    parent is missing in `kept` are not deleted, because PostgreSQL permits soft references to missing rows."""
-    reference = ForeignKey("", table.name, (soft.column,), soft.parent, (soft.parent_column,), "c")
-    column, back = quoted(soft.column), temporary(table, "back")
-    query = (
-        f"SELECT DISTINCT child.{column}::text FROM {quoted(table.name)} AS child JOIN {back} AS back "
-        f"ON {table.same_key('back', 'child')} WHERE child.{soft.when}"
-    )
-    parents = [name for (name,) in rows(writer, query)]
+def _soft_reference(from_kept: Any, writer: Any, table: Table, soft: SoftReference) -> Reference:
+    """Rows whose parent is missing in `kept`, too, are inserted, because PostgreSQL permits soft references to missing
+    rows."""
+    key = ForeignKey("", table.name, (soft.column,), soft.parent, (soft.parent_column,), "c")
+    column = f"kept.{quoted(soft.column)}::text"
+    parents = [name for (name,) in rows(writer, f"SELECT DISTINCT {column} {_never_given(table)} AND kept.{soft.when}")]
     there = (
         f"SELECT {quoted(soft.parent_column)} FROM {quoted(soft.parent)} WHERE {quoted(soft.parent_column)} = ANY (%s)"
     )
     in_kept = [str(name) for (name,) in rows(from_kept, there, (parents,))]
     with writer.cursor() as cursor:
         listed = cursor.mogrify("%s::text[]", (in_kept,)).decode()
-    return reference, f"child.{soft.when} AND child.{column}::text = ANY ({listed})"
+    return Reference(key, f"kept.{soft.when} AND {column} = ANY ({listed}) AND {parent_is_missing(key, 'kept')}")
+
+
+def _never_given(table: Table) -> str:
+    """SQL for the rows that were not carried to the older release."""
+    kept, base = temporary(table, "kept"), temporary(table, "base")
+    return f"FROM {kept} AS kept WHERE NOT EXISTS (SELECT 1 FROM {base} AS base WHERE {table.same_key('base', 'kept')})"
+
+
+def _insert_all(writer: Any, order: list[Table], references: dict[str, list[Reference]], depth: dict[str, int]) -> None:
+    """Insert the rows that were not carried to the older release, parents first. One pass inserts all rows, unless a
+    table refers to itself or to a table that comes later: such a parent may be inserted by a later pass, so a child's
+    column is set to NULL only after all parents were inserted."""
+    late = any(
+        depth[each.key.parent] >= depth[each.key.table] and each.key.parent in references
+        for found in references.values()
+        for each in found
+    )
+    for clear in (False, True) if late else (True,):
+        while sum([_insert(writer, table, references[table.name], clear=clear) for table in order]) and late:
+            pass
+
+
+def _insert(writer: Any, table: Table, references: list[Reference], *, clear: bool) -> int:
+    """Insert the rows whose parents exist, and return their number. The temporary table "…_back" contains the keys of
+    all inserted rows. With `clear`, columns that may be NULL are set to NULL if the parent is missing."""
+    back, keys = temporary(table, "back"), ", ".join(map(quoted, table.keys))
+    run(writer, f"CREATE TEMPORARY TABLE IF NOT EXISTS {back} AS SELECT {keys} FROM {quoted(table.name)} LIMIT 0")
+    values = [f"kept.{quoted(column.name)}" for column in table.columns]
+    for each in references:
+        if clear and each.clears:
+            for at, column in enumerate(table.columns):
+                if column.name in each.key.columns:
+                    values[at] = f"CASE WHEN {each.missing} THEN NULL ELSE {values[at]} END"
+    needed = "".join(f" AND NOT ({each.missing})" for each in references if not (clear and each.clears))
+    return run(
+        writer,
+        f"WITH put AS (INSERT INTO {quoted(table.name)} ({table.listed()}) OVERRIDING SYSTEM VALUE "
+        f"SELECT {', '.join(values)} {_never_given(table)}{needed} ON CONFLICT DO NOTHING RETURNING {keys}) "
+        f"INSERT INTO {back} SELECT {keys} FROM put",
+    )
+
+
+def _refused(writer: Any, table: Table, references: list[Reference]) -> tuple[int, tuple[str, ...]]:
+    """Return the number of refused rows, and the keys of the first NAMED_AT_MOST refused rows. `_insert` refuses a row
+    if another row has its key or one of its unique values. A row that exists unchanged in `work`, or whose parent is
+    missing, is not counted."""
+    back = temporary(table, "back")
+    same = " AND ".join(
+        f"{comparable('kept', column)} IS NOT DISTINCT FROM {comparable('work', column)}" for column in table.columns
+    )
+    key = ", ".join(f"kept.{quoted(name)}" for name in table.keys)
+    where = (
+        f"{_never_given(table)}{''.join(f' AND NOT ({each.missing})' for each in references if not each.clears)} "
+        f"AND NOT EXISTS (SELECT 1 FROM {back} AS back WHERE {table.same_key('back', 'kept')}) "
+        f"AND NOT EXISTS (SELECT 1 FROM {quoted(table.name)} AS work WHERE {table.same_key('work', 'kept')} AND {same})"
+    )
+    count = int(value(writer, f"SELECT count(*) {where}"))
+    named = rows(writer, f"SELECT concat_ws('/', {key}) {where} ORDER BY 1 LIMIT {NAMED_AT_MOST}") if count else []
+    return count, tuple(name for (name,) in named)
 
 
 def _update(writer: Any, table: Table, catalog: Catalog) -> int:

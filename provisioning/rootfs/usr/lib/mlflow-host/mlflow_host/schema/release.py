@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_host.machine import config
-from mlflow_host.postgres.cluster import Cluster
+from mlflow_host.postgres.cluster import Cluster, password_file
+from mlflow_host.postgres.login import PasswordFile
 
 WORKER = Path(__file__).with_name("release_worker.py")
 
 ARTIFACT_ROOT = "mlflow-artifacts:/"
 """The server's artifact root. MLflow puts the artifacts of a new experiment below this root."""
+
+
+RENEW_SECONDS = 300
+"""While a task runs, the worker's password is renewed after this time, because a task may open several connections and
+a token of Amazon RDS is valid for 15 minutes."""
 
 
 class ReleaseError(Exception):
@@ -65,31 +72,37 @@ class StoreAnswers:
 class Release:
     """A running worker process, and the database cluster on which MLflow performs the worker's tasks."""
 
-    def __init__(self, cluster: Cluster, process: subprocess.Popen[str]):
-        self._cluster, self._process = cluster, process
+    def __init__(self, cluster: Cluster, process: subprocess.Popen[str], login: PasswordFile):
+        self._cluster, self._process, self._login = cluster, process, login
 
     def head(self) -> str:
         return str(self._ask("head"))
 
     def create(self, database: str, revision: str) -> None:
-        self._ask("create", uri=self._cluster.uri(database), revision=revision)
+        self._ask("create", uri=self._uri(database), revision=revision)
 
     def upgrade(self, database: str, revision: str) -> None:
-        self._ask("upgrade", uri=self._cluster.uri(database), revision=revision)
+        self._ask("upgrade", uri=self._uri(database), revision=revision)
 
     def enumerations(self) -> dict[str, list[str]]:
         """Return the values that MLflow accepts in each enumeration column; the keys are "table.column"."""
         return dict(self._ask("enumerations"))
 
     def query_stores(self, database: str) -> StoreAnswers:
-        reply = self._ask("query_stores", uri=self._cluster.uri(database), artifact_root=ARTIFACT_ROOT)
+        reply = self._ask("query_stores", uri=self._uri(database), artifact_root=ARTIFACT_ROOT)
         return StoreAnswers(dict(reply["answers"]), tuple(reply["unread"]))
+
+    def _uri(self, database: str) -> str:
+        return self._cluster.uri(database, self._login.path)
 
     def _ask(self, task: str, **arguments: str) -> Any:
         assert self._process.stdin and self._process.stdout
+        self._login.renew()
         try:
             self._process.stdin.write(json.dumps({"task": task, "arguments": arguments}) + "\n")
             self._process.stdin.flush()
+            while not select.select([self._process.stdout], [], [], RENEW_SECONDS)[0]:
+                self._login.renew()
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -105,18 +118,20 @@ class Release:
 def release(cluster: Cluster, image: ImageSchema) -> Iterator[Release]:
     """Start the worker process, and kill it when the `with` block ends. Does not wait for the import of MLflow."""
     kept = {name: text for name, text in os.environ.items() if not name.startswith(("MLFLOW_", "PYTHON"))}
-    process = subprocess.Popen(
-        [str(image.python), "-P", str(WORKER)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**kept, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "PYTHONWARNINGS": "ignore"},
-    )
-    try:
-        yield Release(cluster, process)
-    finally:
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream:
-                stream.close()
+    with password_file(cluster) as login:
+        process = subprocess.Popen(
+            [str(image.python), "-P", str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**kept, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "PYTHONWARNINGS": "ignore"},
+            pass_fds=login.descriptors,
+        )
+        try:
+            yield Release(cluster, process, login)
+        finally:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream:
+                    stream.close()

@@ -6,10 +6,13 @@ import contextlib
 import os
 import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from urllib.parse import quote, urlencode
 
 from mlflow_host.contract.credentials import webhook_key
 from mlflow_host.contract.launch import LaunchDocument
 from mlflow_host.machine.config import DATA, POSTGRESQL_SOCKETS, HostConfig, bracketed
+from mlflow_host.postgres.login import SERVER_KEEPALIVES, tls_parameters
 from mlflow_host.server import job_runner
 
 STATEMENT_TIMEOUT = "options=-c%20statement_timeout%3D60s"
@@ -27,6 +30,21 @@ def variables(values: Mapping[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def remote_store_uri(host: str, port: int, authority: Path, *, token_region: str = "", passfile: str = "") -> str:
+    """Return the database URI of the server processes for PostgreSQL on another host. The processes log in as `mlflow`,
+    with a token of IAM authentication in the region `token_region`, or with the password in libpq's file `passfile`."""
+    login = {"token_region": token_region} if token_region else {"passfile": passfile}
+    query = {
+        "host": host,
+        "port": port,
+        **tls_parameters(authority),
+        "options": f"-c statement_timeout=60s {SERVER_KEEPALIVES}",
+        **login,
+        "plugin": "mlflow-host",
+    }
+    return f"postgresql+psycopg2://mlflow@/mlflow?{urlencode(query, quote_via=quote, safe='')}"
 
 
 def environment(config: HostConfig, kek_passphrase: str) -> dict[str, str]:
