@@ -19,7 +19,15 @@ from typing import Any
 from botocore.config import Config
 
 from scripts import aws_session, invoker
-from scripts.local_cloud import base_images, file_systems, machines, object_store, object_store_ca, volumes
+from scripts.local_cloud import (
+    base_images,
+    database_server,
+    file_systems,
+    machines,
+    object_store,
+    object_store_ca,
+    volumes,
+)
 from scripts.local_cloud.layout import (
     Allotment,
     LocalCloudError,
@@ -197,7 +205,8 @@ class LocalCloud:
             file_systems.delete_tree(self.places.root)
 
     def status(self) -> dict[str, Any]:
-        """Return the cloud's state and endpoints. If the cloud is up, also return the instances, images and volumes."""
+        """Return the cloud's state and endpoints. If the cloud is up, also return the instances, images, volumes and
+        databases."""
         allotment = read_allotment(self.places)
         if allotment is None:
             return {"state": "absent", "state_dir": str(self.places.root)}
@@ -333,10 +342,12 @@ class LocalCloud:
         return answer["result"]
 
     def _sweep(self, allotment: Allotment) -> None:
-        """Remove the containers, mounts and loop devices that a killed daemon left."""
+        """Remove the containers, databases, mounts and loop devices that a killed daemon left."""
         podman = machines.Podman(self.places, allotment)
         for name in podman.names():
             podman.remove(name)
+        for folder in self.places.databases.glob("*"):
+            database_server.kill_leftover(folder)
         for folder in self.places.machines.glob("*"):
             file_systems.unmount(file_systems.RootFileSystem(folder))
         for path in set(volumes.loop_devices_under(self.places.volumes).values()):

@@ -6,6 +6,7 @@ compares moto's records with the machines. If the daemon starts after a crash, i
 
 api                the HTTP server of the AWS APIs
 running_machines   machines, their volumes and metadata
+databases          servers of databases
 published_ports    ports of machines on this host
 control_socket     commands from LocalCloud
 inventory          look-ups in moto's EC2 records
@@ -39,10 +40,12 @@ from scripts.local_cloud import (
     inventory,
     moto_corrections,
     moto_state,
+    rds,
     route53,
     volumes,
 )
 from scripts.local_cloud.aws_api_server import Api, RequestHandler
+from scripts.local_cloud.databases import Databases
 from scripts.local_cloud.layout import Allotment, LocalCloudError, Places, read_allotment
 from scripts.local_cloud.port_forwarder import raise_file_limit
 from scripts.local_cloud.roles import Roles
@@ -58,8 +61,10 @@ class Daemon(RunningMachines):
         self.allotment = allotment
         self.checked_records = 0
         super().__init__(places, allotment, threading.RLock(), Roles(places, allotment), threading.Event())
+        self.databases = Databases(places, self.api, self.roles, self.machines, self.names, self.stopping, self.spawn)
         moto_corrections.install()
         ec2.install(self, lambda: inventory.free_address(allotment.public_addresses))
+        rds.install(self.databases)
         route53.install()
 
     def serve(self) -> None:
@@ -114,7 +119,23 @@ class Daemon(RunningMachines):
                     for v in home.volumes.values()
                     if volumes.file_of(self.places, v.id).exists()
                 ],
+                "databases": [
+                    {
+                        "id": d.db_instance_identifier,
+                        "state": d.status,
+                        "name": d.address,
+                        "port": d.port,
+                        "address": rds.private_address(d),
+                        "pid": self.databases.pid(d.dbi_resource_id),
+                    }
+                    for d in rds.all_instances()
+                ],
             }
+
+    def settle_network(self) -> None:
+        super().settle_network()
+        with self.api:
+            self.databases.settle_links()
 
     # Images and volumes: ec2.py calls these methods while it holds the API lock
 
@@ -163,11 +184,13 @@ class Daemon(RunningMachines):
         for instance_id, record in known.items():
             if record.state in ("pending", "running", "stopping", "shutting-down"):
                 self.settle(instance_id)
+        self.databases.restore()
 
     def power_off(self) -> None:
-        """Stop every machine and detach every volume."""
+        """Stop every machine and every database, and detach every volume."""
         self.stopping.set()
         self.stop_all()
+        self.databases.stop_all()
         with self.api:
             for path in set(volumes.loop_devices_under(self.places.volumes).values()):
                 volumes.detach(path)
@@ -188,6 +211,8 @@ class Daemon(RunningMachines):
                 self.settle_network()
                 self._forget_terminated()
                 self._settle_alarms()
+                with self.api:
+                    self.databases.settle_backups()
                 self._check_records()
             except Exception:
                 traceback.print_exc()

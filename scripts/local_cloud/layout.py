@@ -94,6 +94,14 @@ class Places:
         return self.root / "snapshots"
 
     @property
+    def databases(self) -> Path:
+        return self.root / "databases"
+
+    @property
+    def database_snapshots(self) -> Path:
+        return self.root / "database-snapshots"
+
+    @property
     def object_store(self) -> Path:
         return self.root / "object-store"
 
@@ -116,6 +124,8 @@ class Places:
             self.machines,
             self.volumes,
             self.snapshots,
+            self.databases,
+            self.database_snapshots,
             self.object_store,
             self.containers,
         ):

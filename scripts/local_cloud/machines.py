@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts.local_cloud import imds_server, namespaces, volumes
+from scripts.local_cloud import imds_server, name_server, namespaces, volumes
 from scripts.local_cloud.base_images import TRUSTED
 from scripts.local_cloud.layout import Allotment, LocalCloudError, Places
 
@@ -29,6 +29,7 @@ OUTWARD_NETWORK = "198.18.0.0/24"
 OUTWARD_DNS = "198.18.0.3"
 INTERFACE = "ens5"
 METADATA_INTERFACE = "imds"
+SERVICES = (imds_server.ADDRESS, name_server.ADDRESS)
 FIRMWARE_SECONDS = 60
 STOP_SECONDS = 60
 """Maximum seconds for a machine's shutdown. A machine whose shutdown takes longer is killed. EC2 waits some minutes."""
@@ -169,7 +170,7 @@ def boot(
         for stale in (console, pid_file):
             stale.unlink(missing_ok=True)
         argv = ["run", "--detach", "--tty", "--name", instance, "--hostname", hostname, "--systemd=always"]
-        argv += ["--privileged", "--no-hosts", "--network", f"ns:/proc/{os.getpid()}/fd/{namespace}"]
+        argv += ["--privileged", "--no-hosts", "--dns=none", "--network", f"ns:/proc/{os.getpid()}/fd/{namespace}"]
         argv += ["--stop-signal", "SIGRTMIN+3", "--log-driver", "k8s-file", "--log-opt", f"path={console}"]
         argv += [*_limits(), *_size_options(size), "--pidfile", str(pid_file), "--rootfs", str(root)]
         podman.run(*argv, "/bin/sh", "-c", _firmware(names, disks))
@@ -388,11 +389,12 @@ def _limits() -> list[str]:
 
 
 def _write_resolver(root: Path) -> None:
-    """Write slirp4netns's DNS server to resolv.conf. podman's choice, the host's DNS server, may be unreachable."""
+    """Write the cloud's name server and slirp4netns's to resolv.conf. The resolver asks the second for a name that the
+    first refuses. podman's choice, the host's name server, may be unreachable."""
     target = root / "etc/resolv.conf"
     if target.is_symlink():
         target.unlink()
-    target.write_text(f"nameserver {OUTWARD_DNS}\n")
+    target.write_text(f"nameserver {name_server.ADDRESS}\nnameserver {OUTWARD_DNS}\n")
 
 
 def _connect_outward(namespace: int) -> tuple[subprocess.Popen[bytes], int]:
@@ -427,7 +429,8 @@ def _connect_outward(namespace: int) -> tuple[subprocess.Popen[bytes], int]:
 
 
 def _connect_metadata(namespace: int, private_address: str) -> int:
-    """Link the machine to a second network namespace for the metadata service, and return the second namespace.
+    """Link the machine to a second network namespace for the metadata service and the name server, and return the
+    second namespace.
 
     If the metadata service listened in the machine's own namespace, no program in the machine could listen on port 80
     of all addresses.
@@ -440,13 +443,13 @@ def _connect_metadata(namespace: int, private_address: str) -> int:
                 f"link add {METADATA_INTERFACE} type veth peer name beyond netns /proc/{os.getpid()}/fd/{beyond}",
                 f"address replace {private_address}/32 dev {INTERFACE}",
                 f"link set {METADATA_INTERFACE} up",
-                f"route replace {imds_server.ADDRESS}/32 dev {METADATA_INTERFACE} src {private_address}",
+                *(f"route replace {each}/32 dev {METADATA_INTERFACE} src {private_address}" for each in SERVICES),
             ],
         )
         namespaces.run_inside(
             beyond,
             [
-                f"address add {imds_server.ADDRESS}/32 dev beyond",
+                *(f"address add {each}/32 dev beyond" for each in SERVICES),
                 "link set beyond up",
                 f"route add {private_address}/32 dev beyond src {imds_server.ADDRESS}",
             ],

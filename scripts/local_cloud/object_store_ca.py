@@ -1,4 +1,5 @@
-"""The certificate authority of a local cloud, and the certificate for the HTTPS port of the object store."""
+"""The certificate authority of a local cloud, the certificate for the HTTPS port of the object store, and the
+certificate for the endpoints of all databases."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from scripts.local_cloud.layout import Places, write_atomically
+from scripts.local_cloud.layout import REGION, Places, write_atomically
 
 ADDRESS = "127.0.0.1"
+DATABASE_DOMAIN = f"aaaaaaaaaa.{REGION}.rds.amazonaws.com"
+"""The domain of the endpoints that moto gives to databases."""
 VALID_DAYS = 3650
 
 
@@ -30,23 +33,55 @@ def key_file(places: Places) -> Path:
     return places.root / "object-store-certificate.key"
 
 
+def database_certificate_file(places: Places) -> Path:
+    """The certificate for the endpoints of databases. It does not exist in clouds that were made before databases."""
+    return places.root / "database-certificate.pem"
+
+
+def database_key_file(places: Places) -> Path:
+    return places.root / "database-certificate.key"
+
+
 def ensure(places: Places) -> Path:
-    """Return the path of the CA's certificate. If the object store has no certificate, first create both certificates.
+    """Return the path of the CA's certificate. If the object store has no certificate, first create all certificates.
     The object store's certificate is written last, as the sign that all files exist."""
     if certificate_file(places).exists():
         return authority_file(places)
-    authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    authority_key = ec.generate_private_key(ec.SECP256R1())
     authority = _signed("mlflow-ami local cloud", authority_key, "mlflow-ami local cloud", authority_key, None)
+    write_atomically(authority_file(places), _pem(authority))
     # Some clients compare an IP address only with the certificate's DNS names, so ADDRESS is also a DNS name.
     names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(ADDRESS)), x509.DNSName(ADDRESS)])
-    certificate = _signed("mlflow-ami local cloud", authority_key, ADDRESS, key, names)
+    endpoints = f"*.{DATABASE_DOMAIN}"
+    _issue(
+        authority_key,
+        endpoints,
+        x509.SubjectAlternativeName([x509.DNSName(endpoints)]),
+        database_key_file(places),
+        database_certificate_file(places),
+    )
+    _issue(authority_key, ADDRESS, names, key_file(places), certificate_file(places))
+    return authority_file(places)
+
+
+def _issue(
+    authority_key: ec.EllipticCurvePrivateKey,
+    subject: str,
+    names: x509.SubjectAlternativeName,
+    key_path: Path,
+    certificate_path: Path,
+) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = _signed("mlflow-ami local cloud", authority_key, subject, key, names)
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    write_atomically(authority_file(places), authority.public_bytes(serialization.Encoding.PEM))
-    write_atomically(key_file(places), private)
-    write_atomically(certificate_file(places), certificate.public_bytes(serialization.Encoding.PEM))
-    return authority_file(places)
+    write_atomically(key_path, private)
+    write_atomically(certificate_path, _pem(certificate))
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def _signed(

@@ -3,8 +3,8 @@
 moto does not check resources and conditions. This module follows "Policy evaluation logic" in the IAM user guide: a
 Deny statement overrides all Allow statements, and a request without an Allow statement is denied. This module checks
 the request's action and a few condition keys. The module determines the request's resource only for some actions of
-SSM, CloudWatch Logs, STS and IAM. For other actions, the resource is unknown, and only a statement for "*" applies. An
-Allow statement with an unknown condition operator does not apply.
+SSM, CloudWatch Logs, STS, Secrets Manager, RDS and IAM. For other actions, the resource is unknown, and only a
+statement for "*" applies. An Allow statement with an unknown condition operator does not apply.
 """
 
 from __future__ import annotations
@@ -81,6 +81,10 @@ def resources(prefix: str, region: str, asked: Mapping[str, Any]) -> tuple[str, 
         return (f"arn:aws:logs:{region}:{ACCOUNT}:log-group:{asked['logGroupName']}{stream}",)
     if prefix == "sts" and asked.get("RoleArn"):
         return (str(asked["RoleArn"]),)
+    if prefix == "secretsmanager" and str(asked.get("SecretId")).startswith("arn:"):
+        return (str(asked["SecretId"]),)
+    if prefix == "rds" and asked.get("DBInstanceIdentifier"):
+        return (f"arn:aws:rds:{region}:{ACCOUNT}:db:{asked['DBInstanceIdentifier']}",)
     if prefix == "iam" and asked.get("RoleName"):
         return (f"arn:aws:iam::{ACCOUNT}:role/{asked['RoleName']}",)
     return ("*",)

@@ -15,6 +15,7 @@ from scripts.local_cloud.imds_document import describe
 from scripts.local_cloud.imds_server import ADDRESS, Metadata, MetadataService
 from scripts.local_cloud.layout import Allotment, Places
 from scripts.local_cloud.machines import Disk, Machine, Podman, Size
+from scripts.local_cloud.name_server import NameServer
 from scripts.local_cloud.published_ports import PublishedPorts
 from scripts.local_cloud.roles import Roles
 
@@ -32,7 +33,8 @@ class RunningMachines:
         self.stopping = stopping
         self.podman = Podman(places, allotment)
         self.machines: dict[str, Machine] = {}
-        self.services: dict[str, MetadataService] = {}
+        self.services: dict[str, tuple[MetadataService, NameServer]] = {}
+        self.names: dict[str, str] = {}  # name in DNS → private address
         self.facts: dict[str, Metadata] = {}
         self.instance_locks: dict[str, threading.Lock] = {}
         self.ports = PublishedPorts(allotment, self.machines, api, stopping, self.settle_network)
@@ -195,9 +197,11 @@ class RunningMachines:
         )
 
     def _open_inside(self, instance_id: str, namespace: int, beyond: int) -> None:
-        """Start the machine's metadata service, and forward S3 and the APIs to the machine's loopback address."""
-        self.services[instance_id] = MetadataService(
-            namespaces.listener(ADDRESS, 80, beyond), lambda: self.metadata(instance_id)
+        """Start the machine's metadata service and name server, and forward S3 and the APIs to the machine's loopback
+        address."""
+        self.services[instance_id] = (
+            MetadataService(namespaces.listener(ADDRESS, 80, beyond), lambda: self.metadata(instance_id)),
+            NameServer(beyond, self.names.get),
         )
         self.ports.open_inside(instance_id, namespace)
 
@@ -226,7 +230,7 @@ class RunningMachines:
 
     def _clean_up(self, instance_id: str, machine: Machine | None) -> None:
         self.podman.remove(instance_id)
-        if service := self.services.pop(instance_id, None):
+        for service in self.services.pop(instance_id, ()):
             service.close()
         self.facts.pop(instance_id, None)
         self.ports.close_all(instance_id)

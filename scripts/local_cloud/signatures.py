@@ -62,15 +62,11 @@ def problem(environ: Mapping[str, Any], body: bytes, secret_of: SecretOf, now: f
         return Denial("IncompleteSignature", f"{stamp} is no time")
     if abs(signed_at - (time.time() if now is None else now)) > SKEW_SECONDS:
         return Denial("RequestExpired" if service == "ec2" else "SignatureDoesNotMatch", f"Signature expired: {stamp}")
-    digest = hashlib.sha256(body).hexdigest()
+    digest = digest_of(body)
     if environ.get("HTTP_X_AMZ_CONTENT_SHA256", digest) != digest:
         return Denial("SignatureDoesNotMatch", "the body is not the one whose digest was signed")
     scope = f"{day}/{region}/{service}/aws4_request"
-    canonical = hashlib.sha256(canonical_request(environ, names, digest, service).encode()).hexdigest()
-    key = f"AWS4{secret}".encode()
-    for step in scope.split("/"):
-        key = hmac.digest(key, step.encode(), "sha256")
-    expected = hmac.new(key, f"{ALGORITHM}\n{stamp}\n{scope}\n{canonical}".encode(), hashlib.sha256).hexdigest()
+    expected = signature(secret, stamp, scope, canonical_request(environ, names, digest, service))
     if not hmac.compare_digest(expected.encode(), _part(header, "Signature").encode()):
         return Denial(
             "SignatureDoesNotMatch",
@@ -78,6 +74,19 @@ def problem(environ: Mapping[str, Any], body: bytes, secret_of: SecretOf, now: f
             "Access Key and signing method.",
         )
     return None
+
+
+def signature(secret: str, stamp: str, scope: str, canonical: str) -> str:
+    """Return the signature of a canonical request."""
+    key = f"AWS4{secret}".encode()
+    for step in scope.split("/"):
+        key = hmac.digest(key, step.encode(), "sha256")
+    text = f"{ALGORITHM}\n{stamp}\n{scope}\n{digest_of(canonical.encode())}"
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+
+
+def digest_of(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
 
 
 def canonical_request(environ: Mapping[str, Any], names: Iterable[str], digest: str, service: str) -> str:

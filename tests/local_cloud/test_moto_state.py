@@ -110,3 +110,9 @@ except LocalCloudError as error: print(error)
 """,
     )
     assert "purge" in read.stdout and len(read.stdout.splitlines()) == 1
+
+
+def test_cloud_is_imported_without_moto() -> None:
+    """The daemon sets moto's environment variables before it imports moto, and its package is imported first."""
+    code = "import sys, scripts.local_cloud; sys.exit('moto' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

@@ -84,6 +84,10 @@ def test_requests_are_read_as_policies_name_them() -> None:
     events = sent("logs", "put_log_events", **stream, logEvents=[{"timestamp": 1, "message": "m"}])
     assert (events.action, events.resources) == ("logs:PutLogEvents", (f"{GROUP}:log-stream:i-0/nginx",))
     assert sent("logs", "delete_log_group", logGroupName="/own").resources == (GROUP,)
+    secret = f"arn:aws:secretsmanager:{REGION}:123456789012:secret:rds!db-0-abcdef"
+    assert sent("secretsmanager", "get_secret_value", SecretId=secret).resources == (secret,)
+    database = f"arn:aws:rds:{REGION}:123456789012:db:own"
+    assert sent("rds", "describe_db_instances", DBInstanceIdentifier="own").resources == (database,)
     assert sent("route53", "list_hosted_zones").action == "route53:GET:/2013-04-01/hostedzone"
 
 
